@@ -1,0 +1,285 @@
+"""The chunked engine: logits of C tokens, their row, and the gradients' GEMMs, then the next C tokens.
+
+Gradients are made in the forward, so nothing is computed twice: three student GEMMs and one teacher GEMM, fewer where
+something is frozen. Ignored tokens are dropped before any GEMM where the labels are on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives import RowSpec
+from ..rows import Logits, Row, RowInputs, RowOutputs
+from ..rows.base import LOG_ZERO
+from .gemm import SLAB_BYTES, Projection
+from .plan import CPU_CHUNK, DEVICE_CHUNK, Plan, plan_chunks
+
+
+class Side(NamedTuple):
+    """Student or teacher. ``source`` is (N, H) with ``weight`` (V, H), or logits (N, V) with ``weight`` None."""
+
+    source: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients to make; what is not wanted costs nothing."""
+
+    source: bool
+    weight: bool
+    bias: bool
+
+
+class Result(NamedTuple):
+    """Per-token ``loss``, ``difficulty``, ``is_hard`` (N,), unweighted; gradients of ``scale * sum(weights * loss)``."""
+
+    loss: Tensor
+    difficulty: Tensor
+    is_hard: Tensor
+    d_source: Tensor | None
+    d_weight: Tensor | None
+    d_bias: Tensor | None
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 gradients wait in fp32 for the loss scale, which comes with the backward pass; else they would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def run(
+    student: Side,
+    teacher: Side | None,
+    labels: Tensor,
+    *,
+    weights: Tensor | None,
+    scale: Tensor,
+    scalars: Tensor,
+    spec: RowSpec,
+    cold_labels: bool,
+    vocab: int,
+    ignore_index: int,
+    row: Row,
+    dtype: torch.dtype | None,
+    memory_budget: int | None,
+    wanted: Wanted,
+) -> Result:
+    """Losses of all tokens and the wanted gradients.
+
+    Args:
+        labels: (N,) integers, on the student's device or on the CPU. On the CPU, ignored tokens are dropped without a
+            synchronisation; on an accelerator their number is unknown to the host, so their rows are skipped instead.
+        weights: (N,) fp32 token weights or None.
+        scale: 0-d fp32 factor of all gradients.
+        scalars: (4,) fp32, see :class:`fused_kd.objectives.Scalars`.
+        vocab: both sides are cut to their first ``vocab`` logits.
+        dtype: of the GEMM operands under autocast; None takes that of each side.
+    """
+    device = student.source.device
+    N = student.source.shape[0]
+    index, labels = _valid(labels, ignore_index, device)
+    n = labels.shape[0]
+    in_range = labels < vocab
+    labels, bad = torch.where(in_range, labels, -1), ~in_range
+
+    side_s = _Logits(student, vocab, dtype)
+    side_t = None if teacher is None else _Logits(teacher, vocab, dtype)
+    with_gradient = any(wanted)
+    plan = _plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device)
+
+    result = _allocate(student, N, index is not None, wanted)
+    d_weight = _accumulator(student.weight, wanted.weight, vocab)
+    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
+    buffers = _Buffers(plan.chunk, vocab, device)
+    for start in range(0, n, plan.chunk):
+        span = slice(start, min(start + plan.chunk, n))
+        tokens = span if index is None else index[span]
+        hidden, raw_s = side_s.chunk(tokens, buffers, "student")
+        raw_t = side_t.chunk(tokens, buffers, "teacher")[1] if side_t is not None else None
+        row_weights = None if weights is None else weights[tokens]
+        if student.weight is None and with_gradient:
+            row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
+        out = None
+        if with_gradient:
+            out = _gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
+        rows = RowOutputs(*(buffers.vector(name, dt, span) for name, dt in _VECTORS), out)
+        row(RowInputs(raw_s, raw_t, labels[span], row_weights, scalars, spec, cold_labels), rows)
+        result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
+        result.difficulty[tokens] = rows.difficulty
+        result.is_hard[tokens] = rows.is_hard
+        if out is None:
+            continue
+        if student.weight is None:
+            if index is not None and result.d_source is not None:
+                result.d_source[tokens] = out
+            continue
+        assert side_s.projection is not None and hidden is not None
+        if result.d_source is not None:
+            gradient = side_s.projection.hidden_gradient(out)
+            result.d_source[tokens] = gradient.mul_(scale).to(result.d_source.dtype)
+        if d_weight is not None:
+            # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
+            operand = hidden * scale if hidden.dtype == torch.float32 else hidden
+            Projection.accumulate(d_weight[:vocab], out, operand, first=start == 0)
+        if d_bias is not None:
+            d_bias[:vocab] += out.sum(0, dtype=torch.float32)
+    return _finish(result, student, side_s, d_weight, d_bias, scale, n)
+
+
+_VECTORS = (("loss", torch.float32), ("difficulty", torch.float32), ("is_hard", torch.bool))
+
+
+class _Buffers:
+    """Chunk-sized buffers, allocated once and reused by every chunk."""
+
+    def __init__(self, C: int, V: int, device: torch.device) -> None:
+        self._C, self._V, self._device = C, V, device
+        self._held: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
+        if name not in self._held:
+            self._held[name] = torch.empty(self._C, self._V, dtype=dtype, device=self._device)
+        return self._held[name][:rows]
+
+    def vector(self, name: str, dtype: torch.dtype, span: slice) -> Tensor:
+        if name not in self._held:
+            self._held[name] = torch.empty(self._C, dtype=dtype, device=self._device)
+        return self._held[name][: span.stop - span.start]
+
+
+class _Logits:
+    """One side as a source of logit chunks, cut to the vocabulary."""
+
+    def __init__(self, side: Side, vocab: int, dtype: torch.dtype | None) -> None:
+        self.side = side
+        self.projection: Projection | None = None
+        if side.weight is None:
+            self.source, finite = side.source.detach()[:, :vocab], False
+        else:
+            bias = None if side.bias is None else side.bias[:vocab].clamp(min=LOG_ZERO)
+            self.projection = Projection(side.weight[:vocab], bias, dtype or side.source.dtype)
+            self.source, finite = side.source.detach(), True
+        self._template = (side.logit_scale, side.softcap, finite)
+
+    def chunk(self, tokens: slice | Tensor, buffers: _Buffers, name: str) -> tuple[Tensor | None, Logits]:
+        """The GEMM operand (None for logits) and the raw logits of some tokens."""
+        source = self.source[tokens]
+        if self.projection is None:
+            return None, Logits(source, *self._template)
+        hidden = self.projection.operand(source)
+        raw = buffers.matrix(name, torch.float32, hidden.shape[0])
+        self.projection.logits(hidden, raw)
+        return hidden, Logits(raw, *self._template)
+
+
+def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Positions of the tokens to process (None: all of them) and their labels as int64, ignored ones negative."""
+    labels = labels.long()
+    if labels.device.type == "cpu":
+        index = (labels != ignore_index).nonzero().squeeze(1)
+        if index.shape[0] == labels.shape[0]:
+            return None, labels.to(device, non_blocking=True)
+        return index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+    # A negative label that is not ignore_index is out of range: past any vocabulary, so that it is caught as such.
+    past = torch.iinfo(torch.int64).max
+    return None, torch.where(labels == ignore_index, -1, torch.where(labels < 0, past, labels))
+
+
+def _plan(
+    n: int,
+    student: _Logits,
+    teacher: _Logits | None,
+    vocab: int,
+    with_gradient: bool,
+    wanted: Wanted,
+    memory_budget: int | None,
+    device: torch.device,
+) -> Plan:
+    per_token, fixed = 16, 0
+    for side in (student, teacher):
+        if side is None:
+            continue
+        if side.projection is None:
+            per_token += vocab * side.source.element_size()  # gathered when tokens are dropped
+            continue
+        H = side.source.shape[1]
+        per_token += 4 * vocab + 8 * H
+        if side.projection.upcast:
+            fixed = max(fixed, SLAB_BYTES)
+    projection = student.projection
+    if with_gradient and projection is None:
+        per_token += vocab * student.source.element_size()
+    if with_gradient and projection is not None:
+        if projection.gradient_dtype != torch.float32:
+            per_token += 2 * vocab
+        if wanted.weight and projection.weight.dtype != torch.float32:
+            fixed += 4 * projection.weight.numel()
+    preferred = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    return plan_chunks(
+        n, bytes_per_token=per_token, fixed_bytes=fixed, preferred=preferred, memory_budget=memory_budget
+    )
+
+
+def _allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
+    device = student.source.device
+    d_source = None
+    if wanted.source:
+        # Dropped tokens (and dropped columns) are never written, so their gradient must start as zero.
+        make = torch.zeros if sparse or student.weight is None else torch.empty
+        d_source = make(student.source.shape, dtype=gradient_dtype(student.source.dtype), device=device)
+    return Result(
+        torch.zeros(N, device=device),
+        torch.zeros(N, device=device),
+        torch.zeros(N, dtype=torch.bool, device=device),
+        d_source,
+        None,
+        None,
+    )
+
+
+def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
+    if weight is None or not wanted:
+        return None
+    full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    full[vocab:].zero_()
+    return full
+
+
+def _gradient_buffer(
+    student: Side, side: _Logits, raw: Tensor, d_source: Tensor | None, tokens: slice | Tensor, buffers: _Buffers
+) -> Tensor:
+    """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow."""
+    if side.projection is not None:
+        dtype = side.projection.gradient_dtype
+        return raw if dtype == torch.float32 else buffers.matrix("dlogits", dtype, raw.shape[0])
+    assert d_source is not None
+    if isinstance(tokens, slice):
+        return d_source[tokens, : raw.shape[1]]
+    return buffers.matrix("dlogits", d_source.dtype, raw.shape[0])
+
+
+def _finish(
+    result: Result,
+    student: Side,
+    side: _Logits,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    scale: Tensor,
+    n: int,
+) -> Result:
+    """Scale and round the accumulated gradients."""
+    if d_weight is not None and student.weight is not None and side.projection is not None:
+        if n == 0:
+            d_weight.zero_()
+        elif side.projection.gradient_dtype != torch.float32:
+            d_weight.mul_(scale)
+        d_weight = d_weight.to(gradient_dtype(student.weight.dtype))
+    if d_bias is not None and student.bias is not None:
+        d_bias = d_bias.mul_(scale).to(gradient_dtype(student.bias.dtype))
+    return result._replace(d_weight=d_weight, d_bias=d_bias)

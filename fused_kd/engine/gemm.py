@@ -1,0 +1,91 @@
+"""The four GEMMs of a distillation step, always with fp32 results.
+
+On NVIDIA GPUs (sm_80 and later) low-precision operands go straight into an fp32 result. Elsewhere they are upcast, the
+weight one slab of vocabulary rows at a time, so that no fp32 copy of it is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 32 << 20
+
+
+def has_fp32_output(device: torch.device) -> bool:
+    """Whether ``mm(bf16, bf16, out_dtype=fp32)`` exists on this device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def slab_rows(V: int, H: int) -> int:
+    """Vocabulary rows whose fp32 copy fits :data:`SLAB_BYTES`."""
+    return max(1, min(V, SLAB_BYTES // (4 * H)))
+
+
+class Projection:
+    """``hidden @ weight.T + bias`` and its two gradients, with operands rounded to ``dtype`` first."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device)
+        # What autocast does; on the upcast path it is done slab by slab.
+        self.weight = weight.detach() if self.upcast else weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype).float()
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype in which :meth:`hidden_gradient` and :meth:`accumulate` want the logit gradient."""
+        return torch.float32 if self.upcast else self.dtype
+
+    def operand(self, hidden: Tensor) -> Tensor:
+        """A chunk of hidden states as the GEMMs below take it."""
+        hidden = hidden.detach().to(self.dtype)
+        return hidden.float() if self.upcast else hidden
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """(C, H) operand → (C, V) fp32 in ``out``."""
+        if self.dtype == torch.float32:
+            if self.bias is None:
+                torch.mm(hidden, self.weight.t(), out=out)
+            else:
+                torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+            return
+        if self.upcast:
+            for rows, slab in self._slabs():
+                out[:, rows] = hidden @ slab.t()
+        else:
+            torch.ops.aten.mm.dtype_out(hidden, self.weight.t(), torch.float32, out=out)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
+        """(C, V) → (C, H) fp32."""
+        if self.dtype == torch.float32:
+            return dlogits @ self.weight
+        if self.upcast:
+            out = torch.zeros(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
+            for rows, slab in self._slabs():
+                out.addmm_(dlogits[:, rows], slab)
+            return out
+        return torch.ops.aten.mm.dtype(dlogits, self.weight, torch.float32)
+
+    @staticmethod
+    def accumulate(out: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+        """``out (V, H) += dlogits.T @ hidden`` in fp32; ``first`` overwrites instead."""
+        if dlogits.dtype == torch.float32:
+            out.addmm_(dlogits.t(), hidden, beta=0.0 if first else 1.0)
+        elif first:
+            torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, torch.float32, out=out)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, dlogits.t(), hidden, torch.float32, out=out)
+
+    def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        V, H = self.weight.shape
+        step = slab_rows(V, H)
+        for start in range(0, V, step):
+            rows = slice(start, min(start + step, V))
+            yield rows, self.weight[rows].to(self.dtype).float()

@@ -1,0 +1,204 @@
+"""The engine as opaque ``torch.library`` ops, so that ``torch.compile`` passes over it whole."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives import OBJECTIVES
+from ..rows import get_row
+from .chunked import Result, Side, Wanted, gradient_dtype, run
+
+
+class Options(NamedTuple):
+    """What of a call is fixed when it is compiled. ``softcap_*`` 0 means none; ``memory_budget`` -1 means none."""
+
+    objective: str
+    cold_labels: bool
+    logit_scale_s: float
+    softcap_s: float
+    logit_scale_t: float
+    softcap_t: float
+    vocab: int
+    ignore_index: int
+    backend: str
+    dtype: torch.dtype | None
+    memory_budget: int
+    validate: bool
+
+
+_SCHEMA = (
+    "(Tensor student, Tensor? weight_s, Tensor? bias_s, Tensor? teacher, Tensor? weight_t, Tensor? bias_t, "
+    "Tensor labels, Tensor? token_weights, Tensor scale, Tensor scalars, "
+    "bool want_student, bool want_weight, bool want_bias, "
+    "str objective, bool cold_labels, float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, "
+    "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate) "
+    "-> (Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias)"
+)
+
+_library = torch.library.Library("fused_kd", "DEF")
+_library.define("kd" + _SCHEMA)
+_library.define("scale_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
+
+
+def _kd(
+    student: Tensor,
+    weight_s: Tensor | None,
+    bias_s: Tensor | None,
+    teacher: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    scale: Tensor,
+    scalars: Tensor,
+    want_student: bool,
+    want_weight: bool,
+    want_bias: bool,
+    *static,
+) -> tuple[Tensor, ...]:
+    o = Options(*static)
+    if labels.device.type == "cpu" or o.validate:
+        check_labels(labels, o.vocab, o.ignore_index)
+    # Under autocast the engine's own GEMMs would be cast once more.
+    with torch.autocast(student.device.type, enabled=False), torch.no_grad():
+        result = run(
+            Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
+            None if teacher is None else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
+            labels,
+            weights=token_weights,
+            scale=scale,
+            scalars=scalars,
+            spec=OBJECTIVES[o.objective].spec,
+            cold_labels=o.cold_labels,
+            vocab=o.vocab,
+            ignore_index=o.ignore_index,
+            row=get_row(o.backend),
+            dtype=o.dtype,
+            memory_budget=None if o.memory_budget < 0 else o.memory_budget,
+            wanted=Wanted(want_student, want_weight, want_bias),
+        )
+    if o.validate:
+        _check_losses(result)
+    return (*result[:3], *(student.new_empty(0) if g is None else g for g in result[3:]))
+
+
+def _kd_fake(
+    student, weight_s, bias_s, teacher, weight_t, bias_t, labels, token_weights, scale, scalars,
+    want_student, want_weight, want_bias, *static,
+):  # fmt: skip
+    N = student.shape[0]
+
+    def gradient(of: Tensor | None, wanted: bool) -> Tensor:
+        if of is None or not wanted:
+            return student.new_empty(0)
+        return of.new_empty(of.shape, dtype=gradient_dtype(of.dtype))
+
+    return (
+        student.new_empty(N, dtype=torch.float32),
+        student.new_empty(N, dtype=torch.float32),
+        student.new_empty(N, dtype=torch.bool),
+        gradient(student, want_student),
+        gradient(weight_s, want_weight),
+        gradient(bias_s, want_bias),
+    )
+
+
+_library.impl("kd", _kd, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_kd::kd", _kd_fake, lib=_library)
+
+
+def _scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradient * factor).to(dtype)
+
+
+_library.impl("scale_gradient", _scale_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fused_kd::scale_gradient", lambda gradient, factor, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
+    lib=_library,
+)  # fmt: skip
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError naming the first label outside [0, vocab) that is not ``ignore_index``; waits for the device."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(bad.any()):
+        token = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {vocab}) or ignore_index={ignore_index}, got {int(labels[token])} "
+            f"at token {token} (of the flattened labels)"
+        )
+
+
+def _check_losses(result: Result) -> None:
+    bad = result.loss.isnan()
+    if bool(bad.any()):
+        token = int(bad.nonzero()[0])
+        raise ValueError(
+            f"student and teacher logits must be finite or -inf; the first token with others is token {token} "
+            "(of the flattened tokens)"
+        )
+
+
+class KDFunction(torch.autograd.Function):
+    """``(loss, difficulty, is_hard)`` from tensors; the gradients come ready-made from the forward.
+
+    With ``per_token`` the upstream gradient is one number a token. That of the hidden states is then an exact
+    product; those of weight and bias mix tokens, so the backward runs the engine again with the upstream gradient as
+    token weights.
+    """
+
+    @staticmethod
+    def forward(ctx, student, weight_s, bias_s, teacher, weight_t, bias_t, labels, token_weights, scale, scalars,
+                wanted: tuple[bool, bool, bool], per_token: bool, options: tuple):  # fmt: skip
+        args = (student, weight_s, bias_s, teacher, weight_t, bias_t, labels)
+        recompute = per_token and (wanted[1] or wanted[2])
+        now = (False, False, False) if recompute else wanted
+        loss, difficulty, is_hard, *gradients = torch.ops.fused_kd.kd(
+            *args, token_weights, scale, scalars, *now, *options
+        )
+        if per_token:
+            loss = loss if token_weights is None else loss * token_weights
+        else:
+            loss = (loss.sum() if token_weights is None else loss.dot(token_weights)) * scale
+        ctx.wanted, ctx.per_token, ctx.recompute, ctx.options = wanted, per_token, recompute, options
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in args[:3])
+        if recompute:
+            # The scalars may be annealed in place before the backward runs.
+            ctx.save_for_backward(*args, token_weights, scale, scalars.clone())
+        else:
+            ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(difficulty, is_hard)
+        ctx.set_materialize_grads(False)
+        return loss, difficulty, is_hard
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        none = (None,) * 13
+        if upstream is None:
+            return none
+        upstream = upstream.float()
+        if ctx.recompute:
+            *args, token_weights, scale, scalars = ctx.saved_tensors
+            weights = upstream if token_weights is None else upstream * token_weights
+            gradients = torch.ops.fused_kd.kd(*args, weights, scale, scalars, *ctx.wanted, *ctx.options)[3:]
+            factor = torch.ones((), device=upstream.device)
+        else:
+            gradients = ctx.saved_tensors
+            factor = upstream.unsqueeze(1) if ctx.per_token else upstream
+        scaled = (
+            _times(gradient, factor, dtype) if wanted else None
+            for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        )
+        return (*scaled, *none[3:])
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A pass over a weight-sized gradient is worth a look at the factor where looking is free.
+    eager_cpu = factor.device.type == "cpu" and factor.dim() == 0 and not torch.compiler.is_compiling()
+    if eager_cpu and gradient.dtype == dtype and factor.item() == 1.0:
+        return gradient
+    return torch.ops.fused_kd.scale_gradient(gradient, factor, dtype)

@@ -1,0 +1,101 @@
+"""What the loss is given: a language-model head that has not been applied yet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """Hidden states and the lm_head that would turn them into logits; the logits are never held.
+
+    ``logits = softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)``, without the cap where ``softcap``
+    is None.
+
+    Args:
+        hidden: (..., H) last hidden states, float32, bfloat16 or float16.
+        weight: (V, H) lm_head weight in ``hidden``'s dtype (any of the three under autocast).
+        bias: (V,) or None.
+        logit_scale: finite factor on the logits (Cohere's ``logit_scale``; the inverse of Granite's divisor).
+        softcap: positive cap of the logits (Gemma's ``final_logit_softcapping``) or None.
+
+    Raises:
+        TypeError: for a tensor that is not one, or not of a supported dtype.
+        ValueError: for shapes, devices or numbers that do not fit; the message names the argument.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_float_tensor("hidden", self.hidden)
+        check_float_tensor("weight", self.weight)
+        if self.weight.dim() != 2:
+            raise ValueError(f"weight must have shape (V, H), got {tuple(self.weight.shape)}")
+        if self.hidden.dim() < 1 or self.hidden.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"hidden must have shape (..., H) with weight's H={self.weight.shape[1]}, "
+                f"got {tuple(self.hidden.shape)}"
+            )
+        if self.weight.shape[0] < 1:
+            raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(self.weight.shape)}")
+        if self.weight.device != self.hidden.device:
+            raise ValueError(f"weight is on {self.weight.device}, hidden on {self.hidden.device}; they must share one")
+        if self.bias is not None:
+            check_float_tensor("bias", self.bias)
+            if self.bias.shape != self.weight.shape[:1]:
+                raise ValueError(
+                    f"bias must have shape (V,) = ({self.weight.shape[0]},), got {tuple(self.bias.shape)}"
+                )
+            if self.bias.device != self.hidden.device:
+                raise ValueError(f"bias is on {self.bias.device}, hidden on {self.hidden.device}; they must share one")
+        check_number("logit_scale", self.logit_scale)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, positive=True)
+
+    @property
+    def vocab(self) -> int:
+        """V, the number of logits of a token."""
+        return self.weight.shape[0]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """Shape of the tokens: ``hidden.shape[:-1]``."""
+        return self.hidden.shape[:-1]
+
+    def __repr__(self) -> str:
+        extras = "".join(
+            f", {name}={value}"
+            for name, value, default in (("logit_scale", self.logit_scale, 1.0), ("softcap", self.softcap, None))
+            if value != default
+        )
+        bias = ", bias" if self.bias is not None else ""
+        return (
+            f"LMHead(hidden={tuple(self.hidden.shape)}, weight={tuple(self.weight.shape)}{bias}, "
+            f"{str(self.hidden.dtype).removeprefix('torch.')}{extras})"
+        )
+
+
+def check_float_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    allowed = "a finite positive number" if positive else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

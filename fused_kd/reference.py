@@ -1,0 +1,134 @@
+"""The float64 oracle: every objective from its textbook definition, with full logits and plain autograd.
+
+Nothing here is shared with the kernels. It is the truth for tests and for the error columns of benchmarks; it is slow
+and holds everything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inputs import LMHead
+from .loss import KDOutput
+from .objectives import NoEvo, Objective, ForwardKD, ReverseKD, SelfEvolution, SFT, Skew, SkewTeacher
+
+# Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
+_LOG_ZERO = -1e30
+
+
+def full_logits(source: LMHead | Tensor) -> Tensor:
+    """(..., V) float64 logits; differentiable in whatever ``source`` holds."""
+    if isinstance(source, Tensor):
+        return source.double()
+    logits = source.hidden.double() @ source.weight.double().T
+    if source.bias is not None:
+        logits = logits + source.bias.double()
+    logits = logits * source.logit_scale
+    return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """``log(share * a + (1 - share) * b)``."""
+    if share <= 0.0:
+        return log_b
+    if share >= 1.0:
+        return log_a
+    share_a, share_b = torch.tensor([share, 1.0 - share], dtype=torch.float64, device=log_a.device).log()
+    return torch.logaddexp(log_a + share_a, log_b + share_b)
+
+
+def reference_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token loss, difficulty (N,) float64 and hardness (N,) bool from logits (N, V) and valid labels (N,).
+
+    Every distribution is ``softmax(logits / temperature)``, except the student's in the hard-label term of ``SFT``,
+    ``ForwardKD``, ``ReverseKD`` and ``SkewTeacher``, which is taken at temperature 1.
+    """
+    z = student_logits.double().clamp(min=_LOG_ZERO)
+    log_q = (z / temperature).log_softmax(-1)
+    ce = -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    never = torch.zeros_like(labels, dtype=torch.bool)
+    if isinstance(objective, SFT):
+        return ce, ce.detach(), never
+    if teacher_logits is None:
+        raise ValueError(f"teacher must not be None for {objective!r}")
+    z_t = teacher_logits.detach().double().clamp(min=_LOG_ZERO)
+    log_p = (z_t / temperature).log_softmax(-1)
+    log_y = torch.full_like(log_p, _LOG_ZERO).scatter(-1, labels[:, None], 0.0)
+    lam: float = objective.lam  # type: ignore[attr-defined]
+    log_t = _mix(log_p, log_y, lam)
+    d = _kl(log_t, log_q)
+    if isinstance(objective, ForwardKD):
+        loss = (1 - lam) * ce + lam * _kl(log_p, log_q)
+    elif isinstance(objective, ReverseKD):
+        loss = (1 - lam) * ce + lam * _kl(log_q, log_p)
+    elif isinstance(objective, NoEvo):
+        loss = d
+    elif isinstance(objective, Skew):
+        loss = _kl(log_t, _mix(log_q, log_t, objective.beta))
+    elif isinstance(objective, SkewTeacher):
+        loss = (1 - lam) * ce + lam * _kl(log_p, _mix(log_q, log_p, objective.beta))
+    elif isinstance(objective, SelfEvolution):
+        hard = d.detach() > objective.gamma
+        return torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d), d.detach(), hard
+    else:
+        raise TypeError(f"the reference does not know {objective!r}")
+    return loss, d.detach(), never
+
+
+def reference_kd_loss(
+    student: LMHead | Tensor,
+    teacher: LMHead | Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    shift: bool = False,
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+) -> KDOutput:
+    """:func:`fused_kd.kd_loss` in float64 with everything materialised; the same arguments and results."""
+    z = full_logits(student)[..., :vocab_size]
+    z_t = None if teacher is None else full_logits(teacher)[..., :vocab_size]
+    labels = labels.long()
+    if shift:
+        labels = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
+    shape = labels.shape
+    labels = labels.reshape(-1)
+    valid = labels != ignore_index
+    rows, difficulty, is_hard = reference_rows(
+        z.reshape(-1, z.shape[-1])[valid],
+        None if z_t is None else z_t.reshape(-1, z_t.shape[-1])[valid],
+        labels[valid],
+        objective,
+        temperature,
+    )
+    weights = torch.ones_like(rows) if token_weights is None else token_weights.double().reshape(-1)[valid]
+
+    def scatter(values: Tensor) -> Tensor:
+        full = torch.zeros(labels.shape, dtype=values.dtype, device=values.device)
+        return full.masked_scatter(valid, values).reshape(shape)
+
+    weighted = rows * weights
+    if reduction == "none":
+        loss = scatter(weighted)
+    elif num_items is not None:
+        loss = weighted.sum() / num_items
+    elif reduction == "mean":
+        loss = weighted.sum() / weights.sum() if weights.sum() > 0 else weighted.sum()
+    else:
+        loss = weighted.sum()
+    return KDOutput(loss, scatter(difficulty), scatter(is_hard))

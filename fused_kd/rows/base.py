@@ -1,0 +1,60 @@
+"""The signature that every row implementation shares.
+
+A *row* turns a chunk of logits into per-token losses and overwrites a buffer with their gradient in the logits.
+Implementations never import each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..objectives import RowSpec
+
+LOG_ZERO = -1e30
+"""Stands for log 0 and for logits of -inf: ``exp`` of it is 0, differences of it are 0, products with 0 are 0."""
+
+EXCLUDED = 1e18
+"""Losses beyond this come from a positive target on a token that the student excludes (-inf): they are infinite."""
+
+
+class Logits(NamedTuple):
+    """Raw logits (C, V) of one side, and how they become final ones: ``x = cap * tanh(scale * raw / cap)``.
+
+    ``softcap`` None leaves out the cap. ``finite`` promises that no value is -inf.
+    """
+
+    raw: Tensor
+    scale: float
+    softcap: float | None
+    finite: bool
+
+
+class RowInputs(NamedTuple):
+    """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
+
+    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (4,) fp32 on the
+    chunk's device, ordered as :class:`fused_kd.objectives.Scalars`. ``cold_labels`` says that the label's own
+    cross-entropy is taken at temperature 1 while the rest is taken at another temperature.
+    """
+
+    student: Logits
+    teacher: Logits | None
+    labels: Tensor
+    weights: Tensor | None
+    scalars: Tensor
+    spec: RowSpec
+    cold_labels: bool
+
+
+class RowOutputs(NamedTuple):
+    """Written by a row: ``loss``, ``difficulty`` (C,) fp32, ``is_hard`` (C,) bool, ``dlogits`` (C, V) or None.
+
+    ``dlogits`` may be the student's raw logits themselves.
+    """
+
+    loss: Tensor
+    difficulty: Tensor
+    is_hard: Tensor
+    dlogits: Tensor | None

@@ -1,0 +1,276 @@
+"""Row implementation in plain PyTorch, for any device: blocks of rows that stay in cache, operations in place."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES, Divergence
+from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs
+
+# A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
+CPU_BLOCK_BYTES = 2 << 20
+DEVICE_BLOCK_BYTES = 256 << 20
+# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
+TINY = 1e-30
+
+
+def row(inputs: RowInputs, outputs: RowOutputs) -> None:
+    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`."""
+    C, V = inputs.student.raw.shape
+    on_cpu = inputs.labels.device.type == "cpu"
+    block = max(1, (CPU_BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES) // (4 * V))
+    scratch = _Scratch(min(block, C), V, inputs.labels.device)
+    # Host numbers where they cost nothing; reading them back from an accelerator would synchronise.
+    scalars = _Scalars(*(inputs.scalars.tolist() if on_cpu else inputs.scalars.unbind()))
+    for start in range(0, C, block):
+        rows = slice(start, min(start + block, C))
+        _block(inputs, outputs, rows, scalars, scratch)
+
+
+class _Scalars(NamedTuple):
+    lam: float | Tensor
+    beta: float | Tensor
+    gamma: float | Tensor
+    temperature: float | Tensor
+
+
+class _Scratch:
+    """Named (B, V) fp32 buffers, allocated on first use and shared by all blocks."""
+
+    def __init__(self, B: int, V: int, device: torch.device) -> None:
+        self._shape, self._device = (B, V), device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int) -> Tensor:
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self._shape, dtype=torch.float32, device=self._device)
+        return self._buffers[name][:rows]
+
+
+class _Softmax(NamedTuple):
+    prob: Tensor  # (B, V)
+    lse: Tensor  # (B, 1)
+    log_prob_y: Tensor  # (B, 1)
+
+
+def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: _Scalars, scratch: _Scratch) -> None:
+    spec = inputs.spec
+    labels = inputs.labels[rows]
+    ignored = labels < 0
+    y = labels.clamp(min=0).unsqueeze(1)
+    dlogits = None if outputs.dlogits is None else outputs.dlogits[rows]
+    # Rounded to the output's dtype once, at the end.
+    work = scratch("dlogits", len(y)) if dlogits is not None and dlogits.dtype != torch.float32 else dlogits
+
+    z, slope = _final_logits(inputs.student, rows, scratch, "z_s")
+    cold = None
+    if spec.divergence is None:
+        q = _softmax(z, y, scratch("q", len(y)))
+        loss = difficulty = -q.log_prob_y
+        is_hard = torch.zeros_like(ignored)
+        if work is not None:
+            _add_at(work.copy_(q.prob), y, -1.0)
+    else:
+        if inputs.cold_labels:
+            cold = _softmax(z, y, scratch("cold", len(y)))
+        z = _cool(z, s.temperature, scratch("z_s", len(y)))
+        assert inputs.teacher is not None
+        z_t, _ = _final_logits(inputs.teacher, rows, scratch, "z_t")
+        z_t = _cool(z_t, s.temperature, scratch("z_t", len(y)))
+        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, cold, work, s, scratch)
+
+    if work is not None and dlogits is not None:
+        if slope is not None:
+            work.mul_(slope)
+        else:
+            _scale(work, inputs.student.scale)
+        if inputs.weights is not None:
+            work.mul_(inputs.weights[rows].unsqueeze(1))
+        if _maybe_any(ignored):
+            work.masked_fill_(ignored.unsqueeze(1), 0.0)
+        if work is not dlogits:
+            dlogits.copy_(work)
+    for target, value in ((outputs.loss, loss), (outputs.difficulty, difficulty)):
+        value = value.squeeze(1)
+        target[rows] = value.masked_fill(value > EXCLUDED, math.inf).masked_fill(ignored, 0.0)
+    outputs.is_hard[rows] = is_hard & ~ignored
+
+
+def _against_teacher(
+    inputs: RowInputs,
+    z: Tensor,
+    z_t: Tensor,
+    y: Tensor,
+    cold: _Softmax | None,
+    dlogits: Tensor | None,
+    s: _Scalars,
+    scratch: _Scratch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T."""
+    spec = inputs.spec
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    B = len(y)
+    p = _softmax(z_t, y, scratch("p", B))
+    # The difference form cancels far less than two separate expectations.
+    difference = torch.sub(z_t, z, out=scratch("difference", B))
+    kl = (torch.linalg.vecdot(p.prob, difference).unsqueeze(1) - p.lse).clamp_(min=LOG_ZERO)
+    needs_difference = not divergence.free and not divergence.mixture
+    q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
+    kl = (kl + q.lse).clamp_(min=0.0)
+    p_y = p.log_prob_y.exp()
+    t_y = s.lam * p_y + (1.0 - s.lam)
+    lam_log_lam = _xlogx(s.lam)
+    difficulty = (
+        s.lam * (kl - p_y * (p.log_prob_y - q.log_prob_y))
+        + lam_log_lam * (1.0 - p_y)
+        + (torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)
+    ).clamp_(min=0.0)
+    hard = (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+
+    ce = -(cold or q).log_prob_y
+    ce_weight = 1.0 - s.lam if spec.hard_label else 0.0
+    share = 1.0 if spec.mixed else s.lam
+    free_loss = difficulty if spec.mixed else share * kl + ce_weight * ce
+    if divergence.free:
+        use = None
+    else:
+        use = hard if spec.gated else torch.ones_like(hard)
+        if divergence.mixture:  # beta = 1 is KL exactly, and its ratio t/q may overflow
+            use = use & (torch.as_tensor(s.beta, device=use.device) < 1.0)
+    loss = free_loss
+    if dlogits is not None and (use is None or not _known_all(use)):
+        _free_gradient(p.prob, q.prob, y, cold, s, spec.mixed, dlogits)
+    if use is not None and _maybe_any(use):
+        everything = _known_all(use) or y.device.type != "cpu"
+        index = None if everything else use.nonzero().squeeze(1)
+
+        def pick(x: Tensor) -> Tensor:
+            return x if index is None else x.index_select(0, index)
+
+        q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
+        t = _target(p_i, y_i, s.lam, spec.mixed)
+        d = None
+        if needs_difference:
+            d = pick(difference).sub_(pick(p.lse - q.lse))
+        value, gradient = _divergence(divergence, t, q_i, d, s.beta, dlogits is not None)
+        value = share * value + ce_weight * pick(ce)
+        if gradient is not None:
+            _scale(gradient, share / s.temperature)
+            if spec.hard_label:
+                _add_scaled(gradient, pick(cold.prob) if cold else q_i, ce_weight)
+                _add_at(gradient, y_i, -ce_weight)
+        if index is not None:
+            loss = loss.index_copy(0, index, value)
+            if gradient is not None and dlogits is not None:
+                dlogits.index_copy_(0, index, gradient)
+        else:
+            column = use.unsqueeze(1)
+            loss = value if _known_all(use) else torch.where(column, value, loss)
+            if gradient is not None and dlogits is not None:
+                dlogits.copy_(gradient if _known_all(use) else torch.where(column, gradient, dlogits))
+    return loss, difficulty, hard
+
+
+def _divergence(
+    divergence: Divergence, t: Tensor, q: Tensor, d: Tensor | None, beta: float | Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``sum h`` (B, 1) and ``g - q * sum g`` (B, V)."""
+    r = log_r = None
+    if divergence.mixture:
+        r = torch.lerp(t, q, beta)
+        torch.div(t, r, out=r)
+        log_r = r.log()
+    value = divergence.h(t, q, d, r, log_r, beta).sum(1, keepdim=True)
+    if not with_gradient:
+        return value, None
+    gradient = divergence.g(t, q, d, r, log_r, beta)
+    return value, gradient.addcmul_(q, gradient.sum(1, keepdim=True), value=-1.0)
+
+
+def _free_gradient(
+    p: Tensor, q: Tensor, y: Tensor, cold: _Softmax | None, s: _Scalars, mixed: bool, out: Tensor
+) -> None:
+    """``q - t`` (/T), the gradient of KL; with a hard-label term at the same temperature it is that of ``yt``."""
+    if cold is None or mixed:
+        _subtract_scaled(q, p, s.lam, out)
+        _add_at(out, y, s.lam - 1.0)
+        _scale(out, 1.0 / s.temperature)
+    else:
+        torch.sub(q, p, out=out)
+        _scale(out, s.lam / s.temperature)
+        _add_scaled(out, cold.prob, 1.0 - s.lam)
+        _add_at(out, y, s.lam - 1.0)
+
+
+def _final_logits(
+    logits: Logits, rows: slice, scratch: _Scratch, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled and capped fp32 logits, and d final / d raw where that is more than the scale."""
+    raw = logits.raw[rows]
+    if logits.softcap is None and logits.scale == 1.0 and logits.finite and raw.dtype == torch.float32:
+        return raw, None
+    z = scratch(name, len(raw)).copy_(raw)
+    if not logits.finite:
+        z.clamp_(min=LOG_ZERO)
+    if logits.softcap is None:
+        return _scale(z, logits.scale), None
+    tanh = z.mul_(logits.scale / logits.softcap).tanh_()
+    slope = torch.mul(tanh, tanh, out=scratch(name + "_slope", len(raw))).neg_().add_(1.0).mul_(logits.scale)
+    return tanh.mul_(logits.softcap), slope
+
+
+def _cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
+    return z if isinstance(temperature, float) and temperature == 1.0 else torch.div(z, temperature, out=out)
+
+
+def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
+    torch.softmax(z, 1, out=out)
+    # The largest probability never underflows, so it gives lse without another sweep of exponentials.
+    lse = z.amax(1, keepdim=True) - out.amax(1, keepdim=True).log()
+    return _Softmax(out, lse, z.gather(1, y) - lse)
+
+
+def _target(p: Tensor, y: Tensor, lam: float | Tensor, mixed: bool) -> Tensor:
+    t = (p * lam if mixed else p.clone()).add_(TINY)
+    return _add_at(t, y, 1.0 - lam) if mixed else t
+
+
+def _xlogx(x: float | Tensor) -> float | Tensor:
+    return torch.xlogy(x, x) if isinstance(x, Tensor) else (x * math.log(x) if x > 0.0 else 0.0)
+
+
+def _scale(x: Tensor, factor: float | Tensor) -> Tensor:
+    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
+
+
+def _subtract_scaled(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> None:
+    if isinstance(factor, Tensor):
+        torch.addcmul(a, b, factor, value=-1.0, out=out)
+    else:
+        torch.sub(a, b, alpha=factor, out=out)
+
+
+def _add_scaled(a: Tensor, b: Tensor, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        a.addcmul_(b, factor)
+    else:
+        a.add_(b, alpha=factor)
+
+
+def _add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:
+    """Add ``value`` to each row's label column."""
+    source = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand_as(y)
+    return x.scatter_add_(1, y, source)
+
+
+def _maybe_any(mask: Tensor) -> bool:
+    """Exact on a CPU; elsewhere True, since looking would synchronise."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
+def _known_all(mask: Tensor) -> bool:
+    return mask.device.type == "cpu" and bool(mask.all())
