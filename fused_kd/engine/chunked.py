@@ -16,7 +16,8 @@ from ..objectives import RowSpec
 from ..rows import Logits, Row, RowInputs, RowOutputs
 from ..rows.base import LOG_ZERO
 from .gemm import SLAB_BYTES, Projection
-from .plan import CPU_CHUNK, DEVICE_CHUNK, Plan, plan_chunks
+from .plan import Plan, plan_chunks, preferred_chunk
+from ..workspace import empty
 
 
 class Side(NamedTuple):
@@ -144,12 +145,12 @@ class _Buffers:
 
     def matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
         if name not in self._held:
-            self._held[name] = torch.empty(self._C, self._V, dtype=dtype, device=self._device)
+            self._held[name] = empty((self._C, self._V), dtype, self._device)
         return self._held[name][:rows]
 
     def vector(self, name: str, dtype: torch.dtype, span: slice) -> Tensor:
         if name not in self._held:
-            self._held[name] = torch.empty(self._C, dtype=dtype, device=self._device)
+            self._held[name] = empty((self._C,), dtype, self._device)
         return self._held[name][: span.stop - span.start]
 
 
@@ -220,9 +221,12 @@ def _plan(
             per_token += 2 * vocab
         if wanted.weight and projection.weight.dtype != torch.float32:
             fixed += 4 * projection.weight.numel()
-    preferred = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     return plan_chunks(
-        n, bytes_per_token=per_token, fixed_bytes=fixed, preferred=preferred, memory_budget=memory_budget
+        n,
+        bytes_per_token=per_token,
+        fixed_bytes=fixed,
+        preferred=preferred_chunk(device.type, per_token),
+        memory_budget=memory_budget,
     )
 
 
@@ -246,7 +250,7 @@ def _allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
 def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
     if weight is None or not wanted:
         return None
-    full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    full = empty(tuple(weight.shape), torch.float32, weight.device)
     full[vocab:].zero_()
     return full
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
+from ..workspace import empty
 from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs
 
 # A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
-CPU_BLOCK_BYTES = 2 << 20
+CPU_BLOCK_BYTES = 4 << 20
 DEVICE_BLOCK_BYTES = 256 << 20
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
 TINY = 1e-30
@@ -39,16 +40,63 @@ class _Scalars(NamedTuple):
 
 
 class _Scratch:
-    """Named (B, V) fp32 buffers, allocated on first use and shared by all blocks."""
+    """(B, V) fp32 buffers shared by all blocks: fresh memory of this size costs more in page faults than a pass."""
 
     def __init__(self, B: int, V: int, device: torch.device) -> None:
         self._shape, self._device = (B, V), device
-        self._buffers: dict[str, Tensor] = {}
+        self._named: dict[str, Tensor] = {}
+        self.free: list[Tensor] = []
+
+    def _new(self) -> Tensor:
+        return empty(self._shape, torch.float32, self._device)
 
     def __call__(self, name: str, rows: int) -> Tensor:
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(self._shape, dtype=torch.float32, device=self._device)
-        return self._buffers[name][:rows]
+        if name not in self._named:
+            self._named[name] = self._new()
+        return self._named[name][:rows]
+
+    def take(self) -> Tensor:
+        return self.free.pop() if self.free else self._new()
+
+
+class _Lazy:
+    """A (B, V) tensor whose operators write into reused buffers, so that table formulas allocate nothing."""
+
+    def __init__(self, value: Tensor, scratch: _Scratch, owned: Tensor | None = None) -> None:
+        self.value, self._scratch, self._owned = value, scratch, owned
+
+    def __del__(self) -> None:
+        if self._owned is not None:
+            self._scratch.free.append(self._owned)
+
+    def _apply(self, operation, *operands) -> _Lazy:
+        buffer = self._scratch.take()
+        out = operation(
+            *(x.value if isinstance(x, _Lazy) else x for x in operands), out=buffer[: len(self.value)]
+        )
+        return _Lazy(out, self._scratch, buffer)
+
+    def __mul__(self, other) -> _Lazy:
+        return self._apply(torch.mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other) -> _Lazy:
+        return self._apply(torch.div, self, other)
+
+    def __add__(self, other) -> _Lazy:
+        return self._apply(torch.add, self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other) -> _Lazy:
+        return self._apply(torch.sub, self, other)
+
+    def __neg__(self) -> _Lazy:
+        return self._apply(torch.neg, self)
+
+    def apply(self, operation, *operands) -> _Lazy:
+        return self._apply(operation, self, *operands)
 
 
 class _Softmax(NamedTuple):
@@ -117,7 +165,7 @@ def _against_teacher(
     p = _softmax(z_t, y, scratch("p", B))
     # The difference form cancels far less than two separate expectations.
     difference = torch.sub(z_t, z, out=scratch("difference", B))
-    kl = (torch.linalg.vecdot(p.prob, difference).unsqueeze(1) - p.lse).clamp_(min=LOG_ZERO)
+    kl = (_Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
     needs_difference = not divergence.free and not divergence.mixture
     q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
     kl = (kl + q.lse).clamp_(min=0.0)
@@ -152,11 +200,17 @@ def _against_teacher(
             return x if index is None else x.index_select(0, index)
 
         q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
-        t = _target(p_i, y_i, s.lam, spec.mixed)
+        t = _Lazy(p_i, scratch)
+        t = t * s.lam + TINY if isinstance(s.lam, Tensor) else t.apply(_shifted, s.lam if spec.mixed else 1.0)
+        if spec.mixed:
+            _add_at(t.value, y_i, 1.0 - s.lam)
         d = None
         if needs_difference:
-            d = pick(difference).sub_(pick(p.lse - q.lse))
-        value, gradient = _divergence(divergence, t, q_i, d, s.beta, dlogits is not None)
+            d = _Lazy(pick(difference).sub_(pick(p.lse - q.lse)), scratch)
+        in_place = dlogits if _known_all(use) else None
+        value, gradient = _divergence(
+            divergence, t, _Lazy(q_i, scratch), d, s.beta, dlogits is not None, in_place
+        )
         value = share * value + ce_weight * pick(ce)
         if gradient is not None:
             _scale(gradient, share / s.temperature)
@@ -170,25 +224,35 @@ def _against_teacher(
         else:
             column = use.unsqueeze(1)
             loss = value if _known_all(use) else torch.where(column, value, loss)
-            if gradient is not None and dlogits is not None:
-                dlogits.copy_(gradient if _known_all(use) else torch.where(column, gradient, dlogits))
+            if gradient is not None and dlogits is not None and in_place is None:
+                dlogits.copy_(torch.where(column, gradient, dlogits))
     return loss, difficulty, hard
 
 
 def _divergence(
-    divergence: Divergence, t: Tensor, q: Tensor, d: Tensor | None, beta: float | Tensor, with_gradient: bool
+    divergence: Divergence,
+    t: _Lazy,
+    q: _Lazy,
+    d: _Lazy | None,
+    beta: float | Tensor,
+    with_gradient: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum h`` (B, 1) and ``g - q * sum g`` (B, V)."""
+    """``sum h`` (B, 1) and ``g - q * sum g`` (B, V), the latter in ``out`` where given."""
     r = log_r = None
     if divergence.mixture:
-        r = torch.lerp(t, q, beta)
-        torch.div(t, r, out=r)
-        log_r = r.log()
-    value = divergence.h(t, q, d, r, log_r, beta).sum(1, keepdim=True)
+        r = t / t.apply(torch.lerp, q, beta)
+        log_r = r.apply(torch.log)
+    value = divergence.h(t, q, d, r, log_r, beta).value.sum(1, keepdim=True)
     if not with_gradient:
         return value, None
-    gradient = divergence.g(t, q, d, r, log_r, beta)
-    return value, gradient.addcmul_(q, gradient.sum(1, keepdim=True), value=-1.0)
+    g = divergence.g(t, q, d, r, log_r, beta)
+    total = g.value.sum(1, keepdim=True)
+    return value, torch.addcmul(g.value, q.value, total, value=-1.0, out=out)
+
+
+def _shifted(p: Tensor, lam: float, out: Tensor) -> Tensor:
+    return torch.add(torch.tensor(TINY), p, alpha=lam, out=out)
 
 
 def _free_gradient(
@@ -229,14 +293,14 @@ def _cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
 
 def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     torch.softmax(z, 1, out=out)
-    # The largest probability never underflows, so it gives lse without another sweep of exponentials.
+    # A probability that has not underflowed gives lse without another sweep of exponentials: the label's where that
+    # can be seen for free, else the largest.
+    z_y, q_y = z.gather(1, y), out.gather(1, y)
+    if z.device.type == "cpu" and bool((q_y > TINY).all()):
+        log_q_y = q_y.log_()
+        return _Softmax(out, z_y - log_q_y, log_q_y)
     lse = z.amax(1, keepdim=True) - out.amax(1, keepdim=True).log()
-    return _Softmax(out, lse, z.gather(1, y) - lse)
-
-
-def _target(p: Tensor, y: Tensor, lam: float | Tensor, mixed: bool) -> Tensor:
-    t = (p * lam if mixed else p.clone()).add_(TINY)
-    return _add_at(t, y, 1.0 - lam) if mixed else t
+    return _Softmax(out, lse, z_y - lse)
 
 
 def _xlogx(x: float | Tensor) -> float | Tensor:
