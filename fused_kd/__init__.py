@@ -1,5 +1,6 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
+from ._version import __version__
 from .inputs import LMHead
 from .loss import KDLoss, KDOutput, kd_loss
 from .objectives import (
@@ -13,7 +14,7 @@ from .objectives import (
     SkewTeacher,
 )
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "KDLoss",

@@ -118,7 +118,7 @@ def run(
             continue
         if student.weight is None:
             if index is not None and result.d_source is not None:
-                result.d_source[tokens] = out
+                result.d_source[:, :vocab][tokens] = out
             continue
         assert side_s.projection is not None and hidden is not None
         if result.d_source is not None:

@@ -145,17 +145,18 @@ def _check_losses(result: Result) -> None:
 class KDFunction(torch.autograd.Function):
     """``(loss, difficulty, is_hard)`` from tensors; the gradients come ready-made from the forward.
 
-    With ``per_token`` the upstream gradient is one number a token. That of the hidden states is then an exact
-    product; those of weight and bias mix tokens, so the backward runs the engine again with the upstream gradient as
-    token weights.
+    The first backward hands them over, scaled in place, so that no second weight-sized tensor is ever held; a further
+    one (``retain_graph=True``) runs the engine again. With ``per_token`` the upstream gradient is one number a token:
+    that of the hidden states is then an exact product, while those of weight and bias mix tokens, so the backward
+    runs the engine with the upstream gradient as token weights.
     """
 
     @staticmethod
     def forward(ctx, student, weight_s, bias_s, teacher, weight_t, bias_t, labels, token_weights, scale, scalars,
                 wanted: tuple[bool, bool, bool], per_token: bool, options: tuple):  # fmt: skip
         args = (student, weight_s, bias_s, teacher, weight_t, bias_t, labels)
-        recompute = per_token and (wanted[1] or wanted[2])
-        now = (False, False, False) if recompute else wanted
+        later = per_token and (wanted[1] or wanted[2])
+        now = (False, False, False) if later else wanted
         loss, difficulty, is_hard, *gradients = torch.ops.fused_kd.kd(
             *args, token_weights, scale, scalars, *now, *options
         )
@@ -163,42 +164,51 @@ class KDFunction(torch.autograd.Function):
             loss = loss if token_weights is None else loss * token_weights
         else:
             loss = (loss.sum() if token_weights is None else loss.dot(token_weights)) * scale
-        ctx.wanted, ctx.per_token, ctx.recompute, ctx.options = wanted, per_token, recompute, options
+        ctx.wanted, ctx.per_token, ctx.options = wanted, per_token, options
         ctx.dtypes = tuple(None if x is None else x.dtype for x in args[:3])
-        if recompute:
+        ctx.traced = torch.compiler.is_compiling() and not later
+        ctx.ready = None
+        if ctx.traced:  # a traced backward cannot hand over, it only multiplies
+            ctx.save_for_backward(*gradients)
+        elif any(wanted):
+            ctx.ready = None if later else gradients
             # The scalars may be annealed in place before the backward runs.
             ctx.save_for_backward(*args, token_weights, scale, scalars.clone())
-        else:
-            ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(difficulty, is_hard)
         ctx.set_materialize_grads(False)
         return loss, difficulty, is_hard
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
         none = (None,) * 13
         if upstream is None:
             return none
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("fused_kd losses have no second derivative: create_graph=True is not supported")
         upstream = upstream.float()
-        if ctx.recompute:
+        factor: Tensor | None = upstream.unsqueeze(1) if ctx.per_token else upstream
+        if ctx.traced:
+            gradients = [torch.ops.fused_kd.scale_gradient(g, factor, dtype)
+                         for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True) if dtype is not None]  # fmt: skip
+            gradients += [None] * (3 - len(gradients))
+            return (*(g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True)), *none[3:])
+        gradients, ctx.ready = ctx.ready, None
+        if gradients is None:
             *args, token_weights, scale, scalars = ctx.saved_tensors
-            weights = upstream if token_weights is None else upstream * token_weights
+            weights = token_weights
+            if ctx.per_token:
+                weights = upstream if token_weights is None else upstream * token_weights
+                factor = None
             gradients = torch.ops.fused_kd.kd(*args, weights, scale, scalars, *ctx.wanted, *ctx.options)[3:]
-            factor = torch.ones((), device=upstream.device)
-        else:
-            gradients = ctx.saved_tensors
-            factor = upstream.unsqueeze(1) if ctx.per_token else upstream
         scaled = (
-            _times(gradient, factor, dtype) if wanted else None
+            _scale_in_place(gradient, factor, dtype) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
         )
         return (*scaled, *none[3:])
 
 
-def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     # A pass over a weight-sized gradient is worth a look at the factor where looking is free.
-    eager_cpu = factor.device.type == "cpu" and factor.dim() == 0 and not torch.compiler.is_compiling()
-    if eager_cpu and gradient.dtype == dtype and factor.item() == 1.0:
-        return gradient
-    return torch.ops.fused_kd.scale_gradient(gradient, factor, dtype)
+    if factor is not None and not (factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0):
+        gradient.mul_(factor)
+    return gradient.to(dtype)

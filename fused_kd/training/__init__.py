@@ -1,0 +1,1 @@
+"""What the training scripts share: data, prompts, the Trainer, generation and scores (extra ``train``)."""

@@ -1,0 +1,113 @@
+"""Running sums of a training, kept on the device between two log entries and inside checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+_SUMS = ("loss", "difficulty", "hard", "tokens")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak MiB so far: of the CUDA allocator on a GPU, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class RunningMetrics(TrainerCallback, ExportableState):
+    """Sums of loss, difficulty, hard tokens and valid tokens since the last log entry, and training time.
+
+    A checkpoint holds them (reading them there is the only host synchronisation besides logging), so a
+    resumed training logs what an uninterrupted one would have logged, apart from times.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(_SUMS))
+        self.window_seconds = 0.0
+        self.total_seconds = 0.0
+        self._resumed_at: float | None = None
+
+    def add(
+        self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Add one micro-batch: its share of the loss, and sums over its valid tokens. No host synchronisation."""
+        self.sums = self.sums.to(loss.device)
+        values = (loss, difficulty, hard, tokens)
+        self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
+
+    def take(self, steps: int) -> dict[str, float]:
+        """The log entry for the ``steps`` optimizer steps since the last one; resets the sums."""
+        sums = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+        self._tick()
+        tokens = max(sums["tokens"], 1.0)
+        entry = {
+            "loss": sums["loss"] / max(steps, 1),
+            "difficulty": sums["difficulty"] / tokens,
+            "hard_fraction": sums["hard"] / tokens,
+            "tokens_per_second": sums["tokens"] / max(self.window_seconds, 1e-9),
+            "peak_memory_mb": peak_memory_mb(self.sums.device),
+        }
+        self.sums = torch.zeros_like(self.sums)
+        self.window_seconds = 0.0
+        return entry
+
+    def pause(self) -> None:
+        """Stop the clock, as for an evaluation."""
+        self._tick()
+        self._resumed_at = None
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        self._resumed_at = time.perf_counter()
+
+    def _tick(self) -> None:
+        if self._resumed_at is None:
+            return
+        now = time.perf_counter()
+        self.window_seconds += now - self._resumed_at
+        self.total_seconds += now - self._resumed_at
+        self._resumed_at = now
+
+    def state(self) -> dict[str, Any]:
+        self._tick()
+        return {
+            "args": {},
+            "attributes": {
+                "sums": self.sums.tolist(),
+                "window_seconds": self.window_seconds,
+                "total_seconds": self.total_seconds,
+            },
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = (
+            state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            if state.global_step
+            else {}
+        )
+        self.sums = torch.tensor(
+            saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device
+        )
+        self.window_seconds = saved.get("window_seconds", 0.0)
+        self.total_seconds = saved.get("total_seconds", 0.0)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+        self.resume()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pause()

@@ -1,0 +1,179 @@
+"""Models by preset name, path or hub name, and the tokenizer that a student and its teacher share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """Sizes of a Llama-style model with tied embeddings; the vocabulary is the tokenizer's.
+
+    ``threads`` is the number of CPU threads at which a training step was fastest: barriers between tiny
+    parallel regions cost more than a second core gives.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    threads: int = 1
+
+
+PRESETS = {
+    "tiny-teacher": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
+    "tiny-student": ModelPreset(hidden_size=64, layers=2, heads=4, intermediate_size=176),
+    "small-teacher": ModelPreset(hidden_size=224, layers=4, heads=4, intermediate_size=608),
+    "small-student": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
+}
+
+
+def load_model(
+    name_or_path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    dtype: torch.dtype | str = "auto",
+) -> PreTrainedModel:
+    """A causal LM: a preset with random weights, or a model from a folder or the hub.
+
+    Args:
+        name_or_path: a name in ``PRESETS``, a folder, or a hub name.
+        tokenizer: gives a preset its vocabulary; a loaded model must have room for it, and the tokenizer
+            beside the loaded model must have the same tokens and ids.
+        seed: of a preset's weights; the global generator is left as it was.
+        dtype: of a loaded model; default ``"auto"``, that of its files. Presets are float32.
+
+    Raises:
+        ValueError: an unknown name, another tokenizer, too small a vocabulary.
+    """
+    name = str(name_or_path)
+    if name in PRESETS:
+        return _from_preset(PRESETS[name], tokenizer, seed)
+    from transformers import AutoModelForCausalLM
+
+    same_tokenizer(load_tokenizer(name), tokenizer, name)
+    model = _pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer"
+        )
+    return model
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the hub. Raises ``ValueError`` where there is none."""
+    from transformers import AutoTokenizer
+
+    return _pretrained(AutoTokenizer, str(name_or_path))
+
+
+def same_tokenizer(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model"
+) -> None:
+    """Raise ``ValueError`` unless both have the same tokens with the same ids: distillation compares by id."""
+    ours, theirs = second.get_vocab(), first.get_vocab()
+    differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+    if differing:
+        shown = ", ".join(repr(token) for token in sorted(differing)[:3])
+        raise ValueError(
+            f"the tokenizer of {name} differs from the other model's in {len(differing)} tokens ({shown}): "
+            "student and teacher must share one tokenizer"
+        )
+
+
+def shared_tokenizer(
+    names: Sequence[str], folder: Path, texts: Iterable[str], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The one tokenizer of all these models.
+
+    That of the loaded models, which must agree; if all are presets, the one saved in ``folder``, trained on
+    ``texts`` the first time. Raises ``ValueError`` as :func:`same_tokenizer` and :func:`train_tokenizer`.
+    """
+    loaded = [name for name in names if name not in PRESETS]
+    if loaded:
+        tokenizer = load_tokenizer(loaded[0])
+        for name in loaded[1:]:
+            same_tokenizer(load_tokenizer(name), tokenizer, name)
+        return tokenizer
+    finished = folder / "finished"
+    if not finished.exists():
+        train_tokenizer(texts, vocab_size).save_pretrained(folder)
+        finished.touch()
+    return load_tokenizer(folder)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with ``<pad>``, ``<bos>`` (put in front of every text) and ``<eos>``.
+
+    Args:
+        texts: what it shall compress; the same texts in the same order give the same tokenizer.
+        vocab_size: at most this many tokens, at least 260 (256 bytes, 3 special tokens, 1 merge).
+
+    Raises:
+        ValueError: ``vocab_size`` below 260.
+    """
+    if vocab_size < 260:
+        raise ValueError(f"vocab_size must be at least 260 (256 bytes and special tokens), got {vocab_size}")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # a word has the same tokens at the start of a text as within
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def _pretrained(loader: Any, name: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "
+            f"{loader.__name__}: {error}"
+        ) from error

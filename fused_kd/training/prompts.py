@@ -1,0 +1,293 @@
+"""Prompts, and the tokenised rows made of them, with the loss on the response only.
+
+A row is ``prompt tokens + response tokens + EOS``. Prompt and response are tokenised apart, never as one
+string, so no token straddles the boundary: the mask is exact, and a prompt alone (as in generation) has the
+very tokens it had in training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fused_kd.training.data import Pair, language_name, parse_direction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LABEL_PAD = -100
+_FIELDS = ("source", "source_language", "target_language", "source_code", "target_code")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt with named gaps.
+
+    Args:
+        name: the key in `PROMPTS`.
+        template: a format string with ``{source}`` (the text to translate) and any of ``{source_language}``,
+            ``{target_language}`` (English names), ``{source_code}``, ``{target_code}``. The response follows
+            its last character directly.
+
+    Raises:
+        ValueError: no ``{source}``, or a gap with another name.
+    """
+
+    name: str
+    template: str
+
+    def __post_init__(self) -> None:
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None}
+        unknown = sorted(fields - set(_FIELDS))
+        if unknown or "source" not in fields:
+            raise ValueError(
+                f"template {self.name!r} has the gaps {sorted(fields)}: "
+                f"expected 'source', and no others than {', '.join(_FIELDS)}"
+            )
+
+    def render(self, source: str, direction: str) -> str:
+        """The prompt for one source text; `direction` such as ``"en-de"``."""
+        source_code, target_code = parse_direction(direction)
+        return self.template.format(
+            source=source,
+            source_code=source_code,
+            target_code=target_code,
+            source_language=language_name(source_code),
+            target_language=language_name(target_code),
+        )
+
+
+_INSTRUCTION = "### Instruction:\nTranslate the following text from {source_language} to {target_language}.\n"
+PROMPTS = {
+    prompt.name: prompt
+    for prompt in (
+        PromptTemplate(
+            "paper",
+            "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. Write a response that appropriately completes the request.\n\n"
+            + _INSTRUCTION
+            + "\n### Input:\n{source}\n\n### Response:\n",
+        ),
+        PromptTemplate(
+            "alpaca",
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            + _INSTRUCTION
+            + "{source}\n\n### Response:\n",
+        ),
+        PromptTemplate("tiny", "{source_code}: {source}\n{target_code}:\n"),
+    )
+}
+
+
+def get_prompt(name: str | PromptTemplate) -> PromptTemplate:
+    """The template of that name; a template is returned as it is.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if isinstance(name, PromptTemplate):
+        return name
+    if name not in PROMPTS:
+        raise ValueError(f"prompt {name!r} is unknown: expected one of {', '.join(PROMPTS)}")
+    return PROMPTS[name]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts: with BOS where the tokenizer adds one, never with a closing EOS."""
+    if not prompts:
+        return []
+    rows = tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [row[:-1] if row and row[-1] == eos else row for row in rows]
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | str,
+    pair: Pair,
+    direction: str,
+    max_length: int,
+) -> dict[str, list[int]]:
+    """One training row.
+
+    Args:
+        tokenizer: needs an EOS token.
+        template: a `PromptTemplate` or its name.
+        pair: source and target text.
+        direction: such as ``"en-de"``.
+        max_length: most tokens in the row. What is too much is dropped from the end of the response, EOS
+            first, so a cut response does not teach the model to stop there.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}`` of equal length. Labels are -100 on the prompt and the token
+        itself on the response and EOS; they are *not* shifted.
+
+    Raises:
+        ValueError: the prompt alone fills `max_length`, the tokenizer has no EOS, or an unknown template.
+    """
+    row = _encode(tokenizer, get_prompt(template), [pair], direction, max_length)[0]
+    if row is None:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}"
+        )
+    return row
+
+
+class PairDataset(Dataset):
+    """Tokenised rows for a `torch.utils.data.DataLoader` or a `transformers.Trainer`.
+
+    Attributes:
+        rows: dicts of ``input_ids`` and ``labels``, as of `encode_pair`.
+        skipped: pairs left out because the prompt alone filled `max_length`.
+        truncated: rows whose response was cut.
+    """
+
+    def __init__(self, rows: list[dict[str, list[int]]], skipped: int = 0, truncated: int = 0) -> None:
+        self.rows = rows
+        self.skipped = skipped
+        self.truncated = truncated
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        return f"PairDataset({len(self)} rows, skipped={self.skipped}, truncated={self.truncated})"
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | str,
+    pairs: Iterable[Pair],
+    direction: str,
+    max_length: int,
+    *,
+    skip_long: bool = True,
+) -> PairDataset:
+    """`encode_pair` for many pairs at once.
+
+    A pair whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or raises
+    with ``skip_long=False``. Order is kept.
+
+    Raises:
+        ValueError: as `encode_pair`; also where no row is left.
+    """
+    pairs = list(pairs)
+    rows = _encode(tokenizer, get_prompt(template), pairs, direction, max_length)
+    for pair, row in zip(pairs, rows, strict=True):
+        if row is None and not skip_long:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}"
+            )
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise ValueError(f"no rows: {len(pairs)} pairs given, max_length={max_length}")
+    truncated = sum(row["input_ids"][-1] != tokenizer.eos_token_id for row in kept)
+    return PairDataset(kept, skipped=len(rows) - len(kept), truncated=truncated)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    pairs: list[Pair],
+    direction: str,
+    max_length: int,
+) -> list[dict[str, list[int]] | None]:
+    parse_direction(direction)
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"max_length must be an int, got {max_length!r}")
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: expected at least 2")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
+    if not pairs:
+        return []
+    prompts = encode_prompts(tokenizer, [template.render(pair.source, direction) for pair in pairs])
+    responses = tokenizer([pair.target for pair in pairs], add_special_tokens=False)["input_ids"]
+    rows: list[dict[str, list[int]] | None] = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        response = [*response, eos][: max(max_length - len(prompt), 0)]
+        labels = [LABEL_PAD] * len(prompt) + response
+        rows.append({"input_ids": prompt + response, "labels": labels} if response else None)
+    return rows
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows to one length.
+
+    Args:
+        pad_token_id: fills ``input_ids``.
+        label_pad: fills ``labels``; default -100.
+        pad_to_multiple_of: round the length up to a multiple; None (default) pads to the longest row.
+        side: where the padding goes, ``"right"`` (default) or ``"left"``.
+
+    Returns on call:
+        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length).
+
+    Raises:
+        ValueError: an unknown side, a negative pad id, an empty batch.
+    """
+
+    pad_token_id: int
+    label_pad: int = LABEL_PAD
+    pad_to_multiple_of: int | None = None
+    side: Literal["right", "left"] = "right"
+
+    def __post_init__(self) -> None:
+        if self.side not in ("right", "left"):
+            raise ValueError(f"side={self.side!r}: expected 'right' or 'left'")
+        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
+            raise TypeError(f"pad_token_id must be an int, got {self.pad_token_id!r}")
+        if self.pad_token_id < 0:
+            raise ValueError(f"pad_token_id={self.pad_token_id}: expected at least 0")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: expected at least 1, or None")
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            raise ValueError("the batch is empty: expected at least one row")
+        length = max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        size = (len(rows), length)
+        input_ids = torch.full(size, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(size, dtype=torch.int64)
+        labels = torch.full(size, self.label_pad, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            count = len(row["input_ids"])
+            span = slice(0, count) if self.side == "right" else slice(length - count, length)
+            input_ids[number, span] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            attention_mask[number, span] = 1
+            labels[number, span] = torch.as_tensor(row["labels"], dtype=torch.int64)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def render_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
+    """One tokenised row as text, for a look at the data before training.
+
+    The first line counts tokens; then each run without loss as decoded text, each run with loss token by
+    token.
+    """
+    ids, labels = [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
+    carrying = sum(label != LABEL_PAD for label in labels)
+    lines = [f"{len(ids)} tokens, {carrying} with loss"]
+    for has_loss, group in groupby(zip(ids, labels, strict=True), key=lambda item: item[1] != LABEL_PAD):
+        run = [token for token, _ in group]
+        if has_loss:
+            shown = " ".join(f"{tokenizer.convert_ids_to_tokens(token)}[{token}]" for token in run)
+            lines.append(f"loss    ({len(run)}): {shown}")
+        else:
+            lines.append(f"no loss ({len(run)}): {tokenizer.decode(run)!r}")
+    return "\n".join(lines)

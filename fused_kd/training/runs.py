@@ -1,0 +1,81 @@
+"""An output folder whose finished stages are kept: a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a Trainer that was written to its end; a kill may leave a torn one behind."""
+    found = [(int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    for _, path in sorted(found, reverse=True):
+        try:
+            read = read_json(path / "trainer_state.json")  # the Trainer writes it last
+        except json.JSONDecodeError:
+            continue
+        if read is not None:
+            return path
+    return None
+
+
+class Run:
+    """A folder with one sub-folder a stage, bound to the arguments that it was first made with.
+
+    Raises:
+        ValueError: the folder was made with other arguments; the message lists what differs.
+    """
+
+    def __init__(self, folder: str | Path, arguments: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        arguments = json.loads(json.dumps(arguments))
+        known = read_json(self.folder / "arguments.json")
+        if known is None:
+            write_json(self.folder / "arguments.json", arguments)
+        elif known != arguments:
+            differing = sorted(
+                key for key in known.keys() | arguments.keys() if known.get(key) != arguments.get(key)
+            )
+            changes = "; ".join(f"{key}: {known.get(key)!r} -> {arguments.get(key)!r}" for key in differing)
+            raise ValueError(
+                f"output={str(folder)!r} was made with other arguments ({changes}): "
+                "give another folder, or repeat the old arguments to go on"
+            )
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage."""
+        return self.folder / name
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a stage for this process; a second process waits until the first has finished or died."""
+        self.stage(name).mkdir(parents=True, exist_ok=True)
+        with open(self.stage(name) / ".lock", "w") as file:
+            try:
+                import fcntl
+            except ImportError:  # not on Windows: one process at a time there
+                yield
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{name}: waiting for another process that works on it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,117 @@
+"""Every objective, backend, input form and dtype against the float64 oracle, no worse than eager PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_kd as fk
+
+from .problems import NAMES, OBJECTIVES, Problem, eager, gradients, oracle64, problem, relative
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BACKENDS = [
+    pytest.param("torch", "cpu", id="torch-cpu"),
+    pytest.param("triton", DEVICE, id=f"triton-{DEVICE}", marks=[pytest.mark.gpu] if CUDA else []),
+    *([pytest.param("torch", "cuda", id="torch-cuda", marks=pytest.mark.gpu)] if CUDA else []),
+]
+# One rounding of the result to its dtype (and of dlogits to the GEMM's); fp32: a few units in the last place.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+# Keeps fp16 gradients out of the subnormals, as a GradScaler does.
+LOSS_SCALE = 1024.0
+
+
+def run(p: Problem, objective, backend: str, **options) -> tuple[fk.KDOutput, list[torch.Tensor]]:
+    out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend, **options)
+    return out, gradients(out.loss, p.leaves)
+
+
+def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tensor]) -> None:
+    expected, expected_grads = oracle64(p, objective)
+    eager_loss, eager_grads = eager(p, objective)
+    dtype = p.hidden.dtype
+    assert relative(out.loss, expected.loss) <= max(relative(eager_loss, expected.loss), 1e-6)
+    for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, expected_grads, strict=False):
+        error, budget = relative(actual, ref), ROUNDING[dtype]
+        if dtype == torch.float32:  # in low precision eager PyTorch is off by percents: no budget worth having
+            budget = max(budget, relative(e, ref))
+        assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
+    if dtype == torch.float32:
+        assert torch.equal(out.is_hard.cpu(), expected.is_hard.cpu())
+        assert relative(out.difficulty, expected.difficulty) < 1e-5
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize("std", [1.0, 4.0])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_hidden_fp32(objective, std, near, backend, device):
+    p = problem(std=std, near=near, device=device)
+    check_budget(p, objective, *run(p, objective, backend))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_hidden_low_precision(objective, dtype, near, backend, device):
+    p = problem(std=3.0, near=near, dtype=dtype, device=device)
+    check_budget(p, objective, *run(p, objective, backend))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_bias_and_chunks_with_short_last(objective, backend, device):
+    p = problem(N=23, bias=True, device=device)
+    per_token = 4 * 517 * 2 + 8 * (24 + 40) + 16
+    check_budget(p, objective, *run(p, objective, backend, memory_budget=5 * per_token))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_logits(objective, dtype, near, backend, device):
+    p = problem(std=3.0, near=near, device=device)
+    z = (p.hidden @ p.weight.T).detach().to(dtype).requires_grad_()
+    z_t = (p.hidden_t @ p.weight_t.T).to(dtype)
+    out = fk.kd_loss(z, z_t, p.labels, objective, backend=backend)
+    (actual,) = gradients(out.loss * LOSS_SCALE, [z])
+    z64 = z.detach().double().requires_grad_()
+    expected = fk.reference.reference_kd_loss(z64, z_t.double(), p.labels, objective)
+    (ref,) = gradients(expected.loss * LOSS_SCALE, [z64])
+    assert relative(out.loss, expected.loss) < 2e-6
+    truncates = backend == "triton" and device == "cpu"  # the interpreter truncates where a GPU rounds
+    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (2 if truncates else 1)
+    assert relative(actual, ref) < budget
+    assert actual[p.labels == -100].abs().sum() == 0
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_student_and_teacher_in_different_dtypes_and_forms(backend, device):
+    p = problem(dtype=torch.float32, dtype_t=torch.bfloat16, device=device)
+    objective = fk.SelfEvolution()
+    expected, refs = oracle64(p, objective)
+    out, grads = run(p, objective, backend)
+    assert relative(out.loss, expected.loss) < 1e-6
+    assert max(relative(g, r) for g, r in zip(grads, refs, strict=True)) < 3e-6
+    z_t = p.hidden_t.float() @ p.weight_t.float().T
+    mixed = fk.kd_loss(p.student(), z_t, p.labels, objective, backend=backend)
+    assert relative(mixed.loss, expected.loss) < 1e-6
+    z = (p.hidden @ p.weight.T).detach().requires_grad_()
+    other = fk.kd_loss(z, p.teacher(), p.labels, objective, backend=backend)
+    assert relative(other.loss, expected.loss) < 1e-6
+
+
+@pytest.mark.parametrize("mutation", [0.0, -1.0, 1.02], ids=["zeroed", "negated", "scaled"])
+@pytest.mark.parametrize("leaf", [0, 1], ids=["dH", "dW"])
+def test_the_budget_catches_wrong_gradients(mutation, leaf):
+    """A suite that passes with a wrong gradient proves nothing, so the check itself is checked."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for objective in OBJECTIVES:
+            p = problem(std=3.0, dtype=dtype)
+            out, grads = run(p, objective, "torch")
+            grads[leaf] = grads[leaf] * mutation
+            with pytest.raises(AssertionError, match=("dH", "dW")[leaf]):
+                check_budget(p, objective, out, grads)

@@ -1,0 +1,228 @@
+"""Batched generation against one-by-one generation, and scores against known values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from fused_kd.training.data import Pair
+from fused_kd.training.evaluate import generate, score, translate
+from fused_kd.training.prompts import encode_prompts, get_prompt
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXTS = ["A dog sees the cat.", "Ein Hund sieht die Katze.", "The old man sleeps in the garden today."]
+PROMPTS = [
+    "A dog",
+    "The old man sleeps in the",
+    "Ein Hund sieht die Katze. A dog sees",
+    "cat",
+    "the garden",
+] * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.train_from_iterator(
+        TEXTS * 4,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+            attention_dropout=0.5,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def greedy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: list[int],
+    steps: int,
+) -> str:
+    """One prompt, no padding, no cache, no generate()."""
+    model.eval()
+    row, start = list(ids), len(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            token = int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        row.append(token)
+    return " ".join(str(tokenizer.decode(row[start:], skip_special_tokens=True)).split())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_batches_give_what_single_prompts_give(model, tokenizer, batch_size: int) -> None:
+    expected = [greedy(model, tokenizer, ids, 12) for ids in encode_prompts(tokenizer, PROMPTS)]
+    assert len(set(expected)) == 5 and all(expected)
+    made = generate(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12, progress=False)
+    assert made == expected
+    by_ids = generate(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, PROMPTS),
+        batch_size=batch_size,
+        max_new_tokens=12,
+        progress=False,
+    )
+    assert by_ids == expected
+
+
+def test_generation_stops_at_eos(model, tokenizer) -> None:
+    ids = encode_prompts(tokenizer, PROMPTS[:5])
+    with torch.no_grad():
+        model.eval()
+        final = model.model(torch.tensor([ids[0]])).last_hidden_state[0, -1]
+        # after this prompt EOS is the likeliest token by far
+        model.lm_head.weight[tokenizer.eos_token_id] = final * 20
+    expected = [greedy(model, tokenizer, row, 10) for row in ids]
+    assert expected[0] == "" and any(expected)
+    assert generate(model, tokenizer, ids, batch_size=5, max_new_tokens=10, progress=False) == expected
+
+
+def test_settings_of_the_checkpoint_do_not_change_decoding(model, tokenizer) -> None:
+    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=8, progress=False)
+    own = type(model.generation_config)(
+        repetition_penalty=50.0, do_sample=True, temperature=9.0, num_beams=3, max_length=5, eos_token_id=40
+    )
+    model.generation_config = own
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8, progress=False) == plain
+    assert model.generation_config is own
+
+
+def test_modes_are_restored(model, tokenizer) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, tokenizer, PROMPTS[:2], max_new_tokens=2, progress=False)
+    assert [module.training for module in model.modules()] == before and model.training
+    model.generate = None
+    with pytest.raises(TypeError):
+        generate(model, tokenizer, PROMPTS[:2], max_new_tokens=2, progress=False)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_beam_search_in_batches_is_beam_search_alone(model, tokenizer) -> None:
+    expected = []
+    for ids in encode_prompts(tokenizer, PROMPTS[:5]):
+        row = torch.tensor([ids])
+        output = model.eval().generate(
+            row, attention_mask=torch.ones_like(row), do_sample=False, num_beams=4, max_new_tokens=4,
+            pad_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+        text = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+        expected.append(" ".join(str(text).split()))
+    made = generate(model, tokenizer, PROMPTS[:5], max_new_tokens=4, num_beams=4, progress=False)
+    assert made == expected
+    assert made != generate(model, tokenizer, PROMPTS[:5], max_new_tokens=4, progress=False)
+
+
+def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(model, tokenizer, PROMPTS[:3], batch_size=2, max_new_tokens=2)
+    assert "3/3" in capsys.readouterr().err
+    generate(model, tokenizer, PROMPTS[:3], max_new_tokens=2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "prompts is empty"),
+        ("one string", {}, TypeError, "one string"),
+        (["a", [1, 2]], {}, TypeError, "mixes"),
+        ([[1], []], {}, ValueError, r"prompts\[1\] has no tokens"),
+        (["a"], {"batch_size": 0}, ValueError, "batch_size=0"),
+        (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        (["a"], {"num_beams": 1.5}, TypeError, "num_beams"),
+    ],
+)
+def test_bad_arguments(
+    model, tokenizer, prompts, options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(model, tokenizer, prompts, **options)
+
+
+def test_translate_renders_generates_and_scores(model, tokenizer) -> None:
+    pytest.importorskip("sacrebleu")
+    pairs = [Pair(text, text) for text in TEXTS]
+    made, scores = translate(model, tokenizer, pairs, "en-de", "tiny", max_new_tokens=6, progress=False)
+    prompts = [get_prompt("tiny").render(text, "en-de") for text in TEXTS]
+    assert made == generate(model, tokenizer, prompts, max_new_tokens=6, progress=False)
+    assert scores == score(made, TEXTS)
+
+
+def test_scores_of_known_text() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    same = score(TEXTS, TEXTS)
+    assert same.bleu == pytest.approx(100) and same.chrf == pytest.approx(100)
+    assert score(["", ""], TEXTS[:2]).bleu == 0
+    # by hand: 5 of 6 words, 3 of 5, 2 of 4, 1 of 3 n-grams match, no brevity penalty
+    one = score(["the cat sat on a mat"], ["the cat sat on the mat"])
+    assert one.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    # 13a splits the full stop off
+    assert score(["Der Hund schläft im Garten ."], ["Der Hund schläft im Garten."]).bleu == pytest.approx(100)
+    version = sacrebleu.__version__
+    assert one.bleu_signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
+    assert one.chrf_signature == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version}"
+
+
+def test_scores_are_sacrebleus_corpus_scores() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    made = ["Ein Hund sieht eine Katze.", "Der alte Mann schläft.", "Die Frau liest ein Buch"]
+    wanted = ["Ein Hund sieht die Katze.", "Der alte Mann schläft heute.", "Die Frau liest ein Buch."]
+    scores = score(made, wanted)
+    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(made, [wanted]).score)
+    assert scores.chrf == pytest.approx(sacrebleu.corpus_chrf(made, [wanted]).score)
+    assert scores.as_dict() == {
+        "bleu": scores.bleu,
+        "chrf": scores.chrf,
+        "bleu_signature": scores.bleu_signature,
+        "chrf_signature": scores.chrf_signature,
+    }
+    assert "tok:char" in score(["你好"], ["你好"], tokenize="char").bleu_signature
+
+
+def test_scores_reject_nonsense() -> None:
+    with pytest.raises(ValueError, match="2 hypotheses for 1 references"):
+        score(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="empty"):
+        score([], [])
+    with pytest.raises(TypeError, match="hypotheses"):
+        score("abc", ["a", "b", "c"])
+    with pytest.raises(TypeError, match="references"):
+        score(["a"], [None])  # type: ignore[list-item]
