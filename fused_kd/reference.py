@@ -35,7 +35,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """``log(share * a + (1 - share) * b)``."""
     if share <= 0.0:
-        return log_b
+        return log_b + 0.0 * log_a  # stays connected to the graph
     if share >= 1.0:
         return log_a
     share_a, share_b = torch.tensor([share, 1.0 - share], dtype=torch.float64, device=log_a.device).log()

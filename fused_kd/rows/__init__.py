@@ -17,7 +17,7 @@ BACKENDS = ("torch", "triton")
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """Name of the row implementation; an explicit one is used or refused, never replaced."""
-    has_triton = importlib.util.find_spec("triton") is not None
+    has_triton = _installed("triton")
     if backend is None:
         return "triton" if device.type == "cuda" and has_triton else "torch"
     if backend not in BACKENDS:
@@ -31,6 +31,13 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
                 "(TRITON_INTERPRET=1, set before the first import of triton, runs it on the CPU for tests)"
             )
     return backend
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def get_row(backend: str) -> Row:

@@ -162,6 +162,7 @@ def _against_teacher(
     spec = inputs.spec
     divergence = DIVERGENCES[spec.divergence or "kl"]
     B = len(y)
+    z, z_t = _aligned(z, z_t, y, scratch)
     p = _softmax(z_t, y, scratch("p", B))
     # The difference form cancels far less than two separate expectations.
     difference = torch.sub(z_t, z, out=scratch("difference", B))
@@ -291,6 +292,14 @@ def _cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
     return z if isinstance(temperature, float) and temperature == 1.0 else torch.div(z, temperature, out=out)
 
 
+def _aligned(z: Tensor, z_t: Tensor, y: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
+    """Both rows with maximum 0 where they are far apart: a large common offset would swallow their difference."""
+    if z.device.type == "cpu" and bool(((z_t.gather(1, y) - z.gather(1, y)).abs() < 64.0).all()):
+        return z, z_t
+    shifted = torch.sub(z, z.amax(1, keepdim=True), out=scratch("z_s", len(z)))
+    return shifted, torch.sub(z_t, z_t.amax(1, keepdim=True), out=scratch("z_t", len(z)))
+
+
 def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     torch.softmax(z, 1, out=out)
     # A probability that has not underflowed gives lse without another sweep of exponentials: the label's where that
@@ -299,8 +308,8 @@ def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     if z.device.type == "cpu" and bool((q_y > TINY).all()):
         log_q_y = q_y.log_()
         return _Softmax(out, z_y - log_q_y, log_q_y)
-    lse = z.amax(1, keepdim=True) - out.amax(1, keepdim=True).log()
-    return _Softmax(out, lse, z_y - lse)
+    top, log_top = z.amax(1, keepdim=True), out.amax(1, keepdim=True).log()
+    return _Softmax(out, top - log_top, (z_y - top) + log_top)
 
 
 def _xlogx(x: float | Tensor) -> float | Tensor:

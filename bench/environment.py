@@ -1,0 +1,119 @@
+"""Where and of what a measurement was made."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
+# Everything that a number depends on; reports and command lines may change without voiding measurements.
+SOURCES = (
+    "fused_kd/*.py",
+    "fused_kd/engine/*.py",
+    "fused_kd/rows/*.py",
+    "csrc/*",
+    *(
+        f"bench/{name}.py"
+        for name in ("accuracy", "bandwidth", "eager", "floor", "implementations", "inputs")
+    ),
+    *(f"bench/{name}.py" for name in ("measure", "shapes", "worker")),
+)
+
+
+def hardware(device: str) -> dict:
+    """Names and sizes of the processor, and of the GPU for ``device="cuda"``."""
+    found: dict = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": gpu.name,
+            "gpu_memory": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks_and_power": _first_line(
+                "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
+            ),
+        }
+    return found
+
+
+def machine(found: dict) -> str:
+    """A folder's name for this hardware."""
+    name = found.get("gpu") or f"{found['cpu']} {found['usable_cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results_folder(found: dict, quick: bool) -> Path:
+    """Where a suite writes by default: results worth keeping under bench/, trials where git does not look."""
+    return ROOT / "build" / "bench" if quick else ROOT / "bench" / "results" / machine(found)
+
+
+def use_threads(threads: int | None) -> None:
+    """Threads of PyTorch here and in processes started from here; None leaves PyTorch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, CUDA and the packages; None where absent."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def source() -> dict[str, str | bool | None]:
+    """``commit``, whether tracked or new files differ from it (``dirty``), and a ``digest`` of the measured
+    code."""
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    changes = _run("git", "status", "--porcelain")
+    return {
+        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes.strip()),
+        "digest": digest.hexdigest()[:16],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _first_line(*command: str) -> str | None:
+    lines = (_run(*command) or "").strip().splitlines()
+    return lines[0].strip() if lines else None
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

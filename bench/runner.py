@@ -1,0 +1,156 @@
+"""Cases in processes of their own, their rows into the store as they come, a deadline over all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from .environment import ROOT
+from .store import Store, row_key
+from .worker import Case
+
+# Less than this and a case would only be started to be killed.
+LEAST_SECONDS = 20.0
+
+
+class Deadline:
+    """Seconds left of a run; None never ends."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float:
+        return float("inf") if self._end is None else self._end - time.monotonic()
+
+
+def run_cases(
+    cases: list[Case], store: Store, deadline: Deadline, limit: float, tick: Callable[[str], None]
+) -> None:
+    """Run what is not finished yet. A case gets ``limit`` seconds; what no longer fits says so in its
+    rows."""
+    for case in cases:
+        tick(f"{case.implementation}, {case.shape.name}")
+        todo = tuple(v for v, key in zip(case.variants, case.keys(), strict=True) if not store.finished(key))
+        if not todo:
+            continue
+        case = replace(case, variants=todo)
+        if (reason := case.missing()) is not None:
+            for variant in todo:
+                store.add(case.row(*variant, status="missing", reason=reason))
+            continue
+        if deadline.left() < LEAST_SECONDS:
+            for variant in todo:
+                store.add(case.row(*variant, status="skipped", reason="no time left in this run"))
+            continue
+        run_case(case, store, min(limit, deadline.left()))
+
+
+def run_case(case: Case, store: Store, limit: float) -> None:
+    """One worker process; rows that it did not deliver are stored with the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, log_path = Path(folder, "rows"), Path(folder, "log")
+        path.touch()
+        with log_path.open("w") as log, path.open() as lines:
+            command = [sys.executable, "-m", "bench.worker", case.to_json(), str(path), str(os.getpid())]
+            began = time.monotonic()
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            delivered: set[tuple] = set()
+            try:
+                while process.poll() is None and time.monotonic() - began < limit:
+                    time.sleep(0.1)
+                    _collect(lines, store, delivered)
+                late = process.poll() is None
+            finally:
+                _kill(process)
+            _collect(lines, store, delivered)
+        reason = f"stopped after {limit:.0f} s" if late else _why(process.returncode, log_path.read_text())
+        for variant, key in zip(case.variants, case.keys(), strict=True):
+            if key not in delivered:
+                store.add(case.row(*variant, status="skipped" if late else "failed", reason=reason))
+
+
+def run_tests(limit: float) -> dict[str, Any]:
+    """Counts of the tests marked ``gpu``; failures are reported, not raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}", "tests"]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        with Path(folder, "log").open("w+") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+            try:
+                process.wait(timeout=limit)
+                late = False
+            except subprocess.TimeoutExpired:
+                late = True
+            finally:
+                _kill(process)
+            log.seek(0)
+            text = log.read()
+        if late:
+            return {"status": "skipped", "reason": f"stopped after {limit:.0f} s", "tail": text[-2000:]}
+        if not report.exists():
+            return {"status": "failed", "reason": _why(process.returncode, text), "tail": text[-2000:]}
+        return _counts(report.read_text()) | {"tail": text[-2000:]}
+
+
+def _counts(xml: str) -> dict[str, Any]:
+    from xml.etree import ElementTree
+
+    root = ElementTree.fromstring(xml)
+    suites = list(root.iter("testsuite"))
+    total, failures, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "failures", "errors", "skipped")
+    )
+    broken = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in root.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {
+        "status": "failed" if broken else "ok",
+        "passed": total - failures - errors - skipped,
+        "failed": failures,
+        "errors": errors,
+        "skipped": skipped,
+        "failing": broken,
+    }
+
+
+def _collect(lines: TextIO, store: Store, delivered: set[tuple]) -> None:
+    while True:
+        position = lines.tell()
+        line = lines.readline()
+        if not line.endswith("\n"):
+            lines.seek(position)
+            return
+        row = json.loads(line)
+        delivered.add(row_key(row))
+        store.add(row)
+
+
+def _why(code: int, log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = lines[-1][:300] if lines else "no output"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name} (out of memory?): {last}"
+    return f"exit code {code}: {last}"
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End the process and the compilers that it may have started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,103 @@
+"""Logits and scalars at the edge: finite, right results where the mathematics has one."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+import fused_kd as fk
+from fused_kd.reference import reference_kd_loss
+
+from .problems import NAMES, OBJECTIVES, gradients, problem, relative
+
+BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def logits_case(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, z_t = torch.randn(6, 67) * 3, torch.randn(6, 67) * 3
+    y = torch.randint(0, 60, (6,))
+    if name == "huge":
+        z, z_t = z * 3000, z_t * 3000
+    elif name == "tail masked in both":
+        z[:, 60:], z_t[:, 60:] = -math.inf, -math.inf
+    elif name == "teacher masked":
+        z_t[:, 60:] = -math.inf
+    elif name == "equal":
+        z_t = z.clone()
+    elif name == "one-hot":
+        z[:, 1], z_t[:, 2] = 200.0, 200.0
+    elif name == "constant offset":
+        z = z + 1e4
+    return z, z_t, y
+
+
+CASES = ["huge", "tail masked in both", "teacher masked", "equal", "one-hot", "constant offset"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, objective, backend):
+    z, z_t, y = logits_case(case)
+    z.requires_grad_()
+    out = fk.kd_loss(z, z_t, y, objective, backend=backend, reduction="none")
+    (dz,) = gradients(out.loss.sum(), [z])
+    z64 = z.detach().double().requires_grad_()
+    expected = reference_kd_loss(z64, z_t, y, objective, reduction="none")
+    (ref,) = gradients(expected.loss.sum(), [z64])
+    infinite = expected.loss > 1e18  # positive probability where the other side has none
+    assert (out.loss[infinite] == math.inf).all()
+    assert torch.isfinite(out.loss[~infinite]).all()
+    assert relative(out.loss[~infinite], expected.loss[~infinite]) < 1e-5
+    if infinite.any():
+        assert objective.name == "reverse_kd" and case == "teacher masked"
+        return
+    scale = 30 if case == "constant offset" else 1  # the offset itself costs digits of the logits
+    assert relative(dz, ref) < 1e-5 * scale or (dz - ref).abs().max() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, math.inf])
+def test_scalars_at_their_limits(lam, beta, gamma, backend):
+    values = {"lam": lam, "beta": beta, "gamma": gamma}
+    p = problem(N=9, V=61)
+    for cls in fk.OBJECTIVES.values():
+        objective = cls(**{name: values[name] for name in vars(cls())})
+        out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
+        expected = reference_kd_loss(p.student(), p.teacher(), p.labels, objective)
+        assert abs(out.loss - expected.loss) < 2e-6 * (1 + abs(expected.loss)), objective
+        for a, r in zip(gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves), strict=True):
+            assert (a - r).norm() < 3e-6 * r.norm() + 1e-7, objective
+        assert torch.equal(out.is_hard, expected.is_hard)
+
+
+def test_a_target_on_a_token_the_student_excludes_costs_infinity_unless_skewed(backend):
+    z, z_t = torch.zeros(1, 5), torch.zeros(1, 5)
+    z[0, 3] = -math.inf
+    y = torch.tensor([1])
+    losses = {o.name: fk.kd_loss(z, z_t, y, o, backend=backend).loss.item() for o in OBJECTIVES}
+    for name in ("forward_kd", "no_evo"):
+        assert losses[name] == math.inf
+    for name in ("sft", "reverse_kd", "skew", "skew_teacher", "self_evolution"):
+        assert math.isfinite(losses[name])
+
+
+def test_one_word_vocabulary(backend):
+    z = torch.randn(3, 1, requires_grad=True)
+    for objective in OBJECTIVES:
+        out = fk.kd_loss(z, torch.randn(3, 1), torch.zeros(3, dtype=torch.long), objective, backend=backend)
+        assert abs(out.loss.item()) < 1e-20
+        assert gradients(out.loss, [z])[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_no_nan_from_low_precision_underflow(objective, backend):
+    p = problem(std=4.0, dtype=torch.float16)
+    p.hidden.data.mul_(8)
+    out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(g).all() for g in gradients(out.loss * 1024, p.leaves))

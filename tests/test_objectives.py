@@ -1,0 +1,110 @@
+"""Identities between objectives, the oracle against textbook formulas, and the divergence table against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_kd as fk
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.reference import reference_rows
+
+from .problems import gradients, problem, relative
+
+
+def test_names_map_to_classes():
+    assert list(fk.OBJECTIVES) == [
+        "sft", "forward_kd", "reverse_kd", "no_evo", "skew", "skew_teacher", "self_evolution"
+    ]  # fmt: skip
+    assert fk.OBJECTIVES["self_evolution"](gamma=1) == fk.SelfEvolution(gamma=1.0)
+    with pytest.raises(AttributeError):
+        fk.SelfEvolution().gamma = 2.0  # frozen
+
+
+def test_forward_kd_and_no_evo_differ_by_a_constant():
+    p = problem()
+    a = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.ForwardKD(lam=0.3))
+    b = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(lam=0.3))
+    assert not torch.isclose(a.loss, b.loss)
+    for x, y in zip(gradients(a.loss, p.leaves), gradients(b.loss, p.leaves), strict=True):
+        assert relative(x, y) < 1e-6
+
+
+def test_hard_loss_is_bounded_and_jumps_down_at_gamma():
+    p = problem(N=64, ignored=0.0)
+    options = {"reduction": "none"}
+    d = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), **options).loss
+    skew = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew(), **options).loss
+    assert (skew <= torch.minimum(0.5 * d, torch.tensor(-math.log(0.5))) + 1e-6).all()
+    gamma = d.median().item()
+    mixed = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(gamma=gamma), **options)
+    assert torch.equal(mixed.is_hard, mixed.difficulty > gamma)
+    assert 0 < mixed.is_hard.sum() < 64
+    assert relative(mixed.loss, torch.where(mixed.is_hard, skew, d)) < 1e-6
+
+
+@pytest.mark.parametrize("beta, same", [(1.0, "no_evo"), (0.0, "zero")])
+def test_limits_of_beta(beta, same):
+    p = problem()
+    grads = gradients(fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew(beta=beta)).loss, p.leaves)
+    ref = gradients(fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo()).loss, p.leaves)
+    for g, r in zip(grads, ref, strict=True):
+        assert torch.equal(g, r) if same == "no_evo" else g.norm() < 1e-7
+
+
+def test_logit_gradients_sum_to_zero():
+    p = problem().logits()
+    for objective in (fk.SFT(), fk.ForwardKD(), fk.ReverseKD(), fk.Skew(), fk.SkewTeacher(), fk.SelfEvolution()):
+        (dz,) = gradients(fk.kd_loss(p.hidden, p.hidden_t, p.labels, objective, reduction="sum").loss, [p.hidden])
+        assert dz.abs().sum() > 1
+        assert (dz.sum(-1).abs() < 2e-6).all()
+
+
+def test_oracle_is_the_textbook():
+    """The reference against torch.nn.functional's own divergences, composed by hand."""
+    z, z_t, y = torch.randn(7, 31).double() * 2, torch.randn(7, 31).double() * 2, torch.randint(0, 31, (7,))
+    p, log_q = z_t.softmax(-1), z.log_softmax(-1)
+    target = 0.3 * F.one_hot(y, 31).double() + 0.7 * p
+    ce = F.cross_entropy(z, y, reduction="none")
+
+    def kl(target, log_input):
+        return F.kl_div(log_input, target, reduction="none").sum(-1)
+
+    def skewed(t, beta):
+        return (beta * log_q.exp() + (1 - beta) * t).log()
+
+    d = kl(target, log_q)
+    expected = {
+        fk.SFT(): ce,
+        fk.ForwardKD(lam=0.7): 0.3 * ce + 0.7 * kl(p, log_q),
+        fk.ReverseKD(lam=0.7): 0.3 * ce + 0.7 * kl(log_q.exp(), p.log()),
+        fk.NoEvo(lam=0.7): d,
+        fk.Skew(lam=0.7, beta=0.2): kl(target, skewed(target, 0.2)),
+        fk.SkewTeacher(lam=0.7, beta=0.9): 0.3 * ce + 0.7 * kl(p, skewed(p, 0.9)),
+        fk.SelfEvolution(lam=0.7, beta=0.2, gamma=2.0): torch.where(d > 2.0, kl(target, skewed(target, 0.2)), d),
+    }
+    for objective, value in expected.items():
+        actual = reference_rows(z, z_t, y, objective)[0]
+        assert relative(actual, value) < 1e-13, objective
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_table_s_g_is_the_gradient_of_its_h(name):
+    """dz = g - q * sum(g) against autograd through h, in float64."""
+    divergence = DIVERGENCES[name]
+    z = torch.randn(5, 23, dtype=torch.float64, requires_grad=True)
+    t, beta = torch.randn(5, 23, dtype=torch.float64).mul(2).softmax(-1), 0.3
+
+    def arguments(q):
+        m = beta * q + (1 - beta) * t
+        return t, q, t.log() - q.log(), t / m, (t / m).log(), beta
+
+    (ref,) = torch.autograd.grad(divergence.h(*arguments(z.softmax(-1))).sum(), z)
+    q = z.detach().softmax(-1)
+    g = divergence.g(*arguments(q))
+    assert relative(g - q * g.sum(-1, keepdim=True), ref) < 1e-13
+    if divergence.free:
+        assert torch.allclose(g.sum(-1), torch.tensor(-1.0, dtype=torch.float64))
