@@ -49,7 +49,7 @@ class Objective:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{field.name} must be a number in {limit.text}, got {value!r}")
-            if not limit.low <= value <= limit.high:  # also false for NaN
+            if not limit.low <= float(value) <= limit.high:  # also false for NaN
                 raise ValueError(f"{field.name} must be in {limit.text}, got {value!r}")
             object.__setattr__(self, field.name, float(value))
 

@@ -79,7 +79,10 @@ def problem(
     likely = (hidden_t @ weight_t.T).argmax(-1)
     labels = torch.where(torch.rand(N, generator=g) < 0.5, likely, torch.randint(0, V, (N,), generator=g))
     labels[torch.rand(N, generator=g) < ignored] = -100
-    make = lambda x, dt: x.to(device, dt)  # noqa: E731
+
+    def make(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(device, dtype)
+
     return Problem(
         make(hidden, dtype).requires_grad_(),
         make(weight, dtype).requires_grad_(),

@@ -34,7 +34,9 @@ def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tens
     assert relative(out.loss, expected.loss) <= max(relative(eager_loss, expected.loss), 1e-6)
     for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, expected_grads, strict=False):
         error, budget = relative(actual, ref), ROUNDING[dtype]
-        if dtype == torch.float32:  # in low precision eager PyTorch is off by percents: no budget worth having
+        if (
+            dtype == torch.float32
+        ):  # in low precision eager PyTorch is off by percents: no budget worth having
             budget = max(budget, relative(e, ref))
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
     if dtype == torch.float32:
@@ -70,7 +72,9 @@ def test_bias_and_chunks_with_short_last(objective, backend, device):
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_logits(objective, dtype, near, backend, device):
     p = problem(std=3.0, near=near, device=device)
@@ -83,7 +87,9 @@ def test_logits(objective, dtype, near, backend, device):
     (ref,) = gradients(expected.loss * LOSS_SCALE, [z64])
     assert relative(out.loss, expected.loss) < 2e-6
     truncates = backend == "triton" and device == "cpu"  # the interpreter truncates where a GPU rounds
-    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (2 if truncates else 1)
+    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (
+        2 if truncates else 1
+    )
     assert relative(actual, ref) < budget
     assert actual[p.labels == -100].abs().sum() == 0
 

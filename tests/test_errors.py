@@ -92,7 +92,7 @@ def test_labels_out_of_range_are_caught_in_a_compiled_step_too():
 def test_validate_names_the_first_token_with_non_finite_logits(side, value):
     h, h_t = H.clone(), H_T.clone()
     (h if side == "student" else h_t)[3, 0] = value
-    with pytest.raises(ValueError, match="must be finite or -inf; .* token 3"):
+    with pytest.raises(ValueError, match=r"must be finite or -inf; .* token 3"):
         call(student=fk.LMHead(h, W), teacher=fk.LMHead(h_t, W_T), validate=True)
 
 
@@ -117,6 +117,8 @@ def test_triton_on_cpu_tensors_is_refused_not_replaced(monkeypatch):
 
 def test_reprs_say_what_matters():
     assert repr(fk.SelfEvolution()) == "SelfEvolution(lam=0.5, beta=0.5, gamma=0.4)"
-    assert repr(fk.LMHead(H, W, softcap=30.0)) == "LMHead(hidden=(5, 4), weight=(9, 4), float32, softcap=30.0)"
+    assert (
+        repr(fk.LMHead(H, W, softcap=30.0)) == "LMHead(hidden=(5, 4), weight=(9, 4), float32, softcap=30.0)"
+    )
     shown = repr(fk.KDLoss(fk.SFT(), reduction="sum", temperature=2.0))
     assert shown == "KDLoss(SFT(), reduction='sum', temperature=2.0)"

@@ -15,7 +15,17 @@ class Hide:
             raise ModuleNotFoundError("No module named " + repr(name), name=name)
 sys.meta_path.insert(0, Hide())
 """
-OPTIONAL = ["triton", "transformers", "datasets", "sacrebleu", "accelerate", "matplotlib", "rich", "tokenizers", "tqdm"]
+OPTIONAL = [
+    "triton",
+    "transformers",
+    "datasets",
+    "sacrebleu",
+    "accelerate",
+    "matplotlib",
+    "rich",
+    "tokenizers",
+    "tqdm",
+]
 
 
 def run(code: str, hidden: list[str]) -> str:

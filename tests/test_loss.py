@@ -50,7 +50,12 @@ def test_reductions_with_any_upstream_gradient(reduction, weighted, backend):
     weights = torch.rand(29) if weighted else None
     upstream = torch.randn(29) if reduction == "none" else torch.tensor(-3.7)
     compare(
-        p, fk.SelfEvolution(gamma=1.0), reduction=reduction, token_weights=weights, upstream=upstream, backend=backend
+        p,
+        fk.SelfEvolution(gamma=1.0),
+        reduction=reduction,
+        token_weights=weights,
+        upstream=upstream,
+        backend=backend,
     )
 
 
@@ -105,9 +110,7 @@ def test_vocab_size_cuts_padded_heads(form, backend):
 def test_shift_aligns_next_token_labels():
     p = problem(N=24)
     h, h_t, y = p.hidden.reshape(4, 6, -1), p.hidden_t.reshape(4, 6, -1), p.labels.reshape(4, 6)
-    shifted = fk.kd_loss(
-        fk.LMHead(h, p.weight), fk.LMHead(h_t, p.weight_t), y, fk.NoEvo(), shift=True
-    )
+    shifted = fk.kd_loss(fk.LMHead(h, p.weight), fk.LMHead(h_t, p.weight_t), y, fk.NoEvo(), shift=True)
     aligned = fk.kd_loss(
         fk.LMHead(h[:, :-1], p.weight), fk.LMHead(h_t[:, :-1], p.weight_t), y[:, 1:], fk.NoEvo()
     )
@@ -192,7 +195,10 @@ def test_layouts(layout):
 def test_tied_weights_get_both_gradients():
     p = problem()
     tokens = torch.randint(0, 517, (29,))
-    make = lambda loss: loss(fk.LMHead(p.weight[tokens] * 1.5, p.weight), p.teacher(), p.labels, fk.NoEvo()).loss  # noqa: E731
+
+    def make(loss):
+        return loss(fk.LMHead(p.weight[tokens] * 1.5, p.weight), p.teacher(), p.labels, fk.NoEvo()).loss
+
     (actual,) = gradients(make(fk.kd_loss), [p.weight])
     (ref,) = gradients(make(reference_kd_loss), [p.weight])
     assert relative(actual, ref) < TIGHT
@@ -245,7 +251,12 @@ def problem_flops(p, parts: str) -> int:
 
 @pytest.mark.parametrize(
     "frozen, parts",
-    [((), "zs zt dh dw"), (("weight",), "zs zt dh"), (("hidden",), "zs zt dw"), (("weight", "hidden"), "zs zt")],
+    [
+        ((), "zs zt dh dw"),
+        (("weight",), "zs zt dh"),
+        (("hidden",), "zs zt dw"),
+        (("weight", "hidden"), "zs zt"),
+    ],
     ids=["all", "head frozen", "hidden frozen", "evaluation"],
 )
 def test_gemms_run_for_valid_tokens_and_wanted_gradients_only(frozen, parts, gemms):
@@ -314,6 +325,8 @@ def test_any_shape_and_scalar(N, H, V, std, lam, beta, gamma, temperature, which
         return  # the gate may fall either way
     # Relative where there is something to be relative to: a near-constant target leaves only rounding.
     assert abs(out.loss - expected.loss) <= 2e-6 * (1 + abs(expected.loss))
-    for a, r, x in zip(gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves), p.leaves, strict=True):
+    for a, r, x in zip(
+        gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves), p.leaves, strict=True
+    ):
         other = p.weight if x is p.hidden else p.hidden
         assert (a - r).norm() <= 2e-5 * r.norm() + 2e-6 * other.norm()

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..objectives import RowSpec
 from ..rows import Logits, Row, RowInputs, RowOutputs
 from ..rows.base import LOG_ZERO
+from ..workspace import empty
 from .gemm import SLAB_BYTES, Projection
 from .plan import Plan, plan_chunks, preferred_chunk
-from ..workspace import empty
 
 
 class Side(NamedTuple):
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Per-token ``loss``, ``difficulty``, ``is_hard`` (N,), unweighted; gradients of ``scale * sum(weights * loss)``."""
+    """Per token, unweighted: ``loss``, ``difficulty``, ``is_hard`` (N,). Gradients of ``scale * sum(weights * loss)``."""
 
     loss: Tensor
     difficulty: Tensor
@@ -96,7 +96,9 @@ def run(
 
     result = _allocate(student, N, index is not None, wanted)
     d_weight = _accumulator(student.weight, wanted.weight, vocab)
-    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
+    d_bias = (
+        torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
+    )
     buffers = _Buffers(plan.chunk, vocab, device)
     for start in range(0, n, plan.chunk):
         span = slice(start, min(start + plan.chunk, n))
@@ -109,7 +111,8 @@ def run(
         out = None
         if with_gradient:
             out = _gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
-        rows = RowOutputs(*(buffers.vector(name, dt, span) for name, dt in _VECTORS), out)
+        loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
+        rows = RowOutputs(loss, difficulty, is_hard, out)
         row(RowInputs(raw_s, raw_t, labels[span], row_weights, scalars, spec, cold_labels), rows)
         result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
         result.difficulty[tokens] = rows.difficulty
@@ -256,7 +259,12 @@ def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | No
 
 
 def _gradient_buffer(
-    student: Side, side: _Logits, raw: Tensor, d_source: Tensor | None, tokens: slice | Tensor, buffers: _Buffers
+    student: Side,
+    side: _Logits,
+    raw: Tensor,
+    d_source: Tensor | None,
+    tokens: slice | Tensor,
+    buffers: _Buffers,
 ) -> Tensor:
     """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow."""
     if side.projection is not None:

@@ -66,7 +66,9 @@ def _kd(
     with torch.autocast(student.device.type, enabled=False), torch.no_grad():
         result = run(
             Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
-            None if teacher is None else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
+            None
+            if teacher is None
+            else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
             labels,
             weights=token_weights,
             scale=scale,
@@ -184,14 +186,15 @@ class KDFunction(torch.autograd.Function):
         if upstream is None:
             return none
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("fused_kd losses have no second derivative: create_graph=True is not supported")
+            raise RuntimeError(
+                "fused_kd losses have no second derivative: create_graph=True is not supported"
+            )
         upstream = upstream.float()
         factor: Tensor | None = upstream.unsqueeze(1) if ctx.per_token else upstream
         if ctx.traced:
-            gradients = [torch.ops.fused_kd.scale_gradient(g, factor, dtype)
-                         for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True) if dtype is not None]  # fmt: skip
-            gradients += [None] * (3 - len(gradients))
-            return (*(g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True)), *none[3:])
+            scale = torch.ops.fused_kd.scale_gradient
+            saved = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+            return (*(scale(g, factor, dtype) if wanted else None for g, wanted, dtype in saved), *none[3:])
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
             *args, token_weights, scale, scalars = ctx.saved_tensors
@@ -209,6 +212,8 @@ class KDFunction(torch.autograd.Function):
 
 def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     # A pass over a weight-sized gradient is worth a look at the factor where looking is free.
-    if factor is not None and not (factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0):
+    if factor is not None and not (
+        factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0
+    ):
         gradient.mul_(factor)
     return gradient.to(dtype)

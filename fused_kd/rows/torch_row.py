@@ -178,7 +178,9 @@ def _against_teacher(
         + lam_log_lam * (1.0 - p_y)
         + (torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)
     ).clamp_(min=0.0)
-    hard = (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+    hard = (
+        (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+    )
 
     ce = -(cold or q).log_prob_y
     ce_weight = 1.0 - s.lam if spec.hard_label else 0.0
@@ -202,7 +204,7 @@ def _against_teacher(
 
         q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
         t = _Lazy(p_i, scratch)
-        t = t * s.lam + TINY if isinstance(s.lam, Tensor) else t.apply(_shifted, s.lam if spec.mixed else 1.0)
+        t = t.apply(_shifted, s.lam if spec.mixed else 1.0)
         if spec.mixed:
             _add_at(t.value, y_i, 1.0 - s.lam)
         d = None
@@ -252,8 +254,11 @@ def _divergence(
     return value, torch.addcmul(g.value, q.value, total, value=-1.0, out=out)
 
 
-def _shifted(p: Tensor, lam: float, out: Tensor) -> Tensor:
-    return torch.add(torch.tensor(TINY), p, alpha=lam, out=out)
+def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
+    """``TINY + lam * p``"""
+    if isinstance(lam, Tensor):
+        return torch.mul(p, lam, out=out).add_(TINY)
+    return torch.add(torch.tensor(TINY, device=p.device), p, alpha=lam, out=out)
 
 
 def _free_gradient(
@@ -271,9 +276,7 @@ def _free_gradient(
         _add_at(out, y, s.lam - 1.0)
 
 
-def _final_logits(
-    logits: Logits, rows: slice, scratch: _Scratch, name: str
-) -> tuple[Tensor, Tensor | None]:
+def _final_logits(logits: Logits, rows: slice, scratch: _Scratch, name: str) -> tuple[Tensor, Tensor | None]:
     """Scaled and capped fp32 logits, and d final / d raw where that is more than the scale."""
     raw = logits.raw[rows]
     if logits.softcap is None and logits.scale == 1.0 and logits.finite and raw.dtype == torch.float32:

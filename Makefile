@@ -1,0 +1,41 @@
+# make demo: distil a tiny translation model.  make test: the test suite.  Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Small operations: threads that wait for each other cost more than they give.
+TEST_ENV := OMP_NUM_THREADS=1
+WORKERS ?= 2
+
+.PHONY: demo demo-quick test lint types gpu bench clean
+
+demo: $(STAMP)
+	$(PY) examples/distill.py --preset demo --output runs/demo
+
+demo-quick: $(STAMP)
+	$(PY) examples/distill.py --preset quick --output runs/demo-quick
+
+test: $(STAMP)
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+gpu: $(STAMP)
+	$(PY) -m bench.gpu
+
+bench: $(STAMP)
+	$(PY) -m bench.cpu
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install --constraint constraints.txt --editable '.[train,bench,triton,dev]'
+	touch $@

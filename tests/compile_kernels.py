@@ -1,0 +1,165 @@
+"""Compile the Triton row for GPUs that need not be present; print what each uses, one JSON object a line.
+
+Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=1 leaves nothing to compile.
+The kernels come from real calls of the row, whose launches are diverted into compilation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fused_kd.objectives import OBJECTIVES
+from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+from fused_kd.rows.triton_row import row
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
+DTYPES = {
+    "loss": (FP32, FP32, None),
+    "in_place": (FP32, FP32, FP32),
+    "bf16_logits": (BF16, BF16, BF16),
+}
+
+
+class Offline:
+    """A driver that names a target and can do nothing else."""
+
+    def __init__(self, index: int, target: GPUTarget) -> None:
+        self.index, self.target = index, target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def cases() -> dict[str, tuple[RowInputs, RowOutputs]]:
+    made = {f"{name}/{kind}": _case(name, *dtypes) for name in OBJECTIVES for kind, dtypes in DTYPES.items()}
+    for name in ("sft", "self_evolution"):
+        made[f"{name}/softcap+weights"] = _case(name, FP32, FP32, BF16, softcap=30.0, weights=True)
+    for name in ("forward_kd", "skew_teacher"):
+        made[f"{name}/cold"] = _case(name, FP32, FP32, BF16, cold=True)
+    made["reverse_kd/cold+softcap+weights"] = _case(
+        "reverse_kd", BF16, BF16, BF16, cold=True, softcap=30.0, weights=True
+    )
+    made["self_evolution/bf16_out"] = _case("self_evolution", FP32, FP32, BF16)
+    made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
+    made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
+    made["self_evolution/V=1"] = _case("self_evolution", FP32, FP32, FP32, V=1)
+    return made
+
+
+def _case(
+    name: str,
+    student: torch.dtype,
+    teacher: torch.dtype,
+    gradient: torch.dtype | None,
+    *,
+    V: int = 128256,
+    softcap: float | None = None,
+    weights: bool = False,
+    cold: bool = False,
+) -> tuple[RowInputs, RowOutputs]:
+    spec = OBJECTIVES[name].spec
+    z = torch.empty(1, V, dtype=student)
+    inputs = RowInputs(
+        Logits(z, 1.0, softcap, True),
+        None if spec.divergence is None else Logits(torch.empty(1, V, dtype=teacher), 1.0, softcap, True),
+        torch.zeros(1, dtype=torch.int64),
+        torch.ones(1) if weights else None,
+        torch.zeros(4),
+        spec,
+        cold,
+    )
+    dlogits = None if gradient is None else z if gradient == student else torch.empty(1, V, dtype=gradient)
+    outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
+    return inputs, outputs
+
+
+def divert_launches() -> list[Any]:
+    """Make every launch compile instead; the compiled kernels arrive in the returned list."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, warmup=True, **kwargs))
+        return compiled[-1]
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    return compiled
+
+
+def find_cuobjdump() -> str | None:
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+
+
+def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"vector_loads": "ld.global.v4" in kernel.asm["ptx"]}
+    if cuobjdump is None:
+        return found | {"missing": "cuobjdump is neither in triton's wheel nor on the PATH"}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return found | {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"]}
+
+
+def amd_usage(kernel: Any) -> dict[str, Any]:
+    usage = {
+        key: int(value)
+        for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", kernel.asm["amdgcn"], re.MULTILINE)
+    }
+    return {
+        "registers": usage["vgpr_count"],
+        "stack": usage["private_segment_fixed_size"],
+        "spills": usage["vgpr_spill_count"] + usage["sgpr_spill_count"],
+    }
+
+
+def main(targets: list[str]) -> None:
+    compiled = divert_launches()
+    cuobjdump = find_cuobjdump()
+    for index, target in enumerate(targets):
+        triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
+        for name, (inputs, outputs) in cases().items():
+            result: dict[str, Any] = {"target": target, "case": name}
+            compiled.clear()
+            try:
+                row(inputs, outputs)
+                (kernel,) = compiled
+                nvidia = TARGETS[target].backend == "cuda"
+                result |= nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
+            except Exception as error:  # reported by the test that reads this
+                result["error"] = f"{type(error).__name__}: {error}"
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(TARGETS))

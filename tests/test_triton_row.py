@@ -1,0 +1,471 @@
+"""The Triton row against the float64 oracle: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_kd.objectives import (
+    OBJECTIVES,
+    SFT,
+    ForwardKD,
+    NoEvo,
+    Objective,
+    ReverseKD,
+    RowSpec,
+    SelfEvolution,
+    Skew,
+    SkewTeacher,
+)
+from fused_kd.reference import reference_rows
+from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+
+pytest.importorskip("triton", reason="the Triton row needs triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip(
+        "needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True
+    )
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from fused_kd.rows import triton_kernel, triton_row  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+ALL = [cls() for cls in OBJECTIVES.values()]
+LOSS_BUDGET = 1e-6
+GRADIENT_BUDGET = 2e-6
+# One rounding to bf16; the interpreter truncates where a GPU rounds to nearest.
+BF16_BUDGET = 2**-7 if INTERPRETED else 2**-9
+
+
+def make(
+    C: int, V: int, *, std: float = 2.0, distance: float | None = 0.5, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits (C, V) and labels, half of them likely; no ``distance``: an unrelated p."""
+    generator = torch.Generator().manual_seed(seed)
+    z_s = torch.randn(C, V, generator=generator) * std
+    z_t = torch.randn(C, V, generator=generator) * (std if distance is None else distance)
+    if distance is not None:
+        z_t += z_s
+    labels = torch.randint(V, (C,), generator=generator)
+    labels[::2] = z_t[::2].argmax(1)
+    return z_s, z_t, labels
+
+
+def call(
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    T: float = 1.0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    cap: tuple[float | None, float | None] = (None, None),
+    weights: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    in_place: bool = False,
+    gradient: bool = True,
+    spec: RowSpec | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss, difficulty, is_hard and dlogits on the CPU; outputs start as NaN (is_hard as True)."""
+    spec = spec or objective.spec
+    C, V = z_s.shape
+    z_s = (z_s.clone() if in_place else z_s).to(DEVICE)
+    if in_place:
+        dlogits = z_s
+    elif gradient and dlogits is None:
+        dlogits = torch.full((C, V), math.nan, device=DEVICE)
+    outputs = RowOutputs(
+        torch.full((C,), math.nan, device=DEVICE),
+        torch.full((C,), math.nan, device=DEVICE),
+        torch.ones(C, dtype=torch.bool, device=DEVICE),
+        dlogits,
+    )
+    before = None if in_place else z_s.clone()
+    inputs = RowInputs(
+        Logits(z_s, scale[0], cap[0], False),
+        None if spec.divergence is None or z_t is None else Logits(z_t.to(DEVICE), scale[1], cap[1], False),
+        labels.to(DEVICE),
+        None if weights is None else weights.to(DEVICE),
+        torch.tensor(objective.scalars(T), device=DEVICE),
+        spec,
+        T != 1.0 and spec.hard_label,
+    )
+    triton_row.row(inputs, outputs)
+    if before is not None:
+        assert torch.equal(z_s.nan_to_num(), before.nan_to_num()), "the student's logits were changed"
+    return (
+        outputs.loss.cpu(),
+        outputs.difficulty.cpu(),
+        outputs.is_hard.cpu(),
+        None if dlogits is None else dlogits.cpu(),
+    )
+
+
+def oracle(
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    T: float = 1.0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    cap: tuple[float | None, float | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw = z_s.double().requires_grad_()
+
+    def final(z: Tensor, i: int) -> Tensor:
+        z = z.clamp(min=-1e30) * scale[i]
+        limit = cap[i]
+        return z if limit is None else limit * torch.tanh(z / limit)
+
+    teacher = None if z_t is None else final(z_t.double(), 1)
+    loss, difficulty, hard = reference_rows(final(raw, 0), teacher, labels, objective, T)
+    # A student's share of 0 leaves a constant.
+    gradient = torch.autograd.grad(loss.sum(), raw)[0] if loss.requires_grad else torch.zeros_like(raw)
+    return loss.detach(), difficulty.detach(), hard, gradient
+
+
+def error(value: Tensor | None, truth: Tensor) -> float:
+    assert value is not None
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+def check(actual: tuple, expected: tuple, budget: float = GRADIENT_BUDGET) -> None:
+    assert error(actual[0], expected[0]) <= LOSS_BUDGET
+    assert error(actual[1], expected[1]) <= LOSS_BUDGET
+    assert torch.equal(actual[2], expected[2])
+    assert error(actual[3], expected[3]) <= budget
+
+
+def eager(z_s: Tensor, z_t: Tensor, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Loss and gradient as usual PyTorch code gets them in fp32: the yardstick of the error budget."""
+    z = z_s.clone().requires_grad_()
+    log_q, log_p = z.log_softmax(1), z_t.log_softmax(1)
+    ce = F.nll_loss(log_q, labels, reduction="none")
+    if isinstance(objective, SFT):
+        loss = ce
+    else:
+        lam, beta = objective.lam, getattr(objective, "beta", 1.0)  # type: ignore[attr-defined]
+        y = F.one_hot(labels, z.shape[1])
+        mixed = (1 - lam) * y + lam * log_p.exp()
+
+        def kl(t: Tensor, log_r: Tensor) -> Tensor:
+            return (torch.xlogy(t, t) - t * log_r).sum(1)
+
+        def skew(t: Tensor) -> Tensor:
+            return kl(t, (beta * log_q.exp() + (1 - beta) * t).log())
+
+        if isinstance(objective, ForwardKD):
+            loss = (1 - lam) * ce + lam * kl(log_p.exp(), log_q)
+        elif isinstance(objective, ReverseKD):
+            loss = (1 - lam) * ce + lam * kl(log_q.exp(), log_p)
+        elif isinstance(objective, SkewTeacher):
+            loss = (1 - lam) * ce + lam * skew(log_p.exp())
+        elif isinstance(objective, NoEvo):
+            loss = kl(mixed, log_q)
+        elif isinstance(objective, Skew):
+            loss = skew(mixed)
+        else:
+            d = kl(mixed, log_q)
+            loss = torch.where(d > objective.gamma, skew(mixed), d)  # type: ignore[attr-defined]
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    ("std", "distance"), [(1.0, 0.1), (4.0, 0.3), (2.0, None)], ids=["close", "peaked", "far"]
+)
+def test_within_the_error_of_eager_pytorch(objective: Objective, std: float, distance: float | None) -> None:
+    data = make(8, 5003, std=std, distance=distance)
+    actual, expected = call(*data, objective), oracle(*data, objective)
+    loss, gradient = eager(*data, objective)
+    check(actual, expected)
+    assert error(actual[0], expected[0]) <= max(2 * error(loss, expected[0]), 1e-7)
+    assert error(actual[3], expected[3]) <= max(2 * error(gradient, expected[3]), 1e-7)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("V", [1, 3, 127, 1025, triton_row.BLOCK, 2 * triton_row.BLOCK + 1])
+def test_any_vocabulary(objective: Objective, V: int) -> None:
+    z_s, z_t, labels = make(3, V, distance=None)
+    labels[-1] = V - 1
+    actual, expected = call(z_s, z_t, labels, objective), oracle(z_s, z_t, labels, objective)
+    if V == 1:  # nothing to learn: the truth is 0
+        assert all(x.abs().max() <= 1e-7 for x in (actual[0], actual[1], actual[3]))  # type: ignore[union-attr]
+    else:
+        check(actual, expected)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_loss_alone_and_in_place_agree_with_out_of_place(objective: Objective) -> None:
+    data = make(6, 2500)
+    full = call(*data, objective)
+    alone = call(*data, objective, gradient=False)
+    in_place = call(*data, objective, in_place=True)
+    for i in range(3):
+        assert torch.equal(alone[i], full[i])  # type: ignore[arg-type]
+        assert torch.equal(in_place[i], full[i])  # type: ignore[arg-type]
+    assert alone[3] is None
+    assert torch.equal(in_place[3], full[3])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("T", [0.7, 2.0])
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_temperature(objective: Objective, T: float) -> None:
+    data = make(6, 2500, distance=None)
+    check(call(*data, objective, T=T), oracle(*data, objective, T=T))
+
+
+@pytest.mark.parametrize(
+    "objective", [SFT(), ReverseKD(), SkewTeacher(), SelfEvolution()], ids=lambda o: o.name
+)
+@pytest.mark.parametrize(
+    ("scale", "cap"),
+    [
+        ((0.25, 3.0), (None, None)),
+        ((1.0, 1.0), (3.0, None)),
+        ((1.0, 0.5), (None, 2.0)),
+        ((0.3, 1.0), (5.0, 30.0)),
+    ],
+    ids=["scale", "student_cap", "teacher_cap", "all"],
+)
+def test_scale_and_softcap(objective: Objective, scale: tuple, cap: tuple) -> None:
+    data = make(5, 1500, std=4.0, distance=None)
+    actual = call(*data, objective, scale=scale, cap=cap, T=1.5)
+    check(actual, oracle(*data, objective, scale=scale, cap=cap, T=1.5))
+
+
+@triton.jit
+def _tanh_kernel(x_ptr, tanh_ptr, slope_ptr, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    tanh, slope = triton_kernel._tanh(tl.load(x_ptr + lanes))
+    tl.store(tanh_ptr + lanes, tanh)
+    tl.store(slope_ptr + lanes, slope)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # in the branch not taken
+def test_tanh_keeps_relative_precision_at_both_ends() -> None:
+    """Small and saturated arguments, where 1 - exp and 1 - tanh^2 would cancel; and no overflow beyond."""
+    x = torch.logspace(-6, 1.4, 2048)
+    x = torch.cat([x, -x]).to(DEVICE)
+    tanh, slope = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+    _tanh_kernel[(1,)](x, tanh, slope, N=4096)
+    exact = x.double()
+    assert ((tanh.double() - exact.tanh()).abs() / exact.tanh().abs()).max() <= 4e-7
+    assert ((slope.double() - exact.cosh() ** -2).abs() * exact.cosh() ** 2).max() <= 1e-5
+    x[0], x[1] = 1e30, -1e30
+    _tanh_kernel[(1,)](x, tanh, slope, N=4096)
+    assert tanh[:2].tolist() == [1.0, -1.0] and slope[:2].tolist() == [0.0, 0.0]
+
+
+def test_strided_inputs_and_outputs() -> None:
+    objective, (C, V) = SelfEvolution(), (5, 2100)
+    z_s, z_t, labels = make(C, V)
+    expected = oracle(z_s, z_t, labels, objective)
+
+    def wide(x: Tensor) -> Tensor:
+        padded = torch.full((C, V + 13), math.nan, device=DEVICE)
+        padded[:, :V] = x.to(DEVICE)
+        return padded[:, :V]
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.to(DEVICE).t().contiguous().t()
+
+    for view in (wide, transposed):
+        out = view(torch.full((C, V), math.nan))
+        check(call(view(z_s), view(z_t), labels, objective, dlogits=out), expected)
+        base = out._base
+        if view is wide and base is not None:
+            assert base[:, V:].isnan().all(), "written beyond the row"
+
+
+def test_vectors_must_be_contiguous() -> None:
+    z = torch.zeros(2, 4, device=DEVICE)
+    inputs = RowInputs(
+        Logits(z, 1.0, None, True), None, torch.zeros(2, dtype=torch.int64, device=DEVICE), None,
+        torch.zeros(4, device=DEVICE), SFT.spec, False,
+    )  # fmt: skip
+    vector = torch.zeros(2, device=DEVICE)
+    outputs = RowOutputs(
+        torch.zeros(4, device=DEVICE)[::2], vector, torch.zeros_like(vector, dtype=torch.bool), None
+    )
+    with pytest.raises(ValueError, match=r"loss must be contiguous, got strides \(2,\)"):
+        triton_row.row(inputs, outputs)
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_ignored_rows_and_weights(objective: Objective) -> None:
+    z_s, z_t, labels = make(6, 2100)
+    weights = torch.tensor([1.0, 0.0, 2.5, -1.0, 0.3, 7.0])
+    loss, difficulty, hard, gradient = oracle(z_s, z_t, labels, objective)
+    gradient = gradient * weights[:, None]
+    for left_out in (1, 4):
+        labels[left_out] = -100 if left_out == 1 else -(2**40)
+        loss[left_out] = difficulty[left_out] = 0.0
+        hard[left_out] = False
+        gradient[left_out] = 0.0
+    for in_place in (False, True):
+        actual = call(z_s, z_t, labels, objective, weights=weights, in_place=in_place)
+        check(actual, (loss, difficulty, hard, gradient))
+        for value in (actual[0], actual[1], actual[3]):
+            assert value is not None and not value[1].any() and not value[4].any()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+def test_dtypes_are_independent_and_rounded_once(student: torch.dtype, teacher: torch.dtype) -> None:
+    objective = SelfEvolution()
+    z_s, z_t, labels = make(6, 2500)
+    z_s, z_t = z_s.to(student), z_t.to(teacher)
+    expected = oracle(z_s, z_t, labels, objective)
+    check(call(z_s, z_t, labels, objective), expected)  # the gradient into fp32
+    narrow = torch.full(z_s.shape, math.nan, dtype=torch.bfloat16, device=DEVICE)
+    actual = call(z_s, z_t, labels, objective, dlogits=narrow)
+    assert actual[3] is not None and actual[3].dtype == torch.bfloat16
+    check(actual, expected, budget=BF16_BUDGET)
+    budget = {torch.bfloat16: BF16_BUDGET, torch.float16: 2**-11}.get(student, GRADIENT_BUDGET)
+    check(call(z_s, z_t, labels, objective, in_place=True), expected, budget=budget)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        cls(lam=lam)
+        for cls in (ForwardKD, ReverseKD, NoEvo, Skew, SkewTeacher, SelfEvolution)
+        for lam in (0.0, 1.0)
+    ]
+    + [Skew(beta=0.0), SkewTeacher(beta=0.0), SelfEvolution(beta=0.0, gamma=0.0)]
+    + [Skew(beta=1.0), SkewTeacher(beta=1.0), SelfEvolution(beta=1.0, gamma=0.0)]
+    + [SelfEvolution(gamma=0.0), SelfEvolution(gamma=math.inf)],
+    ids=repr,
+)
+@pytest.mark.parametrize("extreme", [False, True], ids=["ordinary", "1e4"])
+def test_ends_of_the_scalars(objective: Objective, extreme: bool) -> None:
+    z_s, z_t, labels = make(4, 700, distance=None)
+    if extreme:  # probabilities of exactly 0 and 1
+        z_s[0, 3], z_t[0, 3], z_t[1, 9], z_s[2, 5], z_t[3] = 1e4, 1e4, 1e4, -1e4, z_t[3] * 1e4
+        labels[:3] = torch.tensor([3, 11, 5])
+    actual, expected = call(z_s, z_t, labels, objective), oracle(z_s, z_t, labels, objective)
+    assert torch.equal(actual[2], expected[2])
+    for i in (0, 1, 3):
+        value, truth = actual[i], expected[i]
+        assert value is not None and value.isfinite().all()
+        if truth.norm() < 1e-12:
+            assert value.abs().max() <= 1e-6
+        else:
+            assert error(value, truth) <= GRADIENT_BUDGET
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_offsets_of_the_logits_do_not_matter(objective: Objective) -> None:
+    z_s, z_t, labels = make(4, 2500, distance=0.1)
+    z_s, z_t = (z_s * 256).round() / 256, (z_t * 256).round() / 256  # so that the sums below are exact
+    check(call(z_s + 8000.0, z_t - 8000.0, labels, objective), oracle(z_s, z_t, labels, objective))
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_excluded_tokens(objective: Objective) -> None:
+    """-inf on both sides, also over whole blocks, changes nothing; an excluded target costs inf."""
+    V = 3 * triton_row.BLOCK
+    z_s, z_t, labels = make(3, V, distance=None)
+    kept = slice(triton_row.BLOCK + 5, 2 * triton_row.BLOCK - 3)
+    for z in (z_s, z_t):
+        z[:, : kept.start] = z[:, kept.stop :] = -math.inf
+    labels = labels % (kept.stop - kept.start)
+    expected = oracle(z_s[:, kept], z_t[:, kept], labels, objective)
+    loss, difficulty, hard, gradient = call(z_s, z_t, labels + kept.start, objective)
+    assert gradient is not None
+    check((loss, difficulty, hard, gradient[:, kept]), expected)
+    assert not gradient[:, : kept.start].any() and not gradient[:, kept.stop :].any()
+
+    loss, difficulty, hard, gradient = call(
+        z_s, z_t, torch.zeros_like(labels), objective
+    )  # an excluded label
+    bounded = isinstance(objective, (Skew, SelfEvolution))
+    assert (loss.isfinite() if bounded else loss == math.inf).all()
+    assert (difficulty == math.inf).all()
+    assert gradient is not None and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+def test_nan_is_not_hidden(objective: Objective) -> None:
+    z_s, z_t, labels = make(2, 2500)
+    z_s[0, 2400] = math.nan
+    loss, difficulty, _, gradient = call(z_s, z_t, labels, objective)
+    assert gradient is not None
+    assert loss[0].isnan() and gradient[0].isnan().any()
+    assert loss[1].isfinite() and difficulty[1].isfinite() and gradient[1].isfinite().all()
+
+
+def test_label_beyond_the_row_reads_nothing() -> None:
+    z_s, z_t, labels = make(2, 300)
+    for label in (300, 2**40):
+        labels[0] = label
+        loss, _, _, gradient = call(z_s, z_t, labels, NoEvo())
+        assert loss[0] == math.inf and loss[1].isfinite()
+        assert gradient is not None and gradient.isfinite().all()
+
+
+def test_mixed_target_in_a_divergence_of_differences() -> None:
+    """No objective pairs them yet, but the specification allows ``KL(q||yt)``."""
+    z_s, z_t, labels = make(4, 2500)
+    z = z_s.double().requires_grad_()
+    log_q, p = z.log_softmax(1), z_t.double().softmax(1)
+    target = 0.3 * p + 0.7 * F.one_hot(labels, z.shape[1])
+    loss = (log_q.exp() * (log_q - target.log())).sum(1)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    spec = RowSpec("reverse_kl", mixed=True, hard_label=False, gated=False)
+    actual = call(z_s, z_t, labels, NoEvo(lam=0.3), spec=spec)
+    assert error(actual[0], loss.detach()) <= LOSS_BUDGET
+    assert error(actual[3], gradient) <= GRADIENT_BUDGET
+
+
+def test_scalars_are_read_at_run_time() -> None:
+    """Annealing changes a device tensor, not the kernel: the compile-time arguments do not depend on it."""
+    data = make(4, 900, distance=None)
+    for objective in (
+        SelfEvolution(lam=0.2, beta=0.9, gamma=1.0),
+        SelfEvolution(lam=0.8, beta=0.1, gamma=5.0),
+    ):
+        check(call(*data, objective), oracle(*data, objective))
+    constants = triton_row._constants(SelfEvolution.spec, False, False)
+    assert not {0.2, 0.9, 0.8, 0.1} & set(constants.values())
+
+
+def test_no_rows() -> None:
+    loss, _, _, gradient = call(
+        torch.empty(0, 5), torch.empty(0, 5), torch.empty(0, dtype=torch.int64), NoEvo()
+    )
+    assert loss.shape == (0,) and gradient is not None and gradient.shape == (0, 5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU with room for 2^31 logits")
+def test_rows_beyond_2_31_elements() -> None:
+    V = 2**20
+    C = 2**11 + 2
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip(f"needs 10 GiB of free GPU memory for {C} x {V} bf16 logits twice")
+    z = torch.zeros(C, V, dtype=torch.bfloat16, device="cuda")
+    z[-1] = torch.randn(V, device="cuda")
+    tail, labels = z[-1:].cpu(), torch.full((C,), -1)
+    labels[-1] = 17
+    expected = oracle(tail, None, labels[-1:], SFT())
+    loss, _, _, _ = call(z, None, labels, SFT(), dlogits=torch.zeros_like(z))
+    assert error(loss[-1:], expected[0]) <= LOSS_BUDGET
