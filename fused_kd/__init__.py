@@ -14,15 +14,13 @@ from .objectives import (
     SkewTeacher,
 )
 
-
-
 __all__ = [
-    "KDLoss",
-    "KDOutput",
-    "LMHead",
     "OBJECTIVES",
     "SFT",
     "ForwardKD",
+    "KDLoss",
+    "KDOutput",
+    "LMHead",
     "NoEvo",
     "ReverseKD",
     "SelfEvolution",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .inputs import LMHead
 from .loss import KDOutput
-from .objectives import NoEvo, Objective, ForwardKD, ReverseKD, SelfEvolution, SFT, Skew, SkewTeacher
+from .objectives import SFT, ForwardKD, NoEvo, Objective, ReverseKD, SelfEvolution, Skew, SkewTeacher
 
 # Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
 _LOG_ZERO = -1e30

@@ -1,8 +1,8 @@
-"""Hugging Face causal LMs: hidden states without logits, and the output head as an :class:`fused_kd.LMHead`."""
+"""Hugging Face causal LMs: hidden states without logits, and the output head as a ``fused_kd.LMHead``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -103,9 +103,8 @@ def check_lm_head(model: PreTrainedModel, tokens: int = 8) -> None:
     precision.
     """
     base = _without_adapters(model)
-    vocab = base.get_input_embeddings().weight.shape[0]
-    device = base.get_input_embeddings().weight.device
-    ids = torch.arange(1, tokens + 1, device=device).remainder(vocab).unsqueeze(0)
+    embeddings = cast(torch.Tensor, base.get_input_embeddings().weight)
+    ids = torch.arange(1, tokens + 1, device=embeddings.device).remainder(embeddings.shape[0]).unsqueeze(0)
     was_training = base.training
     base.eval()
     try:
@@ -121,26 +120,28 @@ def check_lm_head(model: PreTrainedModel, tokens: int = 8) -> None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     if logits.shape != expected.shape:
         raise ValueError(
-            f"{type(base).__name__} gives logits of shape {tuple(expected.shape)}, its head {tuple(logits.shape)}"
+            f"{type(base).__name__} gives logits of shape {tuple(expected.shape)}, "
+            f"its head {tuple(logits.shape)}"
         )
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error <= (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):
         raise ValueError(
-            f"{type(base).__name__} does more to its logits than weight, bias, scale {head.logit_scale:g} and softcap "
-            f"{head.softcap}: the head differs from model(...).logits by {error:.1%}. Pass fused_kd.LMHead yourself, "
-            "with the scale that this model uses."
+            f"{type(base).__name__} does more to its logits than weight, bias, scale {head.logit_scale:g} "
+            f"and softcap {head.softcap}: the head differs from model(...).logits by {error:.1%}. Pass "
+            "fused_kd.LMHead yourself, with the scale that this model uses."
         )
 
 
 def _without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """A PEFT model's own model, with its adapters in place; any other model unchanged."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def _body(model: PreTrainedModel) -> torch.nn.Module:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model must be a causal LM, {type(model).__name__} is an encoder-decoder")
-    # base_model first: in a multimodal model it also runs the other modalities, get_decoder() is the text part alone.
+    # base_model first: in a multimodal model it runs every modality, get_decoder() is the text part alone
     for body in (model.base_model, model.get_decoder()):
         if body is not None and body is not model:
             return body

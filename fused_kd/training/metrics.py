@@ -41,7 +41,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def add(
         self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor
     ) -> None:
-        """Add one micro-batch: its share of the loss, and sums over its valid tokens. No host synchronisation."""
+        """Add a micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
         self.sums = self.sums.to(loss.device)
         values = (loss, difficulty, hard, tokens)
         self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
@@ -93,11 +93,8 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved = (
-            state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-            if state.global_step
-            else {}
-        )
+        restored: Any = state.stateful_callbacks if state.global_step else {}
+        saved = restored.get(type(self).__name__, {}).get("attributes", {})
         self.sums = torch.tensor(
             saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device
         )

@@ -82,7 +82,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 def same_tokenizer(
     first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model"
 ) -> None:
-    """Raise ``ValueError`` unless both have the same tokens with the same ids: distillation compares by id."""
+    """Raise ``ValueError`` unless both have the same tokens with the same ids: distillation goes by id."""
     ours, theirs = second.get_vocab(), first.get_vocab()
     differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
     if differing:

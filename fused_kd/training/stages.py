@@ -52,7 +52,8 @@ class StageBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(self.title)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -148,7 +149,7 @@ def translate_stage(
     batch_size: int = 64,
     max_new_tokens: int = 128,
 ) -> dict[str, Any]:
-    """Greedy translations of ``pairs`` by a stage's model, in ``hypotheses.txt``, and their scores; done once."""
+    """Greedy translations by a stage's model in ``hypotheses.txt``, and their scores; done once."""
     folder = run.stage(name)
     with run.lock(name):
         scores = read_json(folder / "scores.json")

@@ -48,7 +48,7 @@ class BetaSchedule:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction!r}")
 
     def beta(self, progress: float, end: float) -> float:
-        """β at ``progress`` (0 at the first step, 1 at the end of the training); ``end`` is used where self.end is None."""
+        """β at ``progress`` in [0, 1]; ``end`` stands in for a ``self.end`` of None."""
         end = end if self.end is None else self.end
         share = min(progress / self.fraction, 1.0)
         return self.start + (end - self.start) * share
@@ -102,7 +102,7 @@ class KDTrainer(Trainer):
         beta_schedule: BetaSchedule | None = None,
         **trainer_args: Any,
     ) -> None:
-        self.objective = _as_objective(objective)
+        self.objective: Objective = _as_objective(objective)
         self.beta_schedule = beta_schedule
         if beta_schedule is not None and not hasattr(self.objective, "beta"):
             raise ValueError(f"beta_schedule needs an objective with a beta, got {self.objective!r}")
@@ -118,11 +118,16 @@ class KDTrainer(Trainer):
                 "score generated text with fused_kd.training.evaluate"
             )
         self.vocab_size = _common_vocab_size(model, teacher, vocab_size, trainer_args.get("processing_class"))
-        self.kd_options = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
+        self.kd_options: dict[str, Any] = {
+            "temperature": temperature,
+            "memory_budget": memory_budget,
+            "backend": backend,
+        }
         super().__init__(model=model, **trainer_args)
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: the objective sets the target"
+                f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: "
+                "the objective sets the target"
             )
         if (
             self.args.parallel_mode == ParallelMode.DISTRIBUTED
@@ -141,7 +146,7 @@ class KDTrainer(Trainer):
             ):
                 self._move_model_to_device(teacher, self.args.device)
             check_lm_head(teacher)
-        check_lm_head(self.model)
+        check_lm_head(model)
         self._warned_hard = False
         self.add_callback(RunningMetrics())
 
@@ -156,7 +161,7 @@ class KDTrainer(Trainer):
         return lm_head_of(unwrapped, hidden_states(unwrapped, **inputs))
 
     def current_objective(self) -> Objective:
-        """The objective of the current optimizer step, with β from the schedule: a function of the step alone."""
+        """The objective of the current step, with β from the schedule: a function of the step alone."""
         if self.beta_schedule is None:
             return self.objective
         progress = self.state.global_step / max(self.state.max_steps, 1)
@@ -170,7 +175,7 @@ class KDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The fused loss of one micro-batch; with ``return_outputs`` also ``{"loss", "difficulty", "is_hard"}``."""
+        """Fused loss of a micro-batch; with ``return_outputs`` also a dict: loss, difficulty, is_hard."""
         labels = inputs["labels"]
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         teacher = None
@@ -201,7 +206,7 @@ class KDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one optimizer step and the number of valid targets in all of them (at least 1)."""
+        """The micro-batches of one optimizer step, and their number of valid targets, at least 1."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [_count_targets(batch["labels"]) for batch in batches]
         return batches, torch.stack(counts).sum().clamp(min=1) if counts else torch.ones(
@@ -233,7 +238,7 @@ class KDTrainer(Trainer):
         if "loss" in logs:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             last = logged[-1] if logged else 0
-            logs.update(self.metrics.take(self.state.global_step - last))
+            logs.update(self.metrics.take(self.state.global_step - int(last)))
             if self.beta_schedule is not None:
                 logs["beta"] = self.current_objective().beta  # type: ignore[attr-defined]
         super().log(logs, start_time)
@@ -256,13 +261,13 @@ class KDTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedEpochs(
-            [len(row["input_ids"]) for row in dataset],
+            [len(dataset[index]["input_ids"]) for index in range(len(dataset))],  # type: ignore[index]
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
     def _warn_if_starved(self) -> None:
-        """Warn once when the hard fraction stayed above the limit for 5 % of the training and at least 20 steps."""
+        """Warn once when the hard fraction stayed high for 5 % of the training and at least 20 steps."""
         if getattr(self.current_objective(), "beta", 1.0) == 1.0 or self.teacher is None:
             return
         entries = [entry for entry in self.state.log_history if "hard_fraction" in entry]
@@ -272,8 +277,8 @@ class KDTrainer(Trainer):
             return
         self._warned_hard = True
         warnings.warn(
-            f"hard_fraction stayed above {HARD_LIMIT} for {steps} steps: hard tokens of a skewed loss get almost no "
-            "gradient, so this student learns little. Start from a trained student, warm β up "
+            f"hard_fraction stayed above {HARD_LIMIT} for {steps} steps: hard tokens of a skewed loss get "
+            "almost no gradient, so this student learns little. Start from a trained student, warm β up "
             "(beta_schedule=BetaSchedule()), or use NoEvo first.",
             stacklevel=2,
         )
@@ -300,8 +305,8 @@ def _common_vocab_size(
             return None
         if tokenizer is None or not hasattr(tokenizer, "__len__"):
             raise ValueError(
-                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}: give vocab_size, or the shared "
-                "tokenizer as processing_class, to cut both heads to the common tokens"
+                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}: give vocab_size, or "
+                "the shared tokenizer as processing_class, to cut both heads to the common tokens"
             )
         vocab_size = len(tokenizer)
     if not 1 <= vocab_size <= min(heads):

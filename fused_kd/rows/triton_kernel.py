@@ -1,0 +1,393 @@
+"""The Triton kernel of a row: all objectives, with or without gradient, with or without a teacher.
+
+A program sweeps its row in blocks, so that a row may be longer than anything that fits on chip:
+
+1. statistics: maxima, sums of exponentials and ``KL(p||q)`` of both rows at once; they give the difficulty;
+2. ``sum h`` and ``sum g`` of a divergence other than ``KL(t||q)``, in rows that use one;
+3. the gradient.
+
+Special functions per element and sweep:
+
+=================================  =============  =======================  ==================  ======
+row                                1. statistics  2. sums                  3. gradient         in all
+=================================  =============  =======================  ==================  ======
+cross-entropy alone                1 exp          -                        1 exp               2
+``KL(t||q)``; easy rows of a gate  2 exp          -                        2 exp               4
+reverse KL                         2 exp          2 exp                    2 exp               6
+skewed KL; hard rows of a gate     2 exp          2 exp, 1 division, 1 log 2 exp, 1 division   9
+=================================  =============  =======================  ==================  ======
+
+A cross-entropy at another temperature adds 1 exp to sweeps 1 and 3, a softcap 1 exp and 1 division per sweep
+and capped side. NVIDIA's special-function units do exponentials and the reciprocals of divisions, 16 a clock
+and multiprocessor; the logarithm is plain arithmetic there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .base import EXCLUDED, LOG_ZERO
+
+_LOG_ZERO = tl.constexpr(LOG_ZERO)
+_EXCLUDED = tl.constexpr(EXCLUDED)
+# Beyond the row's end: below LOG_ZERO, to lose even against excluded tokens; still finite when divided by T.
+_OUTSIDE = tl.constexpr(-1e33)
+# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
+_TINY = tl.constexpr(1e-30)
+
+
+@triton.jit
+def row_kernel(
+    student_ptr,  # (C, V) raw logits
+    teacher_ptr,  # (C, V) raw logits or None
+    dlogits_ptr,  # (C, V) or None; may be student_ptr
+    labels_ptr,  # (C,)
+    weights_ptr,  # (C,) or None
+    scalars_ptr,  # (4,): lam, beta, gamma, temperature
+    loss_ptr,
+    difficulty_ptr,
+    hard_ptr,
+    V,
+    student_stride,
+    teacher_stride,
+    dlogits_stride,
+    student_scale,
+    student_cap,  # None without softcap
+    teacher_scale,
+    teacher_cap,
+    h: tl.constexpr,
+    g: tl.constexpr,
+    free_g: tl.constexpr,
+    FREE: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    MIXED: tl.constexpr,
+    HARD_LABEL: tl.constexpr,
+    GATED: tl.constexpr,
+    COLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    if label < 0:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(difficulty_ptr + row, 0.0)
+        tl.store(hard_ptr + row, 0)
+        if dlogits_ptr is not None:
+            for start in range(0, V, BLOCK):
+                offsets = start + tl.arange(0, BLOCK)
+                tl.store(dlogits_ptr + row * dlogits_stride + offsets, 0.0, mask=offsets < V)
+        return
+
+    # Beyond the row: counts as an excluded token and is never dereferenced.
+    label = tl.minimum(label, V).to(tl.int32)
+    student = (student_ptr + row * student_stride, student_scale, student_cap)
+    if dlogits_ptr is None:
+        dlogits_row = None
+    else:
+        dlogits_row = dlogits_ptr + row * dlogits_stride
+
+    if teacher_ptr is None:
+        loss = _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK)
+        _store_loss(difficulty_ptr + row, loss)
+        tl.store(hard_ptr + row, 0)
+    else:
+        teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap)
+        loss = _distill(
+            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, difficulty_ptr, hard_ptr,
+            h, g, free_g, FREE, MIXTURE, MIXED, HARD_LABEL, GATED, COLD, BLOCK,
+        )  # fmt: skip
+    _store_loss(loss_ptr + row, loss)
+
+
+@triton.jit
+def _store_loss(ptr, value):
+    tl.store(ptr, tl.where(value > _EXCLUDED, float("inf"), value))
+
+
+@triton.jit
+def _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK: tl.constexpr):
+    """``-log q_y``, and its gradient in ``dlogits_row`` unless that is None."""
+    student_row, scale, cap = student
+    lanes = tl.arange(0, BLOCK)
+    z_max = tl.cast(_OUTSIDE, tl.float32)
+    z_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        offsets = start + lanes
+        z = _logits(student_row, offsets, offsets < V, scale, cap)
+        new_max = tl.maximum(z_max, tl.max(z, axis=0))
+        z_sum = z_sum * tl.exp(z_max - new_max) + tl.exp(z - new_max)
+        z_max = new_max
+    label_z = _logits(student_row, label, label < V, scale, cap)
+    total = tl.sum(z_sum, axis=0)
+    if dlogits_row is not None:
+        inv_total = 1.0 / total
+        weight = 1.0
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + row)
+        blocks = tl.cdiv(V, BLOCK)
+        for i in range(0, blocks):
+            offsets = (blocks - 1 - i) * BLOCK + lanes
+            z, slope = _logits_and_slope(student_row, offsets, offsets < V, scale, cap)
+            gradient = tl.exp(z - z_max) * inv_total - tl.where(offsets == label, 1.0, 0.0)
+            tl.store(dlogits_row + offsets, gradient * (slope * weight), mask=offsets < V)
+    return tl.log(total) - (label_z - z_max)
+
+
+@triton.jit
+def _distill(
+    student,  # row pointer, scale, softcap
+    teacher,
+    dlogits_row,
+    V,
+    row,
+    label,
+    weights_ptr,
+    scalars_ptr,
+    difficulty_ptr,
+    hard_ptr,
+    h: tl.constexpr,
+    g: tl.constexpr,
+    free_g: tl.constexpr,
+    FREE: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    MIXED: tl.constexpr,
+    HARD_LABEL: tl.constexpr,
+    GATED: tl.constexpr,
+    COLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The loss with a teacher; stores difficulty, hardness and, given a ``dlogits_row``, the gradient."""
+    lam = tl.load(scalars_ptr)
+    beta = tl.load(scalars_ptr + 1)
+    gamma = tl.load(scalars_ptr + 2)
+    inv_T = 1.0 / tl.load(scalars_ptr + 3)
+    student_row, student_scale, student_cap = student
+    teacher_row, teacher_scale, teacher_cap = teacher
+    lanes = tl.arange(0, BLOCK)
+
+    s_max = tl.cast(_OUTSIDE, tl.float32)
+    t_max = tl.cast(_OUTSIDE, tl.float32)
+    cold_max = tl.cast(_OUTSIDE, tl.float32)
+    s_sum = tl.zeros((BLOCK,), tl.float32)
+    t_sum = tl.zeros((BLOCK,), tl.float32)
+    cold_sum = tl.zeros((BLOCK,), tl.float32)
+    # sum e_t * ((z_t - t_max) - (z_s - s_max)): from the maxima, so offsets of the logits cost no digits.
+    kl_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        offsets = start + lanes
+        z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
+        z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+        block_max = tl.max(z_s, axis=0)
+        if COLD:
+            new_cold = tl.maximum(cold_max, block_max)
+            cold_sum = cold_sum * tl.exp(cold_max - new_cold) + tl.exp(z_s - new_cold)
+            cold_max = new_cold
+        new_s = tl.maximum(s_max, block_max * inv_T)
+        new_t = tl.maximum(t_max, tl.max(z_t, axis=0) * inv_T)
+        a_s = z_s * inv_T - new_s
+        a_t = z_t * inv_T - new_t
+        e_t = tl.exp(a_t)
+        shrink = tl.exp(t_max - new_t)
+        t_sum = t_sum * shrink
+        kl_sum = kl_sum * shrink + t_sum * ((t_max - new_t) - (s_max - new_s)) + e_t * (a_t - a_s)
+        t_sum = t_sum + e_t
+        s_sum = s_sum * tl.exp(s_max - new_s) + tl.exp(a_s)
+        s_max = new_s
+        t_max = new_t
+    # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
+    label_z_s = _logits(student_row, label, label < V, student_scale, student_cap)
+    label_z_t = _logits(teacher_row, label, label < V, teacher_scale, teacher_cap)
+    s_total = tl.sum(s_sum, axis=0)
+    t_total = tl.sum(t_sum, axis=0)
+    s_log = tl.log(s_total)
+    t_log = tl.log(t_total)
+    kl = tl.sum(kl_sum, axis=0) / t_total - (t_log - s_log)
+    kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
+
+    label_log_q = (label_z_s * inv_T - s_max) - s_log
+    label_log_p = (label_z_t * inv_T - t_max) - t_log
+    label_p = tl.exp(label_log_p)
+    label_t = lam * label_p + (1.0 - lam)
+    label_log_t = tl.log(tl.maximum(label_t, _TINY))
+    log_lam = tl.log(tl.maximum(lam, _TINY))
+    difficulty = (
+        lam * (kl - label_p * (label_log_p - label_log_q))
+        + lam * log_lam * (1.0 - label_p)
+        + label_t * (label_log_t - label_log_q)
+    )
+    difficulty = tl.where(difficulty < 0.0, 0.0, difficulty)
+    hard = False
+    if GATED:
+        hard = difficulty > gamma
+    # Stored early: nothing but what sweeps 2 and 3 need should hold registers through them.
+    _store_loss(difficulty_ptr + row, difficulty)
+    tl.store(hard_ptr + row, hard)
+
+    cold_inv = 1.0
+    ce = -label_log_q
+    if COLD:
+        cold_total = tl.sum(cold_sum, axis=0)
+        cold_inv = 1.0 / cold_total
+        ce = tl.log(cold_total) - (label_z_s - cold_max)
+    share = lam
+    ce_weight = 0.0
+    if HARD_LABEL:
+        ce_weight = 1.0 - lam
+    if MIXED:
+        share = 1.0
+        loss = difficulty
+    else:
+        loss = lam * kl + ce_weight * ce
+
+    log_off_label = tl.where(lam > 0.0, log_lam, _LOG_ZERO)
+    target = (lam, beta, inv_T, log_off_label, label_log_t - label_log_q)
+    norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
+    cold = (cold_max, cold_inv)
+    shares = (share * inv_T, ce_weight)
+    if FREE:
+        if dlogits_row is not None:
+            _write_gradient(
+                student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
+                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
+            )  # fmt: skip
+    else:
+        use = True
+        if MIXTURE:  # beta = 1 is KL exactly, and its ratio t / q may overflow
+            use = beta < 1.0
+        if GATED:
+            use = hard & use
+        if use:
+            h_sum = tl.zeros((BLOCK,), tl.float32)
+            g_sum = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, V, BLOCK):
+                offsets = start + lanes
+                z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
+                z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+                t, q, d, r, log_r = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+                h_sum += h(t, q, d, r, log_r, beta)
+                g_sum += g(t, q, d, r, log_r, beta)
+            loss = share * tl.sum(h_sum, axis=0) + ce_weight * ce
+            if dlogits_row is not None:
+                _write_gradient(
+                    student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
+                    weights_ptr, tl.sum(g_sum, axis=0), g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
+                )  # fmt: skip
+        else:
+            if dlogits_row is not None:
+                _write_gradient(
+                    student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
+                    weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
+                )  # fmt: skip
+    return loss
+
+
+@triton.jit
+def _write_gradient(
+    student,
+    teacher,
+    dlogits_row,
+    V,
+    row,
+    label,
+    target,
+    norms,
+    cold,
+    shares,
+    weights_ptr,
+    g_total,
+    g: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    MIXED: tl.constexpr,
+    HARD_LABEL: tl.constexpr,
+    COLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times the row's weight and d final / d raw.
+
+    Safe in place: a stored element is computed from that element's own load, whichever thread does either,
+    and no other read of it can come late: stores need the sums, and the sums all threads' earlier loads.
+    """
+    student_row, student_scale, student_cap = student
+    teacher_row, teacher_scale, teacher_cap = teacher
+    beta = target[1]
+    cold_max, cold_inv = cold
+    div_share, ce_share = shares
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row)
+    blocks = tl.cdiv(V, BLOCK)
+    # Backwards: the end of the row is what the sweep before has left in the cache.
+    for i in range(0, blocks):
+        offsets = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < V
+        z_s, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
+        z_t = _logits(teacher_row, offsets, mask, teacher_scale, teacher_cap)
+        t, q, d, r, log_r = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+        gradient = div_share * (g(t, q, d, r, log_r, beta) - q * g_total)
+        if HARD_LABEL:
+            if COLD:
+                q = tl.exp(z_s - cold_max) * cold_inv
+            gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))
+        tl.store(dlogits_row + offsets, gradient * (slope * weight), mask=mask)
+
+
+@triton.jit
+def _arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr):
+    """``t, q, d, r, log_r`` of :mod:`fused_kd.divergences`; the compiler drops what is not read."""
+    lam, beta, inv_T, log_off_label, label_d = target
+    s_max, s_inv, t_max, t_inv, log_ratio = norms
+    a_s = z_s * inv_T - s_max
+    a_t = z_t * inv_T - t_max
+    q = tl.exp(a_s) * s_inv
+    t = tl.exp(a_t) * t_inv
+    d = (a_t - a_s) - log_ratio
+    if MIXED:
+        t = lam * t + tl.where(at_label, 1.0 - lam, 0.0)
+        d = tl.where(at_label, label_d, d + log_off_label)
+    r = t
+    log_r = d
+    if MIXTURE:
+        t += _TINY
+        r = t / (beta * q + (1.0 - beta) * t)
+        log_r = tl.log(r)
+    return t, q, d, r, log_r
+
+
+@triton.jit
+def _logits(row_ptr, offsets, mask, scale, cap):
+    """Final fp32 logits before the temperature; ``_OUTSIDE`` where masked."""
+    z, _slope = _logits_and_slope(row_ptr, offsets, mask, scale, cap)
+    return z
+
+
+@triton.jit
+def _logits_and_slope(row_ptr, offsets, mask, scale, cap):
+    """As :func:`_logits`, and d final / d raw."""
+    z = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = tl.where(z < _LOG_ZERO, _LOG_ZERO, z)
+    if cap is None:
+        slope = scale
+        z = z * scale
+    else:
+        tanh, slope = _tanh(z * (scale / cap))
+        slope = slope * scale
+        z = tanh * cap
+    return tl.where(mask, z, _OUTSIDE), slope
+
+
+@triton.jit
+def _tanh(x):
+    """tanh and its derivative, both to a few ulp of themselves and without overflow."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    inv = 1.0 / (1.0 + e)
+    large = (1.0 - e) * inv
+    # 1 - e cancels near 0: there an odd polynomial, fitted for relative error (3e-9) on |x| <= 0.6.
+    w = x * x
+    small = -0.0058951582 * w + 0.0207959718
+    small = small * w - 0.0537838303
+    small = small * w + 0.133319241
+    small = small * w - 0.33333298
+    small = x + x * (w * small)
+    tanh = tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -large, large))
+    return tanh, 4.0 * e * inv * inv

@@ -1,0 +1,445 @@
+"""KDTrainer against a plain full-logits step, under accumulation, on resuming, and with bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import fused_kd as fk  # noqa: E402
+from fused_kd.training.prompts import Collator  # noqa: E402
+from fused_kd.training.trainer import BetaSchedule, KDTrainer  # noqa: E402
+
+VOCAB = 61
+
+
+def tiny(hidden: int, seed: int, vocab: int = VOCAB) -> transformers.PreTrainedModel:
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    with torch.no_grad():  # peaked outputs, so that easy and hard tokens both occur
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        ids = [rng.randrange(3, VOCAB) for _ in range(rng.randint(5, 14))]
+        prompt = rng.randint(0, 4)  # a first label without a prediction must not count
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+def trainer(
+    folder: Path,
+    student: transformers.PreTrainedModel,
+    objective: fk.objectives.Objective,
+    data: list,
+    *,
+    teacher: transformers.PreTrainedModel | None = None,
+    eval_data: list | None = None,
+    kd: dict | None = None,
+    **arguments: object,
+) -> KDTrainer:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    made = KDTrainer(
+        student,
+        teacher,
+        objective,
+        args=transformers.TrainingArguments(**{**defaults, **arguments}),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        data_collator=Collator(0),
+        **(kd or {}),
+    )
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return made
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def assert_same_weights(left: dict, right: dict, tolerance: float) -> None:
+    for name, value in left.items():
+        error = (value - right[name]).norm() / right[name].norm()
+        assert error <= tolerance, f"{name}: relative difference {error:.2e}"
+
+
+def full_logits_loss(objective: fk.objectives.Objective, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor):
+    """Self-Evolution, ForwardKD and SFT written out on logits (N, V): sum over tokens, difficulties."""
+    lq = z.log_softmax(-1)
+    ce = torch.nn.functional.nll_loss(lq, y, reduction="none")
+    if isinstance(objective, fk.SFT):
+        return ce.sum(), ce.detach()
+    p = t.softmax(-1)
+    onehot = torch.nn.functional.one_hot(y, z.shape[-1]).to(p)
+    mixed = (1 - objective.lam) * onehot + objective.lam * p
+    difficulty = (torch.xlogy(mixed, mixed) - mixed * lq).sum(-1)
+    if isinstance(objective, fk.ForwardKD):
+        kl = (torch.xlogy(p, p) - p * lq).sum(-1)
+        return ((1 - objective.lam) * ce + objective.lam * kl).sum(), difficulty.detach()
+    between = objective.beta * lq.exp() + (1 - objective.beta) * mixed
+    skewed = (torch.xlogy(mixed, mixed) - mixed * between.log()).sum(-1)
+    return torch.where(difficulty > objective.gamma, skewed, difficulty).sum(), difficulty.detach()
+
+
+def plain_training(student, teacher, objective, batches: list[list], learning_rate: float) -> list[dict]:
+    """SGD on whole batches with both models' logits: what KDTrainer must reproduce."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=learning_rate)
+    logged = []
+    for batch in batches:
+        inputs = Collator(0)(batch)
+        labels = inputs.pop("labels")[:, 1:]
+        valid = labels != -100
+        with torch.no_grad():
+            t = teacher(**inputs).logits[:, :-1][valid]
+        z = student(**inputs).logits[:, :-1][valid]
+        total, difficulty = full_logits_loss(objective, z, t, labels[valid])
+        loss = total / valid.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gamma = getattr(objective, "gamma", 0.4)
+        logged.append(
+            {
+                "loss": loss.item(),
+                "difficulty": difficulty.mean().item(),
+                "hard_fraction": (difficulty > gamma).float().mean().item(),
+            }
+        )
+    return logged
+
+
+@pytest.mark.parametrize(
+    "objective", [fk.SFT(), fk.ForwardKD(lam=0.7), fk.SelfEvolution(gamma=2.0)], ids=lambda o: o.name
+)
+def test_same_as_full_logits(tmp_path: Path, objective: fk.objectives.Objective) -> None:
+    data = rows(16)
+    teacher = tiny(24, seed=2)
+    plain = tiny(16, seed=1)
+    batches = [data[4 * i : 4 * i + 4] for i in range(4)]
+    expected = plain_training(plain, teacher, objective, batches, learning_rate=0.5)
+    student = tiny(16, seed=1)
+    start = weights(student)
+    run = trainer(
+        tmp_path,
+        student,
+        objective,
+        data,
+        teacher=teacher,
+        max_steps=4,
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+    )
+    run.train()
+    assert_same_weights(weights(student), weights(plain), 1e-5)
+    assert any((start[name] - value).norm() > 1e-3 for name, value in weights(plain).items())
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    for ours, theirs in zip(logged, expected, strict=True):
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    if isinstance(objective, fk.SelfEvolution):
+        assert 0.05 < expected[0]["hard_fraction"] < 0.95, "both branches must be taken"
+
+
+def test_gradient_accumulation_is_exact(tmp_path: Path) -> None:
+    data = rows(32)
+    counts = {sum(label != -100 for label in row["labels"][1:]) for row in data}
+    assert len(counts) > 3, "rows must differ in tokens, or a wrong denominator would not show"
+    trained = []
+    for batch, steps in ((8, 1), (2, 4)):
+        student = tiny(16, seed=1)
+        run = trainer(
+            tmp_path / str(batch),
+            student,
+            fk.SelfEvolution(gamma=2.0),
+            data,
+            teacher=tiny(24, seed=2),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=4,
+            optim="sgd",
+            learning_rate=0.5,
+            logging_steps=1,
+            train_sampling_strategy="sequential",
+        )
+        run.train()
+        trained.append((weights(student), [entry for entry in run.state.log_history if "loss" in entry]))
+    assert_same_weights(trained[0][0], trained[1][0], 1e-5)
+    for whole, parts in zip(trained[0][1], trained[1][1], strict=True):
+        for key in ("loss", "difficulty", "hard_fraction"):
+            assert parts[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "stop,options",
+    [
+        (3, {"train_sampling_strategy": "random"}),
+        (7, {"train_sampling_strategy": "group_by_length"}),
+        (7, {"train_sampling_strategy": "group_by_length", "restore_callback_states_from_checkpoint": True}),
+        (6, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    ],
+    ids=["mid-epoch", "grouped-second-epoch", "callbacks-restored", "accumulated"],
+)
+def test_resume_gives_the_same_result(tmp_path: Path, stop: int, options: dict) -> None:
+    data = rows(20)  # 5 steps an epoch
+    shared = dict(max_steps=10, logging_steps=4, save_strategy="steps", save_steps=1, **options)
+
+    def make(folder: str) -> KDTrainer:
+        return trainer(
+            tmp_path / folder,
+            tiny(16, seed=1),
+            fk.SelfEvolution(gamma=2.0),
+            data,
+            teacher=tiny(24, seed=2),
+            kd={"beta_schedule": BetaSchedule(fraction=0.8)},
+            **shared,
+        )
+
+    whole = make("whole")
+    whole.train()
+
+    class Kill(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == stop:
+                raise KeyboardInterrupt
+
+    killed = make("parts")
+    killed.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    torch.manual_seed(12345)  # another process would start elsewhere
+    resumed = make("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(whole.model), 0.0)
+    timed = ("tokens_per_second", "peak_memory_mb")
+
+    def logged(run: KDTrainer) -> list[dict]:
+        return [
+            {key: value for key, value in entry.items() if key not in timed}
+            for entry in run.state.log_history
+            if "loss" in entry
+        ]
+
+    assert len(logged(whole)) == 2 and "beta" in logged(whole)[0]
+    assert logged(resumed) == logged(whole)
+    assert resumed.metrics.total_seconds > 0
+
+
+def test_logs(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        tiny(16, seed=1),
+        fk.SelfEvolution(),
+        rows(16),
+        teacher=tiny(24, seed=2),
+        eval_data=rows(6, seed=9),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run.train()
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6]
+    for entry in logged:
+        assert 0 <= entry["hard_fraction"] <= 1 and entry["difficulty"] > 0
+        assert entry["tokens_per_second"] > 0 and entry["peak_memory_mb"] > 10
+        assert "beta" not in entry
+    evaluated = [entry for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 3 and all(entry["eval_loss"] > 0 for entry in evaluated)
+
+
+def test_evaluation_is_the_mean_loss_without_logits(tmp_path: Path) -> None:
+    student, teacher, data = tiny(16, seed=1), tiny(24, seed=2), rows(4, seed=9)
+    objective = fk.SelfEvolution(gamma=2.0)
+    run = trainer(tmp_path, student, objective, rows(8), teacher=teacher, eval_data=data)
+    expected = plain_training(tiny(16, seed=1), teacher, objective, [data], learning_rate=0.0)[0]["loss"]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("logits were computed")
+
+    for model in (student, teacher):
+        model.lm_head.register_forward_hook(refuse)
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    run.train()
+    batch = Collator(0)(data)
+    loss, outputs = run.compute_loss(student, batch, return_outputs=True)
+    assert torch.equal(loss, outputs["loss"]) and outputs["difficulty"].shape == batch["labels"].shape
+
+
+def test_evaluation_uses_the_objective_at_its_end(tmp_path: Path) -> None:
+    data, losses = rows(4, seed=9), []
+    for kd in ({"beta_schedule": BetaSchedule()}, {}):
+        student, teacher = tiny(16, seed=1), tiny(24, seed=2)
+        run = trainer(tmp_path, student, fk.Skew(), rows(8), teacher=teacher, kd=kd, eval_data=data)
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == losses[1], "losses of one training must be comparable while beta moves"
+
+
+def test_teacher_is_frozen(tmp_path: Path) -> None:
+    teacher = tiny(24, seed=2).train()
+    before = weights(teacher)
+    run = trainer(tmp_path, tiny(16, seed=1), fk.NoEvo(), rows(8), teacher=teacher, max_steps=2)
+    run.train()
+    assert not teacher.training and not any(
+        p.requires_grad or p.grad is not None for p in teacher.parameters()
+    )
+    assert_same_weights(weights(teacher), before, 0.0)
+
+
+def test_beta_schedule(tmp_path: Path) -> None:
+    schedule = BetaSchedule(start=1.0, fraction=0.5)
+    assert [schedule.beta(x, end=0.4) for x in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
+    assert BetaSchedule(start=0.5, end=1.0, fraction=1.0).beta(0.5, end=0.1) == 0.75
+    # one step at beta = 1 is a step of NoEvo
+    trained = []
+    for objective, kd in ((fk.Skew(), {"beta_schedule": schedule}), (fk.NoEvo(), {}), (fk.Skew(), {})):
+        student = tiny(16, seed=1)
+        run = trainer(
+            tmp_path, student, objective, rows(8), teacher=tiny(24, seed=2), kd=kd, max_steps=1, optim="sgd"
+        )
+        run.train()
+        trained.append(weights(student))
+    assert_same_weights(trained[0], trained[1], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_same_weights(trained[0], trained[2], 1e-4)
+
+
+def test_beta_moves_to_its_end(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        tiny(16, seed=1),
+        fk.SelfEvolution(beta=0.5),
+        rows(16),
+        teacher=tiny(24, seed=2),
+        kd={"beta_schedule": BetaSchedule(fraction=2 / 3)},
+    )
+    run.train()
+    assert [entry["beta"] for entry in run.state.log_history if "beta" in entry] == pytest.approx(
+        [0.75, 0.5, 0.5]
+    )
+    assert run.objective == fk.SelfEvolution(beta=0.5)
+    assert run.current_objective() == dataclasses.replace(run.objective, beta=0.5)
+
+
+def test_warns_once_when_all_tokens_stay_hard(tmp_path: Path) -> None:
+    options = {"teacher": tiny(24, seed=2), "max_steps": 60, "learning_rate": 0.0}
+    with pytest.warns(UserWarning, match="hard_fraction stayed above 0.8 for 20 steps") as caught:
+        trainer(tmp_path, tiny(16, seed=1), fk.SelfEvolution(), rows(16), **options).train()
+    assert sum("hard_fraction" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(tmp_path, tiny(16, seed=1), fk.NoEvo(), rows(16), **options).train()
+        trainer(tmp_path, tiny(16, seed=1), fk.SelfEvolution(gamma=30.0), rows(16), **options).train()
+
+
+def test_padded_vocabularies(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __len__(self) -> int:
+            return VOCAB
+
+    student, teacher = tiny(16, seed=1, vocab=64), tiny(24, seed=2, vocab=72)
+    with pytest.raises(ValueError, match="vocabularies of 64 and 72: give vocab_size"):
+        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher)
+    with pytest.raises(ValueError, match=r"vocab_size must be in \[1, 64\].*got 70"):
+        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": 70})
+    assert (
+        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(8, seed=3, vocab=64)).vocab_size is None
+    )
+    from fused_kd.training.trainer import _common_vocab_size
+
+    assert _common_vocab_size(student, teacher, None, Tokenizer()) == VOCAB
+    # columns past vocab_size take no part
+    losses = []
+    for factor in (1.0, 5.0):
+        with torch.no_grad():
+            student.lm_head.weight[VOCAB:] *= factor
+        run = trainer(
+            tmp_path,
+            student,
+            fk.NoEvo(),
+            rows(4),
+            teacher=teacher,
+            kd={"vocab_size": VOCAB},
+            eval_data=rows(4),
+        )
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "objective,kd,arguments,message",
+    [
+        ("self_evolution", {"teacher": None}, {}, "teacher must be given for SelfEvolution"),
+        ("selfevolution", {}, {}, "objective must be one of sft, forward_kd, .*got 'selfevolution'"),
+        ("forward_kd", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with a beta"),
+        ("no_evo", {"compute_metrics": print}, {}, "compute_metrics must be None"),
+        ("no_evo", {}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
+        ("no_evo", {"temperature": 0.0}, {}, "temperature"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, objective: str, kd: dict, arguments: dict, message: str) -> None:
+    options = {"teacher": tiny(8, seed=2), **kd}
+    teacher = options.pop("teacher")
+    with pytest.raises(ValueError, match=message):
+        trainer(
+            tmp_path, tiny(8, seed=1), objective, rows(4), teacher=teacher, kd=options, **arguments
+        ).train()
+
+
+def test_more_bad_arguments(tmp_path: Path) -> None:
+    student = tiny(8, seed=1)
+    with pytest.raises(ValueError, match="another model than the student"):
+        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=student)
+    with pytest.raises(TypeError, match="objective must be a fused_kd objective or its name"):
+        trainer(tmp_path, student, 0.5, rows(4))
+    with pytest.raises(ValueError, match=r"start must be in \[0, 1\], got 1.5"):
+        BetaSchedule(start=1.5)
+    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], got 0"):
+        BetaSchedule(fraction=0)
+
+
+def test_checkpoint_state_is_json(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, tiny(8, seed=1), fk.SFT(), rows(8), max_steps=3, save_strategy="steps", save_steps=3
+    )
+    run.train()
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    sums = state["stateful_callbacks"]["RunningMetrics"]["attributes"]["sums"]
+    assert sums[3] > 0, "the third step is not logged yet, so its tokens are in the checkpoint"
