@@ -145,9 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
                 if not trained[needed].is_dir():
                     raise SystemExit(f"--only {name}: run {needed} first")
         rows = tokenize_pairs(tokenizer, template, pairs, args.direction, args.max_length)
-        console.print(
-            f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False
-        )
+        console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
         start = {"teacher": args.teacher, "student": args.student}.get(name, trained["student"])
         seed = args.seed + (name == "student")
         student = lambda start=start, seed=seed: model(start, seed)  # noqa: E731

@@ -30,9 +30,7 @@ def hidden_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     no body that can be called without its head.
     """
     if "labels" in inputs:
-        raise ValueError(
-            "labels must not be passed to hidden_states: the loss needs them, the model's body does not"
-        )
+        raise ValueError("labels must not be passed to hidden_states: the loss needs them, the model's body does not")
     inputs.setdefault("use_cache", False)
     return _body(_without_adapters(model))(**inputs, return_dict=True).last_hidden_state
 
@@ -50,9 +48,7 @@ def lm_head_of(model: PreTrainedModel, hidden: torch.Tensor) -> LMHead:
     head = base.get_output_embeddings()
     name = type(base).__name__
     if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
-        raise ValueError(
-            f"model must have an output head with a weight, {name}.get_output_embeddings() gave {head!r}"
-        )
+        raise ValueError(f"model must have an output head with a weight, {name}.get_output_embeddings() gave {head!r}")
     extra = sorted(key for key, _ in head.named_parameters() if key not in ("weight", "bias"))
     if extra:
         raise TypeError(
@@ -65,9 +61,7 @@ def lm_head_of(model: PreTrainedModel, hidden: torch.Tensor) -> LMHead:
             "load it unquantised (leave the head out of the quantisation) or dequantise it"
         )
     if head.weight.is_meta:
-        raise ValueError(
-            f"the head of {name} is offloaded (its weight is on the meta device): keep it on a device"
-        )
+        raise ValueError(f"the head of {name} is offloaded (its weight is on the meta device): keep it on a device")
     scale, softcap = logit_options(base.config)
     return LMHead(hidden, head.weight, bias=getattr(head, "bias", None), logit_scale=scale, softcap=softcap)
 
@@ -120,8 +114,7 @@ def check_lm_head(model: PreTrainedModel, tokens: int = 8) -> None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     if logits.shape != expected.shape:
         raise ValueError(
-            f"{type(base).__name__} gives logits of shape {tuple(expected.shape)}, "
-            f"its head {tuple(logits.shape)}"
+            f"{type(base).__name__} gives logits of shape {tuple(expected.shape)}, its head {tuple(logits.shape)}"
         )
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error <= (1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2):

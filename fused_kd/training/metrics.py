@@ -38,9 +38,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
         self.total_seconds = 0.0
         self._resumed_at: float | None = None
 
-    def add(
-        self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor
-    ) -> None:
+    def add(self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor) -> None:
         """Add a micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
         self.sums = self.sums.to(loss.device)
         values = (loss, difficulty, hard, tokens)
@@ -95,9 +93,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     ) -> None:
         restored: Any = state.stateful_callbacks if state.global_step else {}
         saved = restored.get(type(self).__name__, {}).get("attributes", {})
-        self.sums = torch.tensor(
-            saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device
-        )
+        self.sums = torch.tensor(saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device)
         self.window_seconds = saved.get("window_seconds", 0.0)
         self.total_seconds = saved.get("total_seconds", 0.0)
         if args.device.type == "cuda":

@@ -66,9 +66,7 @@ def load_model(
     model = _pretrained(AutoModelForCausalLM, name, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
-        raise ValueError(
-            f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer"
-        )
+        raise ValueError(f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer")
     return model
 
 
@@ -79,9 +77,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     return _pretrained(AutoTokenizer, str(name_or_path))
 
 
-def same_tokenizer(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model"
-) -> None:
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model") -> None:
     """Raise ``ValueError`` unless both have the same tokens with the same ids: distillation goes by id."""
     ours, theirs = second.get_vocab(), first.get_vocab()
     differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
@@ -140,9 +136,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )

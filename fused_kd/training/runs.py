@@ -50,9 +50,7 @@ class Run:
         if known is None:
             write_json(self.folder / "arguments.json", arguments)
         elif known != arguments:
-            differing = sorted(
-                key for key in known.keys() | arguments.keys() if known.get(key) != arguments.get(key)
-            )
+            differing = sorted(key for key in known.keys() | arguments.keys() if known.get(key) != arguments.get(key))
             changes = "; ".join(f"{key}: {known.get(key)!r} -> {arguments.get(key)!r}" for key in differing)
             raise ValueError(
                 f"output={str(folder)!r} was made with other arguments ({changes}): "

@@ -163,9 +163,7 @@ def translate_stage(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
             )
-            (folder / "hypotheses.txt").write_text(
-                "".join(f"{line}\n" for line in hypotheses), encoding="utf-8"
-            )
+            (folder / "hypotheses.txt").write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
             scores = result.as_dict()
             write_json(folder / "scores.json", scores)
         return scores

@@ -129,11 +129,7 @@ class KDTrainer(Trainer):
                 f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: "
                 "the objective sets the target"
             )
-        if (
-            self.args.parallel_mode == ParallelMode.DISTRIBUTED
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-        ):
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "KDTrainer runs in one process: the loss is computed outside the wrapped model's forward, "
                 "where DDP, FSDP and ZeRO would miss its gradients"
@@ -141,9 +137,7 @@ class KDTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            if getattr(teacher, "hf_device_map", None) is None and not getattr(
-                teacher, "is_quantized", False
-            ):
+            if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
                 self._move_model_to_device(teacher, self.args.device)
             check_lm_head(teacher)
         check_lm_head(model)
@@ -209,9 +203,7 @@ class KDTrainer(Trainer):
         """The micro-batches of one optimizer step, and their number of valid targets, at least 1."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [_count_targets(batch["labels"]) for batch in batches]
-        return batches, torch.stack(counts).sum().clamp(min=1) if counts else torch.ones(
-            (), dtype=torch.int64
-        )
+        return batches, torch.stack(counts).sum().clamp(min=1) if counts else torch.ones((), dtype=torch.int64)
 
     def prediction_step(
         self,
@@ -297,9 +289,7 @@ def _as_objective(objective: Objective | str) -> Objective:
 def _common_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int | None, tokenizer: Any
 ) -> int | None:
-    heads = [
-        model.get_output_embeddings().weight.shape[0] for model in (student, teacher) if model is not None
-    ]
+    heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher) if model is not None]
     if vocab_size is None:
         if len(set(heads)) == 1:
             return None

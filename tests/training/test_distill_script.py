@@ -119,8 +119,7 @@ def test_models_from_a_folder(finished: Path, distill, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text(
         "".join(
-            json.dumps({"en": f"A man sees {i} dogs.", "de": f"Ein Mann sieht {i} Hunde."}) + "\n"
-            for i in range(300)
+            json.dumps({"en": f"A man sees {i} dogs.", "de": f"Ein Mann sieht {i} Hunde."}) + "\n" for i in range(300)
         )
     )
     models = {role: str(finished / role / "model") for role in ("teacher", "student")}
@@ -130,9 +129,7 @@ def test_models_from_a_folder(finished: Path, distill, tmp_path: Path) -> None:
         f"--output {tmp_path / 'run'}".split()
     )
     assert metrics["stages"]["teacher"]["steps"] == 0 and metrics["stages"]["no_evo"]["steps"] == 2
-    kept = presets.load_model(
-        tmp_path / "run" / "teacher" / "model", presets.load_tokenizer(models["teacher"]), 0
-    )
+    kept = presets.load_model(tmp_path / "run" / "teacher" / "model", presets.load_tokenizer(models["teacher"]), 0)
     given = presets.load_model(models["teacher"], presets.load_tokenizer(models["teacher"]), 0)
     assert torch.equal(kept.lm_head.weight, given.lm_head.weight)
 

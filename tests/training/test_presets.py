@@ -109,9 +109,7 @@ def test_load_from_folder(tokenizer, tmp_path: Path) -> None:
 
 
 def test_unknown_name(tokenizer) -> None:
-    with pytest.raises(
-        ValueError, match=r"'./no-such-model' is neither a preset \(tiny-teacher, tiny-student"
-    ):
+    with pytest.raises(ValueError, match=r"'./no-such-model' is neither a preset \(tiny-teacher, tiny-student"):
         load_model("./no-such-model", tokenizer, 0)
 
 
@@ -172,9 +170,7 @@ def test_run_refuses_other_arguments(tmp_path: Path) -> None:
 
 def test_json_and_checkpoints_survive_a_kill(tmp_path: Path) -> None:
     write_json(tmp_path / "a" / "value.json", {"x": "ü"})
-    assert (
-        read_json(tmp_path / "a" / "value.json") == {"x": "ü"} and read_json(tmp_path / "none.json") is None
-    )
+    assert read_json(tmp_path / "a" / "value.json") == {"x": "ü"} and read_json(tmp_path / "none.json") is None
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["value.json"]
     assert last_checkpoint(tmp_path / "none") is None
     write_json(tmp_path / "checkpoint-9" / "trainer_state.json", {})

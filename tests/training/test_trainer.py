@@ -317,9 +317,7 @@ def test_teacher_is_frozen(tmp_path: Path) -> None:
     before = weights(teacher)
     run = trainer(tmp_path, tiny(16, seed=1), fk.NoEvo(), rows(8), teacher=teacher, max_steps=2)
     run.train()
-    assert not teacher.training and not any(
-        p.requires_grad or p.grad is not None for p in teacher.parameters()
-    )
+    assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert_same_weights(weights(teacher), before, 0.0)
 
 
@@ -331,9 +329,7 @@ def test_beta_schedule(tmp_path: Path) -> None:
     trained = []
     for objective, kd in ((fk.Skew(), {"beta_schedule": schedule}), (fk.NoEvo(), {}), (fk.Skew(), {})):
         student = tiny(16, seed=1)
-        run = trainer(
-            tmp_path, student, objective, rows(8), teacher=tiny(24, seed=2), kd=kd, max_steps=1, optim="sgd"
-        )
+        run = trainer(tmp_path, student, objective, rows(8), teacher=tiny(24, seed=2), kd=kd, max_steps=1, optim="sgd")
         run.train()
         trained.append(weights(student))
     assert_same_weights(trained[0], trained[1], 1e-6)
@@ -351,9 +347,7 @@ def test_beta_moves_to_its_end(tmp_path: Path) -> None:
         kd={"beta_schedule": BetaSchedule(fraction=2 / 3)},
     )
     run.train()
-    assert [entry["beta"] for entry in run.state.log_history if "beta" in entry] == pytest.approx(
-        [0.75, 0.5, 0.5]
-    )
+    assert [entry["beta"] for entry in run.state.log_history if "beta" in entry] == pytest.approx([0.75, 0.5, 0.5])
     assert run.objective == fk.SelfEvolution(beta=0.5)
     assert run.current_objective() == dataclasses.replace(run.objective, beta=0.5)
 
@@ -379,9 +373,7 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher)
     with pytest.raises(ValueError, match=r"vocab_size must be in \[1, 64\].*got 70"):
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": 70})
-    assert (
-        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(8, seed=3, vocab=64)).vocab_size is None
-    )
+    assert trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(8, seed=3, vocab=64)).vocab_size is None
     from fused_kd.training.trainer import _common_vocab_size
 
     assert _common_vocab_size(student, teacher, None, Tokenizer()) == VOCAB
@@ -418,9 +410,7 @@ def test_bad_arguments(tmp_path: Path, objective: str, kd: dict, arguments: dict
     options = {"teacher": tiny(8, seed=2), **kd}
     teacher = options.pop("teacher")
     with pytest.raises(ValueError, match=message):
-        trainer(
-            tmp_path, tiny(8, seed=1), objective, rows(4), teacher=teacher, kd=options, **arguments
-        ).train()
+        trainer(tmp_path, tiny(8, seed=1), objective, rows(4), teacher=teacher, kd=options, **arguments).train()
 
 
 def test_more_bad_arguments(tmp_path: Path) -> None:
@@ -436,9 +426,7 @@ def test_more_bad_arguments(tmp_path: Path) -> None:
 
 
 def test_checkpoint_state_is_json(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path, tiny(8, seed=1), fk.SFT(), rows(8), max_steps=3, save_strategy="steps", save_steps=3
-    )
+    run = trainer(tmp_path, tiny(8, seed=1), fk.SFT(), rows(8), max_steps=3, save_strategy="steps", save_steps=3)
     run.train()
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     sums = state["stateful_callbacks"]["RunningMetrics"]["attributes"]["sums"]
