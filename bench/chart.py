@@ -27,9 +27,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         colors = ["tab:blue" if r["implementation"].startswith("fused_kd") else "tab:gray" for r in here]
         times = [ratios(r) for r in here]
         middle = [statistics.median(t) if t else 0.0 for t in times]
-        spans = [
-            statistics.quantiles(t, n=4, method="inclusive") if t and len(t) > 1 else None for t in times
-        ]
+        spans = [statistics.quantiles(t, n=4, method="inclusive") if t and len(t) > 1 else None for t in times]
         errors = [
             [m - s[0] if s else 0.0 for m, s in zip(middle, spans, strict=True)],
             [s[2] - m if s else 0.0 for m, s in zip(middle, spans, strict=True)],

@@ -32,20 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="timed rounds after warm-up (default 9; 7 with --quick)")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in CPU_SHAPES], help="default: all")
     parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=list(DEFAULT))
-    parser.add_argument(
-        "--threads", type=int, help="threads of PyTorch (default: PyTorch's own; 1 with --quick)"
-    )
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: PyTorch's own; 1 with --quick)")
     parser.add_argument("--output", type=Path, help="folder of the results (default bench/results/<machine>)")
     args = parser.parse_args(arguments)
     rounds = args.rounds or (7 if args.quick else 9)
     if rounds < 1:
         parser.error(f"--rounds must be at least 1, got {rounds}")
     environment.use_threads(args.threads or (1 if args.quick else None))
-    shapes = (
-        QUICK_SHAPES
-        if args.quick
-        else [s for s in CPU_SHAPES if args.shapes is None or s.name in args.shapes]
-    )
+    shapes = QUICK_SHAPES if args.quick else [s for s in CPU_SHAPES if args.shapes is None or s.name in args.shapes]
 
     hardware = environment.hardware("cpu")
     folder = args.output or environment.results_folder(hardware, args.quick)

@@ -20,10 +20,7 @@ SOURCES = (
     "fused_kd/engine/*.py",
     "fused_kd/rows/*.py",
     "csrc/*",
-    *(
-        f"bench/{name}.py"
-        for name in ("accuracy", "bandwidth", "eager", "floor", "implementations", "inputs")
-    ),
+    *(f"bench/{name}.py" for name in ("accuracy", "bandwidth", "eager", "floor", "implementations", "inputs")),
     *(f"bench/{name}.py" for name in ("measure", "shapes", "worker")),
 )
 
@@ -112,8 +109,6 @@ def _first_line(*command: str) -> str | None:
 
 def _run(*command: str) -> str | None:
     try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None

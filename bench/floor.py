@@ -20,9 +20,7 @@ class Floor:
         N, V = self.h_s.shape[0], self.w_s.shape[0]
         self.logits = torch.zeros(N, V, device=device)
         # Random digits: power, and with it the clock, depends on them.
-        self.dlogits = (
-            self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype).normal_()
-        )
+        self.dlogits = self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype).normal_()
         self.d_hidden = torch.zeros(self.h_s.shape, device=device)
         self.d_weight = torch.zeros(self.w_s.shape, device=device)
 

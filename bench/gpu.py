@@ -71,12 +71,8 @@ def plan(shapes: tuple[Shape, ...], device: str, dtype: str, rounds: int, quick:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the suite out, in fp32"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shape and few rounds (implied by --device cpu)"
-    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the suite out, in fp32")
+    parser.add_argument("--quick", action="store_true", help="tiny shape and few rounds (implied by --device cpu)")
     parser.add_argument("--fresh", action="store_true", help="measure finished cases again")
     parser.add_argument("--minutes", type=float, default=7.5, help="the whole run's limit (default 7.5)")
     parser.add_argument("--rounds", type=int, help="timed rounds after warm-up (default 10; 3 with --quick)")

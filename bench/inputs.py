@@ -58,9 +58,7 @@ class Inputs(NamedTuple):
     def first(self, n: int) -> Inputs:
         """The first ``n`` tokens, with hidden states that are a leaf of their own; the weights are shared."""
         hidden_s = self.hidden_s.detach()[:n].clone().requires_grad_()
-        return Inputs(
-            hidden_s, self.weight_s, self.hidden_t[:n], self.weight_t, self.labels[:n], self.difficulty[:n]
-        )
+        return Inputs(hidden_s, self.weight_s, self.hidden_t[:n], self.weight_t, self.labels[:n], self.difficulty[:n])
 
     def drop_gradients(self) -> None:
         self.hidden_s.grad = self.weight_s.grad = None
@@ -75,9 +73,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     weight_t = _near(weight_s, shape.H_t, TEACHER_NOISE * LOGIT_STD / shape.H_s**0.5, g).to(dtype)
     hidden_s, weight_s = hidden_s.to(dtype), weight_s.to(dtype)
     labels, difficulty = _label(hidden_s, weight_s, hidden_t, weight_t, g)
-    return Inputs(
-        hidden_s.requires_grad_(), weight_s.requires_grad_(), hidden_t, weight_t, labels, difficulty
-    )
+    return Inputs(hidden_s.requires_grad_(), weight_s.requires_grad_(), hidden_t, weight_t, labels, difficulty)
 
 
 def _near(student: Tensor, H: int, noise: float, g: torch.Generator) -> Tensor:

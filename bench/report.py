@@ -57,10 +57,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _machine(hardware: dict[str, Any]) -> str:
-    return (
-        hardware.get("gpu")
-        or f"{hardware['cpu']}, {hardware['usable_cores']} cores, {hardware['threads']} threads"
-    )
+    return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['usable_cores']} cores, {hardware['threads']} threads"
 
 
 def _about(data: dict[str, Any]) -> str:
@@ -87,9 +84,7 @@ def _tests(tests: dict[str, Any] | None) -> str:
 
 
 def _targets(data: dict[str, Any]) -> str:
-    rows = {
-        (r["shape"]["name"], r["implementation"], r["tokens"]): r for r in data["rows"] if r["status"] == "ok"
-    }
+    rows = {(r["shape"]["name"], r["implementation"], r["tokens"]): r for r in data["rows"] if r["status"] == "ok"}
     lines = []
     for (shape, implementation, tokens), row in rows.items():
         if implementation != "fused_kd":

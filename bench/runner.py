@@ -33,9 +33,7 @@ class Deadline:
         return float("inf") if self._end is None else self._end - time.monotonic()
 
 
-def run_cases(
-    cases: list[Case], store: Store, deadline: Deadline, limit: float, tick: Callable[[str], None]
-) -> None:
+def run_cases(cases: list[Case], store: Store, deadline: Deadline, limit: float, tick: Callable[[str], None]) -> None:
     """Run what is not finished yet. A case gets ``limit`` seconds; what no longer fits says so in its
     rows."""
     for case in cases:
@@ -111,8 +109,7 @@ def _counts(xml: str) -> dict[str, Any]:
     root = ElementTree.fromstring(xml)
     suites = list(root.iter("testsuite"))
     total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "failures", "errors", "skipped")
+        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
     )
     broken = [
         f"{case.get('classname')}::{case.get('name')}"

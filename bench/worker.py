@@ -106,14 +106,10 @@ def _measure(
     with preferred_chunk(chunk):
         found = _speed_and_memory(case, implementation, inputs, gamma)
         inputs.drop_gradients()
-        return found | _guarded(
-            lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status"
-        )
+        return found | _guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
 
 
-def _speed_and_memory(
-    case: Case, implementation: Implementation, inputs: Inputs, gamma: float
-) -> dict[str, Any]:
+def _speed_and_memory(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, Any]:
     device = inputs.labels.device
     step = implementation.build(inputs, gamma)
 
@@ -150,9 +146,7 @@ def _time(case: Case, calls: dict[str, Callable[[], object]], inputs: Inputs) ->
         interleaved(what, 1, timer, inputs.drop_gradients)
         return interleaved(what, case.rounds, timer, inputs.drop_gradients)
 
-    found = _guarded(
-        lambda: {"seconds": sample({"floor": Floor(inputs), **calls}), "interleaved": True}, "status"
-    )
+    found = _guarded(lambda: {"seconds": sample({"floor": Floor(inputs), **calls}), "interleaved": True}, "status")
     if "seconds" in found:
         return found
     # Beside the floor's buffers it did not fit; alone it may.
@@ -166,9 +160,7 @@ def _time(case: Case, calls: dict[str, Callable[[], object]], inputs: Inputs) ->
     return found
 
 
-def _errors(
-    case: Case, implementation: Implementation, inputs: Inputs, gamma: float
-) -> dict[str, float | int]:
+def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, float | int]:
     n = min(case.error_tokens, case.shape.N)
     part = inputs.first(n)
     loss = implementation.build(part, gamma)(part.labels)

@@ -50,19 +50,13 @@ class LMHead:
         if self.weight.shape[0] < 1:
             raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(self.weight.shape)}")
         if self.weight.device != self.hidden.device:
-            raise ValueError(
-                f"weight is on {self.weight.device}, hidden on {self.hidden.device}; they must share one"
-            )
+            raise ValueError(f"weight is on {self.weight.device}, hidden on {self.hidden.device}; they must share one")
         if self.bias is not None:
             check_float_tensor("bias", self.bias)
             if self.bias.shape != self.weight.shape[:1]:
-                raise ValueError(
-                    f"bias must have shape (V,) = ({self.weight.shape[0]},), got {tuple(self.bias.shape)}"
-                )
+                raise ValueError(f"bias must have shape (V,) = ({self.weight.shape[0]},), got {tuple(self.bias.shape)}")
             if self.bias.device != self.hidden.device:
-                raise ValueError(
-                    f"bias is on {self.bias.device}, hidden on {self.hidden.device}; they must share one"
-                )
+                raise ValueError(f"bias is on {self.bias.device}, hidden on {self.hidden.device}; they must share one")
         check_number("logit_scale", self.logit_scale)
         if self.softcap is not None:
             check_number("softcap", self.softcap, positive=True)

@@ -87,9 +87,7 @@ class KDLoss(nn.Module):
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
-            )
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
         check_number("temperature", temperature, positive=True)
         for name, value in (("vocab_size", vocab_size), ("memory_budget", memory_budget)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -125,9 +123,7 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         shown = {k: getattr(self, k) for k in LossOptions.__annotations__}
         defaults = dict(KDLoss.__init__.__kwdefaults__ or {})
-        return ", ".join(
-            [repr(self._objective)] + [f"{k}={v!r}" for k, v in shown.items() if v != defaults[k]]
-        )
+        return ", ".join([repr(self._objective)] + [f"{k}={v!r}" for k, v in shown.items() if v != defaults[k]])
 
     def forward(
         self,
@@ -181,9 +177,7 @@ class KDLoss(nn.Module):
         if token_weights is not None:
             weights = token_weights.to(device, torch.float32).reshape(-1)
         scale = self._scale(flat_labels, weights, num_items, device)
-        scalars = (
-            self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
-        )
+        scalars = self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
         options = Options(
             objective=self._name,
             cold_labels=self.temperature != 1.0 and cls.spec.hard_label and cls.spec.divergence is not None,
@@ -224,9 +218,7 @@ class KDLoss(nn.Module):
             count = valid.sum() if weights is None else (weights * valid.to(device, non_blocking=True)).sum()
         elif isinstance(num_items, Tensor):
             if num_items.numel() != 1:
-                raise ValueError(
-                    f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}"
-                )
+                raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
             count = num_items.detach().reshape(())
         else:
             if isinstance(num_items, bool) or not isinstance(num_items, Real):
@@ -287,9 +279,7 @@ def _vocab(student: _FlatSide, teacher: _FlatSide | None, vocab_size: int | None
     sizes = [student.vocab] if teacher is None else [student.vocab, teacher.vocab]
     if vocab_size is not None:
         if vocab_size > min(sizes):
-            raise ValueError(
-                f"vocab_size must be at most {min(sizes)}, the smaller vocabulary, got {vocab_size}"
-            )
+            raise ValueError(f"vocab_size must be at most {min(sizes)}, the smaller vocabulary, got {vocab_size}")
         return vocab_size
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -299,9 +289,7 @@ def _vocab(student: _FlatSide, teacher: _FlatSide | None, vocab_size: int | None
     return sizes[0]
 
 
-def _check_alike(
-    student: _FlatSide, teacher: _FlatSide | None, labels: Tensor, token_weights: Tensor | None
-) -> None:
+def _check_alike(student: _FlatSide, teacher: _FlatSide | None, labels: Tensor, token_weights: Tensor | None) -> None:
     device = student.source.device
     if teacher is not None:
         if teacher.shape != student.shape:
@@ -309,21 +297,15 @@ def _check_alike(
                 f"teacher must hold the student's tokens, shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
             )
         if teacher.source.device != device:
-            raise ValueError(
-                f"teacher is on {teacher.source.device}, student on {device}; they must share one device"
-            )
+            raise ValueError(f"teacher is on {teacher.source.device}, student on {device}; they must share one device")
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     if labels.shape != student.shape:
-        raise ValueError(
-            f"labels must have the tokens' shape {tuple(student.shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels must have the tokens' shape {tuple(student.shape)}, got {tuple(labels.shape)}")
     if labels.device != device and labels.device.type != "cpu":
-        raise ValueError(
-            f"labels must be on the student's device {device} or on the CPU, got {labels.device}"
-        )
+        raise ValueError(f"labels must be on the student's device {device} or on the CPU, got {labels.device}")
     if token_weights is None:
         return
     if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
@@ -342,9 +324,7 @@ def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
 
 
-def _autocast_dtype(
-    device: torch.device, student: _FlatSide, teacher: _FlatSide | None
-) -> torch.dtype | None:
+def _autocast_dtype(device: torch.device, student: _FlatSide, teacher: _FlatSide | None) -> torch.dtype | None:
     """The dtype of GEMM operands under autocast, else None; without autocast a head's tensors must agree."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -124,18 +124,13 @@ def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        text = subprocess.run(
-            [cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     return found | {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"]}
 
 
 def amd_usage(kernel: Any) -> dict[str, Any]:
-    usage = {
-        key: int(value)
-        for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", kernel.asm["amdgcn"], re.MULTILINE)
-    }
+    usage = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", kernel.asm["amdgcn"], re.MULTILINE)}
     return {
         "registers": usage["vgpr_count"],
         "stack": usage["private_segment_fixed_size"],

@@ -40,9 +40,7 @@ HEADER = {
 
 
 def case(implementation: str, **changes) -> Case:
-    base = Case(
-        SMALL, implementation, (("mixed", None),), "cpu", "float32", rounds=2, warmup=1, error_tokens=8
-    )
+    base = Case(SMALL, implementation, (("mixed", None),), "cpu", "float32", rounds=2, warmup=1, error_tokens=8)
     return replace(base, **changes)
 
 
@@ -103,9 +101,7 @@ def test_second_run_measures_nothing_again(quick, monkeypatch):
     store = Store(quick / "cpu-quick.json", before)
     done = [r for r in before["rows"] if r["status"] == "ok"]
     assert all(store.finished(row_key(r)) for r in done)
-    monkeypatch.setattr(
-        "bench.runner.subprocess.Popen", lambda *a, **k: pytest.fail("a finished case was started")
-    )
+    monkeypatch.setattr("bench.runner.subprocess.Popen", lambda *a, **k: pytest.fail("a finished case was started"))
     cases = [case("fused_kd", shape=QUICK_SHAPES[0], variants=tuple((t, None) for t in TOKENS))]
     run_cases(cases, store, Deadline(None), 1.0, lambda what: None)
     assert store.data["rows"] == before["rows"]
@@ -129,9 +125,7 @@ def test_judgement_and_numbers_of_the_table():
                 10**9,
             ),
             row("torch.compile", {"floor": [1.0, 2.0, 4.0], "step": [1.3, 2.6, 4.4]}, 3 * 10**9),
-            case("eager").row(
-                "mixed", None, status="out of memory", reason="OutOfMemoryError: much | too much"
-            ),
+            case("eager").row("mixed", None, status="out of memory", reason="OutOfMemoryError: much | too much"),
         ],
     }
     text = report.markdown(data)
@@ -260,9 +254,7 @@ def test_store_keeps_rows_only_of_the_same_code(tmp_path):
     Store(path, HEADER).add(case("eager").row("mixed", None, status="ok", gamma=math.inf))
     Store(path, HEADER).add(case("fused_kd").row("mixed", None, status="failed", reason="x"))
     again = Store(path, HEADER)
-    assert [r["status"] for r in again.data["rows"]] == ["ok", "failed"] and again.data["rows"][0][
-        "gamma"
-    ] == "inf"
+    assert [r["status"] for r in again.data["rows"]] == ["ok", "failed"] and again.data["rows"][0]["gamma"] == "inf"
     assert again.finished(case("eager").keys()[0]) and not again.finished(case("fused_kd").keys()[0])
     assert Store(path, HEADER, fresh=True).data["rows"] == []
     assert Store(path, {**HEADER, "source": {"digest": "1"}}).data["rows"] == []
@@ -327,9 +319,7 @@ def test_gpu_plan_covers_the_suite():
     for shape in GPU_SHAPES:
         names = {c.implementation: c.variants for c in cases if c.shape == shape}
         assert {"fused_kd", "row: triton", "eager", "torch.compile", *gpu.PEERS} <= names.keys()
-        assert {(t, None) for t in TOKENS} | {("mixed", c) for c in (1024, 2048, 4096)} == set(
-            names["fused_kd"]
-        )
+        assert {(t, None) for t in TOKENS} | {("mixed", c) for c in (1024, 2048, 4096)} == set(names["fused_kd"])
     assert [tuple(s) for s in GPU_SHAPES] == [("A", 8192, 4096, 5120, 128256), ("B", 8192, 896, 3584, 151936)]
     assert [s[1:] for s in CPU_SHAPES] == [(1024, 512, 1024, 32000), (512, 256, 512, 128256)]
     assert all(Case.from_json(c.to_json()) == c for c in cases)
@@ -398,11 +388,7 @@ def test_gpu_suite_without_a_gpu_says_so():
 def test_worker_on_a_gpu(name):
     variants = tuple((tokens, None) for tokens in TOKENS)
     shape = Shape("small", 64, 32, 48, 1000)
-    for row in rows(
-        case(name, shape=shape, variants=variants, device="cuda", dtype="bfloat16", error_tokens=64)
-    ):
+    for row in rows(case(name, shape=shape, variants=variants, device="cuda", dtype="bfloat16", error_tokens=64)):
         assert row["status"] == "ok" and "error_status" not in row, row
         assert row["memory"]["over_inputs"] > 0 and min(row["seconds"]["step"] + row["seconds"]["floor"]) > 0
-        assert max(row["error"][k] for k in ("d_hidden", "d_weight")) < (0.3 if name == "eager" else 0.02), (
-            row
-        )
+        assert max(row["error"][k] for k in ("d_hidden", "d_weight")) < (0.3 if name == "eager" else 0.02), row

@@ -20,9 +20,7 @@ class Step(torch.nn.Module):
 
     def forward(self, x, teacher_hidden, teacher_weight, labels):
         hidden = self.body(x)
-        return self.criterion(
-            fk.LMHead(hidden, self.head.weight), fk.LMHead(teacher_hidden, teacher_weight), labels
-        )
+        return self.criterion(fk.LMHead(hidden, self.head.weight), fk.LMHead(teacher_hidden, teacher_weight), labels)
 
 
 def batch(N: int = 19, V: int = 211):
@@ -67,9 +65,7 @@ def test_opcheck():
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
     torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, True, True, True, *options))
     torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, False, True, False, *options))
-    torch.library.opcheck(
-        torch.ops.fused_kd.scale_gradient.default, (args[0], torch.tensor(2.0), torch.bfloat16)
-    )
+    torch.library.opcheck(torch.ops.fused_kd.scale_gradient.default, (args[0], torch.tensor(2.0), torch.bfloat16))
 
 
 def test_autocast_rounds_operands_as_a_linear_layer_would():

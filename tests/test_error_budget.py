@@ -34,9 +34,7 @@ def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tens
     assert relative(out.loss, expected.loss) <= max(relative(eager_loss, expected.loss), 1e-6)
     for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, expected_grads, strict=False):
         error, budget = relative(actual, ref), ROUNDING[dtype]
-        if (
-            dtype == torch.float32
-        ):  # in low precision eager PyTorch is off by percents: no budget worth having
+        if dtype == torch.float32:  # in low precision eager PyTorch is off by percents: no budget worth having
             budget = max(budget, relative(e, ref))
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
     if dtype == torch.float32:
@@ -72,9 +70,7 @@ def test_bias_and_chunks_with_short_last(objective, backend, device):
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_logits(objective, dtype, near, backend, device):
     p = problem(std=3.0, near=near, device=device)
@@ -87,9 +83,7 @@ def test_logits(objective, dtype, near, backend, device):
     (ref,) = gradients(expected.loss * LOSS_SCALE, [z64])
     assert relative(out.loss, expected.loss) < 2e-6
     truncates = backend == "triton" and device == "cpu"  # the interpreter truncates where a GPU rounds
-    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (
-        2 if truncates else 1
-    )
+    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (2 if truncates else 1)
     assert relative(actual, ref) < budget
     assert actual[p.labels == -100].abs().sum() == 0
 
@@ -108,6 +102,15 @@ def test_student_and_teacher_in_different_dtypes_and_forms(backend, device):
     z = (p.hidden @ p.weight.T).detach().requires_grad_()
     other = fk.kd_loss(z, p.teacher(), p.labels, objective, backend=backend)
     assert relative(other.loss, expected.loss) < 1e-6
+
+
+@pytest.mark.parametrize("V, H", [(32000, 48), (128256, 24)])
+@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
+@pytest.mark.parametrize("objective", [fk.NoEvo(), fk.Skew(), fk.SelfEvolution()], ids=lambda o: o.name)
+def test_real_vocabularies(objective, near, V, H):
+    """Long rows are where naive sums lose digits: at V = 128256 torch.softmax's norm is off by 1e-5 on a CPU."""
+    p = problem(12, H, H, V, std=4.0, near=near, ignored=0.0)
+    check_budget(p, objective, *run(p, objective, "torch"))
 
 
 @pytest.mark.parametrize("mutation", [0.0, -1.0, 1.02], ids=["zeroed", "negated", "scaled"])

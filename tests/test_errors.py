@@ -117,8 +117,6 @@ def test_triton_on_cpu_tensors_is_refused_not_replaced(monkeypatch):
 
 def test_reprs_say_what_matters():
     assert repr(fk.SelfEvolution()) == "SelfEvolution(lam=0.5, beta=0.5, gamma=0.4)"
-    assert (
-        repr(fk.LMHead(H, W, softcap=30.0)) == "LMHead(hidden=(5, 4), weight=(9, 4), float32, softcap=30.0)"
-    )
+    assert repr(fk.LMHead(H, W, softcap=30.0)) == "LMHead(hidden=(5, 4), weight=(9, 4), float32, softcap=30.0)"
     shown = repr(fk.KDLoss(fk.SFT(), reduction="sum", temperature=2.0))
     assert shown == "KDLoss(SFT(), reduction='sum', temperature=2.0)"

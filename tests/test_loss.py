@@ -111,9 +111,7 @@ def test_shift_aligns_next_token_labels():
     p = problem(N=24)
     h, h_t, y = p.hidden.reshape(4, 6, -1), p.hidden_t.reshape(4, 6, -1), p.labels.reshape(4, 6)
     shifted = fk.kd_loss(fk.LMHead(h, p.weight), fk.LMHead(h_t, p.weight_t), y, fk.NoEvo(), shift=True)
-    aligned = fk.kd_loss(
-        fk.LMHead(h[:, :-1], p.weight), fk.LMHead(h_t[:, :-1], p.weight_t), y[:, 1:], fk.NoEvo()
-    )
+    aligned = fk.kd_loss(fk.LMHead(h[:, :-1], p.weight), fk.LMHead(h_t[:, :-1], p.weight_t), y[:, 1:], fk.NoEvo())
     assert relative(shifted.loss, aligned.loss) < 1e-6
     assert shifted.difficulty.shape == y.shape
     assert torch.equal(shifted.difficulty[:, :-1], aligned.difficulty)
@@ -325,8 +323,6 @@ def test_any_shape_and_scalar(N, H, V, std, lam, beta, gamma, temperature, which
         return  # the gate may fall either way
     # Relative where there is something to be relative to: a near-constant target leaves only rounding.
     assert abs(out.loss - expected.loss) <= 2e-6 * (1 + abs(expected.loss))
-    for a, r, x in zip(
-        gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves), p.leaves, strict=True
-    ):
+    for a, r, x in zip(gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves), p.leaves, strict=True):
         other = p.weight if x is p.hidden else p.hidden
         assert (a - r).norm() <= 2e-5 * r.norm() + 2e-6 * other.norm()

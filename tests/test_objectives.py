@@ -65,9 +65,7 @@ def test_logit_gradients_sum_to_zero():
         fk.SkewTeacher(),
         fk.SelfEvolution(),
     ):
-        (dz,) = gradients(
-            fk.kd_loss(p.hidden, p.hidden_t, p.labels, objective, reduction="sum").loss, [p.hidden]
-        )
+        (dz,) = gradients(fk.kd_loss(p.hidden, p.hidden_t, p.labels, objective, reduction="sum").loss, [p.hidden])
         assert dz.abs().sum() > 1
         assert (dz.sum(-1).abs() < 2e-6).all()
 
@@ -93,9 +91,7 @@ def test_oracle_is_the_textbook():
         fk.NoEvo(lam=0.7): d,
         fk.Skew(lam=0.7, beta=0.2): kl(target, skewed(target, 0.2)),
         fk.SkewTeacher(lam=0.7, beta=0.9): 0.3 * ce + 0.7 * kl(p, skewed(p, 0.9)),
-        fk.SelfEvolution(lam=0.7, beta=0.2, gamma=2.0): torch.where(
-            d > 2.0, kl(target, skewed(target, 0.2)), d
-        ),
+        fk.SelfEvolution(lam=0.7, beta=0.2, gamma=2.0): torch.where(d > 2.0, kl(target, skewed(target, 0.2)), d),
     }
     for objective, value in expected.items():
         actual = reference_rows(z, z_t, y, objective)[0]

@@ -57,10 +57,6 @@ def test_compiles_without_spills(kernels: Kernels, target: str) -> None:
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
 def test_aligned_rows_are_read_in_16_byte_vectors(kernels: Kernels, target: str) -> None:
-    plain = [
-        kernel
-        for kernel in kernels[target]
-        if kernel["case"].endswith(("/loss", "/in_place", "/bf16_logits"))
-    ]
+    plain = [kernel for kernel in kernels[target] if kernel["case"].endswith(("/loss", "/in_place", "/bf16_logits"))]
     assert len(plain) == 3 * len(OBJECTIVES)
     assert all(kernel["vector_loads"] for kernel in plain)

@@ -28,9 +28,7 @@ from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 pytest.importorskip("triton", reason="the Triton row needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip(
-        "needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True
-    )
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -182,9 +180,7 @@ def eager(z_s: Tensor, z_t: Tensor, labels: Tensor, objective: Objective) -> tup
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
-@pytest.mark.parametrize(
-    ("std", "distance"), [(1.0, 0.1), (4.0, 0.3), (2.0, None)], ids=["close", "peaked", "far"]
-)
+@pytest.mark.parametrize(("std", "distance"), [(1.0, 0.1), (4.0, 0.3), (2.0, None)], ids=["close", "peaked", "far"])
 def test_within_the_error_of_eager_pytorch(objective: Objective, std: float, distance: float | None) -> None:
     data = make(8, 5003, std=std, distance=distance)
     actual, expected = call(*data, objective), oracle(*data, objective)
@@ -226,9 +222,7 @@ def test_temperature(objective: Objective, T: float) -> None:
     check(call(*data, objective, T=T), oracle(*data, objective, T=T))
 
 
-@pytest.mark.parametrize(
-    "objective", [SFT(), ReverseKD(), SkewTeacher(), SelfEvolution()], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("objective", [SFT(), ReverseKD(), SkewTeacher(), SelfEvolution()], ids=lambda o: o.name)
 @pytest.mark.parametrize(
     ("scale", "cap"),
     [
@@ -296,9 +290,7 @@ def test_vectors_must_be_contiguous() -> None:
         torch.zeros(4, device=DEVICE), SFT.spec, False,
     )  # fmt: skip
     vector = torch.zeros(2, device=DEVICE)
-    outputs = RowOutputs(
-        torch.zeros(4, device=DEVICE)[::2], vector, torch.zeros_like(vector, dtype=torch.bool), None
-    )
+    outputs = RowOutputs(torch.zeros(4, device=DEVICE)[::2], vector, torch.zeros_like(vector, dtype=torch.bool), None)
     with pytest.raises(ValueError, match=r"loss must be contiguous, got strides \(2,\)"):
         triton_row.row(inputs, outputs)
 
@@ -346,11 +338,7 @@ def test_dtypes_are_independent_and_rounded_once(student: torch.dtype, teacher: 
 
 @pytest.mark.parametrize(
     "objective",
-    [
-        cls(lam=lam)
-        for cls in (ForwardKD, ReverseKD, NoEvo, Skew, SkewTeacher, SelfEvolution)
-        for lam in (0.0, 1.0)
-    ]
+    [cls(lam=lam) for cls in (ForwardKD, ReverseKD, NoEvo, Skew, SkewTeacher, SelfEvolution) for lam in (0.0, 1.0)]
     + [Skew(beta=0.0), SkewTeacher(beta=0.0), SelfEvolution(beta=0.0, gamma=0.0)]
     + [Skew(beta=1.0), SkewTeacher(beta=1.0), SelfEvolution(beta=1.0, gamma=0.0)]
     + [SelfEvolution(gamma=0.0), SelfEvolution(gamma=math.inf)],
@@ -395,9 +383,7 @@ def test_excluded_tokens(objective: Objective) -> None:
     check((loss, difficulty, hard, gradient[:, kept]), expected)
     assert not gradient[:, : kept.start].any() and not gradient[:, kept.stop :].any()
 
-    loss, difficulty, hard, gradient = call(
-        z_s, z_t, torch.zeros_like(labels), objective
-    )  # an excluded label
+    loss, difficulty, hard, gradient = call(z_s, z_t, torch.zeros_like(labels), objective)  # an excluded label
     bounded = isinstance(objective, (Skew, SelfEvolution))
     assert (loss.isfinite() if bounded else loss == math.inf).all()
     assert (difficulty == math.inf).all()
@@ -450,9 +436,7 @@ def test_scalars_are_read_at_run_time() -> None:
 
 
 def test_no_rows() -> None:
-    loss, _, _, gradient = call(
-        torch.empty(0, 5), torch.empty(0, 5), torch.empty(0, dtype=torch.int64), NoEvo()
-    )
+    loss, _, _, gradient = call(torch.empty(0, 5), torch.empty(0, 5), torch.empty(0, dtype=torch.int64), NoEvo())
     assert loss.shape == (0,) and gradient is not None and gradient.shape == (0, 5)
 
 

@@ -96,9 +96,7 @@ def run(
 
     result = _allocate(student, N, index is not None, wanted)
     d_weight = _accumulator(student.weight, wanted.weight, vocab)
-    d_bias = (
-        torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
-    )
+    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
     buffers = _Buffers(plan.chunk, vocab, device)
     for start in range(0, n, plan.chunk):
         span = slice(start, min(start + plan.chunk, n))

@@ -66,9 +66,7 @@ def _kd(
     with torch.autocast(student.device.type, enabled=False), torch.no_grad():
         result = run(
             Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
-            None
-            if teacher is None
-            else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
+            None if teacher is None else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
             labels,
             weights=token_weights,
             scale=scale,
@@ -186,9 +184,7 @@ class KDFunction(torch.autograd.Function):
         if upstream is None:
             return none
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "fused_kd losses have no second derivative: create_graph=True is not supported"
-            )
+            raise RuntimeError("fused_kd losses have no second derivative: create_graph=True is not supported")
         upstream = upstream.float()
         factor: Tensor | None = upstream.unsqueeze(1) if ctx.per_token else upstream
         if ctx.traced:
@@ -212,8 +208,6 @@ class KDFunction(torch.autograd.Function):
 
 def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     # A pass over a weight-sized gradient is worth a look at the factor where looking is free.
-    if factor is not None and not (
-        factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0
-    ):
+    if factor is not None and not (factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0):
         gradient.mul_(factor)
     return gradient.to(dtype)

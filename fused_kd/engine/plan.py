@@ -26,9 +26,7 @@ class Plan(NamedTuple):
     workspace: int
 
 
-def plan_chunks(
-    N: int, *, bytes_per_token: int, fixed_bytes: int, preferred: int, memory_budget: int | None
-) -> Plan:
+def plan_chunks(N: int, *, bytes_per_token: int, fixed_bytes: int, preferred: int, memory_budget: int | None) -> Plan:
     """Choose a chunk for ``N`` tokens.
 
     Args:

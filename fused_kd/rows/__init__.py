@@ -24,9 +24,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton":
         if not has_triton:
-            raise ValueError(
-                "backend='triton' needs the package triton, which is not installed; use backend='torch'"
-            )
+            raise ValueError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise ValueError(
                 "backend='triton' needs a GPU, got tensors on the CPU; use backend='torch' "

@@ -71,9 +71,7 @@ class _Lazy:
 
     def _apply(self, operation, *operands) -> _Lazy:
         buffer = self._scratch.take()
-        out = operation(
-            *(x.value if isinstance(x, _Lazy) else x for x in operands), out=buffer[: len(self.value)]
-        )
+        out = operation(*(x.value if isinstance(x, _Lazy) else x for x in operands), out=buffer[: len(self.value)])
         return _Lazy(out, self._scratch, buffer)
 
     def __mul__(self, other) -> _Lazy:
@@ -178,9 +176,7 @@ def _against_teacher(
         + lam_log_lam * (1.0 - p_y)
         + (torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)
     ).clamp_(min=0.0)
-    hard = (
-        (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
-    )
+    hard = (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
 
     ce = -(cold or q).log_prob_y
     ce_weight = 1.0 - s.lam if spec.hard_label else 0.0
@@ -211,9 +207,7 @@ def _against_teacher(
         if needs_difference:
             d = _Lazy(pick(difference).sub_(pick(p.lse - q.lse)), scratch)
         in_place = dlogits if _known_all(use) else None
-        value, gradient = _divergence(
-            divergence, t, _Lazy(q_i, scratch), d, s.beta, dlogits is not None, in_place
-        )
+        value, gradient = _divergence(divergence, t, _Lazy(q_i, scratch), d, s.beta, dlogits is not None, in_place)
         value = share * value + ce_weight * pick(ce)
         if gradient is not None:
             _scale(gradient, share / s.temperature)
@@ -305,6 +299,8 @@ def _aligned(z: Tensor, z_t: Tensor, y: Tensor, scratch: _Scratch) -> tuple[Tens
 
 def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     torch.softmax(z, 1, out=out)
+    # On CPUs it adds up a long row naively: its norm is off by 1e-5 at V = 128256, sum()'s by 1e-7.
+    out.mul_(out.sum(1, keepdim=True).reciprocal_())
     # A probability that has not underflowed gives lse without another sweep of exponentials: the label's where that
     # can be seen for free, else the largest.
     z_y, q_y = z.gather(1, y), out.gather(1, y)

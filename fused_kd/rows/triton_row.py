@@ -51,9 +51,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
     device = inputs.labels.device
     # Triton launches on the current device, whatever the tensors' own.
-    guard = (
-        contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    )
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     with guard:
         row_kernel[(C,)](
             student_raw,
@@ -110,7 +108,5 @@ def _unit_stride(x: Tensor) -> Tensor:
 # The interpreter calls plain functions and asserts on jitted ones.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _FUNCTIONS = {
-    f: f if _INTERPRET else triton.jit(f)
-    for divergence in DIVERGENCES.values()
-    for f in (divergence.h, divergence.g)
+    f: f if _INTERPRET else triton.jit(f) for divergence in DIVERGENCES.values() for f in (divergence.h, divergence.g)
 }

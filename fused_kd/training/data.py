@@ -174,9 +174,7 @@ def find_split(directory: Path, split: str, direction: str) -> Path:
     ties = [entry for entry in ranked if entry[:2] == ranked[0][:2]]
     if len(ties) > 1 and wanted != "test":
         names = ", ".join(entry[2] for entry in ties)
-        raise ValueError(
-            f"split={split!r} is ambiguous in {directory} ({names}): give a full file stem as split"
-        )
+        raise ValueError(f"split={split!r} is ambiguous in {directory} ({names}): give a full file stem as split")
     return ranked[0][3]
 
 
@@ -208,9 +206,7 @@ def _builtin_rows(split: str, languages: tuple[str, str], limit: int | None) -> 
     from fused_kd.training.corpus import SIZES, toy_corpus
 
     if set(languages) != {"en", "de"}:
-        raise ValueError(
-            f"direction={'-'.join(languages)!r}: the built-in corpus has 'en-de' and 'de-en' only"
-        )
+        raise ValueError(f"direction={'-'.join(languages)!r}: the built-in corpus has 'en-de' and 'de-en' only")
     known = _canonical_split(split)
     if known is None:
         raise ValueError(f"split={split!r}: the built-in corpus has {', '.join(SIZES)}")
@@ -220,9 +216,7 @@ def _builtin_rows(split: str, languages: tuple[str, str], limit: int | None) -> 
 
 def _single_file_rows(path: Path, split: str, language: str) -> Iterator[_Row]:
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(
-            f"source={str(path)!r}: expected a file name that ends in one of {', '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"source={str(path)!r}: expected a file name that ends in one of {', '.join(SUFFIXES)}")
     wanted, own = _canonical_split(split), _split_of(path)
     if split in ("all", _stem(path)) or (own is not None and wanted == own):
         return _file_rows(path)
@@ -239,9 +233,7 @@ def _hash_split(value: Any, language: str) -> str | None:
     texts = _texts(value)
     if texts is None or not isinstance(texts.get(language), str):
         return None
-    digest = hashlib.blake2b(
-        " ".join(texts[language].split()).encode("utf-8", "replace"), digest_size=8
-    ).digest()
+    digest = hashlib.blake2b(" ".join(texts[language].split()).encode("utf-8", "replace"), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 1000
     return "test" if bucket < _HELD_OUT else "valid" if bucket < 2 * _HELD_OUT else "train"
 
@@ -326,9 +318,7 @@ def _texts(value: Any) -> dict[str, Any] | None:
     return nested if isinstance(nested, dict) else value
 
 
-def _to_pairs(
-    rows: Iterator[_Row], languages: tuple[str, str], limit: int | None, skip_bad: bool
-) -> list[Pair]:
+def _to_pairs(rows: Iterator[_Row], languages: tuple[str, str], limit: int | None, skip_bad: bool) -> list[Pair]:
     pairs: list[Pair] = []
     complaints: list[str] = []
     for row in rows:

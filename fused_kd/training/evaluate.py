@@ -46,9 +46,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"{name} must be a list of strings, one a sentence")
     if len(hypotheses) != len(references):
-        raise ValueError(
-            f"{len(hypotheses)} hypotheses for {len(references)} references: expected as many of both"
-        )
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references: expected as many of both")
     if not references:
         raise ValueError("hypotheses and references are empty: expected at least one of each")
 

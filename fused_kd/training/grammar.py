@@ -40,9 +40,7 @@ _COMPARED = ("person", "animal", "thing", "vehicle", "clothes")
 _SAYING = tuple(verb for verb in lex.VERBS if verb.frame == "that")
 # adjectives live on copula clauses: draw them more often than one verb of sixty
 _DOING = tuple(verb for verb in lex.VERBS if verb.frame != "that") + (_BE,) * 4
-_RELATIVE = {
-    frozenset({tag}): tuple(verb for verb in _DOING if tag in verb.subjects) for tag in ("person", "animal")
-}
+_RELATIVE = {frozenset({tag}): tuple(verb for verb in _DOING if tag in verb.subjects) for tag in ("person", "animal")}
 
 
 class _DeadEnd(Exception):
@@ -209,9 +207,7 @@ class _Draw:
             inflect(subject, verb, tense, modal),
             en_rest=join(*(phrase.en_object for phrase, _ in objects), en_rest),
             de_pronouns=join(*(phrase.de[case] for phrase, case in objects if phrase.pronoun)),
-            de_middle=join(
-                *(phrase.de[case] for phrase, case in objects if not phrase.pronoun), nicht, de_rest
-            ),
+            de_middle=join(*(phrase.de[case] for phrase, case in objects if not phrase.pronoun), nicht, de_rest),
             negated=negated,
         )
         if verb.stative or not self.chance(0.2 if simple else 0.4):
@@ -263,9 +259,7 @@ class _Draw:
         if "person" in subject.tags and social and self.chance(0.12 * factor):
             benefit = verb.en in lex.BENEFIT_VERBS and self.chance(0.5)
             english, german, case = ("for", "für", "acc") if benefit else self.pick(lex.COMPANIONS)
-            other = (
-                name_phrase(self.word(lex.NAMES)) if self.chance(0.4) else self.phrase(_PERSON, definite=True)
-            )
+            other = name_phrase(self.word(lex.NAMES)) if self.chance(0.4) else self.phrase(_PERSON, definite=True)
             en, de = f"{english} {other.en_object}", f"{german} {other.de[case]}"
         if verb.place and not verb.stative and self.chance(0.25 * factor):
             where = self.place("place")
@@ -324,9 +318,7 @@ class _Draw:
         adjective = self.word(options) if options and self.chance(0.25) else None
         return noun_phrase(noun, determiner, adjective, plural=plural)
 
-    def determiner(
-        self, noun: lex.Noun, plural: bool, subject: bool, negated: bool, definite: bool
-    ) -> Determiner:
+    def determiner(self, noun: lex.Noun, plural: bool, subject: bool, negated: bool, definite: bool) -> Determiner:
         draw = self.random()
         countable = bool(noun.plural)
         if not definite and draw < 0.4:

@@ -167,9 +167,7 @@ def contract(preposition: str, phrase: str) -> str:
     return _CONTRACTED[head] + text[len(head) :] if head in _CONTRACTED else text
 
 
-def noun_phrase(
-    noun: lex.Noun, determiner: Determiner, adjective: lex.Adjective | None, *, plural: bool
-) -> Phrase:
+def noun_phrase(noun: lex.Noun, determiner: Determiner, adjective: lex.Adjective | None, *, plural: bool) -> Phrase:
     """Determiner, adjective and noun in every case."""
     gender = "pl" if plural else noun.gender
     english = join(adjective.en if adjective else "", noun.plural if plural else noun.en)

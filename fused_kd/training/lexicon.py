@@ -84,9 +84,7 @@ class Modal:
 def _n(en: str, plural: str, german: str, tags: str, oblique: str = "", at: str = "") -> Noun:
     de, gender, *rest = german.split()
     english, _, place = at.partition("/")
-    return Noun(
-        en, plural, de, gender, rest[0] if rest else "", frozenset(tags.split()), oblique, (english, place)
-    )
+    return Noun(en, plural, de, gender, rest[0] if rest else "", frozenset(tags.split()), oblique, (english, place))
 
 
 def _v(
@@ -372,9 +370,7 @@ POSITIONS = (
     ("under", "unter", "furniture"),
 )
 COMPANIONS = (("with", "mit", "dat"), ("without", "ohne", "acc"))
-BENEFIT_VERBS = frozenset(
-    {"buy", "cook", "draw", "write", "repair", "wash", "look for", "sing", "work", "dance"}
-)
+BENEFIT_VERBS = frozenset({"buy", "cook", "draw", "write", "repair", "wash", "look for", "sing", "work", "dance"})
 SOLITARY_VERBS = frozenset({"sleep", "fall asleep"})
 CONJUNCTIONS = (("because", "weil"), ("if", "wenn"), ("although", "obwohl"))
 NUMBERS = (("two", "zwei"), ("three", "drei"), ("four", "vier"), ("five", "fünf"))

@@ -135,9 +135,7 @@ def encode_pair(
     """
     row = _encode(tokenizer, get_prompt(template), [pair], direction, max_length)[0]
     if row is None:
-        raise ValueError(
-            f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}"
-        )
+        raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}")
     return row
 
 
@@ -186,9 +184,7 @@ def tokenize_pairs(
     rows = _encode(tokenizer, get_prompt(template), pairs, direction, max_length)
     for pair, row in zip(pairs, rows, strict=True):
         if row is None and not skip_long:
-            raise ValueError(
-                f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}"
-            )
+            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}")
     kept = [row for row in rows if row is not None]
     if not kept:
         raise ValueError(f"no rows: {len(pairs)} pairs given, max_length={max_length}")

@@ -167,9 +167,7 @@ def test_word_order_of_a_separable_verb() -> None:
         ),
     ],
 )
-def test_verb_groups(
-    subject: Phrase, word: str, tense: str, modal: str, english: str, german: str, final: str
-) -> None:
+def test_verb_groups(subject: Phrase, word: str, tense: str, modal: str, english: str, german: str, final: str) -> None:
     chosen = next((m for m in lex.MODALS if m.en == modal), None)
     clause = inflect(subject, verb(word), tense, chosen)
     assert (clause.en(), clause.de(), clause.de_final()) == (english, german, final)
@@ -266,9 +264,7 @@ def test_spelling_articles_and_contractions() -> None:
         assert "  " not in row["de"] + row["en"]
         assert row["en"][0].isupper() and row["de"][0].isupper()
         assert row["en"][-1] == row["de"][-1] and row["en"][-1] in ".?"
-        assert not {"in dem", "in das", "an dem", "zu dem", "zu der"} & {
-            f"{a} {b}" for a, b in pairwise(words)
-        }
+        assert not {"in dem", "in das", "an dem", "zu dem", "zu der"} & {f"{a} {b}" for a, b in pairwise(words)}
         english = row["en"].rstrip(".?").replace(",", "").split()
         for article, word in pairwise(english):
             if article.lower() in ("a", "an"):
@@ -340,9 +336,7 @@ def test_splits_are_disjoint_on_both_sides_for_all_seeds() -> None:
         assert not texts["valid"] & texts["test"]
     # nor are test sentences with other articles or tenses
     content = {de: words for _, de, words in islice(sentences(0), 30_000)}
-    known = {
-        split: {content[row["de"]] for row in part if row["de"] in content} for split, part in rows.items()
-    }
+    known = {split: {content[row["de"]] for row in part if row["de"] in content} for split, part in rows.items()}
     assert known["test"] and not known["train"] & known["test"] and not known["train"] & known["valid"]
 
 

@@ -81,9 +81,7 @@ def test_bad_rows_name_file_and_line_or_are_skipped(tmp_path: Path, bad: str, me
 
 
 def test_bad_row_in_an_array_names_its_line(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "train.json", '[\n{"en": "a", "de": "b"},\n\n{"en": "a"},\n{"en": "c", "de": "d"}]'
-    )
+    path = write(tmp_path / "train.json", '[\n{"en": "a", "de": "b"},\n\n{"en": "a"},\n{"en": "c", "de": "d"}]')
     with pytest.raises(ValueError, match="line 4: no text"):
         load_pairs(str(path), "train", "en-de")
     with pytest.warns(UserWarning, match="skipped 1 bad rows of 3"):
@@ -234,9 +232,7 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda name, config, split: real_load(
-            str(tmp_path / "repo"), split=split, cache_dir=tmp_path / "cache"
-        ),
+        lambda name, config, split: real_load(str(tmp_path / "repo"), split=split, cache_dir=tmp_path / "cache"),
     )
     monkeypatch.chdir(tmp_path)
     for source, config in wanted.items():

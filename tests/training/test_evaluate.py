@@ -40,9 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
@@ -170,9 +168,7 @@ def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureF
         (["a"], {"num_beams": 1.5}, TypeError, "num_beams"),
     ],
 )
-def test_bad_arguments(
-    model, tokenizer, prompts, options: dict, error: type[Exception], message: str
-) -> None:
+def test_bad_arguments(model, tokenizer, prompts, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         generate(model, tokenizer, prompts, **options)
 
