@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Per token, unweighted: ``loss``, ``difficulty``, ``is_hard`` (N,). Gradients of ``scale * sum(weights * loss)``."""
+    """Unweighted ``loss``, ``difficulty``, ``is_hard`` (N,); gradients of ``scale * sum(weights * loss)``."""
 
     loss: Tensor
     difficulty: Tensor
