@@ -67,6 +67,20 @@ def test_per_token_loss_without_weight_gradient_needs_no_second_pass(gemms):
     assert gemms.flops == problem_flops(p, "zs zt dh")
 
 
+def test_per_token_loss_with_a_frozen_head_and_token_weights():
+    p = problem()
+    weights, upstream = torch.rand(29), torch.randn(29)
+    student = fk.LMHead(p.hidden, p.weight.detach())
+    make = {"reduction": "none", "token_weights": weights}
+    out = fk.kd_loss(student, p.teacher(), p.labels, fk.Skew(), **make)
+    expected = reference_kd_loss(student, p.teacher(), p.labels, fk.Skew(), **make)
+    (a,) = torch.autograd.grad(out.loss, [p.hidden], upstream, retain_graph=True)
+    (again,) = torch.autograd.grad(out.loss, [p.hidden], upstream)
+    (r,) = torch.autograd.grad(expected.loss, [p.hidden], upstream.double())
+    assert relative(a, r) < TIGHT
+    assert relative(again, r) < TIGHT
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -252,7 +252,7 @@ def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
     """``TINY + lam * p``"""
     if isinstance(lam, Tensor):
         return torch.mul(p, lam, out=out).add_(TINY)
-    return torch.add(torch.tensor(TINY, device=p.device), p, alpha=lam, out=out)
+    return torch.add(torch.tensor(TINY), p, alpha=lam, out=out)
 
 
 def _free_gradient(
@@ -335,7 +335,9 @@ def _add_scaled(a: Tensor, b: Tensor, factor: float | Tensor) -> None:
 
 def _add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:
     """Add ``value`` to each row's label column."""
-    source = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand_as(y)
+    if not isinstance(value, Tensor):  # a copy to the device would wait for it
+        value = torch.full((), value, dtype=x.dtype, device=x.device)
+    source = value.to(x.dtype).expand_as(y)
     return x.scatter_add_(1, y, source)
 
 

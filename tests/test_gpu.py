@@ -1,0 +1,111 @@
+"""What only a GPU can show: no synchronisation, CUDA graphs, labels on the device, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_kd as fk
+
+from .problems import gradients, problem, relative
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture
+def no_sync():
+    """Raises where the host waits for the device."""
+
+    class Guard:
+        def __enter__(self) -> None:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Guard()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
+def test_a_step_never_waits_for_the_device(labels_on, dtype, backend, no_sync):
+    p = problem(dtype=dtype, device="cuda")
+    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0), backend=backend).cuda()
+    labels = p.labels.to(labels_on)
+    criterion(p.student(), p.teacher(), labels).backward()  # compiles the kernel
+    with no_sync:
+        criterion(p.student(), p.teacher(), labels).backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_labels_on_either_device_give_the_same_gradients(backend):
+    p = problem(device="cuda")
+    results = []
+    for labels in (p.labels, p.labels.cpu()):
+        out = fk.kd_loss(p.student(), p.teacher(), labels, fk.SelfEvolution(gamma=1.0), backend=backend)
+        results.append((out, gradients(out.loss, p.leaves)))
+    (a, grads_a), (b, grads_b) = results
+    assert relative(a.loss, b.loss) < 1e-6
+    assert relative(a.difficulty, b.difficulty) < 1e-6
+    assert torch.equal(a.is_hard, b.is_hard)
+    for x, y in zip(grads_a, grads_b, strict=True):
+        assert relative(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_label_out_of_range_on_the_device_is_nan_not_corruption(backend):
+    p = problem(device="cuda", ignored=0.0)
+    p.labels[3], p.labels[5] = 517, -1
+    out = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), backend=backend, reduction="none")
+    assert out.loss.isnan().nonzero().flatten().tolist() == [3, 5]
+    with pytest.raises(ValueError, match="got 517 at token 3"):
+        fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), backend=backend, validate=True)
+
+
+def test_cuda_graph_replays_with_an_annealed_beta():
+    p = problem(device="cuda")
+    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0, beta=0.5)).cuda()
+
+    def step() -> torch.Tensor:
+        for x in p.leaves:
+            x.grad = None
+        loss = criterion(p.student(), p.teacher(), p.labels)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for beta in (0.5, 0.9, 1.0):
+        criterion.objective = fk.SelfEvolution(gamma=1.0, beta=beta)
+        graph.replay()
+        expected = fk.kd_loss(p.student(), p.teacher(), p.labels, criterion.objective)
+        assert relative(loss, expected.loss) < 1e-6
+        for x, r in zip(p.leaves, gradients(expected.loss, p.leaves), strict=True):
+            assert relative(x.grad, r) < 1e-5
+
+
+def test_memory_stays_within_the_budget():
+    N, H, V = 2048, 256, 32000
+    hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, V, (N,), device="cuda")
+    budget = 128 << 20
+    criterion = fk.KDLoss(fk.SelfEvolution(), memory_budget=budget).cuda()
+    teacher = fk.LMHead(hidden.detach(), weight.detach())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    criterion(fk.LMHead(hidden, weight), teacher, labels).backward()
+    results = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight))
+    # The rounded weight gradient exists beside its fp32 accumulator for a moment: that is a result, not workspace.
+    assert torch.cuda.max_memory_allocated() - before <= budget + results + (4 << 20)
