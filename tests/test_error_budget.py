@@ -104,6 +104,19 @@ def test_student_and_teacher_in_different_dtypes_and_forms(backend, device):
     assert relative(other.loss, expected.loss) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_torch_row_as_it_runs_where_looking_at_values_would_synchronise(objective, temperature, monkeypatch):
+    monkeypatch.setattr("fused_kd.rows.torch_row._on_host", lambda x: False)
+    p = problem(bias=True)
+    out, grads = run(p, objective, "torch", temperature=temperature)
+    expected, refs = oracle64(p, objective, temperature=temperature)
+    assert relative(out.loss, expected.loss) < 1e-6
+    assert torch.equal(out.is_hard, expected.is_hard)
+    for g, r in zip(grads, refs, strict=True):
+        assert relative(g, r) < 2e-6
+
+
 @pytest.mark.parametrize("V, H", [(32000, 48), (128256, 24)])
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("objective", [fk.NoEvo(), fk.Skew(), fk.SelfEvolution()], ids=lambda o: o.name)

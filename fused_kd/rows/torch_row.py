@@ -22,11 +22,11 @@ TINY = 1e-30
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`."""
     C, V = inputs.student.raw.shape
-    on_cpu = inputs.labels.device.type == "cpu"
-    block = max(1, (CPU_BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES) // (4 * V))
+    on_host = _on_host(inputs.labels)
+    block = max(1, (CPU_BLOCK_BYTES if on_host else DEVICE_BLOCK_BYTES) // (4 * V))
     scratch = _Scratch(min(block, C), V, inputs.labels.device)
     # Host numbers where they cost nothing; reading them back from an accelerator would synchronise.
-    scalars = _Scalars(*(inputs.scalars.tolist() if on_cpu else inputs.scalars.unbind()))
+    scalars = _Scalars(*(inputs.scalars.tolist() if on_host else inputs.scalars.unbind()))
     for start in range(0, C, block):
         rows = slice(start, min(start + block, C))
         _block(inputs, outputs, rows, scalars, scratch)
@@ -192,7 +192,7 @@ def _against_teacher(
     if dlogits is not None and (use is None or not _known_all(use)):
         _free_gradient(p.prob, q.prob, y, cold, s, spec.mixed, dlogits)
     if use is not None and _maybe_any(use):
-        everything = _known_all(use) or y.device.type != "cpu"
+        everything = _known_all(use) or not _on_host(y)
         index = None if everything else use.nonzero().squeeze(1)
 
         def pick(x: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ def _cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
 
 def _aligned(z: Tensor, z_t: Tensor, y: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """Both rows with maximum 0 where they are far apart: a large common offset would swallow their difference."""
-    if z.device.type == "cpu" and bool(((z_t.gather(1, y) - z.gather(1, y)).abs() < 64.0).all()):
+    if _on_host(z) and bool(((z_t.gather(1, y) - z.gather(1, y)).abs() < 64.0).all()):
         return z, z_t
     shifted = torch.sub(z, z.amax(1, keepdim=True), out=scratch("z_s", len(z)))
     return shifted, torch.sub(z_t, z_t.amax(1, keepdim=True), out=scratch("z_t", len(z)))
@@ -304,7 +304,7 @@ def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     # A probability that has not underflowed gives lse without another sweep of exponentials: the label's where that
     # can be seen for free, else the largest.
     z_y, q_y = z.gather(1, y), out.gather(1, y)
-    if z.device.type == "cpu" and bool((q_y > TINY).all()):
+    if _on_host(z) and bool((q_y > TINY).all()):
         log_q_y = q_y.log_()
         return _Softmax(out, z_y - log_q_y, log_q_y)
     top, log_top = z.amax(1, keepdim=True), out.amax(1, keepdim=True).log()
@@ -341,10 +341,15 @@ def _add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:
     return x.scatter_add_(1, y, source)
 
 
+def _on_host(x: Tensor) -> bool:
+    """Whether looking at values is free; elsewhere it would wait for the device."""
+    return x.device.type == "cpu"
+
+
 def _maybe_any(mask: Tensor) -> bool:
-    """Exact on a CPU; elsewhere True, since looking would synchronise."""
-    return mask.device.type != "cpu" or bool(mask.any())
+    """Exact on the host, else True."""
+    return not _on_host(mask) or bool(mask.any())
 
 
 def _known_all(mask: Tensor) -> bool:
-    return mask.device.type == "cpu" and bool(mask.all())
+    return _on_host(mask) and bool(mask.all())
