@@ -13,7 +13,8 @@ from ..workspace import empty
 from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs
 
 # A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
-CPU_BLOCK_BYTES = 4 << 20
+CPU_BLOCK_BYTES = 2 << 20
+CPU_BLOCK_ROWS = 8
 DEVICE_BLOCK_BYTES = 256 << 20
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
 TINY = 1e-30
@@ -23,7 +24,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`."""
     C, V = inputs.student.raw.shape
     on_host = _on_host(inputs.labels)
-    block = max(1, (CPU_BLOCK_BYTES if on_host else DEVICE_BLOCK_BYTES) // (4 * V))
+    block = max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V)) if on_host else max(1, DEVICE_BLOCK_BYTES // (4 * V))
     scratch = _Scratch(min(block, C), V, inputs.labels.device)
     # Host numbers where they cost nothing; reading them back from an accelerator would synchronise.
     scalars = _Scalars(*(inputs.scalars.tolist() if on_host else inputs.scalars.unbind()))
