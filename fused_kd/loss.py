@@ -108,6 +108,14 @@ class KDLoss(nn.Module):
         values = torch.tensor(objective.scalars(self.temperature), dtype=torch.float32)
         self.register_buffer("scalars", values, persistent=False)
 
+    def _apply(self, fn, recurse: bool = True) -> KDLoss:
+        super()._apply(fn, recurse)
+        # model.half() moves the loss along, but its scalars stay exact.
+        if self.scalars.dtype != torch.float32:
+            values = self._objective.scalars(self.temperature)
+            self.scalars = torch.tensor(values, dtype=torch.float32, device=self.scalars.device)
+        return self
+
     @property
     def objective(self) -> Objective:
         return self._objective
