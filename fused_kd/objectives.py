@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import ClassVar, NamedTuple
 
+from torch import Tensor
+
 
 class RowSpec(NamedTuple):
     """What a row must know before it is compiled; everything else is a run-time scalar.
@@ -28,12 +30,12 @@ class RowSpec(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """Run-time scalars of a row, in the order in which kernels read them."""
+    """Run-time scalars of a row, in the order in which kernels read them: host numbers, or 0-d tensors on a device."""
 
-    lam: float
-    beta: float
-    gamma: float
-    temperature: float
+    lam: float | Tensor
+    beta: float | Tensor
+    gamma: float | Tensor
+    temperature: float | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

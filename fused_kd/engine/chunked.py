@@ -159,7 +159,6 @@ class _Logits:
     """One side as a source of logit chunks, cut to the vocabulary."""
 
     def __init__(self, side: Side, vocab: int, dtype: torch.dtype | None) -> None:
-        self.side = side
         self.projection: Projection | None = None
         if side.weight is None:
             self.source, finite = side.source.detach()[:, :vocab], False

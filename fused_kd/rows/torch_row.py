@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
+from ..objectives import Scalars
 from ..workspace import empty
 from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs
 
@@ -27,17 +28,10 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     block = max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V)) if on_host else max(1, DEVICE_BLOCK_BYTES // (4 * V))
     scratch = _Scratch(min(block, C), V, inputs.labels.device)
     # Host numbers where they cost nothing; reading them back from an accelerator would synchronise.
-    scalars = _Scalars(*(inputs.scalars.tolist() if on_host else inputs.scalars.unbind()))
+    scalars = Scalars(*(inputs.scalars.tolist() if on_host else inputs.scalars.unbind()))
     for start in range(0, C, block):
         rows = slice(start, min(start + block, C))
         _block(inputs, outputs, rows, scalars, scratch)
-
-
-class _Scalars(NamedTuple):
-    lam: float | Tensor
-    beta: float | Tensor
-    gamma: float | Tensor
-    temperature: float | Tensor
 
 
 class _Scratch:
@@ -70,32 +64,29 @@ class _Lazy:
         if self._owned is not None:
             self._scratch.free.append(self._owned)
 
-    def _apply(self, operation, *operands) -> _Lazy:
+    def apply(self, operation, *others) -> _Lazy:
         buffer = self._scratch.take()
-        out = operation(*(x.value if isinstance(x, _Lazy) else x for x in operands), out=buffer[: len(self.value)])
-        return _Lazy(out, self._scratch, buffer)
+        operands = (x.value if isinstance(x, _Lazy) else x for x in others)
+        return _Lazy(operation(self.value, *operands, out=buffer[: len(self.value)]), self._scratch, buffer)
 
     def __mul__(self, other) -> _Lazy:
-        return self._apply(torch.mul, self, other)
+        return self.apply(torch.mul, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other) -> _Lazy:
-        return self._apply(torch.div, self, other)
+        return self.apply(torch.div, other)
 
     def __add__(self, other) -> _Lazy:
-        return self._apply(torch.add, self, other)
+        return self.apply(torch.add, other)
 
     __radd__ = __add__
 
     def __sub__(self, other) -> _Lazy:
-        return self._apply(torch.sub, self, other)
+        return self.apply(torch.sub, other)
 
     def __neg__(self) -> _Lazy:
-        return self._apply(torch.neg, self)
-
-    def apply(self, operation, *operands) -> _Lazy:
-        return self._apply(operation, self, *operands)
+        return self.apply(torch.neg)
 
 
 class _Softmax(NamedTuple):
@@ -104,7 +95,7 @@ class _Softmax(NamedTuple):
     log_prob_y: Tensor  # (B, 1)
 
 
-def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: _Scalars, scratch: _Scratch) -> None:
+def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scratch: _Scratch) -> None:
     spec = inputs.spec
     labels = inputs.labels[rows]
     ignored = labels < 0
@@ -154,7 +145,7 @@ def _against_teacher(
     y: Tensor,
     cold: _Softmax | None,
     dlogits: Tensor | None,
-    s: _Scalars,
+    s: Scalars,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T."""
@@ -200,8 +191,7 @@ def _against_teacher(
             return x if index is None else x.index_select(0, index)
 
         q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
-        t = _Lazy(p_i, scratch)
-        t = t.apply(_shifted, s.lam if spec.mixed else 1.0)
+        t = _Lazy(p_i, scratch).apply(_shifted, s.lam if spec.mixed else 1.0)
         if spec.mixed:
             _add_at(t.value, y_i, 1.0 - s.lam)
         d = None
@@ -213,7 +203,7 @@ def _against_teacher(
         if gradient is not None:
             _scale(gradient, share / s.temperature)
             if spec.hard_label:
-                _add_scaled(gradient, pick(cold.prob) if cold else q_i, ce_weight)
+                _add_scaled(gradient, pick(cold.prob) if cold else q_i, ce_weight, gradient)
                 _add_at(gradient, y_i, -ce_weight)
         if index is not None:
             loss = loss.index_copy(0, index, value)
@@ -257,17 +247,17 @@ def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
 
 
 def _free_gradient(
-    p: Tensor, q: Tensor, y: Tensor, cold: _Softmax | None, s: _Scalars, mixed: bool, out: Tensor
+    p: Tensor, q: Tensor, y: Tensor, cold: _Softmax | None, s: Scalars, mixed: bool, out: Tensor
 ) -> None:
     """``q - t`` (/T), the gradient of KL; with a hard-label term at the same temperature it is that of ``yt``."""
     if cold is None or mixed:
-        _subtract_scaled(q, p, s.lam, out)
+        _add_scaled(q, p, -s.lam, out)
         _add_at(out, y, s.lam - 1.0)
         _scale(out, 1.0 / s.temperature)
     else:
         torch.sub(q, p, out=out)
         _scale(out, s.lam / s.temperature)
-        _add_scaled(out, cold.prob, 1.0 - s.lam)
+        _add_scaled(out, cold.prob, 1.0 - s.lam, out)
         _add_at(out, y, s.lam - 1.0)
 
 
@@ -320,18 +310,12 @@ def _scale(x: Tensor, factor: float | Tensor) -> Tensor:
     return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
 
 
-def _subtract_scaled(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> None:
+def _add_scaled(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> None:
+    """``out = a + factor * b``"""
     if isinstance(factor, Tensor):
-        torch.addcmul(a, b, factor, value=-1.0, out=out)
+        torch.addcmul(a, b, factor, out=out)
     else:
-        torch.sub(a, b, alpha=factor, out=out)
-
-
-def _add_scaled(a: Tensor, b: Tensor, factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor):
-        a.addcmul_(b, factor)
-    else:
-        a.add_(b, alpha=factor)
+        torch.add(a, b, alpha=factor, out=out)
 
 
 def _add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:

@@ -18,9 +18,9 @@ import fused_kd as fk
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.objectives import Objective
 from fused_kd.training.metrics import RunningMetrics
+from fused_kd.training.prompts import LABEL_PAD
 from fused_kd.training.sampling import LengthGroupedEpochs
 
-IGNORE_INDEX = -100
 DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8
 
@@ -184,7 +184,7 @@ class KDTrainer(Trainer):
                 teacher,
                 labels,
                 self.current_objective() if model.training else self.objective,
-                ignore_index=IGNORE_INDEX,
+                ignore_index=LABEL_PAD,
                 shift=True,
                 vocab_size=self.vocab_size,
                 num_items=num_items_in_batch,
@@ -305,7 +305,7 @@ def _common_vocab_size(
 
 
 def _count_targets(labels: torch.Tensor) -> torch.Tensor:
-    return (labels[..., 1:] != IGNORE_INDEX).sum()
+    return (labels[..., 1:] != LABEL_PAD).sum()
 
 
 def _labels_stay_on_host(loader: DataLoader) -> DataLoader:

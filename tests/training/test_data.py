@@ -11,7 +11,6 @@ import pytest
 
 from fused_kd.training.data import Pair, find_split, language_name, load_pairs, parse_direction
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = [{"en": f"Line {i}.", "de": f"Zeile {i}."} for i in range(30)]
 PAIRS = [Pair(row["en"], row["de"]) for row in ROWS]
 
@@ -265,7 +264,6 @@ def test_directions_and_language_names() -> None:
         parse_direction(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")
 @pytest.mark.parametrize(
     ("source", "split", "direction", "count", "first"),
     [
@@ -279,7 +277,7 @@ def test_directions_and_language_names() -> None:
         ("alma", "test", "de-en", 1_984, "Die Ware hat unter 20 Euro gekostet."),
     ],
 )
-def test_real_data(source: str, split: str, direction: str, count: int, first: str) -> None:
-    pairs = load_pairs(str(SHARED / source), split, direction)
+def test_real_data(shared_data: Path, source: str, split: str, direction: str, count: int, first: str) -> None:
+    pairs = load_pairs(str(shared_data / source), split, direction)
     assert len(pairs) == count
     assert pairs[0].source.startswith(first)

@@ -19,39 +19,18 @@ from fused_kd.training.prompts import (
     tokenize_pairs,
 )
 
+from .byte_level import make_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAIR = Pair("A dog sees the cat.", "Ein Hund sieht die Katze.")
-
-
-def make_tokenizer(*, bos: bool = True, closing_eos: bool = False) -> PreTrainedTokenizerFast:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    core.train_from_iterator(
-        [*PAIR, "en: de:\n"] * 4,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<pad>", "<s>", "</s>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    single = ("<s> " if bos else "") + "$A" + (" </s>" if closing_eos else "")
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+TEXTS = [*PAIR, "en: de:\n"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    return make_tokenizer(TEXTS)
 
 
 def test_templates_read_as_written() -> None:
@@ -79,7 +58,7 @@ def test_unknown_names_and_gaps() -> None:
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("options", [{}, {"bos": False}, {"closing_eos": True}])
 def test_mask_is_exact(name: str, options: dict) -> None:
-    tokenizer = make_tokenizer(**options)
+    tokenizer = make_tokenizer(TEXTS, **options)
     row = encode_pair(tokenizer, name, PAIR, "en-de", 512)
     prompt = encode_prompts(tokenizer, [PROMPTS[name].render(PAIR.source, "en-de")])[0]
     count = len(prompt)
@@ -127,7 +106,7 @@ def test_bad_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
         encode_pair(tokenizer, "tiny", PAIR, "en-de", 9.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="direction="):
         encode_pair(tokenizer, "tiny", PAIR, "ende", 64)
-    bare = make_tokenizer()
+    bare = make_tokenizer(TEXTS)
     bare.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         encode_pair(bare, "tiny", PAIR, "en-de", 64)
