@@ -7,16 +7,18 @@ A divergence between a constant target ``t`` and the student ``q = softmax(z)`` 
 
 so a row of any backend needs nothing but ``h`` and ``g``. They are written with operators only, each as one
 ``return``, because the same functions run on tensors (torch), inside kernels (Triton, passed as ``constexpr``) and as
-text (CUDA macros). Their arguments, per vocabulary entry:
+text (C). Their arguments, per vocabulary entry, with the mixture ``m = beta * q + (1 - beta) * t``:
 
-====== =============================================================================================
+====== ===========================================================
 t      target probability
 q      student probability
 d      ``log t - log q``
-r      ``t / m`` with the mixture ``m = beta * q + (1 - beta) * t``
+r      ``t / m``
 log_r  ``log r``
-beta   the student's share of the mixture
-====== =============================================================================================
+s      ``q / m``
+log_s  ``log s``
+beta   the student's share of the mixture, or a weight of the row
+====== ===========================================================
 
 Callers pass finite numbers: where ``t`` (or ``q``) is 0 its logarithm is replaced by any finite one, so that
 ``0 * log 0 = 0``. A multiple of ``q`` may be left out of ``g``: it cancels in ``dz``.
@@ -28,47 +30,95 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def kl_h(t, q, d, r, log_r, beta):
+def kl_h(t, q, d, r, log_r, s, log_s, beta):
     return t * d
 
 
-def kl_g(t, q, d, r, log_r, beta):
+def kl_g(t, q, d, r, log_r, s, log_s, beta):
     return -t
 
 
-def reverse_kl_h(t, q, d, r, log_r, beta):
+def reverse_kl_h(t, q, d, r, log_r, s, log_s, beta):
     return -q * d
 
 
-def reverse_kl_g(t, q, d, r, log_r, beta):
+def reverse_kl_g(t, q, d, r, log_r, s, log_s, beta):
     return -q * d
 
 
-def skew_kl_h(t, q, d, r, log_r, beta):
+def skew_kl_h(t, q, d, r, log_r, s, log_s, beta):
     return t * log_r
 
 
-def skew_kl_g(t, q, d, r, log_r, beta):
+def skew_kl_g(t, q, d, r, log_r, s, log_s, beta):
     return -beta * q * r
+
+
+def skew_reverse_kl_h(t, q, d, r, log_r, s, log_s, beta):
+    return q * log_s
+
+
+def skew_reverse_kl_g(t, q, d, r, log_r, s, log_s, beta):
+    return q * (log_s - beta * s)
+
+
+def jsd_h(t, q, d, r, log_r, s, log_s, beta):
+    return (1 - beta) * (t * log_r) + beta * (q * log_s)
+
+
+def jsd_g(t, q, d, r, log_r, s, log_s, beta):
+    return beta * (q * log_s)
+
+
+def total_variation_h(t, q, d, r, log_r, s, log_s, beta):
+    return ((q > t) * (q - t) + (t > q) * (t - q)) / 2
+
+
+def total_variation_g(t, q, d, r, log_r, s, log_s, beta):
+    return ((q > t) * q - (t > q) * q) / 2
+
+
+def adaptive_kl_h(t, q, d, r, log_r, s, log_s, beta):
+    return (beta * t - (1 - beta) * q) * d
+
+
+def adaptive_kl_g(t, q, d, r, log_r, s, log_s, beta):
+    return -beta * t - (1 - beta) * (q * d)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """``h`` and ``g`` of one divergence, and which of the arguments they read.
+    """``h`` and ``g`` of one divergence, and what they need.
 
-    ``mixture`` says that they read ``r`` and ``log_r`` (else ``d``). ``free`` says that the value follows from the
-    statistics of one online sweep and that ``sum(g) = -1``, so that no sweep of its own is needed: true for
-    ``KL(t||q)`` alone.
+    Attributes:
+        reads: which of ``d``, ``r`` (with ``log_r``) and ``s`` (with ``log_s``) they read.
+        free: the value follows from the statistics of one online sweep and ``sum(g) = -1``, so that no sweep of its
+            own is needed: true for ``KL(t||q)`` alone.
+        kl_at_one: at ``beta = 1`` it is ``KL(t||q)``, where ``r`` may overflow, so that rows compute that instead.
+        adaptive: ``beta`` is not the objective's but the row's own weight: the share of ``sum |t - q|`` that lies in
+            the head of the target, its most probable entries up to the objective's ``fraction`` of the mass.
+        everywhere: infinite where the target excludes an entry that the student does not.
     """
 
     h: Callable
     g: Callable
-    mixture: bool = False
+    reads: frozenset[str] = frozenset()
     free: bool = False
+    kl_at_one: bool = False
+    adaptive: bool = False
+    everywhere: bool = False
+
+    @property
+    def mixture(self) -> bool:
+        return bool(self.reads & {"r", "s"})
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "kl": Divergence(kl_h, kl_g, free=True),
-    "reverse_kl": Divergence(reverse_kl_h, reverse_kl_g),
-    "skew_kl": Divergence(skew_kl_h, skew_kl_g, mixture=True),
+    "kl": Divergence(kl_h, kl_g, frozenset("d"), free=True),
+    "reverse_kl": Divergence(reverse_kl_h, reverse_kl_g, frozenset("d"), everywhere=True),
+    "skew_kl": Divergence(skew_kl_h, skew_kl_g, frozenset("r"), kl_at_one=True),
+    "skew_reverse_kl": Divergence(skew_reverse_kl_h, skew_reverse_kl_g, frozenset("s")),
+    "jsd": Divergence(jsd_h, jsd_g, frozenset("rs")),
+    "total_variation": Divergence(total_variation_h, total_variation_g),
+    "adaptive_kl": Divergence(adaptive_kl_h, adaptive_kl_g, frozenset("d"), adaptive=True, everywhere=True),
 }

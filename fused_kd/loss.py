@@ -102,8 +102,8 @@ class KDLoss(nn.Module):
         self.memory_budget = memory_budget
         self.backend = backend
         self.validate = validate
-        self._name = objective.name
         self._objective = objective
+        self._spec = objective.spec
         # On the device and read by kernels there: annealing neither recompiles nor synchronises.
         values = torch.tensor(objective.scalars(self.temperature), dtype=torch.float32)
         self.register_buffer("scalars", values, persistent=False)
@@ -125,6 +125,7 @@ class KDLoss(nn.Module):
         if type(objective) is not type(self._objective):
             raise TypeError(f"objective must stay a {type(self._objective).__name__}, got {objective!r}")
         self._objective = objective
+        self._spec = objective.spec
         for i, value in enumerate(objective.scalars(self.temperature)):
             self.scalars[i].fill_(value)
 
@@ -165,12 +166,12 @@ class KDLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> KDOutput:
         """As :meth:`forward`, with each token's difficulty and hardness."""
-        cls = OBJECTIVES[self._name]
+        spec = self._spec
         side_s = _flatten("student", student)
-        if cls.spec.divergence is None:
+        if spec.divergence is None:
             side_t = None
         elif teacher is None:
-            raise ValueError(f"teacher must be an LMHead or logits for {cls.__name__}, got None")
+            raise ValueError(f"teacher must be an LMHead or logits for {type(self._objective).__name__}, got None")
         else:
             side_t = _flatten("teacher", teacher)
         vocab = _vocab(side_s, side_t, self.vocab_size)
@@ -187,8 +188,8 @@ class KDLoss(nn.Module):
         scale = self._scale(flat_labels, weights, num_items, device)
         scalars = self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
         options = Options(
-            objective=self._name,
-            cold_labels=self.temperature != 1.0 and cls.spec.hard_label and cls.spec.divergence is not None,
+            *spec,
+            cold_labels=self.temperature != 1.0 and spec.hard_label and spec.divergence is not None,
             logit_scale_s=side_s.logit_scale,
             softcap_s=side_s.softcap,
             logit_scale_t=side_t.logit_scale if side_t else 1.0,

@@ -20,13 +20,15 @@ class RowSpec(NamedTuple):
 
     ``divergence`` is a key of :data:`fused_kd.divergences.DIVERGENCES` or None for cross-entropy alone; ``mixed``
     picks the target ``yt`` instead of ``p``; ``hard_label`` splits the loss into ``(1 - lam) * CE + lam * divergence``;
-    ``gated`` applies the divergence to hard tokens (``difficulty > gamma``) and ``KL(yt||q)`` to the others.
+    ``gated`` applies the divergence to hard tokens (``difficulty > gamma``) and ``KL(yt||q)`` to the others;
+    ``ranked`` makes hard instead the ``fraction`` of all tokens with the largest difficulties.
     """
 
     divergence: str | None
-    mixed: bool
-    hard_label: bool
-    gated: bool
+    mixed: bool = False
+    hard_label: bool = False
+    gated: bool = False
+    ranked: bool = False
 
 
 class Scalars(NamedTuple):
@@ -36,14 +38,15 @@ class Scalars(NamedTuple):
     beta: float | Tensor
     gamma: float | Tensor
     temperature: float | Tensor
+    fraction: float | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Base of all objectives. Subclasses set ``name`` and ``spec`` and add the scalars that they use."""
+    """Base of all objectives. Subclasses set ``name`` and ``kind`` and add the scalars that they use."""
 
     name: ClassVar[str]
-    spec: ClassVar[RowSpec]
+    kind: ClassVar[RowSpec]
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -55,13 +58,19 @@ class Objective:
                 raise ValueError(f"{field.name} must be in {limit.text}, got {value!r}")
             object.__setattr__(self, field.name, float(value))
 
+    @property
+    def spec(self) -> RowSpec:
+        """``kind``, unless a scalar is at a limit where another formula holds."""
+        return self.kind
+
     def scalars(self, temperature: float = 1.0) -> Scalars:
         """Values for the row; a scalar that the objective does not have gets its neutral value."""
         return Scalars(
-            lam=getattr(self, "lam", 0.0),
+            lam=getattr(self, "lam", 1.0),
             beta=getattr(self, "beta", 1.0),
             gamma=getattr(self, "gamma", math.inf),
             temperature=temperature,
+            fraction=getattr(self, "fraction", 1.0),
         )
 
 
@@ -75,6 +84,8 @@ _LIMITS = {
     "lam": _Limit(0.0, 1.0, "[0, 1]"),
     "beta": _Limit(0.0, 1.0, "[0, 1]"),
     "gamma": _Limit(0.0, math.inf, "[0, inf]"),
+    "alpha": _Limit(0.0, 1.0, "[0, 1]"),
+    "fraction": _Limit(0.0, 1.0, "[0, 1]"),
 }
 
 
@@ -83,7 +94,7 @@ class SFT(Objective):
     """Cross-entropy with the label, ``-log q_y``. Needs no teacher."""
 
     name: ClassVar[str] = "sft"
-    spec: ClassVar[RowSpec] = RowSpec(None, mixed=False, hard_label=True, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec(None, hard_label=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +106,7 @@ class ForwardKD(Objective):
 
     lam: float = 0.5
     name: ClassVar[str] = "forward_kd"
-    spec: ClassVar[RowSpec] = RowSpec("kl", mixed=False, hard_label=True, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec("kl", hard_label=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +115,7 @@ class ReverseKD(Objective):
 
     lam: float = 0.5
     name: ClassVar[str] = "reverse_kd"
-    spec: ClassVar[RowSpec] = RowSpec("reverse_kl", mixed=False, hard_label=True, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec("reverse_kl", hard_label=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +124,7 @@ class NoEvo(Objective):
 
     lam: float = 0.5
     name: ClassVar[str] = "no_evo"
-    spec: ClassVar[RowSpec] = RowSpec("kl", mixed=True, hard_label=False, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec("kl", mixed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +138,7 @@ class Skew(Objective):
     lam: float = 0.5
     beta: float = 0.5
     name: ClassVar[str] = "skew"
-    spec: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=True, hard_label=False, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +148,7 @@ class SkewTeacher(Objective):
     lam: float = 0.5
     beta: float = 0.9
     name: ClassVar[str] = "skew_teacher"
-    spec: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=False, hard_label=True, gated=False)
+    kind: ClassVar[RowSpec] = RowSpec("skew_kl", hard_label=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +163,120 @@ class SelfEvolution(Objective):
     beta: float = 0.5
     gamma: float = 0.4
     name: ClassVar[str] = "self_evolution"
-    spec: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=True, hard_label=False, gated=True)
+    kind: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=True, gated=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfEvolutionTopK(Objective):
+    """Self-Evolution KD by rank: hard tokens are the ``ceil(fraction * n)`` largest difficulties of the n valid tokens.
+
+    Ranked over all tokens of the call (ties by position), so the share of hard tokens is fixed where
+    :class:`SelfEvolution` fixes their difficulty. Difficulties of all tokens are needed before the first gradient: the
+    student's and the teacher's logits are computed twice, unless all tokens fit one chunk.
+    """
+
+    lam: float = 0.5
+    beta: float = 0.5
+    fraction: float = 0.5
+    name: ClassVar[str] = "self_evolution_top_k"
+    kind: ClassVar[RowSpec] = RowSpec("skew_kl", mixed=True, gated=True, ranked=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralizedJSD(Objective):
+    """``beta * KL(p||m) + (1 - beta) * KL(q||m)`` with ``m = beta * p + (1 - beta) * q`` (GKD, Agarwal et al. 2024).
+
+    Weights and limits are those of TRL's GKD trainer: ``beta = 0`` is ``KL(p||q)``, ``beta = 1`` is ``KL(q||p)``, both
+    by definition: the formula itself tends to 0 there. (Each limit is a kernel of its own, so annealing ``beta`` onto
+    one compiles once more.) DistiLLM's JS with ``lam`` is this with ``beta = 1 - lam``.
+    """
+
+    beta: float = 0.5
+    name: ClassVar[str] = "generalized_jsd"
+    kind: ClassVar[RowSpec] = RowSpec("jsd")
+
+    @property
+    def spec(self) -> RowSpec:
+        return RowSpec({0.0: "kl", 1.0: "reverse_kl"}[self.beta]) if self.beta in (0.0, 1.0) else self.kind
+
+    def scalars(self, temperature: float = 1.0) -> Scalars:
+        return super().scalars(temperature)._replace(beta=1.0 - self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewForward(Objective):
+    """``KL(p||(1 - alpha) * q + alpha * p)``: DistiLLM's skew KL (Ko et al. 2024).
+
+    DistiLLM's code leaves out the teacher's entropy, a constant: its loss differs from this one by ``sum p log p``, its
+    gradient does not.
+    """
+
+    alpha: float = 0.1
+    name: ClassVar[str] = "skew_forward"
+    kind: ClassVar[RowSpec] = RowSpec("skew_kl")
+
+    def scalars(self, temperature: float = 1.0) -> Scalars:
+        return super().scalars(temperature)._replace(beta=1.0 - self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewReverse(Objective):
+    """``KL(q||alpha * q + (1 - alpha) * p)``: DistiLLM's skew reverse KL (Ko et al. 2024).
+
+    ``alpha = 0`` is ``KL(q||p)``. The gradient flows through the mixture, as in DistiLLM; DistiLLM-2 detaches the student inside it, which gives
+    another gradient.
+    """
+
+    alpha: float = 0.1
+    name: ClassVar[str] = "skew_reverse"
+    kind: ClassVar[RowSpec] = RowSpec("skew_reverse_kl")
+
+    @property
+    def spec(self) -> RowSpec:
+        return RowSpec("reverse_kl") if self.alpha == 0.0 else self.kind
+
+    def scalars(self, temperature: float = 1.0) -> Scalars:
+        return super().scalars(temperature)._replace(beta=self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Objective):
+    """``sum |p - q| / 2``, in [0, 1]. Where ``p`` and ``q`` are equal the subgradient is 0."""
+
+    name: ClassVar[str] = "total_variation"
+    kind: ClassVar[RowSpec] = RowSpec("total_variation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKL(Objective):
+    """``w * KL(p||q) + (1 - w) * KL(q||p)`` with a weight of each token (Wu et al. 2024).
+
+    ``w`` is the share of ``sum |p - q|`` that lies in the teacher's head: its most probable entries up to ``fraction``
+    of the mass, and always the most probable one. It is a constant, as in the authors' code, which leaves it undefined
+    for equal distributions (here 1/2) and splits entries of equal probability by their order (here all are in or out).
+    Finding the head costs a sort of the teacher's row (torch) or 30 more sweeps of it (Triton).
+    """
+
+    fraction: float = 0.5
+    name: ClassVar[str] = "adaptive_kl"
+    kind: ClassVar[RowSpec] = RowSpec("adaptive_kl")
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (SFT, ForwardKD, ReverseKD, NoEvo, Skew, SkewTeacher, SelfEvolution)
+    cls.name: cls
+    for cls in (
+        SFT,
+        ForwardKD,
+        ReverseKD,
+        NoEvo,
+        Skew,
+        SkewTeacher,
+        SelfEvolution,
+        SelfEvolutionTopK,
+        GeneralizedJSD,
+        SkewForward,
+        SkewReverse,
+        TotalVariation,
+        AdaptiveKL,
+    )
 }

@@ -6,12 +6,29 @@ and holds everything.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .inputs import LMHead
 from .loss import KDOutput
-from .objectives import SFT, ForwardKD, NoEvo, Objective, ReverseKD, SelfEvolution, Skew, SkewTeacher
+from .objectives import (
+    SFT,
+    AdaptiveKL,
+    ForwardKD,
+    GeneralizedJSD,
+    NoEvo,
+    Objective,
+    ReverseKD,
+    SelfEvolution,
+    SelfEvolutionTopK,
+    Skew,
+    SkewForward,
+    SkewReverse,
+    SkewTeacher,
+    TotalVariation,
+)
 
 # Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
 _LOG_ZERO = -1e30
@@ -37,7 +54,7 @@ def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     if share <= 0.0:
         return log_b + 0.0 * log_a  # stays connected to the graph
     if share >= 1.0:
-        return log_a
+        return log_a + 0.0 * log_b
     share_a, share_b = torch.tensor([share, 1.0 - share], dtype=torch.float64, device=log_a.device).log()
     return torch.logaddexp(log_a + share_a, log_b + share_b)
 
@@ -65,9 +82,10 @@ def reference_rows(
     z_t = teacher_logits.detach().double().clamp(min=_LOG_ZERO)
     log_p = (z_t / temperature).log_softmax(-1)
     log_y = torch.full_like(log_p, _LOG_ZERO).scatter(-1, labels[:, None], 0.0)
-    lam: float = objective.lam  # type: ignore[attr-defined]
+    lam: float = getattr(objective, "lam", 1.0)
     log_t = _mix(log_p, log_y, lam)
     d = _kl(log_t, log_q)
+    hard = never
     if isinstance(objective, ForwardKD):
         loss = (1 - lam) * ce + lam * _kl(log_p, log_q)
     elif isinstance(objective, ReverseKD):
@@ -78,12 +96,49 @@ def reference_rows(
         loss = _kl(log_t, _mix(log_q, log_t, objective.beta))
     elif isinstance(objective, SkewTeacher):
         loss = (1 - lam) * ce + lam * _kl(log_p, _mix(log_q, log_p, objective.beta))
-    elif isinstance(objective, SelfEvolution):
-        hard = d.detach() > objective.gamma
-        return torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d), d.detach(), hard
+    elif isinstance(objective, (SelfEvolution, SelfEvolutionTopK)):
+        if isinstance(objective, SelfEvolution):
+            hard = d.detach() > objective.gamma
+        else:
+            count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-6))
+            hard = never.scatter(0, d.detach().argsort(descending=True, stable=True)[:count], True)
+        loss = torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d)
+    elif isinstance(objective, GeneralizedJSD):
+        loss = _generalized_jsd(log_p, log_q, objective.beta)
+    elif isinstance(objective, SkewForward):
+        loss = _kl(log_p, _mix(log_p, log_q, objective.alpha))
+    elif isinstance(objective, SkewReverse):
+        loss = _kl(log_q, _mix(log_q, log_p, objective.alpha))
+    elif isinstance(objective, TotalVariation):
+        loss = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    elif isinstance(objective, AdaptiveKL):
+        w = _head_share(log_p.exp(), log_q.exp().detach(), objective.fraction)
+        loss = w * _kl(log_p, log_q) + (1 - w) * _kl(log_q, log_p)
     else:
         raise TypeError(f"the reference does not know {objective!r}")
-    return loss, d.detach(), never
+    return loss, d.detach(), hard
+
+
+def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if beta == 0.0:
+        return _kl(log_p, log_q)
+    if beta == 1.0:
+        return _kl(log_q, log_p)
+    log_m = _mix(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _head_share(p: Tensor, q: Tensor, mass: float) -> Tensor:
+    """Share of ``sum |p - q|`` in entries of which those at least as probable hold at most ``mass``, and in the top."""
+    error = (p - q).abs()
+    shares = []
+    for p_row, error_row in zip(p, error, strict=True):
+        values, index, counts = p_row.unique(return_inverse=True, return_counts=True)
+        at_least = (values * counts).flip(0).cumsum(0).flip(0)
+        head = (at_least <= mass) | (values == values[-1])
+        total = error_row.sum()
+        shares.append(error_row[head[index]].sum() / total if total > 0 else total + 0.5)
+    return torch.stack(shares) if shares else error.sum(-1)
 
 
 def reference_kd_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,12 @@ OBJECTIVES = [
     fk.Skew(lam=0.4, beta=0.3),
     fk.SkewTeacher(lam=0.5, beta=0.9),
     fk.SelfEvolution(lam=0.5, beta=0.5, gamma=1.0),
+    fk.SelfEvolutionTopK(lam=0.5, beta=0.5, fraction=0.3),
+    fk.GeneralizedJSD(beta=0.3),
+    fk.SkewForward(alpha=0.2),
+    fk.SkewReverse(alpha=0.3),
+    fk.TotalVariation(),
+    fk.AdaptiveKL(fraction=0.6),
 ]
 NAMES = [objective.name for objective in OBJECTIVES]
 
@@ -140,7 +147,7 @@ def eager(p: Problem, objective: fk.objectives.Objective) -> tuple[Tensor, list[
     if isinstance(objective, fk.SFT):
         loss = ce.mean()
         return loss, gradients(loss, leaves)
-    lam, q, probability_t = objective.lam, log_q.exp(), log_p.exp()  # type: ignore[attr-defined]
+    lam, q, probability_t = getattr(objective, "lam", 1.0), log_q.exp(), log_p.exp()
     target = (lam * probability_t).scatter_add(1, y, torch.full_like(y, 1.0, dtype=z.dtype) * (1 - lam))
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -148,6 +155,25 @@ def eager(p: Problem, objective: fk.objectives.Objective) -> tuple[Tensor, list[
 
     def skew(a: Tensor) -> Tensor:
         return kl(a, (objective.beta * q + (1 - objective.beta) * a).log())  # type: ignore[attr-defined]
+
+    def mix(a: Tensor, b: Tensor, share: float) -> Tensor:
+        return share * a + (1 - share) * b
+
+    def jsd(beta: float) -> Tensor:
+        log_m = mix(probability_t, q, beta).log()
+        return beta * kl(probability_t, log_m) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+
+    def adaptive(mass: float) -> Tensor:
+        sorted_t, order = probability_t.sort(-1, descending=True)
+        error = (sorted_t - q.detach().gather(-1, order)).abs()
+        head = sorted_t.cumsum(-1) <= mass
+        head[:, 0] = True
+        w = (error * head).sum(-1) / error.sum(-1)
+        return w * kl(probability_t, log_q) + (1 - w) * (q * (log_q - log_p)).sum(-1)
+
+    def largest(fraction: float) -> Tensor:
+        count = math.ceil(fraction * len(d))
+        return torch.zeros_like(d, dtype=torch.bool).index_fill(0, d.detach().topk(count).indices, True)
 
     d = kl(target, log_q)
     rows = {
@@ -157,6 +183,12 @@ def eager(p: Problem, objective: fk.objectives.Objective) -> tuple[Tensor, list[
         "skew": lambda: skew(target),
         "skew_teacher": lambda: (1 - lam) * ce + lam * skew(probability_t),
         "self_evolution": lambda: torch.where(d.detach() > objective.gamma, skew(target), d),  # type: ignore
+        "self_evolution_top_k": lambda: torch.where(largest(objective.fraction), skew(target), d),  # type: ignore
+        "generalized_jsd": lambda: jsd(objective.beta),  # type: ignore[attr-defined]
+        "skew_forward": lambda: kl(probability_t, mix(probability_t, q, objective.alpha).log()),  # type: ignore
+        "skew_reverse": lambda: (q * (log_q - mix(q, probability_t, objective.alpha).log())).sum(-1),  # type: ignore
+        "total_variation": lambda: (probability_t - q).abs().sum(-1) / 2,
+        "adaptive_kl": lambda: adaptive(objective.fraction),  # type: ignore[attr-defined]
     }[objective.name]()
     loss = rows.mean()
     return loss, gradients(loss, leaves)

@@ -18,6 +18,8 @@ BACKENDS = [
 ]
 # One rounding of the result to its dtype (and of dlogits to the GEMM's); fp32: a few units in the last place.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+# Two roundings of one size differ by chance, and eager PyTorch's GEMMs by machine.
+SLACK = 1.1
 # Keeps fp16 gradients out of the subnormals, as a GradScaler does.
 LOSS_SCALE = 1024.0
 
@@ -35,7 +37,7 @@ def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tens
     for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, expected_grads, strict=False):
         error, budget = relative(actual, ref), ROUNDING[dtype]
         if dtype == torch.float32:  # in low precision eager PyTorch is off by percents: no budget worth having
-            budget = max(budget, relative(e, ref))
+            budget = max(budget, SLACK * relative(e, ref))
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
     if dtype == torch.float32:
         assert torch.equal(out.is_hard.cpu(), expected.is_hard.cpu())

@@ -17,7 +17,8 @@ from .problems import gradients, problem, relative
 
 def test_names_map_to_classes():
     assert list(fk.OBJECTIVES) == [
-        "sft", "forward_kd", "reverse_kd", "no_evo", "skew", "skew_teacher", "self_evolution"
+        "sft", "forward_kd", "reverse_kd", "no_evo", "skew", "skew_teacher", "self_evolution", "self_evolution_top_k",
+        "generalized_jsd", "skew_forward", "skew_reverse", "total_variation", "adaptive_kl",
     ]  # fmt: skip
     assert fk.OBJECTIVES["self_evolution"](gamma=1) == fk.SelfEvolution(gamma=1.0)
     with pytest.raises(AttributeError):

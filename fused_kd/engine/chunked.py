@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives import RowSpec
+from ..objectives import RowSpec, Scalars
 from ..rows import Logits, Row, RowInputs, RowOutputs
 from ..rows.base import LOG_ZERO
 from ..workspace import empty
@@ -78,7 +78,7 @@ def run(
             synchronisation; on an accelerator their number is unknown to the host, so their rows are skipped instead.
         weights: (N,) fp32 token weights or None.
         scale: 0-d fp32 factor of all gradients.
-        scalars: (4,) fp32, see :class:`fused_kd.objectives.Scalars`.
+        scalars: (5,) fp32, see :class:`fused_kd.objectives.Scalars`.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
     """
@@ -98,11 +98,14 @@ def run(
     d_weight = _accumulator(student.weight, wanted.weight, vocab)
     d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
     buffers = _Buffers(plan.chunk, vocab, device)
-    for start in range(0, n, plan.chunk):
-        span = slice(start, min(start + plan.chunk, n))
-        tokens = span if index is None else index[span]
-        hidden, raw_s = side_s.chunk(tokens, buffers, "student")
-        raw_t = side_t.chunk(tokens, buffers, "teacher")[1] if side_t is not None else None
+    spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
+    chunks = _Chunks(side_s, side_t, index, buffers)
+    hard = None
+    if spec.ranked:
+        hard = _largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, Scalars(*scalars).fraction)
+        spans.reverse()  # the logits of the last chunk are still there
+    for span in spans:
+        tokens, hidden, raw_s, raw_t = chunks[span]
         row_weights = None if weights is None else weights[tokens]
         if student.weight is None and with_gradient:
             row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
@@ -111,7 +114,8 @@ def run(
             out = _gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
         loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
         rows = RowOutputs(loss, difficulty, is_hard, out)
-        row(RowInputs(raw_s, raw_t, labels[span], row_weights, scalars, spec, cold_labels), rows)
+        given = None if hard is None else hard[span]
+        row(RowInputs(raw_s, raw_t, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
         result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
         result.difficulty[tokens] = rows.difficulty
         result.is_hard[tokens] = rows.is_hard
@@ -128,7 +132,7 @@ def run(
         if d_weight is not None:
             # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
             operand = hidden * scale if hidden.dtype == torch.float32 else hidden
-            Projection.accumulate(d_weight[:vocab], out, operand, first=start == 0)
+            Projection.accumulate(d_weight[:vocab], out, operand, first=span is spans[0])
         if d_bias is not None:
             d_bias[:vocab] += out.sum(0, dtype=torch.float32)
     return _finish(result, student, side_s, d_weight, d_bias, scale, n)
@@ -177,6 +181,50 @@ class _Logits:
         raw = buffers.matrix(name, torch.float32, hidden.shape[0])
         self.projection.logits(hidden, raw)
         return hidden, Logits(raw, *self._template)
+
+
+class _Chunks:
+    """Logits of both sides by span of the tokens to process; those of the last span asked for are kept."""
+
+    def __init__(self, student: _Logits, teacher: _Logits | None, index: Tensor | None, buffers: _Buffers) -> None:
+        self._student, self._teacher, self._index, self._buffers = student, teacher, index, buffers
+        self._last: tuple[slice, tuple] | None = None
+
+    def __getitem__(self, span: slice) -> tuple[slice | Tensor, Tensor | None, Logits, Logits | None]:
+        """Positions among all tokens, the student's GEMM operand (None for logits), student's and teacher's logits."""
+        if self._last is None or self._last[0] != span:
+            tokens = span if self._index is None else self._index[span]
+            hidden, raw_s = self._student.chunk(tokens, self._buffers, "student")
+            raw_t = None if self._teacher is None else self._teacher.chunk(tokens, self._buffers, "teacher")[1]
+            self._last = span, (tokens, hidden, raw_s, raw_t)
+        return self._last[1]
+
+
+def _difficulties(
+    chunks: _Chunks, spans: list[slice], labels: Tensor, scalars: Tensor, row: Row, buffers: _Buffers
+) -> Tensor:
+    """``KL(yt||q)`` of every token."""
+    difficulty = torch.zeros(labels.shape[0], device=labels.device)
+    for span in spans:
+        _, _, raw_s, raw_t = chunks[span]
+        unused, found, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
+        spec = RowSpec("kl", mixed=True)
+        row(
+            RowInputs(raw_s, raw_t, labels[span], None, scalars, spec, cold_labels=False),
+            RowOutputs(unused, found, is_hard, None),
+        )
+        difficulty[span] = found
+    return difficulty
+
+
+def _largest(difficulty: Tensor, labels: Tensor, fraction: Tensor) -> Tensor:
+    """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
+    valid = labels >= 0
+    # fp32 scalars are off by 6e-8: 0.1 * 10 must not become 2.
+    count = (fraction.double() * valid.sum() * (1 - 1e-6)).ceil()
+    order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return valid & (rank < count)
 
 
 def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Tensor | None, Tensor]:

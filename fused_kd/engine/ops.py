@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives import OBJECTIVES
+from ..objectives import RowSpec
 from ..rows import get_row
 from .chunked import Result, Side, Wanted, gradient_dtype, run
 
@@ -15,7 +15,11 @@ from .chunked import Result, Side, Wanted, gradient_dtype, run
 class Options(NamedTuple):
     """What of a call is fixed when it is compiled. ``softcap_*`` 0 means none; ``memory_budget`` -1 means none."""
 
-    objective: str
+    divergence: str | None
+    mixed: bool
+    hard_label: bool
+    gated: bool
+    ranked: bool
     cold_labels: bool
     logit_scale_s: float
     softcap_s: float
@@ -33,7 +37,8 @@ _SCHEMA = (
     "(Tensor student, Tensor? weight_s, Tensor? bias_s, Tensor? teacher, Tensor? weight_t, Tensor? bias_t, "
     "Tensor labels, Tensor? token_weights, Tensor scale, Tensor scalars, "
     "bool want_student, bool want_weight, bool want_bias, "
-    "str objective, bool cold_labels, float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, "
+    "str? divergence, bool mixed, bool hard_label, bool gated, bool ranked, bool cold_labels, "
+    "float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, "
     "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate) "
     "-> (Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias)"
 )
@@ -71,7 +76,7 @@ def _kd(
             weights=token_weights,
             scale=scale,
             scalars=scalars,
-            spec=OBJECTIVES[o.objective].spec,
+            spec=RowSpec(o.divergence, o.mixed, o.hard_label, o.gated, o.ranked),
             cold_labels=o.cold_labels,
             vocab=o.vocab,
             ignore_index=o.ignore_index,

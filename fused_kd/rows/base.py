@@ -34,9 +34,10 @@ class Logits(NamedTuple):
 class RowInputs(NamedTuple):
     """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
 
-    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (4,) fp32 on the
+    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (5,) fp32 on the
     chunk's device, ordered as :class:`fused_kd.objectives.Scalars`. ``cold_labels`` says that the label's own
-    cross-entropy is taken at temperature 1 while the rest is taken at another temperature.
+    cross-entropy is taken at temperature 1 while the rest is taken at another temperature. ``hard`` (C,) bool or None
+    says of a gated objective's rows which are hard, in place of their difficulty.
     """
 
     student: Logits
@@ -46,6 +47,7 @@ class RowInputs(NamedTuple):
     scalars: Tensor
     spec: RowSpec
     cold_labels: bool
+    hard: Tensor | None = None
 
 
 class RowOutputs(NamedTuple):

@@ -88,6 +88,9 @@ class _Lazy:
     def __neg__(self) -> _Lazy:
         return self.apply(torch.neg)
 
+    def __gt__(self, other) -> _Lazy:
+        return self.apply(torch.gt, other)
+
 
 class _Softmax(NamedTuple):
     prob: Tensor  # (B, V)
@@ -119,7 +122,8 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
         assert inputs.teacher is not None
         z_t, _ = _final_logits(inputs.teacher, rows, scratch, "z_t")
         z_t = _cool(z_t, s.temperature, scratch("z_t", len(y)))
-        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, cold, work, s, scratch)
+        given = None if inputs.hard is None else inputs.hard[rows]
+        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, cold, given, work, s, scratch)
 
     if work is not None and dlogits is not None:
         if slope is not None:
@@ -144,6 +148,7 @@ def _against_teacher(
     z_t: Tensor,
     y: Tensor,
     cold: _Softmax | None,
+    hard: Tensor | None,
     dlogits: Tensor | None,
     s: Scalars,
     scratch: _Scratch,
@@ -157,7 +162,7 @@ def _against_teacher(
     # The difference form cancels far less than two separate expectations.
     difference = torch.sub(z_t, z, out=scratch("difference", B))
     kl = (_Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
-    needs_difference = not divergence.free and not divergence.mixture
+    needs_difference = "d" in divergence.reads and not divergence.free
     q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
     kl = (kl + q.lse).clamp_(min=0.0)
     p_y = p.log_prob_y.exp()
@@ -168,7 +173,10 @@ def _against_teacher(
         + lam_log_lam * (1.0 - p_y)
         + (torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)
     ).clamp_(min=0.0)
-    hard = (difficulty > s.gamma).squeeze(1) if spec.gated else torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+    if not spec.gated:
+        hard = torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+    else:
+        hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
 
     ce = -(cold or q).log_prob_y
     ce_weight = 1.0 - s.lam if spec.hard_label else 0.0
@@ -178,7 +186,7 @@ def _against_teacher(
         use = None
     else:
         use = hard if spec.gated else torch.ones_like(hard)
-        if divergence.mixture:  # beta = 1 is KL exactly, and its ratio t/q may overflow
+        if divergence.kl_at_one:
             use = use & (torch.as_tensor(s.beta, device=use.device) < 1.0)
     loss = free_loss
     if dlogits is not None and (use is None or not _known_all(use)):
@@ -198,7 +206,8 @@ def _against_teacher(
         if needs_difference:
             d = _Lazy(pick(difference).sub_(pick(p.lse - q.lse)), scratch)
         in_place = dlogits if _known_all(use) else None
-        value, gradient = _divergence(divergence, t, _Lazy(q_i, scratch), d, s.beta, dlogits is not None, in_place)
+        beta = _head_share(t.value, q_i, s.fraction) if divergence.adaptive else s.beta
+        value, gradient = _divergence(divergence, t, _Lazy(q_i, scratch), d, beta, dlogits is not None, in_place)
         value = share * value + ce_weight * pick(ce)
         if gradient is not None:
             _scale(gradient, share / s.temperature)
@@ -227,16 +236,34 @@ def _divergence(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``sum h`` (B, 1) and ``g - q * sum g`` (B, V), the latter in ``out`` where given."""
-    r = log_r = None
+    r = log_r = s = log_s = None
     if divergence.mixture:
-        r = t / t.apply(torch.lerp, q, beta)
-        log_r = r.apply(torch.log)
-    value = divergence.h(t, q, d, r, log_r, beta).value.sum(1, keepdim=True)
+        raised = q + TINY if "s" in divergence.reads else q
+        m = t.apply(torch.lerp, raised, beta)
+        if "r" in divergence.reads:
+            r = t / m
+            log_r = r.apply(torch.log)
+        if "s" in divergence.reads:
+            s = raised / m
+            log_s = s.apply(torch.log)
+    value = divergence.h(t, q, d, r, log_r, s, log_s, beta).value.sum(1, keepdim=True)
     if not with_gradient:
         return value, None
-    g = divergence.g(t, q, d, r, log_r, beta)
+    g = divergence.g(t, q, d, r, log_r, s, log_s, beta)
     total = g.value.sum(1, keepdim=True)
     return value, torch.addcmul(g.value, q.value, total, value=-1.0, out=out)
+
+
+def _head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
+    """(B, 1): the share of ``sum |t - q|`` in the head of ``t``, see :class:`fused_kd.divergences.Divergence`."""
+    sorted_t = t.sort(1, descending=True).values
+    inside = (sorted_t.cumsum(1, dtype=torch.float64) <= mass).sum(1, keepdim=True)
+    # Entries as probable as the first that is left out stay out with it.
+    left_out = sorted_t.gather(1, inside.clamp(max=t.shape[1] - 1))
+    head = (t > left_out) | (t == sorted_t[:, :1]) | (inside == t.shape[1])
+    error = (t - q).abs_()
+    total = error.sum(1, keepdim=True)
+    return torch.where(total > 0, (error * head).sum(1, keepdim=True) / total.clamp(min=TINY), 0.5)
 
 
 def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:

@@ -44,10 +44,11 @@ def row_kernel(
     dlogits_ptr,  # (C, V) or None; may be student_ptr
     labels_ptr,  # (C,)
     weights_ptr,  # (C,) or None
-    scalars_ptr,  # (4,): lam, beta, gamma, temperature
+    scalars_ptr,  # (5,): lam, beta, gamma, temperature, fraction
     loss_ptr,
     difficulty_ptr,
     hard_ptr,
+    given_ptr,  # (C,) which rows are hard, or None
     V,
     student_stride,
     teacher_stride,
@@ -61,6 +62,8 @@ def row_kernel(
     free_g: tl.constexpr,
     FREE: tl.constexpr,
     MIXTURE: tl.constexpr,
+    KL_AT_ONE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     GATED: tl.constexpr,
@@ -95,7 +98,7 @@ def row_kernel(
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap)
         loss = _distill(
             student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, difficulty_ptr, hard_ptr,
-            h, g, free_g, FREE, MIXTURE, MIXED, HARD_LABEL, GATED, COLD, BLOCK,
+            given_ptr, h, g, free_g, FREE, MIXTURE, KL_AT_ONE, ADAPTIVE, MIXED, HARD_LABEL, GATED, COLD, BLOCK,
         )  # fmt: skip
     _store_loss(loss_ptr + row, loss)
 
@@ -146,11 +149,14 @@ def _distill(
     scalars_ptr,
     difficulty_ptr,
     hard_ptr,
+    given_ptr,
     h: tl.constexpr,
     g: tl.constexpr,
     free_g: tl.constexpr,
     FREE: tl.constexpr,
     MIXTURE: tl.constexpr,
+    KL_AT_ONE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     GATED: tl.constexpr,
@@ -219,7 +225,10 @@ def _distill(
     difficulty = tl.where(difficulty < 0.0, 0.0, difficulty)
     hard = False
     if GATED:
-        hard = difficulty > gamma
+        if given_ptr is None:
+            hard = difficulty > gamma
+        else:
+            hard = tl.load(given_ptr + row) != 0
     # Stored early: nothing but what sweeps 2 and 3 need should hold registers through them.
     _store_loss(difficulty_ptr + row, difficulty)
     tl.store(hard_ptr + row, hard)
@@ -253,20 +262,24 @@ def _distill(
             )  # fmt: skip
     else:
         use = True
-        if MIXTURE:  # beta = 1 is KL exactly, and its ratio t / q may overflow
+        if KL_AT_ONE:
             use = beta < 1.0
         if GATED:
             use = hard & use
         if use:
+            if ADAPTIVE:
+                fraction = tl.load(scalars_ptr + 4)
+                beta = _head_share(student, teacher, V, norms, inv_T, fraction, BLOCK)
+                target = (lam, beta, inv_T, log_off_label, label_log_t - label_log_q)
             h_sum = tl.zeros((BLOCK,), tl.float32)
             g_sum = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, V, BLOCK):
                 offsets = start + lanes
                 z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
                 z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
-                t, q, d, r, log_r = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-                h_sum += h(t, q, d, r, log_r, beta)
-                g_sum += g(t, q, d, r, log_r, beta)
+                t, q, d, r, log_r, s, log_s = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+                h_sum += h(t, q, d, r, log_r, s, log_s, beta)
+                g_sum += g(t, q, d, r, log_r, s, log_s, beta)
             loss = share * tl.sum(h_sum, axis=0) + ce_weight * ce
             if dlogits_row is not None:
                 _write_gradient(
@@ -323,8 +336,8 @@ def _write_gradient(
         mask = offsets < V
         z_s, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
         z_t = _logits(teacher_row, offsets, mask, teacher_scale, teacher_cap)
-        t, q, d, r, log_r = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-        gradient = div_share * (g(t, q, d, r, log_r, beta) - q * g_total)
+        t, q, d, r, log_r, s, log_s = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+        gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta) - q * g_total)
         if HARD_LABEL:
             if COLD:
                 q = tl.exp(z_s - cold_max) * cold_inv
@@ -334,7 +347,7 @@ def _write_gradient(
 
 @triton.jit
 def _arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr):
-    """``t, q, d, r, log_r`` of :mod:`fused_kd.divergences`; the compiler drops what is not read."""
+    """``t`` to ``log_s`` of :mod:`fused_kd.divergences`; the compiler drops what is not read."""
     lam, beta, inv_T, log_off_label, label_d = target
     s_max, s_inv, t_max, t_inv, log_ratio = norms
     a_s = z_s * inv_T - s_max
@@ -347,11 +360,57 @@ def _arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: 
         d = tl.where(at_label, label_d, d + log_off_label)
     r = t
     log_r = d
+    s = q
+    log_s = d
     if MIXTURE:
         t += _TINY
-        r = t / (beta * q + (1.0 - beta) * t)
+        raised = q + _TINY
+        inv_m = 1.0 / (beta * raised + (1.0 - beta) * t)
+        r = t * inv_m
         log_r = tl.log(r)
-    return t, q, d, r, log_r
+        s = raised * inv_m
+        log_s = tl.log(s)
+    return t, q, d, r, log_r, s, log_s
+
+
+@triton.jit
+def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
+    """The share of ``sum |p - q|`` in the head of ``p``, its most probable entries up to ``mass``.
+
+    Finds the largest probability such that the entries at least as probable hold more than ``mass``, bit by bit.
+    """
+    student_row, student_scale, student_cap = student
+    teacher_row, teacher_scale, teacher_cap = teacher
+    s_max, s_inv, t_max, t_inv, _log_ratio = norms
+    lanes = tl.arange(0, BLOCK)
+    left_out = 0
+    top = 0
+    for i in range(0, 30):  # probabilities are at most 1.0 = 0x3f800000
+        trial = left_out | (1 << (29 - i))
+        held = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            offsets = start + lanes
+            z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+            p = tl.exp(z_t * inv_T - t_max) * t_inv
+            bits = p.to(tl.int32, bitcast=True)
+            top = tl.maximum(top, tl.max(bits, axis=0))
+            held += tl.where(bits >= trial, p, 0.0)
+        left_out = tl.where(tl.sum(held, axis=0) > mass, trial, left_out)
+    # All of the mass: nothing is left out, not even what has underflowed.
+    left_out = tl.where(mass < 1.0, left_out, -1)
+    head = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        offsets = start + lanes
+        z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
+        z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+        p = tl.exp(z_t * inv_T - t_max) * t_inv
+        bits = p.to(tl.int32, bitcast=True)
+        error = tl.abs(p - tl.exp(z_s * inv_T - s_max) * s_inv)
+        total += error
+        head += tl.where((bits > left_out) | (bits == top), error, 0.0)
+    sum_total = tl.sum(total, axis=0)
+    return tl.where(sum_total > 0.0, tl.sum(head, axis=0) / tl.maximum(sum_total, _TINY), 0.5)
 
 
 @triton.jit
