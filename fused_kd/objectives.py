@@ -223,8 +223,8 @@ class SkewForward(Objective):
 class SkewReverse(Objective):
     """``KL(q||alpha * q + (1 - alpha) * p)``: DistiLLM's skew reverse KL (Ko et al. 2024).
 
-    ``alpha = 0`` is ``KL(q||p)``. The gradient flows through the mixture, as in DistiLLM; DistiLLM-2 detaches the student inside it, which gives
-    another gradient.
+    ``alpha = 0`` is ``KL(q||p)``. The gradient flows through the mixture, as in DistiLLM; DistiLLM-2 detaches the
+    student inside it, which gives another gradient.
     """
 
     alpha: float = 0.1

@@ -135,7 +135,7 @@ def _head_share(p: Tensor, q: Tensor, mass: float) -> Tensor:
     for p_row, error_row in zip(p, error, strict=True):
         values, index, counts = p_row.unique(return_inverse=True, return_counts=True)
         at_least = (values * counts).flip(0).cumsum(0).flip(0)
-        head = (at_least <= mass) | (values == values[-1])
+        head = (at_least <= mass) | (values == values[-1]) | (mass >= 1)
         total = error_row.sum()
         shares.append(error_row[head[index]].sum() / total if total > 0 else total + 0.5)
     return torch.stack(shares) if shares else error.sum(-1)

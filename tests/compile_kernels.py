@@ -83,14 +83,14 @@ def _case(
     weights: bool = False,
     cold: bool = False,
 ) -> tuple[RowInputs, RowOutputs]:
-    spec = OBJECTIVES[name].spec
+    spec = OBJECTIVES[name].kind
     z = torch.empty(1, V, dtype=student)
     inputs = RowInputs(
         Logits(z, 1.0, softcap, True),
         None if spec.divergence is None else Logits(torch.empty(1, V, dtype=teacher), 1.0, softcap, True),
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
-        torch.zeros(4),
+        torch.zeros(5),
         spec,
         cold,
     )

@@ -136,17 +136,21 @@ class _Head(fk.LMHead):
 
 
 def eager(p: Problem, objective: fk.objectives.Objective) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients as a practitioner writes them, in the problem's dtype, with full logits."""
+    """Losses of valid tokens and gradients of their mean as usual PyTorch code gets them, in the problem's dtype."""
     leaves = [x.detach().clone().requires_grad_() for x in p.leaves]
     valid = p.labels != -100
     z = torch.nn.functional.linear(leaves[0], *leaves[1:])[valid]
-    z_t = (p.hidden_t @ p.weight_t.T)[valid]
-    y = p.labels[valid][:, None]
+    rows = eager_rows(z, (p.hidden_t @ p.weight_t.T)[valid], p.labels[valid], objective)
+    return rows, gradients(rows.mean(), leaves)
+
+
+def eager_rows(z: Tensor, z_t: Tensor, labels: Tensor, objective: fk.objectives.Objective) -> Tensor:
+    """Per-token losses as a practitioner writes them, from logits (N, V) and valid labels."""
+    y = labels[:, None]
     log_q, log_p = z.log_softmax(-1), z_t.log_softmax(-1)
     ce = -log_q.gather(1, y).squeeze(1)
     if isinstance(objective, fk.SFT):
-        loss = ce.mean()
-        return loss, gradients(loss, leaves)
+        return ce
     lam, q, probability_t = getattr(objective, "lam", 1.0), log_q.exp(), log_p.exp()
     target = (lam * probability_t).scatter_add(1, y, torch.full_like(y, 1.0, dtype=z.dtype) * (1 - lam))
 
@@ -189,6 +193,5 @@ def eager(p: Problem, objective: fk.objectives.Objective) -> tuple[Tensor, list[
         "skew_reverse": lambda: (q * (log_q - mix(q, probability_t, objective.alpha).log())).sum(-1),  # type: ignore
         "total_variation": lambda: (probability_t - q).abs().sum(-1) / 2,
         "adaptive_kl": lambda: adaptive(objective.fraction),  # type: ignore[attr-defined]
-    }[objective.name]()
-    loss = rows.mean()
-    return loss, gradients(loss, leaves)
+    }
+    return rows[objective.name]()

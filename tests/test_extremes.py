@@ -35,6 +35,11 @@ def logits_case(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return z, z_t, y
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Relative in norm; equal rows leave nothing but rounding."""
+    return relative(actual, expected) < 1e-5 or bool((actual - expected).abs().max() < 2e-7)
+
+
 CASES = ["huge", "tail masked in both", "teacher masked", "equal", "one-hot", "constant offset"]
 
 
@@ -51,9 +56,9 @@ def test_logits(case, objective, backend):
     infinite = expected.loss > 1e18  # positive probability where the other side has none
     assert (out.loss[infinite] == math.inf).all()
     assert torch.isfinite(out.loss[~infinite]).all()
-    assert relative(out.loss[~infinite], expected.loss[~infinite]) < 1e-5
+    assert close(out.loss[~infinite], expected.loss[~infinite])
     if infinite.any():
-        assert objective.name == "reverse_kd" and case == "teacher masked"
+        assert objective.name in ("reverse_kd", "adaptive_kl") and case == "teacher masked"
         return
     scale = 30 if case == "constant offset" else 1  # the offset itself costs digits of the logits
     assert relative(dz, ref) < 1e-5 * scale or (dz - ref).abs().max() < 1e-6 * scale
@@ -63,7 +68,7 @@ def test_logits(case, objective, backend):
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 @pytest.mark.parametrize("gamma", [0.0, math.inf])
 def test_scalars_at_their_limits(lam, beta, gamma, backend):
-    values = {"lam": lam, "beta": beta, "gamma": gamma}
+    values = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam}
     p = problem(N=9, V=61)
     for cls in fk.OBJECTIVES.values():
         objective = cls(**{name: values[name] for name in vars(cls())})
@@ -80,10 +85,11 @@ def test_a_target_on_a_token_the_student_excludes_costs_infinity_unless_skewed(b
     z[0, 3] = -math.inf
     y = torch.tensor([1])
     losses = {o.name: fk.kd_loss(z, z_t, y, o, backend=backend).loss.item() for o in OBJECTIVES}
-    for name in ("forward_kd", "no_evo"):
-        assert losses[name] == math.inf
-    for name in ("sft", "reverse_kd", "skew", "skew_teacher", "self_evolution"):
-        assert math.isfinite(losses[name])
+    assert all(losses[name] == math.inf for name in INFINITE)
+    assert all(math.isfinite(loss) for name, loss in losses.items() if name not in INFINITE)
+
+
+INFINITE = ("forward_kd", "no_evo", "adaptive_kl")
 
 
 def test_one_word_vocabulary(backend):

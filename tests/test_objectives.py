@@ -65,6 +65,9 @@ def test_logit_gradients_sum_to_zero():
         fk.Skew(),
         fk.SkewTeacher(),
         fk.SelfEvolution(),
+        fk.GeneralizedJSD(),
+        fk.SkewReverse(),
+        fk.AdaptiveKL(),
     ):
         (dz,) = gradients(fk.kd_loss(p.hidden, p.hidden_t, p.labels, objective, reduction="sum").loss, [p.hidden])
         assert dz.abs().sum() > 1
@@ -85,6 +88,8 @@ def test_oracle_is_the_textbook():
         return (beta * log_q.exp() + (1 - beta) * t).log()
 
     d = kl(target, log_q)
+    q = log_q.exp()
+    log_m = (0.3 * p + 0.7 * q).log()
     expected = {
         fk.SFT(): ce,
         fk.ForwardKD(lam=0.7): 0.3 * ce + 0.7 * kl(p, log_q),
@@ -93,10 +98,52 @@ def test_oracle_is_the_textbook():
         fk.Skew(lam=0.7, beta=0.2): kl(target, skewed(target, 0.2)),
         fk.SkewTeacher(lam=0.7, beta=0.9): 0.3 * ce + 0.7 * kl(p, skewed(p, 0.9)),
         fk.SelfEvolution(lam=0.7, beta=0.2, gamma=2.0): torch.where(d > 2.0, kl(target, skewed(target, 0.2)), d),
+        fk.SelfEvolutionTopK(lam=0.7, beta=0.2, fraction=0.4): torch.where(
+            d >= d.sort().values[-3], kl(target, skewed(target, 0.2)), d
+        ),
+        fk.GeneralizedJSD(beta=0.3): 0.3 * kl(p, log_m) + 0.7 * kl(q, log_m),
+        fk.GeneralizedJSD(beta=0.0): kl(p, log_q),
+        fk.GeneralizedJSD(beta=1.0): kl(q, p.log()),
+        fk.SkewForward(alpha=0.2): kl(p, (0.8 * q + 0.2 * p).log()),
+        fk.SkewReverse(alpha=0.2): kl(q, (0.2 * q + 0.8 * p).log()),
+        fk.TotalVariation(): F.l1_loss(p, q, reduction="none").sum(-1) / 2,
     }
     for objective, value in expected.items():
         actual = reference_rows(z, z_t, y, objective)[0]
         assert relative(actual, value) < 1e-13, objective
+
+
+def test_adaptive_kl_weighs_the_head_by_its_share_of_the_error():
+    p = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]]).double()
+    q = torch.tensor([[0.3, 0.3, 0.1, 0.2, 0.1]]).double()
+    forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    # The two entries of 0.2 share their fate: out at a mass of 0.6, in at 0.85; the top is always in.
+    for mass, share in ((0.1, 0.25), (0.6, 0.25), (0.85, 0.75), (1.0, 1.0)):
+        objective = fk.AdaptiveKL(fraction=mass)
+        expected = share * forward + (1 - share) * reverse
+        for actual in (
+            reference_rows(q.log(), p.log(), torch.tensor([0]), objective)[0],
+            fk.kd_loss(q.log().float(), p.log().float(), torch.tensor([0]), objective).loss,
+        ):
+            assert relative(actual.squeeze(), expected) < 1e-6
+
+
+def test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position():
+    p = problem(N=40, ignored=0.3)
+    valid = int((p.labels != -100).sum())
+    for fraction in (0.0, 0.1, 0.5, 1.0):
+        objective = fk.SelfEvolutionTopK(fraction=fraction)
+        whole = fk.kd_loss(p.student(), p.teacher(), p.labels, objective)
+        small = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, memory_budget=20000)
+        assert whole.is_hard.sum() == math.ceil(fraction * valid) and torch.equal(whole.is_hard, small.is_hard)
+        if 0 < fraction < 1:
+            easy = (p.labels != -100) & ~whole.is_hard
+            assert whole.difficulty[whole.is_hard].min() >= whole.difficulty[easy].max()
+        grads = [gradients(out.loss, p.leaves) for out in (whole, small)]
+        assert max(relative(a, b) for a, b in zip(*grads, strict=True)) < 1e-6
+    z, labels = torch.randn(1, 9).expand(10, -1), torch.zeros(10, dtype=torch.long)
+    out = fk.kd_loss(z, z.flip(1), labels, fk.SelfEvolutionTopK(fraction=0.3))
+    assert out.is_hard.tolist() == [True] * 3 + [False] * 7
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
@@ -108,7 +155,7 @@ def test_table_s_g_is_the_gradient_of_its_h(name):
 
     def arguments(q):
         m = beta * q + (1 - beta) * t
-        return t, q, t.log() - q.log(), t / m, (t / m).log(), beta
+        return t, q, t.log() - q.log(), t / m, (t / m).log(), q / m, (q / m).log(), beta
 
     (ref,) = torch.autograd.grad(divergence.h(*arguments(z.softmax(-1))).sum(), z)
     q = z.detach().softmax(-1)

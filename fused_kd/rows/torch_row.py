@@ -260,7 +260,7 @@ def _head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
     inside = (sorted_t.cumsum(1, dtype=torch.float64) <= mass).sum(1, keepdim=True)
     # Entries as probable as the first that is left out stay out with it.
     left_out = sorted_t.gather(1, inside.clamp(max=t.shape[1] - 1))
-    head = (t > left_out) | (t == sorted_t[:, :1]) | (inside == t.shape[1])
+    head = (t > left_out) | (t == sorted_t[:, :1]) | torch.as_tensor(mass >= 1.0, device=t.device)
     error = (t - q).abs_()
     total = error.sum(1, keepdim=True)
     return torch.where(total > 0, (error * head).sum(1, keepdim=True) / total.clamp(min=TINY), 0.5)

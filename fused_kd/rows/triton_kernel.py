@@ -61,7 +61,7 @@ def row_kernel(
     g: tl.constexpr,
     free_g: tl.constexpr,
     FREE: tl.constexpr,
-    MIXTURE: tl.constexpr,
+    MIXTURE: tl.constexpr,  # 2 where q is read over m too
     KL_AT_ONE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     MIXED: tl.constexpr,
@@ -364,11 +364,12 @@ def _arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: 
     log_s = d
     if MIXTURE:
         t += _TINY
-        raised = q + _TINY
-        inv_m = 1.0 / (beta * raised + (1.0 - beta) * t)
-        r = t * inv_m
+        if MIXTURE == 2:
+            s = q + _TINY
+        m = beta * s + (1.0 - beta) * t
+        r = t / m
         log_r = tl.log(r)
-        s = raised * inv_m
+        s = s / m
         log_s = tl.log(s)
     return t, q, d, r, log_r, s, log_s
 

@@ -88,15 +88,15 @@ def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]
         "g": _FUNCTIONS[divergence.g],
         "free_g": _FUNCTIONS[DIVERGENCES["kl"].g],
         "FREE": divergence.free,
-        "MIXTURE": divergence.mixture,
+        "MIXTURE": 2 if "s" in divergence.reads else int(divergence.mixture),
         "KL_AT_ONE": divergence.kl_at_one,
         "ADAPTIVE": divergence.adaptive,
         "MIXED": spec.mixed,
         "HARD_LABEL": spec.hard_label,
         "GATED": spec.gated,
         "COLD": cold_labels and spec.hard_label and spec.divergence is not None,
-        # A tanh needs registers too: with whole blocks some targets would spill.
-        "BLOCK": BLOCK // 2 if capped else BLOCK,
+        # A tanh and two ratios need registers too: with whole blocks some targets would spill.
+        "BLOCK": BLOCK // 2 if capped or divergence.reads >= {"r", "s"} else BLOCK,
     }
 
 
