@@ -1,7 +1,7 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
-from .inputs import LMHead
+from .inputs import LMHead, TopK
 from .loss import KDLoss, KDOutput, kd_loss
 from .objectives import (
     OBJECTIVES,
@@ -37,6 +37,7 @@ __all__ = [
     "SkewForward",
     "SkewReverse",
     "SkewTeacher",
+    "TopK",
     "TotalVariation",
     "__version__",
     "kd_loss",

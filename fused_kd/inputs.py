@@ -1,4 +1,4 @@
-"""What the loss is given: a language-model head that has not been applied yet."""
+"""What the loss is given: a language-model head that has not been applied yet, or a teacher's cached top entries."""
 
 from __future__ import annotations
 
@@ -85,6 +85,66 @@ class LMHead:
             f"LMHead(hidden={tuple(self.hidden.shape)}, weight={tuple(self.weight.shape)}{bias}, "
             f"{str(self.hidden.dtype).removeprefix('torch.')}{extras})"
         )
+
+
+TAILS = ("renormalize", "uniform", "bucket")
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A cached or served teacher: its k log-probabilities of each token, instead of V logits.
+
+    With the listed entries L, their probabilities ``p_v = exp(log_probs)`` and the missing mass
+    ``m = max(0, 1 - sum_L p_v)``, the teacher is (up to a common factor, where they do not add up to 1)
+
+    - ``tail="renormalize"``: ``p_v / sum_L p_v`` on L and 0 elsewhere. ``log_probs`` may be logits. Objectives with
+      ``KL(q||p)`` are infinite then and refused.
+    - ``tail="uniform"``: ``p_v`` on L and ``m / (V - |L|)`` on each other entry.
+    - ``tail="bucket"``: ``p_v`` on L and ``m`` on all other entries together, as one category. Divergences are taken
+      between distributions over |L| + 1 categories, the student's last being ``1 - sum_L q_v``: how the student
+      spreads it is its own affair. A label outside L is taken out of the bucket, with the share
+      ``p_y = m / (V - |L|)``, so that ``yt = (1 - lam) * onehot(y) + lam * p`` still asks for the label.
+
+    Temperatures other than 1 flatten the listed log-probabilities like logits, which says nothing of the tail: they
+    need "renormalize".
+
+    Args:
+        log_probs: (..., K) natural logarithms, float32, bfloat16 or float16; -inf leaves an entry out, whatever its
+            index (padding of shorter lists).
+        indices: (..., K) vocabulary ids, int64 or int32, in any order, none twice in a list.
+        tail: what is known of the entries that are not listed, see above.
+
+    Raises:
+        TypeError, ValueError: for tensors or names that do not fit. Ids out of range or listed twice and log-probs
+            that are NaN or above 0 raise when the loss is called with tensors on the CPU or ``validate=True``;
+            elsewhere the loss of such a token is NaN.
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    tail: str = "renormalize"
+
+    def __post_init__(self) -> None:
+        check_float_tensor("log_probs", self.log_probs)
+        if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
+            kind = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
+            raise TypeError(f"indices must be an int64 or int32 tensor, got {kind}")
+        if self.log_probs.dim() < 1 or self.log_probs.shape[-1] < 1:
+            raise ValueError(f"log_probs must have shape (..., K) with K >= 1, got {tuple(self.log_probs.shape)}")
+        if self.indices.shape != self.log_probs.shape:
+            raise ValueError(
+                f"indices must have log_probs' shape {tuple(self.log_probs.shape)}, got {tuple(self.indices.shape)}"
+            )
+        if self.indices.device != self.log_probs.device:
+            raise ValueError(
+                f"indices are on {self.indices.device}, log_probs on {self.log_probs.device}; they must share one"
+            )
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+
+    def __repr__(self) -> str:
+        dtype = str(self.log_probs.dtype).removeprefix("torch.")
+        return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r})"
 
 
 def check_float_tensor(name: str, value: object) -> None:

@@ -8,8 +8,9 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from .divergences import DIVERGENCES
 from .engine.ops import KDFunction, Options
-from .inputs import LMHead, check_float_tensor, check_number
+from .inputs import LMHead, TopK, check_float_tensor, check_number
 from .objectives import OBJECTIVES, Objective
 from .rows import choose_backend
 
@@ -137,7 +138,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: LMHead | Tensor,
-        teacher: LMHead | Tensor | None,
+        teacher: LMHead | TopK | Tensor | None,
         labels: Tensor,
         *,
         token_weights: Tensor | None = None,
@@ -146,8 +147,8 @@ class KDLoss(nn.Module):
         """Scalar loss, or per token in the shape of ``labels`` for ``reduction="none"``.
 
         Args:
-            student, teacher: :class:`LMHead`, or logits (..., V) in float32, bfloat16 or float16. The teacher is a
-                constant; ``SFT`` takes None.
+            student, teacher: :class:`LMHead`, or logits (..., V) in float32, bfloat16 or float16; the teacher may be
+                a :class:`TopK` instead. The teacher is a constant; ``SFT`` takes None.
             labels: (...) int64 or int32 in [0, V) or ``ignore_index``, on the student's device or on the CPU. Labels
                 on the CPU let ignored tokens be dropped before any GEMM without waiting for an accelerator.
             token_weights: (...) non-negative factors of the tokens' losses, constants.
@@ -159,7 +160,7 @@ class KDLoss(nn.Module):
     def evaluate(
         self,
         student: LMHead | Tensor,
-        teacher: LMHead | Tensor | None,
+        teacher: LMHead | TopK | Tensor | None,
         labels: Tensor,
         *,
         token_weights: Tensor | None = None,
@@ -171,9 +172,13 @@ class KDLoss(nn.Module):
         if spec.divergence is None:
             side_t = None
         elif teacher is None:
-            raise ValueError(f"teacher must be an LMHead or logits for {type(self._objective).__name__}, got None")
+            raise ValueError(
+                f"teacher must be an LMHead, logits or a TopK for {type(self._objective).__name__}, got None"
+            )
         else:
             side_t = _flatten("teacher", teacher)
+            if isinstance(teacher, TopK):
+                self._check_top_k(teacher)
         vocab = _vocab(side_s, side_t, self.vocab_size)
         shape = side_s.shape
         _check_alike(side_s, side_t, labels, token_weights)
@@ -194,6 +199,7 @@ class KDLoss(nn.Module):
             softcap_s=side_s.softcap,
             logit_scale_t=side_t.logit_scale if side_t else 1.0,
             softcap_t=side_t.softcap if side_t else 0.0,
+            tail=teacher.tail if isinstance(teacher, TopK) else "",
             vocab=vocab,
             ignore_index=self.ignore_index,
             backend=backend,
@@ -205,7 +211,7 @@ class KDLoss(nn.Module):
         wanted = tuple(
             enabled and x is not None and x.requires_grad for x in (side_s.source, side_s.weight, side_s.bias)
         )
-        teacher_tensors = (None, None, None) if side_t is None else tuple(_detached(x) for x in side_t[:3])
+        teacher_tensors = (None,) * 4 if side_t is None else tuple(map(_detached, (*side_t[:3], side_t.indices)))
         loss, difficulty, is_hard = KDFunction.apply(
             *side_s[:3], *teacher_tensors, flat_labels, weights, scale, scalars,
             wanted, self.reduction == "none", tuple(options),
@@ -213,6 +219,19 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             loss = loss.reshape(shape)
         return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape))
+
+    def _check_top_k(self, teacher: TopK) -> None:
+        if teacher.tail == "renormalize":
+            if DIVERGENCES[self._spec.divergence or "kl"].everywhere:
+                raise ValueError(
+                    f"tail must be 'uniform' or 'bucket' for {type(self._objective).__name__}, which is infinite "
+                    "where the teacher is 0, got 'renormalize'"
+                )
+        elif self.temperature != 1.0:
+            raise ValueError(
+                f"temperature must be 1 with tail={teacher.tail!r}, whose entries it cannot flatten, got "
+                f"{self.temperature}; use tail='renormalize'"
+            )
 
     def _scale(
         self, labels: Tensor, weights: Tensor | None, num_items: float | Tensor | None, device: torch.device
@@ -241,7 +260,7 @@ class KDLoss(nn.Module):
 
 def kd_loss(
     student: LMHead | Tensor,
-    teacher: LMHead | Tensor | None,
+    teacher: LMHead | TopK | Tensor | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -263,17 +282,22 @@ class _FlatSide(NamedTuple):
     bias: Tensor | None
     logit_scale: float
     softcap: float
-    vocab: int
+    vocab: int | None  # None where the side does not know
     shape: torch.Size
+    indices: Tensor | None = None
 
 
-def _flatten(name: str, side: LMHead | Tensor) -> _FlatSide:
+def _flatten(name: str, side: LMHead | TopK | Tensor) -> _FlatSide:
+    if isinstance(side, TopK) and name == "teacher":
+        source, indices = (x.reshape(-1, x.shape[-1]) for x in (side.log_probs, side.indices))
+        return _FlatSide(source, None, None, 1.0, 0.0, None, side.log_probs.shape[:-1], indices)
     if isinstance(side, LMHead):
         source = side.hidden.reshape(-1, side.hidden.shape[-1])
         extras = (float(side.logit_scale), float(side.softcap or 0.0), side.vocab, side.leading_shape)
         return _FlatSide(source, side.weight, side.bias, *extras)
     if not isinstance(side, Tensor):
-        raise TypeError(f"{name} must be an LMHead or a tensor of logits, got {type(side).__name__}")
+        allowed = "an LMHead, a TopK or a tensor of logits" if name == "teacher" else "an LMHead or a tensor of logits"
+        raise TypeError(f"{name} must be {allowed}, got {type(side).__name__}")
     check_float_tensor(name, side)
     if side.dim() < 2 or side.shape[-1] < 1:
         raise ValueError(f"{name} logits must have shape (..., V), got {tuple(side.shape)}")
@@ -285,7 +309,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 
 def _vocab(student: _FlatSide, teacher: _FlatSide | None, vocab_size: int | None) -> int:
-    sizes = [student.vocab] if teacher is None else [student.vocab, teacher.vocab]
+    sizes = [side.vocab for side in (student, teacher) if side is not None and side.vocab is not None]
     if vocab_size is not None:
         if vocab_size > min(sizes):
             raise ValueError(f"vocab_size must be at most {min(sizes)}, the smaller vocabulary, got {vocab_size}")

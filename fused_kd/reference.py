@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .inputs import LMHead
+from .inputs import LMHead, TopK
 from .loss import KDOutput
 from .objectives import (
     SFT,
@@ -141,9 +141,47 @@ def _head_share(p: Tensor, q: Tensor, mass: float) -> Tensor:
     return torch.stack(shares) if shares else error.sum(-1)
 
 
+def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, tail: str) -> Tensor:
+    """(N, V) log-probabilities of a top-k teacher that is defined on every entry."""
+    rows = []
+    for z_row, values, entries in zip(z, log_probs, indices, strict=True):
+        listed = values > -math.inf
+        missing = (1.0 - values.exp().sum()).clamp(min=0.0)
+        rest = missing / max(len(z_row) - int(listed.sum()), 1)
+        base = rest.log().clamp(min=_LOG_ZERO) if tail == "uniform" else torch.tensor(_LOG_ZERO).double()
+        rows.append(base.expand(len(z_row)).index_put((entries[listed],), values[listed]))
+    return torch.stack(rows) if rows else z.detach()
+
+
+def _categories(z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher log-probabilities and labels over the listed entries, the label and one for the rest."""
+    K = log_probs.shape[1]
+    students, teachers, positions = [], [], []
+    for z_row, values, entries, y in zip(z, log_probs, indices, labels.tolist(), strict=True):
+        table = {int(e): v for e, v in zip(entries, values, strict=True) if v > -math.inf}
+        missing = (1.0 - values.exp().sum()).clamp(min=0.0)
+        others = len(z_row) - len(table)
+        if y not in table:
+            table[y] = (missing / others).log().clamp(min=_LOG_ZERO)
+            missing = missing * (others - 1) / others
+        rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, torch.tensor(list(table)), False)
+        nothing = z_row.new_full((K + 2 - len(table) - int(rest.any()),), _LOG_ZERO)  # to a common width
+        tail = z_row[rest].logsumexp(0, keepdim=True) if rest.any() else z_row[:0]
+        students.append(torch.cat([z_row[list(table)], tail, nothing]))
+        teachers.append(
+            torch.cat(
+                [torch.stack(list(table.values())), missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)], nothing]
+            )
+        )
+        positions.append(list(table).index(y))
+    if not students:
+        return z, z.detach(), labels
+    return torch.stack(students), torch.stack(teachers), torch.tensor(positions)
+
+
 def reference_kd_loss(
     student: LMHead | Tensor,
-    teacher: LMHead | Tensor | None,
+    teacher: LMHead | TopK | Tensor | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -157,20 +195,24 @@ def reference_kd_loss(
 ) -> KDOutput:
     """:func:`fused_kd.kd_loss` in float64 with everything materialised; the same arguments and results."""
     z = full_logits(student)[..., :vocab_size]
-    z_t = None if teacher is None else full_logits(teacher)[..., :vocab_size]
     labels = labels.long()
     if shift:
         labels = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
     shape = labels.shape
     labels = labels.reshape(-1)
     valid = labels != ignore_index
-    rows, difficulty, is_hard = reference_rows(
-        z.reshape(-1, z.shape[-1])[valid],
-        None if z_t is None else z_t.reshape(-1, z_t.shape[-1])[valid],
-        labels[valid],
-        objective,
-        temperature,
-    )
+    z, y = z.reshape(-1, z.shape[-1])[valid], labels[valid]
+    z_t = None
+    if isinstance(teacher, TopK):
+        log_probs, indices = (x.reshape(-1, x.shape[-1])[valid] for x in (teacher.log_probs, teacher.indices))
+        if teacher.tail == "bucket":
+            z, z_t, y = _categories(z, log_probs.double(), indices, y)
+        else:
+            z_t = _dense(z, log_probs.double(), indices.long(), teacher.tail)
+    elif teacher is not None:
+        z_t = full_logits(teacher)[..., :vocab_size]
+        z_t = z_t.reshape(-1, z_t.shape[-1])[valid]
+    rows, difficulty, is_hard = reference_rows(z, z_t, y, objective, temperature)
     weights = torch.ones_like(rows) if token_weights is None else token_weights.double().reshape(-1)[valid]
 
     def scatter(values: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..objectives import RowSpec, Scalars
-from ..rows import Logits, Row, RowInputs, RowOutputs
+from ..rows import Logits, Row, RowInputs, RowOutputs, Sparse
 from ..rows.base import LOG_ZERO
+from ..rows.top_k import sparse_teacher
 from ..workspace import empty
 from .gemm import SLAB_BYTES, Projection
 from .plan import Plan, plan_chunks, preferred_chunk
@@ -28,6 +29,14 @@ class Side(NamedTuple):
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+
+
+class TopKSide(NamedTuple):
+    """A top-k teacher: ``log_probs``, ``indices`` (N, K), see :class:`fused_kd.inputs.TopK`."""
+
+    log_probs: Tensor
+    indices: Tensor
+    tail: str
 
 
 class Wanted(NamedTuple):
@@ -56,7 +65,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def run(
     student: Side,
-    teacher: Side | None,
+    teacher: Side | TopKSide | None,
     labels: Tensor,
     *,
     weights: Tensor | None,
@@ -90,7 +99,7 @@ def run(
     labels, bad = torch.where(in_range, labels, -1), ~in_range
 
     side_s = _Logits(student, vocab, dtype)
-    side_t = None if teacher is None else _Logits(teacher, vocab, dtype)
+    side_t = _Logits(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
     plan = _plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device)
 
@@ -99,13 +108,13 @@ def run(
     d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
     buffers = _Buffers(plan.chunk, vocab, device)
     spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
-    chunks = _Chunks(side_s, side_t, index, buffers)
+    chunks = _Chunks(side_s, side_t, labels, bad, index, buffers)
     hard = None
     if spec.ranked:
-        hard = _largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, Scalars(*scalars).fraction)
+        hard = _largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, scalars)
         spans.reverse()  # the logits of the last chunk are still there
     for span in spans:
-        tokens, hidden, raw_s, raw_t = chunks[span]
+        tokens, hidden, raw_s, teacher_rows = chunks[span]
         row_weights = None if weights is None else weights[tokens]
         if student.weight is None and with_gradient:
             row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
@@ -115,7 +124,7 @@ def run(
         loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
         rows = RowOutputs(loss, difficulty, is_hard, out)
         given = None if hard is None else hard[span]
-        row(RowInputs(raw_s, raw_t, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
+        row(RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
         result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
         result.difficulty[tokens] = rows.difficulty
         result.is_hard[tokens] = rows.is_hard
@@ -184,20 +193,42 @@ class _Logits:
 
 
 class _Chunks:
-    """Logits of both sides by span of the tokens to process; those of the last span asked for are kept."""
+    """What the row reads of a span of the tokens to process; that of the last span asked for is kept.
 
-    def __init__(self, student: _Logits, teacher: _Logits | None, index: Tensor | None, buffers: _Buffers) -> None:
+    Marks tokens as ``bad`` whose top-k entries are malformed.
+    """
+
+    def __init__(
+        self,
+        student: _Logits,
+        teacher: _Logits | TopKSide | None,
+        labels: Tensor,
+        bad: Tensor,
+        index: Tensor | None,
+        buffers: _Buffers,
+    ) -> None:
         self._student, self._teacher, self._index, self._buffers = student, teacher, index, buffers
+        self._labels, self._bad = labels, bad
         self._last: tuple[slice, tuple] | None = None
 
-    def __getitem__(self, span: slice) -> tuple[slice | Tensor, Tensor | None, Logits, Logits | None]:
-        """Positions among all tokens, the student's GEMM operand (None for logits), student's and teacher's logits."""
+    def __getitem__(self, span: slice) -> tuple[slice | Tensor, Tensor | None, Logits, Logits | Sparse | None]:
+        """Positions among all tokens, the student's GEMM operand (None for logits), student and teacher."""
         if self._last is None or self._last[0] != span:
             tokens = span if self._index is None else self._index[span]
             hidden, raw_s = self._student.chunk(tokens, self._buffers, "student")
-            raw_t = None if self._teacher is None else self._teacher.chunk(tokens, self._buffers, "teacher")[1]
-            self._last = span, (tokens, hidden, raw_s, raw_t)
+            self._last = span, (tokens, hidden, raw_s, self._teacher_rows(span, tokens, raw_s.raw.shape[1]))
         return self._last[1]
+
+    def _teacher_rows(self, span: slice, tokens: slice | Tensor, V: int) -> Logits | Sparse | None:
+        teacher = self._teacher
+        if isinstance(teacher, _Logits):
+            return teacher.chunk(tokens, self._buffers, "teacher")[1]
+        if teacher is None:
+            return None
+        lists = teacher.log_probs[tokens], teacher.indices[tokens]
+        rows, malformed = sparse_teacher(*lists, self._labels[span], V, teacher.tail)
+        self._bad[span] |= malformed
+        return rows
 
 
 def _difficulties(
@@ -206,22 +237,22 @@ def _difficulties(
     """``KL(yt||q)`` of every token."""
     difficulty = torch.zeros(labels.shape[0], device=labels.device)
     for span in spans:
-        _, _, raw_s, raw_t = chunks[span]
+        _, _, raw_s, teacher = chunks[span]
         unused, found, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
         spec = RowSpec("kl", mixed=True)
         row(
-            RowInputs(raw_s, raw_t, labels[span], None, scalars, spec, cold_labels=False),
+            RowInputs(raw_s, teacher, labels[span], None, scalars, spec, cold_labels=False),
             RowOutputs(unused, found, is_hard, None),
         )
         difficulty[span] = found
     return difficulty
 
 
-def _largest(difficulty: Tensor, labels: Tensor, fraction: Tensor) -> Tensor:
+def _largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
     """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
     valid = labels >= 0
     # fp32 scalars are off by 6e-8: 0.1 * 10 must not become 2.
-    count = (fraction.double() * valid.sum() * (1 - 1e-6)).ceil()
+    count = (scalars[Scalars._fields.index("fraction")].double() * valid.sum() * (1 - 1e-6)).ceil()
     order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return valid & (rank < count)
@@ -243,7 +274,7 @@ def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Ten
 def _plan(
     n: int,
     student: _Logits,
-    teacher: _Logits | None,
+    teacher: _Logits | TopKSide | None,
     vocab: int,
     with_gradient: bool,
     wanted: Wanted,
@@ -253,6 +284,9 @@ def _plan(
     per_token, fixed = 16, 0
     for side in (student, teacher):
         if side is None:
+            continue
+        if isinstance(side, TopKSide):  # sorted entries, and categories with their gradient
+            per_token += 64 * (side.indices.shape[1] + 2)
             continue
         if side.projection is None:
             per_token += vocab * side.source.element_size()  # gathered when tokens are dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..objectives import RowSpec
 from ..rows import get_row
-from .chunked import Result, Side, Wanted, gradient_dtype, run
+from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype, run
 
 
 class Options(NamedTuple):
@@ -25,6 +26,7 @@ class Options(NamedTuple):
     softcap_s: float
     logit_scale_t: float
     softcap_t: float
+    tail: str
     vocab: int
     ignore_index: int
     backend: str
@@ -35,10 +37,10 @@ class Options(NamedTuple):
 
 _SCHEMA = (
     "(Tensor student, Tensor? weight_s, Tensor? bias_s, Tensor? teacher, Tensor? weight_t, Tensor? bias_t, "
-    "Tensor labels, Tensor? token_weights, Tensor scale, Tensor scalars, "
+    "Tensor? indices_t, Tensor labels, Tensor? token_weights, Tensor scale, Tensor scalars, "
     "bool want_student, bool want_weight, bool want_bias, "
     "str? divergence, bool mixed, bool hard_label, bool gated, bool ranked, bool cold_labels, "
-    "float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, "
+    "float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, str tail, "
     "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate) "
     "-> (Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias)"
 )
@@ -55,6 +57,7 @@ def _kd(
     teacher: Tensor | None,
     weight_t: Tensor | None,
     bias_t: Tensor | None,
+    indices_t: Tensor | None,
     labels: Tensor,
     token_weights: Tensor | None,
     scale: Tensor,
@@ -67,11 +70,18 @@ def _kd(
     o = Options(*static)
     if labels.device.type == "cpu" or o.validate:
         check_labels(labels, o.vocab, o.ignore_index)
+    teacher_side: Side | TopKSide | None = None
+    if teacher is not None and indices_t is not None:
+        teacher_side = TopKSide(teacher, indices_t, o.tail)
+        if teacher.device.type == "cpu" or o.validate:
+            check_top_k(teacher_side, labels, o.vocab, o.ignore_index)
+    elif teacher is not None:
+        teacher_side = Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None)
     # Under autocast the engine's own GEMMs would be cast once more.
     with torch.autocast(student.device.type, enabled=False), torch.no_grad():
         result = run(
             Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
-            None if teacher is None else Side(teacher, weight_t, bias_t, o.logit_scale_t, o.softcap_t or None),
+            teacher_side,
             labels,
             weights=token_weights,
             scale=scale,
@@ -91,7 +101,7 @@ def _kd(
 
 
 def _kd_fake(
-    student, weight_s, bias_s, teacher, weight_t, bias_t, labels, token_weights, scale, scalars,
+    student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels, token_weights, scale, scalars,
     want_student, want_weight, want_bias, *static,
 ):  # fmt: skip
     N = student.shape[0]
@@ -137,6 +147,36 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
+def check_top_k(teacher: TopKSide, labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError naming the first malformed list of a valid token; waits for the device."""
+    values, indices = teacher.log_probs, teacher.indices
+    valid = (labels != ignore_index).to(values.device).unsqueeze(1)
+    listed = (values != -math.inf) & valid
+    # Rounded to bf16, the logarithm of a probability near 1 may not pass 0, but logits and probabilities do.
+    positive = listed & (values.isnan() | (values > 0)) if teacher.tail != "renormalize" else listed & values.isnan()
+    if bool(positive.any()):
+        token, k = positive.nonzero()[0].tolist()
+        raise ValueError(
+            f"log_probs must be at most 0 and not NaN, got {float(values[token, k])} at token {token} "
+            "(of the flattened tokens)"
+        )
+    outside = listed & ((indices < 0) | (indices >= vocab))
+    if bool(outside.any()):
+        token, k = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"indices must be in [0, {vocab}) where log_probs is not -inf, got {int(indices[token, k])} at token "
+            f"{token} (of the flattened tokens)"
+        )
+    ordered = torch.where(listed, indices.long(), vocab).sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < vocab)
+    if bool(twice.any()):
+        token, k = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"indices of a token must differ, got {int(ordered[token, k])} twice at token {token} "
+            "(of the flattened tokens)"
+        )
+
+
 def _check_losses(result: Result) -> None:
     bad = result.loss.isnan()
     if bool(bad.any()):
@@ -157,9 +197,9 @@ class KDFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, weight_s, bias_s, teacher, weight_t, bias_t, labels, token_weights, scale, scalars,
-                wanted: tuple[bool, bool, bool], per_token: bool, options: tuple):  # fmt: skip
-        args = (student, weight_s, bias_s, teacher, weight_t, bias_t, labels)
+    def forward(ctx, student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels, token_weights, scale,
+                scalars, wanted: tuple[bool, bool, bool], per_token: bool, options: tuple):  # fmt: skip
+        args = (student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels)
         later = per_token and (wanted[1] or wanted[2])
         now = (False, False, False) if later else wanted
         loss, difficulty, is_hard, *gradients = torch.ops.fused_kd.kd(
@@ -185,7 +225,7 @@ class KDFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        none = (None,) * 13
+        none = (None,) * 14
         if upstream is None:
             return none
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .base import Logits, RowInputs, RowOutputs
+from .base import Logits, RowInputs, RowOutputs, Sparse
 
 Row = Callable[[RowInputs, RowOutputs], None]
 
@@ -41,11 +41,21 @@ def _installed(package: str) -> bool:
 
 
 def get_row(backend: str) -> Row:
+    """The row of a backend, for dense and top-k teachers alike."""
     if backend == "triton":
-        from .triton_row import row
+        from .top_k_triton import row as sparse
+        from .triton_row import row as dense
     else:
-        from .torch_row import row
+        from .top_k import row as sparse
+        from .torch_row import row as dense
+
+    def row(inputs: RowInputs, outputs: RowOutputs) -> None:
+        if isinstance(inputs.teacher, Sparse):
+            sparse(dense, inputs, outputs)
+        else:
+            dense(inputs, outputs)
+
     return row
 
 
-__all__ = ["BACKENDS", "Logits", "Row", "RowInputs", "RowOutputs", "choose_backend", "get_row"]
+__all__ = ["BACKENDS", "Logits", "Row", "RowInputs", "RowOutputs", "Sparse", "choose_backend", "get_row"]

@@ -31,6 +31,20 @@ class Logits(NamedTuple):
     finite: bool
 
 
+class Sparse(NamedTuple):
+    """A top-k teacher of one chunk, see :class:`fused_kd.inputs.TopK`; its labels are among the entries.
+
+    ``indices`` (C, K + 1) int64, ascending, V where there is no entry; ``log_probs`` (C, K + 1) fp32, -inf where there
+    is none; ``rest`` (C,) fp32, the logarithm of what the tail gives to
+    all other entries together ("bucket"), to each of them ("uniform"), or -inf ("renormalize").
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    rest: Tensor
+    tail: str
+
+
 class RowInputs(NamedTuple):
     """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
 
@@ -41,7 +55,7 @@ class RowInputs(NamedTuple):
     """
 
     student: Logits
-    teacher: Logits | None
+    teacher: Logits | Sparse | None
     labels: Tensor
     weights: Tensor | None
     scalars: Tensor

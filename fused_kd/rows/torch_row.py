@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
-from ..objectives import Scalars
+from ..objectives import RowSpec, Scalars
 from ..workspace import empty
 from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs
 
@@ -119,7 +119,7 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
         if inputs.cold_labels:
             cold = _softmax(z, y, scratch("cold", len(y)))
         z = _cool(z, s.temperature, scratch("z_s", len(y)))
-        assert inputs.teacher is not None
+        assert isinstance(inputs.teacher, Logits)
         z_t, _ = _final_logits(inputs.teacher, rows, scratch, "z_t")
         z_t = _cool(z_t, s.temperature, scratch("z_t", len(y)))
         given = None if inputs.hard is None else inputs.hard[rows]
@@ -190,7 +190,7 @@ def _against_teacher(
             use = use & (torch.as_tensor(s.beta, device=use.device) < 1.0)
     loss = free_loss
     if dlogits is not None and (use is None or not _known_all(use)):
-        _free_gradient(p.prob, q.prob, y, cold, s, spec.mixed, dlogits)
+        _free_gradient(p.prob, q.prob, y, cold, s, spec, dlogits)
     if use is not None and _maybe_any(use):
         everything = _known_all(use) or not _on_host(y)
         index = None if everything else use.nonzero().squeeze(1)
@@ -274,18 +274,19 @@ def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
 
 
 def _free_gradient(
-    p: Tensor, q: Tensor, y: Tensor, cold: _Softmax | None, s: Scalars, mixed: bool, out: Tensor
+    p: Tensor, q: Tensor, y: Tensor, cold: _Softmax | None, s: Scalars, spec: RowSpec, out: Tensor
 ) -> None:
     """``q - t`` (/T), the gradient of KL; with a hard-label term at the same temperature it is that of ``yt``."""
-    if cold is None or mixed:
+    if spec.mixed or (spec.hard_label and cold is None):
         _add_scaled(q, p, -s.lam, out)
         _add_at(out, y, s.lam - 1.0)
         _scale(out, 1.0 / s.temperature)
     else:
         torch.sub(q, p, out=out)
         _scale(out, s.lam / s.temperature)
-        _add_scaled(out, cold.prob, 1.0 - s.lam, out)
-        _add_at(out, y, s.lam - 1.0)
+        if cold is not None:
+            _add_scaled(out, cold.prob, 1.0 - s.lam, out)
+            _add_at(out, y, s.lam - 1.0)
 
 
 def _final_logits(logits: Logits, rows: slice, scratch: _Scratch, name: str) -> tuple[Tensor, Tensor | None]:

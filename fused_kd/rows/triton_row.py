@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
-from .base import RowInputs, RowOutputs
+from .base import RowInputs, RowOutputs, Sparse
 from .triton_kernel import row_kernel
 
 # 2048 elements are 8 per thread: whole 16-byte loads in any dtype, 16 KB of fp32 in flight per program, and
@@ -36,23 +36,21 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     ):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
+    assert not isinstance(inputs.teacher, Sparse)
     C, V = inputs.student.raw.shape
     if C == 0:
         return
     student, teacher = inputs.student, inputs.teacher if inputs.spec.divergence is not None else None
-    student_raw = _unit_stride(student.raw)
-    teacher_raw = None if teacher is None else _unit_stride(teacher.raw)
+    student_raw = unit_stride(student.raw)
+    teacher_raw = None if teacher is None else unit_stride(teacher.raw)
     if outputs.dlogits is None:
         dlogits = None
     elif outputs.dlogits is student.raw:
         dlogits = student_raw
     else:
-        dlogits = _unit_stride(outputs.dlogits)
+        dlogits = unit_stride(outputs.dlogits)
     capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
-    device = inputs.labels.device
-    # Triton launches on the current device, whatever the tensors' own.
-    guard = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-    with guard:
+    with guard(inputs.labels.device):
         row_kernel[(C,)](
             student_raw,
             teacher_raw,
@@ -73,7 +71,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             1.0 if teacher is None else teacher.scale,
             None if teacher is None else teacher.softcap,
             **_constants(inputs.spec, inputs.cold_labels, capped),
-            num_warps=THREADS // _warp_size(),
+            num_warps=THREADS // warp_size(),
         )
     if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
         outputs.dlogits.copy_(dlogits)
@@ -100,11 +98,16 @@ def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]
     }
 
 
-def _warp_size() -> int:
+def guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever the tensors' own."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def warp_size() -> int:
     return 32 if _INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
