@@ -82,6 +82,13 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
 @functools.cache
 def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]:
     """What the kernel is compiled for, besides dtypes, alignment, softcaps and which pointers are None."""
+    # A tanh needs registers too: with whole blocks some targets would spill.
+    return formula_constants(spec, cold_labels) | {"BLOCK": BLOCK // 2 if capped else BLOCK}
+
+
+@functools.cache
+def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
+    """What makes one kernel an objective's: its formulas and which parts of the loss it has."""
     divergence = DIVERGENCES[spec.divergence or "kl"]
     return {
         "h": _FUNCTIONS[divergence.h],
@@ -95,8 +102,6 @@ def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]
         "HARD_LABEL": spec.hard_label,
         "GATED": spec.gated,
         "COLD": cold_labels and spec.hard_label and spec.divergence is not None,
-        # A tanh needs registers too: with whole blocks some targets would spill.
-        "BLOCK": BLOCK // 2 if capped else BLOCK,
     }
 
 
