@@ -35,7 +35,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from fused_kd.rows import triton_kernel, triton_row  # noqa: E402
+from fused_kd.rows import triton_math, triton_row  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -212,7 +212,7 @@ def test_scale_and_softcap(objective: Objective, scale: tuple, cap: tuple) -> No
 @triton.jit
 def _tanh_kernel(x_ptr, tanh_ptr, slope_ptr, N: tl.constexpr):
     lanes = tl.arange(0, N)
-    tanh, slope = triton_kernel._tanh(tl.load(x_ptr + lanes))
+    tanh, slope = triton_math.tanh(tl.load(x_ptr + lanes))
     tl.store(tanh_ptr + lanes, tanh)
     tl.store(slope_ptr + lanes, slope)
 

@@ -1,7 +1,7 @@
 """Triton sweeps of :mod:`fused_kd.rows.top_k`: two kernels, a program per row.
 
-Entries are ascending, so that a block of the vocabulary finds its own between two counts, and compares itself with
-each of them: K + 1 comparisons of a block in a sweep, not of the row.
+Entries are ascending, so that a block of the vocabulary finds its own by bisection, and compares itself with each of
+them: K + 1 comparisons of a block in a sweep, not of the row.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
-from .top_k import row as blockwise
 from .triton_kernel import _logits, _logits_and_slope
+from .triton_math import first_entry
 from .triton_row import BLOCK, THREADS, guard, unit_stride, warp_size
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
@@ -26,7 +26,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     if C == 0:
         return
     if teacher.tail == "uniform":
-        blockwise(dense, inputs, outputs)
+        dense(inputs, outputs)
         return
     V, K1 = student.raw.shape[1], teacher.indices.shape[1]
     small = categories(teacher, inputs.labels)
@@ -40,12 +40,12 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
         "student_cap": student.softcap,
         "COLD": inputs.cold_labels,
         "BLOCK": BLOCK // 2,
-        "BLOCK_K": triton.next_power_of_2(K1),
         "num_warps": THREADS // warp_size(),
     }
     with guard(labels.device):
         condense_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, cold_rest, **common
+            raw, labels, teacher.indices, inputs.scalars, small.student, cold_rest,
+            BLOCK_K=triton.next_power_of_2(K1), **common,
         )  # fmt: skip
         gradient = category_rows(dense, inputs, outputs, small, cold_rest)
         if gradient is None or outputs.dlogits is None:
@@ -97,9 +97,7 @@ def condense_kernel(
         for start in range(0, V, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             z = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-            first = tl.sum((entries < start).to(tl.int32), axis=0)
-            last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
-            for j in range(first, last):
+            for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
                 z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
             block_max = tl.max(z, axis=0)
             if COLD:
@@ -134,14 +132,11 @@ def expand_kernel(
     student_cap,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     inv_T = 1.0 / tl.load(scalars_ptr + 3)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
-    lanes_k = tl.arange(0, BLOCK_K)
-    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V)
     rest = tl.load(categories_ptr + row * (K1 + 1) + K1) * inv_T
     rest_gradient = tl.load(rest_gradient_ptr + row)
     ignored = tl.load(labels_ptr + row) < 0
@@ -154,9 +149,7 @@ def expand_kernel(
         if COLD:
             cold = tl.minimum(z - tl.load(cold_ptr + row), 0.0)
             gradient += tl.load(cold_gradient_ptr + row) * tl.exp(cold)
-        first = tl.sum((entries < start).to(tl.int32), axis=0)
-        last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
-        for j in range(first, last):
+        for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
             own = tl.load(entry_gradient_ptr + row * K1 + j)
             gradient = tl.where(offsets == tl.load(indices_row + j), own, gradient)
         gradient = tl.where(ignored, 0.0, gradient * slope)

@@ -27,14 +27,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import EXCLUDED, LOG_ZERO
+from .base import LOG_ZERO
+from .triton_math import (
+    OUTSIDE,
+    TINY,
+    arguments,
+    final_logits,
+    first_entry,
+    label_terms,
+    log_off_label,
+    store_loss,
+)
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
-_EXCLUDED = tl.constexpr(EXCLUDED)
-# Beyond the row's end: below LOG_ZERO, to lose even against excluded tokens; still finite when divided by T.
-_OUTSIDE = tl.constexpr(-1e33)
-# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
-_TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -49,6 +54,9 @@ def row_kernel(
     difficulty_ptr,
     hard_ptr,
     given_ptr,  # (C,) which rows are hard, or None
+    entries_ptr,  # (C, K) ascending vocabulary ids where the teacher is sparse: teacher_ptr holds theirs; else None
+    rest_ptr,  # (C,) the sparse teacher's logit of all others
+    K,
     V,
     student_stride,
     teacher_stride,
@@ -92,20 +100,15 @@ def row_kernel(
 
     if teacher_ptr is None:
         loss = _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK)
-        _store_loss(difficulty_ptr + row, loss)
+        store_loss(difficulty_ptr + row, loss)
         tl.store(hard_ptr + row, 0)
     else:
-        teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap)
+        teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, entries_ptr, rest_ptr, row, K)
         loss = _distill(
             student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, difficulty_ptr, hard_ptr,
             given_ptr, h, g, free_g, FREE, MIXTURE, KL_AT_ONE, ADAPTIVE, MIXED, HARD_LABEL, GATED, COLD, BLOCK,
         )  # fmt: skip
-    _store_loss(loss_ptr + row, loss)
-
-
-@triton.jit
-def _store_loss(ptr, value):
-    tl.store(ptr, tl.where(value > _EXCLUDED, float("inf"), value))
+    store_loss(loss_ptr + row, loss)
 
 
 @triton.jit
@@ -113,7 +116,7 @@ def _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK: tl.c
     """``-log q_y``, and its gradient in ``dlogits_row`` unless that is None."""
     student_row, scale, cap = student
     lanes = tl.arange(0, BLOCK)
-    z_max = tl.cast(_OUTSIDE, tl.float32)
+    z_max = tl.cast(OUTSIDE, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         offsets = start + lanes
@@ -140,7 +143,7 @@ def _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK: tl.c
 @triton.jit
 def _distill(
     student,  # row pointer, scale, softcap
-    teacher,
+    teacher,  # the same, and what _teacher_logits reads of a sparse one
     dlogits_row,
     V,
     row,
@@ -169,12 +172,11 @@ def _distill(
     gamma = tl.load(scalars_ptr + 2)
     inv_T = 1.0 / tl.load(scalars_ptr + 3)
     student_row, student_scale, student_cap = student
-    teacher_row, teacher_scale, teacher_cap = teacher
     lanes = tl.arange(0, BLOCK)
 
-    s_max = tl.cast(_OUTSIDE, tl.float32)
-    t_max = tl.cast(_OUTSIDE, tl.float32)
-    cold_max = tl.cast(_OUTSIDE, tl.float32)
+    s_max = tl.cast(OUTSIDE, tl.float32)
+    t_max = tl.cast(OUTSIDE, tl.float32)
+    cold_max = tl.cast(OUTSIDE, tl.float32)
     s_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
     cold_sum = tl.zeros((BLOCK,), tl.float32)
@@ -183,7 +185,7 @@ def _distill(
     for start in range(0, V, BLOCK):
         offsets = start + lanes
         z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-        z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+        z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
         block_max = tl.max(z_s, axis=0)
         if COLD:
             new_cold = tl.maximum(cold_max, block_max)
@@ -203,7 +205,7 @@ def _distill(
         t_max = new_t
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z_s = _logits(student_row, label, label < V, student_scale, student_cap)
-    label_z_t = _logits(teacher_row, label, label < V, teacher_scale, teacher_cap)
+    label_z_t = _teacher_label_logit(teacher, label, V)
     s_total = tl.sum(s_sum, axis=0)
     t_total = tl.sum(t_sum, axis=0)
     s_log = tl.log(s_total)
@@ -213,16 +215,7 @@ def _distill(
 
     label_log_q = (label_z_s * inv_T - s_max) - s_log
     label_log_p = (label_z_t * inv_T - t_max) - t_log
-    label_p = tl.exp(label_log_p)
-    label_t = lam * label_p + (1.0 - lam)
-    label_log_t = tl.log(tl.maximum(label_t, _TINY))
-    log_lam = tl.log(tl.maximum(lam, _TINY))
-    difficulty = (
-        lam * (kl - label_p * (label_log_p - label_log_q))
-        + lam * log_lam * (1.0 - label_p)
-        + label_t * (label_log_t - label_log_q)
-    )
-    difficulty = tl.where(difficulty < 0.0, 0.0, difficulty)
+    difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
     hard = False
     if GATED:
         if given_ptr is None:
@@ -230,7 +223,7 @@ def _distill(
         else:
             hard = tl.load(given_ptr + row) != 0
     # Stored early: nothing but what sweeps 2 and 3 need should hold registers through them.
-    _store_loss(difficulty_ptr + row, difficulty)
+    store_loss(difficulty_ptr + row, difficulty)
     tl.store(hard_ptr + row, hard)
 
     cold_inv = 1.0
@@ -249,8 +242,7 @@ def _distill(
     else:
         loss = lam * kl + ce_weight * ce
 
-    log_off_label = tl.where(lam > 0.0, log_lam, _LOG_ZERO)
-    target = (lam, beta, inv_T, log_off_label, label_log_t - label_log_q)
+    target = (lam, beta, inv_T, log_off_label(lam), label_log_t - label_log_q)
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
     cold = (cold_max, cold_inv)
     shares = (share * inv_T, ce_weight)
@@ -270,14 +262,14 @@ def _distill(
             if ADAPTIVE:
                 fraction = tl.load(scalars_ptr + 4)
                 beta = _head_share(student, teacher, V, norms, inv_T, fraction, BLOCK)
-                target = (lam, beta, inv_T, log_off_label, label_log_t - label_log_q)
+                target = (lam, beta, inv_T, log_off_label(lam), label_log_t - label_log_q)
             h_sum = tl.zeros((BLOCK,), tl.float32)
             g_sum = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, V, BLOCK):
                 offsets = start + lanes
                 z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-                z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
-                t, q, d, r, log_r, s, log_s = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+                z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
+                t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
                 h_sum += h(t, q, d, r, log_r, s, log_s, beta)
                 g_sum += g(t, q, d, r, log_r, s, log_s, beta)
             loss = share * tl.sum(h_sum, axis=0) + ce_weight * ce
@@ -322,7 +314,6 @@ def _write_gradient(
     and no other read of it can come late: stores need the sums, and the sums all threads' earlier loads.
     """
     student_row, student_scale, student_cap = student
-    teacher_row, teacher_scale, teacher_cap = teacher
     beta = target[1]
     cold_max, cold_inv = cold
     div_share, ce_share = shares
@@ -332,11 +323,12 @@ def _write_gradient(
     blocks = tl.cdiv(V, BLOCK)
     # Backwards: the end of the row is what the sweep before has left in the cache.
     for i in range(0, blocks):
-        offsets = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        start = (blocks - 1 - i) * BLOCK
+        offsets = start + tl.arange(0, BLOCK)
         mask = offsets < V
         z_s, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
-        z_t = _logits(teacher_row, offsets, mask, teacher_scale, teacher_cap)
-        t, q, d, r, log_r, s, log_s = _arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
+        z_t = _teacher_logits(teacher, start, offsets, mask, BLOCK)
+        t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
         gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta) - q * g_total)
         if HARD_LABEL:
             if COLD:
@@ -346,42 +338,12 @@ def _write_gradient(
 
 
 @triton.jit
-def _arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr):
-    """``t`` to ``log_s`` of :mod:`fused_kd.divergences`; the compiler drops what is not read."""
-    lam, beta, inv_T, log_off_label, label_d = target
-    s_max, s_inv, t_max, t_inv, log_ratio = norms
-    a_s = z_s * inv_T - s_max
-    a_t = z_t * inv_T - t_max
-    q = tl.exp(a_s) * s_inv
-    t = tl.exp(a_t) * t_inv
-    d = (a_t - a_s) - log_ratio
-    if MIXED:
-        t = lam * t + tl.where(at_label, 1.0 - lam, 0.0)
-        d = tl.where(at_label, label_d, d + log_off_label)
-    r = t
-    log_r = d
-    s = q
-    log_s = d
-    if MIXTURE:
-        t += _TINY
-        if MIXTURE == 2:
-            s = q + _TINY
-        m = beta * s + (1.0 - beta) * t
-        r = t / m
-        log_r = tl.log(r)
-        s = s / m
-        log_s = tl.log(s)
-    return t, q, d, r, log_r, s, log_s
-
-
-@triton.jit
 def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
     """The share of ``sum |p - q|`` in the head of ``p``, its most probable entries up to ``mass``.
 
     Finds the largest probability such that the entries at least as probable hold more than ``mass``, bit by bit.
     """
     student_row, student_scale, student_cap = student
-    teacher_row, teacher_scale, teacher_cap = teacher
     s_max, s_inv, t_max, t_inv, _log_ratio = norms
     lanes = tl.arange(0, BLOCK)
     left_out = 0
@@ -391,7 +353,7 @@ def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
         held = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             offsets = start + lanes
-            z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+            z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
             p = tl.exp(z_t * inv_T - t_max) * t_inv
             bits = p.to(tl.int32, bitcast=True)
             top = tl.maximum(top, tl.max(bits, axis=0))
@@ -404,19 +366,46 @@ def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         offsets = start + lanes
         z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-        z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
+        z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
         p = tl.exp(z_t * inv_T - t_max) * t_inv
         bits = p.to(tl.int32, bitcast=True)
         error = tl.abs(p - tl.exp(z_s * inv_T - s_max) * s_inv)
         total += error
         head += tl.where((bits > left_out) | (bits == top), error, 0.0)
     sum_total = tl.sum(total, axis=0)
-    return tl.where(sum_total > 0.0, tl.sum(head, axis=0) / tl.maximum(sum_total, _TINY), 0.5)
+    return tl.where(sum_total > 0.0, tl.sum(head, axis=0) / tl.maximum(sum_total, TINY), 0.5)
+
+
+@triton.jit
+def _teacher_logits(teacher, start, offsets, mask, BLOCK: tl.constexpr):
+    """As :func:`_logits`; a sparse teacher's are made here: one value, and its entries in this block."""
+    row_ptr, scale, cap, entries_ptr, rest_ptr, row, K = teacher
+    if entries_ptr is None:
+        z = _logits(row_ptr, offsets, mask, scale, cap)
+    else:
+        entries = entries_ptr + row * K
+        z = tl.where(mask, tl.maximum(tl.load(rest_ptr + row), _LOG_ZERO), OUTSIDE)
+        for j in range(first_entry(entries, K, start), first_entry(entries, K, start + BLOCK)):
+            own = tl.maximum(tl.load(row_ptr + j), _LOG_ZERO)
+            z = tl.where(mask & (offsets == tl.load(entries + j)), own, z)
+    return z
+
+
+@triton.jit
+def _teacher_label_logit(teacher, label, V):
+    """That of the label, which is among a sparse teacher's entries."""
+    row_ptr, scale, cap, entries_ptr, _rest_ptr, row, K = teacher
+    if entries_ptr is None:
+        z = _logits(row_ptr, label, label < V, scale, cap)
+    else:
+        entries = entries_ptr + row * K
+        z = tl.maximum(tl.load(row_ptr + tl.minimum(first_entry(entries, K, label), K - 1)), _LOG_ZERO)
+    return z
 
 
 @triton.jit
 def _logits(row_ptr, offsets, mask, scale, cap):
-    """Final fp32 logits before the temperature; ``_OUTSIDE`` where masked."""
+    """Final fp32 logits before the temperature; ``OUTSIDE`` where masked."""
     z, _slope = _logits_and_slope(row_ptr, offsets, mask, scale, cap)
     return z
 
@@ -425,29 +414,5 @@ def _logits(row_ptr, offsets, mask, scale, cap):
 def _logits_and_slope(row_ptr, offsets, mask, scale, cap):
     """As :func:`_logits`, and d final / d raw."""
     z = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    z = tl.where(z < _LOG_ZERO, _LOG_ZERO, z)
-    if cap is None:
-        slope = scale
-        z = z * scale
-    else:
-        tanh, slope = _tanh(z * (scale / cap))
-        slope = slope * scale
-        z = tanh * cap
-    return tl.where(mask, z, _OUTSIDE), slope
-
-
-@triton.jit
-def _tanh(x):
-    """tanh and its derivative, both to a few ulp of themselves and without overflow."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    inv = 1.0 / (1.0 + e)
-    large = (1.0 - e) * inv
-    # 1 - e cancels near 0: there an odd polynomial, fitted for relative error (3e-9) on |x| <= 0.6.
-    w = x * x
-    small = -0.0058951582 * w + 0.0207959718
-    small = small * w - 0.0537838303
-    small = small * w + 0.133319241
-    small = small * w - 0.33333298
-    small = x + x * (w * small)
-    tanh = tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -large, large))
-    return tanh, 4.0 * e * inv * inv
+    z, slope = final_logits(z, scale, cap)
+    return tl.where(mask, z, OUTSIDE), slope

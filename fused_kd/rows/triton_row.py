@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
-from .base import RowInputs, RowOutputs, Sparse
+from .base import Logits, RowInputs, RowOutputs, Sparse
 from .triton_kernel import row_kernel
 
 # 2048 elements are 8 per thread: whole 16-byte loads in any dtype, 16 KB of fp32 in flight per program, and
@@ -23,7 +23,7 @@ THREADS = 256
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`.
+    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`; the teacher may be a uniform tail.
 
     Launches one kernel on the current stream and never synchronises. Vectors must be contiguous, else a
     ``ValueError``. Logits with another stride than 1 along the vocabulary are copied.
@@ -36,11 +36,15 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     ):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
-    assert not isinstance(inputs.teacher, Sparse)
     C, V = inputs.student.raw.shape
     if C == 0:
         return
     student, teacher = inputs.student, inputs.teacher if inputs.spec.divergence is not None else None
+    entries = rest = None
+    if isinstance(teacher, Sparse):
+        assert teacher.tail == "uniform", "other tails have no dense row"
+        entries, rest = teacher.indices, teacher.rest
+        teacher = Logits(teacher.log_probs, 1.0, None, False)
     student_raw = unit_stride(student.raw)
     teacher_raw = None if teacher is None else unit_stride(teacher.raw)
     if outputs.dlogits is None:
@@ -62,6 +66,9 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             outputs.difficulty,
             outputs.is_hard.view(torch.uint8),
             None if inputs.hard is None else inputs.hard.contiguous().view(torch.uint8),
+            entries,
+            rest,
+            0 if entries is None else entries.shape[1],
             V,
             student_raw.stride(0),
             0 if teacher_raw is None else teacher_raw.stride(0),
@@ -80,6 +87,14 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
 @functools.cache
 def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]:
     """What the kernel is compiled for, besides dtypes, alignment, softcaps and which pointers are None."""
+    # A tanh and two ratios need registers too: with whole blocks some targets would spill.
+    heavy = capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
+    return formula_constants(spec, cold_labels) | {"BLOCK": BLOCK // 2 if heavy else BLOCK}
+
+
+@functools.cache
+def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
+    """What makes one kernel an objective's: its formulas and which parts of the loss it has."""
     divergence = DIVERGENCES[spec.divergence or "kl"]
     return {
         "h": _FUNCTIONS[divergence.h],
@@ -93,8 +108,6 @@ def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]
         "HARD_LABEL": spec.hard_label,
         "GATED": spec.gated,
         "COLD": cold_labels and spec.hard_label and spec.divergence is not None,
-        # A tanh and two ratios need registers too: with whole blocks some targets would spill.
-        "BLOCK": BLOCK // 2 if capped or divergence.reads >= {"r", "s"} else BLOCK,
     }
 
 
