@@ -1,0 +1,616 @@
+// The row on CPUs. Meaning of inputs and outputs: fused_kd/rows/base.py.
+//
+// A row is swept in blocks that stay in the first-level cache:
+//   1. every logit's exponential over its block's maximum is kept in scratch, the blocks' sums give the statistics
+//      of the row (normalisers, KL(p||q), difficulty);
+//   2. rows whose divergence is not KL(t||q) evaluate h and g once: sum h is the value, g replaces the teacher's
+//      exponentials;
+//   3. the gradient is then a linear combination of what scratch holds.
+//
+// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native_build.py: X(name, h, g) with C
+// expressions over t, q, d, r, log_r, s, log_s and beta.
+//
+// Sums run in fp32 within a block and in double beyond it. NaN logits become NaN losses: comparisons are written so
+// that NaN falls through, and nothing here may be compiled with -ffast-math.
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef FKD_DIVERGENCES
+#error "build through fused_kd.rows.native_build, which defines FKD_DIVERGENCES"
+#endif
+
+#define BLOCK 1024
+static const float LOG_ZERO = -1e30f;  // stands for log 0
+static const double EXCLUDED = 1e18;   // losses beyond it are infinite
+static const float TINY = 1e-30f;      // keeps ratios of two underflowed probabilities defined
+
+enum Dtype { FP32, BF16, FP16 };
+
+#define FKD_NAME(name, h, g) FKD_##name,
+enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
+
+typedef struct {
+    const void *data;  // (C, V), unit stride along V
+    int64_t stride;    // elements from row to row
+    int32_t dtype;
+    int32_t finite;  // no value is -inf
+    float scale;
+    float softcap;  // 0: none
+} Logits;
+
+typedef struct {  // mirrored by fused_kd/rows/native_row.py
+    int64_t C, V;
+    Logits student, teacher;
+    void *dlogits;  // (C, V), unit stride along V, or NULL; may be the student's logits
+    int64_t dlogits_stride;
+    int32_t dlogits_dtype;
+    int32_t divergence;
+    int32_t free, mixture, reads_d, kl_at_one, adaptive;  // of the divergence, see fused_kd.divergences.Divergence
+    int32_t mixed, hard_label, gated, cold;
+    float lam, beta, gamma, temperature, fraction;
+    const int64_t *labels;  // (C,)
+    const float *weights;   // (C,) or NULL
+    const uint8_t *given;   // (C,) which rows are hard, or NULL
+    float *loss, *difficulty;
+    uint8_t *is_hard;
+    float *scratch;  // (threads, fkd_scratch(V)), uninitialised
+} Call;
+
+// ---- elementary functions: branch-free, so that loops over them vectorise
+
+static inline float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline uint32_t as_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+// exp(x) for x <= 0 within 1 ulp; 0 where the result would be subnormal.
+static inline float exp_nonpositive(float x) {
+    const float shift = 12582912.0f + 127.0f;  // leaves round(x / log 2) + 127 in the low bits
+    float shifted = x * 1.44269504f + shift;
+    float n = shifted - shift;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 0.001381432f;  // minimax on |r| <= log(2) / 2
+    p = p * r + 0.008368851f;
+    p = p * r + 0.0416684f;
+    p = p * r + 0.1666652f;
+    p = p * r + 0.49999994f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return x < -87.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
+}
+
+// log(x) for 1e-37 < x < 1e37 within 1 ulp, also near 1.
+static inline float log_positive(float x) {
+    uint32_t n = (as_bits(x) - as_bits(0.70710678f)) & 0xff800000u;  // exponent of x / sqrt(1/2), not yet shifted
+    float f = x * as_float(0x3f800000u - n) - 1.0f;                  // a product, not bits: NaN stays NaN
+    float p = -0.0763327f;                                           // minimax on [sqrt(1/2), sqrt(2)] - 1
+    p = p * f + 0.12762068f;
+    p = p * f - 0.13160844f;
+    p = p * f + 0.14201736f;
+    p = p * f - 0.16623293f;
+    p = p * f + 0.20001225f;
+    p = p * f - 0.25000823f;
+    p = p * f + 0.3333333f;
+    float exponent = (float)((int32_t)n >> 23);
+    float ff = f * f;
+    p = p * f * ff + exponent * -2.12194440e-4f;
+    return (p - 0.5f * ff) + f + exponent * 0.693359375f;
+}
+
+// tanh and its derivative, both within a few ulp of themselves.
+static inline float tanh_and_slope(float x, float *slope) {
+    float e = exp_nonpositive(-2.0f * fabsf(x));
+    float inverse = 1.0f / (1.0f + e);
+    *slope = 4.0f * e * inverse * inverse;
+    float w = x * x;  // 1 - e cancels near 0: an odd polynomial there
+    float small = -0.0058951582f * w + 0.0207959718f;
+    small = small * w - 0.0537838303f;
+    small = small * w + 0.133319241f;
+    small = small * w - 0.33333298f;
+    small = x + x * (w * small);
+    float large = copysignf((1.0f - e) * inverse, x);
+    return fabsf(x) < 0.6f ? small : large;
+}
+
+static inline float from_fp16(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
+    float normal = as_float(magnitude + (112u << 23));
+    float subnormal = as_float(magnitude + (113u << 23)) - as_float(113u << 23);
+    float special = as_float(magnitude + (224u << 23));  // inf and NaN
+    float x = magnitude < (1u << 23) ? subnormal : (magnitude < (31u << 23) ? normal : special);
+    return as_float(as_bits(x) | (uint32_t)(half & 0x8000) << 16);
+}
+
+static inline uint16_t to_fp16(float x) {  // to nearest, ties to even
+    uint32_t sign = as_bits(x) & 0x80000000u, magnitude = as_bits(x) ^ sign;
+    uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // the addition rounds
+    uint32_t special = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
+    uint32_t half = magnitude < (113u << 23) ? subnormal : (magnitude < (143u << 23) ? normal : special);
+    return (uint16_t)(half | sign >> 16);
+}
+
+static inline float from_bf16(uint16_t high) { return as_float((uint32_t)high << 16); }
+
+static inline uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits = as_bits(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+// ---- logits
+
+static const float *raw_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
+    const int64_t offset = row * x->stride + start;
+    if (x->dtype == FP32) return (const float *)x->data + offset;
+    const uint16_t *half = (const uint16_t *)x->data + offset;
+    if (x->dtype == BF16) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) buffer[i] = from_bf16(half[i]);
+    } else {
+#pragma omp simd
+        for (int i = 0; i < n; i++) buffer[i] = from_fp16(half[i]);
+    }
+    return buffer;
+}
+
+// Final logits before the temperature, in place where nothing is to be done, else in `buffer`.
+static const float *final_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
+    const float *z = raw_logits(x, row, start, n, buffer);
+    if (!x->finite) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) buffer[i] = z[i] < LOG_ZERO ? LOG_ZERO : z[i];
+        z = buffer;
+    }
+    const float scale = x->scale, cap = x->softcap;
+    if (cap != 0.0f) {
+        const float inner = scale / cap;
+#pragma omp simd
+        for (int i = 0; i < n; i++) {
+            float unused;
+            buffer[i] = cap * tanh_and_slope(z[i] * inner, &unused);
+        }
+        return buffer;
+    }
+    if (scale == 1.0f) return z;
+#pragma omp simd
+    for (int i = 0; i < n; i++) buffer[i] = z[i] * scale;
+    return buffer;
+}
+
+// A small temperature must not make -inf of log 0: differences of it would be NaN.
+static inline float cool(float z, float temperature) {
+    const float x = z / temperature;
+    return x < LOG_ZERO ? LOG_ZERO : x;
+}
+
+static const float *cooled(const float *z, int n, float temperature, float *buffer) {
+    if (temperature == 1.0f) return z;
+#pragma omp simd
+    for (int i = 0; i < n; i++) buffer[i] = cool(z[i], temperature);
+    return buffer;
+}
+
+static const float *logits_at(const Logits *x, const Call *c, int64_t row, int64_t start, int n, float *buffer) {
+    return cooled(final_logits(x, row, start, n, buffer), n, c->temperature, buffer);
+}
+
+// ---- softmax of a row, in parts
+
+typedef struct {
+    float max, sum;  // of the block's logits; of exp(logit - max)
+    double weight;   // exp(max - the row's)
+} Part;
+
+typedef struct {
+    float *exps;  // (V,) exp(logit - its block's maximum)
+    Part *parts;  // one a block
+    float max;
+    double total, log_total;
+} Softmax;
+
+static void add_part(Softmax *x, int64_t block, const float *z, int n) {
+    float max = -INFINITY, sum = 0.0f, *exps = x->exps + block * BLOCK;
+#pragma omp simd reduction(max : max)
+    for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) {
+        float e = exp_nonpositive(z[i] - max);
+        exps[i] = e;
+        sum += e;
+    }
+    x->parts[block].max = max;
+    x->parts[block].sum = sum;
+}
+
+static void join_parts(Softmax *x, int64_t blocks) {
+    x->max = x->parts[0].max;
+    for (int64_t b = 1; b < blocks; b++) x->max = x->parts[b].max > x->max ? x->parts[b].max : x->max;
+    x->total = 0.0;
+    for (int64_t b = 0; b < blocks; b++) {
+        Part *part = &x->parts[b];
+        part->weight = exp((double)part->max - x->max);
+        x->total += part->weight * part->sum;
+    }
+    x->log_total = log(x->total);
+}
+
+static double log_probability(const Softmax *x, float z) { return ((double)z - x->max) - x->log_total; }
+
+// Turns the block's exponentials into probabilities.
+static double normaliser(const Softmax *x, int64_t block) { return x->parts[block].weight / x->total; }
+
+// ---- a row and its thread's scratch
+
+typedef struct {
+    const Call *call;
+    int64_t row, label, blocks;
+    Softmax student, teacher, cold;
+    float *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
+    // The target and log(target / student) of the label, which differ from those of other entries where it is mixed.
+    double label_d;
+    float beta;
+} Row;
+
+static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
+static int64_t part_floats(int64_t V) { return padded(block_count(V) * (int64_t)(sizeof(Part) / sizeof(float))); }
+
+// fp32 elements of scratch that a thread needs.
+int64_t fkd_scratch(int64_t V) { return 3 * (padded(V) + part_floats(V)) + padded(block_count(V)); }
+
+static Softmax take_softmax(float **scratch, int64_t V) {
+    Softmax x = {.parts = (Part *)*scratch, .exps = *scratch + part_floats(V)};
+    *scratch = x.exps + padded(V);
+    return x;
+}
+
+static int block_length(const Row *r, int64_t block) {
+    const int64_t rest = r->call->V - block * BLOCK;
+    return rest < BLOCK ? (int)rest : BLOCK;
+}
+
+// The label's position in the block, or -1.
+static int label_in(const Row *r, int64_t block) { return r->label / BLOCK == block ? (int)(r->label % BLOCK) : -1; }
+
+// ---- sweep 2
+
+static inline void formulas(const int divergence, float t, float q, float d, float r, float log_r, float s,
+                            float log_s, float beta, float *h, float *g) {
+#define FKD_CASE(name, H, G) \
+    case FKD_##name:         \
+        *h = (H);            \
+        *g = (G);            \
+        break;
+    switch (divergence) { FKD_DIVERGENCES(FKD_CASE) }
+}
+
+// Adds up h and g; g replaces t. Inlined once a divergence, so that what it does not read costs nothing.
+static inline __attribute__((always_inline)) void sum_formulas(const int divergence, int n, const float *restrict t,
+                                                               const float *restrict q, const float *restrict d,
+                                                               float beta, float *restrict gs, double *h_total,
+                                                               double *g_total) {
+    float h_sum = 0.0f, g_sum = 0.0f;
+#pragma omp simd reduction(+ : h_sum, g_sum)
+    for (int i = 0; i < n; i++) {
+        float raised = q[i] + TINY, m = beta * raised + (1.0f - beta) * t[i];
+        float r = t[i] / m, s = raised / m, h, g;
+        formulas(divergence, t[i], q[i], d[i], r, log_positive(r), s, log_positive(s), beta, &h, &g);
+        h_sum += h;
+        g_sum += g;
+        gs[i] = g;
+    }
+    *h_total += h_sum;
+    *g_total += g_sum;
+}
+
+// Target, student and, where read, log(target / student) of a block: t, q and d of fused_kd/divergences.py.
+static void arguments(const Row *r, int64_t block, float *restrict t, float *restrict q, float *restrict d) {
+    const Call *c = r->call;
+    const int n = block_length(r, block), label = c->mixed ? label_in(r, block) : -1;
+    const float *e_s = r->student.exps + block * BLOCK, *e_t = r->teacher.exps + block * BLOCK;
+    const float norm_s = (float)normaliser(&r->student, block), tiny = c->mixture ? TINY : 0.0f;
+    const float norm_t = (float)(normaliser(&r->teacher, block) * (c->mixed ? c->lam : 1.0f));
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        q[i] = e_s[i] * norm_s;
+        t[i] = e_t[i] * norm_t + tiny;
+    }
+    if (label >= 0) t[label] += 1.0f - c->lam;
+    if (!c->reads_d) return;
+    float buffer_s[BLOCK], buffer_t[BLOCK];
+    const float *z_s = logits_at(&c->student, c, r->row, block * BLOCK, n, buffer_s);
+    const float *z_t = logits_at(&c->teacher, c, r->row, block * BLOCK, n, buffer_t);
+    const float max_s = r->student.max, max_t = r->teacher.max;
+    float offset = (float)(r->student.log_total - r->teacher.log_total);
+    if (c->mixed) offset += c->lam > 0.0f ? logf(c->lam) : LOG_ZERO;
+#pragma omp simd
+    for (int i = 0; i < n; i++) d[i] = ((z_t[i] - max_t) - (z_s[i] - max_s)) + offset;
+    if (label >= 0) d[label] = (float)r->label_d;
+}
+
+// The share of sum |t - q| in the head of t: its most probable entries up to `fraction` of the mass, and the top.
+static float head_share(const Row *r) {
+    const Call *c = r->call;
+    float t[BLOCK], q[BLOCK], d[BLOCK];
+    // The largest t left out, found ten bits at a time from the mass of each digit's entries. Floats of [0, 2) order
+    // as their bits do, which then fit 30.
+    double mass[1024], inside = 0.0;
+    uint32_t left_out = 0;
+    bool all = c->fraction >= 1.0f;
+    for (int shift = 20; shift >= 0 && !all; shift -= 10) {
+        memset(mass, 0, sizeof mass);
+        for (int64_t b = 0; b < r->blocks; b++) {
+            arguments(r, b, t, q, d);
+            for (int i = 0, n = block_length(r, b); i < n; i++) {
+                uint32_t bits = as_bits(t[i]);
+                if ((uint64_t)bits >> (shift + 10) == left_out) mass[(bits >> shift) & 1023] += t[i];
+            }
+        }
+        int digit = 1023;
+        for (; digit >= 0 && inside + mass[digit] <= c->fraction; digit--) inside += mass[digit];
+        all = digit < 0;
+        left_out = left_out << 10 | (uint32_t)(digit & 1023);
+    }
+    const float bound = all ? -1.0f : as_float(left_out);
+    float top = 0.0f;
+    double head = 0.0, head_top = 0.0, total = 0.0;
+    for (int64_t b = 0; b < r->blocks; b++) {
+        arguments(r, b, t, q, d);
+        for (int i = 0, n = block_length(r, b); i < n; i++) {
+            const float error = fabsf(t[i] - q[i]);
+            total += error;
+            if (t[i] > bound) head += error;
+            if (t[i] > top) top = t[i], head_top = 0.0;
+            if (t[i] == top) head_top += error;
+        }
+    }
+    if (top <= bound) head = head_top;
+    return total > 0.0 ? (float)(head / total) : (float)(total + 0.5);  // NaN stays NaN
+}
+
+// sum h; g into the teacher's exponentials and sum g.
+static double divergence_value(Row *r, double *g_total) {
+    const Call *c = r->call;
+    float t[BLOCK], q[BLOCK], d[BLOCK];
+    double h_total = 0.0;
+    *g_total = 0.0;
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const int n = block_length(r, b);
+        float *gs = r->teacher.exps + b * BLOCK;
+        arguments(r, b, t, q, d);
+#define FKD_SUM(name, H, G)                                                      \
+    case FKD_##name:                                                             \
+        sum_formulas(FKD_##name, n, t, q, d, r->beta, gs, &h_total, g_total); \
+        break;
+        switch (c->divergence) { FKD_DIVERGENCES(FKD_SUM) }
+    }
+    return h_total;
+}
+
+// ---- sweep 3
+
+// Every term's factor includes the row's weight and d final / d raw, but for the softcap's part of the latter.
+typedef struct {
+    double student, teacher, cold;    // of the normalised exponentials; `teacher` of g where that has replaced them
+    bool teacher_is_g, has_teacher;
+    double label;
+} Gradient;
+
+static void store(const Call *c, int64_t row, int64_t start, int n, const float *x) {
+    const int64_t offset = row * c->dlogits_stride + start;
+    if (c->dlogits_dtype == FP32) {
+        memcpy((float *)c->dlogits + offset, x, (size_t)n * sizeof(float));
+        return;
+    }
+    uint16_t *half = (uint16_t *)c->dlogits + offset;
+    if (c->dlogits_dtype == BF16) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) half[i] = to_bf16(x[i]);
+    } else {
+#pragma omp simd
+        for (int i = 0; i < n; i++) half[i] = to_fp16(x[i]);
+    }
+}
+
+static void write_gradient(const Row *r, Gradient factor) {
+    const Call *c = r->call;
+    const float cap = c->student.softcap;
+    const double scale = (double)c->student.scale * (c->weights ? c->weights[r->row] : 1.0f);
+    float buffer[BLOCK], raw_buffer[BLOCK];
+    // Backwards: the end of the row is what the sweep before has left in the cache.
+    for (int64_t b = r->blocks; b-- > 0;) {
+        const int n = block_length(r, b), label = label_in(r, b);
+        const int64_t start = b * BLOCK;
+        float *out = buffer;
+        if (c->dlogits_dtype == FP32 && cap == 0.0f) out = (float *)c->dlogits + r->row * c->dlogits_stride + start;
+        const float *e_s = r->student.exps + start;
+        const float A = (float)(scale * factor.student * normaliser(&r->student, b));
+        if (factor.has_teacher) {
+            const float *x = r->teacher.exps + start;
+            const float B = (float)(scale * factor.teacher * (factor.teacher_is_g ? 1.0 : normaliser(&r->teacher, b)));
+#pragma omp simd
+            for (int i = 0; i < n; i++) out[i] = A * e_s[i] + B * x[i];
+        } else {
+#pragma omp simd
+            for (int i = 0; i < n; i++) out[i] = A * e_s[i];
+        }
+        if (factor.cold != 0.0) {
+            const float *e_c = r->cold.exps + start, C = (float)(scale * factor.cold * normaliser(&r->cold, b));
+#pragma omp simd
+            for (int i = 0; i < n; i++) out[i] += C * e_c[i];
+        }
+        if (label >= 0) out[label] += (float)(scale * factor.label);
+        if (cap != 0.0f) {
+            const float *raw = raw_logits(&c->student, r->row, start, n, raw_buffer), inner = c->student.scale / cap;
+#pragma omp simd
+            for (int i = 0; i < n; i++) {
+                float slope;
+                tanh_and_slope((raw[i] < LOG_ZERO ? LOG_ZERO : raw[i]) * inner, &slope);
+                out[i] *= slope;
+            }
+        }
+        if (out == buffer) store(c, r->row, start, n, buffer);
+    }
+}
+
+// ---- a row
+
+static float loss_value(double loss) { return loss > EXCLUDED ? INFINITY : (float)loss; }
+
+// The label's final logit; beyond the row it counts as an excluded token.
+static float label_logit(const Row *r, const Logits *x) {
+    float buffer;
+    return r->label < r->call->V ? *final_logits(x, r->row, r->label, 1, &buffer) : LOG_ZERO;
+}
+
+static void cross_entropy_row(Row *r) {
+    const Call *c = r->call;
+    float buffer[BLOCK];
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const int n = block_length(r, b);
+        add_part(&r->student, b, final_logits(&c->student, r->row, b * BLOCK, n, buffer), n);
+    }
+    join_parts(&r->student, r->blocks);
+    c->loss[r->row] = c->difficulty[r->row] = loss_value(-log_probability(&r->student, label_logit(r, &c->student)));
+    c->is_hard[r->row] = 0;
+    if (c->dlogits) write_gradient(r, (Gradient){.student = 1.0, .label = -1.0});
+}
+
+// Sweep 1: both softmaxes, and KL(teacher||student), whose difference form cancels less than two expectations.
+static double statistics(Row *r) {
+    const Call *c = r->call;
+    float buffer_s[BLOCK], buffer_t[BLOCK];
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const int n = block_length(r, b);
+        const float *z_s = final_logits(&c->student, r->row, b * BLOCK, n, buffer_s);
+        if (c->cold) add_part(&r->cold, b, z_s, n);
+        z_s = cooled(z_s, n, c->temperature, buffer_s);
+        const float *z_t = logits_at(&c->teacher, c, r->row, b * BLOCK, n, buffer_t);
+        add_part(&r->student, b, z_s, n);
+        add_part(&r->teacher, b, z_t, n);
+        const float max_s = r->student.parts[b].max, max_t = r->teacher.parts[b].max;
+        const float *e_t = r->teacher.exps + b * BLOCK;
+        float kl = 0.0f;
+#pragma omp simd reduction(+ : kl)
+        for (int i = 0; i < n; i++) kl += e_t[i] * ((z_t[i] - max_t) - (z_s[i] - max_s));
+        r->kl[b] = kl;
+    }
+    join_parts(&r->student, r->blocks);
+    join_parts(&r->teacher, r->blocks);
+    if (c->cold) join_parts(&r->cold, r->blocks);
+    double kl = 0.0;
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const Part *s = &r->student.parts[b], *t = &r->teacher.parts[b];
+        const double apart = ((double)t->max - r->teacher.max) - ((double)s->max - r->student.max);
+        kl += t->weight * (r->kl[b] + t->sum * apart);
+    }
+    kl = kl / r->teacher.total - (r->teacher.log_total - r->student.log_total);
+    return kl < 0.0 ? 0.0 : kl;
+}
+
+static void distilled_row(Row *r) {
+    const Call *c = r->call;
+    const double lam = c->lam, T = c->temperature;
+    const float z_s = label_logit(r, &c->student), z_t = label_logit(r, &c->teacher);
+    const double kl = statistics(r);
+    const double log_q = log_probability(&r->student, cool(z_s, c->temperature));
+    const double log_p = log_probability(&r->teacher, cool(z_t, c->temperature));
+    const double p = exp(log_p), t = lam * p + (1.0 - lam), log_t = log(t > TINY ? t : TINY);
+    double difficulty = lam * (kl - p * (log_p - log_q)) + t * (log_t - log_q);
+    if (lam > 0.0) difficulty += lam * log(lam) * (1.0 - p);
+    difficulty = difficulty < 0.0 ? 0.0 : difficulty;
+    const bool hard = c->gated && (c->given ? c->given[r->row] : loss_value(difficulty) > c->gamma);
+    c->difficulty[r->row] = loss_value(difficulty);
+    c->is_hard[r->row] = hard;
+
+    const double share = c->mixed ? 1.0 : lam, label_share = c->hard_label ? 1.0 - lam : 0.0;
+    const double ce = c->cold ? -log_probability(&r->cold, z_s) : -log_q;
+    const bool at_kl = c->free || (c->kl_at_one && c->beta >= 1.0f) || (c->gated && !hard);
+    double loss, g_total = -1.0;
+    if (at_kl) {
+        loss = c->mixed ? difficulty : share * kl + label_share * ce;
+    } else {
+        r->label_d = log_t - log_q;
+        r->beta = c->adaptive ? head_share(r) : c->beta;
+        loss = share * divergence_value(r, &g_total) + label_share * ce;
+    }
+    c->loss[r->row] = loss_value(loss);
+    if (!c->dlogits) return;
+    // share / T * (g - q * sum g) + label_share * (q - y), the latter at temperature 1.
+    Gradient factor = {.student = -g_total * share / T, .has_teacher = true, .label = -label_share};
+    if (at_kl) {  // g = -t
+        factor.teacher = -share / T * (c->mixed ? lam : 1.0);
+        if (c->mixed) factor.label -= share / T * (1.0 - lam);
+    } else {
+        factor.teacher = share / T;
+        factor.teacher_is_g = true;
+    }
+    *(c->cold ? &factor.cold : &factor.student) += label_share;
+    write_gradient(r, factor);
+}
+
+static void ignored_row(const Call *c, int64_t row) {
+    c->loss[row] = c->difficulty[row] = 0.0f;
+    c->is_hard[row] = 0;
+    if (!c->dlogits) return;
+    const size_t size = c->dlogits_dtype == FP32 ? 4 : 2;
+    memset((char *)c->dlogits + (size_t)(row * c->dlogits_stride) * size, 0, (size_t)c->V * size);
+}
+
+// ---- all rows
+
+typedef struct {
+    const Call *call;
+    atomic_llong next_row;
+    atomic_int next_thread;
+} Work;
+
+static void work_on_rows(void *shared) {
+    Work *work = shared;
+    const Call *c = work->call;
+    float *scratch = c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_scratch(c->V);
+    Row r = {.call = c, .blocks = block_count(c->V)};
+    r.student = take_softmax(&scratch, c->V);
+    r.teacher = take_softmax(&scratch, c->V);
+    r.cold = take_softmax(&scratch, c->V);
+    r.kl = scratch;
+    while ((r.row = atomic_fetch_add(&work->next_row, 1)) < c->C) {
+        r.label = c->labels[r.row];
+        if (r.label < 0)
+            ignored_row(c, r.row);
+        else if (c->divergence == CROSS_ENTROPY)
+            cross_entropy_row(&r);
+        else
+            distilled_row(&r);
+    }
+}
+
+// `parallel` is GOMP_parallel of the OpenMP runtime that PyTorch uses: one thread pool, whatever compiled this file.
+void fkd_row(const Call *call, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+    Work work = {.call = call};
+    if (threads > 1)
+        parallel(work_on_rows, &work, threads, 0);
+    else
+        work_on_rows(&work);
+}
+
+// ---- for tests
+
+void fkd_elementary(int which, int64_t n, const float *x, float *y) {
+    for (int64_t i = 0; i < n; i++) {
+        float slope, tanh = tanh_and_slope(x[i], &slope);
+        y[i] = which == 0 ? exp_nonpositive(x[i]) : which == 1 ? log_positive(x[i]) : which == 2 ? tanh : slope;
+    }
+}
