@@ -57,7 +57,7 @@ typedef struct {  // mirrored by fused_kd/rows/native_row.py
     const uint8_t *given;   // (C,) which rows are hard, or NULL
     float *loss, *difficulty;
     uint8_t *is_hard;
-    float *scratch;  // (threads, fkd_scratch(V)), uninitialised
+    char *scratch;  // (threads, fkd_scratch(V)), uninitialised, on cache lines
 } Call;
 
 // ---- elementary functions: branch-free, so that loops over them vectorise
@@ -149,6 +149,20 @@ static inline uint16_t to_bf16(float x) {  // to nearest, ties to even
     return (uint16_t)(x != x ? 0x7fc0 : rounded);
 }
 
+// Sum of n <= BLOCK elements; the rest of the block is overwritten. Eight short chains a vector lane: one long chain
+// would lose a digit.
+static double sum(float *x, int n) {
+    enum { K = BLOCK / 8 };
+    memset(x + n, 0, (size_t)(BLOCK - n) * sizeof(float));
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < K; i++) {
+        const float *y = x + i;
+        total += ((y[0] + y[K]) + (y[2 * K] + y[3 * K])) + ((y[4 * K] + y[5 * K]) + (y[6 * K] + y[7 * K]));
+    }
+    return total;
+}
+
 // ---- logits
 
 static const float *raw_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
@@ -209,8 +223,9 @@ static const float *logits_at(const Logits *x, const Call *c, int64_t row, int64
 // ---- softmax of a row, in parts
 
 typedef struct {
-    float max, sum;  // of the block's logits; of exp(logit - max)
-    double weight;   // exp(max - the row's)
+    float max;      // of the block's logits
+    double sum;     // of exp(logit - max)
+    double weight;  // exp(max - the row's)
 } Part;
 
 typedef struct {
@@ -221,17 +236,13 @@ typedef struct {
 } Softmax;
 
 static void add_part(Softmax *x, int64_t block, const float *z, int n) {
-    float max = -INFINITY, sum = 0.0f, *exps = x->exps + block * BLOCK;
+    float max = -INFINITY, *exps = x->exps + block * BLOCK;
 #pragma omp simd reduction(max : max)
     for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) {
-        float e = exp_nonpositive(z[i] - max);
-        exps[i] = e;
-        sum += e;
-    }
+#pragma omp simd
+    for (int i = 0; i < n; i++) exps[i] = exp_nonpositive(z[i] - max);
     x->parts[block].max = max;
-    x->parts[block].sum = sum;
+    x->parts[block].sum = sum(exps, n);
 }
 
 static void join_parts(Softmax *x, int64_t blocks) {
@@ -248,6 +259,19 @@ static void join_parts(Softmax *x, int64_t blocks) {
 
 static double log_probability(const Softmax *x, float z) { return ((double)z - x->max) - x->log_total; }
 
+// A factor of many elements in two parts: rounded to one, it would shift all of them alike, and sums in which nearly
+// equal probabilities cancel would show it.
+typedef struct {
+    float high, low;
+} Factor;
+
+static Factor split(double factor) {
+    const float high = (float)factor;
+    return (Factor){high, (float)(factor - high)};
+}
+
+static inline float times(float x, Factor factor) { return x * factor.high + x * factor.low; }
+
 // Turns the block's exponentials into probabilities.
 static double normaliser(const Softmax *x, int64_t block) { return x->parts[block].weight / x->total; }
 
@@ -257,23 +281,24 @@ typedef struct {
     const Call *call;
     int64_t row, label, blocks;
     Softmax student, teacher, cold;
-    float *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
+    double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
     // The target and log(target / student) of the label, which differ from those of other entries where it is mixed.
     double label_d;
     float beta;
 } Row;
 
-static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
-static int64_t part_floats(int64_t V) { return padded(block_count(V) * (int64_t)(sizeof(Part) / sizeof(float))); }
 
-// fp32 elements of scratch that a thread needs.
-int64_t fkd_scratch(int64_t V) { return 3 * (padded(V) + part_floats(V)) + padded(block_count(V)); }
+// Bytes of scratch that a thread needs, whole cache lines.
+int64_t fkd_scratch(int64_t V) {
+    const size_t a_block = 3 * (BLOCK * sizeof(float) + sizeof(Part)) + sizeof(double);
+    return ((int64_t)a_block * block_count(V) + 63) / 64 * 64;
+}
 
-static Softmax take_softmax(float **scratch, int64_t V) {
-    Softmax x = {.parts = (Part *)*scratch, .exps = *scratch + part_floats(V)};
-    *scratch = x.exps + padded(V);
-    return x;
+static void *take(char **scratch, int64_t count, size_t size) {
+    void *taken = *scratch;
+    *scratch += (size_t)count * size;
+    return taken;
 }
 
 static int block_length(const Row *r, int64_t block) {
@@ -296,23 +321,18 @@ static inline void formulas(const int divergence, float t, float q, float d, flo
     switch (divergence) { FKD_DIVERGENCES(FKD_CASE) }
 }
 
-// Adds up h and g; g replaces t. Inlined once a divergence, so that what it does not read costs nothing.
-static inline __attribute__((always_inline)) void sum_formulas(const int divergence, int n, const float *restrict t,
-                                                               const float *restrict q, const float *restrict d,
-                                                               float beta, float *restrict gs, double *h_total,
-                                                               double *g_total) {
-    float h_sum = 0.0f, g_sum = 0.0f;
-#pragma omp simd reduction(+ : h_sum, g_sum)
+// h and g of a block. Inlined once a divergence, so that what it does not read costs nothing.
+static inline __attribute__((always_inline)) void evaluate(const int divergence, int n, const float *restrict t,
+                                                           const float *restrict q, const float *restrict d,
+                                                           float beta, float *restrict h, float *restrict g) {
+#pragma omp simd
     for (int i = 0; i < n; i++) {
-        float raised = q[i] + TINY, m = beta * raised + (1.0f - beta) * t[i];
-        float r = t[i] / m, s = raised / m, h, g;
-        formulas(divergence, t[i], q[i], d[i], r, log_positive(r), s, log_positive(s), beta, &h, &g);
-        h_sum += h;
-        g_sum += g;
-        gs[i] = g;
+        float raised = q[i] + TINY;
+        // beta * q + (1 - beta) * t without the rounding of 1 - beta.
+        float m = beta < 0.5f ? t[i] + beta * (raised - t[i]) : raised + (1.0f - beta) * (t[i] - raised);
+        float r = t[i] / m, s = raised / m;
+        formulas(divergence, t[i], q[i], d[i], r, log_positive(r), s, log_positive(s), beta, &h[i], &g[i]);
     }
-    *h_total += h_sum;
-    *g_total += g_sum;
 }
 
 // Target, student and, where read, log(target / student) of a block: t, q and d of fused_kd/divergences.py.
@@ -320,12 +340,13 @@ static void arguments(const Row *r, int64_t block, float *restrict t, float *res
     const Call *c = r->call;
     const int n = block_length(r, block), label = c->mixed ? label_in(r, block) : -1;
     const float *e_s = r->student.exps + block * BLOCK, *e_t = r->teacher.exps + block * BLOCK;
-    const float norm_s = (float)normaliser(&r->student, block), tiny = c->mixture ? TINY : 0.0f;
-    const float norm_t = (float)(normaliser(&r->teacher, block) * (c->mixed ? c->lam : 1.0f));
+    const Factor norm_s = split(normaliser(&r->student, block));
+    const Factor norm_t = split(normaliser(&r->teacher, block) * (c->mixed ? c->lam : 1.0f));
+    const float tiny = c->mixture ? TINY : 0.0f;
 #pragma omp simd
     for (int i = 0; i < n; i++) {
-        q[i] = e_s[i] * norm_s;
-        t[i] = e_t[i] * norm_t + tiny;
+        q[i] = times(e_s[i], norm_s);
+        t[i] = times(e_t[i], norm_t) + tiny;
     }
     if (label >= 0) t[label] += 1.0f - c->lam;
     if (!c->reads_d) return;
@@ -383,29 +404,31 @@ static float head_share(const Row *r) {
 // sum h; g into the teacher's exponentials and sum g.
 static double divergence_value(Row *r, double *g_total) {
     const Call *c = r->call;
-    float t[BLOCK], q[BLOCK], d[BLOCK];
+    float t[BLOCK], q[BLOCK], d[BLOCK], h[BLOCK];
     double h_total = 0.0;
     *g_total = 0.0;
     for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b);
-        float *gs = r->teacher.exps + b * BLOCK;
+        float *g = r->teacher.exps + b * BLOCK;
         arguments(r, b, t, q, d);
-#define FKD_SUM(name, H, G)                                                      \
-    case FKD_##name:                                                             \
-        sum_formulas(FKD_##name, n, t, q, d, r->beta, gs, &h_total, g_total); \
+#define FKD_EVALUATE(name, H, G)                              \
+    case FKD_##name:                                          \
+        evaluate(FKD_##name, n, t, q, d, r->beta, h, g);      \
         break;
-        switch (c->divergence) { FKD_DIVERGENCES(FKD_SUM) }
+        switch (c->divergence) { FKD_DIVERGENCES(FKD_EVALUATE) }
+        h_total += sum(h, n);
+        *g_total += sum(g, n);
     }
     return h_total;
 }
 
 // ---- sweep 3
 
-// Every term's factor includes the row's weight and d final / d raw, but for the softcap's part of the latter.
+// dz = divergence * (g - q * g_total) + labels * (q_c - y) - at_label * y, with q_c the softmax at temperature 1.
 typedef struct {
-    double student, teacher, cold;    // of the normalised exponentials; `teacher` of g where that has replaced them
-    bool teacher_is_g, has_teacher;
-    double label;
+    double divergence, g_total, labels, at_label;
+    bool has_g;  // g has replaced the teacher's exponentials; else g = -target_share * p
+    double target_share;
 } Gradient;
 
 static void store(const Call *c, int64_t row, int64_t start, int n, const float *x) {
@@ -424,10 +447,13 @@ static void store(const Call *c, int64_t row, int64_t start, int n, const float 
     }
 }
 
-static void write_gradient(const Row *r, Gradient factor) {
+static void write_gradient(const Row *r, Gradient gradient) {
     const Call *c = r->call;
     const float cap = c->student.softcap;
     const double scale = (double)c->student.scale * (c->weights ? c->weights[r->row] : 1.0f);
+    const float outer = (float)(scale * gradient.divergence), total = (float)gradient.g_total;
+    const float labels = (float)(scale * gradient.labels), at_label = (float)(scale * gradient.at_label);
+    const float labels_q = c->cold ? 0.0f : labels;
     float buffer[BLOCK], raw_buffer[BLOCK];
     // Backwards: the end of the row is what the sweep before has left in the cache.
     for (int64_t b = r->blocks; b-- > 0;) {
@@ -435,23 +461,25 @@ static void write_gradient(const Row *r, Gradient factor) {
         const int64_t start = b * BLOCK;
         float *out = buffer;
         if (c->dlogits_dtype == FP32 && cap == 0.0f) out = (float *)c->dlogits + r->row * c->dlogits_stride + start;
-        const float *e_s = r->student.exps + start;
-        const float A = (float)(scale * factor.student * normaliser(&r->student, b));
-        if (factor.has_teacher) {
-            const float *x = r->teacher.exps + start;
-            const float B = (float)(scale * factor.teacher * (factor.teacher_is_g ? 1.0 : normaliser(&r->teacher, b)));
+        const float *e_s = r->student.exps + start, *e_t = r->teacher.exps + start, *e_c = r->cold.exps + start;
+        const Factor norm_s = split(normaliser(&r->student, b));
+        if (outer == 0.0f) {
 #pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = A * e_s[i] + B * x[i];
+            for (int i = 0; i < n; i++) out[i] = labels_q * times(e_s[i], norm_s);
         } else {
+            const Factor of_g = split(gradient.has_g ? 1.0 : -gradient.target_share * normaliser(&r->teacher, b));
 #pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = A * e_s[i];
+            for (int i = 0; i < n; i++) {
+                const float q = times(e_s[i], norm_s);
+                out[i] = outer * (times(e_t[i], of_g) - q * total) + labels_q * q;
+            }
         }
-        if (factor.cold != 0.0) {
-            const float *e_c = r->cold.exps + start, C = (float)(scale * factor.cold * normaliser(&r->cold, b));
+        if (c->cold) {
+            const Factor norm_c = split(normaliser(&r->cold, b));
 #pragma omp simd
-            for (int i = 0; i < n; i++) out[i] += C * e_c[i];
+            for (int i = 0; i < n; i++) out[i] += labels * times(e_c[i], norm_c);
         }
-        if (label >= 0) out[label] += (float)(scale * factor.label);
+        if (label >= 0) out[label] = (out[label] - labels) - at_label;
         if (cap != 0.0f) {
             const float *raw = raw_logits(&c->student, r->row, start, n, raw_buffer), inner = c->student.scale / cap;
 #pragma omp simd
@@ -485,13 +513,13 @@ static void cross_entropy_row(Row *r) {
     join_parts(&r->student, r->blocks);
     c->loss[r->row] = c->difficulty[r->row] = loss_value(-log_probability(&r->student, label_logit(r, &c->student)));
     c->is_hard[r->row] = 0;
-    if (c->dlogits) write_gradient(r, (Gradient){.student = 1.0, .label = -1.0});
+    if (c->dlogits) write_gradient(r, (Gradient){.labels = 1.0});
 }
 
 // Sweep 1: both softmaxes, and KL(teacher||student), whose difference form cancels less than two expectations.
 static double statistics(Row *r) {
     const Call *c = r->call;
-    float buffer_s[BLOCK], buffer_t[BLOCK];
+    float buffer_s[BLOCK], buffer_t[BLOCK], terms[BLOCK];
     for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b);
         const float *z_s = final_logits(&c->student, r->row, b * BLOCK, n, buffer_s);
@@ -502,10 +530,9 @@ static double statistics(Row *r) {
         add_part(&r->teacher, b, z_t, n);
         const float max_s = r->student.parts[b].max, max_t = r->teacher.parts[b].max;
         const float *e_t = r->teacher.exps + b * BLOCK;
-        float kl = 0.0f;
-#pragma omp simd reduction(+ : kl)
-        for (int i = 0; i < n; i++) kl += e_t[i] * ((z_t[i] - max_t) - (z_s[i] - max_s));
-        r->kl[b] = kl;
+#pragma omp simd
+        for (int i = 0; i < n; i++) terms[i] = e_t[i] * ((z_t[i] - max_t) - (z_s[i] - max_s));
+        r->kl[b] = sum(terms, n);
     }
     join_parts(&r->student, r->blocks);
     join_parts(&r->teacher, r->blocks);
@@ -548,17 +575,12 @@ static void distilled_row(Row *r) {
     }
     c->loss[r->row] = loss_value(loss);
     if (!c->dlogits) return;
-    // share / T * (g - q * sum g) + label_share * (q - y), the latter at temperature 1.
-    Gradient factor = {.student = -g_total * share / T, .has_teacher = true, .label = -label_share};
-    if (at_kl) {  // g = -t
-        factor.teacher = -share / T * (c->mixed ? lam : 1.0);
-        if (c->mixed) factor.label -= share / T * (1.0 - lam);
-    } else {
-        factor.teacher = share / T;
-        factor.teacher_is_g = true;
+    Gradient gradient = {.divergence = share / T, .g_total = g_total, .labels = label_share, .has_g = !at_kl};
+    if (at_kl) {
+        gradient.target_share = c->mixed ? lam : 1.0;
+        gradient.at_label = c->mixed ? share / T * (1.0 - lam) : 0.0;
     }
-    *(c->cold ? &factor.cold : &factor.student) += label_share;
-    write_gradient(r, factor);
+    write_gradient(r, gradient);
 }
 
 static void ignored_row(const Call *c, int64_t row) {
@@ -580,12 +602,12 @@ typedef struct {
 static void work_on_rows(void *shared) {
     Work *work = shared;
     const Call *c = work->call;
-    float *scratch = c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_scratch(c->V);
+    char *scratch = c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_scratch(c->V);
     Row r = {.call = c, .blocks = block_count(c->V)};
-    r.student = take_softmax(&scratch, c->V);
-    r.teacher = take_softmax(&scratch, c->V);
-    r.cold = take_softmax(&scratch, c->V);
-    r.kl = scratch;
+    Softmax *sides[] = {&r.student, &r.teacher, &r.cold};
+    for (int i = 0; i < 3; i++) sides[i]->exps = take(&scratch, r.blocks * BLOCK, sizeof(float));
+    for (int i = 0; i < 3; i++) sides[i]->parts = take(&scratch, r.blocks, sizeof(Part));
+    r.kl = take(&scratch, r.blocks, sizeof(double));
     while ((r.row = atomic_fetch_add(&work->next_row, 1)) < c->C) {
         r.label = c->labels[r.row];
         if (r.label < 0)

@@ -84,7 +84,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     given = None if inputs.hard is None else inputs.hard.contiguous()
     pool = native_build.thread_pool()
     threads = 1 if pool is None else min(torch.get_num_threads(), C)
-    scratch = empty((threads, library.fkd_scratch(V)), torch.float32, labels.device)
+    scratch = empty((threads, library.fkd_scratch(V) // 4), torch.float32, labels.device)
     call = _Call(
         C=C,
         V=V,
