@@ -74,7 +74,7 @@ static inline uint32_t as_bits(float x) {
     return bits;
 }
 
-// exp(x) for x <= 0 within 1 ulp; 0 where the result would be subnormal.
+// exp(x) for x <= 0 within 1.2 ulp; 0 where the result would be subnormal.
 static inline float exp_nonpositive(float x) {
     const float shift = 12582912.0f + 127.0f;  // leaves round(x / log 2) + 127 in the low bits
     float shifted = x * 1.44269504f + shift;
@@ -90,7 +90,7 @@ static inline float exp_nonpositive(float x) {
     return x < -87.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
 }
 
-// log(x) for 1e-37 < x < 1e37 within 1 ulp, also near 1.
+// log(x) for 1e-37 < x < 1e37 within 1.5 ulp, also near 1.
 static inline float log_positive(float x) {
     uint32_t n = (as_bits(x) - as_bits(0.70710678f)) & 0xff800000u;  // exponent of x / sqrt(1/2), not yet shifted
     float f = x * as_float(0x3f800000u - n) - 1.0f;                  // a product, not bits: NaN stays NaN
@@ -626,13 +626,4 @@ void fkd_row(const Call *call, void (*parallel)(void (*)(void *), void *, unsign
         parallel(work_on_rows, &work, threads, 0);
     else
         work_on_rows(&work);
-}
-
-// ---- for tests
-
-void fkd_elementary(int which, int64_t n, const float *x, float *y) {
-    for (int64_t i = 0; i < n; i++) {
-        float slope, tanh = tanh_and_slope(x[i], &slope);
-        y[i] = which == 0 ? exp_nonpositive(x[i]) : which == 1 ? log_positive(x[i]) : which == 2 ? tanh : slope;
-    }
 }

@@ -68,11 +68,12 @@ def get_row(backend: str) -> Row:
 
 @functools.cache
 def _native_works() -> bool:
-    """Silently false without a compiler; where it fails, the slower row deserves a warning."""
+    """Silently false where something is missing; a compiler that fails deserves a warning."""
     from . import native_build
 
     try:
         native_build.find_compiler()
+        native_build.thread_pool()
     except native_build.NativeRowError:
         return False
     try:

@@ -13,15 +13,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch  # brings its OpenMP runtime into the process
+import torch
 
 from .expressions import c_table
 
 CACHE_VARIABLE = "FUSED_KD_CACHE"
 SOURCE = Path(__file__).resolve().parents[1] / "_csrc" / "kd_row.c"
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp-simd"]
 # Vector loops need the absence of traps and errno, not of NaN or infinities; a*b + c may become one instruction.
-FLAGS = "-std=c11 -O3 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math -fPIC -shared".split()
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+MACHINE_FLAG = "-march=native" if platform.machine() in ("x86_64", "i686") else "-mcpu=native"
 INSTEAD = "or use backend='torch'"
 
 
@@ -34,11 +37,11 @@ def load() -> ctypes.CDLL:
     """The compiled library, from the cache where a process has compiled it before.
 
     Raises:
-        NativeRowError: where platform or compiler are missing or the compiler fails.
+        NativeRowError: where platform or compiler do not fit or the compiler fails.
     """
     compiler = find_compiler()
     header, source = c_table(), SOURCE.read_text()
-    flags = [*FLAGS, "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"]
+    flags = [*FLAGS, MACHINE_FLAG]
     key = "\0".join([header, source, *compiler, *flags, _version(compiler), _processor(), *platform.libc_ver()])
     name = f"kd_row-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     folder = _cache_folder()
@@ -46,12 +49,12 @@ def load() -> ctypes.CDLL:
         library = folder / name
         if not library.exists():
             _compile(compiler, flags, header, folder, library)
-        return ctypes.CDLL(str(library))
+        return _open(library)
     # Nobody else's folder: code that others could replace must not be loaded.
     with tempfile.TemporaryDirectory(prefix="fused_kd-") as private:
         library = Path(private) / name
         _compile(compiler, flags, header, library.parent, library)
-        return ctypes.CDLL(str(library))
+        return _open(library)
 
 
 def find_compiler() -> list[str]:
@@ -77,10 +80,17 @@ def _compile(compiler: list[str], flags: list[str], header: str, folder: Path, l
         table.write_text(header)
         command = [*compiler, *flags, "-include", str(table), str(SOURCE), "-o", str(output), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
+        if result.returncode != 0 or not output.exists():
             message = (result.stderr or result.stdout).strip()
             raise NativeRowError(f"backend='native' failed to compile ({shlex.join(command)}): {message} -- {INSTEAD}")
         output.replace(library)  # whole or not at all, whoever else compiles the same
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NativeRowError(f"backend='native' cannot load {library} ({error}); delete it {INSTEAD}") from error
 
 
 def _cache_folder() -> Path | None:
@@ -100,7 +110,9 @@ def _version(compiler: list[str]) -> str:
     try:
         return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise NativeRowError(f"backend='native' cannot run {shlex.join(compiler)!r} ({error}); fix CC {INSTEAD}") from error
+        raise NativeRowError(
+            f"backend='native' cannot run {shlex.join(compiler)!r} ({error}); fix CC {INSTEAD}"
+        ) from error
 
 
 def _processor() -> str:
@@ -111,18 +123,18 @@ def _processor() -> str:
 
 
 @functools.cache
-def thread_pool() -> ctypes._FuncPointer | None:
-    """``GOMP_parallel`` of the OpenMP runtime that PyTorch runs on, or None where that has none.
+def thread_pool() -> Any:
+    """``GOMP_parallel`` of the OpenMP runtime that PyTorch runs on; every OpenMP runtime for Linux has it.
 
-    Every OpenMP runtime exports it. Through it the row shares PyTorch's threads, whichever runtime the C compiler
-    would have linked; a second pool would fight with the first over the cores.
+    Through it the row shares PyTorch's threads, whichever runtime the C compiler would have linked: a second pool
+    would fight with the first over the cores.
     """
-    if not torch.backends.openmp.is_available():
-        return None
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")):
-            entry = ctypes.CDLL(path).GOMP_parallel
-            entry.restype = None
-            return entry
-    return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        entry = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what libtorch_cpu.so is linked with
+    except (OSError, AttributeError):
+        raise NativeRowError(
+            f"backend='native' needs a PyTorch with OpenMP, which {library} is not; use backend='torch'"
+        ) from None
+    entry.restype = None
+    return entry

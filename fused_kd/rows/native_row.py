@@ -60,12 +60,12 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     are copied.
 
     Raises:
-        NativeRowError: (a ``ValueError``) where there is no compiler, or it fails.
+        NativeRowError: as :func:`prepare`.
     """
     for name, vector in (("loss", outputs.loss), ("difficulty", outputs.difficulty), ("is_hard", outputs.is_hard)):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
-    library = _library()
+    library, pool = _library(), native_build.thread_pool()
     C, V = inputs.student.raw.shape
     if C == 0:
         return
@@ -82,8 +82,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     labels = inputs.labels.contiguous()
     weights = None if inputs.weights is None else inputs.weights.contiguous()
     given = None if inputs.hard is None else inputs.hard.contiguous()
-    pool = native_build.thread_pool()
-    threads = 1 if pool is None else min(torch.get_num_threads(), C)
+    threads = min(torch.get_num_threads(), C)
     scratch = empty((threads, library.fkd_scratch(V) // 4), torch.float32, labels.device)
     call = _Call(
         C=C,
@@ -118,8 +117,9 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
 
 
 def prepare() -> None:
-    """Compile, or raise :class:`NativeRowError` (a ``ValueError``) where that is impossible."""
+    """Compile, or raise ``NativeRowError`` (a ``ValueError``) where there is no compiler, or it fails."""
     _library()
+    native_build.thread_pool()
 
 
 @functools.cache
@@ -133,9 +133,8 @@ def _library() -> ctypes.CDLL:
 
 
 def _logits(logits: Logits) -> _Logits:
-    raw = logits.raw
-    finite = logits.finite
-    return _Logits(raw.data_ptr(), raw.stride(0), _DTYPES[raw.dtype], finite, logits.scale, logits.softcap or 0.0)
+    raw, scale, softcap, finite = logits
+    return _Logits(raw.data_ptr(), raw.stride(0), _DTYPES[raw.dtype], finite, scale, softcap or 0.0)
 
 
 def _pointer(x: Tensor | None) -> int | None:
