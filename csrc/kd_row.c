@@ -13,34 +13,20 @@
 // Sums run in fp32 within a block and in double beyond it. NaN logits become NaN losses: comparisons are written so
 // that NaN falls through, and nothing here may be compiled with -ffast-math.
 
-#include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "kd_softmax.h"
 
 #ifndef FKD_DIVERGENCES
 #error "build through fused_kd.rows.native_build, which defines FKD_DIVERGENCES"
 #endif
 
-#define BLOCK 1024
-static const float LOG_ZERO = -1e30f;  // stands for log 0
-static const double EXCLUDED = 1e18;   // losses beyond it are infinite
-static const float TINY = 1e-30f;      // keeps ratios of two underflowed probabilities defined
-
-enum Dtype { FP32, BF16, FP16 };
+static const double EXCLUDED = 1e18;  // losses beyond it are infinite
+static const float TINY = 1e-30f;     // keeps ratios of two underflowed probabilities defined
 
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
-
-typedef struct {
-    const void *data;  // (C, V), unit stride along V
-    int64_t stride;    // elements from row to row
-    int32_t dtype;
-    int32_t finite;  // no value is -inf
-    float scale;
-    float softcap;  // 0: none
-} Logits;
 
 typedef struct {  // mirrored by fused_kd/rows/native_row.py
     int64_t C, V;
@@ -60,221 +46,6 @@ typedef struct {  // mirrored by fused_kd/rows/native_row.py
     char *scratch;  // (threads, fkd_scratch(V)), uninitialised, on cache lines
 } Call;
 
-// ---- elementary functions: branch-free, so that loops over them vectorise
-
-static inline float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static inline uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-// exp(x) for x <= 0 within 1.2 ulp; 0 where the result would be subnormal.
-static inline float exp_nonpositive(float x) {
-    const float shift = 12582912.0f + 127.0f;  // leaves round(x / log 2) + 127 in the low bits
-    float shifted = x * 1.44269504f + shift;
-    float n = shifted - shift;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 0.001381432f;  // minimax on |r| <= log(2) / 2
-    p = p * r + 0.008368851f;
-    p = p * r + 0.0416684f;
-    p = p * r + 0.1666652f;
-    p = p * r + 0.49999994f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return x < -87.0f ? 0.0f : p * as_float(as_bits(shifted) << 23);
-}
-
-// log(x) for 1e-37 < x < 1e37 within 1.5 ulp, also near 1.
-static inline float log_positive(float x) {
-    uint32_t n = (as_bits(x) - as_bits(0.70710678f)) & 0xff800000u;  // exponent of x / sqrt(1/2), not yet shifted
-    float f = x * as_float(0x3f800000u - n) - 1.0f;                  // a product, not bits: NaN stays NaN
-    float p = -0.0763327f;                                           // minimax on [sqrt(1/2), sqrt(2)] - 1
-    p = p * f + 0.12762068f;
-    p = p * f - 0.13160844f;
-    p = p * f + 0.14201736f;
-    p = p * f - 0.16623293f;
-    p = p * f + 0.20001225f;
-    p = p * f - 0.25000823f;
-    p = p * f + 0.3333333f;
-    float exponent = (float)((int32_t)n >> 23);
-    float ff = f * f;
-    p = p * f * ff + exponent * -2.12194440e-4f;
-    return (p - 0.5f * ff) + f + exponent * 0.693359375f;
-}
-
-// tanh and its derivative, both within a few ulp of themselves.
-static inline float tanh_and_slope(float x, float *slope) {
-    float e = exp_nonpositive(-2.0f * fabsf(x));
-    float inverse = 1.0f / (1.0f + e);
-    *slope = 4.0f * e * inverse * inverse;
-    float w = x * x;  // 1 - e cancels near 0: an odd polynomial there
-    float small = -0.0058951582f * w + 0.0207959718f;
-    small = small * w - 0.0537838303f;
-    small = small * w + 0.133319241f;
-    small = small * w - 0.33333298f;
-    small = x + x * (w * small);
-    float large = copysignf((1.0f - e) * inverse, x);
-    return fabsf(x) < 0.6f ? small : large;
-}
-
-static inline float from_fp16(uint16_t half) {
-    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
-    float normal = as_float(magnitude + (112u << 23));
-    float subnormal = as_float(magnitude + (113u << 23)) - as_float(113u << 23);
-    float special = as_float(magnitude + (224u << 23));  // inf and NaN
-    float x = magnitude < (1u << 23) ? subnormal : (magnitude < (31u << 23) ? normal : special);
-    return as_float(as_bits(x) | (uint32_t)(half & 0x8000) << 16);
-}
-
-static inline uint16_t to_fp16(float x) {  // to nearest, ties to even
-    uint32_t sign = as_bits(x) & 0x80000000u, magnitude = as_bits(x) ^ sign;
-    uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // the addition rounds
-    uint32_t special = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
-    uint32_t half = magnitude < (113u << 23) ? subnormal : (magnitude < (143u << 23) ? normal : special);
-    return (uint16_t)(half | sign >> 16);
-}
-
-static inline float from_bf16(uint16_t high) { return as_float((uint32_t)high << 16); }
-
-static inline uint16_t to_bf16(float x) {  // to nearest, ties to even
-    uint32_t bits = as_bits(x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(x != x ? 0x7fc0 : rounded);
-}
-
-// Sum of n <= BLOCK elements; the rest of the block is overwritten. Eight short chains a vector lane: one long chain
-// would lose a digit.
-static double sum(float *x, int n) {
-    enum { K = BLOCK / 8 };
-    memset(x + n, 0, (size_t)(BLOCK - n) * sizeof(float));
-    float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < K; i++) {
-        const float *y = x + i;
-        total += ((y[0] + y[K]) + (y[2 * K] + y[3 * K])) + ((y[4 * K] + y[5 * K]) + (y[6 * K] + y[7 * K]));
-    }
-    return total;
-}
-
-// ---- logits
-
-static const float *raw_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
-    const int64_t offset = row * x->stride + start;
-    if (x->dtype == FP32) return (const float *)x->data + offset;
-    const uint16_t *half = (const uint16_t *)x->data + offset;
-    if (x->dtype == BF16) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) buffer[i] = from_bf16(half[i]);
-    } else {
-#pragma omp simd
-        for (int i = 0; i < n; i++) buffer[i] = from_fp16(half[i]);
-    }
-    return buffer;
-}
-
-// Final logits before the temperature, in place where nothing is to be done, else in `buffer`.
-static const float *final_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
-    const float *z = raw_logits(x, row, start, n, buffer);
-    if (!x->finite) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) buffer[i] = z[i] < LOG_ZERO ? LOG_ZERO : z[i];
-        z = buffer;
-    }
-    const float scale = x->scale, cap = x->softcap;
-    if (cap != 0.0f) {
-        const float inner = scale / cap;
-#pragma omp simd
-        for (int i = 0; i < n; i++) {
-            float unused;
-            buffer[i] = cap * tanh_and_slope(z[i] * inner, &unused);
-        }
-        return buffer;
-    }
-    if (scale == 1.0f) return z;
-#pragma omp simd
-    for (int i = 0; i < n; i++) buffer[i] = z[i] * scale;
-    return buffer;
-}
-
-// A small temperature must not make -inf of log 0: differences of it would be NaN.
-static inline float cool(float z, float temperature) {
-    const float x = z / temperature;
-    return x < LOG_ZERO ? LOG_ZERO : x;
-}
-
-static const float *cooled(const float *z, int n, float temperature, float *buffer) {
-    if (temperature == 1.0f) return z;
-#pragma omp simd
-    for (int i = 0; i < n; i++) buffer[i] = cool(z[i], temperature);
-    return buffer;
-}
-
-static const float *logits_at(const Logits *x, const Call *c, int64_t row, int64_t start, int n, float *buffer) {
-    return cooled(final_logits(x, row, start, n, buffer), n, c->temperature, buffer);
-}
-
-// ---- softmax of a row, in parts
-
-typedef struct {
-    float max;      // of the block's logits
-    double sum;     // of exp(logit - max)
-    double weight;  // exp(max - the row's)
-} Part;
-
-typedef struct {
-    float *exps;  // (V,) exp(logit - its block's maximum)
-    Part *parts;  // one a block
-    float max;
-    double total, log_total;
-} Softmax;
-
-static void add_part(Softmax *x, int64_t block, const float *z, int n) {
-    float max = -INFINITY, *exps = x->exps + block * BLOCK;
-#pragma omp simd reduction(max : max)
-    for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
-#pragma omp simd
-    for (int i = 0; i < n; i++) exps[i] = exp_nonpositive(z[i] - max);
-    x->parts[block].max = max;
-    x->parts[block].sum = sum(exps, n);
-}
-
-static void join_parts(Softmax *x, int64_t blocks) {
-    x->max = x->parts[0].max;
-    for (int64_t b = 1; b < blocks; b++) x->max = x->parts[b].max > x->max ? x->parts[b].max : x->max;
-    x->total = 0.0;
-    for (int64_t b = 0; b < blocks; b++) {
-        Part *part = &x->parts[b];
-        part->weight = exp((double)part->max - x->max);
-        x->total += part->weight * part->sum;
-    }
-    x->log_total = log(x->total);
-}
-
-static double log_probability(const Softmax *x, float z) { return ((double)z - x->max) - x->log_total; }
-
-// A factor of many elements in two parts: rounded to one, it would shift all of them alike, and sums in which nearly
-// equal probabilities cancel would show it.
-typedef struct {
-    float high, low;
-} Factor;
-
-static Factor split(double factor) {
-    const float high = (float)factor;
-    return (Factor){high, (float)(factor - high)};
-}
-
-static inline float times(float x, Factor factor) { return x * factor.high + x * factor.low; }
-
-// Turns the block's exponentials into probabilities.
-static double normaliser(const Softmax *x, int64_t block) { return x->parts[block].weight / x->total; }
-
 // ---- a row and its thread's scratch
 
 typedef struct {
@@ -282,9 +53,8 @@ typedef struct {
     int64_t row, label, blocks;
     Softmax student, teacher, cold;
     double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
-    // The target and log(target / student) of the label, which differ from those of other entries where it is mixed.
-    double label_d;
-    float beta;
+    double label_d;  // log(target / student) of the label where its target is mixed
+    float beta;      // the objective's, or of an adaptive divergence this row's
 } Row;
 
 static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
@@ -301,6 +71,10 @@ static void *take(char **scratch, int64_t count, size_t size) {
     return taken;
 }
 
+static const float *logits_at(const Logits *x, const Call *c, int64_t row, int64_t start, int n, float *buffer) {
+    return cooled(final_logits(x, row, start, n, buffer), n, c->temperature, buffer);
+}
+
 static int block_length(const Row *r, int64_t block) {
     const int64_t rest = r->call->V - block * BLOCK;
     return rest < BLOCK ? (int)rest : BLOCK;
@@ -311,7 +85,9 @@ static int label_in(const Row *r, int64_t block) { return r->label / BLOCK == bl
 
 // ---- sweep 2
 
-static inline void formulas(const int divergence, float t, float q, float d, float r, float log_r, float s,
+#define INLINE inline __attribute__((always_inline))
+
+static INLINE void formulas(const int divergence, float t, float q, float d, float r, float log_r, float s,
                             float log_s, float beta, float *h, float *g) {
 #define FKD_CASE(name, H, G) \
     case FKD_##name:         \
@@ -322,9 +98,8 @@ static inline void formulas(const int divergence, float t, float q, float d, flo
 }
 
 // h and g of a block. Inlined once a divergence, so that what it does not read costs nothing.
-static inline __attribute__((always_inline)) void evaluate(const int divergence, int n, const float *restrict t,
-                                                           const float *restrict q, const float *restrict d,
-                                                           float beta, float *restrict h, float *restrict g) {
+static INLINE void evaluate(const int divergence, int n, const float *restrict t, const float *restrict q,
+                            const float *restrict d, float beta, float *restrict h, float *restrict g) {
 #pragma omp simd
     for (int i = 0; i < n; i++) {
         float raised = q[i] + TINY;
@@ -335,7 +110,7 @@ static inline __attribute__((always_inline)) void evaluate(const int divergence,
     }
 }
 
-// Target, student and, where read, log(target / student) of a block: t, q and d of fused_kd/divergences.py.
+// Target, student and, where wanted and read, log(target / student) of a block: t, q, d of fused_kd/divergences.py.
 static void arguments(const Row *r, int64_t block, float *restrict t, float *restrict q, float *restrict d) {
     const Call *c = r->call;
     const int n = block_length(r, block), label = c->mixed ? label_in(r, block) : -1;
@@ -349,7 +124,7 @@ static void arguments(const Row *r, int64_t block, float *restrict t, float *res
         t[i] = times(e_t[i], norm_t) + tiny;
     }
     if (label >= 0) t[label] += 1.0f - c->lam;
-    if (!c->reads_d) return;
+    if (!d || !c->reads_d) return;
     float buffer_s[BLOCK], buffer_t[BLOCK];
     const float *z_s = logits_at(&c->student, c, r->row, block * BLOCK, n, buffer_s);
     const float *z_t = logits_at(&c->teacher, c, r->row, block * BLOCK, n, buffer_t);
@@ -364,7 +139,7 @@ static void arguments(const Row *r, int64_t block, float *restrict t, float *res
 // The share of sum |t - q| in the head of t: its most probable entries up to `fraction` of the mass, and the top.
 static float head_share(const Row *r) {
     const Call *c = r->call;
-    float t[BLOCK], q[BLOCK], d[BLOCK];
+    float t[BLOCK], q[BLOCK];
     // The largest t left out, found ten bits at a time from the mass of each digit's entries. Floats of [0, 2) order
     // as their bits do, which then fit 30.
     double mass[1024], inside = 0.0;
@@ -373,7 +148,7 @@ static float head_share(const Row *r) {
     for (int shift = 20; shift >= 0 && !all; shift -= 10) {
         memset(mass, 0, sizeof mass);
         for (int64_t b = 0; b < r->blocks; b++) {
-            arguments(r, b, t, q, d);
+            arguments(r, b, t, q, NULL);
             for (int i = 0, n = block_length(r, b); i < n; i++) {
                 uint32_t bits = as_bits(t[i]);
                 if ((uint64_t)bits >> (shift + 10) == left_out) mass[(bits >> shift) & 1023] += t[i];
@@ -381,14 +156,14 @@ static float head_share(const Row *r) {
         }
         int digit = 1023;
         for (; digit >= 0 && inside + mass[digit] <= c->fraction; digit--) inside += mass[digit];
-        all = digit < 0;
-        left_out = left_out << 10 | (uint32_t)(digit & 1023);
+        all = shift == 20 && digit < 0;
+        left_out = left_out << 10 | (uint32_t)(digit > 0 ? digit : 0);  // below 0 by rounding alone
     }
     const float bound = all ? -1.0f : as_float(left_out);
     float top = 0.0f;
     double head = 0.0, head_top = 0.0, total = 0.0;
     for (int64_t b = 0; b < r->blocks; b++) {
-        arguments(r, b, t, q, d);
+        arguments(r, b, t, q, NULL);
         for (int i = 0, n = block_length(r, b); i < n; i++) {
             const float error = fabsf(t[i] - q[i]);
             total += error;
@@ -411,9 +186,9 @@ static double divergence_value(Row *r, double *g_total) {
         const int n = block_length(r, b);
         float *g = r->teacher.exps + b * BLOCK;
         arguments(r, b, t, q, d);
-#define FKD_EVALUATE(name, H, G)                              \
-    case FKD_##name:                                          \
-        evaluate(FKD_##name, n, t, q, d, r->beta, h, g);      \
+#define FKD_EVALUATE(name, H, G)                         \
+    case FKD_##name:                                     \
+        evaluate(FKD_##name, n, t, q, d, r->beta, h, g); \
         break;
         switch (c->divergence) { FKD_DIVERGENCES(FKD_EVALUATE) }
         h_total += sum(h, n);

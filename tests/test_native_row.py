@@ -59,6 +59,11 @@ def test_formulas_in_c_are_those_of_the_table(tmp_path):
             assert hg[1] == pytest.approx(divergence.g(*arguments), rel=1e-5, abs=1e-6), name
 
 
+@needs_compiler
+def test_both_languages_agree_on_the_call(tmp_path):
+    assert library(tmp_path, "int size(void) { return sizeof(Call); }").size() == ctypes.sizeof(native_row._Call)
+
+
 def test_integers_become_floats_and_comparisons_numbers():
     def formula(t, q):
         return 1 - (t > q) * -t / 2

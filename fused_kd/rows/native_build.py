@@ -40,7 +40,8 @@ def load() -> ctypes.CDLL:
         NativeRowError: where platform or compiler do not fit or the compiler fails.
     """
     compiler = find_compiler()
-    header, source = c_table(), SOURCE.read_text()
+    header = c_table()
+    source = "".join(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
     flags = [*FLAGS, MACHINE_FLAG]
     key = "\0".join([header, source, *compiler, *flags, _version(compiler), _processor(), *platform.libc_ver()])
     name = f"kd_row-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
