@@ -74,7 +74,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     student = inputs.student._replace(raw=_unit_stride(inputs.student.raw))
     teacher = None
     if spec.divergence is not None:
-        assert inputs.teacher is not None
+        assert isinstance(inputs.teacher, Logits)
         teacher = inputs.teacher._replace(raw=_unit_stride(inputs.teacher.raw))
     dlogits = outputs.dlogits
     if dlogits is not None:
