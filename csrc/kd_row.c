@@ -230,8 +230,7 @@ static void write_gradient(const Row *r, Gradient gradient) {
     const float labels = (float)(scale * gradient.labels), at_label = (float)(scale * gradient.at_label);
     const float labels_q = c->cold ? 0.0f : labels;
     float buffer[BLOCK], raw_buffer[BLOCK];
-    // Backwards: the end of the row is what the sweep before has left in the cache.
-    for (int64_t b = r->blocks; b-- > 0;) {
+    for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b), label = label_in(r, b);
         const int64_t start = b * BLOCK;
         float *out = buffer;

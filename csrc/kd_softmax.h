@@ -99,8 +99,13 @@ static void add_part(Softmax *x, int64_t block, const float *z, int n) {
     float max = -INFINITY, *exps = x->exps + block * BLOCK;
 #pragma omp simd reduction(max : max)
     for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
+    for (int start = 0; start < n; start += 128) {
+        const int end = start + 128 < n ? start + 128 : n;
+        // The next block, which its search for the maximum would wait for: 64 bytes each, beyond the row harmless.
+        for (int i = start; i < end; i += 16) __builtin_prefetch(z + i + BLOCK, 0, 2);
 #pragma omp simd
-    for (int i = 0; i < n; i++) exps[i] = exp_nonpositive(z[i] - max);
+        for (int i = start; i < end; i++) exps[i] = exp_nonpositive(z[i] - max);
+    }
     x->parts[block].max = max;
     x->parts[block].sum = sum(exps, n);
 }
