@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulation", type=int, default=1, help="micro-batches that make up one --batch")
     add("--temperature", type=float, default=1.0)
     add("--memory-budget", type=int, help="bytes for the loss's buffers")
-    add("--backend", choices=["torch", "triton"])
+    add("--backend", choices=["torch", "triton", "native"])
     add("--bf16", action="store_true", help="bf16 autocast")
     add("--threads", type=int, help="CPU threads; default: the preset's best, else PyTorch's")
     add("--only", nargs="+", metavar="STAGE", help="of teacher, student, sft and the objectives' SPECs")

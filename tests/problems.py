@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
+from fused_kd.rows import native_build
 
 OBJECTIVES = [
     fk.SFT(),
@@ -27,6 +30,23 @@ OBJECTIVES = [
     fk.AdaptiveKL(fraction=0.6),
 ]
 NAMES = [objective.name for objective in OBJECTIVES]
+
+
+def _why_no_native() -> str:
+    try:
+        native_build.find_compiler()
+    except native_build.NativeRowError as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_why_no_native()), reason=_why_no_native() or "has a compiler")
+# Backends that run on CPU tensors here; Triton's in its interpreter.
+CPU_BACKENDS = [
+    "torch",
+    pytest.param("native", marks=needs_compiler),
+    *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []),
+]
 
 
 @dataclass

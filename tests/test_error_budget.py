@@ -9,12 +9,13 @@ import torch
 
 import fused_kd as fk
 
-from .problems import NAMES, OBJECTIVES, Problem, eager, gradients, oracle64, problem, relative
+from .problems import NAMES, OBJECTIVES, Problem, eager, gradients, needs_compiler, oracle64, problem, relative
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 BACKENDS = [
     pytest.param("torch", "cpu", id="torch-cpu"),
+    pytest.param("native", "cpu", id="native-cpu", marks=needs_compiler),
     pytest.param("triton", DEVICE, id=f"triton-{DEVICE}", marks=[pytest.mark.gpu] if CUDA else []),
     *([pytest.param("torch", "cuda", id="torch-cuda", marks=pytest.mark.gpu)] if CUDA else []),
 ]
@@ -130,13 +131,14 @@ def test_torch_row_as_it_runs_where_looking_at_values_would_synchronise(objectiv
         assert relative(g, r) < 2e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("V, H", [(32000, 48), (128256, 24)])
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("objective", [fk.NoEvo(), fk.Skew(), fk.SelfEvolution()], ids=lambda o: o.name)
-def test_real_vocabularies(objective, near, V, H):
+def test_real_vocabularies(objective, near, V, H, backend):
     """Long rows are where naive sums lose digits: at V = 128256 torch.softmax's norm is off by 1e-5 on a CPU."""
     p = problem(12, H, H, V, std=4.0, near=near, ignored=0.0)
-    check_budget(p, objective, *run(p, objective, "torch"))
+    check_budget(p, objective, *run(p, objective, backend))
 
 
 @pytest.mark.parametrize("mutation", [0.0, -1.0, 1.02], ids=["zeroed", "negated", "scaled"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ import torch
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import NAMES, OBJECTIVES, gradients, problem, relative
+from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, gradients, problem, relative
 
-BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 def logits_case(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

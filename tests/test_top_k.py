@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
 
-from .problems import OBJECTIVES, Problem, _Head, gradients, problem, relative
+from .problems import CPU_BACKENDS, OBJECTIVES, Problem, _Head, gradients, problem, relative
 
-BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+BACKENDS = CPU_BACKENDS
 TAILS = ["renormalize", "uniform", "bucket"]
 TEACHED = [o for o in OBJECTIVES if o.spec.divergence is not None]
 TIGHT = 3e-6

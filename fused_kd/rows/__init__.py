@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,13 +14,18 @@ from .base import Logits, RowInputs, RowOutputs, Sparse
 
 Row = Callable[[RowInputs, RowOutputs], None]
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "native")
+# What None means on a CPU. Compilers are looked for when the row is fetched, in an opaque op: torch.compile would trip
+# over it where the backend is chosen.
+NATIVE_OR_TORCH = "native or torch"
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
-    """Name of the row implementation; an explicit one is used or refused, never replaced."""
+    """Name of the row implementation for :func:`get_row`; an explicit one is used or refused, never replaced."""
     has_triton = _installed("triton")
     if backend is None:
+        if device.type == "cpu":
+            return NATIVE_OR_TORCH
         return "triton" if device.type == "cuda" and has_triton else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -30,6 +37,8 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
                 "backend='triton' needs a GPU, got tensors on the CPU; use backend='torch' "
                 "(TRITON_INTERPRET=1, set before the first import of triton, runs it on the CPU for tests)"
             )
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f"backend='native' needs tensors on the CPU, got tensors on {device}; use backend='torch'")
     return backend
 
 
@@ -41,10 +50,22 @@ def _installed(package: str) -> bool:
 
 
 def get_row(backend: str) -> Row:
-    """The row of a backend, for dense and top-k teachers alike."""
+    """The row of a name from :func:`choose_backend`, for dense and top-k teachers alike.
+
+    Compiles the native one where no process has done so before.
+
+    Raises:
+        ValueError: for ``"native"`` where it cannot be compiled; the message says why.
+    """
     if backend == "triton":
         from .top_k_triton import row as sparse
         from .triton_row import row as dense
+    elif backend == "native" or (backend == NATIVE_OR_TORCH and _native_works()):
+        from .native_row import prepare
+        from .native_row import row as dense
+        from .top_k import row as sparse
+
+        prepare()
     else:
         from .top_k import row as sparse
         from .torch_row import row as dense
@@ -56,6 +77,24 @@ def get_row(backend: str) -> Row:
             dense(inputs, outputs)
 
     return row
+
+
+@functools.cache
+def _native_works() -> bool:
+    """Silently false where something is missing; a compiler that fails deserves a warning."""
+    from . import native_build
+
+    try:
+        native_build.find_compiler()
+        native_build.thread_pool()
+    except native_build.NativeRowError:
+        return False
+    try:
+        native_build.load()
+    except native_build.NativeRowError as error:
+        warnings.warn(f"the slower torch row is used: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 __all__ = ["BACKENDS", "Logits", "Row", "RowInputs", "RowOutputs", "Sparse", "choose_backend", "get_row"]

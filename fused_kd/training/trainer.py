@@ -74,7 +74,7 @@ class KDTrainer(Trainer):
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
             is raised.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
-        backend: "torch", "triton"; None picks.
+        backend: "torch", "triton", "native"; None picks.
         beta_schedule: anneal the objective's β.
         **trainer_args: those of ``transformers.Trainer`` (``args``, ``train_dataset``, ``data_collator``,
         ...).

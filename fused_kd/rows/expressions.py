@@ -1,0 +1,49 @@
+"""Formulas of :mod:`fused_kd.divergences` as C expressions, for rows written in C or CUDA."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+
+from ..divergences import DIVERGENCES
+
+_OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+def c_expression(function: Callable) -> str:
+    """The value of a one-``return`` function as an fp32 C expression over its parameters' names.
+
+    Raises:
+        ValueError: for anything but ``+ - * / >``, integers and parameters; the message quotes it.
+    """
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    body = definition.body if isinstance(definition, ast.FunctionDef) else []
+    if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
+        raise ValueError(f"{function.__name__} must be a function of a single return statement to become C")
+    return _translate(body[0].value, function.__name__, set(inspect.signature(function).parameters))
+
+
+def _translate(node: ast.expr, function: str, names: set[str]) -> str:
+    def sub(child: ast.expr) -> str:
+        return _translate(child, function, names)
+
+    match node:
+        case ast.BinOp(op=op) if type(op) in _OPERATORS:
+            return f"({sub(node.left)} {_OPERATORS[type(op)]} {sub(node.right)})"
+        case ast.UnaryOp(op=ast.USub()):
+            return f"(-{sub(node.operand)})"
+        case ast.Compare(ops=[ast.Gt()]):
+            return f"({sub(node.left)} > {sub(node.comparators[0])} ? 1.0f : 0.0f)"
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return f"{value}.0f"
+        case ast.Name(id=name) if name in names:
+            return name
+    raise ValueError(f"{function}: only + - * / >, integers and parameters become C, got {ast.unparse(node)!r}")
+
+
+def c_table() -> str:
+    """``#define FKD_DIVERGENCES(X)``: ``X(name, h, g)`` for every divergence, in the table's order."""
+    rows = (f"X({name}, {c_expression(entry.h)}, {c_expression(entry.g)})" for name, entry in DIVERGENCES.items())
+    return "#define FKD_DIVERGENCES(X) \\\n    " + " \\\n    ".join(rows) + "\n"
