@@ -61,9 +61,10 @@ def test_opcheck():
     p = problem(N=11, V=53, bias=True)
     scalars = torch.tensor(fk.SelfEvolution().scalars())
     options = Options(
-        *fk.SelfEvolution().spec, False, 1.0, 0.0, 1.0, 0.0, 53, -100, "torch", None, -1, False
+        *fk.SelfEvolution().spec, cold_labels=False, logit_scale_s=1.0, softcap_s=0.0, logit_scale_t=1.0, softcap_t=0.0,
+        tail="", vocab=53, ignore_index=-100, backend="torch", dtype=None, memory_budget=-1, validate=False,
     )  # fmt: skip
-    args = (p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t, None, p.labels, None, torch.ones(()), scalars)
+    args = (p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t, None, None, p.labels, None, torch.ones(()), scalars)
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
     torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, True, True, True, *options))
     torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, False, True, False, *options))

@@ -70,13 +70,14 @@ def get_row(backend: str) -> Row:
         from .top_k import row as sparse
         from .torch_row import row as dense
 
-    def row(inputs: RowInputs, outputs: RowOutputs) -> None:
-        if isinstance(inputs.teacher, Sparse):
-            sparse(dense, inputs, outputs)
-        else:
-            dense(inputs, outputs)
+    return functools.partial(_row, dense, sparse)
 
-    return row
+
+def _row(dense: Row, sparse: Callable, inputs: RowInputs, outputs: RowOutputs) -> None:
+    if isinstance(inputs.teacher, Sparse):
+        sparse(dense, inputs, outputs)
+    else:
+        dense(inputs, outputs)
 
 
 @functools.cache
