@@ -99,7 +99,7 @@ def gradient_kernel(
         if flags_ptr is not None:
             # Compared so that a NaN, too, keeps its tile.
             kept = stored & ~(tl.abs(gradient) < threshold)
-            flag = tl.max(tl.max(kept.to(tl.int32), axis=1), axis=0)
+            flag = tl.max(kept.to(tl.int32))
             gradient = tl.where(flag > 0, gradient, 0.0)
         if weights_ptr is not None:
             gradient *= tl.load(weights_ptr + held)[:, None]

@@ -83,14 +83,15 @@ def statistics_kernel(
     t_label = tl.zeros((BM,), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
-        at_label = columns[None, :] == labels[:, None]
         z_s, _slope = tile(student, tokens, columns, V, ROUND_S, UPCAST, BM, BN, BK)
+        if teacher is not None:
+            z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
+        at_label = columns[None, :] == labels[:, None]
         s_label += tl.sum(tl.where(at_label, z_s, 0.0), axis=1)
         new_s = tl.maximum(s_max, tl.max(z_s, axis=1))
         if COLD or teacher is None:
             cold_sum = cold_sum * tl.exp(s_max - new_s) + tl.sum(tl.exp(z_s - new_s[:, None]), axis=1)
         if teacher is not None:
-            z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
             s_step = s_max * inv_T - new_s * inv_T
@@ -259,9 +260,9 @@ def sums_kernel(
     g_sum = tl.zeros((BM,), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
-        at_label = columns[None, :] == labels[:, None]
         z_s, _slope = tile(student, tokens, columns, V, ROUND_S, UPCAST, BM, BN, BK)
         z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
+        at_label = columns[None, :] == labels[:, None]
         t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, MIXTURE)
         h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta), axis=1)
         g_sum += tl.sum(g(t, q, d, r, log_r, s, log_s, beta), axis=1)

@@ -13,6 +13,8 @@ from .plan import BudgetTooSmall
 SLAB_BYTES = 8 << 20
 # A chunk's fp32 dH and its gathered hidden states: 1024 tokens at H = 4096. Fewer would read the weights more often.
 CHUNK_BYTES = 32 << 20
+# More rows than this gain a GEMM nothing.
+MOST_TOKENS = 2048
 # The fp32 dW of a slab on its way to a low-precision result.
 LATE_BYTES = 16 << 20
 # Programs that fill any current GPU (132-304 multiprocessors) about twice; more would only enlarge their statistics.
@@ -22,13 +24,17 @@ TOKEN_BYTES = 200
 
 
 class Tiles(NamedTuple):
-    """A program's tile: ``tokens`` x ``columns`` logits, made from blocks of ``units`` hidden units."""
+    """A program's tile: ``tokens`` x ``columns`` logits, made from blocks of ``units`` hidden units.
+
+    ``registers`` is the most that a thread may take, or None where the compiler has no such option.
+    """
 
     tokens: int
     columns: int
     units: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Sizes(NamedTuple):
@@ -71,15 +77,20 @@ class Plan(NamedTuple):
     workspace: int
 
 
-def choose_tiles(*dtypes: torch.dtype) -> Tiles:
-    """Tiles for operands of these dtypes.
+def choose_tiles(*dtypes: torch.dtype | None, capped: bool = False, target: str = "cuda") -> Tiles:
+    """Tiles for operands of these dtypes (None: logits), with a softcap or without, on a ``target`` of Triton's.
 
-    Two 128 x 128 fp32 accumulators are 128 registers of each of 256 threads: the most that leaves room for the row's
-    arithmetic. fp32 products run on the ordinary cores and hold their operands in registers too.
+    The largest that leave all of a row's arithmetic in registers, by compiling for every target. Student's and
+    teacher's accumulators live side by side, so they are half of a plain GEMM's: 64 x 128 in fp32, twice, are 64
+    registers of each of 256 threads. fp32 products, on the ordinary cores, hold their operands in registers too, and a
+    softcap needs registers for its tanh. A limit of 255 keeps ptxas from spilling to fit a second program instead.
     """
     if torch.float32 in dtypes:
-        return Tiles(64, 64, 32, 8, 2)
-    return Tiles(128, 128, 64, 8, 3)
+        return Tiles(64, 64, 16, 8, 2, 255 if target == "cuda" else None)
+    if target == "cuda":
+        return Tiles(64, 128, 32 if capped else 64, 8, 3, 255)
+    # AMD: 64 KB of local memory, waves of 64 threads.
+    return Tiles(128, 64, 64, 8, 2)
 
 
 def plan_streaming(sizes: Sizes, tiles: Tiles, memory_budget: int | None) -> Plan:
@@ -111,7 +122,7 @@ def _plan(sizes: Sizes, tiles: Tiles, halvings: int) -> Plan:
     if sizes.early:
         # dH, what it is rounded to, and the hidden states of a chunk.
         per_token = H * (8 + (sizes.gathered if sizes.early_weight else 0))
-        tokens = _multiple((CHUNK_BYTES >> halvings) // per_token, tiles.tokens, n)
+        tokens = _multiple(min(MOST_TOKENS, (CHUNK_BYTES >> halvings) // per_token), tiles.tokens, n)
         per_column = tokens * sizes.dlogits + H * sizes.copied
         columns = _multiple((SLAB_BYTES >> halvings) // per_column, tiles.columns, V)
         early = tokens * per_token + columns * per_column

@@ -56,7 +56,8 @@ class Sweeps:
         self._divergence = None if spec.divergence is None else DIVERGENCES[spec.divergence]
         sides = [student] if teacher is None else [student, teacher]
         operands = [None if side.weight is None else dtype or side.source.dtype for side in sides]
-        self.tiles = streaming_plan.choose_tiles(*operands)
+        capped = any(side.softcap is not None for side in sides)
+        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, target=_target())
         self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
         self._norms = empty((NORMS, self.n), torch.float32, labels.device)
         self._chosen: Tensor | None = None
@@ -71,6 +72,8 @@ class Sweeps:
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
         }
+        if self.tiles.registers is not None:
+            self._constants["maxnreg"] = self.tiles.registers
 
     @property
     def fields(self) -> int:
@@ -87,12 +90,12 @@ class Sweeps:
         hard = empty((self.n,), torch.bool, device)
         self._statistics(plan.splits, loss, difficulty, hard)
         if self._spec.ranked:
-            hard = _largest(difficulty, self._labels, Scalars(*self._scalars).fraction)
+            hard = _largest(difficulty, self._labels, self._scalar("fraction"))
         if self.needs_sums:
             assert self._divergence is not None
             chosen = hard if self._spec.gated else self._labels >= 0
             if self._divergence.kl_at_one:
-                chosen = chosen & (Scalars(*self._scalars).beta < 1.0)
+                chosen = chosen & (self._scalar("beta") < 1.0)
             self._sums(plan.sum_splits, chosen, loss)
             self._chosen = chosen
         result.loss[self.tokens] = loss.masked_fill(bad[self._order], math.nan)
@@ -177,6 +180,9 @@ class Sweeps:
             ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=self.tiles.columns, BC=BC, num_warps=self.tiles.warps,
         )  # fmt: skip
 
+    def _scalar(self, name: str) -> Tensor:
+        return self._scalars[Scalars._fields.index(name)]
+
     def _blocks(self, positions: int) -> int:
         return triton.cdiv(positions, self.tiles.tokens)
 
@@ -204,6 +210,10 @@ def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.where(mask, mask.cumsum(0), count + (~mask).cumsum(0)) - 1
     order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=mask.device))
     return order, count
+
+
+def _target() -> str:
+    return "cuda" if _INTERPRET else triton.runtime.driver.active.get_current_target().backend
 
 
 def _only(constants: dict[str, Any], *names: str) -> dict[str, Any]:
