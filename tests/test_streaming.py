@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
-from .test_error_budget import LOSS_SCALE, check_budget
+from .problems import NAMES, OBJECTIVES, Problem, _Head, eager, gradients, oracle64, problem, relative
+from .test_error_budget import LOSS_SCALE, ROUNDING, SLACK
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,7 +29,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 STREAMED = [objective for objective in OBJECTIVES if objective.name != "adaptive_kl"]
 STREAMED_NAMES = [name for name in NAMES if name != "adaptive_kl"]
-SMALL = Tiles(16, 64, 16, 4, 2)
+SMALL = Tiles(16, 64, 32, 4, 2)
 TIGHT = 3e-6
 
 
@@ -49,7 +49,7 @@ def poisoned(shape, dtype, device):
 
 
 def make(**options) -> Problem:
-    return problem(**({"N": 26, "V": 150, "std": 3.0, "device": DEVICE} | options))
+    return problem(**({"N": 26, "V": 150, "std": 3.0, "ignored": 0.12, "device": DEVICE} | options))
 
 
 def run(p: Problem, objective, **options) -> tuple[fk.KDOutput, list[Tensor]]:
@@ -57,18 +57,55 @@ def run(p: Problem, objective, **options) -> tuple[fk.KDOutput, list[Tensor]]:
     return out, gradients(out.loss, p.leaves)
 
 
+@pytest.fixture
+def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of tokens, one slab: programs and launches are what costs time in the interpreter."""
+    monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: Tiles(32, 64, 32, 4, 2))
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
+        monkeypatch.setattr(streaming_plan, name, 1 << 20)
+
+
+def check(p: Problem, objective, out: fk.KDOutput, grads: list[Tensor]) -> None:
+    """The error budget of test_error_budget.py; in fp16 eager PyTorch may have none to give.
+
+    The terms of a near teacher's loss cancel: it can not be more exact than their own rounding, 5e-8.
+    """
+    expected, refs = oracle64(p, objective)
+    eager_loss, eager_grads = eager(p, objective)
+    full = p.hidden.dtype == torch.float32
+    loss_budget = max(1e-6, 5e-8 / float(expected.loss), relative(eager_loss, expected.loss) if full else 0.0)
+    assert relative(out.loss, expected.loss) <= loss_budget
+    for name, actual, e, ref in zip(("dH", "dW", "db"), grads, eager_grads, refs, strict=False):
+        budget = ROUNDING[p.hidden.dtype]
+        if full:
+            budget = max(budget, SLACK * relative(e, ref))
+        assert relative(actual, ref) <= budget, name
+    assert torch.equal(out.is_hard, expected.is_hard)
+    assert relative(out.difficulty, expected.difficulty) < 1e-5
+
+
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", STREAMED, ids=STREAMED_NAMES)
-def test_heads(objective, dtype, near):
-    p = make(dtype=dtype, near=near)
-    check_budget(p, objective, *run(p, objective))
+def test_heads(objective, dtype, near, one_piece):
+    p = make(dtype=dtype, near=near, N=22, V=100)
+    check(p, objective, *run(p, objective))
+
+
+@pytest.mark.parametrize("mutation", [0.0, -1.0, 1.02], ids=["zeroed", "negated", "scaled"])
+def test_the_check_catches_wrong_gradients(mutation, one_piece):
+    for dtype in (torch.float32, torch.bfloat16):
+        p = make(dtype=dtype, N=22, V=100)
+        out, (dh, dw) = run(p, fk.Skew())
+        for grads, name in (([dh * mutation, dw], "dH"), ([dh, dw * mutation], "dW")):
+            with pytest.raises(AssertionError, match=name):
+                check(p, fk.Skew(), out, grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", STREAMED, ids=STREAMED_NAMES)
 def test_logits(objective, dtype):
-    p = make()
+    p = make(N=22, V=100)
     z = (p.hidden @ p.weight.T).detach().to(dtype).requires_grad_()
     z_t = (p.hidden_t @ p.weight_t.T).to(dtype)
     out = fk.kd_loss(z, z_t, p.labels, objective, engine="streaming")
@@ -124,6 +161,7 @@ def compare(p: Problem, objective, *, upstream=None, head=None, **options) -> No
 def test_temperature_bias_scale_softcap_and_vocab_size(objective):
     p = make(bias=True)
     p.labels[p.labels >= 141] = 7
+    assert (p.labels != -100).sum() > SMALL.tokens
     head = {"logit_scale": 1.5, "softcap": 6.0}
     compare(p, objective, temperature=1.7, head=head, vocab_size=141)
 
@@ -163,7 +201,7 @@ def test_shift():
 def test_what_is_not_wanted_is_not_made(dtype):
     p = make(dtype=dtype, bias=True)
     _, (dh, dw, db) = run(p, fk.Skew())
-    for frozen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+    for frozen in ((1,), (0, 2), (0, 1)):
         leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(p.leaves)]
         out = fk.kd_loss(fk.LMHead(*leaves), p.teacher(), p.labels, fk.Skew(), engine="streaming")
         kept = [x for x in leaves if x.requires_grad]
@@ -192,8 +230,9 @@ def test_a_second_backward_gives_the_same_gradients():
 def test_no_result_is_left_uninitialised():
     torch.use_deterministic_algorithms(True)  # torch.empty fills with NaN
     try:
-        for p in (make(bias=True), make(dtype=torch.bfloat16, ignored=0.0)):
-            out, grads = run(p, fk.SelfEvolution(), vocab_size=None)
+        for dtype in (torch.float32, torch.bfloat16):
+            p = make(dtype=dtype, bias=True, N=20, V=100)
+            out, grads = run(p, fk.SelfEvolution())
             assert all(x.isfinite().all() for x in (out.loss, out.difficulty, *grads))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -213,13 +252,13 @@ def test_labels_on_the_device_ignored_or_out_of_range(dtype, monkeypatch):
     from fused_kd.engine import ops
 
     monkeypatch.setattr(ops, "check_labels", lambda *_: None)
-    keep = lambda labels, ignore, device: (
-        None,
-        torch.where(labels == ignore, -1, torch.where(labels < 0, 2**62, labels)),
-    )  # noqa: E731, E501
+
+    def on_device(labels, ignore_index, device):
+        return None, torch.where(labels == ignore_index, -1, torch.where(labels < 0, 2**62, labels))
+
     p = make(dtype=dtype, bias=True)
     expected, refs = run(p, fk.SelfEvolution(gamma=1.0))
-    monkeypatch.setattr(streaming, "_valid", keep)
+    monkeypatch.setattr(streaming, "_valid", on_device)
     out, grads = run(p, fk.SelfEvolution(gamma=1.0))
     assert torch.equal(out.is_hard, expected.is_hard)
     for a, r in zip((out.loss, out.difficulty, *grads), (expected.loss, expected.difficulty, *refs), strict=True):
@@ -349,7 +388,7 @@ def test_workspace_is_what_the_plan_says(dtype, monkeypatch):
         pytest.skip("test_gpu.py measures the device's memory")
     plans = []
     monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
-    p = make(N=64, V=1500, dtype=dtype, bias=True)
+    p = make(N=64, V=700, dtype=dtype)
     with Allocations() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run(p, fk.SelfEvolution(gamma=1.0))
     results = sum(4 * x.numel() for x in p.leaves) + 64 * 64  # vectors of N among them
@@ -360,12 +399,12 @@ def test_workspace_is_what_the_plan_says(dtype, monkeypatch):
             peak = max(peak, live)
     (plan,) = plans
     assert plan.workspace / 4 < peak <= plan.workspace + results
-    assert seen.largest < max(16 * 1500 * 4, 4 * p.weight.numel() + 1)
-    assert plan.workspace < 64 * 1500 * 4 / 2
+    assert seen.largest < max(16 * 700 * 4, 4 * p.weight.numel() + 1)
+    assert plan.workspace < 64 * 700 * 4 / 2
 
 
 def test_a_budget_too_small_for_the_chunked_engine_selects_streaming(monkeypatch):
-    p = make(N=26, V=1500, dtype=torch.bfloat16)
+    p = make(V=600, dtype=torch.bfloat16)
     calls = []
     original = streaming.run
     monkeypatch.setattr(streaming, "run", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -475,9 +514,9 @@ def test_filter_that_skips_nothing_is_exact(dtype, flags):
 
 
 def test_filter_of_given_logits():
-    student, teacher, p = peaked()
+    _, teacher, p = peaked()
     z = (p.hidden @ p.weight.T + p.bias).detach().requires_grad_()
-    z_t = p.hidden_t @ p.weight_t.T + p.bias.detach()
+    z_t = p.hidden_t @ p.weight_t.T + teacher.bias
     exact, filtered = (
         gradients(fk.kd_loss(z, z_t, p.labels, fk.Skew(), engine="streaming", grad_filter_eps=eps).loss, [z])[0]
         for eps in (0.0, 1e-4)
