@@ -46,21 +46,34 @@ def _streaming_obstacle(backend: str | None, divergence: str | None, device: tor
     return None
 
 
-def run(engine: str, backend: str, *args, grad_filter_eps: float, **options) -> chunked.Result:
+def run(
+    engine: str,
+    backend: str,
+    student: chunked.Side,
+    teacher: chunked.Side | None,
+    *args,
+    grad_filter_eps: float,
+    **options,
+) -> chunked.Result:
     """Arguments as for :func:`fused_kd.engine.chunked.run`, without the row."""
+    dense = teacher is None or isinstance(teacher, chunked.Side)
     if engine == "streaming":
+        if not dense:
+            raise ValueError(
+                "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"
+            )
         from . import streaming
 
-        return streaming.run(*args, grad_filter_eps=grad_filter_eps, **options)
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
     try:
-        return chunked.run(*args, row=get_row(backend), **options)
+        return chunked.run(student, teacher, *args, row=get_row(backend), **options)
     except BudgetTooSmall as error:
-        if engine != AUTO:
+        if engine != AUTO or not dense:
             raise
         too_small = error
     from . import streaming
 
     try:
-        return streaming.run(*args, **options)
+        return streaming.run(student, teacher, *args, **options)
     except BudgetTooSmall as error:
         raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None
