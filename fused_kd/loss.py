@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .divergences import DIVERGENCES
+from .engine.dispatch import ENGINES, choose_engine
 from .engine.ops import KDFunction, Options
 from .inputs import LMHead, TopK, check_float_tensor, check_number
 from .objectives import OBJECTIVES, Objective
-from .rows import choose_backend
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,6 +38,8 @@ class LossOptions(TypedDict, total=False):
     memory_budget: int | None
     backend: str | None
     validate: bool
+    engine: str | None
+    grad_filter_eps: float
 
 
 class KDLoss(nn.Module):
@@ -63,6 +65,12 @@ class KDLoss(nn.Module):
             device.
         validate: check labels on any device and look for non-finite logits, naming the first bad token. Waits for the
             device; labels on the CPU are always checked.
+        engine: "chunked" holds the logits of a chunk of tokens; "streaming" (Triton) holds none and computes them
+            again instead, two to four times in all. None: chunked, unless ``memory_budget`` is too small for it.
+        grad_filter_eps: streaming engine only. Tiles of logit gradients whose every entry is below it in size, before
+            token weights and the reduction, count as zero and cost no gradient GEMM. Each entry is then off by less
+            than it, a token's hidden gradient by less than ``grad_filter_eps * sum_v |W_v|`` times the token's factor.
+            0 is exact.
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.
@@ -82,6 +90,8 @@ class KDLoss(nn.Module):
         memory_budget: int | None = None,
         backend: str | None = None,
         validate: bool = False,
+        engine: str | None = None,
+        grad_filter_eps: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(objective, Objective):
@@ -96,6 +106,11 @@ class KDLoss(nn.Module):
                 raise TypeError(f"{name} must be a positive integer or None, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if engine is not None and engine not in ENGINES:
+            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        check_number("grad_filter_eps", grad_filter_eps)
+        if grad_filter_eps < 0:
+            raise ValueError(f"grad_filter_eps must be at least 0, got {grad_filter_eps!r}")
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.temperature = float(temperature)
@@ -104,6 +119,8 @@ class KDLoss(nn.Module):
         self.memory_budget = memory_budget
         self.backend = backend
         self.validate = validate
+        self.engine = engine
+        self.grad_filter_eps = float(grad_filter_eps)
         self._objective = objective
         self._spec = objective.spec
         # On the device and read by kernels there: annealing neither recompiles nor synchronises.
@@ -183,9 +200,11 @@ class KDLoss(nn.Module):
         vocab = _vocab(side_s, side_t, self.vocab_size)
         shape = side_s.shape
         _check_alike(side_s, side_t, labels, token_weights)
-        backend = choose_backend(self.backend, side_s.source.device)
-
         device = side_s.source.device
+        engine, backend = choose_engine(
+            self.engine, self.backend, spec.divergence, self.grad_filter_eps, device, top_k=isinstance(teacher, TopK)
+        )
+
         labels = _shifted(labels, self.ignore_index) if self.shift else labels
         flat_labels = labels.reshape(-1)
         weights = None
@@ -207,6 +226,8 @@ class KDLoss(nn.Module):
             dtype=_autocast_dtype(device, side_s, side_t),
             memory_budget=-1 if self.memory_budget is None else self.memory_budget,
             validate=self.validate,
+            engine=engine,
+            grad_filter_eps=self.grad_filter_eps,
         )
         enabled = torch.is_grad_enabled()
         wanted = tuple(

@@ -1,7 +1,8 @@
-"""Compile the Triton row for GPUs that need not be present; print what each uses, one JSON object a line.
+"""Compile the Triton kernels for GPUs that need not be present; print what each uses, one JSON object a line.
 
 Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=1 leaves nothing to compile.
-The kernels come from real calls of the row, whose launches are diverted into compilation.
+The kernels come from real calls of the row and of the streaming engine's sweeps, whose launches are diverted into
+compilation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fused_kd.engine.chunked import Side
+from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.objectives import OBJECTIVES
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.triton_row import row
@@ -99,6 +104,68 @@ def _case(
     return inputs, outputs
 
 
+SWEEPS = ("statistics", "sums", "gradient")
+
+
+def streaming_cases() -> dict[str, tuple[Sweeps, tuple[str, ...]]]:
+    """Representative calls with the kernels to compile: aligned heads, the widest arithmetic, logits on both sides."""
+    return {
+        "self_evolution/bf16": (_sweeps("self_evolution", BF16), (*SWEEPS, "filtered", "dH", "dW")),
+        "self_evolution/fp32": (_sweeps("self_evolution", FP32), SWEEPS),
+        "generalized_jsd/bf16": (_sweeps("generalized_jsd", BF16), ("sums", "gradient")),
+        "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
+        "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
+        "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
+    }
+
+
+def _sweeps(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    heads: bool = True,
+    cold: bool = False,
+    softcap: float | None = None,
+    bias: bool = False,
+    n: int = 64,
+    H: int = 64,
+    V: int = 256,
+) -> Sweeps:
+    """Sizes reach the kernels at run time; only that they are multiples of 16 matters here, as real ones are."""
+    spec = OBJECTIVES[name].kind
+    source = torch.empty(n, H if heads else V, dtype=dtype)
+    weight = torch.empty(V, H, dtype=dtype) if heads else None
+    side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
+    teacher = None if spec.divergence is None else side
+    return Sweeps(side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.zeros(5), spec, cold, V, None)
+
+
+def streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
+    """By name, a call for each kernel of the streaming engine that a case uses."""
+    n, V, H = 64, 256, 64
+    positions, columns = slice(0, n), slice(0, V)
+    dtype = sweeps._student[0].dtype
+    weight = sweeps._student[3]
+    out, vector = torch.empty(n, V, dtype=dtype), torch.empty(n)
+    mask, flags = torch.ones(n, dtype=torch.bool), torch.empty(n, V, dtype=torch.uint8)
+    sweeps._chosen = mask if sweeps.needs_sums else None
+    made: dict[str, Callable[[], None]] = {"statistics": lambda: sweeps._statistics(2, vector, vector, mask)}
+    if sweeps.needs_sums:
+        made["sums"] = lambda: sweeps._sums(2, mask, vector)
+    made["gradient"] = lambda: sweeps.gradient(out, positions, columns, by_token=weight is None, weights=None)
+    if weight is not None:
+        flags = sweeps.flags(positions, columns)
+        made["filtered"] = lambda: sweeps.gradient(
+            out, positions, columns, by_token=False, weights=vector, flags=flags, threshold=1e-4
+        )
+        made["dH"] = lambda: sweeps.flagged_product(torch.empty(n, H), out, weight, flags, dtype=dtype, add=True)
+        made["dW"] = lambda: sweeps.flagged_product(
+            torch.empty(V, H), out, sweeps._student[0], flags, dtype=dtype, add=True,
+            tokens=sweeps.tokens, transposed=True,
+        )  # fmt: skip
+    return made
+
+
 def divert_launches() -> list[Any]:
     """Make every launch compile instead; the compiled kernels arrive in the returned list."""
     compiled: list[Any] = []
@@ -118,7 +185,12 @@ def find_cuobjdump() -> str | None:
 
 
 def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"vector_loads": "ld.global.v4" in kernel.asm["ptx"]}
+    ptx = kernel.asm["ptx"]
+    found: dict[str, Any] = {
+        "vector_loads": "ld.global.v4" in ptx,
+        "products": next((name for name in ("tcgen05", "wgmma", "mma.sync") if name in ptx), None),
+        "async_copies": "cp.async.cg.shared.global" in ptx,  # of 16 bytes; narrower ones are cp.async.ca
+    }
     if cuobjdump is None:
         return found | {"missing": "cuobjdump is neither in triton's wheel nor on the PATH"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -126,7 +198,7 @@ def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
         cubin.flush()
         text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return found | {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"]}
+    return found | {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"], "parked": 0}
 
 
 def amd_usage(kernel: Any) -> dict[str, Any]:
@@ -134,8 +206,23 @@ def amd_usage(kernel: Any) -> dict[str, Any]:
     return {
         "registers": usage["vgpr_count"],
         "stack": usage["private_segment_fixed_size"],
-        "spills": usage["vgpr_spill_count"] + usage["sgpr_spill_count"],
+        "spills": usage["vgpr_spill_count"],
+        # Scalar registers kept in lanes of vector registers: moves, not memory.
+        "parked": usage["sgpr_spill_count"],
     }
+
+
+def report(target: str, case: str, launch: Callable[[], None], compiled: list[Any], cuobjdump: str | None) -> None:
+    """One line for each kernel that ``launch`` compiles."""
+    compiled.clear()
+    nvidia = TARGETS[target].backend == "cuda"
+    try:
+        launch()
+        found = [nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel) for kernel in compiled]
+    except Exception as error:  # reported by the test that reads this
+        found = [{"error": f"{type(error).__name__}: {error}"}]
+    for usage in found:
+        print(json.dumps({"target": target, "case": case} | usage), flush=True)
 
 
 def main(targets: list[str]) -> None:
@@ -144,16 +231,11 @@ def main(targets: list[str]) -> None:
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         for name, (inputs, outputs) in cases().items():
-            result: dict[str, Any] = {"target": target, "case": name}
-            compiled.clear()
-            try:
-                row(inputs, outputs)
-                (kernel,) = compiled
-                nvidia = TARGETS[target].backend == "cuda"
-                result |= nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
-            except Exception as error:  # reported by the test that reads this
-                result["error"] = f"{type(error).__name__}: {error}"
-            print(json.dumps(result), flush=True)
+            report(target, name, partial(row, inputs, outputs), compiled, cuobjdump)
+        for name, (sweeps, kernels) in streaming_cases().items():
+            launches = streaming_launches(sweeps)
+            for kernel in kernels:
+                report(target, f"streaming/{name}/{kernel}", launches[kernel], compiled, cuobjdump)
 
 
 if __name__ == "__main__":

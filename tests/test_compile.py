@@ -63,6 +63,7 @@ def test_opcheck():
     options = Options(
         *fk.SelfEvolution().spec, cold_labels=False, logit_scale_s=1.0, softcap_s=0.0, logit_scale_t=1.0, softcap_t=0.0,
         tail="", vocab=53, ignore_index=-100, backend="torch", dtype=None, memory_budget=-1, validate=False,
+        engine="chunked", grad_filter_eps=0.0,
     )  # fmt: skip
     args = (p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t, None, None, p.labels, None, torch.ones(()), scalars)
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)

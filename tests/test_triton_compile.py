@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="the Triton row needs triton")
 ROOT = Path(__file__).resolve().parents[1]
 Kernels = dict[str, list[dict[str, Any]]]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SWEEPS = ("statistics", "sums", "gradient")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def test_compiles_without_spills(kernels: Kernels, target: str) -> None:
     compiled = kernels[target]
     cases = {kernel["case"] for kernel in compiled}
     assert {f"{name}/{kind}" for name in OBJECTIVES for kind in ("loss", "in_place")} <= cases
+    assert {f"streaming/self_evolution/{dtype}/{sweep}" for dtype in ("bf16", "fp32") for sweep in SWEEPS} <= cases
     errors = {kernel["case"]: kernel["error"] for kernel in compiled if "error" in kernel}
     if errors and all("ld.lld not found" in error for error in errors.values()):
         pytest.skip("this triton has no ROCm linker of its own (TRITON_HIP_LLD_PATH names another)")
@@ -53,6 +55,17 @@ def test_compiles_without_spills(kernels: Kernels, target: str) -> None:
         pytest.skip(f"compiled, but the use of registers is unknown: {missing.pop()}")
     assert all(kernel["registers"] > 0 for kernel in compiled)
     assert {k["case"]: (k["stack"], k["spills"]) for k in compiled if k["stack"] or k["spills"]} == {}
+    # AMD's lane masks of a softcap's tanh may be parked in vector registers: no memory, no matter beside the products.
+    assert {k["case"] for k in compiled if k["parked"]} <= {f"streaming/skew_teacher/cold/{sweep}" for sweep in SWEEPS}
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+def test_streaming_tiles_are_tensor_core_products_fed_by_asynchronous_copies(kernels: Kernels, target: str) -> None:
+    tiles = [kernel for kernel in kernels[target] if kernel["case"].startswith("streaming/self_evolution/bf16/")]
+    tiles = [kernel for kernel in tiles if kernel["case"].endswith(SWEEPS) and kernel["products"]]
+    assert len(tiles) == len(SWEEPS)  # each beside its small combining kernel, which has no products
+    product = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[target]
+    assert all(kernel["products"] == product and kernel["async_copies"] for kernel in tiles)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])

@@ -111,7 +111,7 @@ def run(
     chunks = _Chunks(side_s, side_t, labels, bad, index, buffers)
     hard = None
     if spec.ranked:
-        hard = _largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, scalars)
+        hard = largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, scalars)
         spans.reverse()  # the logits of the last chunk are still there
     for span in spans:
         tokens, hidden, raw_s, teacher_rows = chunks[span]
@@ -248,7 +248,7 @@ def _difficulties(
     return difficulty
 
 
-def _largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
+def largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
     """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
     valid = labels >= 0
     # fp32 scalars are off by 6e-8: 0.1 * 10 must not become 2.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..objectives import RowSpec
-from ..rows import get_row
-from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype, run
+from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype
+from .dispatch import run
 
 
 class Options(NamedTuple):
@@ -33,6 +33,8 @@ class Options(NamedTuple):
     dtype: torch.dtype | None
     memory_budget: int
     validate: bool
+    engine: str
+    grad_filter_eps: float
 
 
 _SCHEMA = (
@@ -41,7 +43,8 @@ _SCHEMA = (
     "bool want_student, bool want_weight, bool want_bias, "
     "str? divergence, bool mixed, bool hard_label, bool gated, bool ranked, bool cold_labels, "
     "float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, str tail, "
-    "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate) "
+    "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate, "
+    "str engine, float grad_filter_eps) "
     "-> (Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias)"
 )
 
@@ -80,6 +83,8 @@ def _kd(
     # Under autocast the engine's own GEMMs would be cast once more.
     with torch.autocast(student.device.type, enabled=False), torch.no_grad():
         result = run(
+            o.engine,
+            o.backend,
             Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
             teacher_side,
             labels,
@@ -90,10 +95,10 @@ def _kd(
             cold_labels=o.cold_labels,
             vocab=o.vocab,
             ignore_index=o.ignore_index,
-            row=get_row(o.backend),
             dtype=o.dtype,
             memory_budget=None if o.memory_budget < 0 else o.memory_budget,
             wanted=Wanted(want_student, want_weight, want_bias),
+            grad_filter_eps=o.grad_filter_eps,
         )
     if o.validate:
         _check_losses(result)

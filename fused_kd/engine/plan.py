@@ -19,6 +19,16 @@ def preferred_chunk(device_type: str, logit_bytes_per_token: int) -> int:
     return max(128, min(CPU_CHUNK, CPU_LOGIT_BYTES // max(1, logit_bytes_per_token)))
 
 
+class BudgetTooSmall(ValueError):
+    """Not even the smallest piece of work fits ``memory_budget``; ``minimum`` bytes would."""
+
+    def __init__(self, minimum: int, piece: str, memory_budget: int) -> None:
+        super().__init__(
+            f"memory_budget must be at least {minimum} bytes for these shapes ({piece}), got {memory_budget}"
+        )
+        self.minimum = minimum
+
+
 class Plan(NamedTuple):
     """``chunk`` tokens at a time; ``workspace`` bytes beyond inputs, results and their gradients."""
 
@@ -37,16 +47,13 @@ def plan_chunks(N: int, *, bytes_per_token: int, fixed_bytes: int, preferred: in
         memory_budget: bytes that the workspace may take, or None.
 
     Raises:
-        ValueError: where not even one token fits ``memory_budget``.
+        BudgetTooSmall: where not even one token fits ``memory_budget``.
     """
     chunk = min(preferred, max(N, 1))
     if memory_budget is not None:
         affordable = (memory_budget - fixed_bytes) // bytes_per_token
         if affordable < 1:
-            raise ValueError(
-                f"memory_budget must be at least {fixed_bytes + bytes_per_token} bytes for these shapes "
-                f"(one token at a time), got {memory_budget}"
-            )
+            raise BudgetTooSmall(fixed_bytes + bytes_per_token, "one token at a time", memory_budget)
         chunk = min(chunk, affordable)
     # Equal chunks: a short last one wastes a full pass over the weights.
     count = -(-max(N, 1) // chunk)

@@ -1,0 +1,83 @@
+"""Which engine runs a call: the one named, else the chunked one unless ``memory_budget`` is too small for it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..divergences import DIVERGENCES
+from ..rows import choose_backend, get_row
+from . import chunked
+from .plan import BudgetTooSmall
+
+ENGINES = ("chunked", "streaming")
+AUTO = "auto"
+
+
+def choose_engine(
+    engine: str | None,
+    backend: str | None,
+    divergence: str | None,
+    grad_filter_eps: float,
+    device: torch.device,
+    *,
+    top_k: bool = False,
+) -> tuple[str, str]:
+    """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
+
+    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one.
+    """
+    if grad_filter_eps > 0 and engine != "streaming":
+        raise ValueError(f"grad_filter_eps={grad_filter_eps!r} needs engine='streaming', got engine={engine!r}")
+    if engine == "streaming":
+        obstacle = _streaming_obstacle(backend, divergence, top_k, device)
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return "streaming", "triton"
+    chosen = choose_backend(backend, device)
+    if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
+        return AUTO, chosen
+    return "chunked", chosen
+
+
+def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
+    """Why the streaming engine can not run, or None."""
+    if backend not in (None, "triton"):
+        return f"engine='streaming' needs backend='triton' or None, got backend={backend!r}"
+    if divergence is not None and DIVERGENCES[divergence].adaptive:
+        return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
+    if top_k:
+        return "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"
+    try:
+        choose_backend("triton", device)
+    except ValueError as error:
+        return f"engine='streaming' runs in Triton alone: {error}"
+    return None
+
+
+def run(
+    engine: str,
+    backend: str,
+    student: chunked.Side,
+    teacher: chunked.Side | chunked.TopKSide | None,
+    *args,
+    grad_filter_eps: float,
+    **options,
+) -> chunked.Result:
+    """Arguments as for :func:`fused_kd.engine.chunked.run`, without the row."""
+    if engine == "streaming":
+        assert not isinstance(teacher, chunked.TopKSide)
+        from . import streaming
+
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
+    try:
+        return chunked.run(student, teacher, *args, row=get_row(backend), **options)
+    except BudgetTooSmall as error:
+        if engine != AUTO or isinstance(teacher, chunked.TopKSide):
+            raise
+        too_small = error
+    from . import streaming
+
+    try:
+        return streaming.run(student, teacher, *args, **options)
+    except BudgetTooSmall as error:
+        raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None

@@ -1,0 +1,220 @@
+"""The streaming engine's sweeps over the vocabulary: what the Triton kernels are launched with."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..divergences import DIVERGENCES
+from ..objectives import RowSpec, Scalars
+from ..rows.triton_row import formula_constants
+from ..workspace import empty
+from . import streaming_plan
+from .chunked import Result, Side, largest
+from .streaming_gradient import flagged_product_kernel, gradient_kernel
+from .streaming_kernels import FIELDS, NORMS, combine_kernel, statistics_kernel, sums_combine_kernel, sums_kernel
+from .streaming_plan import Plan
+
+# Tokens of a program that combines the splits: no more than a few such programs, so small ones.
+COMBINE_BLOCK = 128
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Sweeps:
+    """One call's tokens, in the order in which they are worked on, and the sweeps over their logits.
+
+    Attributes:
+        n: positions, those of the valid tokens first.
+        tokens: (n,) which token is at a position.
+        tiles: what the kernels are compiled for.
+    """
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side | None,
+        index: Tensor | None,
+        labels: Tensor,
+        scalars: Tensor,
+        spec: RowSpec,
+        cold_labels: bool,
+        vocab: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.n = labels.shape[0]
+        self._order, self._count = _front(labels >= 0)
+        self.tokens = self._order if index is None else index[self._order]
+        self._labels = labels[self._order]
+        self._scalars, self._spec, self._vocab = scalars, spec, vocab
+        self._divergence = None if spec.divergence is None else DIVERGENCES[spec.divergence]
+        sides = [student] if teacher is None else [student, teacher]
+        operands = [None if side.weight is None else dtype or side.source.dtype for side in sides]
+        capped = any(side.softcap is not None for side in sides)
+        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, target=_target())
+        self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
+        self._norms = empty((NORMS, self.n), torch.float32, labels.device)
+        self._chosen: Tensor | None = None
+        self._formulas = formula_constants(spec, cold_labels)
+        self._constants: dict[str, Any] = {
+            "ROUND_S": _TYPES[operands[0] or torch.float32],
+            "ROUND_T": _TYPES[operands[-1] or torch.float32],
+            "UPCAST": _INTERPRET,
+            "BM": self.tiles.tokens,
+            "BN": self.tiles.columns,
+            "BK": self.tiles.units,
+            "num_warps": self.tiles.warps,
+            "num_stages": self.tiles.stages,
+        }
+        if self.tiles.registers is not None:
+            self._constants["maxnreg"] = self.tiles.registers
+
+    @property
+    def fields(self) -> int:
+        return FIELDS.value
+
+    @property
+    def needs_sums(self) -> bool:
+        return self._divergence is not None and not self._divergence.free
+
+    def measure(self, plan: Plan, result: Result, bad: Tensor) -> None:
+        """Fill ``loss`` (NaN where ``bad``), ``difficulty`` and ``is_hard``, and keep the norms for the gradient."""
+        device = self._labels.device
+        loss, difficulty = (empty((self.n,), torch.float32, device) for _ in range(2))
+        hard = empty((self.n,), torch.bool, device)
+        self._statistics(plan.splits, loss, difficulty, hard)
+        if self._spec.ranked:
+            hard = largest(difficulty, self._labels, self._scalars)
+        if self.needs_sums:
+            assert self._divergence is not None
+            chosen = hard if self._spec.gated else self._labels >= 0
+            if self._divergence.kl_at_one:
+                chosen = chosen & (self._scalar("beta") < 1.0)
+            self._sums(plan.sum_splits, chosen, loss)
+            self._chosen = chosen
+        result.loss[self.tokens] = loss.masked_fill(bad[self._order], math.nan)
+        result.difficulty[self.tokens] = difficulty
+        result.is_hard[self.tokens] = hard
+
+    def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
+        partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
+        statistics_kernel[(self._blocks(self.n), splits)](
+            self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
+            self.n, self._vocab, self._span(splits), COLD=self._formulas["COLD"], **self._constants,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(self.n, COMBINE_BLOCK),)](
+            partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
+            TEACHER=self._teacher is not None, BLOCK=COMBINE_BLOCK,
+            **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD"),
+        )  # fmt: skip
+
+    def _sums(self, splits: int, chosen: Tensor, loss: Tensor) -> None:
+        order, count = _front(chosen)
+        partials = empty((splits, 2, self.n), torch.float32, chosen.device)
+        sums_kernel[(self._blocks(self.n), splits)](
+            self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars, partials,
+            self.n, self._vocab, self._span(splits),
+            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED"), **self._constants,
+        )  # fmt: skip
+        sums_combine_kernel[(triton.cdiv(self.n, COMBINE_BLOCK),)](
+            partials, order, count, self._norms, self._scalars, loss, self.n, splits,
+            MIXED=self._spec.mixed, BLOCK=COMBINE_BLOCK,
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        out: Tensor,
+        positions: slice,
+        columns: slice,
+        *,
+        by_token: bool,
+        weights: Tensor | None,
+        flags: Tensor | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        """Write dlogits, times ``weights`` (n,), of some positions and columns.
+
+        Row i of ``out`` is the i-th of the positions, whose ignored tokens get zeros, or ``by_token`` token i, where
+        those of ignored tokens stay as they are. ``flags``, from :meth:`flags`, asks for the filter.
+        """
+        pure = not self.needs_sums or not (self._formulas["GATED"] or self._formulas["KL_AT_ONE"])
+        gradient_kernel[(self._blocks(positions.stop - positions.start), self._tiles_of(columns))](
+            self._student, self._teacher, self.tokens, self._labels, self._count, self._norms,
+            None if pure or self._chosen is None else self._chosen.view(torch.uint8), weights, self._scalars,
+            out, out.stride(0), flags, threshold,
+            positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
+            BY_TOKEN=by_token, PURE=pure,
+            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD"), **self._constants,
+        )  # fmt: skip
+
+    def flags(self, positions: slice, columns: slice) -> Tensor:
+        """Room for a flag for each tile of :meth:`gradient`."""
+        shape = (self._blocks(positions.stop - positions.start), self._tiles_of(columns))
+        return empty(shape, torch.uint8, self._labels.device)
+
+    def flagged_product(
+        self,
+        out: Tensor,
+        dlogits: Tensor,
+        other: Tensor,
+        flags: Tensor,
+        *,
+        dtype: torch.dtype,
+        add: bool,
+        tokens: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """``out (+)= dlogits @ other``, or ``dlogits.T @ other[tokens]``, without the tiles whose flags are 0."""
+        BI, BC = self.tiles.tokens, self.tiles.columns
+        if transposed:
+            dlogits, flags, BI, BC = dlogits.t(), flags.t(), BC, BI
+        (I, K), J = dlogits.shape, out.shape[1]  # noqa: E741
+        flagged_product_kernel[(flags.shape[0], triton.cdiv(J, self.tiles.columns))](
+            dlogits, other, tokens, flags, out, (I, J, K), dlogits.stride(), other.stride(), flags.stride(),
+            ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=self.tiles.columns, BC=BC, num_warps=self.tiles.warps,
+        )  # fmt: skip
+
+    def _scalar(self, name: str) -> Tensor:
+        return self._scalars[Scalars._fields.index(name)]
+
+    def _blocks(self, positions: int) -> int:
+        return triton.cdiv(positions, self.tiles.tokens)
+
+    def _tiles_of(self, columns: slice) -> int:
+        return triton.cdiv(columns.stop - columns.start, self.tiles.columns)
+
+    def _span(self, splits: int) -> int:
+        return triton.cdiv(self._tiles_of(slice(0, self._vocab)), splits) * self.tiles.columns
+
+
+def _side(side: Side, vocab: int) -> tuple:
+    """As the kernels take it."""
+    if side.weight is None:
+        return (side.source, *side.source.stride(), None, 0, 0, None, 0, side.logit_scale, side.softcap)
+    bias = None if side.bias is None else side.bias.contiguous()
+    return (
+        side.source, *side.source.stride(), side.weight, *side.weight.stride(), bias, side.source.shape[1],
+        side.logit_scale, side.softcap,
+    )  # fmt: skip
+
+
+def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions with those where ``mask`` holds first, each part in order; and how many they are, as int32."""
+    count = mask.sum(dtype=torch.int32)
+    place = torch.where(mask, mask.cumsum(0), count + (~mask).cumsum(0)) - 1
+    order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=mask.device))
+    return order, count
+
+
+def _target() -> str:
+    return "cuda" if _INTERPRET else triton.runtime.driver.active.get_current_target().backend
+
+
+def _only(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: constants[name] for name in names}
