@@ -33,8 +33,8 @@ class Options(NamedTuple):
     dtype: torch.dtype | None
     memory_budget: int
     validate: bool
-    engine: str
-    grad_filter_eps: float
+    engine: str = "chunked"
+    grad_filter_eps: float = 0.0
 
 
 _SCHEMA = (
