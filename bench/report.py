@@ -45,12 +45,12 @@ def markdown(data: dict[str, Any]) -> str:
     parts = [f"# fused_kd, {data['suite']} suite: {_machine(data['hardware'])}", _about(data)]
     if is_gpu:
         parts += [_tests(data.get("tests")), "## Forward + backward", _measurements(data)]
-        parts += [_WORK_TITLE, _work(data)]
         if bandwidth := _bandwidth(data):
             parts += ["## The row alone, against a copy of device memory", bandwidth]
     else:
         parts += ["## Targets", _targets(data), "## Forward + backward", _measurements(data)]
-        parts += [_WORK_TITLE, _work(data)]
+    if work := _work(data):
+        parts += ["## Work, counted beside measured", work]
     errors = [row["error"]["tokens"] for row in data["rows"] if "error" in row]
     fp32 = data["settings"]["dtype"] == "float32"
     how = {
@@ -154,9 +154,6 @@ def _measurements(data: dict[str, Any]) -> str:
 _ERRORS = ("loss", "d_hidden", "d_weight")
 
 
-_WORK_TITLE = "## Work, counted beside measured"
-
-
 def _work(data: dict[str, Any]) -> str:
     lines = []
     for row in data["rows"]:
@@ -189,7 +186,7 @@ def _work(data: dict[str, Any]) -> str:
         "row's special functions counted, 1e9", "workspace counted, GB", "row's scratch measured, GB",
         "peak measured, GB",
     ]  # fmt: skip
-    return _table(head, lines)
+    return _table(head, lines) if lines else ""
 
 
 def _name(row: dict[str, Any]) -> str:
