@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+import fused_kd as fk
+
+from .inputs import Inputs, rows_of
 
 TOKENS = 64
 SLAB_BYTES = 256 << 20
@@ -15,15 +17,16 @@ SLAB_BYTES = 256 << 20
 
 def relative_errors(
     inputs: Inputs,
-    truth: Callable[[Tensor, Tensor, Tensor], Tensor],
+    truth: Callable[[Tensor, Tensor | fk.TopK, Tensor], Tensor],
     loss: Tensor,
     d_hidden: Tensor,
     d_weight: Tensor,
 ) -> dict[str, float]:
     """``|x - truth| / |truth|`` of the mean loss, dH and dW (Frobenius norms).
 
-    ``truth`` maps float64 logits (C, V) of student and teacher and labels (C,) to per-token losses (C,); the
-    logit gradient is its autograd, dH and dW follow from it by two float64 products."""
+    ``truth`` maps float64 logits (C, V) of student and teacher (or the teacher's lists, where inputs have them)
+    and labels (C,) to per-token losses (C,); the logit gradient is its autograd, dH and dW follow from it by two
+    float64 products."""
     h_s, w_s, h_t, w_t = (x.detach() for x in inputs[:4])
     N, V = h_s.shape[0], w_s.shape[0]
     dz = torch.empty(N, V, dtype=torch.float64, device=h_s.device)
@@ -31,7 +34,8 @@ def relative_errors(
     for start in range(0, N, TOKENS):
         tokens = slice(start, min(start + TOKENS, N))
         z = _logits(h_s[tokens], w_s).requires_grad_()
-        value = truth(z, _logits(h_t[tokens], w_t), inputs.labels[tokens]).sum() / N
+        teacher = _logits(h_t[tokens], w_t) if inputs.top_k is None else rows_of(inputs.top_k, tokens)
+        value = truth(z, teacher, inputs.labels[tokens]).sum() / N
         (dz[tokens],) = torch.autograd.grad(value, z)
         total += float(value.detach())
 

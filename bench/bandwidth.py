@@ -11,6 +11,7 @@ import torch
 import fused_kd as fk
 from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
 
+from .counts import row_bytes
 from .inputs import BETA, LAM, LOGIT_STD, TEACHER_NOISE
 from .measure import Timer, interleaved
 
@@ -59,6 +60,6 @@ def measure_row(
             "hard_fraction": hard,
             "seconds": seconds,
             "copy_bytes": 8 * C * V,
-            "row_bytes_once": (8 + written) * C * V,
-            "row_bytes_swept": int((16 + 8 * hard + written) * C * V),
+            "row_bytes_once": row_bytes(C * V, written),
+            "row_bytes_swept": row_bytes(C * V, written, sweeps=2 + hard),
         }

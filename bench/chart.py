@@ -35,7 +35,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         left.barh(labels, middle, xerr=errors, color=colors)
         left.axvline(1.0, color="black", linewidth=0.8)
         left.set(
-            xlabel="forward + backward, multiples of the four GEMMs",
+            xlabel="forward + backward, multiples of its bare GEMMs",
             title="{}: {}, {}, {}, {}".format(*shape),
         )
         sizes = [r.get("memory", {}).get("over_inputs_and_gradients", 0) / 1e9 for r in here]

@@ -22,7 +22,7 @@ from .shapes import CPU_SHAPES, QUICK_SHAPES, TOKENS
 from .store import Store
 from .worker import Case
 
-DEFAULT = ("fused_kd", "eager", "torch.compile")
+DEFAULT = ("fused_kd", "fused_kd top-k 64", "fused_kd top-k 64 bucket", "eager", "torch.compile")
 
 
 def main(arguments: list[str] | None = None) -> int:

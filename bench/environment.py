@@ -20,8 +20,8 @@ SOURCES = (
     "fused_kd/engine/*.py",
     "fused_kd/rows/*.py",
     "csrc/*",
-    *(f"bench/{name}.py" for name in ("accuracy", "bandwidth", "eager", "floor", "implementations", "inputs")),
-    *(f"bench/{name}.py" for name in ("measure", "shapes", "worker")),
+    *(f"bench/{name}.py" for name in ("accuracy", "bandwidth", "counts", "eager", "floor", "implementations")),
+    *(f"bench/{name}.py" for name in ("inputs", "measure", "shapes", "tally", "worker")),
 )
 
 

@@ -1,4 +1,4 @@
-"""The floor: nothing but the four GEMMs of a distillation step."""
+"""The floor: nothing but the GEMMs of a distillation step, four of them or, with a top-k teacher, three."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from .inputs import Inputs
 
 
 class Floor:
-    """Student logits, teacher logits, dH, dW into outputs allocated once.
+    """Student logits, teacher logits, dH, dW into outputs allocated once; no teacher logits with a top-k teacher.
 
     Low-precision operands (CUDA only) go into fp32 outputs, by the calls that the engine makes. One buffer
     serves both logits; in fp32 it also stands for their gradient."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.h_s, self.w_s, self.h_t, self.w_t = (x.detach() for x in inputs[:4])
+        self.teacher = inputs.top_k is None
         device, dtype = self.h_s.device, self.h_s.dtype
         N, V = self.h_s.shape[0], self.w_s.shape[0]
         self.logits = torch.zeros(N, V, device=device)
@@ -26,7 +27,8 @@ class Floor:
 
     def __call__(self) -> None:
         _gemm(self.h_s, self.w_s.t(), self.logits)
-        _gemm(self.h_t, self.w_t.t(), self.logits)
+        if self.teacher:
+            _gemm(self.h_t, self.w_t.t(), self.logits)
         _gemm(self.dlogits, self.w_s, self.d_hidden)
         _gemm(self.dlogits.t(), self.h_s, self.d_weight)
 

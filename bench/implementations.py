@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,35 +14,49 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.engine import chunked
-from fused_kd.reference import reference_rows
+from fused_kd.reference import reference_kd_loss
+from fused_kd.rows import choose_backend
 
+from .counts import count_fused, gemm_flops
 from .eager import self_evolution
-from .inputs import BETA, LAM, Inputs
+from .inputs import BETA, LAM, Inputs, cut_top_k
+from .shapes import Shape
+
+TOP_K = 64
 
 Step = Callable[[Tensor], Tensor]
 """Labels (N,) to the scalar loss; the caller runs its backward."""
 
 
+Truth = Callable[[Tensor, Any, Tensor, float], Tensor]
+
+
 class Implementation(NamedTuple):
-    """``build(inputs, gamma)`` makes the step; ``truth(z, z_t, labels, gamma)`` its per-token losses in
-    float64.
+    """``build(inputs, gamma)`` makes the step; ``truth(z, teacher, labels, gamma)`` its per-token losses in
+    float64, from the teacher's logits or lists.
 
     ``objective`` names what is computed. ``missing(device type)`` says why it cannot run there, or None.
-    ``drops_ignored`` says that ignored tokens cost it less.
+    ``drops_ignored`` says that ignored tokens cost it less, ``compiles`` that it runs graphs of torch.compile.
+    ``prepare(inputs)`` is untimed set-up. ``work(shape, inputs, hard fraction)`` counts what a step
+    does: all fields of :class:`bench.counts.Counts`, or for others than fused_kd the FLOPs that none can spare.
     """
 
     objective: str
     build: Callable[[Inputs, float], Step]
-    truth: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    truth: Truth
     missing: Callable[[str], str | None]
     drops_ignored: bool = False
+    compiles: bool = False
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    work: Callable[[Shape, Inputs, float], dict[str, Any]] = lambda shape, *_: {"flops": gemm_flops(shape)}
 
 
-def _self_evolution_truth(z: Tensor, z_t: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    return reference_rows(z, z_t, labels, fk.SelfEvolution(lam=LAM, beta=BETA, gamma=gamma))[0]
+def _self_evolution_truth(z: Tensor, teacher: Tensor | fk.TopK, labels: Tensor, gamma: float) -> Tensor:
+    objective = fk.SelfEvolution(lam=LAM, beta=BETA, gamma=gamma)
+    return reference_kd_loss(z, teacher, labels, objective, reduction="none").loss
 
 
-def _jsd_truth(ce_share: float, beta: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+def _jsd_truth(ce_share: float, beta: float) -> Truth:
     """``ce_share * CE + (1 - ce_share) * (beta * KL(p||m) + (1 - beta) * KL(q||m))``; beta 0 is KL(p||q)."""
 
     def truth(z: Tensor, z_t: Tensor, labels: Tensor, gamma: float) -> Tensor:
@@ -64,10 +78,25 @@ def _fused(backend: str | None) -> Callable[[Inputs, float], Step]:
         objective = fk.SelfEvolution(lam=LAM, beta=BETA, gamma=gamma)
         criterion = fk.KDLoss(objective, backend=backend).to(inputs.hidden_s.device)
         student = fk.LMHead(inputs.hidden_s, inputs.weight_s)
-        teacher = fk.LMHead(inputs.hidden_t, inputs.weight_t)
+        teacher = inputs.top_k or fk.LMHead(inputs.hidden_t, inputs.weight_t)
         return lambda labels: criterion(student, teacher, labels)
 
     return build
+
+
+def _fused_work(backend: str | None) -> Callable[[Shape, Inputs, float], dict[str, Any]]:
+    def count(shape: Shape, inputs: Inputs, hard: float) -> dict[str, Any]:
+        return count_fused(shape, inputs, hard, choose_backend(backend, inputs.labels.device))._asdict()
+
+    return count
+
+
+def _top_k(tail: str) -> Implementation:
+    return Implementation(
+        f"{_SELF_EVOLUTION}, teacher's top {TOP_K} entries, {tail}", _fused(None), _self_evolution_truth,
+        lambda device: None if device == "cpu" else "the float64 truth of top-k teachers is made on CPUs",
+        drops_ignored=True, prepare=lambda inputs: cut_top_k(inputs, TOP_K, tail), work=_fused_work(None),
+    )  # fmt: skip
 
 
 def _eager(compiled: bool) -> Callable[[Inputs, float], Step]:
@@ -137,18 +166,22 @@ _TRL_MODULE = "trl.kernels.chunked_divergence"
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "fused_kd": Implementation(
-        _SELF_EVOLUTION, _fused(None), _self_evolution_truth, _always, drops_ignored=True,
+        _SELF_EVOLUTION, _fused(None), _self_evolution_truth, _always, drops_ignored=True, work=_fused_work(None),
     ),
-    "fused_kd torch": Implementation(_SELF_EVOLUTION, _fused("torch"), _self_evolution_truth, _always),
+    "fused_kd torch": Implementation(
+        _SELF_EVOLUTION, _fused("torch"), _self_evolution_truth, _always, work=_fused_work("torch"),
+    ),
+    f"fused_kd top-k {TOP_K}": _top_k("renormalize"),
+    f"fused_kd top-k {TOP_K} bucket": _top_k("bucket"),
     "eager": Implementation(_SELF_EVOLUTION, _eager(False), _self_evolution_truth, _always),
-    "torch.compile": Implementation(_SELF_EVOLUTION, _eager(True), _self_evolution_truth, _always),
+    "torch.compile": Implementation(_SELF_EVOLUTION, _eager(True), _self_evolution_truth, _always, compiles=True),
     "liger fused jsd": Implementation(
         "nearest: generalized JSD(0.5)", _liger_fused_jsd, _jsd_truth(0.0, 0.5),
         _needs("liger_kernel.transformers", _LIGER, cuda=True),
     ),
     "liger chunked jsd": Implementation(
         "nearest: 0.5 CE + 0.5 generalized JSD(0.5)", _liger_chunked_jsd, _jsd_truth(0.5, 0.5),
-        _needs("liger_kernel.chunked_loss", _LIGER),
+        _needs("liger_kernel.chunked_loss", _LIGER), compiles=True,
     ),
     "trl chunked jsd": Implementation(
         "nearest: generalized JSD(0.5)", _trl(0.5), _jsd_truth(0.0, 0.5), _needs(_TRL_MODULE, _TRL),

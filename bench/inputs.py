@@ -4,12 +4,15 @@ from it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import fused_kd as fk
 from fused_kd.engine.gemm import Projection
+from fused_kd.reference import reference_kd_loss
 
 from .shapes import Shape
 
@@ -23,7 +26,7 @@ CHUNK = 128
 
 class Inputs(NamedTuple):
     """Student leaves that require grad, teacher constants, labels (N,) int64, difficulty (N,) fp32 of each
-    token."""
+    token. ``top_k`` stands for the teacher where it is not None."""
 
     hidden_s: Tensor
     weight_s: Tensor
@@ -31,6 +34,7 @@ class Inputs(NamedTuple):
     weight_t: Tensor
     labels: Tensor
     difficulty: Tensor
+    top_k: fk.TopK | None = None
 
     def gamma(self, tokens: str) -> float:
         """The threshold that makes no token, every token, or about half of them hard."""
@@ -58,7 +62,9 @@ class Inputs(NamedTuple):
     def first(self, n: int) -> Inputs:
         """The first ``n`` tokens, with hidden states that are a leaf of their own; the weights are shared."""
         hidden_s = self.hidden_s.detach()[:n].clone().requires_grad_()
-        return Inputs(hidden_s, self.weight_s, self.hidden_t[:n], self.weight_t, self.labels[:n], self.difficulty[:n])
+        top_k = None if self.top_k is None else rows_of(self.top_k, slice(0, n))
+        teacher = self.hidden_t[:n], self.weight_t
+        return Inputs(hidden_s, self.weight_s, *teacher, self.labels[:n], self.difficulty[:n], top_k)
 
     def drop_gradients(self) -> None:
         self.hidden_s.grad = self.weight_s.grad = None
@@ -76,6 +82,25 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     return Inputs(hidden_s.requires_grad_(), weight_s.requires_grad_(), hidden_t, weight_t, labels, difficulty)
 
 
+def rows_of(teacher: fk.TopK, tokens: slice) -> fk.TopK:
+    """The lists of some tokens."""
+    return fk.TopK(teacher.log_probs[tokens], teacher.indices[tokens], teacher.tail)
+
+
+@torch.no_grad()
+def cut_top_k(inputs: Inputs, k: int, tail: str) -> Inputs:
+    """The same inputs with the teacher's ``k`` most probable entries in its place; difficulties follow."""
+    V = inputs.weight_s.shape[0]
+    lists, difficulties = [], []
+    for tokens, z, z_t in _logits(*inputs[:4]):
+        teacher = fk.TopK(*z_t.log_softmax(1).topk(min(k, V)), tail)
+        lists.append((teacher.log_probs, teacher.indices))
+        found = reference_kd_loss(z, teacher, inputs.labels[tokens], fk.NoEvo(lam=LAM), reduction="none")
+        difficulties.append(found.difficulty.float())
+    log_probs, indices = (torch.cat(parts) for parts in zip(*lists, strict=True))
+    return inputs._replace(difficulty=torch.cat(difficulties), top_k=fk.TopK(log_probs, indices, tail))
+
+
 def _near(student: Tensor, H: int, noise: float, g: torch.Generator) -> Tensor:
     """Noise with the student's columns added: the teacher agrees with the student, but not quite."""
     teacher = torch.randn(student.shape[0], H, generator=g, device=student.device).mul_(noise)
@@ -88,20 +113,29 @@ def _label(
     hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Labels drawn from the teacher, and KL(yt||q) of each token."""
-    N, V, device = hidden_s.shape[0], weight_s.shape[0], hidden_s.device
-    student, teacher = (Projection(w, None, w.dtype) for w in (weight_s, weight_t))
-    z, z_t = torch.empty(2, min(CHUNK, N), V, device=device)
+    N, device = hidden_s.shape[0], hidden_s.device
     labels = torch.empty(N, dtype=torch.int64, device=device)
     difficulty = torch.empty(N, device=device)
+    for tokens, z, z_t in _logits(hidden_s, weight_s, hidden_t, weight_t):
+        target = z_t.softmax(1)
+        y = torch.multinomial(target, 1, generator=g)
+        target.mul_(LAM).scatter_add_(1, y, torch.full_like(target[:, :1], 1.0 - LAM))
+        labels[tokens] = y.squeeze(1)
+        log_q = z.log_softmax(1)
+        difficulty[tokens] = (torch.xlogy(target, target) - target * log_q).sum(1)
+    return labels, difficulty
+
+
+def _logits(
+    hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some tokens at a time, and their fp32 logits (C, V) of student and teacher, in buffers that are used again."""
+    N, V = hidden_s.shape[0], weight_s.shape[0]
+    student, teacher = (Projection(w, None, w.dtype) for w in (weight_s, weight_t))
+    z, z_t = torch.empty(2, min(CHUNK, N), V, device=hidden_s.device)
     for start in range(0, N, CHUNK):
         tokens = slice(start, min(start + CHUNK, N))
         rows = tokens.stop - tokens.start
         student.logits(student.operand(hidden_s[tokens]), z[:rows])
         teacher.logits(teacher.operand(hidden_t[tokens]), z_t[:rows])
-        target = z_t[:rows].softmax(1)
-        y = torch.multinomial(target, 1, generator=g)
-        target.mul_(LAM).scatter_add_(1, y, torch.full_like(target[:, :1], 1.0 - LAM))
-        labels[tokens] = y.squeeze(1)
-        log_q = z[:rows].log_softmax(1)
-        difficulty[tokens] = (torch.xlogy(target, target) - target * log_q).sum(1)
-    return labels, difficulty
+        yield tokens, z[:rows], z_t[:rows]

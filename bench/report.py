@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from .chart import draw
-from .samples import ratios
+from .samples import rates, ratios
 
 METHOD = """\
 - **Time**: forward + backward. Floor and implementation take turns in one process, after warm-up; each sample
   is divided by the floor's of the same round; median and, in brackets, quartiles. Gradients are dropped
   before each step, so allocating them is part of it.
 - **Floor**: the four bare GEMMs (student logits, teacher logits, dH, dW), `{gemm}`, into outputs allocated
-  beforehand.
+  beforehand. With a top-k teacher the three of the student: its lists are cut beforehand, untimed.
 - **Memory**: peak of one forward + backward after warm-up, in a process that runs one implementation at one
   shape, by {memory}. "Over inputs + gradients" subtracts what is in use with the inputs and the gradients of
   hidden states and weight in place; "over inputs" adds the size of those gradients.
+- **Work**: counted from the algorithm as `bench/counts.py` says; a multiply-add is two FLOPs, and counted are those
+  of the GEMMs that nobody can do without. Measured FLOPs are those that PyTorch dispatched in one call; under
+  torch.compile they cannot be seen. GFLOP/s take the measured number where there is one. Bytes of GEMMs are operands
+  and results, those of the row each logit read and written once, or swept as often as the design says; GB/s take
+  the GEMMs' and the row's once. "Workspace" is what the planner planned, "scratch" what rows asked for beside it,
+  "peak" the measured memory over inputs + gradients.
 - **Error**: relative Frobenius norm against float64, on the first {tokens} tokens; dH of the hidden states,
   dW of the weight. A peer is compared with its own objective in float64.
 - **Inputs**: the same for all. Logits of standard deviation 4, a teacher near the student, labels drawn from
@@ -43,6 +49,8 @@ def markdown(data: dict[str, Any]) -> str:
             parts += ["## The row alone, against a copy of device memory", bandwidth]
     else:
         parts += ["## Targets", _targets(data), "## Forward + backward", _measurements(data)]
+    if work := _work(data):
+        parts += ["## Work, counted beside measured", work]
     errors = [row["error"]["tokens"] for row in data["rows"] if "error" in row]
     fp32 = data["settings"]["dtype"] == "float32"
     how = {
@@ -87,19 +95,26 @@ def _targets(data: dict[str, Any]) -> str:
     rows = {(r["shape"]["name"], r["implementation"], r["tokens"]): r for r in data["rows"] if r["status"] == "ok"}
     lines = []
     for (shape, implementation, tokens), row in rows.items():
-        if implementation != "fused_kd":
+        own, half = _median(ratios(row)), _judged(_median(ratios(row, "half_ignored", "step")), 0.6)
+        if row.get("top_k"):
+            # The aim is for the smaller shape; there is nothing to compare a top-k teacher with.
+            cells = ["", _judged(own, 1.1 if shape == "32k" else None), "", half, ""]
+        elif implementation == "fused_kd":
+            compiled = rows.get((shape, "torch.compile", tokens), {})
+            theirs = _median(ratios(compiled))
+            cells = [
+                _judged(own, 1.2),
+                "",
+                _judged(own / theirs if own and theirs else None, 1.0, strict=True),
+                half,
+                _judged(_over(_memory(row), _memory(compiled)), 0.5),
+            ]
+        else:
             continue
-        compiled = rows.get((shape, "torch.compile", tokens), {})
-        own, theirs = _median(ratios(row)), _median(ratios(compiled))
-        cells = [
-            _judged(own, 1.2),
-            _judged(own / theirs if own and theirs else None, 1.0, strict=True),
-            _judged(_median(ratios(row, "half_ignored", "step")), 0.6),
-            _judged(_over(_memory(row), _memory(compiled)), 0.5),
-        ]
-        lines.append([_shape(row), tokens, *cells])
+        lines.append([_shape(row), tokens, implementation, *cells])
     head = [
-        "shape (N, H_s, H_t, V)", "tokens", "time / floor, at most 1.2", "time / torch.compile, below 1",
+        "shape (N, H_s, H_t, V)", "tokens", "implementation", "time / four GEMMs, at most 1.2",
+        "time / three student GEMMs, at most 1.1", "time / torch.compile, below 1",
         "half ignored / own full time, at most 0.6", "memory / torch.compile, at most 0.5",
     ]  # fmt: skip
     return _table(head, lines)
@@ -110,8 +125,7 @@ def _measurements(data: dict[str, Any]) -> str:
     for row in data["rows"]:
         if row["implementation"].startswith("row: "):
             continue
-        name = row["implementation"] + (f", chunk {row['chunk']}" if row["chunk"] else "")
-        lead = [_shape(row), row["tokens"], name, row["objective"] or ""]
+        lead = [_shape(row), row["tokens"], _name(row), row["objective"] or ""]
         if row["status"] != "ok":
             lines.append([*lead, f"{row['status']}: {row['reason']}", *[""] * 7])
             continue
@@ -138,6 +152,45 @@ def _measurements(data: dict[str, Any]) -> str:
 
 
 _ERRORS = ("loss", "d_hidden", "d_weight")
+
+
+def _work(data: dict[str, Any]) -> str:
+    lines = []
+    for row in data["rows"]:
+        if row["implementation"].startswith("row: ") or row["status"] != "ok" or "counts" not in row:
+            continue
+        counts, rate = row["counts"], rates(row)
+        swept = [f"{1e-9 * counts[k]:.2f}" for k in ("row_bytes_once", "row_bytes_swept") if k in counts]
+        lines.append(
+            [
+                _shape(row),
+                row["tokens"],
+                _name(row),
+                str(counts.get("chunk", "")),
+                _giga(sum(counts["flops"].values())),
+                _giga(row.get("measured_flops")),
+                _giga(rate.flops),
+                "" if rate.share is None else f"{100 * rate.share:.0f} %",
+                _giga(sum(counts["gemm_bytes"].values()) if "gemm_bytes" in counts else None),
+                " - ".join(swept),
+                _giga(rate.bytes),
+                _giga(counts.get("row_specials")),
+                _size(counts.get("workspace_bytes")),
+                _size(row.get("row_scratch_bytes")) if "chunk" in counts else "",
+                _size(_memory(row)),
+            ]
+        )
+    head = [
+        "shape (N, H_s, H_t, V)", "tokens", "implementation", "tokens a chunk", "GFLOP counted", "GFLOP measured",
+        "GFLOP/s", "share of the floor's", "GEMMs' GB counted", "row's GB counted, once - swept", "GB/s",
+        "row's special functions counted, 1e9", "workspace counted, GB", "row's scratch measured, GB",
+        "peak measured, GB",
+    ]  # fmt: skip
+    return _table(head, lines) if lines else ""
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["implementation"] + (f", chunk {row['chunk']}" if row["chunk"] else "")
 
 
 def _bandwidth(data: dict[str, Any]) -> str:
@@ -190,9 +243,11 @@ def _median(values: list[float] | None) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _judged(value: float | None, limit: float, strict: bool = False) -> str:
+def _judged(value: float | None, limit: float | None, strict: bool = False) -> str:
     if value is None:
         return "not measured"
+    if limit is None:
+        return f"{value:.2f}"
     met = value < limit if strict else value <= limit
     return f"{value:.2f} {'met' if met else 'not met'}"
 
@@ -206,6 +261,10 @@ def _spread(values: list[float]) -> str:
 
 def _size(value: float | None) -> str:
     return "" if value is None else f"{value / 1e9:.3f}"
+
+
+def _giga(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.4g}"
 
 
 def _table(head: list[str], lines: Iterable[list[str]]) -> str:

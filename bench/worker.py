@@ -28,6 +28,7 @@ from .inputs import Inputs, make_inputs
 from .measure import Timer, interleaved, peak_memory
 from .shapes import Shape
 from .store import json_safe
+from .tally import measured_flops, row_scratch_bytes
 
 ROW_PREFIX = "row: "
 
@@ -91,13 +92,13 @@ def rows(case: Case) -> Iterator[dict[str, Any]]:
             yield case.row(found.pop("tokens"), case.variants[0][1], status="ok", **found)
         return
     implementation = IMPLEMENTATIONS[case.implementation]
-    inputs = make_inputs(case.shape, device, dtype)
+    inputs = implementation.prepare(make_inputs(case.shape, device, dtype))
     for tokens, rows_per_chunk in case.variants:
         gamma = inputs.gamma(tokens)
         measured = _guarded(partial(_measure, case, implementation, inputs, gamma, rows_per_chunk), "status")
         inputs.drop_gradients()
-        hard = inputs.hard_fraction(gamma)
-        yield case.row(tokens, rows_per_chunk, gamma=gamma, hard_fraction=hard, **measured)
+        about = {"gamma": gamma, "hard_fraction": inputs.hard_fraction(gamma), "top_k": inputs.top_k is not None}
+        yield case.row(tokens, rows_per_chunk, **about, **measured)
 
 
 def _measure(
@@ -105,6 +106,8 @@ def _measure(
 ) -> dict[str, Any]:
     with preferred_chunk(chunk):
         found = _speed_and_memory(case, implementation, inputs, gamma)
+        inputs.drop_gradients()
+        found |= _guarded(partial(_work, case, implementation, inputs, gamma), "work_status")
         inputs.drop_gradients()
         return found | _guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
 
@@ -160,6 +163,20 @@ def _time(case: Case, calls: dict[str, Callable[[], object]], inputs: Inputs) ->
     return found
 
 
+def _work(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, Any]:
+    """Counted from the algorithm, and tallied in one more call."""
+    found: dict[str, Any] = {"counts": implementation.work(case.shape, inputs, inputs.hard_fraction(gamma))}
+    step = implementation.build(inputs, gamma)
+
+    def call() -> None:
+        inputs.drop_gradients()
+        step(inputs.labels).backward()
+
+    if implementation.compiles:  # a counter would switch the compiled graph off
+        return found
+    return found | {"measured_flops": measured_flops(call), "row_scratch_bytes": row_scratch_bytes(call)}
+
+
 def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, float | int]:
     n = min(case.error_tokens, case.shape.N)
     part = inputs.first(n)
@@ -168,7 +185,7 @@ def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: f
     assert part.hidden_s.grad is not None and part.weight_s.grad is not None
     errors = relative_errors(
         part,
-        lambda z, z_t, y: implementation.truth(z, z_t, y, gamma),
+        lambda z, teacher, y: implementation.truth(z, teacher, y, gamma),
         loss.detach(),
         part.hidden_s.grad,
         part.weight_s.grad,

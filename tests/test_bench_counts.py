@@ -1,0 +1,205 @@
+"""Work counted beside work measured, and the top-k benchmark."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_kd as fk
+from fused_kd.engine import chunked
+from fused_kd.engine.plan import Plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import report
+from bench.counts import count_chunked, gemm_flops, planned
+from bench.floor import Floor
+from bench.implementations import IMPLEMENTATIONS, preferred_chunk
+from bench.inputs import cut_top_k, make_inputs
+from bench.samples import rates
+from bench.shapes import Shape
+from bench.tally import measured_flops, row_scratch_bytes
+
+from .test_bench import CPU, HEADER, WIDE, case
+
+TOP_K = ["fused_kd top-k 64", "fused_kd top-k 64 bucket"]
+
+
+def prepared(name: str, dtype: torch.dtype = torch.float32):
+    """Inputs of one implementation, and a forward and backward on all labels or those given."""
+    inputs = IMPLEMENTATIONS[name].prepare(make_inputs(WIDE, CPU, dtype))
+    step = IMPLEMENTATIONS[name].build(inputs, inputs.gamma("mixed"))
+    return inputs, lambda labels=inputs.labels: step(labels).backward()
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("name", ["fused_kd", "fused_kd torch", "eager", *TOP_K])
+def test_counted_flops_are_those_that_run(name, chunk):
+    inputs, call = prepared(name)
+    with preferred_chunk(chunk):
+        counts = IMPLEMENTATIONS[name].work(WIDE, inputs, 0.5)
+        assert measured_flops(call) == sum(counts["flops"].values())
+        assert measured_flops(lambda: (call(), call())) == 2 * sum(counts["flops"].values())
+        if name != "eager":
+            half = gemm_flops(WIDE, top_k=name in TOP_K, valid=0.5)
+            assert measured_flops(lambda: call(inputs.half_ignored())) == sum(half.values())
+
+
+@pytest.mark.parametrize("frozen, saved", [("hidden_s", "d_hidden"), ("weight_s", "d_weight")])
+def test_measured_flops_follow_what_runs(frozen, saved):
+    inputs, call = prepared("fused_kd")
+    getattr(inputs, frozen).requires_grad_(False)
+    flops = gemm_flops(WIDE)
+    assert measured_flops(call) == sum(flops.values()) - flops[saved]
+
+
+def test_low_precision_runs_the_same_flops():
+    _, call = prepared("fused_kd", torch.bfloat16)
+    assert measured_flops(call) == sum(gemm_flops(WIDE).values())
+
+
+def test_products_with_an_fp32_result_are_measured():
+    a, b = (
+        torch.empty(5, 7, device="meta", dtype=torch.bfloat16),
+        torch.empty(7, 3, device="meta", dtype=torch.bfloat16),
+    )
+    out = torch.empty(5, 3, device="meta")
+    aten = torch.ops.aten
+    for call in (
+        lambda: aten.mm.dtype_out(a, b, torch.float32, out=out),
+        lambda: aten.mm.dtype(a, b, torch.float32),
+        lambda: aten.addmm.dtype_out(out, a, b, torch.float32, out=out),
+    ):
+        assert measured_flops(call) == 2 * 5 * 7 * 3
+
+
+def test_counts_by_hand():
+    shape, plan = Shape("by hand", N=10, H_s=2, H_t=3, V=7), Plan(chunk=4, workspace=99)
+    easy = count_chunked(shape, torch.float32, plan)
+    assert easy.flops == {"student_logits": 280, "teacher_logits": 420, "d_hidden": 280, "d_weight": 280}
+    assert easy.gemm_bytes == {
+        "student_logits": 4 * (20 + 3 * 14 + 70),  # hidden, weight three times, logits
+        "teacher_logits": 4 * (30 + 3 * 21 + 70),
+        "d_hidden": 4 * (70 + 3 * 14 + 20),
+        "d_weight": 4 * (70 + 20 + 5 * 14),  # written thrice, read twice
+    }
+    assert (easy.row_specials, easy.row_bytes_once, easy.row_bytes_swept) == (2 * 70, 12 * 70, 20 * 70)
+    assert (easy.chunk, easy.workspace_bytes) == (4, 99)
+
+    half = count_chunked(shape, torch.float32, plan, valid=0.5, hard=1.0)
+    assert half.gemm_bytes["d_weight"] == 4 * (35 + 10 + 3 * 14)
+    assert (half.row_specials, half.row_bytes_once, half.row_bytes_swept) == (4 * 35, 12 * 35, 28 * 35)
+    assert sum(half.flops.values()) == 630
+    remade = [count_chunked(shape, torch.float32, plan, hard=h, recomputes=True).row_specials for h in (0.0, 1.0)]
+    assert remade == [4 * 70, 9 * 70]
+
+    lists = count_chunked(shape, torch.float32, plan, top_k=True, hard=1.0)
+    assert lists.flops.keys() == lists.gemm_bytes.keys() == {"student_logits", "d_hidden", "d_weight"}
+    assert (lists.row_specials, lists.row_bytes_once, lists.row_bytes_swept) == (70, 8 * 70, 12 * 70)
+
+    gpu = count_chunked(shape, torch.bfloat16, plan, recomputes=True, on_host=False)
+    assert gpu.gemm_bytes["student_logits"] == 2 * (20 + 3 * 14) + 4 * 70
+    assert gpu.gemm_bytes["d_weight"] == 2 * (70 + 20) + 4 * 5 * 14 + (8 + 6 + 4) * 14
+    assert gpu.row_bytes_once == 10 * 70
+    cpu = count_chunked(shape, torch.bfloat16, plan, upcasts=True)
+    assert cpu.gemm_bytes["student_logits"] == 4 * 20 + 10 * 3 * 14 + 12 * 70
+    assert cpu.gemm_bytes["d_weight"] == 4 * (70 + 20) + 4 * 5 * 14 + 6 * 14
+
+
+@pytest.mark.parametrize("name", ["fused_kd", *TOP_K])
+def test_counted_plan_is_the_one_that_runs(name, monkeypatch):
+    seen = []
+    inputs, call = prepared(name)
+    plan = chunked.plan_chunks
+    monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: seen.append(plan(*a, **k)) or seen[-1])
+    for chunk in (None, 5):
+        with preferred_chunk(chunk):
+            call()
+            assert planned(inputs) == seen[-1] == seen[-2]
+    assert seen[0] != seen[-1]
+
+
+def test_row_scratch_is_what_rows_hold_at_a_time():
+    _, call = prepared("fused_kd torch")
+    block = 4 * WIDE.N * WIDE.V
+    most = row_scratch_bytes(call)
+    assert most % block == 0 and 3 <= most // block <= 12  # p, the difference, and what hard rows need
+    assert row_scratch_bytes(lambda: (call(), call())) == most
+    _, call = prepared("eager")
+    assert row_scratch_bytes(call) == 0
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_top_k_inputs_are_the_teachers_head_and_their_own_difficulty(tail):
+    dense = make_inputs(WIDE, CPU, torch.float32)
+    inputs = cut_top_k(dense, 16, tail)
+    assert inputs.top_k is not None and inputs.top_k.tail == tail
+    log_p = (dense.hidden_t @ dense.weight_t.t()).double().log_softmax(1)
+    kept = torch.zeros_like(log_p, dtype=torch.bool).scatter_(1, inputs.top_k.indices, True)
+    assert kept.sum(1).eq(16).all()
+    assert (log_p.masked_fill(~kept, 0).amin(1) >= log_p.masked_fill(kept, -1e9).amax(1) - 1e-5).all()
+    torch.testing.assert_close(
+        inputs.top_k.log_probs.double(), log_p.gather(1, inputs.top_k.indices), rtol=1e-5, atol=1e-5
+    )
+    out = fk.kd_loss(
+        fk.LMHead(dense.hidden_s, dense.weight_s),
+        inputs.top_k,
+        dense.labels,
+        fk.SelfEvolution(gamma=inputs.gamma("mixed")),
+    )
+    torch.testing.assert_close(out.difficulty, inputs.difficulty, rtol=1e-5, atol=1e-5)
+    assert out.is_hard.float().mean().item() == inputs.hard_fraction(inputs.gamma("mixed"))
+    first = inputs.first(5)
+    assert first.top_k is not None and torch.equal(first.top_k.indices, inputs.top_k.indices[:5])
+
+
+def test_floor_of_a_top_k_teacher_is_the_students_three_products():
+    inputs, _ = prepared(TOP_K[0])
+    floor = Floor(inputs)
+    assert measured_flops(floor) == sum(gemm_flops(WIDE, top_k=True).values())
+    z = inputs.hidden_s.detach() @ inputs.weight_s.detach().t()
+    torch.testing.assert_close(floor.logits, z)
+    torch.testing.assert_close(floor.d_weight, z.t() @ inputs.hidden_s.detach())
+    dense, _ = prepared("fused_kd")
+    assert measured_flops(Floor(dense)) == sum(gemm_flops(WIDE).values())
+
+
+def test_rates_and_tables():
+    counts = {
+        "chunk": 4, "flops": {"a": 10**9, "b": 10**9}, "gemm_bytes": {"a": 10**9, "b": 2 * 10**9},
+        "row_specials": 5 * 10**9, "row_bytes_once": 10**9, "row_bytes_swept": 3 * 10**9, "workspace_bytes": 4 * 10**9,
+    }  # fmt: skip
+    seconds = {"floor": [1.0, 1.0], "step": [2.0, 2.0], "half_ignored": [1.0, 1.0]}
+
+    def row(name: str, shape: str, seconds: dict = seconds, **fields) -> dict:
+        return replace(case(name), shape=WIDE._replace(name=shape)).row(
+            "mixed", None, status="ok", seconds=seconds, interleaved=True, **fields
+        )
+
+    one = row("fused_kd", "32k", counts=counts)
+    assert rates(one) == (1e9, 0.5, 2e9)
+    one["measured_flops"] = 4 * 10**9  # recomputes
+    assert rates(one) == (2e9, 1.0, 2e9)
+    assert rates(row("eager", "32k", counts={"flops": counts["flops"]}))[2] is None
+    assert rates(row("eager", "32k")) == rates(row("eager", "32k", {}, counts=counts)) == (None, None, None)
+
+    one |= {"row_scratch_bytes": 10**8, "memory": {"over_inputs_and_gradients": 5 * 10**9, "over_inputs": 6 * 10**9}}
+    fast = {"floor": [1.0, 1.0], "step": [1.05, 1.05], "half_ignored": [0.8, 0.8]}
+    rows = [
+        one,
+        row(TOP_K[0], "32k", fast, top_k=True),
+        row(TOP_K[1], "32k", top_k=True),
+        row(TOP_K[1], "128k", top_k=True),
+    ]
+    text = report.markdown({**HEADER, "written": "now", "rows": rows})
+    shape = "12, 8, 10, 150 | mixed"
+    assert (
+        f"| 32k: {shape} | fused_kd | 4 | 2 | 4 | 2 | 100 % | 3 | 1.00 - 3.00 | 2 | 5 | 4.000 | 0.100 | 5.000 |" in text
+    )
+    assert f"| 32k: {shape} | {TOP_K[0]} |  | 1.05 met |  | 0.76 not met |  |" in text
+    assert f"| 32k: {shape} | {TOP_K[1]} |  | 2.00 not met |  | 0.50 met |  |" in text
+    assert f"| 128k: {shape} | {TOP_K[1]} |  | 2.00 |  | 0.50 met |  |" in text
