@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,6 +239,33 @@ def test_no_layout_matters(student, form, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_rows_left_out_and_weighted(teacher, backend):
+    """As rows see them where labels are on an accelerator: whatever an ignored row holds, nothing comes of it."""
+    V, y = 61, torch.tensor([4, -1, 60, 17])
+    z, z_t, weights = torch.randn(4, V), torch.randn(4, V), torch.tensor([0.5, 3.0, 2.0, 0.0])
+    objective = fk.SelfEvolution(gamma=2.0)
+    scalars = torch.tensor(objective.scalars())
+    results = []
+    for weighted in (None, weights):
+        side = Logits(z_t, 1.0, None, True)
+        if teacher != "dense":
+            side, _ = sparse_teacher(*z_t.log_softmax(-1).topk(5), y, V, teacher)
+        loss, difficulty, dlogits = (torch.full(shape, math.nan) for shape in ((4,), (4,), (4, V)))
+        is_hard = torch.ones(4).bool()
+        get_row(backend)(
+            RowInputs(Logits(z, 1.0, None, True), side, y, weighted, scalars, objective.kind, False),
+            RowOutputs(loss, difficulty, is_hard, dlogits),
+        )
+        assert loss[1] == difficulty[1] == 0 and not is_hard[1] and not dlogits[1].any()
+        assert (loss[[0, 2, 3]] > 0).all()
+        results.append((loss, difficulty, is_hard, dlogits))
+    plain, scaled = results
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], scaled[:3], strict=True))
+    assert plain[3][0].any() and relative(scaled[3], plain[3] * weights[:, None]) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("teacher", ["dense", "bucket"])
 def test_rows_beyond_2_31_elements(teacher, backend):
     """Rows 2^30 elements apart in memory of which only what is touched exists.
@@ -322,7 +350,8 @@ def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, 
             p = problem(N=3, V=61, dtype=dtype, bias=True)
             for objective in objectives(backend, tail):
                 cold = {"temperature": 2.0} if tail == "renormalize" else {}
-                out = fk.kd_loss(p.student(), cached(p, 5, tail), p.labels, objective, backend=backend, **cold)
+                labels, teacher = p.labels.clamp(max=59), cached(replace(p, weight_t=p.weight_t[:60]), 5, tail)
+                out = fk.kd_loss(p.student(), teacher, labels, objective, backend=backend, vocab_size=60, **cold)
                 assert out.loss.isfinite() and out.difficulty.isfinite().all()
                 assert all(g.isfinite().all() for g in gradients(out.loss, p.leaves))
     finally:
