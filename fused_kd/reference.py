@@ -101,7 +101,8 @@ def reference_rows(
             hard = d.detach() > objective.gamma
         else:
             count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-6))
-            hard = never.scatter(0, d.detach().argsort(descending=True, stable=True)[:count], True)
+            ranked = d.detach().masked_fill(d > 1e18, math.inf)  # infinite difficulties are equal
+            hard = never.scatter(0, ranked.argsort(descending=True, stable=True)[:count], True)
         loss = torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d)
     elif isinstance(objective, GeneralizedJSD):
         loss = _generalized_jsd(log_p, log_q, objective.beta)

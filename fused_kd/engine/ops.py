@@ -165,6 +165,12 @@ def check_top_k(teacher: TopKSide, labels: Tensor, vocab: int, ignore_index: int
             f"log_probs must be at most 0 and not NaN, got {float(values[token, k])} at token {token} "
             "(of the flattened tokens)"
         )
+    empty = valid.squeeze(1) & ~listed.any(1)
+    if teacher.tail == "renormalize" and bool(empty.any()):
+        raise ValueError(
+            "log_probs must list an entry above -inf with tail='renormalize', got none at token "
+            f"{int(empty.nonzero()[0])} (of the flattened tokens)"
+        )
     outside = listed & ((indices < 0) | (indices >= vocab))
     if bool(outside.any()):
         token, k = outside.nonzero()[0].tolist()

@@ -49,6 +49,7 @@ def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, t
     values = values.gather(1, order)
     bad |= ((entries[:, 1:] == entries[:, :-1]) & (entries[:, 1:] < V)).any(1)
     if tail == "renormalize":
+        bad |= ~listed.any(1)  # 0 / 0
         rest = torch.full_like(values[:, 0], -torch.inf)
     else:
         missing = (1.0 - values.double().exp().sum(1)).clamp_(min=0.0)
@@ -187,11 +188,15 @@ def _block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Sc
         z.mul_(student.scale)
     if not student.finite:
         z.clamp_(min=LOG_ZERO)
-    small.student[:, :-1] = z.gather(1, index).where(inputs.teacher.indices < V, LOG_ZERO)
+    entries = z.gather(1, index).where(inputs.teacher.indices < V, LOG_ZERO)
     z.scatter_(1, index, LOG_ZERO)
 
     work = out if out is not None and out.dtype == torch.float32 else scratch("work", B)
     top = z.amax(1)
+    # Only differences count: a large common offset would swallow the digits of the rest's logarithm.
+    origin = torch.maximum(top, entries.amax(1))
+    torch.sub(entries, origin.unsqueeze(1), out=small.student[:, :-1])
+    top = top - origin
     cold_share = cold_rest = None
     if inputs.cold_labels:
         cold_share = torch.softmax(z, 1, out=scratch("cold", B))

@@ -31,7 +31,8 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     V, K1 = student.raw.shape[1], teacher.indices.shape[1]
     small = categories(teacher, inputs.labels)
     raw, labels = unit_stride(student.raw), inputs.labels.contiguous()
-    cold_rest = torch.empty(C, device=labels.device) if inputs.cold_labels else None
+    origin = torch.empty(C, device=labels.device)
+    cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
     common = {
         "K1": K1,
         "V": V,
@@ -44,7 +45,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     }
     with guard(labels.device):
         condense_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, cold_rest,
+            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest,
             BLOCK_K=triton.next_power_of_2(K1), **common,
         )  # fmt: skip
         gradient = category_rows(dense, inputs, outputs, small, cold_rest)
@@ -53,7 +54,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
         out = outputs.dlogits
         dlogits = raw if out is student.raw else unit_stride(out)
         expand_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, cold_rest,
+            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest,
             *(None if x is None else x.contiguous() for x in gradient), dlogits, dlogits.stride(0),
             **common,
         )  # fmt: skip
@@ -68,6 +69,7 @@ def condense_kernel(
     indices_ptr,  # (C, K1) ascending, V where there is no entry
     scalars_ptr,
     categories_ptr,  # (C, K1 + 1): the entries' final logits, and the rest's log-sum-exp times the temperature
+    origin_ptr,  # (C,) the largest logit; the others are relative to it, lest a common offset swallow their digits
     cold_ptr,  # (C,) the rest's log-sum-exp at temperature 1, or None
     K1,
     V,
@@ -87,10 +89,8 @@ def condense_kernel(
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V)
     entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
     categories_row = categories_ptr + row * (K1 + 1)
-    tl.store(categories_row + lanes_k, tl.where(entries < V, entry_z, _LOG_ZERO), mask=lanes_k < K1)
 
-    z_max = tl.cast(_LOG_ZERO, tl.float32)
-    cold_max = tl.cast(_LOG_ZERO, tl.float32)
+    top = tl.cast(_LOG_ZERO, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     cold_sum = tl.zeros((BLOCK,), tl.float32)
     if tl.load(labels_ptr + row) >= 0:
@@ -99,17 +99,18 @@ def condense_kernel(
             z = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
             for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
                 z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
-            block_max = tl.max(z, axis=0)
+            new_top = tl.maximum(top, tl.max(z, axis=0))
             if COLD:
-                new_cold = tl.maximum(cold_max, block_max)
-                cold_sum = cold_sum * tl.exp(cold_max - new_cold) + tl.exp(z - new_cold)
-                cold_max = new_cold
-            new_max = tl.maximum(z_max, block_max * inv_T)
-            z_sum = z_sum * tl.exp(z_max - new_max) + tl.exp(z * inv_T - new_max)
-            z_max = new_max
-    tl.store(categories_row + K1, (z_max + tl.log(tl.sum(z_sum, axis=0))) * temperature)
+                cold_sum = cold_sum * tl.exp(top - new_top) + tl.exp(z - new_top)
+            z_sum = z_sum * tl.exp((top - new_top) * inv_T) + tl.exp((z - new_top) * inv_T)
+            top = new_top
+    origin = tl.maximum(top, tl.max(entry_z, axis=0))
+    tl.store(origin_ptr + row, origin)
+    entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
+    tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
+    tl.store(categories_row + K1, (top - origin) + tl.log(tl.sum(z_sum, axis=0)) * temperature)
     if COLD:
-        tl.store(cold_ptr + row, cold_max + tl.log(tl.sum(cold_sum, axis=0)))
+        tl.store(cold_ptr + row, (top - origin) + tl.log(tl.sum(cold_sum, axis=0)))
 
 
 @triton.jit
@@ -119,6 +120,7 @@ def expand_kernel(
     indices_ptr,
     scalars_ptr,
     categories_ptr,
+    origin_ptr,
     cold_ptr,
     entry_gradient_ptr,  # (C, K1)
     rest_gradient_ptr,  # (C,)
@@ -137,7 +139,8 @@ def expand_kernel(
     inv_T = 1.0 / tl.load(scalars_ptr + 3)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
-    rest = tl.load(categories_ptr + row * (K1 + 1) + K1) * inv_T
+    origin = tl.load(origin_ptr + row)
+    rest = tl.load(categories_ptr + row * (K1 + 1) + K1)
     rest_gradient = tl.load(rest_gradient_ptr + row)
     ignored = tl.load(labels_ptr + row) < 0
     for start in range(0, V, BLOCK):
@@ -145,9 +148,9 @@ def expand_kernel(
         mask = offsets < V
         z, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
         # At most 1 on unlisted entries; listed ones, replaced below, must not overflow.
-        gradient = rest_gradient * tl.exp(tl.minimum(z * inv_T - rest, 0.0))
+        gradient = rest_gradient * tl.exp(tl.minimum(((z - origin) - rest) * inv_T, 0.0))
         if COLD:
-            cold = tl.minimum(z - tl.load(cold_ptr + row), 0.0)
+            cold = tl.minimum((z - origin) - tl.load(cold_ptr + row), 0.0)
             gradient += tl.load(cold_gradient_ptr + row) * tl.exp(cold)
         for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
             own = tl.load(entry_gradient_ptr + row * K1 + j)
