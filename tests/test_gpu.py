@@ -30,12 +30,12 @@ def no_sync():
     return Guard()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("options", [{"backend": "triton"}, {"backend": "torch"}, {"engine": "streaming"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
-def test_a_step_never_waits_for_the_device(labels_on, dtype, backend, no_sync):
+def test_a_step_never_waits_for_the_device(labels_on, dtype, options, no_sync):
     p = problem(dtype=dtype, device="cuda")
-    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0), backend=backend).cuda()
+    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0), **options).cuda()
     labels = p.labels.to(labels_on)
     criterion(p.student(), p.teacher(), labels).backward()  # compiles the kernel
     with no_sync:
@@ -109,3 +109,32 @@ def test_memory_stays_within_the_budget():
     results = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight))
     # The rounded weight gradient exists beside its fp32 accumulator for a moment: that is a result, not workspace.
     assert torch.cuda.max_memory_allocated() - before <= budget + results + (4 << 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_streaming_holds_no_logits(dtype):
+    """64 MB beyond results, and the gradients of the chunked engine, at sizes where logits would be gigabytes."""
+    N, H, V = 8192, 1024, 128256
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(N, H, device="cuda", generator=g).to(dtype).requires_grad_()
+    weight = (torch.randn(V, H, device="cuda", generator=g) * 2 / H**0.5).to(dtype).requires_grad_()
+    teacher = fk.LMHead(hidden.detach().flip(0), weight.detach())
+    labels = torch.randint(0, V, (N,), device="cuda", generator=g)
+    results, peaks = {}, {}
+    for engine in ("chunked", "streaming"):
+        criterion = fk.KDLoss(fk.SelfEvolution(gamma=5.0), engine=engine, backend="triton").cuda()
+
+        def step() -> tuple[torch.Tensor, ...]:
+            loss = criterion(fk.LMHead(hidden, weight), teacher, labels)  # noqa: B023
+            return loss.detach(), *torch.autograd.grad(loss, [hidden, weight])
+
+        step()  # compiles, and lets the BLAS take its own workspace
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results[engine] = step()
+        peaks[engine] = torch.cuda.max_memory_allocated() - before
+    assert peaks["streaming"] - sum(x.nbytes for x in (hidden, weight)) < 64e6
+    budget = 1e-5 if dtype == torch.float32 else 6e-3
+    assert relative(results["streaming"][0], results["chunked"][0]) < 1e-5
+    for actual, expected in zip(results["streaming"][1:], results["chunked"][1:], strict=True):
+        assert relative(actual, expected) < budget

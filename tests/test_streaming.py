@@ -86,7 +86,7 @@ def test_the_check_catches_wrong_gradients(mutation, one_piece):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", STREAMED, ids=STREAMED_NAMES)
-def test_logits(objective, dtype):
+def test_logits(objective, dtype, one_piece):
     p = make(N=22, V=100)
     z = (p.hidden @ p.weight.T).detach().to(dtype).requires_grad_()
     z_t = (p.hidden_t @ p.weight_t.T).to(dtype)
@@ -148,8 +148,7 @@ def test_temperature_bias_scale_softcap_and_vocab_size(objective):
     compare(p, objective, temperature=1.7, head=head, vocab_size=141)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("reduction, weighted", [("mean", True), ("sum", False), ("none", False), ("none", True)])
 def test_reductions_with_any_upstream_gradient(reduction, weighted):
     p = make(bias=True)
     weights = torch.rand(26, device=DEVICE) if weighted else None
@@ -346,7 +345,7 @@ def test_memory_at_full_size(monkeypatch):
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes that live at once and the largest tensor, of those made inside; storage of results included."""
+    """The largest tensor made inside, results included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,19 +360,18 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_workspace_is_what_the_plan_says(dtype, monkeypatch):
-    """Seen by torch's own profiler, and by the largest tensor: a slab, never C x V."""
+def test_workspace_is_what_the_plan_says(monkeypatch):
+    """With both passes of the backward: seen by torch's own profiler, and by the largest tensor: a slab, never C x V."""
     from torch.profiler import ProfilerActivity, profile
 
     if not INTERPRETED:
         pytest.skip("test_gpu.py measures the device's memory")
     plans = []
     monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
-    p = make(N=64, V=700, dtype=dtype)
+    p = make(N=48, V=500, dtype=torch.bfloat16)
     with Allocations() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run(p, fk.SelfEvolution(gamma=1.0))
-    results = sum(4 * x.numel() for x in p.leaves) + 64 * 64  # vectors of N among them
+    results = sum(x.nbytes for x in p.leaves) + 9 * 48  # loss, difficulty and is_hard too
     live = peak = 0
     for event in prof.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -381,8 +379,7 @@ def test_workspace_is_what_the_plan_says(dtype, monkeypatch):
             peak = max(peak, live)
     (plan,) = plans
     assert plan.workspace / 4 < peak <= plan.workspace + results
-    assert seen.largest < max(16 * 700 * 4, 4 * p.weight.numel() + 1)
-    assert plan.workspace < 64 * 700 * 4 / 2
+    assert seen.largest <= p.weight.nbytes < 16 * 500 * 4
 
 
 def test_a_budget_too_small_for_the_chunked_engine_selects_streaming(monkeypatch):
@@ -462,8 +459,11 @@ def flags(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("objective", [fk.SFT(), fk.SelfEvolution(gamma=0.5)], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "objective, dtype",
+    [(fk.SFT(), torch.float32), (fk.SelfEvolution(gamma=0.5), torch.float32), (fk.Skew(), torch.bfloat16)],
+    ids=["sft-fp32", "self_evolution-fp32", "skew-bf16"],
+)
 def test_filter_skips_tiles_within_its_bound(objective, dtype, flags):
     eps = 1e-4
     student, teacher, p = peaked(dtype)

@@ -9,7 +9,7 @@ from ..rows.triton_math import arguments
 from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, row_terms, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_position", "last_position", "n"])
 def gradient_kernel(
     student,
     teacher,

@@ -3,6 +3,7 @@
 A program owns BM tokens. It makes tiles (BM, BN) of both sides' final logits, by ``tl.dot`` over blocks of BK hidden
 units or by loading them where logits were given. What becomes of a tile is the row's arithmetic, from
 :mod:`fused_kd.rows.triton_math`. A token's *position* is its place in the engine's order: valid ones first.
+Nothing that depends on the number of tokens is compiled in.
 
 A side is a tuple ``(source, token stride, unit stride, weight, row stride, unit stride, bias, H, scale, softcap)``:
 ``weight`` None says that the source holds logits, ``softcap`` None that there is no cap. ``ROUND_*`` is the dtype to
@@ -41,7 +42,7 @@ G_TOTAL = tl.constexpr(9)
 NORMS = 10
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "span"])
 def statistics_kernel(
     student,
     teacher,  # None without one
@@ -119,7 +120,7 @@ def statistics_kernel(
         tl.store(out + _KL * n, kl, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def combine_kernel(
     partials_ptr,
     norms_ptr,  # (NORMS, n)
@@ -218,7 +219,7 @@ def combine_kernel(
     tl.store(hard_ptr + positions, hard & valid, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "span"])
 def sums_kernel(
     student,
     teacher,
@@ -272,7 +273,7 @@ def sums_kernel(
     tl.store(out + n, g_sum, mask=places < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def sums_combine_kernel(
     partials_ptr,
     chosen_ptr,
@@ -320,7 +321,7 @@ def tile(
     within = (columns < V)[None, :]
     source_rows = source + tokens.to(tl.int64)[:, None] * token_stride
     if weight is None:
-        z = tl.load(source_rows + columns[None, :] * unit_stride, mask=within, other=0.0).to(tl.float32)
+        z = tl.load(source_rows + columns.to(tl.int64)[None, :] * unit_stride, mask=within, other=0.0).to(tl.float32)
     else:
         units = tl.arange(0, BK)
         # Columns beyond the vocabulary read its last one: the loop's loads need one mask less.
