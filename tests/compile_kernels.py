@@ -1,17 +1,22 @@
-"""Compile the Triton row for GPUs that need not be present; print what each uses, one JSON object a line.
+"""Compile the Triton kernels for GPUs that need not be present; print what each uses, one JSON object a line.
 
 Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=1 leaves nothing to compile.
-The kernels come from real calls of the row, whose launches are diverted into compilation.
+The kernels come from real calls of the rows, whose launches are diverted into compilation.
+
+``python -m tests.compile_kernels --write`` writes kernel_budget.json, which the test holds kernels to. Its diff shows
+what a change costs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fused_kd.objectives import OBJECTIVES
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Sparse
+from fused_kd.rows.top_k_triton import row as top_k_row
 from fused_kd.rows.triton_row import row
 
 TARGETS = {
@@ -30,6 +36,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+BUDGET = Path(__file__).with_name("kernel_budget.json")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
@@ -56,7 +63,27 @@ class Offline:
         return self.target
 
 
-def cases() -> dict[str, tuple[RowInputs, RowOutputs]]:
+def cases() -> dict[str, Callable[[], None]]:
+    """Calls that launch one kernel or, for top-k teachers, two."""
+    dense = {name: functools.partial(row, *arguments) for name, arguments in _rows().items()}
+    return dense | {
+        f"top_k/K={K}/{'fp32' if dtype == FP32 else 'bf16'}{'/cold' if cold else ''}": functools.partial(
+            _top_k, K, dtype, cold
+        )
+        for K in (64, 256)
+        for dtype in (FP32, BF16)
+        for cold in (False, True)
+    }
+
+
+def _top_k(K: int, dtype: torch.dtype, cold: bool) -> None:
+    """The row's own two kernels; what is left of it is a dense row."""
+    inputs, outputs = _case("forward_kd", dtype, dtype, dtype, cold=cold)
+    teacher = Sparse(torch.zeros(1, K + 1, dtype=torch.int64), torch.zeros(1, K + 1), torch.zeros(1), "bucket")
+    top_k_row(lambda inputs, outputs: None, inputs._replace(teacher=teacher), outputs)
+
+
+def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made = {f"{name}/{kind}": _case(name, *dtypes) for name in OBJECTIVES for kind, dtypes in DTYPES.items()}
     for name in ("sft", "self_evolution"):
         made[f"{name}/softcap+weights"] = _case(name, FP32, FP32, BF16, softcap=30.0, weights=True)
@@ -138,23 +165,40 @@ def amd_usage(kernel: Any) -> dict[str, Any]:
     }
 
 
-def main(targets: list[str]) -> None:
+def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
+    """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown)."""
     compiled = divert_launches()
     cuobjdump = find_cuobjdump()
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
-        for name, (inputs, outputs) in cases().items():
-            result: dict[str, Any] = {"target": target, "case": name}
+        nvidia = TARGETS[target].backend == "cuda"
+        for name, launch in cases().items():
             compiled.clear()
             try:
-                row(inputs, outputs)
-                (kernel,) = compiled
-                nvidia = TARGETS[target].backend == "cuda"
-                result |= nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
+                launch()
             except Exception as error:  # reported by the test that reads this
-                result["error"] = f"{type(error).__name__}: {error}"
-            print(json.dumps(result), flush=True)
+                yield {"target": target, "case": name, "error": f"{type(error).__name__}: {error}"}
+                continue
+            for kernel in compiled:
+                usage = nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
+                case = name if len(compiled) == 1 else f"{name}/{kernel.name.removesuffix('_kernel')}"
+                yield {"target": target, "case": case} | usage
+
+
+def write_budget() -> None:
+    """All cases of all targets, a line each."""
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for kernel in measure(list(TARGETS)):
+        entry = {key: kernel[key] for key in ("registers", "stack", "spills")}
+        table.setdefault(kernel["case"], {})[kernel["target"]] = entry
+    lines = ",\n".join(f"    {json.dumps(case)}: {json.dumps(entry)}" for case, entry in table.items())
+    version = json.dumps(triton.__version__)
+    BUDGET.write_text(f'{{\n  "triton": {version},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(TARGETS))
+    if sys.argv[1:] == ["--write"]:
+        write_budget()
+    else:
+        for kernel in measure(sys.argv[1:] or list(TARGETS)):
+            print(json.dumps(kernel), flush=True)

@@ -86,27 +86,28 @@ def condense_kernel(
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
-    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V)
-    entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
-    categories_row = categories_ptr + row * (K1 + 1)
-
+    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     top = tl.cast(_LOG_ZERO, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     cold_sum = tl.zeros((BLOCK,), tl.float32)
+    first = 0
     if tl.load(labels_ptr + row) >= 0:
         for start in range(0, V, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             z = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-            first = tl.sum((entries < start).to(tl.int32), axis=0)
             last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
             for j in range(first, last):
                 z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
+            first = last
             new_top = tl.maximum(top, tl.max(z, axis=0))
             if COLD:
                 cold_sum = cold_sum * tl.exp(top - new_top) + tl.exp(z - new_top)
             z_sum = z_sum * tl.exp((top - new_top) * inv_T) + tl.exp((z - new_top) * inv_T)
             top = new_top
+    # Not before: they would hold registers through the sweep.
+    entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
     origin = tl.maximum(top, tl.max(entry_z, axis=0))
+    categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
     entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
@@ -143,11 +144,12 @@ def expand_kernel(
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
-    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V)
+    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     origin = tl.load(origin_ptr + row)
     rest = tl.load(categories_ptr + row * (K1 + 1) + K1)
     rest_gradient = tl.load(rest_gradient_ptr + row)
     ignored = tl.load(labels_ptr + row) < 0
+    first = 0
     for start in range(0, V, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < V
@@ -157,10 +159,10 @@ def expand_kernel(
         if COLD:
             cold = tl.minimum((z - origin) - tl.load(cold_ptr + row), 0.0)
             gradient += tl.load(cold_gradient_ptr + row) * tl.exp(cold)
-        first = tl.sum((entries < start).to(tl.int32), axis=0)
         last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
         for j in range(first, last):
             own = tl.load(entry_gradient_ptr + row * K1 + j)
             gradient = tl.where(offsets == tl.load(indices_row + j), own, gradient)
+        first = last
         gradient = tl.where(ignored, 0.0, gradient * slope)
         tl.store(dlogits_ptr + row * dlogits_stride + offsets, gradient, mask=mask)
