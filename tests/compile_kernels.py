@@ -1,20 +1,23 @@
 """Compile the Triton kernels for GPUs that need not be present; print what each uses, one JSON object a line.
 
 Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=1 leaves nothing to compile.
-The kernels come from real calls of the row and of the streaming engine's sweeps, whose launches are diverted into
+The kernels come from real calls of the rows and of the streaming engine's sweeps, whose launches are diverted into
 compilation.
+
+``python -m tests.compile_kernels --write`` writes kernel_budget.json, which the test holds kernels to. Its diff shows
+what a change costs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from triton.runtime.jit import JITFunction
 from fused_kd.engine.chunked import Side
 from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.objectives import OBJECTIVES
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Sparse
+from fused_kd.rows.top_k_triton import row as top_k_row
 from fused_kd.rows.triton_row import row
 
 TARGETS = {
@@ -35,6 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+BUDGET = Path(__file__).with_name("kernel_budget.json")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
@@ -61,7 +66,27 @@ class Offline:
         return self.target
 
 
-def cases() -> dict[str, tuple[RowInputs, RowOutputs]]:
+def cases() -> dict[str, Callable[[], None]]:
+    """Calls that launch one kernel or, for top-k teachers, two."""
+    dense = {name: functools.partial(row, *arguments) for name, arguments in _rows().items()}
+    return dense | {
+        f"top_k/K={K}/{'fp32' if dtype == FP32 else 'bf16'}{'/cold' if cold else ''}": functools.partial(
+            _top_k, K, dtype, cold
+        )
+        for K in (64, 256)
+        for dtype in (FP32, BF16)
+        for cold in (False, True)
+    }
+
+
+def _top_k(K: int, dtype: torch.dtype, cold: bool) -> None:
+    """The row's own two kernels; what is left of it is a dense row."""
+    inputs, outputs = _case("forward_kd", dtype, dtype, dtype, cold=cold)
+    teacher = Sparse(torch.zeros(1, K + 1, dtype=torch.int64), torch.zeros(1, K + 1), torch.zeros(1), "bucket")
+    top_k_row(lambda inputs, outputs: None, inputs._replace(teacher=teacher), outputs)
+
+
+def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made = {f"{name}/{kind}": _case(name, *dtypes) for name in OBJECTIVES for kind, dtypes in DTYPES.items()}
     for name in ("sft", "self_evolution"):
         made[f"{name}/softcap+weights"] = _case(name, FP32, FP32, BF16, softcap=30.0, weights=True)
@@ -107,15 +132,20 @@ def _case(
 SWEEPS = ("statistics", "sums", "gradient")
 
 
-def streaming_cases() -> dict[str, tuple[Sweeps, tuple[str, ...]]]:
-    """Representative calls with the kernels to compile: aligned heads, the widest arithmetic, logits on both sides."""
-    return {
+def streaming_cases() -> dict[str, Callable[[], None]]:
+    """Representative calls: aligned heads, the widest arithmetic, logits on both sides."""
+    chosen = {
         "self_evolution/bf16": (_sweeps("self_evolution", BF16), (*SWEEPS, "filtered", "dH", "dW")),
         "self_evolution/fp32": (_sweeps("self_evolution", FP32), SWEEPS),
         "generalized_jsd/bf16": (_sweeps("generalized_jsd", BF16), ("sums", "gradient")),
         "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
+    }
+    return {
+        f"streaming/{name}/{kernel}": _streaming_launches(sweeps)[kernel]
+        for name, (sweeps, kernels) in chosen.items()
+        for kernel in kernels
     }
 
 
@@ -140,7 +170,7 @@ def _sweeps(
     return Sweeps(side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.zeros(5), spec, cold, V, None)
 
 
-def streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
+def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
     """By name, a call for each kernel of the streaming engine that a case uses."""
     n, V, H = 64, 256, 64
     positions, columns = slice(0, n), slice(0, V)
@@ -212,31 +242,41 @@ def amd_usage(kernel: Any) -> dict[str, Any]:
     }
 
 
-def report(target: str, case: str, launch: Callable[[], None], compiled: list[Any], cuobjdump: str | None) -> None:
-    """One line for each kernel that ``launch`` compiles."""
-    compiled.clear()
-    nvidia = TARGETS[target].backend == "cuda"
-    try:
-        launch()
-        found = [nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel) for kernel in compiled]
-    except Exception as error:  # reported by the test that reads this
-        found = [{"error": f"{type(error).__name__}: {error}"}]
-    for usage in found:
-        print(json.dumps({"target": target, "case": case} | usage), flush=True)
-
-
-def main(targets: list[str]) -> None:
+def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
+    """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown)."""
     compiled = divert_launches()
     cuobjdump = find_cuobjdump()
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
-        for name, (inputs, outputs) in cases().items():
-            report(target, name, partial(row, inputs, outputs), compiled, cuobjdump)
-        for name, (sweeps, kernels) in streaming_cases().items():
-            launches = streaming_launches(sweeps)
-            for kernel in kernels:
-                report(target, f"streaming/{name}/{kernel}", launches[kernel], compiled, cuobjdump)
+        nvidia = TARGETS[target].backend == "cuda"
+        for name, launch in (cases() | streaming_cases()).items():  # tiles depend on the target
+            compiled.clear()
+            try:
+                launch()
+            except Exception as error:  # reported by the test that reads this
+                yield {"target": target, "case": name, "error": f"{type(error).__name__}: {error}"}
+                continue
+            for kernel in compiled:
+                usage = nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
+                part = kernel.name.removesuffix("_kernel")
+                case = name if len(compiled) == 1 or name.endswith(f"/{part}") else f"{name}/{part}"
+                yield {"target": target, "case": case} | usage
+
+
+def write_budget() -> None:
+    """All cases of all targets, a line each."""
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for kernel in measure(list(TARGETS)):
+        entry = {key: kernel[key] for key in ("registers", "stack", "spills")}
+        table.setdefault(kernel["case"], {})[kernel["target"]] = entry
+    lines = ",\n".join(f"    {json.dumps(case)}: {json.dumps(entry)}" for case, entry in table.items())
+    version = json.dumps(triton.__version__)
+    BUDGET.write_text(f'{{\n  "triton": {version},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(TARGETS))
+    if sys.argv[1:] == ["--write"]:
+        write_budget()
+    else:
+        for kernel in measure(sys.argv[1:] or list(TARGETS)):
+            print(json.dumps(kernel), flush=True)

@@ -8,6 +8,7 @@ import torch
 import fused_kd as fk
 
 from .problems import gradients, problem, relative
+from .test_top_k import TAILS, cached
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +41,19 @@ def test_a_step_never_waits_for_the_device(labels_on, dtype, options, no_sync):
     criterion(p.student(), p.teacher(), labels).backward()  # compiles the kernel
     with no_sync:
         criterion(p.student(), p.teacher(), labels).backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("objective", [fk.SelfEvolutionTopK(), fk.ForwardKD()], ids=lambda o: o.name)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_step_with_a_top_k_teacher_never_waits_for_the_device(tail, objective, backend, no_sync):
+    p = problem(device="cuda")
+    teacher = cached(p, 8, tail)
+    temperature = 2.0 if tail == "renormalize" else 1.0
+    criterion = fk.KDLoss(objective, backend=backend, temperature=temperature).cuda()
+    criterion(p.student(), teacher, p.labels).backward()  # compiles the kernels
+    with no_sync:
+        criterion(p.student(), teacher, p.labels).backward()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -23,7 +23,7 @@ TIGHT = 3e-6
 def cached(p: Problem, K: int, tail: str = "renormalize", *, temperature: float = 1.0, padded: bool = True) -> fk.TopK:
     """The problem's teacher as a server would send it: K entries in no order, some lists shorter than K."""
     values, indices = (p.hidden_t @ p.weight_t.T).float().log_softmax(-1).topk(K)
-    order = torch.rand(values.shape).argsort(-1)
+    order = torch.rand(values.shape).argsort(-1).to(values.device)
     values, indices = values.gather(-1, order), indices.gather(-1, order)
     if padded and K > 2:
         values[::3, 1] = -math.inf

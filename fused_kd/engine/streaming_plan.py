@@ -85,6 +85,8 @@ def choose_tiles(*dtypes: torch.dtype | None, capped: bool = False, target: str 
     registers of each of 256 threads. fp32 products, on the ordinary cores, hold their operands in registers too, and a
     softcap needs registers for its tanh. A limit of 255 keeps ptxas from spilling to fit a second program instead.
     """
+    if not any(dtypes):  # loads of logits alone, whose addresses take registers too
+        return Tiles(16, 128, 16, 8, 1, 255 if target == "cuda" else None)
     if torch.float32 in dtypes:
         return Tiles(64, 64, 16, 8, 2, 255 if target == "cuda" else None)
     if target == "cuda":

@@ -1,7 +1,7 @@
 """Triton sweeps of :mod:`fused_kd.rows.top_k`: two kernels, a program per row.
 
-Entries are ascending, so that a block of the vocabulary finds its own by bisection, and compares itself with each of
-them: K + 1 comparisons of a block in a sweep, not of the row.
+Entries are ascending, so that a block of the vocabulary finds its own between two counts, and compares itself with
+each of them: K + 1 comparisons of a block in a sweep, not of the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import triton.language as tl
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
 from .triton_kernel import _logits, _logits_and_slope
-from .triton_math import first_entry
 from .triton_row import BLOCK, THREADS, guard, unit_stride, warp_size
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
@@ -41,12 +40,12 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
         "student_cap": student.softcap,
         "COLD": inputs.cold_labels,
         "BLOCK": BLOCK // 2,
+        "BLOCK_K": triton.next_power_of_2(K1),
         "num_warps": THREADS // warp_size(),
     }
     with guard(labels.device):
         condense_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest,
-            BLOCK_K=triton.next_power_of_2(K1), **common,
+            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest, **common
         )  # fmt: skip
         gradient = category_rows(dense, inputs, outputs, small, cold_rest)
         if gradient is None or outputs.dlogits is None:
@@ -86,25 +85,28 @@ def condense_kernel(
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
-    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V)
-    entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
-    categories_row = categories_ptr + row * (K1 + 1)
-
+    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     top = tl.cast(_LOG_ZERO, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     cold_sum = tl.zeros((BLOCK,), tl.float32)
+    first = 0
     if tl.load(labels_ptr + row) >= 0:
         for start in range(0, V, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             z = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-            for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
+            last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
+            for j in range(first, last):
                 z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
+            first = last
             new_top = tl.maximum(top, tl.max(z, axis=0))
             if COLD:
                 cold_sum = cold_sum * tl.exp(top - new_top) + tl.exp(z - new_top)
             z_sum = z_sum * tl.exp((top - new_top) * inv_T) + tl.exp((z - new_top) * inv_T)
             top = new_top
+    # Not before: they would hold registers through the sweep.
+    entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
     origin = tl.maximum(top, tl.max(entry_z, axis=0))
+    categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
     entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
@@ -134,15 +136,19 @@ def expand_kernel(
     student_cap,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     inv_T = 1.0 / tl.load(scalars_ptr + 3)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
+    lanes_k = tl.arange(0, BLOCK_K)
+    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     origin = tl.load(origin_ptr + row)
     rest = tl.load(categories_ptr + row * (K1 + 1) + K1)
     rest_gradient = tl.load(rest_gradient_ptr + row)
     ignored = tl.load(labels_ptr + row) < 0
+    first = 0
     for start in range(0, V, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < V
@@ -152,8 +158,10 @@ def expand_kernel(
         if COLD:
             cold = tl.minimum((z - origin) - tl.load(cold_ptr + row), 0.0)
             gradient += tl.load(cold_gradient_ptr + row) * tl.exp(cold)
-        for j in range(first_entry(indices_row, K1, start), first_entry(indices_row, K1, start + BLOCK)):
+        last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
+        for j in range(first, last):
             own = tl.load(entry_gradient_ptr + row * K1 + j)
             gradient = tl.where(offsets == tl.load(indices_row + j), own, gradient)
+        first = last
         gradient = tl.where(ignored, 0.0, gradient * slope)
         tl.store(dlogits_ptr + row * dlogits_stride + offsets, gradient, mask=mask)

@@ -1,0 +1,193 @@
+"""Seeded faults, each of which the named tests must catch; test_mutations.py applies them to a copy, one at a time.
+
+``old`` occurs exactly once in its file. After a change of that line, carry the fault over to the new one. A new formula,
+row or engine deserves the faults that are easy to make in it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """``tests`` are pytest node ids below ``tests/``; one of them must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _budget(objective: str, near: str = "far") -> str:
+    return f"test_error_budget.py::test_hidden_fp32[{objective}-1.0-{near}-torch-cpu]"
+
+
+def _table(divergence: str) -> str:
+    return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
+
+
+def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
+    return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
+
+
+_DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
+_ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
+_TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
+_TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
+_ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
+
+MUTATIONS = [
+    # the table of formulas
+    Mutation("kl: sign", _DIVERGENCES, f"def kl_g{_ARGUMENTS}-t", f"def kl_g{_ARGUMENTS}t", (_table("kl"),)),
+    Mutation(
+        "reverse kl: sign of the loss", _DIVERGENCES,
+        f"reverse_kl_h{_ARGUMENTS}-q * d", f"reverse_kl_h{_ARGUMENTS}q * d", (_budget("reverse_kd"),),
+    ),
+    Mutation("skewed kl: beta missing", _DIVERGENCES, "-beta * q * r", "-q * r", (_table("skew_kl"),)),
+    Mutation("skewed reverse kl: a term dropped", _DIVERGENCES, "q * (log_s - beta * s)", "q * log_s", (_table("skew_reverse_kl"),)),
+    Mutation(
+        "jsd: weights swapped", _DIVERGENCES,
+        "(1 - beta) * (t * log_r) + beta * (q * log_s)", "beta * (t * log_r) + (1 - beta) * (q * log_s)",
+        (_budget("generalized_jsd"),),
+    ),
+    Mutation("total variation: not halved", _DIVERGENCES, "(t > q) * (t - q)) / 2", "(t > q) * (t - q))", (_budget("total_variation"),)),
+    Mutation(
+        "adaptive kl: weights swapped", _DIVERGENCES,
+        "-beta * t - (1 - beta) * (q * d)", "-(1 - beta) * t - beta * (q * d)", (_table("adaptive_kl"),),
+    ),
+    # the torch row
+    Mutation("torch: label off by one", _TORCH, "y = labels.clamp(min=0)", "y = (labels - 1).clamp(min=0)", (_budget("sft"),)),
+    Mutation(
+        "torch: lam for 1 - lam", _TORCH,
+        "_add_at(out, y, s.lam - 1.0)\n        _scale(out, 1.0 / s.temperature)",
+        "_add_at(out, y, -s.lam)\n        _scale(out, 1.0 / s.temperature)",
+        (_budget("no_evo"),),
+    ),
+    Mutation(
+        "torch: token weights missing", _TORCH, "if inputs.weights is not None:", "if False:",
+        ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
+    ),
+    Mutation(
+        "torch: ignored rows written", _TORCH, "if _maybe_any(ignored):", "if False:",
+        ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
+    ),
+    Mutation(
+        "torch: teacher's temperature missing", _TORCH,
+        'z_t = _cool(z_t, s.temperature, scratch("z_t", len(y)))', "pass", ("test_loss.py::test_temperature[2.0-no_evo-torch]",),
+    ),
+    Mutation("torch: difference reversed", _TORCH, "torch.sub(z_t, z, out", "torch.sub(z, z_t, out", (_budget("reverse_kd"),)),
+    Mutation(
+        "torch: difficulty without the target's entropy", _TORCH,
+        "(torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)", "(-t_y * q.log_prob_y)", (_budget("no_evo"),),
+    ),
+    Mutation(
+        "torch: softcap's slope without the tanh", _TORCH,
+        ".neg_().add_(1.0).mul_(logits.scale)", ".mul_(logits.scale)",
+        ("test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
+    ),
+    Mutation("torch: gate reversed", _TORCH, "(difficulty > s.gamma)", "(difficulty < s.gamma)", (_budget("self_evolution"),)),
+    # the Triton row
+    Mutation(
+        "triton: label off by one", _TRITON, "label = tl.minimum(label, V)", "label = tl.minimum(label + 1, V)",
+        (_logits("triton", "no_evo"),),
+    ),
+    Mutation(
+        "triton: maximum not subtracted", _TRITON, "tl.exp(z - z_max) * inv_total", "tl.exp(z) * inv_total",
+        ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
+    ),
+    Mutation(
+        "triton: row's end not masked", _TRITON, "tl.where(mask, z, _OUTSIDE), slope", "z, slope",
+        ("test_triton_row.py::test_any_vocabulary[127-no_evo]",),
+    ),
+    Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
+    Mutation(
+        "triton: token weights missing", _TRITON, "gradient * (slope * weight), mask=mask", "gradient * slope, mask=mask",
+        ("test_stress.py::test_rows_left_out_and_weighted[dense-triton]",),
+    ),
+    Mutation(
+        "triton: ranking ignored", _TRITON, "hard = tl.load(given_ptr + row) != 0", "hard = difficulty > gamma",
+        ("test_loss.py::test_temperature[2.0-self_evolution_top_k-triton]",),
+    ),
+    Mutation(
+        "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
+        ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
+    ),
+    # the engine
+    Mutation(
+        "engine: weight gradient starts from what was there", _ENGINE, "first=span is spans[0]", "first=False",
+        ("test_loss.py::test_uninitialised_memory_is_never_read",),
+    ),
+    Mutation(
+        "engine: weight gradient of the last chunk alone", _ENGINE, "first=span is spans[0]", "first=True",
+        ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
+    ),
+    Mutation(
+        "engine: bias gradient of the last chunk alone", _ENGINE, "d_bias[:vocab] += out.sum(", "d_bias[:vocab] = out.sum(",
+        ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
+    ),
+    Mutation("engine: scaled twice", _ENGINE, "gradient.mul_(scale).to(", "gradient.mul_(scale * scale).to(", (_budget("sft"),)),
+    Mutation(
+        "engine: ignored tokens computed", _ENGINE, "(labels != ignore_index).nonzero()", "(labels == labels).nonzero()",
+        ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
+    ),
+    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = gradient", "result.d_source[span] = gradient", (_budget("sft"),)),
+    Mutation(
+        "engine: another chunk's hard tokens", _ENGINE, "else hard[span]", "else hard[: span.stop - span.start]",
+        ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
+    ),
+    Mutation(
+        "engine: padding's weight gradient not cleared", _ENGINE, "full[vocab:].zero_()", "pass",
+        ("test_stress.py::test_uninitialised_memory_is_never_read_with_a_top_k_teacher[bucket-torch]",),
+    ),
+    # top-k teachers
+    Mutation(
+        "top-k: label's mass counted twice", _TOP_K, "each * (V - (entries < V).sum(1))", "missing",
+        ("test_top_k.py::test_matrix[no_evo-far-bucket-torch]",),
+    ),
+    Mutation(
+        "top-k: another column for the label", _TOP_K, ".to(torch.int8).argmax(1)", ".to(torch.int8).argmin(1)",
+        ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
+    ),
+    Mutation(
+        "top-k: no gradient for the rest", _TOP_K, "share.mul_((gradient.rest / norm).unsqueeze(1))", "share.mul_(0.0)",
+        ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
+    ),
+    Mutation(
+        "top-k: duplicates unnoticed", _TOP_K, "(entries[:, 1:] == entries[:, :-1])", "(entries[:, 1:] < entries[:, :-1])",
+        ("test_top_k.py::test_malformed_lists_cost_nan_where_looking_would_synchronise[torch]",),
+    ),
+    Mutation(
+        "top-k: listed entries stay in the rest", _TOP_K_TRITON, '-float("inf"), z)', "z, z)",
+        ("test_top_k.py::test_matrix[no_evo-far-bucket-triton]",),
+    ),
+    Mutation(
+        "top-k: the rest's origin forgotten", _TOP_K_TRITON, "((z - origin) - rest)", "(z - rest)",
+        ("test_top_k.py::test_matrix[no_evo-far-bucket-triton]",),
+    ),
+    # autograd and options
+    Mutation(
+        "ops: second backward scaled twice", _OPS, "gradients, ctx.ready = ctx.ready, None", "gradients = ctx.ready",
+        ("test_stress_autograd.py::test_second_backward_repeats_the_first[dense-torch]",),
+    ),
+    Mutation(
+        "ops: upstream gradient ignored", _OPS, "gradient.mul_(factor)", "gradient.mul_(1.0)",
+        ("test_loss.py::test_reductions_with_any_upstream_gradient[-mean-torch]",),
+    ),
+    Mutation(
+        "ops: second derivative not refused", _OPS, "if torch.is_grad_enabled() and not", "if False and not",
+        ("test_loss.py::test_double_backward_is_refused",),
+    ),
+    Mutation(
+        "loss: num_items ignored", _LOSS, "1.0 / num_items, device", "1.0 / labels.numel(), device",
+        ("test_loss.py::test_num_items_makes_accumulation_exact",),
+    ),
+    Mutation(
+        "loss: shifted by two", _LOSS, "labels[..., 1:], torch.full_like(labels[..., :1]",
+        "labels[..., 2:], torch.full_like(labels[..., :2]", ("test_loss.py::test_shift_aligns_next_token_labels",),
+    ),
+    Mutation(
+        "loss: weighted mean by the count", _LOSS, "(weights * valid.to(device, non_blocking=True)).sum()", "valid.sum()",
+        ("test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
+    ),
+]  # fmt: skip
