@@ -377,7 +377,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_workspace_is_what_the_plan_says(monkeypatch):
-    """With both passes of the backward: seen by torch's own profiler, and by the largest tensor: a slab, never C x V."""
+    """Both passes of the backward, by torch's own profiler and by the largest tensor: a slab, never C x V."""
     from torch.profiler import ProfilerActivity, profile
 
     if not INTERPRETED:
