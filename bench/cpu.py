@@ -1,6 +1,6 @@
-"""The CPU benchmark: fused_kd against the bare GEMMs, eager PyTorch and torch.compile, in fp32.
+"""The CPU benchmark: fused_kd against its bare GEMMs, eager PyTorch and torch.compile, in fp32.
 
-    python -m bench.cpu            # about half an hour on two cores; resumes where it was stopped
+    python -m bench.cpu            # about forty minutes on two cores; resumes where it was stopped
     python -m bench.cpu --quick    # a tiny shape: does it work?
 
 Writes cpu.json, and from it cpu.md and cpu.png, to bench/results/<machine>/.
