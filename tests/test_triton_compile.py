@@ -59,8 +59,8 @@ def test_compiles_without_spills(target: str) -> None:
     assert {f"streaming/self_evolution/{dtype}/{sweep}" for dtype in ("bf16", "fp32") for sweep in SWEEPS} <= cases
     assert all(kernel["registers"] > 0 for kernel in kernels)
     assert {k["case"]: (k["stack"], k["spills"]) for k in kernels if k["stack"] or k["spills"]} == {}
-    # AMD's lane masks of a softcap's tanh may be parked in vector registers: no memory, no matter beside the products.
-    assert {k["case"] for k in kernels if k["parked"]} <= {f"streaming/skew_teacher/cold/{sweep}" for sweep in SWEEPS}
+    # AMD's scalar registers may be parked in lanes of vector registers: moves, no memory, no matter beside products.
+    assert all(kernel["case"].startswith("streaming/") for kernel in kernels if kernel["parked"])
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])

@@ -307,7 +307,7 @@ def _plan(
         n,
         bytes_per_token=per_token,
         fixed_bytes=fixed,
-        preferred=preferred_chunk(device.type, per_token),
+        preferred=preferred_chunk(device.type, per_token, sum(isinstance(s, _Logits) for s in (student, teacher))),
         memory_budget=memory_budget,
     )
 

@@ -94,12 +94,17 @@ class Projection:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in fp32.
 
-    On CPUs oneDNN runs this shape (a long inner dimension, a narrow result) up to twice as fast as the BLAS behind
-    ``mm``. Its longer sums round a little worse, which the logit gradient's own error hides; logits stay with ``mm``.
+    On CPUs with AVX-512 oneDNN may run this shape (a long inner dimension, a narrow result) twice as fast as the BLAS
+    behind ``mm``, which keeps to AVX2 on some of them; without AVX-512 it is the slower one. Its longer sums round a
+    little worse, which the logit gradient's own error hides; logits stay with ``mm``.
     """
     if a.device.type == "cpu" and _HAS_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and "AVX512" in torch.backends.cpu.get_cpu_capability()
+)

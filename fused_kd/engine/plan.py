@@ -12,11 +12,11 @@ CPU_CHUNK = 384
 CPU_LOGIT_BYTES = 256 << 20
 
 
-def preferred_chunk(device_type: str, logit_bytes_per_token: int) -> int:
-    """Tokens a chunk should hold where no budget says otherwise."""
+def preferred_chunk(device_type: str, logit_bytes_per_token: int, sides: int = 2) -> int:
+    """Tokens a chunk should hold where no budget says otherwise; ``sides`` of student and teacher have logits."""
     if device_type != "cpu":
         return DEVICE_CHUNK
-    return max(128, min(CPU_CHUNK, CPU_LOGIT_BYTES // max(1, logit_bytes_per_token)))
+    return max(128, min(CPU_CHUNK * 2 // max(1, sides), CPU_LOGIT_BYTES // max(1, logit_bytes_per_token)))
 
 
 class BudgetTooSmall(ValueError):
