@@ -63,7 +63,6 @@ def test_without_a_fault_the_same_tests_pass(copy: Path) -> None:
     tests = tuple(sorted({test for mutation in MUTATIONS for test in mutation.tests}))
     done = run(copy, tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(tests)} passed" in done.stdout
 
 
 def test_names_differ() -> None:

@@ -94,26 +94,26 @@ def test_low_rank_adapter_on_the_head(form, backend):
 
 @pytest.mark.parametrize("objective", [OBJECTIVE, fk.ForwardKD()], ids=lambda o: o.name)
 def test_accumulation_with_num_items_is_one_big_batch(form, backend, objective):
-    """Sequences with shifted labels, padded and weighted, in micro-batches of 1 and 3 of them."""
-    p = problem(N=24, V=61)
+    """Sequences with shifted labels, padded and weighted, in micro-batches of 1 and 3."""
+    p = problem(N=12, V=61)
     lists = cached(p, 8, form) if form != "dense" else None
-    weights = torch.rand(4, 6)
+    weights = torch.rand(4, 3)
 
     def part(which: slice, **options):
-        h, h_t, y = (x.reshape(4, 6, *x.shape[1:])[which] for x in (p.hidden, p.hidden_t, p.labels))
+        h, h_t, y = (x.reshape(4, 3, *x.shape[1:])[which] for x in (p.hidden, p.hidden_t, p.labels))
         teacher: fk.LMHead | fk.TopK = fk.LMHead(h_t, p.weight_t)
         if lists is not None:
-            teacher = fk.TopK(*(x.reshape(4, 6, -1)[which] for x in (lists.log_probs, lists.indices)), form)
+            teacher = fk.TopK(*(x.reshape(4, 3, -1)[which] for x in (lists.log_probs, lists.indices)), form)
         return fk.kd_loss(
             fk.LMHead(h, p.weight), teacher, y, objective, token_weights=weights[which], shift=True, backend=backend,
             **options,
         ).loss  # fmt: skip
 
     whole = part(slice(None))
-    following = torch.cat([p.labels.view(4, 6)[:, 1:], torch.full((4, 1), -100)], 1)
+    following = torch.cat([p.labels.view(4, 3)[:, 1:], torch.full((4, 1), -100)], 1)
     items = weights[following != -100].sum()
     expected = gradients(whole, p.leaves)
-    for num_items in (items, float(items)):
+    for num_items in (items,) if backend == "triton" else (items, float(items)):
         for x in p.leaves:
             x.grad = None
         parts = [part(which, num_items=num_items) for which in (slice(0, 1), slice(1, 4))]
