@@ -55,11 +55,8 @@ def test_compiles_without_spills(kernels: Kernels, target: str) -> None:
         pytest.skip(f"compiled, but the use of registers is unknown: {missing.pop()}")
     assert all(kernel["registers"] > 0 for kernel in compiled)
     assert {k["case"]: (k["stack"], k["spills"]) for k in compiled if k["stack"] or k["spills"]} == {}
-    # AMD's lane masks, of a softcap's tanh or of unaligned loads, may be parked in vector registers: no memory.
-    parked = {
-        f"streaming/{case}/{sweep}" for case in ("skew_teacher/cold", "self_evolution/odd_logits") for sweep in SWEEPS
-    }
-    assert {k["case"] for k in compiled if k["parked"]} <= parked
+    # AMD's lane masks of a softcap's tanh may be parked in vector registers: no memory, no matter beside the products.
+    assert {k["case"] for k in compiled if k["parked"]} <= {f"streaming/skew_teacher/cold/{sweep}" for sweep in SWEEPS}
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])

@@ -84,10 +84,9 @@ def choose_tiles(*dtypes: torch.dtype | None, capped: bool = False, target: str 
     teacher's accumulators live side by side, so they are half of a plain GEMM's: 64 x 128 in fp32, twice, are 64
     registers of each of 256 threads. fp32 products, on the ordinary cores, hold their operands in registers too, and a
     softcap needs registers for its tanh. A limit of 255 keeps ptxas from spilling to fit a second program instead.
-    Without a product nothing is reused across a tile: 16 elements a thread, in long runs, are enough.
     """
-    if set(dtypes) == {None}:
-        return Tiles(16, 256, 16, 8 if target == "cuda" else 4, 1)
+    if not any(dtypes):  # loads of logits alone, whose addresses take registers too
+        return Tiles(16, 128, 16, 8, 1, 255 if target == "cuda" else None)
     if torch.float32 in dtypes:
         return Tiles(64, 64, 16, 8, 2, 255 if target == "cuda" else None)
     if target == "cuda":
