@@ -141,6 +141,7 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
+        "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),
     }
     return {
         f"streaming/{name}/{kernel}": _streaming_launches(sweeps)[kernel]
@@ -172,7 +173,7 @@ def _sweeps(
 
 def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
     """By name, a call for each kernel of the streaming engine that a case uses."""
-    n, V, H = 64, 256, 64
+    n, V, H = sweeps.n, sweeps._vocab, 64
     positions, columns = slice(0, n), slice(0, V)
     dtype = sweeps._student[0].dtype
     weight = sweeps._student[3]

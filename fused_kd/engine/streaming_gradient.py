@@ -50,7 +50,8 @@ def gradient_kernel(
     count = tl.load(count_ptr)
     first = first_position + tl.program_id(0) * BM
     positions = first + tl.arange(0, BM)
-    columns = first_column + tl.program_id(1) * BN + tl.arange(0, BN)
+    start = first_column + tl.program_id(1) * BN
+    columns = start + tl.arange(0, BN)
     valid = positions < tl.minimum(count, last_position)
     held = tl.minimum(positions, tl.maximum(count, 1) - 1)
     tokens = tl.load(tokens_ptr + held)
@@ -66,12 +67,12 @@ def gradient_kernel(
     if first < count:
         labels = tl.load(labels_ptr + held).to(tl.int32)
         at_label = columns[None, :] == labels[:, None]
-        z_s, slope = tile(student, tokens, columns, V, ROUND_S, UPCAST, BM, BN, BK)
+        z_s, slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         if teacher is None:
             q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
             gradient = q - tl.where(at_label, 1.0, 0.0)
         else:
-            z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
+            z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
             target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
             beta = target[1]
             ce_share = 1.0 - target[0]

@@ -42,7 +42,7 @@ G_TOTAL = tl.constexpr(9)
 NORMS = 10
 
 
-@triton.jit(do_not_specialize=["n", "span"])
+@triton.jit(do_not_specialize=["n"])
 def statistics_kernel(
     student,
     teacher,  # None without one
@@ -53,7 +53,7 @@ def statistics_kernel(
     partials_ptr,  # (splits, FIELDS, n)
     n,
     V,
-    span,  # columns of a split, a multiple of BN
+    span,  # columns of a split, a multiple of BN: specialised for, or loads would lose their alignment
     COLD: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
@@ -84,9 +84,9 @@ def statistics_kernel(
     t_label = tl.zeros((BM,), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
-        z_s, _slope = tile(student, tokens, columns, V, ROUND_S, UPCAST, BM, BN, BK)
+        z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         if teacher is not None:
-            z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
+            z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
         at_label = columns[None, :] == labels[:, None]
         s_label += tl.sum(tl.where(at_label, z_s, 0.0), axis=1)
         new_s = tl.maximum(s_max, tl.max(z_s, axis=1))
@@ -219,7 +219,7 @@ def combine_kernel(
     tl.store(hard_ptr + positions, hard & valid, mask=within)
 
 
-@triton.jit(do_not_specialize=["n", "span"])
+@triton.jit(do_not_specialize=["n"])
 def sums_kernel(
     student,
     teacher,
@@ -261,8 +261,8 @@ def sums_kernel(
     g_sum = tl.zeros((BM,), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
-        z_s, _slope = tile(student, tokens, columns, V, ROUND_S, UPCAST, BM, BN, BK)
-        z_t, _slope_t = tile(teacher, tokens, columns, V, ROUND_T, UPCAST, BM, BN, BK)
+        z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
+        z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
         at_label = columns[None, :] == labels[:, None]
         t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, MIXTURE)
         h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta), axis=1)
@@ -308,7 +308,7 @@ def sums_combine_kernel(
 def tile(
     side,
     tokens,
-    columns,
+    first_column,
     V,
     ROUND: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -316,12 +316,15 @@ def tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Final logits (BM, BN), ``OUTSIDE`` from column V on, and d final / d raw."""
+    """Final logits (BM, BN) from a column on, ``OUTSIDE`` from V on, and d final / d raw."""
     source, token_stride, unit_stride, weight, row_stride, weight_stride, bias, H, scale, cap = side
+    lanes = tl.arange(0, BN)
+    columns = first_column + lanes
     within = (columns < V)[None, :]
     source_rows = source + tokens.to(tl.int64)[:, None] * token_stride
     if weight is None:
-        z = tl.load(source_rows + columns.to(tl.int64)[None, :] * unit_stride, mask=within, other=0.0).to(tl.float32)
+        source_rows += tl.cast(first_column, tl.int64) * unit_stride
+        z = tl.load(source_rows + (lanes * unit_stride)[None, :], mask=within, other=0.0).to(tl.float32)
     else:
         units = tl.arange(0, BK)
         # Columns beyond the vocabulary read its last one: the loop's loads need one mask less.
