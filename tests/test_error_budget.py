@@ -7,7 +7,7 @@ import torch
 
 import fused_kd as fk
 
-from .budget import check_budget
+from .budget import ROUNDING, check_budget
 from .problems import NAMES, OBJECTIVES, Problem, gradients, needs_compiler, oracle64, problem, relative
 
 CUDA = torch.cuda.is_available()
@@ -71,6 +71,18 @@ def test_logits(objective, dtype, near, backend, device):
     budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * (2 if truncates else 1)
     assert relative(actual, ref) < budget
     assert actual[p.labels == -100].abs().sum() == 0
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_low_precision_bias_that_excludes_tokens(backend, device):
+    p = problem(dtype=torch.float16, bias=True, device=device)
+    with torch.no_grad():
+        p.bias[400:] = -float("inf")
+    p.labels.clamp_(max=399)
+    out, grads = run(p, fk.ReverseKD(), backend)
+    expected, refs = oracle64(p, fk.ReverseKD())
+    assert relative(out.loss, expected.loss) < 1e-5
+    assert max(relative(g, r) for g, r in zip(grads[:2], refs, strict=False)) < ROUNDING[torch.float16]
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)

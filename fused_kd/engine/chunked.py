@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..objectives import RowSpec, Scalars
 from ..rows import Logits, Row, RowInputs, RowOutputs, Sparse
-from ..rows.base import LOG_ZERO
 from ..rows.top_k import sparse_teacher
 from ..workspace import empty
 from .gemm import SLAB_BYTES, Projection
@@ -176,7 +175,7 @@ class _Logits:
         if side.weight is None:
             self.source, finite = side.source.detach()[:, :vocab], False
         else:
-            bias = None if side.bias is None else side.bias[:vocab].clamp(min=LOG_ZERO)
+            bias = None if side.bias is None else side.bias[:vocab]
             self.projection = Projection(side.weight[:vocab], bias, dtype or side.source.dtype)
             self.source, finite = side.source.detach(), True
         self._template = (side.logit_scale, side.softcap, finite)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..rows.base import LOG_ZERO
+
 SLAB_BYTES = 32 << 20
 
 
@@ -34,7 +36,7 @@ class Projection:
         self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device)
         # What autocast does; on the upcast path it is done slab by slab.
         self.weight = weight.detach() if self.upcast else weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype).float()
+        self.bias = None if bias is None else bias.detach().to(dtype).float().clamp(min=LOG_ZERO)
 
     @property
     def gradient_dtype(self) -> torch.dtype:
