@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
-from fused_kd.engine import chunked, ops
+from fused_kd.engine import chunked, dispatch, ops
 from fused_kd.reference import reference_kd_loss
 
 from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
@@ -233,7 +233,7 @@ def gemms(monkeypatch):
 
     def run(*args, **kwargs):
         with count:  # below the opaque op, where a mode around it does not reach
-            return chunked.run(*args, **kwargs)
+            return dispatch.run(*args, **kwargs)
 
     monkeypatch.setattr(ops, "run", run)
     return count
@@ -291,7 +291,6 @@ def test_no_grad_makes_no_gradients(gemms):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_uninitialised_memory_is_never_read(backend, monkeypatch):
     """Every workspace buffer starts as NaN; so does torch.empty under deterministic algorithms."""
-    import fused_kd.engine.chunked as chunked
     import fused_kd.rows.native_row as native_row
     import fused_kd.rows.torch_row as torch_row
 

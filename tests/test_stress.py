@@ -19,8 +19,9 @@ from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
 from fused_kd.rows.base import EXCLUDED
 from fused_kd.rows.top_k import sparse_teacher
 
+from .problems import PYTHON_BACKENDS as BACKENDS
 from .problems import gradients, problem, relative
-from .test_top_k import BACKENDS, TAILS, TEACHED, allowed, cached
+from .test_top_k import TAILS, TEACHED, allowed, cached
 
 TEACHERS = ["dense", *TAILS]
 # The interpreter is slow, and what surrounds the dense row does not look at the objective: a separate label term, a

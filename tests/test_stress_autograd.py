@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
+from .problems import PYTHON_BACKENDS as BACKENDS
 from .problems import Problem, gradients, problem, relative
-from .test_top_k import BACKENDS, TAILS, cached
+from .test_top_k import TAILS, cached
 
 TEACHERS = ["dense", *TAILS]
 TIGHT = 4e-6
