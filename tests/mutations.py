@@ -97,7 +97,7 @@ MUTATIONS = [
         ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
     ),
     Mutation(
-        "triton: row's end not masked", _TRITON, "tl.where(mask, z, _OUTSIDE), slope", "z, slope",
+        "triton: row's end not masked", _TRITON, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
         ("test_triton_row.py::test_any_vocabulary[127-no_evo]",),
     ),
     Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),

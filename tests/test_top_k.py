@@ -161,7 +161,7 @@ def test_ids_beyond_16_bits():
     p = problem(N=5, H=8, H_t=8, V=70001, ignored=0.0)
     indices = torch.tensor([[70000, 65536, 4], [1, 65537, 69999], [65535, 70000, 2], [3, 4, 5], [65536, 0, 1]])
     values = torch.tensor([0.7, 0.2, 0.05]).log().expand(5, 3)
-    compare(p, fk.TopK(values, indices, "bucket"), fk.NoEvo(), tight=3e-5)
+    compare(p, fk.TopK(values, indices, "bucket"), fk.NoEvo())
 
 
 class Largest(TorchDispatchMode):
