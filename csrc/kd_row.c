@@ -6,6 +6,7 @@
 //   2. rows whose divergence is not KL(t||q) evaluate h and g once: sum h is the value, g replaces the teacher's
 //      exponentials;
 //   3. the gradient is then a linear combination of what scratch holds.
+// Rows of a top-k teacher are condensed to a short dense row between sweep 1 and 3.
 //
 // FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native_build.py: X(name, h, g) with C
 // expressions over t, q, d, r, log_r, s, log_s and beta.
@@ -14,348 +15,8 @@
 // that NaN falls through, and nothing here may be compiled with -ffast-math.
 
 #include <stdatomic.h>
-#include <stdbool.h>
 
-#include "kd_softmax.h"
-
-#ifndef FKD_DIVERGENCES
-#error "build through fused_kd.rows.native_build, which defines FKD_DIVERGENCES"
-#endif
-
-static const double EXCLUDED = 1e18;  // losses beyond it are infinite
-static const float TINY = 1e-30f;     // keeps ratios of two underflowed probabilities defined
-
-#define FKD_NAME(name, h, g) FKD_##name,
-enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
-
-typedef struct {  // mirrored by fused_kd/rows/native_row.py
-    int64_t C, V;
-    Logits student, teacher;
-    void *dlogits;  // (C, V), unit stride along V, or NULL; may be the student's logits
-    int64_t dlogits_stride;
-    int32_t dlogits_dtype;
-    int32_t divergence;
-    int32_t free, mixture, reads_d, kl_at_one, adaptive;  // of the divergence, see fused_kd.divergences.Divergence
-    int32_t mixed, hard_label, gated, cold;
-    float lam, beta, gamma, temperature, fraction;
-    const int64_t *labels;  // (C,)
-    const float *weights;   // (C,) or NULL
-    const uint8_t *given;   // (C,) which rows are hard, or NULL
-    float *loss, *difficulty;
-    uint8_t *is_hard;
-    char *scratch;  // (threads, fkd_scratch(V)), uninitialised, on cache lines
-} Call;
-
-// ---- a row and its thread's scratch
-
-typedef struct {
-    const Call *call;
-    int64_t row, label, blocks;
-    Softmax student, teacher, cold;
-    double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
-    double label_d;  // log(target / student) of the label where its target is mixed
-    float beta;      // the objective's, or of an adaptive divergence this row's
-} Row;
-
-static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
-
-// Bytes of scratch that a thread needs, whole cache lines.
-int64_t fkd_scratch(int64_t V) {
-    const size_t a_block = 3 * (BLOCK * sizeof(float) + sizeof(Part)) + sizeof(double);
-    return ((int64_t)a_block * block_count(V) + 63) / 64 * 64;
-}
-
-static void *take(char **scratch, int64_t count, size_t size) {
-    void *taken = *scratch;
-    *scratch += (size_t)count * size;
-    return taken;
-}
-
-static const float *logits_at(const Logits *x, const Call *c, int64_t row, int64_t start, int n, float *buffer) {
-    return cooled(final_logits(x, row, start, n, buffer), n, c->temperature, buffer);
-}
-
-static int block_length(const Row *r, int64_t block) {
-    const int64_t rest = r->call->V - block * BLOCK;
-    return rest < BLOCK ? (int)rest : BLOCK;
-}
-
-// The label's position in the block, or -1.
-static int label_in(const Row *r, int64_t block) { return r->label / BLOCK == block ? (int)(r->label % BLOCK) : -1; }
-
-// ---- sweep 2
-
-#define INLINE inline __attribute__((always_inline))
-
-static INLINE void formulas(const int divergence, float t, float q, float d, float r, float log_r, float s,
-                            float log_s, float beta, float *h, float *g) {
-#define FKD_CASE(name, H, G) \
-    case FKD_##name:         \
-        *h = (H);            \
-        *g = (G);            \
-        break;
-    switch (divergence) { FKD_DIVERGENCES(FKD_CASE) }
-}
-
-// h and g of a block. Inlined once a divergence, so that what it does not read costs nothing.
-static INLINE void evaluate(const int divergence, int n, const float *restrict t, const float *restrict q,
-                            const float *restrict d, float beta, float *restrict h, float *restrict g) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) {
-        float raised = q[i] + TINY;
-        // beta * q + (1 - beta) * t without the rounding of 1 - beta.
-        float m = beta < 0.5f ? t[i] + beta * (raised - t[i]) : raised + (1.0f - beta) * (t[i] - raised);
-        float r = t[i] / m, s = raised / m;
-        formulas(divergence, t[i], q[i], d[i], r, log_positive(r), s, log_positive(s), beta, &h[i], &g[i]);
-    }
-}
-
-// Target, student and, where wanted and read, log(target / student) of a block: t, q, d of fused_kd/divergences.py.
-static void arguments(const Row *r, int64_t block, float *restrict t, float *restrict q, float *restrict d) {
-    const Call *c = r->call;
-    const int n = block_length(r, block), label = c->mixed ? label_in(r, block) : -1;
-    const float *e_s = r->student.exps + block * BLOCK, *e_t = r->teacher.exps + block * BLOCK;
-    const Factor norm_s = split(normaliser(&r->student, block));
-    const Factor norm_t = split(normaliser(&r->teacher, block) * (c->mixed ? c->lam : 1.0f));
-    const float tiny = c->mixture ? TINY : 0.0f;
-#pragma omp simd
-    for (int i = 0; i < n; i++) {
-        q[i] = times(e_s[i], norm_s);
-        t[i] = times(e_t[i], norm_t) + tiny;
-    }
-    if (label >= 0) t[label] += 1.0f - c->lam;
-    if (!d || !c->reads_d) return;
-    float buffer_s[BLOCK], buffer_t[BLOCK];
-    const float *z_s = logits_at(&c->student, c, r->row, block * BLOCK, n, buffer_s);
-    const float *z_t = logits_at(&c->teacher, c, r->row, block * BLOCK, n, buffer_t);
-    const float max_s = r->student.max, max_t = r->teacher.max;
-    float offset = (float)(r->student.log_total - r->teacher.log_total);
-    if (c->mixed) offset += c->lam > 0.0f ? logf(c->lam) : LOG_ZERO;
-#pragma omp simd
-    for (int i = 0; i < n; i++) d[i] = ((z_t[i] - max_t) - (z_s[i] - max_s)) + offset;
-    if (label >= 0) d[label] = (float)r->label_d;
-}
-
-// The share of sum |t - q| in the head of t: its most probable entries up to `fraction` of the mass, and the top.
-static float head_share(const Row *r) {
-    const Call *c = r->call;
-    float t[BLOCK], q[BLOCK];
-    // The largest t left out, found ten bits at a time from the mass of each digit's entries. Floats of [0, 2) order
-    // as their bits do, which then fit 30.
-    double mass[1024], inside = 0.0;
-    uint32_t left_out = 0;
-    bool all = c->fraction >= 1.0f;
-    for (int shift = 20; shift >= 0 && !all; shift -= 10) {
-        memset(mass, 0, sizeof mass);
-        for (int64_t b = 0; b < r->blocks; b++) {
-            arguments(r, b, t, q, NULL);
-            for (int i = 0, n = block_length(r, b); i < n; i++) {
-                uint32_t bits = as_bits(t[i]);
-                if ((uint64_t)bits >> (shift + 10) == left_out) mass[(bits >> shift) & 1023] += t[i];
-            }
-        }
-        int digit = 1023;
-        for (; digit >= 0 && inside + mass[digit] <= c->fraction; digit--) inside += mass[digit];
-        all = shift == 20 && digit < 0;
-        left_out = left_out << 10 | (uint32_t)(digit > 0 ? digit : 0);  // below 0 by rounding alone
-    }
-    const float bound = all ? -1.0f : as_float(left_out);
-    float top = 0.0f;
-    double head = 0.0, head_top = 0.0, total = 0.0;
-    for (int64_t b = 0; b < r->blocks; b++) {
-        arguments(r, b, t, q, NULL);
-        for (int i = 0, n = block_length(r, b); i < n; i++) {
-            const float error = fabsf(t[i] - q[i]);
-            total += error;
-            if (t[i] > bound) head += error;
-            if (t[i] > top) top = t[i], head_top = 0.0;
-            if (t[i] == top) head_top += error;
-        }
-    }
-    if (top <= bound) head = head_top;
-    return total > 0.0 ? (float)(head / total) : (float)(total + 0.5);  // NaN stays NaN
-}
-
-// sum h; g into the teacher's exponentials and sum g.
-static double divergence_value(Row *r, double *g_total) {
-    const Call *c = r->call;
-    float t[BLOCK], q[BLOCK], d[BLOCK], h[BLOCK];
-    double h_total = 0.0;
-    *g_total = 0.0;
-    for (int64_t b = 0; b < r->blocks; b++) {
-        const int n = block_length(r, b);
-        float *g = r->teacher.exps + b * BLOCK;
-        arguments(r, b, t, q, d);
-#define FKD_EVALUATE(name, H, G)                         \
-    case FKD_##name:                                     \
-        evaluate(FKD_##name, n, t, q, d, r->beta, h, g); \
-        break;
-        switch (c->divergence) { FKD_DIVERGENCES(FKD_EVALUATE) }
-        h_total += sum(h, n);
-        *g_total += sum(g, n);
-    }
-    return h_total;
-}
-
-// ---- sweep 3
-
-// dz = divergence * (g - q * g_total) + labels * (q_c - y) - at_label * y, with q_c the softmax at temperature 1.
-typedef struct {
-    double divergence, g_total, labels, at_label;
-    bool has_g;  // g has replaced the teacher's exponentials; else g = -target_share * p
-    double target_share;
-} Gradient;
-
-static void store(const Call *c, int64_t row, int64_t start, int n, const float *x) {
-    const int64_t offset = row * c->dlogits_stride + start;
-    if (c->dlogits_dtype == FP32) {
-        memcpy((float *)c->dlogits + offset, x, (size_t)n * sizeof(float));
-        return;
-    }
-    uint16_t *half = (uint16_t *)c->dlogits + offset;
-    if (c->dlogits_dtype == BF16) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) half[i] = to_bf16(x[i]);
-    } else {
-#pragma omp simd
-        for (int i = 0; i < n; i++) half[i] = to_fp16(x[i]);
-    }
-}
-
-static void write_gradient(const Row *r, Gradient gradient) {
-    const Call *c = r->call;
-    const float cap = c->student.softcap;
-    const double scale = (double)c->student.scale * (c->weights ? c->weights[r->row] : 1.0f);
-    const float outer = (float)(scale * gradient.divergence), total = (float)gradient.g_total;
-    const float labels = (float)(scale * gradient.labels), at_label = (float)(scale * gradient.at_label);
-    const float labels_q = c->cold ? 0.0f : labels;
-    float buffer[BLOCK], raw_buffer[BLOCK];
-    for (int64_t b = 0; b < r->blocks; b++) {
-        const int n = block_length(r, b), label = label_in(r, b);
-        const int64_t start = b * BLOCK;
-        float *out = buffer;
-        if (c->dlogits_dtype == FP32 && cap == 0.0f) out = (float *)c->dlogits + r->row * c->dlogits_stride + start;
-        const float *e_s = r->student.exps + start, *e_t = r->teacher.exps + start, *e_c = r->cold.exps + start;
-        const Factor norm_s = split(normaliser(&r->student, b));
-        if (outer == 0.0f) {
-#pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = labels_q * times(e_s[i], norm_s);
-        } else {
-            const Factor of_g = split(gradient.has_g ? 1.0 : -gradient.target_share * normaliser(&r->teacher, b));
-#pragma omp simd
-            for (int i = 0; i < n; i++) {
-                const float q = times(e_s[i], norm_s);
-                out[i] = outer * (times(e_t[i], of_g) - q * total) + labels_q * q;
-            }
-        }
-        if (c->cold) {
-            const Factor norm_c = split(normaliser(&r->cold, b));
-#pragma omp simd
-            for (int i = 0; i < n; i++) out[i] += labels * times(e_c[i], norm_c);
-        }
-        if (label >= 0) out[label] = (out[label] - labels) - at_label;
-        if (cap != 0.0f) {
-            const float *raw = raw_logits(&c->student, r->row, start, n, raw_buffer), inner = c->student.scale / cap;
-#pragma omp simd
-            for (int i = 0; i < n; i++) {
-                float slope;
-                tanh_and_slope((raw[i] < LOG_ZERO ? LOG_ZERO : raw[i]) * inner, &slope);
-                out[i] *= slope;
-            }
-        }
-        if (out == buffer) store(c, r->row, start, n, buffer);
-    }
-}
-
-// ---- a row
-
-static float loss_value(double loss) { return loss > EXCLUDED ? INFINITY : (float)loss; }
-
-// The label's final logit; beyond the row it counts as an excluded token.
-static float label_logit(const Row *r, const Logits *x) {
-    float buffer;
-    return r->label < r->call->V ? *final_logits(x, r->row, r->label, 1, &buffer) : LOG_ZERO;
-}
-
-static void cross_entropy_row(Row *r) {
-    const Call *c = r->call;
-    float buffer[BLOCK];
-    for (int64_t b = 0; b < r->blocks; b++) {
-        const int n = block_length(r, b);
-        add_part(&r->student, b, final_logits(&c->student, r->row, b * BLOCK, n, buffer), n);
-    }
-    join_parts(&r->student, r->blocks);
-    c->loss[r->row] = c->difficulty[r->row] = loss_value(-log_probability(&r->student, label_logit(r, &c->student)));
-    c->is_hard[r->row] = 0;
-    if (c->dlogits) write_gradient(r, (Gradient){.labels = 1.0});
-}
-
-// Sweep 1: both softmaxes, and KL(teacher||student), whose difference form cancels less than two expectations.
-static double statistics(Row *r) {
-    const Call *c = r->call;
-    float buffer_s[BLOCK], buffer_t[BLOCK], terms[BLOCK];
-    for (int64_t b = 0; b < r->blocks; b++) {
-        const int n = block_length(r, b);
-        const float *z_s = final_logits(&c->student, r->row, b * BLOCK, n, buffer_s);
-        if (c->cold) add_part(&r->cold, b, z_s, n);
-        z_s = cooled(z_s, n, c->temperature, buffer_s);
-        const float *z_t = logits_at(&c->teacher, c, r->row, b * BLOCK, n, buffer_t);
-        add_part(&r->student, b, z_s, n);
-        add_part(&r->teacher, b, z_t, n);
-        const float max_s = r->student.parts[b].max, max_t = r->teacher.parts[b].max;
-        const float *e_t = r->teacher.exps + b * BLOCK;
-#pragma omp simd
-        for (int i = 0; i < n; i++) terms[i] = e_t[i] * ((z_t[i] - max_t) - (z_s[i] - max_s));
-        r->kl[b] = sum(terms, n);
-    }
-    join_parts(&r->student, r->blocks);
-    join_parts(&r->teacher, r->blocks);
-    if (c->cold) join_parts(&r->cold, r->blocks);
-    double kl = 0.0;
-    for (int64_t b = 0; b < r->blocks; b++) {
-        const Part *s = &r->student.parts[b], *t = &r->teacher.parts[b];
-        const double apart = ((double)t->max - r->teacher.max) - ((double)s->max - r->student.max);
-        kl += t->weight * (r->kl[b] + t->sum * apart);
-    }
-    kl = kl / r->teacher.total - (r->teacher.log_total - r->student.log_total);
-    return kl < 0.0 ? 0.0 : kl;
-}
-
-static void distilled_row(Row *r) {
-    const Call *c = r->call;
-    const double lam = c->lam, T = c->temperature;
-    const float z_s = label_logit(r, &c->student), z_t = label_logit(r, &c->teacher);
-    const double kl = statistics(r);
-    const double log_q = log_probability(&r->student, cool(z_s, c->temperature));
-    const double log_p = log_probability(&r->teacher, cool(z_t, c->temperature));
-    const double p = exp(log_p), t = lam * p + (1.0 - lam), log_t = log(t > TINY ? t : TINY);
-    double difficulty = lam * (kl - p * (log_p - log_q)) + t * (log_t - log_q);
-    if (lam > 0.0) difficulty += lam * log(lam) * (1.0 - p);
-    difficulty = difficulty < 0.0 ? 0.0 : difficulty;
-    const bool hard = c->gated && (c->given ? c->given[r->row] : loss_value(difficulty) > c->gamma);
-    c->difficulty[r->row] = loss_value(difficulty);
-    c->is_hard[r->row] = hard;
-
-    const double share = c->mixed ? 1.0 : lam, label_share = c->hard_label ? 1.0 - lam : 0.0;
-    const double ce = c->cold ? -log_probability(&r->cold, z_s) : -log_q;
-    const bool at_kl = c->free || (c->kl_at_one && c->beta >= 1.0f) || (c->gated && !hard);
-    double loss, g_total = -1.0;
-    if (at_kl) {
-        loss = c->mixed ? difficulty : share * kl + label_share * ce;
-    } else {
-        r->label_d = log_t - log_q;
-        r->beta = c->adaptive ? head_share(r) : c->beta;
-        loss = share * divergence_value(r, &g_total) + label_share * ce;
-    }
-    c->loss[r->row] = loss_value(loss);
-    if (!c->dlogits) return;
-    Gradient gradient = {.divergence = share / T, .g_total = g_total, .labels = label_share, .has_g = !at_kl};
-    if (at_kl) {
-        gradient.target_share = c->mixed ? lam : 1.0;
-        gradient.at_label = c->mixed ? share / T * (1.0 - lam) : 0.0;
-    }
-    write_gradient(r, gradient);
-}
+#include "kd_top_k_row.h"
 
 static void ignored_row(const Call *c, int64_t row) {
     c->loss[row] = c->difficulty[row] = 0.0f;
@@ -365,7 +26,8 @@ static void ignored_row(const Call *c, int64_t row) {
     memset((char *)c->dlogits + (size_t)(row * c->dlogits_stride) * size, 0, (size_t)c->V * size);
 }
 
-// ---- all rows
+// Bytes of scratch that a thread needs; K of a top-k teacher, else 0.
+int64_t fkd_scratch(int64_t V, int64_t K) { return row_scratch(V) + top_k_scratch(K); }
 
 typedef struct {
     const Call *call;
@@ -376,18 +38,17 @@ typedef struct {
 static void work_on_rows(void *shared) {
     Work *work = shared;
     const Call *c = work->call;
-    char *scratch = c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_scratch(c->V);
-    Row r = {.call = c, .blocks = block_count(c->V)};
-    Softmax *sides[] = {&r.student, &r.teacher, &r.cold};
-    for (int i = 0; i < 3; i++) sides[i]->exps = take(&scratch, r.blocks * BLOCK, sizeof(float));
-    for (int i = 0; i < 3; i++) sides[i]->parts = take(&scratch, r.blocks, sizeof(Part));
-    r.kl = take(&scratch, r.blocks, sizeof(double));
+    char *scratch = c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_scratch(c->V, c->lists.K);
+    Row r = new_row(c, scratch);
+    const Categories small = new_categories(c->lists.K, scratch + row_scratch(c->V));
     while ((r.row = atomic_fetch_add(&work->next_row, 1)) < c->C) {
         r.label = c->labels[r.row];
         if (r.label < 0)
             ignored_row(c, r.row);
         else if (c->divergence == CROSS_ENTROPY)
             cross_entropy_row(&r);
+        else if (c->lists.indices && !c->lists.uniform)
+            top_k_row(&r, &small);
         else
             distilled_row(&r);
     }

@@ -34,6 +34,7 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
+_NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = "csrc/kd_dense_row.h", "csrc/kd_top_k_row.h", "csrc/kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
@@ -164,6 +165,35 @@ MUTATIONS = [
     Mutation(
         "top-k: the rest's origin forgotten", _TOP_K_TRITON, "((z - origin) - rest)", "(z - rest)",
         ("test_top_k.py::test_matrix[no_evo-far-bucket-triton]",),
+    ),
+    # the row in C
+    Mutation(
+        "native: hard and easy swapped", _NATIVE, "loss_value(difficulty) > c->gamma", "loss_value(difficulty) <= c->gamma",
+        (_logits("native", "self_evolution"),),
+    ),
+    Mutation(
+        "native: teacher's gradient added", _NATIVE, "times(e_t[i], of_g) - q * total", "times(e_t[i], of_g) + q * total",
+        (_logits("native", "forward_kd"),),
+    ),
+    Mutation(
+        "native: blocks' maxima not compared", _NATIVE, "r->kl[b] + t->sum * apart", "r->kl[b]",
+        ("test_native_row.py::test_any_vocabulary[2049-no_evo]",),
+    ),
+    Mutation(
+        "native: listed entries stay in the rest", _NATIVE_TOP_K, "buffer[indices[next] - start] = LOG_ZERO;", "(void)0;",
+        ("test_top_k.py::test_matrix[no_evo-far-bucket-native]",),
+    ),
+    Mutation(
+        "native: no gradient for the rest", _NATIVE_TOP_K, "out[i] = share * e_s[i]", "out[i] = 0.0f * e_s[i]",
+        ("test_top_k.py::test_matrix[no_evo-far-renormalize-native]",),
+    ),
+    Mutation(
+        "native: cold labels share the rest's temperature", _NATIVE_TOP_K, "log_sum(&r->cold, 1.0, origin)", "log_sum(&r->student, 1.0, origin)",
+        ("test_top_k.py::test_temperature[native-2.0-forward_kd]",),
+    ),
+    Mutation(
+        "native: uniform tail of another row", _NATIVE_CALL, "c->lists.rest[row]", "c->lists.rest[0]",
+        ("test_top_k.py::test_matrix[no_evo-far-uniform-native]",),
     ),
     # autograd and options
     Mutation(

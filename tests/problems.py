@@ -42,7 +42,6 @@ def _why_no_native() -> str:
 
 needs_compiler = pytest.mark.skipif(bool(_why_no_native()), reason=_why_no_native() or "has a compiler")
 # Backends that run on CPU tensors here; Triton's in its interpreter.
-PYTHON_BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 CPU_BACKENDS = [
     "torch",
     pytest.param("native", marks=needs_compiler),

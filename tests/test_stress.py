@@ -19,7 +19,7 @@ from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
 from fused_kd.rows.base import EXCLUDED
 from fused_kd.rows.top_k import sparse_teacher
 
-from .problems import PYTHON_BACKENDS as BACKENDS
+from .problems import CPU_BACKENDS as BACKENDS
 from .problems import gradients, problem, relative
 from .test_top_k import TAILS, TEACHED, allowed, cached
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import PYTHON_BACKENDS as BACKENDS
+from .problems import CPU_BACKENDS as BACKENDS
 from .problems import Problem, gradients, problem, relative
 from .test_top_k import TAILS, cached
 

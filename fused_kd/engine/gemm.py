@@ -14,6 +14,7 @@ from torch import Tensor
 from ..rows.base import LOG_ZERO
 
 SLAB_BYTES = 32 << 20
+NARROW = 32
 
 
 def has_fp32_output(device: torch.device) -> bool:
@@ -96,13 +97,15 @@ class Projection:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in fp32.
 
-    On CPUs oneDNN runs this shape (a long inner dimension, a narrow result) up to twice as fast as the BLAS behind
-    ``mm`` where there is AVX-512, some 15 % slower where not; for small H it also rounds better there, by up to ten
-    times at V = 151936. Logits stay with ``mm``, which rounds them better.
+    The shape (a long inner dimension, a small result) asks for care on CPUs. Where there is AVX-512, oneDNN is up to
+    twice as fast as the BLAS behind ``mm``; elsewhere some 20 % slower. And for a narrow result that BLAS switches to
+    kernels that round up to ten times worse at V = 151936. Logits stay with ``mm``, which rounds them better.
     """
-    if a.device.type == "cpu" and _HAS_ONEDNN:
+    narrow = min(a.shape[0], b.shape[1]) < NARROW
+    if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512):
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
 
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

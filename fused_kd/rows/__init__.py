@@ -61,11 +61,10 @@ def get_row(backend: str) -> Row:
         from .top_k_triton import row as sparse
         from .triton_row import row as dense
     elif backend == "native" or (backend == NATIVE_OR_TORCH and _native_works()):
-        from .native_row import prepare
-        from .native_row import row as dense
-        from .top_k import row as sparse
+        from .native_row import prepare, row
 
         prepare()
+        return row
     else:
         from .top_k import row as sparse
         from .torch_row import row as dense

@@ -1,4 +1,4 @@
-"""Row implementation in C for CPUs: one parallel region a chunk. The arithmetic is in ``csrc/kd_row.c``."""
+"""Row implementation in C for CPUs, dense and top-k teachers alike: one parallel region a chunk, see ``csrc/kd_row.c``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ..divergences import DIVERGENCES
 from ..objectives import Scalars
 from ..workspace import empty
 from . import native_build
-from .base import Logits, RowInputs, RowOutputs
+from .base import Logits, RowInputs, RowOutputs, Sparse
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LIST_TENSORS = ("indices", "log_probs", "rest")
 _DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
@@ -29,12 +30,23 @@ class _Logits(ctypes.Structure):
     )
 
 
+class _Lists(ctypes.Structure):
+    _fields_ = (
+        ("indices", ctypes.c_void_p),
+        ("log_probs", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("K", ctypes.c_int64),
+        ("uniform", ctypes.c_int32),
+    )
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         ("C", ctypes.c_int64),
         ("V", ctypes.c_int64),
         ("student", _Logits),
         ("teacher", _Logits),
+        ("lists", _Lists),
         ("dlogits", ctypes.c_void_p),
         ("dlogits_stride", ctypes.c_int64),
         ("dlogits_dtype", ctypes.c_int32),
@@ -72,10 +84,13 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     spec = inputs.spec
     divergence = DIVERGENCES[spec.divergence or "kl"]
     student = inputs.student._replace(raw=_unit_stride(inputs.student.raw))
-    teacher = None
+    teacher, lists = student, None
     if spec.divergence is not None:
-        assert isinstance(inputs.teacher, Logits)
-        teacher = inputs.teacher._replace(raw=_unit_stride(inputs.teacher.raw))
+        if isinstance(inputs.teacher, Sparse):
+            lists = inputs.teacher._replace(**{x: getattr(inputs.teacher, x).contiguous() for x in _LIST_TENSORS})
+        else:
+            assert isinstance(inputs.teacher, Logits)
+            teacher = inputs.teacher._replace(raw=_unit_stride(inputs.teacher.raw))
     dlogits = outputs.dlogits
     if dlogits is not None:
         dlogits = student.raw if dlogits is inputs.student.raw else _unit_stride(dlogits)
@@ -83,12 +98,14 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     weights = None if inputs.weights is None else inputs.weights.contiguous()
     given = None if inputs.hard is None else inputs.hard.contiguous()
     threads = min(torch.get_num_threads(), C)
-    scratch = empty((threads, library.fkd_scratch(V) // 4), torch.float32, labels.device)
+    K = 0 if lists is None else lists.indices.shape[1]
+    scratch = empty((threads, library.fkd_scratch(V, K) // 4), torch.float32, labels.device)
     call = _Call(
         C=C,
         V=V,
         student=_logits(student),
-        teacher=_logits(teacher or student),
+        teacher=_logits(teacher),
+        lists=_Lists() if lists is None else _lists(lists),
         dlogits=_pointer(dlogits),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         dlogits_dtype=0 if dlogits is None else _DTYPES[dlogits.dtype],
@@ -101,7 +118,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         mixed=spec.mixed,
         hard_label=spec.hard_label,
         gated=spec.gated,
-        cold=inputs.cold_labels,
+        cold=inputs.cold_labels and spec.hard_label,
         **Scalars(*inputs.scalars.tolist())._asdict(),
         labels=_pointer(labels),
         weights=_pointer(weights),
@@ -125,7 +142,7 @@ def prepare() -> None:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native_build.load()
-    library.fkd_scratch.argtypes = (ctypes.c_int64,)
+    library.fkd_scratch.argtypes = (ctypes.c_int64, ctypes.c_int64)
     library.fkd_scratch.restype = ctypes.c_int64
     library.fkd_row.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.fkd_row.restype = None
@@ -135,6 +152,11 @@ def _library() -> ctypes.CDLL:
 def _logits(logits: Logits) -> _Logits:
     raw, scale, softcap, finite = logits
     return _Logits(raw.data_ptr(), raw.stride(0), _DTYPES[raw.dtype], finite, scale, softcap or 0.0)
+
+
+def _lists(teacher: Sparse) -> _Lists:
+    tensors = {name: _pointer(getattr(teacher, name)) for name in _LIST_TENSORS}
+    return _Lists(**tensors, K=teacher.indices.shape[1], uniform=teacher.tail == "uniform")
 
 
 def _pointer(x: Tensor | None) -> int | None:

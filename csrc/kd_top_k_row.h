@@ -1,0 +1,139 @@
+// A row of a top-k teacher whose tail is not uniform, condensed to categories as fused_kd/rows/top_k.py explains: the
+// K listed entries and the rest, a dense row of K + 1 logits.
+#pragma once
+
+#include "kd_dense_row.h"
+
+// One row's categories: logits, and their gradients.
+typedef struct {
+    float *student, *teacher, *gradient;  // (K + 1,), the rest last
+    float *cold, *cold_gradient;          // with the rest's logit at temperature 1
+    char *scratch;
+} Categories;
+
+static int64_t top_k_scratch(int64_t K) {
+    return K == 0 ? 0 : row_scratch(K + 1) + (5 * (K + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
+}
+
+static Categories new_categories(int64_t K, char *scratch) {
+    Categories x = {.scratch = scratch};
+    scratch += row_scratch(K + 1);
+    float **arrays[] = {&x.student, &x.teacher, &x.gradient, &x.cold, &x.cold_gradient};
+    for (int i = 0; i < 5; i++) *arrays[i] = take(&scratch, K + 1, sizeof(float));
+    return x;
+}
+
+// log sum exp at temperature T, times T, less `origin`.
+static double log_sum(const Softmax *x, double T, double origin) { return (x->max * T - origin) + x->log_total * T; }
+
+// Fill the student's categories; the softmaxes are then of the rest alone.
+static void condense(Row *r, const Categories *small) {
+    const Call *c = r->call;
+    const int64_t K = c->lists.K, *indices = c->lists.indices + r->row * K;
+    float buffer[BLOCK], top = LOG_ZERO;
+    int64_t next = 0;
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const int n = block_length(r, b);
+        const int64_t start = b * BLOCK;
+        const float *z = student_logits(c, r->row, start, n, buffer);
+        if (next < K && indices[next] < start + n) {
+            if (z != buffer) z = memcpy(buffer, z, (size_t)n * sizeof(float));
+            for (; next < K && indices[next] < start + n; next++) {
+                small->student[next] = buffer[indices[next] - start];
+                if (small->student[next] > top) top = small->student[next];
+                buffer[indices[next] - start] = LOG_ZERO;
+            }
+        }
+        if (c->cold) add_part(&r->cold, b, z, n);
+        add_part(&r->student, b, cooled(z, n, c->temperature, buffer), n);
+    }
+    join_parts(&r->student, r->blocks);
+    if (c->cold) join_parts(&r->cold, r->blocks);
+    // Only differences count: a large common offset would swallow the digits of the rest's logarithm.
+    const double rest = (double)r->student.max * c->temperature, origin = rest > top ? rest : top;
+    for (int64_t j = 0; j < K; j++)
+        small->student[j] = j < next ? at_least_log_zero((float)(small->student[j] - origin)) : LOG_ZERO;
+    small->student[K] = at_least_log_zero((float)log_sum(&r->student, c->temperature, origin));
+    if (!c->cold) return;
+    memcpy(small->cold, small->student, (size_t)K * sizeof(float));
+    small->cold[K] = at_least_log_zero((float)log_sum(&r->cold, 1.0, origin));
+}
+
+static Call categories_call(const Row *r, const Categories *small, const int64_t *label) {
+    const Call *c = r->call;
+    const int64_t K = c->lists.K, row = r->row;
+    Call call = *c;
+    call.C = 1;
+    call.V = K + 1;
+    call.student = (Logits){.data = small->student, .finite = true, .scale = 1.0f};
+    call.teacher = (Logits){.data = small->teacher, .scale = 1.0f};
+    call.lists = (Lists){0};
+    call.dlogits = c->dlogits ? small->gradient : NULL;
+    call.dlogits_dtype = FP32;
+    call.cold = false;
+    call.labels = label;
+    if (c->weights) call.weights = c->weights + row;
+    if (c->given) call.given = c->given + row;
+    call.loss = c->loss + row;
+    call.difficulty = c->difficulty + row;
+    call.is_hard = c->is_hard + row;
+    return call;
+}
+
+// The label's cross-entropy at temperature 1: the two temperatures see two rests, so it is a row of its own.
+static void add_cold_cross_entropy(const Row *r, const Categories *small, Call call) {
+    const float share = 1.0f - r->call->lam;
+    float loss, difficulty;
+    uint8_t is_hard;
+    call.student.data = small->cold;
+    call.dlogits = r->call->dlogits ? small->cold_gradient : NULL;
+    call.loss = &loss, call.difficulty = &difficulty, call.is_hard = &is_hard;
+    Row row = new_row(&call, small->scratch);
+    row.label = *call.labels;
+    cross_entropy_row(&row);
+    r->call->loss[r->row] += share * loss;
+    if (!r->call->dlogits) return;
+    for (int64_t j = 0; j <= r->call->lists.K; j++) small->cold_gradient[j] *= share;
+    for (int64_t j = 0; j < r->call->lists.K; j++) small->gradient[j] += small->cold_gradient[j];
+}
+
+// The categories' gradient back on the vocabulary: each entry its own, the others their shares of the rest's.
+static void expand(const Row *r, const Categories *small) {
+    const Call *c = r->call;
+    const int64_t K = c->lists.K, *indices = c->lists.indices + r->row * K;
+    const float scale = c->student.scale;
+    float buffer[BLOCK], raw_buffer[BLOCK];
+    int64_t next = 0;
+    for (int64_t b = 0; b < r->blocks; b++) {
+        const int n = block_length(r, b);
+        const int64_t start = b * BLOCK;
+        float *out = gradient_block(c, r->row, start, buffer);
+        const float *e_s = r->student.exps + start, *e_c = r->cold.exps + start;
+        const float share = (float)((double)scale * small->gradient[K] * normaliser(&r->student, b));
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = share * e_s[i];
+        if (c->cold) {
+            const float cold = (float)((double)scale * small->cold_gradient[K] * normaliser(&r->cold, b));
+#pragma omp simd
+            for (int i = 0; i < n; i++) out[i] += cold * e_c[i];
+        }
+        for (; next < K && indices[next] < start + n; next++) out[indices[next] - start] = scale * small->gradient[next];
+        finish_gradient(c, r->row, start, n, out, raw_buffer);
+    }
+}
+
+static void top_k_row(Row *r, const Categories *small) {
+    const Call *c = r->call;
+    const int64_t K = c->lists.K, offset = r->row * K;
+    condense(r, small);
+    memcpy(small->teacher, c->lists.log_probs + offset, (size_t)K * sizeof(float));
+    small->teacher[K] = c->lists.rest[r->row];
+    int64_t label = entries_before(c, r->row, r->label);
+    Call call = categories_call(r, small, &label);
+    if (c->cold) call.hard_label = false;
+    Row row = new_row(&call, small->scratch);
+    row.label = label;
+    distilled_row(&row);
+    if (c->cold) add_cold_cross_entropy(r, small, call);
+    if (c->dlogits) expand(r, small);
+}
