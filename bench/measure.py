@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+import fused_kd
+
 MIN_FLUSH_BYTES = 256 << 20
 
 
@@ -82,8 +84,9 @@ def peak_memory(
     """:class:`Memory` of ``call``, a forward and backward that has run before and left its gradients in
     place.
 
-    On CUDA the allocator's count. On a CPU resident memory: free heap pages are handed back to the system
-    first, then the kernel's high-water mark is reset and read. None where the system does not offer that."""
+    On CUDA the allocator's count. On a CPU resident memory: free heap pages and the buffers that fused_kd
+    keeps are handed back to the system first, then the kernel's high-water mark is reset and read. None
+    where the system does not offer that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         baseline = torch.cuda.memory_allocated(device)
@@ -107,6 +110,7 @@ def peak_memory(
 
 def _trim() -> None:
     gc.collect()
+    fused_kd.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library is another than glibc
         ctypes.CDLL(None).malloc_trim(0)
 

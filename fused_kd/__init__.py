@@ -19,6 +19,7 @@ from .objectives import (
     SkewTeacher,
     TotalVariation,
 )
+from .workspace import empty_cache
 
 __all__ = [
     "OBJECTIVES",
@@ -40,5 +41,6 @@ __all__ = [
     "TopK",
     "TotalVariation",
     "__version__",
+    "empty_cache",
     "kd_loss",
 ]

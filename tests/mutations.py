@@ -34,7 +34,8 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
-_NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = "csrc/kd_dense_row.h", "csrc/kd_top_k_row.h", "csrc/kd_call.h"
+_CSRC = "fused_kd/_csrc/"
+_NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
@@ -189,7 +190,7 @@ MUTATIONS = [
     ),
     Mutation(
         "native: cold labels share the rest's temperature", _NATIVE_TOP_K, "log_sum(&r->cold, 1.0, origin)", "log_sum(&r->student, 1.0, origin)",
-        ("test_top_k.py::test_temperature[native-2.0-forward_kd]",),
+        ("test_top_k.py::test_temperature[2.0-forward_kd-native]",),
     ),
     Mutation(
         "native: uniform tail of another row", _NATIVE_CALL, "c->lists.rest[row]", "c->lists.rest[0]",

@@ -261,7 +261,7 @@ def test_the_default_falls_back_quietly_without_a_compiler_and_warns_once_where_
 @needs_compiler
 def test_the_default_on_cpus_is_native():
     name = rows.choose_backend(None, torch.device("cpu"))
-    assert rows.get_row(name).args[0] is native_row.row
+    assert rows.get_row(name) is native_row.row
     assert torch.equal(loss(), loss("native"))
 
 

@@ -1,4 +1,4 @@
-"""Row implementation in C for CPUs, dense and top-k teachers alike: one parallel region a chunk, see ``csrc/kd_row.c``."""
+"""Row implementation in C for CPUs, dense and top-k teachers: one parallel region a chunk. See ``csrc/kd_row.c``."""
 
 from __future__ import annotations
 
