@@ -294,7 +294,7 @@ def test_uninitialised_memory_is_never_read(backend, monkeypatch):
     import fused_kd.rows.native_row as native_row
     import fused_kd.rows.torch_row as torch_row
 
-    def poisoned(shape, dtype, device):
+    def poisoned(shape, dtype, device, **_):
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(float("nan") if dtype.is_floating_point else True)
 

@@ -339,11 +339,11 @@ def test_validate_names_the_first_bad_token_past_ignored_ones(value, form, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tail", TAILS)
 def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, monkeypatch):
-    def poisoned(shape, dtype, device):
+    def poisoned(shape, dtype, device, **_):
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(math.nan if dtype.is_floating_point else True)
 
-    for module in ("engine.chunked", "rows.torch_row", "rows.top_k"):
+    for module in ("engine.chunked", "rows.torch_row", "rows.native_row", "rows.top_k"):
         monkeypatch.setattr(f"fused_kd.{module}.empty", poisoned)
     torch.use_deterministic_algorithms(True)  # torch.empty holds NaN too
     try:

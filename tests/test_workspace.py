@@ -17,13 +17,17 @@ N = MIN_BYTES // 4
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages to ask for")
 
 
+def held() -> list[int]:
+    return [len(block) for blocks in (workspace._workspace, workspace._results) for block in blocks.held]
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept():
     fk.empty_cache()
-    before = len(workspace._blocks)  # of other tests' live tensors
+    before = held()  # of other tests' live tensors
     yield
     fk.empty_cache()
-    assert len(workspace._blocks) == before
+    assert held() == before
 
 
 def test_a_block_is_reused_when_its_last_view_is_gone():
@@ -35,14 +39,20 @@ def test_a_block_is_reused_when_its_last_view_is_gone():
     assert empty((2, N), torch.float32, CPU).data_ptr() == address
 
 
-def test_another_shape_dtype_or_slightly_smaller_size_will_do():
+def test_another_shape_dtype_or_a_smaller_size_will_do():
     address = empty((10, N), torch.float32, CPU).data_ptr()
-    smaller = empty((9 * N, 2), torch.bfloat16, CPU)
-    assert smaller.data_ptr() == address and smaller.shape == (9 * N, 2) and smaller.dtype == torch.bfloat16
-    before = len(workspace._blocks)
-    del smaller
-    half = empty((5, N), torch.float32, CPU)  # too wasteful
-    assert len(workspace._blocks) == before and len(workspace._blocks[-1]) == 4 * half.numel()
+    smaller = empty((5 * N, 2), torch.bfloat16, CPU)
+    assert smaller.data_ptr() == address and smaller.shape == (5 * N, 2) and smaller.dtype == torch.bfloat16
+
+
+def test_much_smaller_ones_and_results_waste_no_large_block():
+    before = held()
+    del [empty((10, N), torch.float32, CPU)][0]
+    result = empty((9, N), torch.float32, CPU, result=True)
+    assert sorted(held()) == sorted([*before, 40 * N, 36 * N])
+    small = empty((2, N), torch.float32, CPU)
+    assert sorted(held()) == sorted([*before, 8 * N, 36 * N])
+    assert small.shape == (2, N) and result.shape == (9, N)
 
 
 def test_what_is_in_use_stays_and_what_is_not_goes():
@@ -55,16 +65,16 @@ def test_what_is_in_use_stays_and_what_is_not_goes():
 
 
 def test_a_request_that_nothing_fits_drops_what_is_free():
-    before = len(workspace._blocks)
+    before = held()
     del [empty((2, N), torch.float32, CPU)][0]
     x = empty((40, N), torch.float32, CPU)
-    assert len(workspace._blocks) == before + 1 and x.shape == (40, N)
+    assert sorted(held()) == sorted([*before, 160 * N]) and x.shape == (40, N)
 
 
 def test_small_ones_are_torch_s():
-    before = len(workspace._blocks)
-    assert empty((N - 1,), torch.float32, CPU).shape == (N - 1,)
-    assert len(workspace._blocks) == before
+    before = held()
+    small = empty((N - 1,), torch.float32, CPU)
+    assert small.shape == (N - 1,) and held() == before
 
 
 def test_threads_never_share_a_block():

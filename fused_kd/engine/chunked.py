@@ -331,7 +331,7 @@ def _allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
 def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
     if weight is None or not wanted:
         return None
-    full = empty(tuple(weight.shape), torch.float32, weight.device)
+    full = empty(tuple(weight.shape), torch.float32, weight.device, result=True)
     full[vocab:].zero_()
     return full
 
