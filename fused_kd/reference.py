@@ -149,7 +149,7 @@ def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, tail: str) -> Tensor:
         listed = values > -math.inf
         missing = (1.0 - values.exp().sum()).clamp(min=0.0)
         rest = missing / max(len(z_row) - int(listed.sum()), 1)
-        base = rest.log().clamp(min=_LOG_ZERO) if tail == "uniform" else torch.tensor(_LOG_ZERO).double()
+        base = rest.log().clamp(min=_LOG_ZERO) if tail == "uniform" else z.new_tensor(_LOG_ZERO)
         rows.append(base.expand(len(z_row)).index_put((entries[listed],), values[listed]))
     return torch.stack(rows) if rows else z.detach()
 
@@ -159,16 +159,17 @@ def _categories(z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor) -
     K = log_probs.shape[1]
     students, teachers, positions = [], [], []
     for z_row, values, entries, y in zip(z, log_probs, indices, labels.tolist(), strict=True):
-        table = {int(e): v for e, v in zip(entries, values, strict=True) if v > -math.inf}
+        table = {e: v for e, v in zip(entries.tolist(), values, strict=True) if v > -math.inf}
         missing = (1.0 - values.exp().sum()).clamp(min=0.0)
         others = len(z_row) - len(table)
         if y not in table:
             table[y] = (missing / others).log().clamp(min=_LOG_ZERO)
             missing = missing * (others - 1) / others
-        rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, torch.tensor(list(table)), False)
+        chosen = torch.tensor(list(table), device=z.device)
+        rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, chosen, False)
         nothing = z_row.new_full((K + 2 - len(table) - int(rest.any()),), _LOG_ZERO)  # to a common width
         tail = z_row[rest].logsumexp(0, keepdim=True) if rest.any() else z_row[:0]
-        students.append(torch.cat([z_row[list(table)], tail, nothing]))
+        students.append(torch.cat([z_row[chosen], tail, nothing]))
         teachers.append(
             torch.cat(
                 [torch.stack(list(table.values())), missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)], nothing]
@@ -177,7 +178,7 @@ def _categories(z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor) -
         positions.append(list(table).index(y))
     if not students:
         return z, z.detach(), labels
-    return torch.stack(students), torch.stack(teachers), torch.tensor(positions)
+    return torch.stack(students), torch.stack(teachers), torch.tensor(positions, device=z.device)
 
 
 def reference_kd_loss(
