@@ -94,7 +94,7 @@ def _fused_work(backend: str | None) -> Callable[[Shape, Inputs, float], dict[st
 def _top_k(tail: str) -> Implementation:
     return Implementation(
         f"{_SELF_EVOLUTION}, teacher's top {TOP_K} entries, {tail}", _fused(None), _self_evolution_truth,
-        lambda device: None,
+        _always,
         drops_ignored=True, prepare=lambda inputs: cut_top_k(inputs, TOP_K, tail), work=_fused_work(None),
     )  # fmt: skip
 
