@@ -11,7 +11,9 @@
 #define OUTSIDE (-2e30f)     // beyond the row: loses even against excluded tokens
 #define EXCLUDED 1e18f       // losses beyond it are infinite
 #define TINY 1e-30f          // keeps ratios of two underflowed probabilities defined
+#define COLDEST 1e8f         // of 1 / T: beyond it, differences of LOG_ZERO would overflow
 #define LOG2_E 1.44269504f
+#define LOG2_E_LOW 1.92596303e-8f  // what it lacks
 #define LN_2 0.693147181f
 
 FKD_INLINE uint4 words_of(const float *x) {
@@ -60,6 +62,12 @@ FKD_INLINE Pair inverse(Pair x, float factor) {
 }
 
 FKD_INLINE float times(float x, Pair factor) { return fmaf(x, factor.high, x * factor.low); }
+
+// log2(e) / T, rounded once: an error of it is one of the temperature.
+FKD_INLINE float exponent_scale(float T) {
+    const Pair k = inverse(pair(fmaxf(T, 1.0f / COLDEST), 0.0f), LOG2_E);
+    return k.high + (k.low + LOG2_E_LOW * fminf(reciprocal(T), COLDEST));
+}
 
 FKD_INLINE float log_of(Pair x) { return log_positive(x.high) + x.low * reciprocal(x.high); }
 

@@ -193,18 +193,20 @@ FKD_INLINE void request_row(const Rows *rows, int64_t row) {
 
 // ---- logits
 
-// Final logits before the temperature, and where `slope` is given d final / d raw.
-FKD_INLINE void shape(const Side *side, float *x, float *slope) {
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-        x[i] = max_or_nan(x[i], LOG_ZERO);
-        if (!FKD_SHAPED) continue;
-        float steepness = 1.0f;
-        if (side->cap != 0.0f)
-            x[i] = side->cap * squash(x[i] * (side->scale * reciprocal(side->cap)), &steepness);
-        else
-            x[i] *= side->scale;
-        if (slope) slope[i] = steepness * side->scale;
-    }
+// The final logit before the temperature, and d final / d raw.
+FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
+    const float z = max_or_nan(raw, LOG_ZERO);
+    if (!FKD_SHAPED) return z;
+    *slope = side->scale;
+    if (side->cap == 0.0f) return z * side->scale;
+    float steepness;
+    const float capped = side->cap * squash(z * (side->scale * reciprocal(side->cap)), &steepness);
+    *slope *= steepness;
+    return capped;
+}
+
+FKD_INLINE void final_logits(const Side *side, float *x, float *slope) {
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], &slope[i]);
 }
 
 FKD_INLINE void mask(int column, int V, float *x) {
@@ -219,7 +221,7 @@ FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, float *x
         read_slot(FKD_STUDENT, student_slot(rows, slot), x);
     else
         read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, x);
-    shape(&rows->student, x, slope);
+    final_logits(&rows->student, x, slope);
     mask(column, rows->V, x);
 }
 
@@ -241,14 +243,20 @@ FKD_INLINE int first_entry(const Rows *rows, int64_t row, int column) {
     return low;
 }
 
+// The entry of a slot's element `i`, or -1. `next` is kept from element to element.
+FKD_INLINE int entry_of(const Rows *rows, int64_t row, int first, int i, int *next) {
+    const int column = first + i * FKD_STEP;
+    if (i == 0 || FKD_STEP > 1) *next = first_entry(rows, row, column);
+    return *next < rows->K && entry(rows, row, *next) == column ? (*next)++ : -1;
+}
+
 FKD_INLINE void listed_logits(const Rows *rows, int64_t row, int column, float *x) {
+    const char *values = rows->teacher.data + row * rows->teacher.stride;
     const float rest = as_float(global_read4(rows->rest + row));
-    int next = first_entry(rows, row, column);
+    int next;
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-        if (FKD_STEP > 1 && i > 0) next = first_entry(rows, row, column + i * FKD_STEP);
-        x[i] = rest;
-        if (next < rows->K && entry(rows, row, next) == column + i * FKD_STEP)
-            x[i] = as_float(global_read4(rows->teacher.data + row * rows->teacher.stride + 4 * (int64_t)next++));
+        const int own = entry_of(rows, row, column, i, &next);
+        x[i] = own < 0 ? rest : as_float(global_read4(values + 4 * (int64_t)own));
     }
 }
 
@@ -263,6 +271,7 @@ FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, float *x
         read_slot(FKD_TEACHER, offset, x);
     else
         read_row(FKD_TEACHER, rows->teacher.data + row * rows->teacher.stride, column, rows->V, x);
-    shape(&rows->teacher, x, 0);
+    float unused[FKD_MOST];
+    final_logits(&rows->teacher, x, unused);
     mask(column, rows->V, x);
 }

@@ -18,12 +18,39 @@ enum Statistic { S_MAX, T_MAX, LABEL_S, LABEL_T, S_SUM, T_SUM, KL, COLD };
 
 // Sums relative to `top` instead of the record's own maxima. `k` turns logits into exponents of 2, in which KL counts.
 FKD_INLINE void rescale(float *x, const float *top, float k) {
-    const float s = x[S_MAX] - top[S_MAX], t = x[T_MAX] - top[T_MAX], weight = exp2_fast(t * k);
+    const float s = x[S_MAX] - top[S_MAX];
     x[S_SUM] *= exp2_fast(s * k);
-    x[COLD] *= exp2_fast(s * LOG2_E);
-    x[KL] = weight == 0.0f ? 0.0f : weight * (x[KL] + x[T_SUM] * ((t - s) * k));
-    x[T_SUM] *= weight;
+    if (FKD_COLD) x[COLD] *= exp2_fast(s * LOG2_E);
+    if (FKD_TEACHER >= 0) {
+        const float t = x[T_MAX] - top[T_MAX], weight = exp2_fast(t * k);
+        x[KL] = weight == 0.0f ? 0.0f : weight * (x[KL] + x[T_SUM] * ((t - s) * k));
+        x[T_SUM] *= weight;
+    }
     FKD_UNROLL for (int i = 0; i < FKD_MAXIMA; i++) x[i] = top[i];
+}
+
+FKD_INLINE void no_statistics(float *x) {
+    FKD_UNROLL for (int i = 0; i < FKD_RECORD; i++) x[i] = i < FKD_MAXIMA ? OUTSIDE : 0.0f;
+}
+
+// One slot's final logits; `z_t` is read where there is a teacher.
+FKD_INLINE void add_slot(float *sums, const float *z_s, const float *z_t, float k) {
+    float s_max = sums[S_MAX], t_max = sums[T_MAX];
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+        s_max = fmaxf(s_max, z_s[i]);
+        if (FKD_TEACHER >= 0) t_max = fmaxf(t_max, z_t[i]);
+    }
+    const float top[FKD_MAXIMA] = {s_max, t_max, sums[LABEL_S], sums[LABEL_T]};
+    rescale(sums, top, k);
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+        const float a_s = (z_s[i] - s_max) * k;
+        sums[S_SUM] += exp2_fast(a_s);
+        if (FKD_COLD) sums[COLD] += exp2_fast((z_s[i] - s_max) * LOG2_E);
+        if (FKD_TEACHER < 0) continue;
+        const float a_t = (z_t[i] - t_max) * k, e_t = exp2_fast(a_t);
+        sums[T_SUM] += e_t;
+        sums[KL] += e_t * (a_t - a_s);  // from the maxima: offsets of the logits cost no digits
+    }
 }
 
 // Over `lanes` neighbours of a warp. With `maxima`, values are statistics, else all `n` are sums.

@@ -70,36 +70,16 @@ FKD_INLINE void store_loss(float *x, int64_t row, float loss) { global_write4(x 
 
 // ---- sweep 1
 
-FKD_INLINE void add_slot(float *sums, const float *z_s, const float *z_t, float k) {
-    float s_max = sums[S_MAX], t_max = sums[T_MAX];
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-        s_max = fmaxf(s_max, z_s[i]);
-        if (FKD_TEACHER >= 0) t_max = fmaxf(t_max, z_t[i]);
-    }
-    const float top[FKD_MAXIMA] = {s_max, t_max, sums[LABEL_S], sums[LABEL_T]};
-    rescale(sums, top, k);
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-        const float a_s = (z_s[i] - s_max) * k;
-        sums[S_SUM] += exp2_fast(a_s);
-        if (FKD_COLD) sums[COLD] += exp2_fast((z_s[i] - s_max) * LOG2_E);
-        if (FKD_TEACHER < 0) continue;
-        const float a_t = (z_t[i] - t_max) * k, e_t = exp2_fast(a_t);
-        sums[T_SUM] += e_t;
-        sums[KL] += e_t * (a_t - a_s);  // from the maxima: offsets of the logits cost no digits
-    }
-}
-
 FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
     const Rows *rows = &call->rows;
-    sums[S_MAX] = sums[T_MAX] = sums[LABEL_S] = sums[LABEL_T] = OUTSIDE;
-    sums[S_SUM] = sums[T_SUM] = sums[KL] = sums[COLD] = 0.0f;
+    no_statistics(sums);
     int slot = 0;
     for (int group = 0; group <= FKD_GROUPS; group++) {  // the last: what does not fit
         if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);
         const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
         FKD_ROLLED for (; slot < end; slot++) {
-            float z_s[FKD_MOST], z_t[FKD_MOST];
-            student_logits(rows, norms->row, slot, z_s, 0);
+            float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+            student_logits(rows, norms->row, slot, z_s, slope);
             if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, z_t, true);
             const int label = element_of(column_of(rows, slot), norms->label);
             if (label >= 0 && label < FKD_WIDTH) {
@@ -160,8 +140,8 @@ FKD_INLINE void divergence_sums(const Call *call, const Norms *norms, bool keep,
     const Rows *rows = &call->rows;
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-        float z_s[FKD_MOST], z_t[FKD_MOST];
-        student_logits(rows, norms->row, slot, z_s, 0);
+        float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+        student_logits(rows, norms->row, slot, z_s, slope);
         teacher_logits(rows, norms->row, slot, z_t, false);
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -207,8 +187,8 @@ FKD_INLINE float head_share(const Call *call, const Norms *norms, float fraction
     const int top_bits = (int)as_bits(times(1.0f, norms->t_norm));
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-        float z_s[FKD_MOST], z_t[FKD_MOST];
-        student_logits(rows, norms->row, slot, z_s, 0);
+        float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+        student_logits(rows, norms->row, slot, z_s, slope);
         teacher_logits(rows, norms->row, slot, z_t, false);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
@@ -414,12 +394,11 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
     cluster_barrier();  // the other blocks' shared memory exists from here on
     while (row < C) {
         const int64_t next = next_row(&call, row + cluster_count()), label = label_of(&call, row);
-        // So large that differences of LOG_ZERO overflow, it would make NaN of them.
-        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, 3)), 1e8f);
+        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, 3)), COLDEST);
         Norms norms;
         norms.row = row;
         norms.label = label < V ? (int)label : -1;
-        norms.k = inv_T * LOG2_E;
+        norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, 3));
         float sums[FKD_RECORD];
         Pair totals[FKD_RECORD];
         statistics(&call, &norms, sums);

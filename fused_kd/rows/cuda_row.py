@@ -24,6 +24,8 @@ NO_TEACHER = -1
 _DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
 # Rows in the int32 arithmetic of columns, a tile beyond their end included.
 LARGEST_VOCAB = 2**30
+# Of shared memory, which the system takes for every block.
+RESERVED_BYTES = 1024
 
 
 class Device(NamedTuple):
@@ -166,7 +168,7 @@ def cut_rows(V: int, width: int, column_bytes: int, device: Device) -> Cut:
     few, shared, alone = device.threads
 
     def cut(cluster: int, threads: int) -> tuple[Cut, bool]:
-        area = 32 * (threads // device.warp + 2 * min(device.warp, 8))  # FKD_RECORDS_BYTES
+        area = records_bytes(threads, device)
         slot = threads * width * column_bytes
         slots = -(-V // (threads * width * cluster))
         resident = min(slots, (device.block_bytes - area) // slot)
@@ -183,8 +185,9 @@ def cut_rows(V: int, width: int, column_bytes: int, device: Device) -> Cut:
     return cut(device.largest_cluster, alone)[0]
 
 
-# Of shared memory, which the system takes for every block.
-RESERVED_BYTES = 1024
+def records_bytes(threads: int, device: Device) -> int:
+    """``FKD_RECORDS_BYTES`` of ``csrc/cuda_sums.h``."""
+    return 32 * (threads // device.warp + 2 * min(device.warp, 8))
 
 
 def unit_stride(x: Tensor) -> Tensor:

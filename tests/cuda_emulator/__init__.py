@@ -49,12 +49,12 @@ class _Grid(ctypes.Structure):
     )
 
 
-def build(csrc: Path = cuda_build.FOLDER) -> ctypes.CDLL:
-    """The emulated kernels of a copy of csrc/, kept for other processes."""
+def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None) -> ctypes.CDLL:
+    """The emulated kernels of csrc/ or a copy of it, kept in ``folder`` for other processes."""
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
     key = [c_table(), *FLAGS, *(path.read_text() for path in sources if path.is_file())]
-    folder = cache_folder() or Path(tempfile.mkdtemp())
+    folder = folder or cache_folder() or Path(tempfile.mkdtemp())
     library = folder / f"emulator-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

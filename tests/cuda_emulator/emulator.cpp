@@ -2,6 +2,7 @@
 #include "primitives.h"
 
 #include "kd_row.cu"
+#include "kd_top_k.cu"
 
 struct Grid {  // mirrored by tests/cuda_emulator/__init__.py
     int32_t clusters, cluster_size, threads, shared_bytes, ranges;
@@ -13,6 +14,7 @@ template <typename F> static const char *run(const Grid *grid, const Macros *cho
     macros = *chosen;
     macros.threads = grid->threads;
     fault[0] = 0;
+    stuck = false;
     ranges.clear();
     for (int i = 0; i < grid->ranges; i++) ranges.push_back({grid->begins[i], grid->ends[i], grid->writable[i] != 0});
     for (int index = 0; index < grid->clusters; index++) {
@@ -54,5 +56,26 @@ extern "C" const char *emulate_row(const Grid *grid, const Macros *chosen, const
         fkd_row(student, student_stride, student_scale, student_cap, teacher, teacher_stride, teacher_scale, teacher_cap,
                 dlogits, dlogits_stride, entries, rest, K, C, V, resident, labels, weights, scalars, given, loss,
                 difficulty, is_hard);
+    });
+}
+
+extern "C" const char *emulate_condense(const Grid *grid, const Macros *chosen, const void *student, int64_t stride,
+                                        float scale, float cap, const int64_t *entries, int32_t K, int64_t C, int32_t V,
+                                        const int64_t *labels, const float *scalars, float *categories, float *origins,
+                                        float *cold) {
+    return run(grid, chosen, [=] {
+        fkd_condense(student, stride, scale, cap, entries, K, C, V, labels, scalars, categories, origins, cold);
+    });
+}
+
+extern "C" const char *emulate_expand(const Grid *grid, const Macros *chosen, const void *student, int64_t stride,
+                                      float scale, float cap, void *dlogits, int64_t dlogits_stride,
+                                      const int64_t *entries, int32_t K, int64_t C, int32_t V, const int64_t *labels,
+                                      const float *scalars, const float *categories, const float *origins,
+                                      const float *cold, const float *entry_gradient, const float *rest_gradient,
+                                      const float *cold_gradient) {
+    return run(grid, chosen, [=] {
+        fkd_expand(student, stride, scale, cap, dlogits, dlogits_stride, entries, K, C, V, labels, scalars, categories,
+                   origins, cold, entry_gradient, rest_gradient, cold_gradient);
     });
 }

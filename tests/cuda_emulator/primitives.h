@@ -10,6 +10,7 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -69,16 +70,18 @@ static std::mutex fault_lock;
 static char fault[512];
 static std::vector<Range> ranges;  // of global memory, ascending
 
+struct Stuck {};  // thrown by threads at a barrier once there is a fault
+static std::atomic<bool> stuck;
+
 static void report(const char *format, ...) {
     std::lock_guard<std::mutex> hold(fault_lock);
+    stuck = true;
     if (fault[0]) return;
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(fault, sizeof fault, format, arguments);
     va_end(arguments);
 }
-
-struct Stuck {};  // thrown by the threads of a cluster that wait at different barriers
 
 class Barrier {
   public:
@@ -90,7 +93,11 @@ class Barrier {
             waiting = 0;
             rounds++;
             everybody.notify_all();
-        } else if (!everybody.wait_for(hold, std::chrono::seconds(20), [&] { return rounds != round; })) {
+            return;
+        }
+        const auto patience = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+        while (!everybody.wait_for(hold, std::chrono::milliseconds(100), [&] { return rounds != round; })) {
+            if (!stuck && std::chrono::steady_clock::now() < patience) continue;
             report("a barrier that not all threads reach");
             throw Stuck();
         }
