@@ -41,6 +41,7 @@ FKD_INLINE void block_barrier() { __syncthreads(); }
 FKD_INLINE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
     if (cluster_size() > 1) {
+        __syncwarp();
         asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
         return;
     }

@@ -157,8 +157,11 @@ FKD_INLINE void write_row(const Rows *rows, int64_t row, int column, const float
 FKD_INLINE void request(int dtype, const Side *side, int64_t row, int column, int V, int offset) {
     const char *first = side->data + row * side->stride + (int64_t)column * size_of(dtype);
     if (FKD_VECTOR) {
-        const int left = V - column, valid = (left < FKD_WIDTH ? left : FKD_WIDTH) * size_of(dtype);
-        if (valid > 0) copy_async(offset, first, slot_bytes(dtype), valid);
+        const int left = V - column;
+        if (left >= FKD_WIDTH)
+            copy_async(offset, first, slot_bytes(dtype), slot_bytes(dtype));
+        else if (left > 0)
+            copy_async(offset, first, slot_bytes(dtype), left * size_of(dtype));
         return;
     }
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -185,8 +188,8 @@ FKD_INLINE int group_end(const Rows *rows, int group) { return (group + 1) * row
 
 FKD_INLINE void request_row(const Rows *rows, int64_t row) {
     int slot = 0;
-    for (int group = 0; group < FKD_GROUPS; group++) {
-        for (; slot < group_end(rows, group); slot++) request_slot(rows, row, slot);
+    FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
+        FKD_ROLLED for (; slot < group_end(rows, group); slot++) request_slot(rows, row, slot);
         copies_commit();
     }
 }
@@ -215,9 +218,9 @@ FKD_INLINE void mask(int column, int V, float *x) {
         if (column + i * FKD_STEP >= V) x[i] = OUTSIDE;
 }
 
-FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, float *x, float *slope) {
+FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, float *slope) {
     const int column = column_of(rows, slot);
-    if (slot < rows->resident)
+    if (resident)
         read_slot(FKD_STUDENT, student_slot(rows, slot), x);
     else
         read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, x);
@@ -261,13 +264,12 @@ FKD_INLINE void listed_logits(const Rows *rows, int64_t row, int column, float *
 }
 
 // `first_time` fills a listed teacher's slots.
-FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, float *x, bool first_time) {
+FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, bool first_time) {
     const int column = column_of(rows, slot), offset = teacher_slot(rows, slot);
-    const bool kept = slot < rows->resident;
-    if (FKD_LISTED && (first_time || !kept)) {
+    if (FKD_LISTED && (first_time || !resident)) {
         listed_logits(rows, row, column, x);
-        if (kept) write_slot(offset, x);
-    } else if (kept)
+        if (resident) write_slot(offset, x);
+    } else if (resident)
         read_slot(FKD_TEACHER, offset, x);
     else
         read_row(FKD_TEACHER, rows->teacher.data + row * rows->teacher.stride, column, rows->V, x);

@@ -74,13 +74,13 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
     const Rows *rows = &call->rows;
     no_statistics(sums);
     int slot = 0;
-    for (int group = 0; group <= FKD_GROUPS; group++) {  // the last: what does not fit
+    FKD_ROLLED for (int group = 0; group <= FKD_GROUPS; group++) {  // the last: what does not fit
         if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);
         const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
         FKD_ROLLED for (; slot < end; slot++) {
             float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, norms->row, slot, z_s, slope);
-            if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, z_t, true);
+            student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
+            if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, true);
             const int label = element_of(column_of(rows, slot), norms->label);
             if (label >= 0 && label < FKD_WIDTH) {
                 FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -141,8 +141,8 @@ FKD_INLINE void divergence_sums(const Call *call, const Norms *norms, bool keep,
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, z_s, slope);
-        teacher_logits(rows, norms->row, slot, z_t, false);
+        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
+        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             float q, h, g;
@@ -170,7 +170,7 @@ FKD_INLINE float head_share(const Call *call, const Norms *norms, float fraction
         FKD_UNROLL for (int j = 0; j < 7; j++) sums[j] = 0.0f;
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             float z_t[FKD_MOST];
-            teacher_logits(rows, norms->row, slot, z_t, false);
+            teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
                 FKD_UNROLL for (int j = 0; j < 7; j++)
@@ -188,8 +188,8 @@ FKD_INLINE float head_share(const Call *call, const Norms *norms, float fraction
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, z_s, slope);
-        teacher_logits(rows, norms->row, slot, z_t, false);
+        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
+        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
             const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));
@@ -214,19 +214,20 @@ typedef struct {
     float weight;
 } Gradient;
 
-FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot) {
+FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot,
+                              bool resident) {
     const Rows *rows = &call->rows;
     float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-    if (form == KEPT && slot < rows->resident) {
+    if (form == KEPT && resident) {
         read_slot(FP32, student_slot(rows, slot), z_s);
         read_slot(FP32, teacher_slot(rows, slot), z_t);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) z_s[i] = (z_t[i] - z_s[i] * gradient->g_total) * gradient->weight;
         write_row(rows, norms->row, column_of(rows, slot), z_s);
         return;
     }
-    student_logits(rows, norms->row, slot, z_s, slope);
+    student_logits(rows, norms->row, slot, resident, z_s, slope);
     const bool with_teacher = FKD_TEACHER >= 0;
-    if (with_teacher) teacher_logits(rows, norms->row, slot, z_t, false);
+    if (with_teacher) teacher_logits(rows, norms->row, slot, resident, z_t, false);
     const int label = element_of(column_of(rows, slot), norms->label);
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
         float x;
@@ -254,11 +255,12 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
 FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int64_t next) {
     const Rows *rows = &call->rows;
     // First what is read again: the sweep before may have left it in the cache.
-    FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--) gradient_slot(call, norms, gradient, form, slot);
+    FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
+        gradient_slot(call, norms, gradient, form, slot, false);
     int slot = 0;
-    for (int group = 0; group < FKD_GROUPS; group++) {
+    FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
         FKD_ROLLED for (; slot < group_end(rows, group); slot++) {
-            gradient_slot(call, norms, gradient, form, slot);
+            gradient_slot(call, norms, gradient, form, slot, true);
             if (next < call->C) request_slot(rows, next, slot);
         }
         copies_commit();

@@ -61,7 +61,7 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
         const int slots = ignored(&call, row) ? 0 : rows->slots;
         FKD_ROLLED for (int slot = 0; slot < slots; slot++) {
             float z[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, row, slot, z, slope);
+            student_logits(rows, row, slot, false, z, slope);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
                 if (entry_of(rows, row, column_of(rows, slot), i, &next) >= 0) z[i] = OUTSIDE;
@@ -107,7 +107,7 @@ FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float sc
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             const int column = column_of(rows, slot);
             float z[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, row, slot, z, slope);
+            student_logits(rows, row, slot, false, z, slope);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 // At most 1 on unlisted entries; listed ones, replaced below, must not overflow.

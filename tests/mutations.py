@@ -27,6 +27,10 @@ def _table(divergence: str) -> str:
     return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
 
+def _emulated(objective: str) -> str:
+    return f"test_cuda_row.py::test_logits[{objective}-fp32]"
+
+
 def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
@@ -37,6 +41,8 @@ _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
+_CUDA, _CUDA_SLOTS = "fused_kd/_csrc/kd_row.cu", "fused_kd/_csrc/cuda_slots.h"
+_CUDA_SUMS, _CUDA_TOP_K = "fused_kd/_csrc/cuda_sums.h", "fused_kd/_csrc/kd_top_k.cu"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -114,6 +120,33 @@ MUTATIONS = [
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
         ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
+    ),
+    # the CUDA row, in emulation
+    Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),
+    Mutation("cuda: ranking ignored", _CUDA, "call->given ? global_read1", "false ? global_read1", ("test_cuda_row.py::test_hardness_can_be_given",)),
+    Mutation("cuda: the label's share twice", _CUDA, "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q", (_emulated("skew_teacher"),)),
+    Mutation(
+        "cuda: token weights missing", _CUDA, "call->weights ? as_float", "false ? as_float",
+        ("test_cuda_row.py::test_ignored_rows_and_weights[no_evo]",),
+    ),
+    Mutation("cuda: the same row again", _CUDA, "request_slot(rows, next, slot)", "request_slot(rows, norms->row, slot)", (_emulated("no_evo"),)),
+    Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
+    Mutation(
+        "cuda: row's end not masked", _CUDA_SLOTS, "x[i] = OUTSIDE;", "x[i] = 0.0f;",
+        ("test_cuda_row.py::test_hidden_fp32[sft-far]",),
+    ),
+    Mutation(
+        "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",
+        "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("test_cuda_row.py::test_rows_beyond_2_31_elements[dense]",),
+    ),
+    Mutation("cuda: one block of the cluster", _CUDA_SUMS, "block < cluster_size()", "block < 1", (_emulated("sft"),)),
+    Mutation(
+        "cuda: sums of other maxima", _CUDA_SUMS, "x[S_SUM] *= exp2_fast(s * k);", "",
+        ("test_cuda_row.py::test_hidden_fp32[sft-far]",),
+    ),
+    Mutation(
+        "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
+        ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
     ),
     # the engine
     Mutation(

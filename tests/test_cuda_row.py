@@ -16,7 +16,7 @@ from fused_kd.rows import cuda_build, cuda_row
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda_row import Device
 
-from . import cuda_emulator
+from . import cuda_emulator, test_stress
 from .budget import check_budget
 from .cuda_emulator import SMALL, emulated, needs_cpp_compiler
 from .problems import OBJECTIVES, gradients, problem, relative
@@ -310,6 +310,11 @@ def test_ties_share_their_side_of_the_head(fraction, emulated):
     check(call(z, p.log(), labels, objective), oracle(z, p.log(), labels, objective))
 
 
+@pytest.mark.parametrize("teacher", ["dense", "bucket"])
+def test_rows_beyond_2_31_elements(teacher, emulated):
+    test_stress.test_rows_beyond_2_31_elements(teacher, "cuda")
+
+
 def test_no_rows(emulated):
     z = torch.empty(0, 5)
     out = call(z, z, torch.empty(0, dtype=torch.int64), fk.NoEvo())
@@ -375,7 +380,7 @@ FAULTS = {
     ),
     "a write beyond the row": ("cuda_slots.h", "column + FKD_WIDTH <= rows->V", "column < rows->V", "outside of"),
     "a read beyond the row": (
-        "cuda_slots.h", "(left < FKD_WIDTH ? left : FKD_WIDTH)", "(left < 0 ? 0 : FKD_WIDTH)", "outside of",
+        "cuda_slots.h", "if (left >= FKD_WIDTH)", "if (left > 0)", "outside of",
     ),
     "a slot beyond shared memory": (
         "cuda_slots.h", "return rows->teacher_at + slot *", "return rows->teacher_at + (slot + 1) *", "shared memory",

@@ -39,7 +39,9 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             )
     if backend == "cuda":
         if not on_nvidia(device):
-            raise ValueError(f"backend='cuda' needs tensors on an NVIDIA GPU, got tensors on {device}; use backend='torch'")
+            raise ValueError(
+                f"backend='cuda' needs tensors on an NVIDIA GPU, got tensors on {device}; use backend='torch'"
+            )
         if not _installed("cuda.core"):
             raise ValueError(
                 "backend='cuda' needs the package cuda-core, which is not installed: pip install 'fused_kd[cuda]', "

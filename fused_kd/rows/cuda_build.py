@@ -79,7 +79,7 @@ def launch(where: torch.device, call: Launch) -> None:
     with torch.cuda.device(where):
         kernel, clusters = _prepared(call.kernel, call.macros, call.cut, where)
         config = _config(core, call.cut, min(clusters, call.rows))
-        core.launch(_Stream(torch.cuda.current_stream(where)), config, kernel, *typed(call.arguments, call.types))
+        core.launch(_current_stream(core, where), config, kernel, *typed(call.arguments, call.types))
 
 
 def typed(values: tuple, types: tuple) -> tuple:
@@ -91,11 +91,18 @@ def typed(values: tuple, types: tuple) -> tuple:
 
 
 class _Stream:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._handle = stream.cuda_stream
+    """PyTorch's stream in cuda-core's protocol."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._handle
+
+
+def _current_stream(core: ModuleType, where: torch.device) -> Any:
+    handle = torch.cuda.current_stream(where).cuda_stream
+    return _Stream(handle) if handle else core.LEGACY_DEFAULT_STREAM
 
 
 def _config(core: ModuleType, cut: Cut, clusters: int) -> Any:
@@ -110,14 +117,14 @@ def _prepared(kernel: str, macros: tuple, cut: Cut, where: torch.device) -> tupl
     major, minor = torch.cuda.get_device_capability(where)
     try:
         loaded = _loaded(kernel, macros, architecture(major, minor)).get_kernel(kernel)
-        _, current = driver.cuDeviceGet(where.index if where.index is not None else torch.cuda.current_device())
+        _, current = driver.cuDeviceGet(torch.cuda.current_device())
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (status,) = driver.cuKernelSetAttribute(most, cut.shared_bytes, loaded.handle, current)
         if int(status) != 0:
             raise RuntimeError(f"{status.name}: {cut.shared_bytes} bytes of shared memory")
         if cut.cluster > 1:
-            stream = core.Stream.from_handle(torch.cuda.current_stream(where).cuda_stream)
-            clusters = loaded.occupancy.max_active_clusters(_config(core, cut, 1), stream=stream)
+            config = _config(core, cut, 1)
+            clusters = loaded.occupancy.max_active_clusters(config, stream=core.LEGACY_DEFAULT_STREAM)
         else:
             blocks = loaded.occupancy.max_active_blocks_per_multiprocessor(cut.threads, cut.shared_bytes)
             clusters = blocks * torch.cuda.get_device_properties(where).multi_processor_count

@@ -174,7 +174,7 @@ def cut_rows(V: int, width: int, column_bytes: int, device: Device) -> Cut:
         resident = min(slots, (device.block_bytes - area) // slot)
         return Cut(cluster, threads, resident, area + resident * slot), resident == slots
 
-    if V <= 8 * few * width:
+    if 8 * few * width >= V:
         return cut(1, few)[0]
     cluster = 1
     while cluster <= device.largest_cluster:

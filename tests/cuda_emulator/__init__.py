@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ import pytest
 from torch import Tensor
 
 from fused_kd.rows import cuda_build
-from fused_kd.rows.build_cache import cache_folder
 from fused_kd.rows.cuda_row import Device, Launch
 from fused_kd.rows.expressions import c_table
 
@@ -54,7 +54,8 @@ def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None) -> ctypes.
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
     key = [c_table(), *FLAGS, *(path.read_text() for path in sources if path.is_file())]
-    folder = folder or cache_folder() or Path(tempfile.mkdtemp())
+    folder = folder or Path(tempfile.gettempdir(), f"fused_kd-emulator-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"emulator-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
