@@ -154,8 +154,8 @@ FKD_INLINE void write_row(const Rows *rows, int64_t row, int column, const float
 
 // ---- asking for a row's slots
 
-FKD_INLINE void request(int dtype, const Side *side, int64_t row, int column, int V, int offset) {
-    const char *first = side->data + row * side->stride + (int64_t)column * size_of(dtype);
+FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset) {
+    const char *first = row + (int64_t)column * size_of(dtype);
     if (FKD_VECTOR) {
         const int left = V - column;
         if (left >= FKD_WIDTH)
@@ -174,12 +174,24 @@ FKD_INLINE void request(int dtype, const Side *side, int64_t row, int column, in
     }
 }
 
+// Where a row of both sides begins.
+typedef struct {
+    const char *student, *teacher;
+} Begin;
+
+FKD_INLINE Begin begin_of(const Rows *rows, int64_t row) {
+    Begin begin;
+    begin.student = rows->student.data + row * rows->student.stride;
+    begin.teacher = rows->teacher.data + row * rows->teacher.stride;
+    return begin;
+}
+
 // Of both sides; their slots may be overwritten from now on.
-FKD_INLINE void request_slot(const Rows *rows, int64_t row, int slot) {
+FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot) {
     const int column = column_of(rows, slot);
-    request(FKD_STUDENT, &rows->student, row, column, rows->V, student_slot(rows, slot));
+    request(FKD_STUDENT, row->student, column, rows->V, student_slot(rows, slot));
     if (FKD_TEACHER >= 0 && !FKD_LISTED)
-        request(FKD_TEACHER, &rows->teacher, row, column, rows->V, teacher_slot(rows, slot));
+        request(FKD_TEACHER, row->teacher, column, rows->V, teacher_slot(rows, slot));
 }
 
 // Copies are counted in this many groups of slots, so that a sweep can begin with the first.
@@ -187,9 +199,10 @@ FKD_INLINE void request_slot(const Rows *rows, int64_t row, int slot) {
 FKD_INLINE int group_end(const Rows *rows, int group) { return (group + 1) * rows->resident / FKD_GROUPS; }
 
 FKD_INLINE void request_row(const Rows *rows, int64_t row) {
+    const Begin begin = begin_of(rows, row);
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
-        FKD_ROLLED for (; slot < group_end(rows, group); slot++) request_slot(rows, row, slot);
+        FKD_ROLLED for (; slot < group_end(rows, group); slot++) request_slot(rows, &begin, slot);
         copies_commit();
     }
 }

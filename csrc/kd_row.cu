@@ -10,30 +10,24 @@
 // Bytes an element: a student's and a teacher's logit read, a dlogit written, whatever the row. Slots that do not fit
 // (cuda_slots.h) are read in each of the 2 or 3 sweeps.
 //
-// Special functions an element, of 16 a clock and multiprocessor (ex2 and rcp; the logarithm is a polynomial): easy
-// rows 2 ex2 in sweep 1 and 2 in sweep 3; hard rows 2, then 2 and 1 rcp (2 where q is read over m too), then none, but
-// those 3 again where logits are 16 bits wide and leave no room for q. Another 0.5 (0.25 of 16-bit logits) in sweep 1
-// rescale a slot. An H200's share of memory traffic leaves time for 9 of fp32 logits and 5 of bf16. Cross-entropy at
-// another temperature adds 1 ex2 to sweeps 1 and 2 (or 3), a softcap 1 ex2 and 1 rcp a sweep and side.
+// Special functions an element, as counted in the machine code (tests/test_cuda_compile.py), ex2 and rcp, of 16 a clock
+// and multiprocessor; the logarithm is a polynomial:
 //
-// Macros beside those of cuda_slots.h: FKD_DIVERGENCES(X) of fused_kd/divergences.py, with X(name, h, g) and C
-// expressions over t, q, d, r, log_r, s, log_s and beta; FKD_DIVERGENCE, a position in that list; FKD_FREE,
-// FKD_MIXTURE, FKD_KL_AT_ONE, FKD_ADAPTIVE of the divergence; FKD_MIXED, FKD_HARD_LABEL, FKD_GATED and FKD_COLD.
+//                  sweep 1   sweep 2         sweep 3
+//   cross-entropy  1         -               1
+//   easy rows      2         -               2
+//   hard rows      2         2 + 1 (ratios)  0; those 3 again of 16-bit logits, which leave no room for q, or capped ones
+//
+// Sweep 1 takes 0.5 more (0.25 of 16-bit logits and of cross-entropy) to rescale a slot's sums. In the time that an H200
+// takes by its data sheet for the bytes of an element it does 7 to 9 of fp32 logits and 4 to 5 of bf16. Cross-entropy at another
+// temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side.
+//
+// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE and FKD_ADAPTIVE of the divergence,
+// FKD_GATED.
 //
 // NaN logits become NaN losses: comparisons are written so that NaN falls through.
 
-#include "cuda_slots.h"
-#include "cuda_sums.h"
-
-#ifndef FKD_DIVERGENCES
-#error "build through fused_kd.rows.cuda_build, which defines FKD_DIVERGENCES"
-#endif
-
-#define FKD_NAME(name, h, g) FKD_##name,
-enum Divergence { FKD_DIVERGENCES(FKD_NAME) };
-
-// Sweep 2 leaves its results in the slots of fp32 logits; a softcap's slope needs the logit itself.
-#define FKD_KEEPS (FKD_STUDENT == FP32 && FKD_TEACHER == FP32 && !FKD_SHAPED)
+#include "cuda_divergence.h"
 
 typedef struct {
     Rows rows;
@@ -44,18 +38,6 @@ typedef struct {
     uint8_t *is_hard;
     const uint8_t *given;  // may be NULL
 } Call;
-
-// A row between its sweeps.
-typedef struct {
-    int64_t row;
-    int label;         // -1: beyond the row
-    float k;           // turns logits into exponents of 2
-    float lam, beta;   // beta: the objective's, or of an adaptive divergence this row's
-    float s_max, t_max;
-    Pair s_norm, t_norm, cold_norm;  // exponentials to probabilities; the teacher's times lam in a mixed target
-    float offset, label_d;           // log t - log q is the exponents' difference and offset; at the label label_d
-    float divergence, labels;        // weights of the two gradients: share / T and 1 - lam or 0
-} Norms;
 
 FKD_INLINE float scalar(const Call *call, int i) { return as_float(global_read4(call->scalars + i)); }
 
@@ -92,115 +74,6 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
             add_slot(sums, z_s, z_t, norms->k);
         }
     }
-}
-
-// ---- sweep 2
-
-FKD_INLINE void formulas(int divergence, float t, float q, float d, float r, float log_r, float s, float log_s,
-                         float beta, float *h, float *g) {
-#define FKD_CASE(name, H, G) \
-    case FKD_##name:         \
-        *h = (H);            \
-        *g = (G);            \
-        break;
-    switch (divergence) { FKD_DIVERGENCES(FKD_CASE) }
-}
-
-// q, h and g of one element; the compiler drops what the divergence does not read.
-FKD_INLINE void evaluate(const Norms *norms, float z_s, float z_t, bool at_label, float *q, float *h, float *g) {
-    const float a_s = (z_s - norms->s_max) * norms->k, a_t = (z_t - norms->t_max) * norms->k;
-    *q = times(exp2_fast(a_s), norms->s_norm);
-    float t = times(exp2_fast(a_t), norms->t_norm), d = (a_t - a_s) * LN_2 + norms->offset;
-    if (FKD_MIXED && at_label) {
-        t += 1.0f - norms->lam;
-        d = norms->label_d;
-    }
-    float r = t, log_r = d, s = *q, log_s = d;
-    if (FKD_MIXTURE) {
-        t += TINY;
-        s += TINY;
-        const float m = fmaf(norms->beta, s, fmaf(-norms->beta, t, t));  // without the rounding of 1 - beta
-        r = quotient(t, m);
-        log_r = log_positive(r);
-        s = quotient(s, m);
-        log_s = log_positive(s);
-    }
-    formulas(FKD_DIVERGENCE, t, *q, d, r, log_r, s, log_s, norms->beta, h, g);
-}
-
-// What the gradient adds to -q * sum g: g and the hard label's.
-FKD_INLINE float terms(const Norms *norms, float z_s, bool at_label, float q, float g) {
-    float x = norms->divergence * g;
-    if (!FKD_HARD_LABEL) return x;
-    if (FKD_COLD) q = times(exp2_fast((z_s - norms->s_max) * LOG2_E), norms->cold_norm);
-    return x + norms->labels * (at_label ? q - 1.0f : q);
-}
-
-FKD_INLINE void divergence_sums(const Call *call, const Norms *norms, bool keep, float *sums) {
-    const Rows *rows = &call->rows;
-    sums[0] = sums[1] = 0.0f;
-    FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-        float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
-        const int label = element_of(column_of(rows, slot), norms->label);
-        FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-            float q, h, g;
-            evaluate(norms, z_s[i], z_t[i], label == i, &q, &h, &g);
-            sums[0] += h;
-            sums[1] += g;
-            z_t[i] = terms(norms, z_s[i], label == i, q, g);
-            z_s[i] = q;
-        }
-        if (FKD_KEEPS && keep && slot < rows->resident) {
-            write_slot(student_slot(rows, slot), z_s);
-            write_slot(teacher_slot(rows, slot), z_t);
-        }
-    }
-}
-
-// The share of sum |p - q| in the head of p, its most probable entries up to `fraction` of the mass and the top.
-// Finds the largest probability left out three bits at a time: floats of [0, 1] order as their bits do, in 30.
-FKD_INLINE float head_share(const Call *call, const Norms *norms, float fraction, int *phase) {
-    const Rows *rows = &call->rows;
-    int left_out = 0;
-    float sums[FKD_RECORD];
-    Pair totals[FKD_RECORD];
-    for (int shift = 27; shift >= 0; shift -= 3) {
-        FKD_UNROLL for (int j = 0; j < 7; j++) sums[j] = 0.0f;
-        FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-            float z_t[FKD_MOST];
-            teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
-            FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-                const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
-                FKD_UNROLL for (int j = 0; j < 7; j++)
-                    sums[j] += (int)as_bits(p) >= (left_out | (j + 1) << shift) ? p : 0.0f;
-            }
-        }
-        reduce(sums, totals, 7, false, 0.0f, phase);
-        int digit = 0;  // the masses fall
-        FKD_UNROLL for (int j = 0; j < 7; j++) digit += whole(totals[j]) > fraction;
-        left_out |= digit << shift;
-    }
-    if (fraction >= 1.0f) left_out = -1;  // nothing is left out, not even what has underflowed
-    // The top has the largest logit: exp2(0).
-    const int top_bits = (int)as_bits(times(1.0f, norms->t_norm));
-    sums[0] = sums[1] = 0.0f;
-    FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-        float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
-        FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
-            const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
-            const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));
-            const int bits = (int)as_bits(p);
-            sums[1] += error;
-            sums[0] += bits > left_out || bits == top_bits ? error : 0.0f;
-        }
-    }
-    reduce(sums, totals, 2, false, 0.0f, phase);
-    const float all = whole(totals[1]);
-    return all == 0.0f ? 0.5f : quotient(whole(totals[0]), all);
 }
 
 // ---- sweep 3
@@ -257,11 +130,12 @@ FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradi
     // First what is read again: the sweep before may have left it in the cache.
     FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
         gradient_slot(call, norms, gradient, form, slot, false);
+    const Begin begin = begin_of(rows, next);
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
         FKD_ROLLED for (; slot < group_end(rows, group); slot++) {
             gradient_slot(call, norms, gradient, form, slot, true);
-            if (next < call->C) request_slot(rows, next, slot);
+            if (next < call->C) request_slot(rows, &begin, slot);
         }
         copies_commit();
     }
@@ -337,9 +211,9 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
     Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
     Form form = LINEAR;
     if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->beta < 1.0f) && (!FKD_GATED || hard)) {
-        if (FKD_ADAPTIVE) norms->beta = head_share(call, norms, scalar(call, 4), phase);
+        if (FKD_ADAPTIVE) norms->beta = head_share(&call->rows, norms, scalar(call, 4), phase);
         form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
-        divergence_sums(call, norms, form == KEPT, sums);
+        divergence_sums(&call->rows, norms, form == KEPT, sums);
         reduce(sums, totals, 2, false, 0.0f, phase);
         loss = share * whole(totals[0]) + norms->labels * ce;
         gradient.g_total = norms->divergence * whole(totals[1]);

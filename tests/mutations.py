@@ -42,7 +42,11 @@ _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
 _CUDA, _CUDA_SLOTS = "fused_kd/_csrc/kd_row.cu", "fused_kd/_csrc/cuda_slots.h"
-_CUDA_SUMS, _CUDA_TOP_K = "fused_kd/_csrc/cuda_sums.h", "fused_kd/_csrc/kd_top_k.cu"
+_CUDA_SUMS, _CUDA_TOP_K, _CUDA_DIVERGENCE = (
+    "fused_kd/_csrc/cuda_sums.h",
+    "fused_kd/_csrc/kd_top_k.cu",
+    "fused_kd/_csrc/cuda_divergence.h",
+)
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -124,12 +128,12 @@ MUTATIONS = [
     # the CUDA row, in emulation
     Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),
     Mutation("cuda: ranking ignored", _CUDA, "call->given ? global_read1", "false ? global_read1", ("test_cuda_row.py::test_hardness_can_be_given",)),
-    Mutation("cuda: the label's share twice", _CUDA, "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q", (_emulated("skew_teacher"),)),
+    Mutation("cuda: the label's share twice", _CUDA_DIVERGENCE, "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q", (_emulated("skew_teacher"),)),
     Mutation(
         "cuda: token weights missing", _CUDA, "call->weights ? as_float", "false ? as_float",
         ("test_cuda_row.py::test_ignored_rows_and_weights[no_evo]",),
     ),
-    Mutation("cuda: the same row again", _CUDA, "request_slot(rows, next, slot)", "request_slot(rows, norms->row, slot)", (_emulated("no_evo"),)),
+    Mutation("cuda: the same row again", _CUDA, "begin = begin_of(rows, next)", "begin = begin_of(rows, norms->row)", (_emulated("no_evo"),)),
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
     Mutation(
         "cuda: row's end not masked", _CUDA_SLOTS, "x[i] = OUTSIDE;", "x[i] = 0.0f;",

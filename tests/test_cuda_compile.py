@@ -43,3 +43,23 @@ def test_no_spills_and_no_more_registers_than_in_the_table(target: str) -> None:
     assert used.keys() == table["registers"].keys(), remedy
     above = {case: n for case, n in used.items() if n > table["registers"][case][target]}
     assert not above, remedy
+
+
+def specials(case: str, target: str = "sm_90a") -> list[tuple[float, float]]:
+    """(ex2, rcp) an element of each loop over slots in shared memory, in the order of their addresses."""
+    case_ = compile_cuda.cases()[case]
+    (launch,) = compile_cuda.launches(case_, TARGETS[target])
+    width = dict(launch.macros)["FKD_WIDTH"]
+    sweeps = [
+        loop for loop in compile_cuda.loops(cuda_build.cubin("fkd_row", launch.macros, target)) if loop.has("LDS.128")
+    ]
+    return [(sweep.has("MUFU.EX2") / width, sweep.has("MUFU.RCP") / width) for sweep in sweeps]
+
+
+def test_special_functions_are_those_that_the_source_counts() -> None:
+    """Statistics, sums, the gradient of a hard row and of an easy one."""
+    assert specials("no_evo/bf16_out") == [(2.5, 0), (2, 0)]
+    assert specials("self_evolution/bf16_out") == [(2.5, 0), (2, 1), (0, 0), (2, 0)]
+    assert specials("generalized_jsd/bf16_out") == [(2.5, 0), (2, 1), (0, 0)]
+    assert specials("self_evolution/bf16_logits") == [(2.25, 0), (2, 1), (2, 1), (2, 0)]
+    assert specials("sft/in_place") == [(1.25, 0), (1, 0)]

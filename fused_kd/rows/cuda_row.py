@@ -68,7 +68,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     alignment; launches one kernel on the current stream and never synchronises.
 
     Moves ``C * V * (student bytes + teacher bytes + dlogits bytes)``, each logit once, where a row fits the shared
-    memory of a cluster (fp32 student and teacher: V up to 227,000 on Hopper and Blackwell data-centre GPUs); what does
+    memory of a cluster (fp32 student and teacher: V up to 229,376 on Hopper and Blackwell data-centre GPUs); what does
     not fit is read two times, three in rows that evaluate their divergence (hard ones). A uniform tail moves none of
     the teacher's.
 
