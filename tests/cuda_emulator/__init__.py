@@ -49,11 +49,11 @@ class _Grid(ctypes.Structure):
     )
 
 
-def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None) -> ctypes.CDLL:
+def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None, *flags: str) -> ctypes.CDLL:
     """The emulated kernels of csrc/ or a copy of it, kept in ``folder`` for other processes."""
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
-    key = [c_table(), *FLAGS, *(path.read_text() for path in sources if path.is_file())]
+    key = [c_table(), *FLAGS, *flags, *(path.read_text() for path in sources if path.is_file())]
     folder = folder or Path(tempfile.gettempdir(), f"fused_kd-emulator-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"emulator-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
@@ -61,7 +61,7 @@ def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None) -> ctypes.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             table, output = Path(scratch, "table.h"), Path(scratch, "out.so")
             table.write_text(c_table())
-            command = [compiler, *FLAGS, "-include", str(table), '-DFKD_PRIMITIVES="primitives.h"']
+            command = [compiler, *FLAGS, *flags, "-include", str(table), '-DFKD_PRIMITIVES="primitives.h"']
             command += [f"-I{csrc}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
