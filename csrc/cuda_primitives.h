@@ -5,7 +5,8 @@
 
 #include "kd_math.h"
 
-#define FKD_KERNEL extern "C" __global__ __launch_bounds__(FKD_THREADS, 1)
+// 128 registers a thread: as many smaller blocks as shared memory has room for.
+#define FKD_KERNEL extern "C" __global__ __launch_bounds__(FKD_THREADS, 512 / FKD_THREADS)
 #define FKD_INLINE static __forceinline__
 #define FKD_UNROLL _Pragma("unroll")
 #define FKD_ROLLED _Pragma("unroll 1")

@@ -36,8 +36,9 @@ V = 128256
 
 # The student's and the teacher's dtype, and that of dlogits.
 DTYPES = {"in_place": (FP32, FP32, FP32), "bf16_out": (FP32, FP32, BF16), "bf16_logits": (BF16, BF16, BF16)}
-# The engine's logits are fp32: others are a caller's own, and need not be compiled for every formula.
-WITH_BF16_LOGITS = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
+# Every formula is compiled for the engine's fp32 logits and bf16 gradients, these for the other dtypes too: in place only
+# the store differs, and 16-bit logits are a caller's own.
+ALSO_OTHERWISE = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
 SPECS = {name: cls.kind for name, cls in OBJECTIVES.items() if not cls.kind.ranked} | {
     "kl": RowSpec("kl"),
     "reverse_kl": RowSpec("reverse_kl"),
@@ -61,7 +62,7 @@ def cases() -> dict[str, Case]:
         f"{name}/{kind}": Case(spec, *dtypes)
         for name, spec in SPECS.items()
         for kind, dtypes in DTYPES.items()
-        if kind != "bf16_logits" or name in WITH_BF16_LOGITS
+        if kind == "bf16_out" or name in ALSO_OTHERWISE
     }
     gated, hard_label = SPECS["self_evolution"], SPECS["skew_teacher"]
     made |= {
