@@ -36,8 +36,8 @@ V = 128256
 
 # The student's and the teacher's dtype, and that of dlogits.
 DTYPES = {"in_place": (FP32, FP32, FP32), "bf16_out": (FP32, FP32, BF16), "bf16_logits": (BF16, BF16, BF16)}
-# Every formula is compiled for the engine's fp32 logits and bf16 gradients, these for the other dtypes too: in place only
-# the store differs, and 16-bit logits are a caller's own.
+# Every formula is compiled for the engine's fp32 logits and bf16 gradients, these for the other dtypes too: in place
+# only the store differs, and 16-bit logits are a caller's own.
 ALSO_OTHERWISE = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
 SPECS = {name: cls.kind for name, cls in OBJECTIVES.items() if not cls.kind.ranked} | {
     "kl": RowSpec("kl"),

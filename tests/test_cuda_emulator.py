@@ -33,7 +33,7 @@ def plant(emulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         text = (copy / file).read_text()
         assert text.count(old) == 1, f"{old!r} must occur once in {file}"
         (copy / file).write_text(text.replace(old, new))
-        library: ctypes.CDLL = cuda_emulator.build(copy, tmp_path, "-O0")
+        library: ctypes.CDLL = cuda_emulator.build(copy, tmp_path, ("-O0",))
         monkeypatch.setattr(cuda_emulator, "_library", lambda: library)
 
     return build

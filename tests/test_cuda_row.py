@@ -14,7 +14,7 @@ from fused_kd.rows import cuda_row
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda_row import Device
 
-from . import test_stress
+from . import cuda_emulator, test_stress
 from .budget import check_budget
 from .cuda_emulator import SMALL, emulated, needs_cpp_compiler
 from .problems import OBJECTIVES, gradients, problem, relative
@@ -149,6 +149,16 @@ def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objecti
         for a, b in zip(full, other, strict=True):
             assert b is None or torch.equal(a, b)
     assert in_place.dlogits is z
+
+
+def test_warps_of_32_and_a_cluster_of_8(emulated, monkeypatch):
+    """The GPU's own numbers, which the other tests scale down to save threads."""
+    library = cuda_emulator.build(flags=("-DFKD_WARP=32",))
+    monkeypatch.setattr(cuda_emulator, "_library", lambda: library)
+    emulated(device=Device(8, 4096, 8192, 32, (64, 64, 64)), clusters=1)
+    data = make(2, 4100)
+    for objective in (fk.SFT(), fk.SelfEvolution(gamma=1.0)):
+        check(call(*data, objective), oracle(*data, objective))
 
 
 def test_rows_that_a_gpu_holds_whole():

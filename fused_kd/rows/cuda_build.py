@@ -59,7 +59,7 @@ def device(which: torch.device) -> Device:
     """
     from .cuda_row import Device
 
-    found = torch.cuda.get_device_properties(which)
+    found: Any = torch.cuda.get_device_properties(which)  # PyTorch's stubs lack one of these
     if (found.major, found.minor) < (8, 0):
         raise CudaRowError(
             f"backend='cuda' needs an NVIDIA GPU of sm_80 or later, {found.name} is sm_{found.major}{found.minor}; "

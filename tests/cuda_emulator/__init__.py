@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 WARP = 4
 # Two blocks of two warps share a row of which a third does not fit.
 SMALL = Device(2, 4096, 8192, WARP, (8, 8, 8))
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-march=native", f"-DFKD_WARP={WARP}"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-march=native"]
 
 compiler = shutil.which("g++") or shutil.which("clang++")
 needs_cpp_compiler = pytest.mark.skipif(compiler is None, reason="needs g++ or clang++")
@@ -49,7 +49,7 @@ class _Grid(ctypes.Structure):
     )
 
 
-def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None, *flags: str) -> ctypes.CDLL:
+def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The emulated kernels of csrc/ or a copy of it, kept in ``folder`` for other processes."""
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
