@@ -1,9 +1,9 @@
 // Sweep 2 of csrc/kd_row.cu: a divergence's h and g from the one table of formulas, their sums, and the weight of an
 // adaptive one.
 //
-// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s, log_s
-// and beta. FKD_DIVERGENCE is a position in that list; FKD_MIXTURE, FKD_MIXED, FKD_HARD_LABEL and FKD_COLD say what the
-// divergence reads and what else the loss has.
+// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s,
+// log_s and beta. FKD_DIVERGENCE is a position in that list; FKD_MIXTURE, FKD_MIXED, FKD_HARD_LABEL and FKD_COLD say
+// what the divergence reads and what else the loss has.
 #pragma once
 
 #include "cuda_slots.h"
@@ -16,15 +16,15 @@
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { FKD_DIVERGENCES(FKD_NAME) };
 
-// Sweep 2 leaves its results in the slots of fp32 logits; a softcap's slope needs the logit itself.
-#define FKD_KEEPS (FKD_STUDENT == FP32 && FKD_TEACHER == FP32 && !FKD_SHAPED)
+// Sweep 2 leaves q and g in the slots of fp32 logits; a softcap's slope and another temperature need the logit itself.
+#define FKD_KEEPS (FKD_STUDENT == FP32 && FKD_TEACHER == FP32 && !FKD_SHAPED && !FKD_COLD)
 
 // A row between its sweeps.
 typedef struct {
     int64_t row;
-    int label;         // -1: beyond the row
-    float k;           // turns logits into exponents of 2
-    float lam, beta;   // beta: the objective's, or of an adaptive divergence this row's
+    int label;        // -1: beyond the row
+    float k;          // turns logits into exponents of 2
+    float lam, beta;  // beta: the objective's, or of an adaptive divergence this row's
     float s_max, t_max;
     Pair s_norm, t_norm, cold_norm;  // exponentials to probabilities; the teacher's times lam in a mixed target
     float offset, label_d;           // log t - log q is the exponents' difference and offset; at the label label_d
@@ -63,9 +63,9 @@ FKD_INLINE void evaluate(const Norms *norms, float z_s, float z_t, bool at_label
     formulas(FKD_DIVERGENCE, t, *q, d, r, log_r, s, log_s, norms->beta, h, g);
 }
 
-// What the gradient adds to -q * sum g: g and the hard label's.
-FKD_INLINE float terms(const Norms *norms, float z_s, bool at_label, float q, float g) {
-    float x = norms->divergence * g;
+// The gradient in a logit: (share / T) * (g - q * sum g) and the hard label's. Only the first cancels.
+FKD_INLINE float gradient_of(const Norms *norms, float z_s, bool at_label, float q, float g, float g_total) {
+    const float x = norms->divergence * fmaf(-q, g_total, g);
     if (!FKD_HARD_LABEL) return x;
     if (FKD_COLD) q = times(exp2_fast((z_s - norms->s_max) * LOG2_E), norms->cold_norm);
     return x + norms->labels * (at_label ? q - 1.0f : q);
@@ -83,8 +83,7 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
             evaluate(norms, z_s[i], z_t[i], label == i, &q, &h, &g);
             sums[0] += h;
             sums[1] += g;
-            z_t[i] = terms(norms, z_s[i], label == i, q, g);
-            z_s[i] = q;
+            z_s[i] = q, z_t[i] = g;
         }
         if (FKD_KEEPS && keep && slot < rows->resident) {
             write_slot(student_slot(rows, slot), z_s);

@@ -87,16 +87,20 @@ FKD_INLINE void remote_write16(int offset, int rank, uint4 x) {
 
 // ---- asynchronous copies from global to shared memory, which a thread waits for on its own
 
+#define FKD_COPY(level, bytes)                                                                \
+    asm volatile("cp.async." level ".shared.global.L2::128B [%0], [%1], " bytes ", %2;" ::"r"(to), \
+                 "l"(from), "r"(valid) : "memory")
+
 // `size` bytes (4, 8 or 16, both addresses multiples of it), of which `valid` come from memory and the rest are 0.
 FKD_INLINE void copy_async(int offset, const void *source, int size, int valid) {
     const uint32_t to = (uint32_t)__cvta_generic_to_shared(fkd_at(offset));
     const size_t from = __cvta_generic_to_global(source);
     if (size == 16)  // straight from L2
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+        FKD_COPY("cg", "16");
     else if (size == 8)
-        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+        FKD_COPY("ca", "8");
     else
-        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+        FKD_COPY("ca", "4");
 }
 
 FKD_INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -116,7 +116,8 @@ FKD_INLINE void read_row(int dtype, const char *row, int column, int V, float *x
     }
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
         x[i] = 0.0f;
-        if (column + i * FKD_STEP < V) x[i] = from_bits(dtype, read_element(dtype, first + i * FKD_STEP * size_of(dtype)));
+        if (column + i * FKD_STEP < V)
+            x[i] = from_bits(dtype, read_element(dtype, first + i * FKD_STEP * size_of(dtype)));
     }
 }
 

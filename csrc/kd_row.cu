@@ -1,10 +1,10 @@
-// The row on NVIDIA GPUs, which reads each logit from memory once. Meaning of inputs and outputs: fused_kd/rows/base.py.
+// The row on NVIDIA GPUs, which reads each logit from memory once. Inputs and outputs: fused_kd/rows/base.py.
 //
 // A cluster of blocks takes a row at a time and holds it in its shared memory, student and teacher:
 //   1. statistics, while the row arrives: every thread over its own slots, then one reduction over the cluster; they
 //      give the difficulty, so the gate is decided on chip;
-//   2. rows whose divergence is not KL(t||q): h and g of every element, a second reduction; fp32 logits are replaced
-//      by what the gradient needs, q and the terms that do not depend on sum g;
+//   2. rows whose divergence is not KL(t||q): h and g of every element, a second reduction; q and g replace fp32 logits,
+//      as they are what the gradient needs;
 //   3. the gradient; behind it, each slot is filled with the next row's, so that memory is read while it is written.
 //
 // Bytes an element: a student's and a teacher's logit read, a dlogit written, whatever the row. Slots that do not fit
@@ -16,14 +16,14 @@
 //                  sweep 1   sweep 2         sweep 3
 //   cross-entropy  1         -               1
 //   easy rows      2         -               2
-//   hard rows      2         2 + 1 (ratios)  0; those 3 again of 16-bit logits, which leave no room for q, or capped ones
+//   hard rows      2         2 + 1 (ratios)  0; those 3 again where q and g are not kept (cuda_divergence.h)
 //
-// Sweep 1 takes 0.5 more (0.25 of 16-bit logits and of cross-entropy) to rescale a slot's sums. In the time that an H200
-// takes by its data sheet for the bytes of an element it does 7 to 9 of fp32 logits and 4 to 5 of bf16. Cross-entropy at another
-// temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side.
+// Sweep 1 takes 0.5 more (0.25 of 16-bit logits and of cross-entropy) to rescale a slot's sums. Cross-entropy at
+// another temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side. By its data sheet, an H200
+// does 7 to 9 in the time that it takes for the bytes of an element with fp32 logits, 4 to 5 with bf16 ones.
 //
-// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE and FKD_ADAPTIVE of the divergence,
-// FKD_GATED.
+// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE and FKD_ADAPTIVE of the
+// divergence, FKD_GATED.
 //
 // NaN logits become NaN losses: comparisons are written so that NaN falls through.
 
@@ -81,10 +81,9 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
 typedef enum { LINEAR, EVALUATED, KEPT } Form;  // how an element of the gradient is made
 
 typedef struct {
-    Pair q, t, cold;   // of a linear one: factors of the exponentials
+    Pair q, t, cold;  // of a linear one: factors of the exponentials
     float at_label;
-    float g_total;     // of the others: (terms - q * g_total) * weight
-    float weight;
+    float g_total, weight;  // of the others
 } Gradient;
 
 FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot,
@@ -94,7 +93,9 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
     if (form == KEPT && resident) {
         read_slot(FP32, student_slot(rows, slot), z_s);
         read_slot(FP32, teacher_slot(rows, slot), z_t);
-        FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) z_s[i] = (z_t[i] - z_s[i] * gradient->g_total) * gradient->weight;
+        const int label = element_of(column_of(rows, slot), norms->label);
+        FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
+            z_s[i] = gradient_of(norms, 0.0f, label == i, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
         write_row(rows, norms->row, column_of(rows, slot), z_s);
         return;
     }
@@ -117,7 +118,7 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
         } else {
             float q, h, g;
             evaluate(norms, z_s[i], z_t[i], label == i, &q, &h, &g);
-            x = (terms(norms, z_s[i], label == i, q, g) - q * gradient->g_total) * gradient->weight;
+            x = gradient_of(norms, z_s[i], label == i, q, g, gradient->g_total) * gradient->weight;
         }
         z_s[i] = FKD_SHAPED ? x * slope[i] : x;
     }
@@ -125,7 +126,8 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
 }
 
 // Asks for row `next` (unless it is C) behind the gradient.
-FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int64_t next) {
+FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradient *gradient, Form form,
+                               int64_t next) {
     const Rows *rows = &call->rows;
     // First what is read again: the sweep before may have left it in the cache.
     FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
@@ -216,7 +218,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
         divergence_sums(&call->rows, norms, form == KEPT, sums);
         reduce(sums, totals, 2, false, 0.0f, phase);
         loss = share * whole(totals[0]) + norms->labels * ce;
-        gradient.g_total = norms->divergence * whole(totals[1]);
+        gradient.g_total = whole(totals[1]);
     }
     if (first_of_cluster()) {
         store_loss(call->loss, norms->row, loss);

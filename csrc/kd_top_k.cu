@@ -46,7 +46,7 @@ FKD_INLINE float entry_logit(const TopK *call, int64_t row, int i) {
 }
 
 // categories (C, K + 1): the entries' final logits and the rest's log-sum-exp times the temperature, all relative to
-// origins (C,), the largest logit, lest an offset swallow their digits; cold (C,) or NULL: as the rest's at temperature 1.
+// origins (C,), the largest logit, lest an offset swallow their digits; cold (C,) or NULL: the rest's at temperature 1.
 FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float scale, float cap,  // strides in bytes
                              const int64_t *entries, int32_t K, int64_t C, int32_t V, const int64_t *labels,
                              const float *scalars, float *categories, float *origins, float *cold) {
@@ -68,7 +68,8 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
             add_slot(sums, z, z, k);
         }
         // Where a dense row has its teacher's maximum, the entries'.
-        for (int i = thread_index(); i < K; i += FKD_THREADS) sums[T_MAX] = fmaxf(sums[T_MAX], entry_logit(&call, row, i));
+        for (int i = thread_index(); i < K; i += FKD_THREADS)
+            sums[T_MAX] = fmaxf(sums[T_MAX], entry_logit(&call, row, i));
         reduce(sums, totals, FKD_RECORD, true, k, &phase);
         const float top = sums[S_MAX], origin = fmaxf(top, sums[T_MAX]);
         float *out = categories + row * (K + 1);

@@ -14,7 +14,7 @@ from fused_kd.rows import cuda_row
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda_row import Device
 
-from . import cuda_emulator, test_stress
+from . import cuda_emulator, test_extremes, test_stress
 from .budget import check_budget
 from .cuda_emulator import SMALL, emulated, needs_cpp_compiler
 from .problems import OBJECTIVES, gradients, problem, relative
@@ -267,6 +267,26 @@ def test_excluded_tokens_and_large_offsets(objective, emulated):
     check(actual._replace(dlogits=actual.dlogits[:, kept]), expected)
     assert not actual.dlogits[:, : kept.start].any() and not actual.dlogits[:, kept.stop :].any()
     assert not call(wide, wide_t, labels + kept.start, objective, T=1e-9).loss.isnan().any()
+
+
+@pytest.mark.parametrize("case", test_extremes.CASES)
+def test_extreme_logits(case, emulated):
+    for objective in OBJECTIVES:
+        torch.manual_seed(0)
+        test_extremes.test_logits(case, objective, "cuda")
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, math.inf])
+def test_scalars_at_their_limits(lam, beta, gamma, emulated):
+    test_extremes.test_scalars_at_their_limits(lam, beta, gamma, "cuda")
+
+
+def test_infinite_losses_and_underflow(emulated):
+    test_extremes.test_a_target_on_a_token_the_student_excludes_costs_infinity_unless_skewed("cuda")
+    for objective in OBJECTIVES:
+        test_extremes.test_no_nan_from_low_precision_underflow(objective, "cuda")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

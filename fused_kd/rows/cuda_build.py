@@ -128,6 +128,8 @@ def _prepared(kernel: str, macros: tuple, cut: Cut, where: torch.device) -> tupl
         else:
             blocks = loaded.occupancy.max_active_blocks_per_multiprocessor(cut.threads, cut.shared_bytes)
             clusters = blocks * torch.cuda.get_device_properties(where).multi_processor_count
+        if clusters < 1:  # a slice of a GPU
+            raise RuntimeError(f"no room for a cluster of {cut.cluster} blocks")
     except CudaRowError:
         raise
     except Exception as error:  # cuda-core's own, and an old driver's
@@ -135,7 +137,7 @@ def _prepared(kernel: str, macros: tuple, cut: Cut, where: torch.device) -> tupl
             f"backend='cuda' cannot load its kernel ({type(error).__name__}: {error}); a driver older than NVRTC "
             f"{'.'.join(map(str, _nvrtc_version()))} is to be updated, {INSTEAD}"
         ) from error
-    return loaded, max(1, clusters)
+    return loaded, clusters
 
 
 @functools.lru_cache(maxsize=1024)

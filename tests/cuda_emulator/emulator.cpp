@@ -53,8 +53,8 @@ extern "C" const char *emulate_row(const Grid *grid, const Macros *chosen, const
                                    int32_t resident, const int64_t *labels, const float *weights, const float *scalars,
                                    const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
     return run(grid, chosen, [=] {
-        fkd_row(student, student_stride, student_scale, student_cap, teacher, teacher_stride, teacher_scale, teacher_cap,
-                dlogits, dlogits_stride, entries, rest, K, C, V, resident, labels, weights, scalars, given, loss,
+        fkd_row(student, student_stride, student_scale, student_cap, teacher, teacher_stride, teacher_scale,
+                teacher_cap, dlogits, dlogits_stride, entries, rest, K, C, V, resident, labels, weights, scalars, given, loss,
                 difficulty, is_hard);
     });
 }

@@ -284,7 +284,8 @@ FKD_INLINE void global_write1(void *x, uint32_t value) { global_write(x, (uint8_
 // ---- asynchronous copies
 
 FKD_INLINE void copy_async(int offset, const void *source, int size, int valid) {
-    if ((size != 4 && size != 8 && size != 16) || valid < 0 || valid > size) report("a copy of %d of %d bytes", valid, size);
+    if ((size != 4 && size != 8 && size != 16) || valid < 0 || valid > size)
+        report("a copy of %d of %d bytes", valid, size);
     if (!allowed(source, valid, size, false) || !touch(me->block, offset, size, true, "copy")) return;
     memset(&me->own().memory[(size_t)offset], 0xff, (size_t)size);
     me->open.push_back({offset, (const char *)source, size, valid});
