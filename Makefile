@@ -37,5 +37,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install --constraint constraints.txt --editable '.[train,bench,triton,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[train,bench,triton,cuda,dev]'
 	touch $@

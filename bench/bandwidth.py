@@ -25,7 +25,7 @@ def measure_row(
 
     Yields one dict per kind of tokens. ``row_bytes_once`` counts both logits read once and the gradient
     written once: the least any row can move. ``row_bytes_swept`` counts every sweep of the design: two for
-    easy tokens, three for hard ones."""
+    easy tokens, three for hard ones; the CUDA row, which holds these rows on chip, reads once."""
     g = torch.Generator(device).manual_seed(0)
     z = torch.randn(C, V, generator=g, device=device).mul_(LOGIT_STD)
     z_t = torch.randn(C, V, generator=g, device=device).mul_(TEACHER_NOISE * LOGIT_STD).add_(z)
@@ -61,5 +61,5 @@ def measure_row(
             "seconds": seconds,
             "copy_bytes": 8 * C * V,
             "row_bytes_once": row_bytes(C * V, written),
-            "row_bytes_swept": row_bytes(C * V, written, sweeps=2 + hard),
+            "row_bytes_swept": row_bytes(C * V, written, sweeps=1 if backend == "cuda" else 2 + hard),
         }

@@ -21,7 +21,7 @@ from . import environment
 from .progress import progress
 from .report import write_report
 from .runner import Deadline, run_cases, run_tests
-from .shapes import GPU_SHAPES, QUICK_SHAPES, TOKENS, Shape
+from .shapes import GPU_SHAPES, QUICK_SHAPES, ROW_SHAPES, TOKENS, Shape
 from .store import Store
 from .worker import ROW_PREFIX, Case
 
@@ -51,12 +51,12 @@ def unsupported() -> str | None:
 def plan(shapes: tuple[Shape, ...], device: str, dtype: str, rounds: int, quick: bool) -> list[Case]:
     """Cases in order of importance: what the deadline cuts off is the end of this list."""
     every = tuple((tokens, None) for tokens in TOKENS)
-    backend = "triton" if device == "cuda" else "torch"
+    backends = ("triton", "cuda") if device == "cuda" else ("torch",)
     chunks = tuple(("mixed", chunk // 64 if quick else chunk) for chunk in CHUNKS)
     rows = tuple((tokens, 16 if quick else ROW_TOKENS) for tokens in TOKENS)
     order = [
         ("fused_kd", every + chunks),
-        (f"{ROW_PREFIX}{backend}", rows),
+        *((f"{ROW_PREFIX}{backend}", rows) for backend in backends),
         ("eager", every),
         ("torch.compile", every),
         *((peer, (("mixed", None),)) for peer in PEERS),
@@ -65,7 +65,7 @@ def plan(shapes: tuple[Shape, ...], device: str, dtype: str, rounds: int, quick:
     return [
         Case(shape, name, variants, device, dtype, rounds, warmup=2 if quick else 3, error_tokens=256)
         for name, variants in order
-        for shape in shapes
+        for shape in (ROW_SHAPES + shapes if name.startswith(ROW_PREFIX) and not quick else shapes)
     ]
 
 

@@ -26,6 +26,8 @@ GPU_SHAPES = (
     Shape("A", 8192, 4096, 5120, 128256),
     Shape("B", 8192, 896, 3584, 151936),
 )
+# Of these the row alone, beside GPU_SHAPES.
+ROW_SHAPES = (Shape("C", 8192, 2048, 4096, 32000),)
 QUICK_SHAPES = (Shape("tiny", 96, 32, 48, 1000),)
 
 # Which tokens are hard decides what a gated objective computes: none of them, all of them, half of them.

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.rows import choose_backend
+
 from .accuracy import relative_errors
 from .bandwidth import measure_row
 from .floor import Floor
@@ -51,6 +53,12 @@ class Case:
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, or None."""
+        if self.implementation.startswith(ROW_PREFIX):
+            try:
+                choose_backend(self.implementation.removeprefix(ROW_PREFIX), torch.device(self.device))
+            except ValueError as error:
+                return str(error)
+            return None
         known = IMPLEMENTATIONS.get(self.implementation)
         return known.missing(self.device) if known else None
 

@@ -1,9 +1,18 @@
 // Elementary functions and conversions, branch-free, so that loops over them vectorise.
 #pragma once
 
+#ifdef __CUDACC_RTC__  // knows these functions, but has no system headers
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+#else
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#endif
 
 static inline float as_float(uint32_t bits) {
     float x;
@@ -51,19 +60,23 @@ static inline float log_positive(float x) {
     return (p - 0.5f * ff) + f + exponent * 0.693359375f;
 }
 
+// tanh(x) for |x| < 0.6, where 1 - exp(-2|x|) would cancel: an odd polynomial.
+static inline float tanh_near_zero(float x) {
+    float w = x * x;
+    float p = -0.0058951582f * w + 0.0207959718f;
+    p = p * w - 0.0537838303f;
+    p = p * w + 0.133319241f;
+    p = p * w - 0.33333298f;
+    return x + x * (w * p);
+}
+
 // tanh and its derivative, both within a few ulp of themselves.
 static inline float tanh_and_slope(float x, float *slope) {
     float e = exp_nonpositive(-2.0f * fabsf(x));
     float inverse = 1.0f / (1.0f + e);
     *slope = 4.0f * e * inverse * inverse;
-    float w = x * x;  // 1 - e cancels near 0: an odd polynomial there
-    float small = -0.0058951582f * w + 0.0207959718f;
-    small = small * w - 0.0537838303f;
-    small = small * w + 0.133319241f;
-    small = small * w - 0.33333298f;
-    small = x + x * (w * small);
     float large = copysignf((1.0f - e) * inverse, x);
-    return fabsf(x) < 0.6f ? small : large;
+    return fabsf(x) < 0.6f ? tanh_near_zero(x) : large;
 }
 
 static inline float from_fp16(uint16_t half) {

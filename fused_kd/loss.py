@@ -61,8 +61,8 @@ class KDLoss(nn.Module):
         shift: the labels are the input tokens: position i predicts label i + 1. Nothing but the labels is copied.
         memory_budget: bytes the workspace may take beyond inputs, results and their gradients; None lets the planner
             choose.
-        backend: "torch", "triton", "native" (C, compiled at first use; CPUs), or None for the best one on the tensors'
-            device.
+        backend: "torch", "triton", "cuda" (CUDA C++, compiled at first use; NVIDIA GPUs), "native" (C, likewise; CPUs),
+            or None for the best one on the tensors' device.
         validate: check labels on any device and look for non-finite logits, naming the first bad token. Waits for the
             device; labels on the CPU are always checked.
         engine: "chunked" holds the logits of a chunk of tokens; "streaming" (Triton) holds none and computes them

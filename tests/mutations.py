@@ -27,6 +27,10 @@ def _table(divergence: str) -> str:
     return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
 
+def _emulated(objective: str) -> str:
+    return f"test_cuda_row.py::test_logits[{objective}-fp32]"
+
+
 def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
@@ -37,6 +41,7 @@ _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
+_CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -114,6 +119,17 @@ MUTATIONS = [
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
         ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
+    ),
+    # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
+    Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),
+    Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
+    Mutation(
+        "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",
+        "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("test_cuda_row.py::test_rows_beyond_2_31_elements[dense]",),
+    ),
+    Mutation(
+        "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
+        ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
     ),
     # the engine
     Mutation(

@@ -47,7 +47,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (ValueError, "vocab_size must be a positive integer or None, got 0", lambda: call(vocab_size=0)),
         (TypeError, "memory_budget must be a positive integer or None, got 1.5", lambda: call(memory_budget=1.5)),
         (TypeError, "ignore_index must be an integer, got None", lambda: call(ignore_index=None)),
-        (ValueError, "backend must be None or one of 'torch', 'triton', 'native', got 'cuda'", lambda: call(backend="cuda")),
+        (ValueError, "backend must be None or one of 'torch', 'triton', 'cuda', 'native', got 'jax'", lambda: call(backend="jax")),
         (ValueError, "vocab_size must be at most 9, the smaller vocabulary, got 10", lambda: call(vocab_size=10)),
         (ValueError, "memory_budget must be at least", lambda: call(memory_budget=10)),
         # inputs that do not fit each other

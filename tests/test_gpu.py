@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import fused_kd as fk
+from fused_kd import rows
+from fused_kd.objectives import RowSpec
+from fused_kd.reference import reference_rows
+from fused_kd.rows import Logits, RowInputs, RowOutputs
 
-from .problems import gradients, problem, relative
+from .problems import OBJECTIVES, gradients, problem, relative
 from .test_top_k import TAILS, cached
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+
+
+needs_cuda_core = pytest.mark.skipif(not rows._installed("cuda.core"), reason="needs the extra cuda")
+CUDA_ROW = pytest.param("cuda", marks=needs_cuda_core)
 
 
 @pytest.fixture
@@ -31,7 +41,16 @@ def no_sync():
     return Guard()
 
 
-@pytest.mark.parametrize("options", [{"backend": "triton"}, {"backend": "torch"}, {"engine": "streaming"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "triton"},
+        {"backend": "torch"},
+        {"engine": "streaming"},
+        pytest.param({"backend": "cuda"}, marks=needs_cuda_core),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
 def test_a_step_never_waits_for_the_device(labels_on, dtype, options, no_sync):
@@ -43,7 +62,7 @@ def test_a_step_never_waits_for_the_device(labels_on, dtype, options, no_sync):
         criterion(p.student(), p.teacher(), labels).backward()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", CUDA_ROW])
 @pytest.mark.parametrize("objective", [fk.SelfEvolutionTopK(), fk.ForwardKD()], ids=lambda o: o.name)
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_step_with_a_top_k_teacher_never_waits_for_the_device(tail, objective, backend, no_sync):
@@ -56,7 +75,7 @@ def test_a_step_with_a_top_k_teacher_never_waits_for_the_device(tail, objective,
         criterion(p.student(), teacher, p.labels).backward()
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", CUDA_ROW])
 def test_labels_on_either_device_give_the_same_gradients(backend):
     p = problem(device="cuda")
     results = []
@@ -71,7 +90,7 @@ def test_labels_on_either_device_give_the_same_gradients(backend):
         assert relative(x, y) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", CUDA_ROW])
 def test_a_label_out_of_range_on_the_device_is_nan_not_corruption(backend):
     p = problem(device="cuda", ignored=0.0)
     p.labels[3], p.labels[5] = 517, -1
@@ -81,9 +100,10 @@ def test_a_label_out_of_range_on_the_device_is_nan_not_corruption(backend):
         fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), backend=backend, validate=True)
 
 
-def test_cuda_graph_replays_with_an_annealed_beta():
+@pytest.mark.parametrize("backend", ["triton", CUDA_ROW])
+def test_cuda_graph_replays_with_an_annealed_beta(backend):
     p = problem(device="cuda")
-    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0, beta=0.5)).cuda()
+    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0, beta=0.5), backend=backend).cuda()
 
     def step() -> torch.Tensor:
         for x in p.leaves:
@@ -152,3 +172,62 @@ def test_streaming_holds_no_logits(dtype):
     assert relative(results["streaming"][0], results["chunked"][0]) < 1e-5
     for actual, expected in zip(results["streaming"][1:], results["chunked"][1:], strict=True):
         assert relative(actual, expected) < budget
+
+
+def check_cuda_row(C: int, V: int, objective, dtype: torch.dtype, out: torch.dtype, stride: int | None = None) -> None:
+    """Loss, difficulty, gate and gradient against float64 on the GPU; half of the rows near their teacher."""
+    g = torch.Generator("cuda").manual_seed(0)
+    z = torch.randn(C, stride or V, device="cuda", generator=g).mul_(3)
+    z_t = torch.randn(C, stride or V, device="cuda", generator=g)
+    z_t = z_t.add_(z).to(dtype)[:, :V]
+    z = z.to(dtype)[:, :V]
+    labels = torch.randint(V, (C,), device="cuda", generator=g)
+    labels[::2] = z_t[::2].argmax(1)
+    labels[C // 2] = -1
+    spec: RowSpec = objective.spec
+    nan = torch.full((3, C), math.nan, device="cuda")
+    dlogits = torch.full((C, V), math.nan, device="cuda", dtype=out)
+    outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device="cuda"), dlogits)
+    teacher = Logits(z_t, 1.0, None, False) if spec.divergence else None
+    scalars = torch.tensor(objective.scalars(), device="cuda")
+    inputs = RowInputs(Logits(z, 1.0, None, False), teacher, labels, None, scalars, spec, False)
+    rows.get_row("cuda")(inputs, outputs)
+    valid = labels >= 0
+    raw = z[valid].double().requires_grad_()
+    loss, difficulty, is_hard = reference_rows(raw, z_t[valid].double(), labels[valid], objective, 1.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), raw)
+    assert relative(outputs.loss[valid], loss) < 2e-6
+    assert relative(outputs.difficulty[valid], difficulty) < 2e-6
+    assert torch.equal(outputs.is_hard[valid], is_hard)
+    budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[out]
+    assert relative(dlogits[valid], gradient) < budget
+    assert not dlogits[~valid].any() and not outputs.loss[~valid].any()
+
+
+@needs_cuda_core
+@pytest.mark.parametrize("V", [32000, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize(
+    "dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if not o.kind.ranked], ids=lambda o: o.name)
+def test_cuda_row_at_real_vocabularies(objective, dtype, out, V):
+    check_cuda_row(40, V, objective, dtype, out)
+
+
+@needs_cuda_core
+@pytest.mark.parametrize("V, stride", [(7, None), (517, None), (517, 520), (9001, None), (33000, None)])
+@pytest.mark.parametrize("objective", [fk.SFT(), fk.SkewTeacher(), fk.SelfEvolution(gamma=1.0), fk.AdaptiveKL()])
+def test_cuda_row_at_small_shapes(objective, V, stride):
+    """Also for compute-sanitizer, see CONTRIBUTING.md: rows of one block and of a cluster, aligned and not."""
+    check_cuda_row(5, V, objective, torch.float32, torch.bfloat16, stride)
+
+
+@needs_cuda_core
+def test_cuda_row_on_another_stream_and_in_place():
+    p = problem(device="cuda").logits()
+    expected = fk.kd_loss(p.hidden, p.hidden_t, p.labels, fk.SelfEvolution(gamma=1.0), backend="torch").loss
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        loss = fk.kd_loss(p.hidden, p.hidden_t, p.labels, fk.SelfEvolution(gamma=1.0), backend="cuda").loss
+    torch.cuda.synchronize()
+    assert relative(loss, expected) < 1e-6

@@ -17,6 +17,7 @@ sys.meta_path.insert(0, Hide())
 """
 OPTIONAL = [
     "triton",
+    "cuda",
     "transformers",
     "datasets",
     "sacrebleu",
@@ -65,6 +66,18 @@ def test_missing_triton_is_named():
         "except ValueError as e: assert 'not installed' in str(e), e\n"
         "else: raise SystemExit('no error')\n",
         ["triton"],
+    )
+
+
+def test_missing_cuda_core_is_named():
+    run(
+        "import torch\n"
+        "from fused_kd.rows import choose_backend, cuda_build\n"
+        "for call in (lambda: choose_backend('cuda', torch.device('cuda')), cuda_build.require):\n"
+        "    try: call()\n"
+        "    except ValueError as e: assert \"pip install 'fused_kd[cuda]'\" in str(e), e\n"
+        "    else: raise SystemExit('no error')\n",
+        ["cuda"],
     )
 
 

@@ -14,7 +14,7 @@ from .base import Logits, RowInputs, RowOutputs, Sparse
 
 Row = Callable[[RowInputs, RowOutputs], None]
 
-BACKENDS = ("torch", "triton", "native")
+BACKENDS = ("torch", "triton", "cuda", "native")
 # What None means on a CPU. Compilers are looked for when the row is fetched, in an opaque op: torch.compile would trip
 # over it where the backend is chosen.
 NATIVE_OR_TORCH = "native or torch"
@@ -37,9 +37,23 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
                 "backend='triton' needs a GPU, got tensors on the CPU; use backend='torch' "
                 "(TRITON_INTERPRET=1, set before the first import of triton, runs it on the CPU for tests)"
             )
+    if backend == "cuda":
+        if not on_nvidia(device):
+            raise ValueError(
+                f"backend='cuda' needs tensors on an NVIDIA GPU, got tensors on {device}; use backend='torch'"
+            )
+        if not _installed("cuda.core"):
+            raise ValueError(
+                "backend='cuda' needs the package cuda-core, which is not installed: pip install 'fused_kd[cuda]', "
+                "or use backend='triton'"
+            )
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"backend='native' needs tensors on the CPU, got tensors on {device}; use backend='torch'")
     return backend
+
+
+def on_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _installed(package: str) -> bool:
@@ -55,11 +69,18 @@ def get_row(backend: str) -> Row:
     Compiles the native one where no process has done so before.
 
     Raises:
-        ValueError: for ``"native"`` where it cannot be compiled; the message says why.
+        ValueError: for ``"native"`` where it cannot be compiled, for ``"cuda"`` where it cannot run; the message says
+            why.
     """
     if backend == "triton":
         from .top_k_triton import row as sparse
         from .triton_row import row as dense
+    elif backend == "cuda":
+        from . import cuda_build
+        from .cuda_row import row as dense
+        from .top_k_cuda import row as sparse
+
+        cuda_build.require()
     elif backend == "native" or (backend == NATIVE_OR_TORCH and _native_works()):
         from .native_row import prepare, row
 

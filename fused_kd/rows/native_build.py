@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from .build_cache import CACHE_VARIABLE as CACHE_VARIABLE
+from .build_cache import cache_folder
 from .expressions import c_table
 
-CACHE_VARIABLE = "FUSED_KD_CACHE"
 SOURCE = Path(__file__).resolve().parents[1] / "_csrc" / "kd_row.c"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp-simd"]
 # Vector loops need the absence of traps and errno, not of NaN or infinities; a*b + c may become one instruction.
@@ -45,7 +46,7 @@ def load() -> ctypes.CDLL:
     flags = [*FLAGS, MACHINE_FLAG]
     key = "\0".join([header, source, *compiler, *flags, _version(compiler), _processor(), *platform.libc_ver()])
     name = f"kd_row-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder is not None:
         library = folder / name
         if not library.exists():
@@ -92,19 +93,6 @@ def _open(library: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NativeRowError(f"backend='native' cannot load {library} ({error}); delete it {INSTEAD}") from error
-
-
-def _cache_folder() -> Path | None:
-    """A writable folder that outlives the process, or None."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(chosen) if chosen else Path(base) / "fused_kd"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return None
 
 
 def _version(compiler: list[str]) -> str:

@@ -1,0 +1,296 @@
+// The row on NVIDIA GPUs, which reads each logit from memory once. Inputs and outputs: fused_kd/rows/base.py.
+//
+// A cluster of blocks takes a row at a time and holds it in its shared memory, student and teacher:
+//   1. statistics, while the row arrives: every thread over its own slots, then one reduction over the cluster; they
+//      give the difficulty, so the gate is decided on chip;
+//   2. rows whose divergence is not KL(t||q): h and g of every element, a second reduction; q and g replace fp32 logits,
+//      as they are what the gradient needs;
+//   3. the gradient; behind it, each slot is filled with the next row's, so that memory is read while it is written.
+//
+// Bytes an element: a student's and a teacher's logit read, a dlogit written, whatever the row. Slots that do not fit
+// (cuda_slots.h) are read in each of the 2 or 3 sweeps.
+//
+// Special functions an element, as counted in the machine code (tests/test_cuda_compile.py), ex2 and rcp, of 16 a clock
+// and multiprocessor; the logarithm is a polynomial:
+//
+//                  sweep 1   sweep 2         sweep 3
+//   cross-entropy  1         -               1
+//   easy rows      2         -               2
+//   hard rows      2         2 + 1 (ratios)  0; those 3 again where q and g are not kept (cuda_divergence.h)
+//
+// Sweep 1 takes 0.5 more (0.25 of 16-bit logits and of cross-entropy) to rescale a slot's sums. Cross-entropy at
+// another temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side. By its data sheet, an H200
+// does 7 to 9 in the time that it takes for the bytes of an element with fp32 logits, 4 to 5 with bf16 ones.
+//
+// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE and FKD_ADAPTIVE of the
+// divergence, FKD_GATED.
+//
+// NaN logits become NaN losses: comparisons are written so that NaN falls through.
+
+#include "cuda_divergence.h"
+
+typedef struct {
+    Rows rows;
+    int64_t C;
+    const int64_t *labels;
+    const float *weights, *scalars;  // weights may be NULL
+    float *loss, *difficulty;
+    uint8_t *is_hard;
+    const uint8_t *given;  // may be NULL
+} Call;
+
+FKD_INLINE float scalar(const Call *call, int i) { return as_float(global_read4(call->scalars + i)); }
+
+FKD_INLINE int64_t label_of(const Call *call, int64_t row) {
+    const uint2 bits = global_read8(call->labels + row);
+    return (int64_t)((uint64_t)bits.y << 32 | bits.x);
+}
+
+FKD_INLINE bool first_of_cluster() { return cluster_rank() == 0 && thread_index() == 0; }
+
+FKD_INLINE void store_loss(float *x, int64_t row, float loss) { global_write4(x + row, as_bits(loss_value(loss))); }
+
+// ---- sweep 1
+
+FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
+    const Rows *rows = &call->rows;
+    no_statistics(sums);
+    int slot = 0;
+    FKD_ROLLED for (int group = 0; group <= FKD_GROUPS; group++) {  // the last: what does not fit
+        if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);
+        const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
+        FKD_ROLLED for (; slot < end; slot++) {
+            float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+            student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
+            if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, true);
+            const int label = element_of(column_of(rows, slot), norms->label);
+            if (label >= 0 && label < FKD_WIDTH) {
+                FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+                    if (label != i) continue;
+                    sums[LABEL_S] = z_s[i];
+                    if (FKD_TEACHER >= 0) sums[LABEL_T] = z_t[i];
+                }
+            }
+            add_slot(sums, z_s, z_t, norms->k);
+        }
+    }
+}
+
+// ---- sweep 3
+
+typedef enum { LINEAR, EVALUATED, KEPT } Form;  // how an element of the gradient is made
+
+typedef struct {
+    Pair q, t, cold;  // of a linear one: factors of the exponentials
+    float at_label;
+    float g_total, weight;  // of the others
+} Gradient;
+
+FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot,
+                              bool resident) {
+    const Rows *rows = &call->rows;
+    float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+    if (form == KEPT && resident) {
+        read_slot(FP32, student_slot(rows, slot), z_s);
+        read_slot(FP32, teacher_slot(rows, slot), z_t);
+        const int label = element_of(column_of(rows, slot), norms->label);
+        FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
+            z_s[i] = gradient_of(norms, 0.0f, label == i, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
+        write_row(rows, norms->row, column_of(rows, slot), z_s);
+        return;
+    }
+    student_logits(rows, norms->row, slot, resident, z_s, slope);
+    const bool with_teacher = FKD_TEACHER >= 0;
+    if (with_teacher) teacher_logits(rows, norms->row, slot, resident, z_t, false);
+    const int label = element_of(column_of(rows, slot), norms->label);
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+        float x;
+        if (form == LINEAR) {
+            const float e_s = exp2_fast((z_s[i] - norms->s_max) * norms->k);
+            x = e_s * gradient->q.low;
+            if (with_teacher) {
+                const float e_t = exp2_fast((z_t[i] - norms->t_max) * norms->k);
+                x = fmaf(-e_t, gradient->t.high, fmaf(-e_t, gradient->t.low, x));
+            }
+            x = fmaf(e_s, gradient->q.high, x);
+            if (FKD_COLD) x += times(exp2_fast((z_s[i] - norms->s_max) * LOG2_E), gradient->cold);
+            if (label == i) x -= gradient->at_label;
+        } else {
+            float q, h, g;
+            evaluate(norms, z_s[i], z_t[i], label == i, &q, &h, &g);
+            x = gradient_of(norms, z_s[i], label == i, q, g, gradient->g_total) * gradient->weight;
+        }
+        z_s[i] = FKD_SHAPED ? x * slope[i] : x;
+    }
+    write_row(rows, norms->row, column_of(rows, slot), z_s);
+}
+
+// Asks for row `next` (unless it is C) behind the gradient.
+FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradient *gradient, Form form,
+                               int64_t next) {
+    const Rows *rows = &call->rows;
+    // First what is read again: the sweep before may have left it in the cache.
+    FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
+        gradient_slot(call, norms, gradient, form, slot, false);
+    const Begin begin = begin_of(rows, next);
+    int slot = 0;
+    FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
+        FKD_ROLLED for (; slot < group_end(rows, group); slot++) {
+            gradient_slot(call, norms, gradient, form, slot, true);
+            if (next < call->C) request_slot(rows, &begin, slot);
+        }
+        copies_commit();
+    }
+}
+
+// ---- a row
+
+FKD_INLINE float weight_of(const Call *call, int64_t row) {
+    return call->weights ? as_float(global_read4(call->weights + row)) : 1.0f;
+}
+
+// dz = divergence * (q - t) + labels * (q - y) of KL(t||q), with q at temperature 1 in the second.
+FKD_INLINE Gradient linear_gradient(const Norms *norms, const Pair *totals, float weight) {
+    Gradient gradient;
+    const float target = FKD_TEACHER < 0 ? 0.0f : norms->divergence * (FKD_MIXED ? norms->lam : 1.0f);
+    gradient.q = inverse(totals[0], weight * (norms->divergence + (FKD_COLD ? 0.0f : norms->labels)));
+    gradient.t = inverse(totals[T_SUM - FKD_MAXIMA], weight * target);
+    gradient.cold = norms->cold_norm;
+    if (FKD_COLD) gradient.cold = inverse(totals[COLD - FKD_MAXIMA], weight * norms->labels);
+    gradient.at_label = weight * (norms->labels + (FKD_MIXED ? norms->divergence * (1.0f - norms->lam) : 0.0f));
+    gradient.g_total = 0.0f;
+    gradient.weight = weight;
+    return gradient;
+}
+
+FKD_INLINE void finish_row(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int64_t next) {
+    if (call->rows.dlogits)
+        write_gradient(call, norms, gradient, form, next);
+    else if (next < call->C)
+        request_row(&call->rows, next);
+}
+
+FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *sums, const Pair *totals, int64_t next) {
+    const float loss = log_of(totals[0]) - (sums[LABEL_S] - sums[S_MAX]);
+    if (first_of_cluster()) {
+        store_loss(call->loss, norms->row, loss);
+        store_loss(call->difficulty, norms->row, loss);
+        global_write1(call->is_hard + norms->row, 0);
+    }
+    norms->divergence = 0.0f;
+    norms->labels = 1.0f;
+    const Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
+    finish_row(call, norms, &gradient, LINEAR, next);
+}
+
+FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float *sums, Pair *totals, int64_t next,
+                              int *phase) {
+    const float lam = norms->lam, log_lam = log_or_tiny(lam);
+    const Pair s_total = totals[S_SUM - FKD_MAXIMA], t_total = totals[T_SUM - FKD_MAXIMA];
+    const Pair s_norm = inverse(s_total, 1.0f), t_norm = inverse(t_total, 1.0f);
+    // One logarithm of the ratio: two would each be rounded at their own size.
+    const float log_ratio = log_positive(times(t_total.high, s_norm) + t_total.low * s_norm.high);
+    const float kl = at_least_zero(times(whole(totals[KL - FKD_MAXIMA]), t_norm) * LN_2 - log_ratio);
+    const float label_s = sums[LABEL_S] - sums[S_MAX], label_t = sums[LABEL_T] - sums[T_MAX];
+    const float log_q = label_s * inv_T - log_of(s_total), log_p = label_t * inv_T - log_of(t_total);
+    const float p = exp_fast(log_p), t = lam * p + (1.0f - lam), log_t = log_or_tiny(t);
+    const float difficulty =
+        at_least_zero(lam * (kl - p * (log_p - log_q)) + lam * log_lam * (1.0f - p) + t * (log_t - log_q));
+    bool hard = false;
+    if (FKD_GATED)
+        hard = call->given ? global_read1(call->given + norms->row) != 0 : loss_value(difficulty) > scalar(call, 2);
+
+    const float share = FKD_MIXED ? 1.0f : lam;
+    norms->divergence = share * inv_T;
+    norms->labels = FKD_HARD_LABEL ? 1.0f - lam : 0.0f;
+    norms->s_norm = s_norm;
+    norms->t_norm = FKD_MIXED ? inverse(t_total, lam) : t_norm;
+    norms->offset = FKD_MIXED ? (lam > 0.0f ? log_lam : LOG_ZERO) - log_ratio : -log_ratio;
+    norms->label_d = log_t - log_q;
+    const float ce = FKD_COLD ? log_of(totals[COLD - FKD_MAXIMA]) - label_s : -log_q;
+    if (FKD_COLD) norms->cold_norm = inverse(totals[COLD - FKD_MAXIMA], 1.0f);
+    float loss = FKD_MIXED ? difficulty : share * kl + norms->labels * ce;
+    Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
+    Form form = LINEAR;
+    if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->beta < 1.0f) && (!FKD_GATED || hard)) {
+        if (FKD_ADAPTIVE) norms->beta = head_share(&call->rows, norms, scalar(call, 4), phase);
+        form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
+        divergence_sums(&call->rows, norms, form == KEPT, sums);
+        reduce(sums, totals, 2, false, 0.0f, phase);
+        loss = share * whole(totals[0]) + norms->labels * ce;
+        gradient.g_total = whole(totals[1]);
+    }
+    if (first_of_cluster()) {
+        store_loss(call->loss, norms->row, loss);
+        store_loss(call->difficulty, norms->row, difficulty);
+        global_write1(call->is_hard + norms->row, hard);
+    }
+    if (FKD_FREE || form == LINEAR)
+        finish_row(call, norms, &gradient, LINEAR, next);
+    else
+        finish_row(call, norms, &gradient, FKD_KEEPS ? KEPT : EVALUATED, next);
+}
+
+// The cluster's next row at or after `row` that is not left out, or at least C; those in between become 0.
+FKD_INLINE int64_t next_row(const Call *call, int64_t row) {
+    const Rows *rows = &call->rows;
+    for (; row < call->C && label_of(call, row) < 0; row += cluster_count()) {
+        if (first_of_cluster()) {
+            store_loss(call->loss, row, 0.0f);
+            store_loss(call->difficulty, row, 0.0f);
+            global_write1(call->is_hard + row, 0);
+        }
+        if (!rows->dlogits) continue;
+        const float zeros[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) write_row(rows, row, column_of(rows, slot), zeros);
+    }
+    return row;
+}
+
+FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float student_scale, float student_cap,
+                        const void *teacher, int64_t teacher_stride, float teacher_scale, float teacher_cap,
+                        void *dlogits, int64_t dlogits_stride,  // strides in bytes
+                        const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V, int32_t resident,
+                        const int64_t *labels, const float *weights, const float *scalars, const uint8_t *given,
+                        float *loss, float *difficulty, uint8_t *is_hard) {
+    Call call;
+    Rows *rows = &call.rows;
+    rows->student.data = (const char *)student, rows->student.stride = student_stride;
+    rows->student.scale = student_scale, rows->student.cap = student_cap;
+    rows->teacher.data = (const char *)teacher, rows->teacher.stride = teacher_stride;
+    rows->teacher.scale = teacher_scale, rows->teacher.cap = teacher_cap;
+    rows->dlogits = (char *)dlogits, rows->dlogits_stride = dlogits_stride;
+    rows->entries = entries, rows->rest = rest;
+    rows->K = K, rows->V = V, rows->resident = resident;
+    place(rows, FKD_RECORDS_BYTES);
+    call.C = C, call.labels = labels, call.weights = weights, call.scalars = scalars;
+    call.loss = loss, call.difficulty = difficulty, call.is_hard = is_hard, call.given = given;
+
+    int phase = 0;
+    int64_t row = next_row(&call, cluster_index());
+    if (row < C) request_row(rows, row);
+    cluster_barrier();  // the other blocks' shared memory exists from here on
+    while (row < C) {
+        const int64_t next = next_row(&call, row + cluster_count()), label = label_of(&call, row);
+        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, 3)), COLDEST);
+        Norms norms;
+        norms.row = row;
+        norms.label = label < V ? (int)label : -1;
+        norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, 3));
+        float sums[FKD_RECORD];
+        Pair totals[FKD_RECORD];
+        statistics(&call, &norms, sums);
+        reduce(sums, totals, FKD_RECORD, true, norms.k, &phase);
+        norms.s_max = sums[S_MAX], norms.t_max = sums[T_MAX];
+        norms.s_norm = norms.t_norm = norms.cold_norm = pair(0.0f, 0.0f);
+        norms.lam = norms.beta = norms.offset = norms.label_d = 0.0f;
+        if (FKD_TEACHER < 0) {
+            cross_entropy_row(&call, &norms, sums, totals, next);
+        } else {
+            norms.lam = scalar(&call, 0), norms.beta = scalar(&call, 1);
+            distilled_row(&call, &norms, inv_T, sums, totals, next, &phase);
+        }
+        row = next;
+    }
+    cluster_barrier();  // a block's shared memory must outlive what others write to it
+}

@@ -1,0 +1,177 @@
+"""The CUDA row's build and cache, and what is said where it cannot run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fused_kd as fk
+from fused_kd import rows
+from fused_kd.rows import cuda_build, cuda_row, top_k_cuda
+from fused_kd.rows.build_cache import CACHE_VARIABLE
+from fused_kd.rows.cuda_build import CudaRowError
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture
+def nvrtc():
+    pytest.importorskip("cuda.core", reason="needs the extra cuda")
+    try:
+        return cuda_build._nvrtc_version()
+    except CudaRowError as error:
+        pytest.skip(str(error))
+
+
+def test_tensors_elsewhere_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' needs tensors on an NVIDIA GPU, got tensors on cpu"):
+        fk.kd_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), fk.NoEvo(), backend="cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match="needs tensors on an NVIDIA GPU, got tensors on cuda:0"):
+        rows.choose_backend("cuda", GPU)
+    with pytest.raises(CudaRowError, match="this PyTorch is for AMD ones; use backend='triton'"):
+        cuda_build.require()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(rows, "_installed", lambda package: package != "cuda.core")
+    with pytest.raises(ValueError, match=r"cuda-core, which is not installed: pip install 'fused_kd\[cuda\]'"):
+        rows.choose_backend("cuda", GPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_so(nvrtc):
+    with pytest.raises(CudaRowError, match=r"torch.cuda.is_available\(\) is false; use backend='torch'"):
+        rows.get_row("cuda")
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda which: SimpleNamespace(major=7, minor=5, name="Tesla T4")
+    )
+    with pytest.raises(CudaRowError, match="sm_80 or later, Tesla T4 is sm_75; use backend='torch'"):
+        cuda_build.device.__wrapped__(GPU)
+
+
+@pytest.mark.parametrize(
+    "major, minor, arch, cluster", [(8, 6, "sm_86", 1), (9, 0, "sm_90a", 8), (10, 0, "sm_100a", 8)]
+)
+def test_gpus_get_their_own_binary(monkeypatch, major, minor, arch, cluster):
+    found = SimpleNamespace(
+        major=major, minor=minor, name="", shared_memory_per_block_optin=1, shared_memory_per_multiprocessor=2
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: found)
+    assert cuda_build.device.__wrapped__(GPU) == cuda_row.Device(cluster, 1, 2)
+    assert cuda_build.architecture(major, minor) == arch
+
+
+def test_none_keeps_preferring_triton(monkeypatch):
+    monkeypatch.setattr(rows, "_installed", lambda package: True)
+    assert rows.choose_backend(None, GPU) == "triton"
+    assert rows.choose_backend("cuda", GPU) == "cuda"
+
+
+MACROS = (
+    *((f"FKD_{name}", 0) for name in ("DIVERGENCE", "MIXTURE", "KL_AT_ONE", "ADAPTIVE", "MIXED", "HARD_LABEL")),
+    *((f"FKD_{name}", 0) for name in ("GATED", "COLD", "STUDENT", "DLOGITS", "LISTED", "SHAPED")),
+    *(("FKD_FREE", 1), ("FKD_TEACHER", -1), ("FKD_VECTOR", 1), ("FKD_WIDTH", 4), ("FKD_THREADS", 128)),
+)
+
+
+def test_a_binary_is_compiled_once(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    code = cuda_build.cubin("fkd_row", MACROS, "sm_90a")
+    assert code.startswith(b"\x7fELF")
+    compiled = []
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: compiled.append(1) or b"another")
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == code and not compiled
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_80") == b"another"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"another"  # nowhere to keep it
+
+
+def test_what_nvrtc_says_is_passed_on(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(CudaRowError, match=r"failed to compile for sm_20 .*(?s:.*)install a newer nvidia-cuda-nvrtc"):
+        cuda_build.cubin("fkd_row", MACROS, "sm_20")
+
+
+C_TYPES = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+@pytest.mark.parametrize(
+    "kernel, types",
+    [
+        ("fkd_row", cuda_row.ROW_TYPES),
+        ("fkd_condense", top_k_cuda.CONDENSE_TYPES),
+        ("fkd_expand", top_k_cuda.EXPAND_TYPES),
+    ],
+)
+def test_both_languages_agree_on_the_arguments(kernel, types):
+    text = re.sub(r"//[^\n]*", "", (cuda_build.FOLDER / cuda_build.SOURCES[kernel]).read_text())
+    signature = re.search(rf"FKD_KERNEL void {kernel}\(([^)]*)\)", text)
+    assert signature is not None
+    declared = signature[1].split(",")
+    assert types == tuple(int if "*" in x else C_TYPES[x.split()[0]] for x in declared)
+
+
+def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
+    """On a stand-in for cuda-core and the driver: which calls are made, in what terms."""
+    launched, attributes = [], []
+
+    class Occupancy:
+        def max_active_clusters(self, config, *, stream):
+            assert config == {"grid": 1, "cluster": 8, "block": 512, "shmem_size": 4096} and stream == "legacy"
+            return 3
+
+        def max_active_blocks_per_multiprocessor(self, threads, shared_bytes):
+            assert (threads, shared_bytes) == (128, 4096)
+            return 2
+
+    kernel = SimpleNamespace(occupancy=Occupancy(), handle="handle")
+    code = SimpleNamespace(get_kernel=lambda name: kernel)
+    core = SimpleNamespace(
+        LEGACY_DEFAULT_STREAM="legacy",
+        LaunchConfig=dict,
+        ObjectCode=SimpleNamespace(from_cubin=lambda binary, name: code),
+        launch=lambda *arguments: launched.append(arguments),
+    )
+    driver = SimpleNamespace(
+        cuDeviceGet=lambda index: (0, index),
+        cuKernelSetAttribute=lambda *given: attributes.append(given) or (0,),
+        CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most"),
+    )
+    monkeypatch.setattr(cuda_build, "_core", lambda: core)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr(cuda_build, "cubin", lambda *_: b"")
+    monkeypatch.setattr(torch.cuda, "device", lambda where: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(multi_processor_count=5))
+    x = torch.zeros(3)
+    types = (int, int, ctypes.c_int64, ctypes.c_float)
+    for cluster, threads, rows_, grid in ((8, 512, 100, 3), (8, 512, 2, 2), (1, 128, 100, 10)):
+        cut = cuda_row.Cut(cluster, threads, 1, 4096)
+        cuda_build.launch(GPU, cuda_row.Launch("fkd_row", ((str(rows_), 0),), cut, rows_, (x, None, 7, 0.5), types))
+        stream, config, launched_kernel, *arguments = launched[-1]
+        assert stream == "legacy" and launched_kernel is kernel
+        assert config.pop("cluster", 1) == cluster
+        assert config == {"grid": grid, "block": threads, "shmem_size": 4096}
+        assert arguments[:2] == [x.data_ptr(), 0]
+        assert isinstance(arguments[2], ctypes.c_int64) and arguments[2].value == 7 and arguments[3].value == 0.5
+        assert attributes[-1] == ("most", 4096, "handle", 0)
+    cuda_build._prepared.cache_clear()
+    cuda_build._loaded.cache_clear()
+
+
+def test_every_source_is_shipped():
+    for source in {*cuda_build.SOURCES.values(), "cuda_slots.h", "kd_math.h"}:
+        assert (cuda_build.FOLDER / source).exists()

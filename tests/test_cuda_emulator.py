@@ -1,0 +1,110 @@
+"""The emulator of the CUDA kernels, and the oracle behind it, find faults planted in a copy of the sources."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_kd as fk
+from fused_kd.rows import cuda_build
+from fused_kd.rows.base import RowOutputs
+
+from . import cuda_emulator
+from .cuda_emulator import Fault, emulated, needs_cpp_compiler
+from .test_cuda_row import call
+from .test_native_row import check, make, oracle
+
+pytestmark = needs_cpp_compiler
+
+__all__ = ["emulated"]
+
+
+@pytest.fixture
+def plant(emulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Replaces the emulated kernels by ones with a fault."""
+
+    def build(file: str, old: str, new: str) -> None:
+        copy = tmp_path / "csrc"
+        shutil.copytree(cuda_build.FOLDER, copy)
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"{old!r} must occur once in {file}"
+        (copy / file).write_text(text.replace(old, new))
+        library: ctypes.CDLL = cuda_emulator.build(copy, tmp_path, ("-O0",))
+        monkeypatch.setattr(cuda_emulator, "_library", lambda: library)
+
+    return build
+
+
+def on_aligned_rows() -> RowOutputs:
+    """Two blocks of a cluster, rows whose beginnings are aligned and whose ends are not."""
+    z, z_t, labels = make(5, 518)
+    z, z_t, dlogits = (torch.nn.functional.pad(x, (0, 2))[:, :518] for x in (z, z_t, z))
+    return call(z, z_t, labels, fk.SelfEvolution(gamma=1.0), dlogits=dlogits)
+
+
+# File, what stands there, what is planted, and what the emulator says of it.
+FAULTS = {
+    "a missing barrier of a block": ("cuda_sums.h", "    block_barrier();\n", "", "races"),
+    "a barrier of the block for one of the cluster": (
+        "cuda_sums.h", "    cluster_barrier();\n", "    block_barrier();\n", "races",
+    ),
+    "records where the last reduction's are read": ("cuda_sums.h", "    *phase ^= 1;\n", "", "races"),
+    "a barrier that one thread skips": (
+        "cuda_sums.h", "    block_barrier();\n", "    if (thread_index() > 0) block_barrier();\n", "not all threads",
+    ),
+    "a write beyond the row": ("cuda_slots.h", "column + FKD_WIDTH <= rows->V", "column < rows->V", "outside of"),
+    "a read beyond the row": ("cuda_slots.h", "if (left >= FKD_WIDTH)", "if (left > 0)", "outside of"),
+    "a slot beyond shared memory": (
+        "cuda_slots.h", "return rows->teacher_at + slot *", "return rows->teacher_at + (slot + 1) *", "shared memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_whatever_the_schedule(name, plant):
+    *where, message = FAULTS[name]
+    plant(*where)
+    with pytest.raises(Fault, match=message):
+        on_aligned_rows()
+
+
+def test_a_missing_wait_leaves_nan(plant):
+    plant("kd_row.cu", "if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);", "")
+    assert on_aligned_rows().loss.isnan().all()
+
+
+def battery() -> None:
+    """Calls of which every wrong formula below spoils one."""
+    data = make(6, 517)
+    weights, given = torch.tensor([0.5, 2.0, 1.0, -1.0, 3.0, 1.5]), torch.arange(6) % 2 == 0
+    for objective in (fk.SFT(), fk.SkewTeacher(lam=0.3), fk.SelfEvolution(gamma=1.0)):
+        loss, difficulty, hard, gradient = oracle(*data, objective)
+        check(call(*data, objective, weights=weights), (loss, difficulty, hard, gradient * weights[:, None]))
+    assert torch.equal(call(*data, fk.SelfEvolution(), hard=given).is_hard, given)
+
+
+WRONG = {
+    "ranking ignored": ("kd_row.cu", "call->given ? global_read1", "false ? global_read1"),
+    "token weights missing": ("kd_row.cu", "call->weights ? as_float", "false ? as_float"),
+    "the same row again": ("kd_row.cu", "begin = begin_of(rows, next)", "begin = begin_of(rows, norms->row)"),
+    "the label's share twice": ("cuda_divergence.h", "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q"),
+    "row's end not masked": ("cuda_slots.h", "x[i] = OUTSIDE;", "x[i] = 0.0f;"),
+    "one block of the cluster": ("cuda_sums.h", "block < cluster_size()", "block < 1"),
+    "sums of other maxima": ("cuda_sums.h", "x[S_SUM] *= exp2_fast(s * k);", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_formula_fails_the_oracle(name, plant):
+    plant(*WRONG[name])
+    with pytest.raises(AssertionError):
+        battery()
+
+
+def test_without_a_fault_the_same_calls_pass(emulated):
+    assert on_aligned_rows().loss.isfinite().all()
+    battery()
