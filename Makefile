@@ -26,10 +26,10 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 gpu: $(STAMP)
-	$(PY) -m bench.gpu
+	$(PY) -m bench run --device cuda
 
 bench: $(STAMP)
-	$(PY) -m bench.cpu
+	$(PY) -m bench run --device cpu
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -37,5 +37,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install --constraint constraints.txt --editable '.[train,bench,triton,cuda,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[train,bench,peers,triton,cuda,dev]'
 	touch $@

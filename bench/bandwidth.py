@@ -13,7 +13,7 @@ from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
 
 from .counts import row_bytes
 from .inputs import BETA, LAM, LOGIT_STD, TEACHER_NOISE
-from .measure import Timer, interleaved
+from .measure import Flush, interleaved
 
 WARMUP = 3
 
@@ -46,14 +46,14 @@ def measure_row(
 
     row(inputs(math.inf), outputs)
     gammas = {"easy": math.inf, "hard": 0.0, "mixed": float(outputs.difficulty.median())}
-    copy, timer = torch.empty_like(z), Timer(device)
+    copy, flush = torch.empty_like(z), Flush(device)
     for kind in tokens:
         calls: dict[str, Callable[[], object]] = {
             "row": partial(row, inputs(gammas[kind]), outputs),
             "copy": partial(copy.copy_, z),
         }
-        interleaved(calls, WARMUP, timer)
-        seconds = interleaved(calls, rounds, timer)
+        interleaved(calls, WARMUP, flush)
+        seconds = interleaved(calls, rounds, flush)
         hard = float(outputs.is_hard.float().mean())
         yield {
             "tokens": kind,

@@ -116,19 +116,24 @@ def count_chunked(
     )
 
 
-def planned(inputs: Inputs) -> Plan:
-    """Chunk and workspace that fused_kd's planner chooses for these inputs, all gradients wanted."""
-    V, teacher = inputs.weight_s.shape[0], inputs.top_k
+def planned(inputs: Inputs, teacher: bool = True) -> Plan:
+    """Chunk and workspace that fused_kd's planner chooses for these inputs, all gradients wanted.
+
+    Without a ``teacher`` the student's logits are the only ones."""
+    V = inputs.weight_s.shape[0]
 
     def side(hidden: torch.Tensor, weight: torch.Tensor) -> chunked._Logits:
         return chunked._Logits(chunked.Side(hidden, weight, None, 1.0, None), V, None)
 
+    other: chunked._Logits | chunked.TopKSide | None = None
+    if inputs.top_k is not None:
+        other = chunked.TopKSide(inputs.top_k.log_probs, inputs.top_k.indices, inputs.top_k.tail)
+    elif teacher:
+        other = side(inputs.hidden_t, inputs.weight_t)
     return chunked._plan(
         len(inputs.labels),
         side(inputs.hidden_s, inputs.weight_s),
-        side(inputs.hidden_t, inputs.weight_t)
-        if teacher is None
-        else chunked.TopKSide(teacher.log_probs, teacher.indices, teacher.tail),
+        other,
         V,
         True,
         chunked.Wanted(source=True, weight=True, bias=False),
@@ -137,14 +142,15 @@ def planned(inputs: Inputs) -> Plan:
     )
 
 
-def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str) -> Counts:
+def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher: bool = True) -> Counts:
     """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.choose_backend`'s name."""
     device = inputs.labels.device
     return count_chunked(
         shape,
         inputs.hidden_s.dtype,
-        planned(inputs),
-        top_k=inputs.top_k is not None,
+        planned(inputs, teacher),
+        # Without a teacher, as with its lists, two sweeps of the student's logits alone.
+        top_k=inputs.top_k is not None or not teacher,
         hard=hard,
         recomputes=backend == "triton",
         upcasts=not has_fp32_output(device),

@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
+PACKAGES = (
+    "torch", "triton", "transformers", "pytest-benchmark", "liger-kernel", "trl", "cut-cross-entropy",
+    "fla-core",
+)  # fmt: skip
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
 SOURCES = (
     "fused_kd/*.py",
     "fused_kd/engine/*.py",
     "fused_kd/rows/*.py",
     "csrc/*",
-    *(f"bench/{name}.py" for name in ("accuracy", "bandwidth", "counts", "eager", "floor", "implementations")),
-    *(f"bench/{name}.py" for name in ("inputs", "measure", "shapes", "tally", "worker")),
+    *(f"bench/{name}.py" for name in ("accuracy", "bandwidth", "counts", "eager", "floor", "fused", "implementation")),
+    *(f"bench/{name}.py" for name in ("implementations", "inputs", "measure", "peers", "suite", "tally", "worker")),
 )
 
 

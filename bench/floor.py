@@ -1,4 +1,4 @@
-"""The floor: nothing but the GEMMs of a distillation step, four of them or, with a top-k teacher, three."""
+"""The floor: nothing but the GEMMs of a distillation step, four of them or, where no teacher has logits, three."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from .inputs import Inputs
 
 
 class Floor:
-    """Student logits, teacher logits, dH, dW into outputs allocated once; no teacher logits with a top-k teacher.
+    """Student logits, teacher logits, dH, dW into outputs allocated once.
 
-    Low-precision operands (CUDA only) go into fp32 outputs, by the calls that the engine makes. One buffer
+    ``teacher``: whether one has logits; never where the inputs have its lists. ``tokens``: how many are valid (None:
+    all). Low-precision operands (CUDA only) go into fp32 outputs, by the calls that the engine makes. One buffer
     serves both logits; in fp32 it also stands for their gradient."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.h_s, self.w_s, self.h_t, self.w_t = (x.detach() for x in inputs[:4])
-        self.teacher = inputs.top_k is None
+    def __init__(self, inputs: Inputs, teacher: bool = True, tokens: int | None = None) -> None:
+        self.h_s, self.h_t = inputs.hidden_s.detach()[:tokens], inputs.hidden_t[:tokens]
+        self.w_s, self.w_t = inputs.weight_s.detach(), inputs.weight_t
+        self.teacher = teacher and inputs.top_k is None
         device, dtype = self.h_s.device, self.h_s.dtype
         N, V = self.h_s.shape[0], self.w_s.shape[0]
         self.logits = torch.zeros(N, V, device=device)
@@ -26,11 +28,15 @@ class Floor:
         self.d_weight = torch.zeros(self.w_s.shape, device=device)
 
     def __call__(self) -> None:
+        self.forward()
+        _gemm(self.dlogits, self.w_s, self.d_hidden)
+        _gemm(self.dlogits.t(), self.h_s, self.d_weight)
+
+    def forward(self) -> None:
+        """The logits alone."""
         _gemm(self.h_s, self.w_s.t(), self.logits)
         if self.teacher:
             _gemm(self.h_t, self.w_t.t(), self.logits)
-        _gemm(self.dlogits, self.w_s, self.d_hidden)
-        _gemm(self.dlogits.t(), self.h_s, self.d_weight)
 
 
 def _gemm(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -1,5 +1,5 @@
-"""The inputs that every implementation gets: peaked distributions, a teacher near the student, labels drawn
-from it."""
+"""The inputs that every implementation gets: peaked distributions, a teacher near the student or far from it, labels
+drawn from the teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fused_kd as fk
 from fused_kd.engine.gemm import Projection
 from fused_kd.reference import reference_kd_loss
 
-from .shapes import Shape
+from .shapes import TEACHERS, Shape
 
 LAM = 0.5
 BETA = 0.5
@@ -53,10 +53,10 @@ class Inputs(NamedTuple):
     def hard_fraction(self, gamma: float) -> float:
         return float((self.difficulty > gamma).float().mean())
 
-    def half_ignored(self, seed: int = 0) -> Tensor:
-        """The labels with a random half of them ignored."""
+    def ignoring(self, valid: float, seed: int = 0) -> Tensor:
+        """The labels, of which a random ``1 - valid`` are ignored."""
         N = len(self.labels)
-        index = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[: N // 2]
+        index = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[round(valid * N) :]
         return self.labels.index_fill(0, index.to(self.labels.device), IGNORE)
 
     def first(self, n: int) -> Inputs:
@@ -70,13 +70,21 @@ class Inputs(NamedTuple):
         self.hidden_s.grad = self.weight_s.grad = None
 
 
-def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """The same numbers for the same arguments, in any process on the same device."""
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0, teacher: str = "near") -> Inputs:
+    """The same numbers for the same arguments, in any process on the same device; ``teacher`` is near or far."""
+    if teacher not in TEACHERS:
+        raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
     g = torch.Generator(device).manual_seed(seed)
     hidden_s = torch.randn(shape.N, shape.H_s, generator=g, device=device)
     weight_s = torch.randn(shape.V, shape.H_s, generator=g, device=device).mul_(LOGIT_STD / shape.H_s**0.5)
-    hidden_t = _near(hidden_s, shape.H_t, TEACHER_NOISE, g).to(dtype)
-    weight_t = _near(weight_s, shape.H_t, TEACHER_NOISE * LOGIT_STD / shape.H_s**0.5, g).to(dtype)
+    scale = LOGIT_STD / shape.H_s**0.5
+    if teacher == "near":
+        hidden_t = _near(hidden_s, shape.H_t, TEACHER_NOISE, g).to(dtype)
+        weight_t = _near(weight_s, shape.H_t, TEACHER_NOISE * scale, g).to(dtype)
+    else:
+        hidden_t = torch.randn(shape.N, shape.H_t, generator=g, device=device).to(dtype)
+        weight_t = torch.randn(shape.V, shape.H_t, generator=g, device=device).mul_(LOGIT_STD / shape.H_t**0.5)
+        weight_t = weight_t.to(dtype)
     hidden_s, weight_s = hidden_s.to(dtype), weight_s.to(dtype)
     labels, difficulty = _label(hidden_s, weight_s, hidden_t, weight_t, g)
     return Inputs(hidden_s.requires_grad_(), weight_s.requires_grad_(), hidden_t, weight_t, labels, difficulty)

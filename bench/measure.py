@@ -36,36 +36,33 @@ class Memory(NamedTuple):
         return self.peak - self.baseline + self.gradients
 
 
-class Timer:
-    """Seconds of one call: CUDA events after the L2 cache has been overwritten, or the wall clock on a
-    CPU."""
+def clock() -> float:
+    """Seconds, when all that was asked of a GPU is done; pytest-benchmark's timer."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Flush:
+    """Overwrites a GPU's L2 cache; nothing on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
+        self.buffer = None
+        if device.type == "cuda":
             cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-            self.flush = torch.empty(max(MIN_FLUSH_BYTES, 2 * cache), dtype=torch.uint8, device=device)
+            self.buffer = torch.empty(max(MIN_FLUSH_BYTES, 2 * cache), dtype=torch.uint8, device=device)
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    def __call__(self) -> None:
+        if self.buffer is not None:
+            self.buffer.zero_()
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]],
-    rounds: int,
-    timer: Timer,
-    before: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+Calls = dict[str, Callable[[], object]]
+Sampler = Callable[[Calls, int, Callable[[], None]], dict[str, list[float]]]
+"""(calls, rounds, before) to seconds, as :func:`interleaved`."""
+
+
+def interleaved(calls: Calls, rounds: int, before: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
     """Seconds of each call, ``rounds`` times in turn (a, b, a, b, ...), so that all meet the same noise.
 
     ``before`` runs untimed ahead of every call. Nothing is warmed up here.
@@ -74,8 +71,14 @@ def interleaved(
     for _ in range(rounds):
         for name, call in calls.items():
             before()
-            samples[name].append(timer(call))
+            samples[name].append(seconds_of(call))
     return samples
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
 def peak_memory(

@@ -36,32 +36,53 @@ class Deadline:
 def run_cases(cases: list[Case], store: Store, deadline: Deadline, limit: float, tick: Callable[[str], None]) -> None:
     """Run what is not finished yet. A case gets ``limit`` seconds; what no longer fits says so in its
     rows."""
+    for batch in batches(cases):
+        tick(f"{batch[0].implementation}, {batch[0].shape.name}" + (" ..." if len(batch) > 1 else ""))
+        todo = []
+        for case in batch:
+            variants = tuple(
+                v for v, key in zip(case.variants, case.row_keys(), strict=True) if not store.finished(key)
+            )
+            reason = case.missing() if variants else None
+            late = reason is None and deadline.left() < LEAST_SECONDS
+            if late:
+                reason = "no time left in this run"
+            if reason is None:
+                todo += [replace(case, variants=variants)] if variants else []
+                continue
+            for variant in variants:
+                store.add(case.row(variant, status="skipped" if late else "missing", reason=reason))
+        if todo:
+            run_batch(todo, store, min(limit * len(todo), deadline.left()))
+
+
+def batches(cases: list[Case]) -> list[list[Case]]:
+    """Cases that share a process: the points of one implementation's curves. Those of tables have theirs alone."""
+    alone = [[case] for case in cases if case.purpose == "table"]
+    curves: dict[str, list[Case]] = {}
     for case in cases:
-        tick(f"{case.implementation}, {case.shape.name}")
-        todo = tuple(v for v, key in zip(case.variants, case.keys(), strict=True) if not store.finished(key))
-        if not todo:
-            continue
-        case = replace(case, variants=todo)
-        if (reason := case.missing()) is not None:
-            for variant in todo:
-                store.add(case.row(*variant, status="missing", reason=reason))
-            continue
-        if deadline.left() < LEAST_SECONDS:
-            for variant in todo:
-                store.add(case.row(*variant, status="skipped", reason="no time left in this run"))
-            continue
-        run_case(case, store, min(limit, deadline.left()))
+        if case.purpose != "table":
+            curves.setdefault(case.implementation, []).append(case)
+    return alone + list(curves.values())
 
 
-def run_case(case: Case, store: Store, limit: float) -> None:
+def run_batch(cases: list[Case], store: Store, limit: float) -> None:
     """One worker process; rows that it did not deliver are stored with the reason."""
     with tempfile.TemporaryDirectory() as folder:
         path, log_path = Path(folder, "rows"), Path(folder, "log")
         path.touch()
         with log_path.open("w") as log, path.open() as lines:
-            command = [sys.executable, "-m", "bench.worker", case.to_json(), str(path), str(os.getpid())]
+            options = "-q -s -p pytest_benchmark.plugin -p no:cacheprovider -p no:warnings --benchmark-disable-gc"
+            command = [sys.executable, "-m", "pytest", "bench/suite.py", *options.split()]
+            command += ["--benchmark-timer", "bench.measure.clock", "--rows", str(path), "--parent", str(os.getpid())]
+            command += [text for case in cases for text in ("--case", case.to_json())]
+            # No other plugin: they take seconds to import. Nothing of a pytest that this may run in.
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+            environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
             began = time.monotonic()
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
             delivered: set[tuple] = set()
             try:
                 while process.poll() is None and time.monotonic() - began < limit:
@@ -72,9 +93,10 @@ def run_case(case: Case, store: Store, limit: float) -> None:
                 _kill(process)
             _collect(lines, store, delivered)
         reason = f"stopped after {limit:.0f} s" if late else _why(process.returncode, log_path.read_text())
-        for variant, key in zip(case.variants, case.keys(), strict=True):
-            if key not in delivered:
-                store.add(case.row(*variant, status="skipped" if late else "failed", reason=reason))
+        for case in cases:
+            for variant, key in zip(case.variants, case.row_keys(), strict=True):
+                if key not in delivered:
+                    store.add(case.row(variant, status="skipped" if late else "failed", reason=reason))
 
 
 def run_tests(limit: float) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from .shapes import Variant
+
+SCHEMA = 2
 
 
 class Store:
@@ -50,8 +52,8 @@ class Store:
 
 
 def row_key(row: dict[str, Any]) -> tuple:
-    """What a row is about: shape, implementation, tokens, chunk."""
-    return (row["shape"]["name"], row["implementation"], row["tokens"], row["chunk"])
+    """What a row is about: shape, implementation, and the variant's fields."""
+    return (row["shape"]["name"], row["implementation"], *(row[name] for name in Variant._fields))
 
 
 def json_safe(value: Any) -> Any:

@@ -1,20 +1,12 @@
-"""One implementation at one shape, in a process of its own: ``python -m bench.worker CASE ROWS PARENT``.
-
-CASE is a :class:`Case` as JSON; every finished row is appended to the file ROWS as a line of JSON. PARENT is
-the runner's process id."""
+"""One implementation at one shape: every number of its rows."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,29 +19,32 @@ from .bandwidth import measure_row
 from .floor import Floor
 from .implementations import IMPLEMENTATIONS, Implementation, preferred_chunk
 from .inputs import Inputs, make_inputs
-from .measure import Timer, interleaved, peak_memory
-from .shapes import Shape
-from .store import json_safe
+from .measure import Calls, Flush, Sampler, interleaved, peak_memory
+from .shapes import Shape, Variant
 from .tally import measured_flops, row_scratch_bytes
 
 ROW_PREFIX = "row: "
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Case:
     """``implementation`` is a key of IMPLEMENTATIONS, or ``row: <backend>`` for a row implementation alone.
 
-    ``variants`` lists (tokens, chunk): which tokens are hard, and fused_kd's preferred chunk (None: the
-    planner's; for a row alone, the rows of its chunk)."""
+    As many ``rounds`` as fit ``seconds``, but three. Errors are those of the first ``error_tokens`` tokens.
+    ``purpose`` says what the row is for: "table", or the curve ("N", "V", "valid") it is a point of.
+    """
 
     shape: Shape
     implementation: str
-    variants: tuple[tuple[str, int | None], ...]
+    variants: tuple[Variant, ...]
     device: str
     dtype: str
     rounds: int
     warmup: int
     error_tokens: int
+    seconds: float = 60.0
+    purpose: str = "table"
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, or None."""
@@ -62,69 +57,103 @@ class Case:
         known = IMPLEMENTATIONS.get(self.implementation)
         return known.missing(self.device) if known else None
 
-    def keys(self) -> list[tuple]:
+    def row_keys(self) -> list[tuple]:
         return [(self.shape.name, self.implementation, *variant) for variant in self.variants]
 
-    def row(self, tokens: str, chunk: int | None, **fields: Any) -> dict[str, Any]:
+    def row(self, variant: Variant, **fields: Any) -> dict[str, Any]:
         known = IMPLEMENTATIONS.get(self.implementation)
         return {
             "shape": self.shape._asdict(),
             "implementation": self.implementation,
-            "tokens": tokens,
-            "chunk": chunk,
+            **variant._asdict(),
+            "purpose": self.purpose,
             "device": self.device,
             "dtype": self.dtype,
             "objective": known.objective if known else None,
+            "group": known.group if known else None,
             **fields,
         }
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"shape": list(self.shape)})
+        return json.dumps(asdict(self) | {"shape": list(self.shape), "variants": [list(v) for v in self.variants]})
 
     @staticmethod
     def from_json(text: str) -> Case:
         fields = json.loads(text)
         fields["shape"] = Shape(*fields["shape"])
-        fields["variants"] = tuple((tokens, chunk) for tokens, chunk in fields["variants"])
+        fields["variants"] = tuple(Variant(*variant) for variant in fields["variants"])
         return Case(**fields)
 
 
-def rows(case: Case) -> Iterator[dict[str, Any]]:
+def rows(case: Case, sampler: Sampler = interleaved) -> Iterator[dict[str, Any]]:
     """One row per variant; what cannot be measured says why instead of raising."""
+    inputs: Inputs | None = None
+    previous: Variant | None = None
+    for variant in case.variants:
+        same = previous is not None and variant.teacher == previous.teacher
+        found, inputs = row(case, variant, sampler, inputs if same else None)
+        previous = variant
+        yield found
+
+
+def row(
+    case: Case, variant: Variant, sampler: Sampler, inputs: Inputs | None = None
+) -> tuple[dict[str, Any], Inputs | None]:
+    """The row of one variant, and the inputs, to be given back for the next one with the same teacher."""
+    found = guarded(partial(_row, case, variant, sampler, inputs), "status")
+    if "row" in found:
+        return found["row"], found["inputs"]
+    return case.row(variant, **found), None
+
+
+def _row(case: Case, variant: Variant, sampler: Sampler, inputs: Inputs | None) -> dict[str, Any]:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     if case.implementation.startswith(ROW_PREFIX):
         backend = case.implementation.removeprefix(ROW_PREFIX)
-        chunk = case.variants[0][1] or case.shape.N
-        kinds = [tokens for tokens, _ in case.variants]
-        for found in measure_row(backend, chunk, case.shape.V, device, dtype, kinds, case.rounds):
-            yield case.row(found.pop("tokens"), case.variants[0][1], status="ok", **found)
-        return
+        (found,) = measure_row(
+            backend, variant.chunk or case.shape.N, case.shape.V, device, dtype, [variant.tokens], case.rounds
+        )
+        del found["tokens"]
+        return {"row": case.row(variant, status="ok", **found), "inputs": None}
     implementation = IMPLEMENTATIONS[case.implementation]
-    inputs = implementation.prepare(make_inputs(case.shape, device, dtype))
-    for tokens, rows_per_chunk in case.variants:
-        gamma = inputs.gamma(tokens)
-        measured = _guarded(partial(_measure, case, implementation, inputs, gamma, rows_per_chunk), "status")
-        inputs.drop_gradients()
-        about = {"gamma": gamma, "hard_fraction": inputs.hard_fraction(gamma), "top_k": inputs.top_k is not None}
-        yield case.row(tokens, rows_per_chunk, **about, **measured)
+    if inputs is None:
+        inputs = implementation.prepare(make_inputs(case.shape, device, dtype, teacher=variant.teacher))
+    gamma = inputs.gamma(variant.tokens)
+    measured = guarded(partial(_measure, case, implementation, inputs, gamma, variant, sampler), "status")
+    inputs.drop_gradients()
+    about = {"gamma": gamma, "hard_fraction": inputs.hard_fraction(gamma), "top_k": inputs.top_k is not None}
+    return {"row": case.row(variant, **about, **measured), "inputs": inputs}
 
 
 def _measure(
-    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, chunk: int | None
+    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant, sampler: Sampler
 ) -> dict[str, Any]:
-    with preferred_chunk(chunk):
-        found = _speed_and_memory(case, implementation, inputs, gamma)
+    with preferred_chunk(variant.chunk):
+        found = _speed_and_memory(case, implementation, inputs, gamma, variant, sampler)
         inputs.drop_gradients()
-        found |= _guarded(partial(_work, case, implementation, inputs, gamma), "work_status")
+        found |= guarded(partial(_work, case, implementation, inputs, gamma, variant), "work_status")
         inputs.drop_gradients()
-        return found | _guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
+        if case.error_tokens == 0:
+            return found
+        return found | guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
 
 
-def _speed_and_memory(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, Any]:
+def _labels(inputs: Inputs, implementation: Implementation, valid: float) -> Tensor:
+    """On the host where that lets an implementation drop what is ignored."""
+    if valid == 1.0:
+        return inputs.labels
+    labels = inputs.ignoring(valid)
+    return labels.cpu() if implementation.drops_ignored else labels
+
+
+def _speed_and_memory(
+    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant, sampler: Sampler
+) -> dict[str, Any]:
     device = inputs.labels.device
     step = implementation.build(inputs, gamma)
+    labels = _labels(inputs, implementation, variant.valid)
 
-    def call(labels: Tensor = inputs.labels) -> Tensor:
+    def call(labels: Tensor = labels) -> Tensor:
         loss = step(labels)
         loss.backward()
         return loss
@@ -143,27 +172,43 @@ def _speed_and_memory(case: Case, implementation: Implementation, inputs: Inputs
             "over_inputs_and_gradients": memory.over_inputs_and_gradients,
         }
 
-    calls: dict[str, Callable[[], object]] = {"step": call}
-    if implementation.drops_ignored and device.type == "cpu":
-        half = inputs.half_ignored()
-        calls["half_ignored"] = lambda: call(half)
-    return found | _time(case, calls, inputs)
+    calls: Calls = {"step": call}
+    if case.purpose == "table" and variant == Variant():
+        calls["forward"] = torch.no_grad()(lambda: step(labels))
+        calls["forward"]()  # torch.compile makes a graph of its own for it
+        if implementation.drops_ignored:
+            half = _labels(inputs, implementation, 0.5)
+            calls["half_ignored"] = lambda: call(half)
+    tokens = round(variant.valid * case.shape.N)
+    return found | _time(case, calls, inputs, partial(Floor, inputs, implementation.teacher, tokens), sampler)
 
 
-def _time(case: Case, calls: dict[str, Callable[[], object]], inputs: Inputs) -> dict[str, Any]:
-    timer = Timer(inputs.labels.device)
+def _time(
+    case: Case, calls: Calls, inputs: Inputs, make_floor: Callable[[], Floor], sampler: Sampler
+) -> dict[str, Any]:
+    flush = Flush(inputs.labels.device)
 
-    def sample(what: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        interleaved(what, 1, timer, inputs.drop_gradients)
-        return interleaved(what, case.rounds, timer, inputs.drop_gradients)
+    def before() -> None:
+        inputs.drop_gradients()
+        flush()
 
-    found = _guarded(lambda: {"seconds": sample({"floor": Floor(inputs), **calls}), "interleaved": True}, "status")
+    def sample(what: Calls) -> dict[str, list[float]]:
+        once = sum(s for samples in interleaved(what, 1, before).values() for s in samples)
+        rounds = min(case.rounds, max(MIN_ROUNDS, int(case.seconds / max(once, 1e-9))))
+        return sampler(what, rounds, before)
+
+    def with_floor() -> dict[str, Any]:
+        floor = make_floor()
+        bare: Calls = {"floor": floor} | ({"forward_floor": floor.forward} if "forward" in calls else {})
+        return {"seconds": sample(bare | calls), "interleaved": True}
+
+    found = guarded(with_floor, "status")
     if "seconds" in found:
         return found
     # Beside the floor's buffers it did not fit; alone it may.
     found = {"interleaved": False, "seconds": sample(calls)}
     inputs.drop_gradients()
-    alone = _guarded(lambda: sample({"floor": Floor(inputs)}), "floor_status")
+    alone = guarded(lambda: interleaved({"floor": make_floor()}, case.rounds, before), "floor_status")
     if "floor" in alone:
         found["seconds"] |= alone
     else:
@@ -171,16 +216,21 @@ def _time(case: Case, calls: dict[str, Callable[[], object]], inputs: Inputs) ->
     return found
 
 
-def _work(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, Any]:
+def _work(case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant) -> dict[str, Any]:
     """Counted from the algorithm, and tallied in one more call."""
-    found: dict[str, Any] = {"counts": implementation.work(case.shape, inputs, inputs.hard_fraction(gamma))}
+    tokens = round(variant.valid * case.shape.N)
+    part = inputs if tokens == case.shape.N else inputs.first(tokens)
+    work = implementation.work(case.shape._replace(N=tokens), part, inputs.hard_fraction(gamma))
+    found: dict[str, Any] = {"counts": work}
     step = implementation.build(inputs, gamma)
+    labels = _labels(inputs, implementation, variant.valid)
 
     def call() -> None:
         inputs.drop_gradients()
-        step(inputs.labels).backward()
+        step(labels).backward()
 
-    if implementation.compiles:  # a counter would switch the compiled graph off
+    # A counter would switch a compiled graph off.
+    if implementation.compiles or case.purpose != "table":
         return found
     return found | {"measured_flops": measured_flops(call), "row_scratch_bytes": row_scratch_bytes(call)}
 
@@ -201,7 +251,7 @@ def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: f
     return {**errors, "tokens": n}
 
 
-def _guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
+def guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
     """``call()``'s dict; where it raises, what happened under ``status`` and why under ``reason``."""
     try:
         return call()
@@ -218,25 +268,3 @@ def _guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return found
-
-
-def _die_with(parent: int) -> None:
-    """Linux: a runner that is killed leaves no worker behind, holding memory and cores."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the runner is gone")
-
-
-def main() -> None:
-    _die_with(int(sys.argv[3]))
-    case, path = Case.from_json(sys.argv[1]), Path(sys.argv[2])
-    with path.open("a") as file:
-        for row in rows(case):
-            file.write(json.dumps(json_safe(row), allow_nan=False) + "\n")
-            file.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -306,7 +306,7 @@ def _plan(
         n,
         bytes_per_token=per_token,
         fixed_bytes=fixed,
-        preferred=preferred_chunk(device.type, per_token, sum(isinstance(s, _Logits) for s in (student, teacher))),
+        preferred=preferred_chunk(device.type, per_token),
         memory_budget=memory_budget,
     )
 

@@ -1,0 +1,106 @@
+"""The two numbers of a machine that bench/model.py predicts from: measured here, or from public data sheets.
+
+``python -m bench.machine`` prints those of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from .floor import _gemm
+from .measure import Calls, Flush, interleaved
+
+GEMM, COPY = "gemm_flops_per_s", "copy_bytes_per_s"
+
+SECONDS = 2.5
+MIN_ROUNDS = 3
+# (tokens, hidden, vocabulary) of a logits GEMM: near the device's peak, a fraction of a second on two cores.
+CPU_GEMM = (1024, 1024, 16384)
+CUDA_GEMM = (8192, 4096, 32768)
+# Larger than any cache; on a GPU long enough that starting the copy does not count.
+CPU_COPY_BYTES = 512 << 20
+CUDA_COPY_BYTES = 2 << 30
+
+
+def measure_machine(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
+    """``gemm_flops_per_s`` and ``copy_bytes_per_s`` of a CPU or CUDA device, in about three seconds.
+
+    Medians of a logits GEMM with an fp32 result (on a CPU with fp32 operands, which low-precision ones are upcast to)
+    and of a copy, whose bytes are read and written. The two take turns, in the caller's threads.
+
+    Raises:
+        ValueError: for another device or dtype.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    on_host = device.type == "cpu"
+    operands = torch.float32 if on_host else dtype
+    n, H, V = CPU_GEMM if on_host else CUDA_GEMM
+    # Random digits: power, and with it the clock, depends on them.
+    hidden, weight = (torch.randn(size, H, device=device).to(operands) for size in (n, V))
+    logits = torch.zeros(n, V, device=device)
+    source = torch.ones((CPU_COPY_BYTES if on_host else CUDA_COPY_BYTES) // 4, device=device)
+    target = torch.zeros_like(source)
+    work = {GEMM: 2 * n * H * V, COPY: 2 * source.nbytes}
+    calls: Calls = {GEMM: lambda: _gemm(hidden, weight.t(), logits), COPY: lambda: target.copy_(source)}
+    flush = Flush(device)
+    seconds: dict[str, list[float]] = {GEMM: [], COPY: []}
+    interleaved(calls, 1, flush)
+    end = time.monotonic() + SECONDS
+    while len(seconds[GEMM]) < MIN_ROUNDS or time.monotonic() < end:
+        for name, (sample,) in interleaved(calls, 1, flush).items():
+            seconds[name].append(sample)
+    return {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
+
+
+class Peak(NamedTuple):
+    """Of one GPU: dense bf16 FLOPs and bytes of HBM a second by its data sheet, and which that is."""
+
+    flops: float
+    bytes: float
+    source: str
+
+
+GPUS = {
+    "A100-80G SXM": Peak(312e12, 2.039e12, "NVIDIA A100 Tensor Core GPU data sheet"),
+    "H100 SXM": Peak(989.4e12, 3.35e12, "NVIDIA H100 Tensor Core GPU data sheet, half of the rate with sparsity"),
+    "H200": Peak(989.4e12, 4.8e12, "NVIDIA H200 Tensor Core GPU data sheet, half of the rate with sparsity"),
+    "B200": Peak(2250e12, 8.0e12, "NVIDIA Blackwell architecture brief, HGX B200, half of the rate with sparsity"),
+}
+# What an H200 reaches of its data sheet, about 790 bf16 TFLOP/s and 4.3 TB/s. Taken for all: an assumption.
+GEMM_SHARE = 790e12 / GPUS["H200"].flops
+COPY_SHARE = 4.3e12 / GPUS["H200"].bytes
+
+
+def assumed_machine(gpu: str) -> dict[str, float]:
+    """The two numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
+    if gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    return {GEMM: GPUS[gpu].flops * GEMM_SHARE, COPY: GPUS[gpu].bytes * COPY_SHARE}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The two numbers of this machine.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32; bfloat16 on cuda")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench.machine: --device cuda needs an NVIDIA GPU", file=sys.stderr)
+        return 2
+    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    found = measure_machine(args.device, getattr(torch, dtype))
+    print(f"--gemm-tflops {found[GEMM] / 1e12:.4g} --bandwidth-gb {found[COPY] / 1e9:.4g} --dtype {dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

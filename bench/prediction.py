@@ -1,0 +1,337 @@
+"""Time and memory of a forward and backward, predicted from two numbers of a machine; nothing is run.
+
+R is the FLOPs a second of a large GEMM, W the bytes a second (read + written) of a copy: bench/machine.py. FLOPs F and
+bytes B are those of bench/counts.py, workspace and chunk those of fused_kd's planner. The chunked engine, in seconds:
+
+======== ====================================================================================
+a GEMM   max(F / R, B / W): its operands read once a chunk, its result written once
+traffic  B / W of what no GEMM hides: dW read and written again by every chunk but the first,
+         passes over a finished dW, upcasts
+row      B / W: logits read and gradients written once where a row stays on chip between its
+         sweeps (CPU rows, CUDA's), else once a sweep
+floor    the sum over the GEMMs with all valid tokens in one chunk
+step     the sum of all parts; with W infinite it is the floor
+memory   the plan's workspace + the gradients of hidden states and weight
+======== ====================================================================================
+
+The addition to dW counts as traffic because GPUs lose 10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py): hidden
+behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 15 % at the
+shape A of bench/shapes.py and 9 % at B on an H200. If a GPU hides it better, predictions are too high by that.
+
+The streaming engine has the parts of bench/counts_streaming.py, each by the same roofline, and traffic, but no row.
+
+What two numbers leave out, and where predictions are therefore too low: exponentials and logarithms (on a CPU most of
+the row's time, on a GPU a hard row's), how a CPU's BLAS repacks the weights of every chunk, GEMMs too small or too
+narrow for R, and the starting of kernels. The streaming engine's products, fused with the row's arithmetic, do not
+reach the R of a library's: its prediction is a lower limit. Labels are assumed on the host: only then does the chunked
+engine drop ignored tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_kd.engine import chunked
+from fused_kd.engine.dispatch import ENGINES
+from fused_kd.engine.plan import Plan, plan_chunks
+from fused_kd.rows import BACKENDS
+
+from .counts import Counts, count_chunked, gemm_flops
+from .counts_streaming import count_streaming
+from .implementations import TOP_K
+from .machine import COPY, GEMM
+from .shapes import Shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Rows whose logits stay on chip from sweep to sweep, beside all on a CPU.
+ON_CHIP = ("cuda", "native")
+
+
+class Prediction(NamedTuple):
+    """``seconds`` of a forward and backward, of which ``parts`` are the sum; ``floor_seconds`` of its bare GEMMs.
+
+    ``workspace_bytes`` beyond inputs and gradients, those of the plan with ``chunk`` tokens at a time;
+    ``gradient_bytes`` of hidden states and weight.
+    """
+
+    seconds: float
+    floor_seconds: float
+    ratio: float
+    workspace_bytes: int
+    chunk: int
+    parts: dict[str, float]
+    gradient_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Beyond the inputs."""
+        return self.workspace_bytes + self.gradient_bytes
+
+
+class Best(NamedTuple):
+    """The best ``chunk`` and its ``prediction``, the planner's own (``planned``), and how much ``slower`` that is than
+    the fastest chunk (0.03 is 3 %)."""
+
+    chunk: int
+    prediction: Prediction
+    planned: Prediction
+    slower: float
+
+
+def predict(
+    shape: Shape,
+    dtype: torch.dtype,
+    machine: Mapping[str, float],
+    *,
+    engine: str = "chunked",
+    on_host: bool,
+    top_k: bool = False,
+    teacher: bool = True,
+    valid: float = 1.0,
+    hard: float = 0.0,
+    backend: str | None = None,
+    chunk: int | None = None,
+    memory_budget: int | None = None,
+) -> Prediction:
+    """fused_kd, all gradients wanted, in one chunk after the other or streaming.
+
+    Args:
+        shape, dtype: of the inputs. machine: its two numbers, see :mod:`bench.machine`.
+        on_host: on a CPU, where low-precision operands are upcast; else on an NVIDIA GPU.
+        top_k: the teacher is a list of 64 entries a token; ``teacher=False``: there is none, as for SFT.
+        valid, hard: fractions of tokens that are not ignored, and of those that are hard.
+        backend: row implementation; None is the device's own (on a GPU Triton's).
+        chunk: tokens that a chunk should hold; None is the planner's choice.
+        memory_budget: bytes of workspace.
+
+    Raises:
+        ValueError: for a number out of range, an unknown name, or what an engine cannot do.
+        BudgetTooSmall: (a ValueError) for a ``memory_budget`` below the smallest plan.
+    """
+    _check(
+        shape, dtype, machine, valid=valid, hard=hard, engine=engine, backend=backend, chunk=chunk,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    n = round(valid * shape.N)
+    work = _Work(shape, dtype, machine, n, on_host, not teacher or top_k)
+    if engine == "streaming":
+        if on_host or top_k or backend not in (None, "triton") or chunk is not None:
+            raise ValueError(
+                "engine='streaming' needs a GPU, a dense teacher, backend='triton' or None and chunk=None, got "
+                f"on_host={on_host}, top_k={top_k}, backend={backend!r}, chunk={chunk}"
+            )
+        found = count_streaming(shape, dtype, teacher=teacher, valid=valid, hard=hard, memory_budget=memory_budget)
+        parts = work.roofline(found.flops, found.gemm_bytes) | {"traffic": found.traffic / work.W}
+        return work.prediction(parts, found.plan.tokens, found.plan.workspace)
+    plan = _plan(shape, n, dtype, on_host, top_k, teacher, chunk, memory_budget)
+    counts = work.count(plan, dtype, hard=hard, upcasts=on_host, on_host=on_host)
+    return work.prediction(work.chunked(counts, on_host or backend in ON_CHIP), plan.chunk, plan.workspace)
+
+
+def best_chunk(
+    shape: Shape, dtype: torch.dtype, machine: Mapping[str, float], *, within: float = 0.0, **options: Any
+) -> Best:
+    """The smallest chunk whose predicted time is at most ``1 + within`` of the least, of all that a plan can have.
+
+    Plans make equal chunks, so those of n tokens are the ceilings of n / 1, n / 2, ...
+
+    Args:
+        within: what memory may cost, at least 0. options: of :func:`predict`, ``memory_budget`` above all.
+    """
+    if not within >= 0:
+        raise ValueError(f"within must be at least 0, got {within!r}")
+    if options.get("engine", "chunked") != "chunked" or options.get("chunk") is not None:
+        raise ValueError("best_chunk chooses the chunk of engine='chunked'; leave out engine and chunk")
+    at = partial(predict, shape, dtype, machine, **options)
+    planned = at()
+    n = round(options.get("valid", 1.0) * shape.N)
+    found = {p.chunk: p for p in (at(chunk=chunk) for chunk in sorted({-(-n // m) for m in range(1, n + 1)}))}
+    least = min(p.seconds for p in found.values())
+    best = found[min(chunk for chunk, p in found.items() if p.seconds <= (1 + within) * least)]
+    return Best(best.chunk, best, planned, planned.seconds / least - 1)
+
+
+def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
+    """What is predicted of a row of a results file (bench/worker.py) beside its medians; None where there is nothing.
+
+    From the counts that the row holds. Errors are ``predicted / measured - 1``; what was not measured is None.
+    ``memory`` is in bytes over inputs and gradients, as the workspace is.
+    """
+    seconds, name = row.get("seconds") or {}, row["implementation"]
+    if not name.startswith("fused_kd") or row.get("status") != "ok" or "step" not in seconds:
+        return None
+    found = _from_row(row, machine)
+    if found is None:
+        return None
+    medians = {key: statistics.median(samples) for key, samples in seconds.items()}
+    floor = medians.get("floor")
+    pairs = {
+        "seconds": (found.seconds, medians["step"]),
+        "floor_seconds": (found.floor_seconds, floor),
+        "ratio": (found.ratio, None if floor is None else medians["step"] / floor),
+        "memory": (found.workspace_bytes, (row.get("memory") or {}).get("over_inputs_and_gradients")),
+    }
+    result: dict[str, Any] = {"chunk": found.chunk, "parts": found.parts}
+    for key, (predicted, measured) in pairs.items():
+        error = None if not measured else predicted / measured - 1
+        result |= {f"predicted_{key}": predicted, f"measured_{key}": measured, f"{key}_error": error}
+    return result
+
+
+def best_for(row: Mapping[str, Any], machine: Mapping[str, float], within: float) -> Best | None:
+    """:func:`best_chunk` for what a row of a results file ran; None where it did not run the chunked engine."""
+    flops = row.get("counts", {}).get("flops", {})
+    if not row["implementation"].startswith("fused_kd") or "gemm_bytes" not in row.get("counts", {}):
+        return None
+    shape = Shape(**row["shape"])
+    return best_chunk(
+        shape, DTYPES[row["dtype"]], machine, within=within, on_host=row["device"] == "cpu",
+        top_k=row.get("top_k", False), teacher="teacher_logits" in flops, valid=_valid(shape, flops),
+        hard=float(row.get("hard_fraction", 0.0)), backend=_backend(row),
+    )  # fmt: skip
+
+
+def _from_row(row: Mapping[str, Any], machine: Mapping[str, float]) -> Prediction | None:
+    shape, dtype, on_host = Shape(**row["shape"]), DTYPES[row["dtype"]], row["device"] == "cpu"
+    found = row.get("counts", {})
+    flops, hard = found.get("flops", {}), float(row.get("hard_fraction", 0.0))
+    if "streaming" in row["implementation"]:
+        if on_host or not flops:  # on a host it is Triton's interpreter that ran
+            return None
+        teacher = "teacher_logits" in flops
+        options = {"teacher": teacher, "valid": row.get("valid", 1.0), "hard": hard}
+        return predict(shape, dtype, machine, engine="streaming", on_host=False, **options)
+    if "gemm_bytes" not in found:  # counting failed
+        return None
+    counts = Counts(**{field: found[field] for field in Counts._fields})
+    valid = _valid(shape, flops)
+    _check(shape, dtype, machine, valid=valid, hard=hard)
+    work = _Work(shape, dtype, machine, round(valid * shape.N), on_host, "teacher_logits" not in flops)
+    parts = work.chunked(counts, on_host or _backend(row) in ON_CHIP)
+    return work.prediction(parts, counts.chunk, counts.workspace_bytes)
+
+
+def _valid(shape: Shape, flops: Mapping[str, int]) -> float:
+    """The fraction of tokens that FLOPs were counted for."""
+    return flops["student_logits"] / (2 * shape.N * shape.V * shape.H_s)
+
+
+def _backend(row: Mapping[str, Any]) -> str | None:
+    """The one that an implementation's name ends with."""
+    name = row["implementation"].rsplit(" ", 1)[-1]
+    return name if name in BACKENDS else None
+
+
+class _Work:
+    """Seconds of ``n`` valid tokens on a machine; ``alone``: the student's logits are the only ones."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, machine: Mapping[str, float], n: int, on_host: bool, alone: bool
+    ) -> None:
+        self.shape, self.dtype, self.n, self.alone = shape, dtype, n, alone
+        self.operands = torch.float32 if on_host else dtype
+        self.R, self.W = float(machine[GEMM]), float(machine[COPY])
+
+    def count(self, plan: Plan, dtype: torch.dtype, n: int | None = None, **options: Any) -> Counts:
+        valid = (self.n if n is None else n) / self.shape.N
+        # No teacher at all leaves the same GEMMs and sweeps as one of lists.
+        return count_chunked(self.shape, dtype, plan, top_k=self.alone, valid=valid, **options)
+
+    def gemm_bytes(self, chunk: int) -> dict[str, int]:
+        """Of the products alone: without upcasts, additions to an earlier dW and passes over a finished one."""
+        found = self.count(Plan(chunk, 0), self.operands).gemm_bytes
+        once = self.count(Plan(self.n, 0), self.operands).gemm_bytes["d_weight"]
+        # Without any tokens the passes are left.
+        passes = self.count(Plan(chunk, 0), self.operands, n=0).gemm_bytes["d_weight"]
+        return found | {"d_weight": once - passes}
+
+    def roofline(self, flops: dict[str, int], moved: dict[str, int]) -> dict[str, float]:
+        return {name: max(flops[name] / self.R, moved[name] / self.W) for name in flops}
+
+    def chunked(self, counts: Counts, on_chip: bool) -> dict[str, float]:
+        moved = self.gemm_bytes(counts.chunk)
+        traffic = sum(counts.gemm_bytes.values()) - sum(moved.values())
+        row = counts.row_bytes_once if on_chip else counts.row_bytes_swept
+        return self.roofline(counts.flops, moved) | {"traffic": traffic / self.W, "row": row / self.W}
+
+    def prediction(self, parts: dict[str, float], chunk: int, workspace: int) -> Prediction:
+        floor = sum(
+            self.roofline(gemm_flops(self.shape, self.alone, self.n / self.shape.N), self.gemm_bytes(self.n)).values()
+        )
+        seconds = sum(parts.values())
+        gradients = self.dtype.itemsize * (self.shape.N + self.shape.V) * self.shape.H_s
+        return Prediction(seconds, floor, seconds / floor, workspace, chunk, parts, gradients)
+
+
+def _plan(
+    shape: Shape,
+    n: int,
+    dtype: torch.dtype,
+    on_host: bool,
+    top_k: bool,
+    teacher: bool,
+    chunk: int | None,
+    memory_budget: int | None,
+) -> Plan:
+    """The chunked engine's, from tensors without data; a wanted ``chunk`` takes the place of the preferred one."""
+
+    def side(H: int) -> chunked._Logits:
+        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (shape.N, shape.V))
+        made = chunked._Logits(chunked.Side(hidden, weight, None, 1.0, None), shape.V, None)
+        assert made.projection is not None
+        # It asks the tensors' device, which is not the one to be planned for.
+        made.projection.upcast = on_host and dtype != torch.float32
+        return made
+
+    other: chunked._Logits | chunked.TopKSide | None = None
+    if top_k:
+        lists = torch.empty(shape.N, min(TOP_K, shape.V), device="meta")
+        other = chunked.TopKSide(lists, lists, "renormalize")
+    elif teacher:
+        other = side(shape.H_t)
+    student, wanted = side(shape.H_s), chunked.Wanted(source=True, weight=True, bias=False)
+    device = torch.device("cpu" if on_host else "cuda")
+
+    def plan(tokens: int, budget: int | None) -> Plan:
+        return chunked._plan(tokens, student, other, shape.V, True, wanted, budget, device)
+
+    if chunk is None:
+        return plan(n, memory_budget)
+    # Workspace is linear in the chunk, so two small plans give both terms.
+    one, two = plan(1, None).workspace, plan(2, None).workspace
+    return plan_chunks(
+        n, bytes_per_token=two - one, fixed_bytes=2 * one - two, preferred=chunk, memory_budget=memory_budget
+    )
+
+
+def _check(
+    shape: Shape,
+    dtype: torch.dtype,
+    machine: Mapping[str, float],
+    *,
+    valid: float = 1.0,
+    hard: float = 0.0,
+    engine: str = "chunked",
+    backend: str | None = None,
+    chunk: int | None = None,
+    memory_budget: int | None = None,
+) -> None:
+    sizes = ("N", "H_s", "H_t", "V")
+    for name, value, allowed, fine in (
+        *((name, getattr(shape, name), "at least 1", getattr(shape, name) >= 1) for name in sizes),
+        ("dtype", dtype, f"one of {', '.join(map(str, DTYPES.values()))}", dtype in DTYPES.values()),
+        *((f"machine[{x!r}]", machine.get(x), "above 0", (machine.get(x) or 0) > 0) for x in (GEMM, COPY)),
+        ("valid", valid, f"in (0, 1] and leave one of {shape.N} tokens", 0 < valid <= 1 and round(valid * shape.N) > 0),
+        ("hard", hard, "in [0, 1]", 0 <= hard <= 1),
+        ("engine", engine, f"one of {', '.join(map(repr, ENGINES))}", engine in ENGINES),
+        ("backend", backend, f"None or one of {', '.join(map(repr, BACKENDS))}", backend in (None, *BACKENDS)),
+        ("chunk", chunk, "None or at least 1", chunk is None or chunk >= 1),
+        ("memory_budget", memory_budget, "None or at least 1 byte", memory_budget is None or memory_budget >= 1),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
