@@ -100,7 +100,7 @@ ARCHITECTURES = {
             "cpu",
             student=Model("llama", 128256, 128, 16, 1024, 4, 2),
             teacher=Model("llama", 128256, 256, 2, 1024, 8, 2),
-            length=32, batch=6, budget=GB, most=1024,
+            length=32, batch=4, budget=3 * GB // 4, most=1024,
         ),
         Architecture(
             "qwen2.5-small",

@@ -57,13 +57,11 @@ def run_cases(cases: list[Case], store: Store, deadline: Deadline, limit: float,
 
 
 def batches(cases: list[Case]) -> list[list[Case]]:
-    """Cases that share a process: the points of one implementation's curves. Those of tables have theirs alone."""
-    alone = [[case] for case in cases if case.purpose == "table"]
-    curves: dict[str, list[Case]] = {}
+    """Cases that share a process: those of one implementation in tables, and the points of its curves."""
+    found: dict[tuple[str, bool], list[Case]] = {}
     for case in cases:
-        if case.purpose != "table":
-            curves.setdefault(case.implementation, []).append(case)
-    return alone + list(curves.values())
+        found.setdefault((case.implementation, case.purpose == "table"), []).append(case)
+    return list(found.values())
 
 
 def run_batch(cases: list[Case], store: Store, limit: float) -> None:
