@@ -28,7 +28,7 @@ from .trial import GAMMA, WAYS, Trial, dtype_on, run_trial
 
 TRIAL_SECONDS = 300.0
 # Processes of each way, and timed steps in each.
-TURNS, ROUNDS = 2, 3
+TURNS, ROUNDS = 2, 2
 # A largest batch is known to this share of itself.
 RESOLUTION = 1 / 16
 # Of the first step's loss, relative: what rounding may cost in fp32, and in bf16, whose logits eager rounds.

@@ -192,21 +192,23 @@ def _time(
         inputs.drop_gradients()
         flush()
 
-    def sample(what: Calls) -> dict[str, list[float]]:
-        once = sum(s for samples in interleaved(what, 1, before).values() for s in samples)
-        rounds = min(case.rounds, max(MIN_ROUNDS, int(case.seconds / max(once, 1e-9))))
+    def sample(what: Calls, warm: Calls) -> dict[str, list[float]]:
+        """The step has run before; the floor runs once here, and both say how long a round takes."""
+        tried = interleaved(warm | {"step": what["step"]}, 1, before)
+        each = sum(s for samples in tried.values() for s in samples) / len(tried)
+        rounds = min(case.rounds, max(MIN_ROUNDS, int(case.seconds / max(each * len(what), 1e-9))))
         return sampler(what, rounds, before)
 
     def with_floor() -> dict[str, Any]:
         floor = make_floor()
         bare: Calls = {"floor": floor} | ({"forward_floor": floor.forward} if "forward" in calls else {})
-        return {"seconds": sample(bare | calls), "interleaved": True}
+        return {"seconds": sample(bare | calls, {"floor": floor}), "interleaved": True}
 
     found = guarded(with_floor, "status")
     if "seconds" in found:
         return found
     # Beside the floor's buffers it did not fit; alone it may.
-    found = {"interleaved": False, "seconds": sample(calls)}
+    found = {"interleaved": False, "seconds": sample(calls, {})}
     inputs.drop_gradients()
     alone = guarded(lambda: interleaved({"floor": make_floor()}, case.rounds, before), "floor_status")
     if "floor" in alone:

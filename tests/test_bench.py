@@ -320,7 +320,7 @@ def test_plans_cover_what_they_should():
             assert {"fused_kd", "fused_kd top-k 64", "eager", "torch.compile"} <= names.keys()
             assert set(EVERY) <= set(names["fused_kd"])
         assert {c.implementation for c in planned} >= {
-            n for n, i in IMPLEMENTATIONS.items() if i.group != "self-evolution"
+            n for n, i in IMPLEMENTATIONS.items() if i.group != "self-evolution" and not n.startswith("eager")
         }
         assert {c.purpose for c in planned} == {"table", "N", "V", "valid", "chunk"}
         assert {v for c in planned for v in c.variants} >= {FAR, Variant(valid=0.25)}
