@@ -136,6 +136,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
             panel.set(xscale="log", yscale="log")
             panel.set_xticks(sorted({p for curve in by_name.values() for p in curve}))
             panel.xaxis.set_major_formatter("{x:g}")
+            panel.tick_params(axis="x", labelrotation=35)
+            panel.margins(x=0.12, y=0.12)
             panel.xaxis.set_minor_formatter("")
             panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)

@@ -58,10 +58,7 @@ CPU_SHAPES = (
     Shape("128k", 512, 256, 512, 128256),
 )
 # The peers', whose objectives have no gate.
-CPU_PEER_SHAPES = (
-    Shape("32k-512", 512, 256, 512, 32000),
-    Shape("128k-128", 128, 256, 512, 128256),
-)
+CPU_PEER_SHAPE = Shape("32k-512", 512, 256, 512, 32000)
 # Student and teacher of Llama 3 (8B head, a 13B-sized teacher), Qwen 2.5 (0.5B, 7B), Llama 2 (7B, 13B), Llama 3
 # (1B, 8B) and Gemma 3 (1B, 12B).
 GPU_SHAPES = (
