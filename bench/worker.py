@@ -201,8 +201,11 @@ def _time(
 
     def with_floor() -> dict[str, Any]:
         floor = make_floor()
-        bare: Calls = {"floor": floor} | ({"forward_floor": floor.forward} if "forward" in calls else {})
-        return {"seconds": sample(bare | calls, {"floor": floor}), "interleaved": True}
+        first: Calls = {"forward_floor": floor.forward} if "forward" in calls else {}
+        others = {name: call for name, call in calls.items() if name != "step"}
+        # What a step is divided by comes just before it.
+        turns = first | others | {"floor": floor, "step": calls["step"]}
+        return {"seconds": sample(turns, {"floor": floor}), "interleaved": True}
 
     found = guarded(with_floor, "status")
     if "seconds" in found:
