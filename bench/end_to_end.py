@@ -30,7 +30,7 @@ TRIAL_SECONDS = 300.0
 # Processes of each way, and timed steps in each.
 TURNS, ROUNDS = 2, 2
 # A largest batch is known to this share of itself.
-RESOLUTION = 1 / 16
+RESOLUTION = 1 / 8
 # Of the first step's loss, relative: what rounding may cost in fp32, and in bf16, whose logits eager rounds.
 AGREEMENT = {"cpu": 1e-5, "cuda": 1e-3}
 

@@ -83,7 +83,7 @@ def _curve(name: str, base: Shape, **values: tuple[int, ...]) -> tuple[Shape, ..
 # Curves: the same problem, one size varied. The last N of each is where memory bites.
 CPU_CURVES = {
     "N": _curve("N", Shape("", 0, 128, 256, 32000), N=(256, 1024, 4096)),
-    "V": _curve("V", Shape("", 256, 128, 256, 0), V=tuple(VOCABULARIES.values())),
+    "V": _curve("V", Shape("", 256, 128, 256, 0), V=tuple(VOCABULARIES[name] for name in ("32k", "128k", "262k"))),
 }
 GPU_CURVES = {
     "N": _curve("N", Shape("", 0, 2048, 4096, 128256), N=(512, 2048, 8192, 16384)),
