@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict:
         seed = args.seed + (name == "student")
         student = lambda start=start, seed=seed: model(start, seed)  # noqa: E731
         train_stage(run, name, student, lambda: model(trained["teacher"]), spec, rows, tokenizer, how)
-        translate_stage(run, name, test, args.direction, template, tokenizer)
+        translate_stage(run, name, {args.direction: test}, template, tokenizer)
         metrics = collect(run, phases, vars(args))
         write_json(run.folder / "metrics.json", metrics)
 

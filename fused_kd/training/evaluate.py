@@ -1,8 +1,9 @@
-"""Batched generation, and BLEU and chrF of what it gives."""
+"""Batched generation, BLEU and chrF of what it gives, and how close that is to a teacher's output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,13 @@ class Scores:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Similarity(Scores):
+    """`Scores` of a student's output against the teacher's, and the share of equal sentences, 0-1."""
+
+    equal: float
+
+
 def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> Scores:
     """BLEU and chrF (chrF2) of a corpus against one reference each.
 
@@ -42,13 +50,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str
     Raises:
         ValueError: empty lists, lists of different length. TypeError: something other than lists of strings.
     """
-    for name, texts in (("hypotheses", hypotheses), ("references", references)):
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"{name} must be a list of strings, one a sentence")
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references: expected as many of both")
-    if not references:
-        raise ValueError("hypotheses and references are empty: expected at least one of each")
+    check_texts({"hypotheses": hypotheses, "references": references})
 
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -56,6 +58,39 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
     return Scores(bleu_score, chrf_score, str(bleu.get_signature()), str(chrf.get_signature()))
+
+
+def similarity(hypotheses: Sequence[str], teacher_hypotheses: Sequence[str], *, tokenize: str = "13a") -> Similarity:
+    """How close a student's translations are to those that the teacher itself makes of the same sources.
+
+    BLEU and chrF with the teacher's hypotheses as references: high where distillation has taught the student
+    to say what the teacher says, right or wrong.
+
+    Args:
+        hypotheses: the student's, in the order of `teacher_hypotheses`.
+        teacher_hypotheses: the teacher's, decoded alike.
+        tokenize: as in `score`.
+
+    Raises:
+        ValueError, TypeError: as `score`.
+    """
+    check_texts({"hypotheses": hypotheses, "teacher_hypotheses": teacher_hypotheses})
+    scores = score(hypotheses, teacher_hypotheses, tokenize=tokenize)
+    equal = sum(made == wanted for made, wanted in zip(hypotheses, teacher_hypotheses, strict=True))
+    return Similarity(**asdict(scores), equal=equal / len(hypotheses))
+
+
+def check_texts(named: Mapping[str, Sequence[str]]) -> None:
+    """Raise unless these are lists of strings, not empty and of one length."""
+    for name, texts in named.items():
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} must be a list of strings, one a sentence")
+    counts = {name: len(texts) for name, texts in named.items()}
+    if len(set(counts.values())) > 1:
+        listed = " for ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"{listed}: expected as many of {'both' if len(counts) == 2 else 'each'}")
+    if not all(counts.values()):
+        raise ValueError(f"{' and '.join(counts)} are empty: expected at least one of each")
 
 
 def generate(
@@ -66,6 +101,7 @@ def generate(
     batch_size: int = 32,
     max_new_tokens: int = 128,
     num_beams: int = 1,
+    length_penalty: float = 1.0,
     progress: bool = True,
 ) -> list[str]:
     """Continuations of the prompts, in their order.
@@ -82,13 +118,16 @@ def generate(
         batch_size: prompts a batch.
         max_new_tokens: most tokens of one continuation, EOS included.
         num_beams: 1 (default) is greedy.
+        length_penalty: a beam's score is its log-probability / (new tokens ** length_penalty); default 1, the
+            mean a token. Above it longer translations win, below it shorter ones.
         progress: show a progress bar.
 
     Returns:
         One string a prompt, without special tokens, line breaks and outer spaces.
 
     Raises:
-        ValueError: no prompts, an empty prompt, a size below 1, no EOS token.
+        ValueError: no prompts, an empty prompt, a size below 1, no EOS token, a length penalty that is not
+            finite or has no beams to rank.
     """
     for name, value in (
         ("batch_size", batch_size),
@@ -99,6 +138,13 @@ def generate(
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
+        raise TypeError(f"length_penalty must be a number, got {length_penalty!r}")
+    if not math.isfinite(length_penalty) or (length_penalty != 1 and num_beams == 1):
+        raise ValueError(
+            f"length_penalty={length_penalty}, num_beams={num_beams}: expected a finite number, "
+            "and 1 where there is no beam search"
+        )
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
@@ -111,6 +157,7 @@ def generate(
     config = GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
+        length_penalty=length_penalty,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=eos,
@@ -147,6 +194,7 @@ def translate(
     batch_size: int = 32,
     max_new_tokens: int = 128,
     num_beams: int = 1,
+    length_penalty: float = 1.0,
     progress: bool = True,
 ) -> tuple[list[str], Scores]:
     """Hypotheses for the sources of `pairs`, and their scores against the targets.
@@ -162,6 +210,7 @@ def translate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        length_penalty=length_penalty,
         progress=progress,
     )
     return hypotheses, score(hypotheses, [pair.target for pair in pairs])

@@ -33,6 +33,7 @@ class ModelPreset:
 PRESETS = {
     "tiny-teacher": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
     "tiny-student": ModelPreset(hidden_size=64, layers=2, heads=4, intermediate_size=176),
+    "medium-teacher": ModelPreset(hidden_size=192, layers=3, heads=4, intermediate_size=512),
     "small-teacher": ModelPreset(hidden_size=224, layers=4, heads=4, intermediate_size=608),
     "small-student": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
 }

@@ -7,6 +7,7 @@ very tokens it had in training. Special tokens that the tokenizer puts in front 
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,24 +65,20 @@ class PromptTemplate:
         )
 
 
+# what Alpaca's prompts begin with, for a task with and without an input beside it
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 _INSTRUCTION = "### Instruction:\nTranslate the following text from {source_language} to {target_language}.\n"
 PROMPTS = {
     prompt.name: prompt
     for prompt in (
-        PromptTemplate(
-            "paper",
-            "Below is an instruction that describes a task, paired with an input that provides further "
-            "context. Write a response that appropriately completes the request.\n\n"
-            + _INSTRUCTION
-            + "\n### Input:\n{source}\n\n### Response:\n",
-        ),
-        PromptTemplate(
-            "alpaca",
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            + _INSTRUCTION
-            + "{source}\n\n### Response:\n",
-        ),
+        PromptTemplate("paper", WITH_INPUT + _INSTRUCTION + "\n### Input:\n{source}\n\n### Response:\n"),
+        PromptTemplate("alpaca", WITHOUT_INPUT + _INSTRUCTION + "{source}\n\n### Response:\n"),
         PromptTemplate("tiny", "{source_code}: {source}\n{target_code}:\n"),
     )
 }
@@ -133,10 +130,7 @@ def encode_pair(
     Raises:
         ValueError: the prompt alone fills `max_length`, the tokenizer has no EOS, or an unknown template.
     """
-    row = _encode(tokenizer, get_prompt(template), [pair], direction, max_length)[0]
-    if row is None:
-        raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}")
-    return row
+    return tokenize_pairs(tokenizer, template, [pair], direction, max_length, skip_long=False)[0]
 
 
 class PairDataset(Dataset):
@@ -180,26 +174,26 @@ def tokenize_pairs(
     Raises:
         ValueError: as `encode_pair`; also where no row is left.
     """
-    pairs = list(pairs)
-    rows = _encode(tokenizer, get_prompt(template), pairs, direction, max_length)
-    for pair, row in zip(pairs, rows, strict=True):
-        if row is None and not skip_long:
-            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {pair!r}")
-    kept = [row for row in rows if row is not None]
-    if not kept:
-        raise ValueError(f"no rows: {len(pairs)} pairs given, max_length={max_length}")
-    truncated = sum(row["input_ids"][-1] != tokenizer.eos_token_id for row in kept)
-    return PairDataset(kept, skipped=len(rows) - len(kept), truncated=truncated)
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
-    pairs: list[Pair],
-    direction: str,
-    max_length: int,
-) -> list[dict[str, list[int]] | None]:
     parse_direction(direction)
+    template, pairs = get_prompt(template), list(pairs)
+    prompts = [template.render(pair.source, direction) for pair in pairs]
+    responses = [pair.target for pair in pairs]
+    return tokenize_texts(tokenizer, prompts, responses, max_length, skip_long=skip_long, items=pairs)
+
+
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    *,
+    skip_long: bool = True,
+    items: Sequence[Any] | None = None,
+) -> PairDataset:
+    """`tokenize_pairs` for any task: rendered prompts, each with its response.
+
+    ``items`` stand for the prompts in errors; default: the prompts themselves.
+    """
     if isinstance(max_length, bool) or not isinstance(max_length, int):
         raise TypeError(f"max_length must be an int, got {max_length!r}")
     if max_length < 2:
@@ -207,16 +201,37 @@ def _encode(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
-    if not pairs:
-        return []
-    prompts = encode_prompts(tokenizer, [template.render(pair.source, direction) for pair in pairs])
-    responses = tokenizer([pair.target for pair in pairs], add_special_tokens=False)["input_ids"]
-    rows: list[dict[str, list[int]] | None] = []
-    for prompt, response in zip(prompts, responses, strict=True):
+    rows: list[dict[str, list[int]]] = []
+    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
+    named = prompts if items is None else items
+    for item, prompt, response in zip(named, encode_prompts(tokenizer, prompts), encoded, strict=True):
         response = [*response, eos][: max(max_length - len(prompt), 0)]
-        labels = [LABEL_PAD] * len(prompt) + response
-        rows.append({"input_ids": prompt + response, "labels": labels} if response else None)
-    return rows
+        if response:
+            rows.append({"input_ids": prompt + response, "labels": [LABEL_PAD] * len(prompt) + response})
+        elif not skip_long:
+            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {item!r}")
+    if not rows:
+        raise ValueError(f"no rows: {len(prompts)} pairs given, max_length={max_length}")
+    truncated = sum(row["input_ids"][-1] != eos for row in rows)
+    return PairDataset(rows, skipped=len(prompts) - len(rows), truncated=truncated)
+
+
+def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
+    """One data set of several (directions, tasks), in their order; rows are shared, the counts are sums.
+
+    Raises:
+        ValueError: none given. TypeError: something other than `PairDataset`.
+    """
+    for index, dataset in enumerate(datasets):
+        if not isinstance(dataset, PairDataset):
+            raise TypeError(f"datasets[{index}] must be a PairDataset, got {type(dataset).__name__}")
+    if not datasets:
+        raise ValueError("datasets is empty: expected at least one")
+    return PairDataset(
+        [row for dataset in datasets for row in dataset.rows],
+        skipped=sum(dataset.skipped for dataset in datasets),
+        truncated=sum(dataset.truncated for dataset in datasets),
+    )
 
 
 @dataclass(frozen=True)
@@ -230,10 +245,15 @@ class Collator:
         side: where the padding goes, ``"right"`` (default) or ``"left"``.
 
     Returns on call:
-        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length).
+        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with a cached teacher's
+        lists (``teacher_log_probs`` and ``teacher_indices`` (n, K), one list a label that has a token before it and
+        carries loss) also ``teacher_log_probs`` float32 and ``teacher_indices`` int64 (rows, length, K): position i has
+        the distribution of the token at i + 1, as the loss takes it with ``shift=True``; a position without loss the
+        ids 0 to K - 1, all alike.
 
     Raises:
-        ValueError: an unknown side, a negative pad id, an empty batch.
+        ValueError: an unknown side, a negative pad id, an empty batch, lists in some rows only or of several K, more or
+            fewer of them than labels.
     """
 
     pad_token_id: int
@@ -267,7 +287,33 @@ class Collator:
             input_ids[number, span] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             attention_mask[number, span] = 1
             labels[number, span] = torch.as_tensor(row["labels"], dtype=torch.int64)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if any("teacher_log_probs" in row for row in rows):
+            batch |= self._teacher_lists(rows, length)
+        return batch
+
+    def _teacher_lists(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+        if not all("teacher_log_probs" in row and "teacher_indices" in row for row in rows):
+            raise ValueError("teacher_log_probs and teacher_indices must be in every row of a batch or in none")
+        widths = {row[name].shape[-1] for row in rows for name in ("teacher_log_probs", "teacher_indices")}
+        if len(widths) > 1:
+            raise ValueError(f"teacher_log_probs must have one K in a batch, got {sorted(widths)}")
+        K = widths.pop()
+        log_probs = torch.full((len(rows), length, K), -math.log(K))
+        indices = torch.arange(K).repeat(len(rows), length, 1)
+        for number, row in enumerate(rows):
+            targets = torch.as_tensor(row["labels"])[1:] != self.label_pad
+            positions = targets.nonzero().squeeze(1)
+            if not len(positions) == len(row["teacher_log_probs"]) == len(row["teacher_indices"]):
+                raise ValueError(
+                    f"teacher_log_probs has {len(row['teacher_log_probs'])} lists and teacher_indices "
+                    f"{len(row['teacher_indices'])} for {len(positions)} labels with loss"
+                )
+            if self.side == "left":
+                positions = positions + length - len(row["input_ids"])
+            log_probs[number, positions] = row["teacher_log_probs"].float()
+            indices[number, positions] = row["teacher_indices"].long()
+        return {"teacher_log_probs": log_probs, "teacher_indices": indices}
 
 
 def render_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:

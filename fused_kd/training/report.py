@@ -29,7 +29,7 @@ def collect(run: Run, phases: Mapping[str, str], arguments: dict[str, Any]) -> d
     for name, phase in phases.items():
         training = read_json(run.stage(name) / "training.json")
         if training is not None:
-            scores = read_json(run.stage(name) / "scores.json")
+            scores = (read_json(run.stage(name) / "scores.json") or {}).get(arguments["direction"])
             stages[name] = {"phase": phase, **training, "scores": scores}
     modules = (fused_kd, torch, transformers, sacrebleu)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

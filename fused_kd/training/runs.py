@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """As :func:`write_text`; a line break ends each line."""
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[str]:
+    """What :func:`write_lines` wrote."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def read_json(path: Path) -> Any:
@@ -47,9 +62,9 @@ class Run:
         self.folder = Path(folder)
         arguments = json.loads(json.dumps(arguments))
         known = read_json(self.folder / "arguments.json")
-        if known is None:
+        if known is None and _is_main():
             write_json(self.folder / "arguments.json", arguments)
-        elif known != arguments:
+        elif known is not None and known != arguments:
             differing = sorted(key for key in known.keys() | arguments.keys() if known.get(key) != arguments.get(key))
             changes = "; ".join(f"{key}: {known.get(key)!r} -> {arguments.get(key)!r}" for key in differing)
             raise ValueError(
@@ -62,18 +77,32 @@ class Run:
         return self.folder / name
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a stage for this process; a second process waits until the first has finished or died."""
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a stage for this process, or for this distributed run.
+
+        A second one waits until the first has finished or died; without ``wait`` it is given False instead of True.
+        """
         self.stage(name).mkdir(parents=True, exist_ok=True)
+        if not _is_main():
+            yield True
+            return
         with open(self.stage(name) / ".lock", "w") as file:
             try:
                 import fcntl
             except ImportError:  # not on Windows: one process at a time there
-                yield
+                yield True
                 return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
                 print(f"{name}: waiting for another process that works on it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield True
+
+
+def _is_main() -> bool:
+    """Whether this is the first process of a distributed run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -15,7 +16,7 @@ from fused_kd.training.data import Pair
 from fused_kd.training.evaluate import translate
 from fused_kd.training.presets import load_model
 from fused_kd.training.prompts import Collator, PairDataset, PromptTemplate
-from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json
+from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json, write_lines
 from fused_kd.training.specs import ObjectiveSpec
 from fused_kd.training.trainer import KDTrainer
 
@@ -23,11 +24,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# transformers 6 drops the older name, 5.0 has no other
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How a stage trains: AdamW, linear decay after a warm-up, batches of similar length.
+    """How a stage trains: AdamW, decay after a warm-up, batches of similar length.
 
-    ``batch_size`` is in sentences; ``accumulation`` steps of it make one optimizer step.
+    ``batch_size`` is in sentences of one process; ``accumulation`` steps of it in every process make one optimizer
+    step. ``select`` says which checkpoint is kept: "last", or the "best" by the loss on validation rows, seen twice
+    an epoch.
     """
 
     epochs: float
@@ -41,6 +50,13 @@ class Settings:
     temperature: float = 1.0
     memory_budget: int | None = None
     backend: str | None = None
+    scheduler: str = "linear"
+    gradient_checkpointing: bool = False
+    select: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.select not in ("last", "best"):
+            raise ValueError(f"select must be 'last' or 'best', got {self.select!r}")
 
 
 class StageBar(ProgressCallback):
@@ -70,37 +86,53 @@ def train_stage(
     rows: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
+    valid: PairDataset | None = None,
 ) -> dict[str, Any]:
     """Train and save a student under ``run.stage(name) / "model"``; what is done already is not done again.
 
-    ``student`` and ``teacher`` make the models, and are not called where they are not needed. An interrupted
-    training goes on from its last whole checkpoint (20 a training). Returns the stage's record: sizes,
-    seconds, log history.
+    ``student`` and ``teacher`` make the models, and are not called where they are not needed; a teacher may be a
+    ``TeacherCache`` whose lists ``rows`` carry. ``valid`` is for ``settings.select`` "best". An interrupted training
+    goes on from its last whole checkpoint (20 a training). Every process of a distributed run calls this. Returns the
+    stage's record: sizes, seconds, log history.
+
+    Raises:
+        ValueError: "best" without validation rows.
     """
     folder = run.stage(name)
+    best = settings.select == "best"
+    if best and valid is None:
+        raise ValueError(f"{name}: select='best' needs validation rows")
     with run.lock(name):
         record = read_json(folder / "training.json")
         if record is not None:
             return record
         model = student()
+        # the best must be among the saved
+        every = min(0.05, 0.5 / settings.epochs) if not best else 0.5 / settings.epochs
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             num_train_epochs=settings.epochs,
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.accumulation,
             learning_rate=settings.learning_rate,
-            lr_scheduler_type="linear",
+            per_device_eval_batch_size=settings.batch_size,
+            lr_scheduler_type=settings.scheduler,
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             bf16=settings.bf16,
+            **{_CHECKPOINTING: settings.gradient_checkpointing},
             train_sampling_strategy="group_by_length",
             logging_strategy="steps",
             logging_steps=0.02,
             logging_nan_inf_filter=False,
             save_strategy="steps",
-            save_steps=0.05,
+            save_steps=every,
             save_total_limit=2,
+            eval_strategy="steps" if best else "no",
+            eval_steps=every if best else None,
+            load_best_model_at_end=best,
+            metric_for_best_model="eval_loss" if best else None,
             report_to=[],
             dataloader_pin_memory=model.device.type == "cuda",
         )
@@ -114,6 +146,7 @@ def train_stage(
             beta_schedule=spec.beta_schedule,
             args=arguments,
             train_dataset=rows,
+            eval_dataset=valid if best else None,
             data_collator=Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
         )
@@ -122,7 +155,7 @@ def train_stage(
         trainer.add_callback(StageBar(name))
         checkpoint = last_checkpoint(folder / "checkpoints")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save_whole(model, tokenizer, folder / "model")
+        _save_whole(trainer, tokenizer, folder / "model")
         record = {
             "objective": repr(spec.objective),
             "beta_schedule": None if spec.beta_schedule is None else asdict(spec.beta_schedule),
@@ -132,47 +165,66 @@ def train_stage(
             "steps": trainer.state.global_step,
             "seconds": round(trainer.metrics.total_seconds, 1),
             "log_history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "validation": [
+                {"step": entry["step"], "loss": entry["eval_loss"]}
+                for entry in trainer.state.log_history
+                if "eval_loss" in entry
+            ],
         }
-        write_json(folder / "training.json", record)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if trainer.is_world_process_zero():
+            write_json(folder / "training.json", record)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         return record
 
 
 def translate_stage(
     run: Run,
     name: str,
-    pairs: Sequence[Pair],
-    direction: str,
+    tests: Mapping[str, Sequence[Pair]],
     template: PromptTemplate,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 64,
     max_new_tokens: int = 128,
-) -> dict[str, Any]:
-    """Greedy translations by a stage's model in ``hypotheses.txt``, and their scores; done once."""
+    num_beams: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Translations of each direction's test set by a stage's model in ``hypotheses.DIRECTION.txt``, and their scores.
+
+    A direction is done once. Returns ``{direction: scores}``.
+    """
     folder = run.stage(name)
     with run.lock(name):
-        scores = read_json(folder / "scores.json")
-        if scores is None:
+        scores: dict[str, dict[str, Any]] = read_json(folder / "scores.json") or {}
+        missing = [direction for direction in tests if direction not in scores]
+        if not missing:
+            return scores
+        model = load_model(folder / "model", tokenizer, 0)
+        for direction in missing:
             hypotheses, result = translate(
-                load_model(folder / "model", tokenizer, 0),
+                model,
                 tokenizer,
-                pairs,
+                tests[direction],
                 direction,
                 template,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
             )
-            (folder / "hypotheses.txt").write_text("".join(f"{line}\n" for line in hypotheses), encoding="utf-8")
-            scores = result.as_dict()
+            write_lines(folder / f"hypotheses.{direction}.txt", hypotheses)
+            scores[direction] = result.as_dict()
             write_json(folder / "scores.json", scores)
         return scores
 
 
-def _save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Any) -> None:
+def _save_whole(trainer: KDTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     partial = folder.with_name("model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))  # every process holds a part of a sharded model
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(partial)
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)

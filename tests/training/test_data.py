@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.training.data import Pair, find_split, language_name, load_pairs, parse_direction
+from fused_kd.training.data import (
+    Pair,
+    find_split,
+    language_name,
+    load_directions,
+    load_pairs,
+    parse_direction,
+)
 
 ROWS = [{"en": f"Line {i}.", "de": f"Zeile {i}."} for i in range(30)]
 PAIRS = [Pair(row["en"], row["de"]) for row in ROWS]
@@ -98,7 +105,7 @@ def test_bad_row_in_an_array_names_its_line(tmp_path: Path) -> None:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl.gz", lines(ROWS))
     whole = path.read_bytes()
-    for broken in (whole[:-12], b"not gzip"):
+    for broken in (whole[:-12], b"not gzip", whole[:40] + bytes(20) + whole[60:]):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"train\.jsonl\.gz cannot be read"):
             load_pairs(str(path), "train", "en-de")
@@ -106,6 +113,27 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     latin.write_bytes('{"en": "a", "de": "ü"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"test\.jsonl cannot be read"):
         load_pairs(str(latin), "test", "en-de")
+
+
+def test_several_directions(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", lines(ROWS))
+    write(tmp_path / "cs" / "train.cs-en.jsonl", lines([{"en": "Hi", "cs": "Ahoj"}]))
+    made = load_directions(str(tmp_path), "train", ["de-en", "en-de"], seed=3, limit=5)
+    assert list(made) == ["de-en", "en-de"] and len(made["en-de"]) == 5
+    assert made["en-de"] == load_pairs(str(tmp_path), "train", "en-de", seed=3, limit=5)
+    assert made["de-en"] == [Pair(b, a) for a, b in made["en-de"]]
+    sources = {"en-de": str(tmp_path), "cs-en": str(tmp_path / "cs")}
+    made = load_directions(sources, "train", ["cs-en", "en-de"])
+    assert made == {"cs-en": [Pair("Ahoj", "Hi")], "en-de": PAIRS}
+    with pytest.raises(ValueError, match=r"no entry for de-en \(there: en-de, cs-en\)"):
+        load_directions(sources, "train", ["de-en"])
+    for directions in ([], ["en-de", "en-de"]):
+        with pytest.raises(ValueError, match="directions="):
+            load_directions(str(tmp_path), "train", directions)
+    with pytest.raises(TypeError, match="directions must be"):
+        load_directions(str(tmp_path), "train", "en-de")
+    with pytest.raises(ValueError, match="direction='ende'"):
+        load_directions(str(tmp_path / "none"), "train", ["en-de", "ende"])
 
 
 def names(directory: Path, *files: str) -> None:
@@ -275,9 +303,21 @@ def test_directions_and_language_names() -> None:
         ("alma", "valid", "cs-en", 1_002, "Přes 30 zaměstnanců"),
         ("alma", "test", "en-de", 2_037, "You can come back any time"),
         ("alma", "test", "de-en", 1_984, "Die Ware hat unter 20 Euro gekostet."),
+        ("alma", "train", "cs-en", 12_076, "Osmadvacetiletý šéfkuchař"),
     ],
 )
 def test_real_data(shared_data: Path, source: str, split: str, direction: str, count: int, first: str) -> None:
     pairs = load_pairs(str(shared_data / source), split, direction)
     assert len(pairs) == count
     assert pairs[0].source.startswith(first)
+
+
+def test_real_test_sets_of_the_four_directions(shared_data: Path) -> None:
+    counts = {"en-de": 2_037, "de-en": 1_984, "en-cs": 2_037, "cs-en": 1_448}
+    for direction in counts:
+        assert find_split(shared_data / "alma", "test", direction).name == f"test.{direction}.jsonl.gz"
+    made = load_directions(str(shared_data / "alma"), "test", list(counts))
+    assert {direction: len(pairs) for direction, pairs in made.items()} == counts
+    first = {direction: pairs[0] for direction, pairs in made.items()}
+    assert first["de-en"].source.startswith("Die Ware hat") and first["en-de"].source.startswith("You can come back")
+    assert first["cs-en"].source.startswith("Blíží se velký") and first["en-cs"].target.startswith("Pokud vás")

@@ -54,7 +54,7 @@ def test_everything_is_written(finished: Path) -> None:
     for name, stage in metrics["stages"].items():
         assert 0 <= stage["scores"]["bleu"] <= 100 and "tok:13a" in stage["scores"]["bleu_signature"]
         assert "version:" in stage["scores"]["chrf_signature"]
-        assert len((finished / name / "hypotheses.txt").read_text().splitlines()) == 6
+        assert len((finished / name / "hypotheses.en-de.txt").read_text().splitlines()) == 6
         assert (finished / name / "model" / "model.safetensors").is_file()
         assert not (finished / name / "checkpoints").exists()
         assert len(stage["log_history"]) >= 5

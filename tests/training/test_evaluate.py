@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_kd.training.data import Pair
-from fused_kd.training.evaluate import generate, score, translate
+from fused_kd.training.evaluate import generate, score, similarity, translate
 from fused_kd.training.prompts import encode_prompts, get_prompt
 
 from .byte_level import make_tokenizer
@@ -134,6 +134,35 @@ def test_beam_search_in_batches_is_beam_search_alone(model, tokenizer) -> None:
     assert made != generate(model, tokenizer, PROMPTS[:5], max_new_tokens=4, progress=False)
 
 
+def best_continuation(model, ids: list[int], eos: int, penalty: float) -> list[int]:
+    """Of all continuations of one token (EOS) or two, the one with the best log-probability / length ** penalty."""
+    with torch.no_grad():
+        first = model.eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        rows = torch.tensor([[*ids, token] for token in range(len(first))])
+        second = model(rows).logits[:, -1].log_softmax(-1)
+    both = first[:, None] + second
+    both[eos] = -torch.inf
+    if first[eos] > both.max() / 2**penalty:
+        return [eos]
+    return list(divmod(int(both.argmax()), len(first)))
+
+
+def test_beam_search_ranks_by_the_penalised_length(model, tokenizer) -> None:
+    """As many beams as tokens leave out nothing, so the best of all continuations must win."""
+    eos, prompts = tokenizer.eos_token_id, encode_prompts(tokenizer, PROMPTS[:5])
+    with torch.no_grad():
+        final = model.eval().model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
+        model.lm_head.weight[eos] = final * 0.25
+    empty = []
+    for penalty in (-2.0, 1.0, 5.0):
+        best = [best_continuation(model, ids, eos, penalty) for ids in prompts]
+        expected = [" ".join(str(tokenizer.decode(ids, skip_special_tokens=True)).split()) for ids in best]
+        options = {"max_new_tokens": 2, "num_beams": len(tokenizer), "length_penalty": penalty, "progress": False}
+        assert generate(model, tokenizer, prompts, **options) == expected
+        empty.append(best.count([eos]))
+    assert empty[0] > empty[1] > empty[2]
+
+
 def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     generate(model, tokenizer, PROMPTS[:3], batch_size=2, max_new_tokens=2)
     assert "3/3" in capsys.readouterr().err
@@ -151,6 +180,9 @@ def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureF
         (["a"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
         (["a"], {"num_beams": 1.5}, TypeError, "num_beams"),
+        (["a"], {"length_penalty": 0.5}, ValueError, "length_penalty=0.5, num_beams=1"),
+        (["a"], {"length_penalty": float("nan"), "num_beams": 2}, ValueError, "length_penalty=nan"),
+        (["a"], {"length_penalty": "1", "num_beams": 2}, TypeError, "length_penalty"),
     ],
 )
 def test_bad_arguments(model, tokenizer, prompts, options: dict, error: type[Exception], message: str) -> None:
@@ -165,6 +197,11 @@ def test_translate_renders_generates_and_scores(model, tokenizer) -> None:
     prompts = [get_prompt("tiny").render(text, "en-de") for text in TEXTS]
     assert made == generate(model, tokenizer, prompts, max_new_tokens=6, progress=False)
     assert scores == score(made, TEXTS)
+    options = {"max_new_tokens": 6, "num_beams": 3, "length_penalty": 0.0, "progress": False}
+    beams, _ = translate(model, tokenizer, pairs, "en-de", "tiny", **options)
+    assert beams == generate(model, tokenizer, prompts, **options) != made
+    with pytest.raises(ValueError, match="length_penalty="):
+        translate(model, tokenizer, pairs, "en-de", "tiny", length_penalty=0.5)
 
 
 def test_scores_of_known_text() -> None:
@@ -207,3 +244,25 @@ def test_scores_reject_nonsense() -> None:
         score("abc", ["a", "b", "c"])
     with pytest.raises(TypeError, match="references"):
         score(["a"], [None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="2 hypotheses for 1 teacher_hypotheses"):
+        similarity(["a", "b"], ["a"])
+    with pytest.raises(TypeError, match="teacher_hypotheses"):
+        similarity(["a"], "a")
+
+
+def test_similarity_to_the_teachers_output() -> None:
+    pytest.importorskip("sacrebleu")
+    teacher = ["the cat sat on the mat", "a dog", "no", ""]
+    same = similarity(teacher, teacher)
+    assert (same.bleu, same.chrf, same.equal) == (pytest.approx(100), pytest.approx(100), 1)
+    student = ["the cat sat on a mat", "a dog", "No", ""]
+    made = similarity(student, teacher)
+    assert made.equal == 0.5
+    scores = score(student, teacher)
+    assert made.as_dict() == {**scores.as_dict(), "equal": 0.5} and "tok:13a" in made.bleu_signature
+    # the teacher is the reference: the other way round is another number
+    shorter = similarity(["the cat sat on the"], teacher[:1])
+    assert shorter.bleu == pytest.approx(100 * 2.718281828 ** (1 - 6 / 5))
+    assert similarity(teacher[:1], ["the cat sat on the"]).bleu == pytest.approx(
+        100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    )

@@ -11,7 +11,9 @@ from fused_kd.training.data import Pair
 from fused_kd.training.prompts import (
     PROMPTS,
     Collator,
+    PairDataset,
     PromptTemplate,
+    concatenate,
     encode_pair,
     encode_prompts,
     get_prompt,
@@ -99,6 +101,20 @@ def test_many_pairs_are_the_pairs_one_by_one(tokenizer: PreTrainedTokenizerFast)
         tokenize_pairs(tokenizer, "tiny", pairs[1:2], "en-de", 60)
 
 
+def test_several_data_sets_become_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    long, cut = Pair("the cat " * 30, "die"), Pair("cat", "die Katze " * 30)
+    forth = tokenize_pairs(tokenizer, "tiny", [PAIR, long, cut], "en-de", 60)
+    back = tokenize_pairs(tokenizer, "tiny", [long, Pair(PAIR.target, PAIR.source), long], "de-en", 60)
+    both = concatenate([forth, back])
+    assert [both[index] for index in range(3)] == [forth[0], forth[1], back[0]]
+    assert (len(both), both.skipped, both.truncated) == (3, 3, 1)
+    assert len(forth) == 2 and concatenate([forth]).rows is not forth.rows
+    with pytest.raises(ValueError, match="datasets is empty"):
+        concatenate([])
+    with pytest.raises(TypeError, match=r"datasets\[1\] must be a PairDataset, got list"):
+        concatenate([PairDataset([]), []])  # type: ignore[list-item]
+
+
 def test_bad_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="max_length=1"):
         encode_pair(tokenizer, "tiny", PAIR, "en-de", 1)
@@ -126,6 +142,51 @@ def test_collator(side: str, multiple: int | None, length: int) -> None:
         pads = [[fill] * (length - len(row)) for row in values]
         expected = [r + p if side == "right" else p + r for r, p in zip(values, pads, strict=True)]
         assert batch[name].dtype == torch.int64 and batch[name].tolist() == expected
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collator_aligns_cached_teachers(side: str) -> None:
+    """Position i holds the list of the token at i + 1; the others are uniform over the first K ids."""
+    values = torch.arange(8.0).view(4, 2) * -1
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},  # predicted at 1 and 2
+        {"input_ids": [9, 4], "labels": [-100, 4]},  # predicted at 0
+        {"input_ids": [3], "labels": [3]},  # a first label has no prediction
+    ]
+    for row, count, start in zip(rows, (2, 1, 0), (0, 2, 3), strict=True):
+        row["teacher_log_probs"] = values[start : start + count].half()
+        ids = [[30 + start + n, 20] for n in range(count)]
+        row["teacher_indices"] = torch.tensor(ids, dtype=torch.int32).view(-1, 2)
+    batch = Collator(0, side=side, pad_to_multiple_of=5)(rows)  # type: ignore[arg-type]
+    log_probs, indices = batch["teacher_log_probs"], batch["teacher_indices"]
+    assert log_probs.shape == indices.shape == (3, 5, 2)
+    assert log_probs.dtype == torch.float32 and indices.dtype == torch.int64
+    left = side == "left"
+    places = {(0, 1 + left): (0, 30), (0, 2 + left): (1, 31), (1, 3 * left): (2, 32)}
+    for row in range(3):
+        for position in range(5):
+            number, token = places.get((row, position), (None, None))
+            if number is None:
+                assert indices[row, position].tolist() == [0, 1]
+                assert log_probs[row, position].exp().tolist() == pytest.approx([0.5, 0.5])
+            else:
+                assert indices[row, position].tolist() == [token, 20]
+                assert log_probs[row, position].tolist() == values[number].tolist()
+                assert batch["labels"][row, position + 1] != -100
+
+
+def test_collator_rejects_odd_teachers() -> None:
+    row = {"input_ids": [5, 6], "labels": [-100, 6]}
+    lists = {"teacher_log_probs": torch.zeros(1, 1), "teacher_indices": torch.zeros(1, 1, dtype=torch.int64)}
+    wider = {name: value.repeat(1, 2) for name, value in lists.items()}
+    for rows, message in (
+        ([{**row, **lists}, row], "in every row of a batch or in none"),
+        ([{**row, "teacher_log_probs": torch.zeros(1, 1)}], "in every row of a batch or in none"),
+        ([{**row, **lists}, {**row, **wider}], r"one K .*\[1, 2\]"),
+        ([{**row, **lists, "labels": [5, -100]}], "has 1 lists and teacher_indices 1 for 0 labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Collator(0)(rows)
 
 
 def test_collator_rejects_nonsense() -> None:

@@ -1,0 +1,45 @@
+"""How hard the tokens of a data set are for a student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+import fused_kd as fk
+from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.objectives import Objective
+from fused_kd.training.prompts import LABEL_PAD, Collator, PairDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def difficulties(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    *,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """d of every token with loss, fp32 on the CPU in the rows' order; both models are left in eval mode.
+
+    d is ``KL(target || q)`` in nats for the target that ``objective`` makes (eq. 8 of Song et al., 2025).
+    """
+    student.eval(), teacher.eval()
+    collate: Any = Collator(tokenizer.pad_token_id)
+    found = []
+    for batch in DataLoader(rows, batch_size, collate_fn=collate):
+        labels = batch.pop("labels")
+        heads = [
+            lm_head_of(model, hidden_states(model, **{key: value.to(model.device) for key, value in batch.items()}))
+            for model in (student, teacher)
+        ]
+        out = fk.kd_loss(*heads, labels, objective, ignore_index=LABEL_PAD, shift=True, vocab_size=len(tokenizer))
+        valid = labels[:, 1:] != LABEL_PAD
+        found.append(out.difficulty[:, : valid.shape[1]][valid].float().cpu())
+    return torch.cat(found)

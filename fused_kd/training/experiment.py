@@ -1,0 +1,356 @@
+"""A grid of distillations: methods x seeds x conditions from one pretrained pair, every piece on disk and resumable.
+
+Teacher and student are trained once; each run starts from that student (or from scratch) and sees the condition's
+distillation set. Several processes may work on one folder: a job that another one holds is passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fused_kd.training.cache_writer import write_cache
+from fused_kd.training.config import load_config
+from fused_kd.training.data import Pair, load_pairs
+from fused_kd.training.difficulty import difficulties
+from fused_kd.training.noise import misalign
+from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer
+from fused_kd.training.prompts import PairDataset, concatenate, get_prompt, tokenize_pairs
+from fused_kd.training.runs import Run
+from fused_kd.training.specs import ObjectiveSpec, parse_objective
+from fused_kd.training.stages import Settings, train_stage, translate_stage
+from fused_kd.training.teacher_cache import TeacherCache
+from fused_kd.training.trainer import BetaSchedule
+
+POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student is distilled. ``method`` is the name shown; ``objective`` as of ``parse_objective``.
+
+    Args:
+        beta_schedule: moves β during the training.
+        select: the checkpoint that is kept, "last" or the "best" by validation loss.
+        gamma_quantile: Γ is this quantile of the distillation tokens' difficulties before the first step.
+        cache_k: the teacher is a cache of its k largest log-probabilities.
+    """
+
+    method: str
+    objective: str
+    beta_schedule: BetaSchedule | None = None
+    select: Literal["last", "best"] = "last"
+    gamma_quantile: float | None = None
+    cache_k: int | None = None
+
+    def __post_init__(self) -> None:
+        objective = parse_objective(self.objective).objective
+        if self.gamma_quantile is not None and not 0 <= self.gamma_quantile <= 1:
+            raise ValueError(f"gamma_quantile must be in [0, 1], got {self.gamma_quantile!r}")
+        if self.gamma_quantile is not None and not hasattr(objective, "gamma"):
+            raise ValueError(f"gamma_quantile needs an objective with a gamma, got {self.objective!r}")
+        if self.cache_k is not None and self.cache_k < 1:
+            raise ValueError(f"cache_k must be at least 1, got {self.cache_k!r}")
+
+    @property
+    def spec(self) -> ObjectiveSpec:
+        spec = parse_objective(self.objective)
+        return dataclasses.replace(spec, beta_schedule=self.beta_schedule or spec.beta_schedule)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """SFT of a model, by preset, path or hub name; 0 epochs take it as it is."""
+
+    model: str
+    epochs: float
+    learning_rate: float
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A distillation set: the last ``sentences`` of each direction, a share ``noise`` with wrong references.
+
+    ``start`` is the pretrained "student", or "scratch". None for ``methods`` and ``seeds`` takes the experiment's.
+    """
+
+    sentences: int
+    epochs: float
+    learning_rate: float
+    batch: int = 64
+    noise: float = 0.0
+    start: Literal["student", "scratch"] = "student"
+    methods: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of a method with other values of one parameter of its objective."""
+
+    condition: str
+    method: str
+    parameter: str
+    values: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that its numbers depend on; files and defaults in examples/configs/experiments."""
+
+    data: str
+    directions: tuple[str, ...]
+    teacher: Pretraining
+    student: Pretraining
+    conditions: dict[str, Condition]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    baseline: str = "forward_kd"
+    sweeps: tuple[Sweep, ...] = ()
+    prompt: str = "tiny"
+    max_length: int = 128
+    vocab: int = 4000
+    test: str = "test"
+    valid: str = "valid"
+    train_limit: int | None = None
+    test_limit: int | None = None
+    valid_limit: int | None = None
+    cache_dtype: Literal["fp16", "8bit"] = "fp16"
+    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"
+
+    def __post_init__(self) -> None:
+        for sweep in self.sweeps:
+            if sweep.condition not in self.conditions:
+                raise ValueError(
+                    f"sweeps: condition must be one of {', '.join(self.conditions)}, got {sweep.condition!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One distilled student."""
+
+    condition: str
+    method: str
+    seed: int
+    parameter: str | None = None
+    value: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder in the run."""
+        sweep = f"~{self.parameter}={self.value:g}" if self.parameter is not None else ""
+        return f"{self.condition}/{self.method}{sweep}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work, done once the jobs it ``needs`` are."""
+
+    name: str
+    work: Callable[[], object]
+    needs: tuple[str, ...] = field(default=())
+
+
+class Grid:
+    """An experiment in a folder: its jobs, and what they share.
+
+    Args:
+        experiment: what to do.
+        methods: one for each name that the experiment uses.
+        folder: where everything goes; bound to the experiment and methods that it was first made with.
+
+    Raises:
+        ValueError: a name without a method, too few sentences, and as ``Run`` and ``load_pairs``.
+    """
+
+    def __init__(self, experiment: Experiment, methods: dict[str, Method], folder: str | Path) -> None:
+        self.experiment, self.methods = experiment, methods
+        used = {trial.method for trial in self.trials} | {experiment.baseline}
+        if unknown := sorted(used - methods.keys()):
+            raise ValueError(f"methods must have {', '.join(sorted(used))}, missing {', '.join(unknown)}")
+        about = {name: dataclasses.asdict(methods[name]) for name in sorted(used)}
+        self.run = Run(folder, dataclasses.asdict(experiment) | {"method_settings": about})
+        self.template = get_prompt(experiment.prompt)
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """Every distillation: seeds outermost, so that a grid in progress has whole tables."""
+        e = self.experiment
+        found = [
+            Trial(condition, method, seed)
+            for seed in sorted({s for c in e.conditions.values() for s in c.seeds or e.seeds})
+            for condition, c in e.conditions.items()
+            if seed in (c.seeds or e.seeds)
+            for method in c.methods or e.methods
+        ]
+        found += [
+            Trial(s.condition, s.method, seed, s.parameter, value)
+            for s in e.sweeps
+            for seed in s.seeds
+            for value in s.values
+            if getattr(self.methods[s.method].spec.objective, s.parameter) != value
+        ]
+        return found
+
+    def jobs(self) -> list[Job]:
+        """In an order in which one process can do them."""
+        cached = sorted({k for t in self.trials if (k := self.methods[t.method].cache_k) is not None})
+        conditions = sorted({(t.condition, t.seed) for t in self.trials if self.methods[t.method].cache_k is not None})
+        jobs = [Job("teacher", lambda: self._pretrain("teacher")), Job("student", lambda: self._pretrain("student"))]
+        jobs += [
+            Job(
+                f"cache/{condition}/seed{seed}/k{k}",
+                lambda a=condition, b=seed, k=k: self._cache(a, b, k),
+                ("teacher",),
+            )
+            for condition, seed in conditions
+            for k in cached
+        ]
+        for trial in self.trials:
+            k = self.methods[trial.method].cache_k
+            needs = ("teacher", "student") + (() if k is None else (f"cache/{trial.condition}/seed{trial.seed}/k{k}",))
+            jobs.append(Job(trial.name, lambda trial=trial: self._distil(trial), needs))
+        return jobs
+
+    def done(self, job: str) -> bool:
+        return (self.run.stage(job) / "done").exists()
+
+    def work(self, tell: Callable[[Job, int, int], None] = lambda job, done, total: None) -> Iterator[Job]:
+        """Do what is left, yielding each job that this process finished; returns when all are done."""
+        jobs = self.jobs()
+        while left := [job for job in jobs if not self.done(job.name)]:
+            progressed = False
+            for job in left:
+                if self.done(job.name) or not all(map(self.done, job.needs)):
+                    continue
+                with self.run.lock(f".claims/{job.name.replace('/', '.')}", wait=False) as mine:
+                    if not mine or self.done(job.name):
+                        continue
+                    tell(job, sum(self.done(other.name) for other in jobs), len(jobs))
+                    job.work()
+                    (self.run.stage(job.name) / "done").touch()
+                progressed = True
+                yield job
+                break  # what comes first may have become possible
+            if not progressed:
+                time.sleep(POLL_SECONDS)
+
+    @cached_property
+    def train(self) -> dict[str, list[Pair]]:
+        e = self.experiment
+        pairs = {d: load_pairs(e.data, "train", d, limit=e.train_limit) for d in e.directions}
+        most = max(c.sentences for c in e.conditions.values())
+        if most >= min(map(len, pairs.values())):
+            shortest = min(map(len, pairs.values()))
+            raise ValueError(f"sentences must be below the {shortest} training pairs of a direction, got {most}")
+        return pairs
+
+    @cached_property
+    def tests(self) -> dict[str, list[Pair]]:
+        """The test set of each direction."""
+        e = self.experiment
+        return {d: load_pairs(e.data, e.test, d, limit=e.test_limit) for d in e.directions}
+
+    @cached_property
+    def valid(self) -> PairDataset:
+        e = self.experiment
+        return self._rows({d: load_pairs(e.data, e.valid, d, limit=e.valid_limit) for d in e.directions})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        names = [self.experiment.teacher.model, self.experiment.student.model]
+        with self.run.lock("tokenizer"):
+            texts = (
+                text
+                for direction, pairs in self.train.items()
+                for pair in pairs
+                for text in (self.template.render(pair.source, direction), pair.target)
+            )
+            return shared_tokenizer(names, self.run.stage("tokenizer"), texts, self.experiment.vocab)
+
+    def model(self, name: str, seed: int = 0) -> Any:
+        """A stage's model, or a fresh one by preset, path or hub name."""
+        own = self.run.stage(name) / "model"
+        return load_model(own if own.is_dir() else name, self.tokenizer, seed, dtype=torch.float32)
+
+    def distillation_rows(self, condition: str, seed: int) -> PairDataset:
+        c = self.experiment.conditions[condition]
+        return self._rows({d: misalign(pairs[-c.sentences :], c.noise, seed) for d, pairs in self.train.items()})
+
+    def _rows(self, pairs: dict[str, list[Pair]]) -> PairDataset:
+        longest = self.experiment.max_length
+        return concatenate([tokenize_pairs(self.tokenizer, self.template, p, d, longest) for d, p in pairs.items()])
+
+    def _pretrain(self, name: Literal["teacher", "student"]) -> None:
+        plan: Pretraining = getattr(self.experiment, name)
+        held = max(c.sentences for c in self.experiment.conditions.values() if c.start == "student")
+        # the teacher has seen the distillation sets, the student has not
+        pairs = self.train if name == "teacher" else {d: p[:-held] for d, p in self.train.items()}
+        settings = Settings(plan.epochs, plan.learning_rate, batch_size=plan.batch)
+        fresh = lambda: self.model(plan.model, seed=int(name == "student"))  # noqa: E731
+        train_stage(
+            self.run, name, fresh, _no_teacher, parse_objective("sft"), self._rows(pairs), self.tokenizer, settings
+        )
+        translate_stage(self.run, name, self.tests, self.template, self.tokenizer)
+
+    def _cache(self, condition: str, seed: int, k: int) -> None:
+        write_cache(
+            self.run.stage(f"cache/{condition}/seed{seed}/k{k}") / "lists",
+            self.model("teacher"),
+            self.tokenizer,
+            self.distillation_rows(condition, seed),
+            k=k,
+            dtype=self.experiment.cache_dtype,
+            template=self.template.name,
+        )
+
+    def _distil(self, trial: Trial) -> None:
+        c, method = self.experiment.conditions[trial.condition], self.methods[trial.method]
+        rows, spec = self.distillation_rows(trial.condition, trial.seed), method.spec
+        fresh = c.start == "scratch"
+        start = self.experiment.student.model if fresh else "student"
+        student = lambda: self.model(start, seed=trial.seed)  # noqa: E731
+        if trial.parameter is not None:
+            changed = dataclasses.replace(spec.objective, **{trial.parameter: trial.value})  # type: ignore[arg-type]
+            spec = dataclasses.replace(spec, objective=changed)
+        if method.gamma_quantile is not None:
+            d = difficulties(student(), self.model("teacher"), rows, self.tokenizer, spec.objective)
+            gamma = round(float(d.quantile(method.gamma_quantile)), 4)
+            spec = dataclasses.replace(spec, objective=dataclasses.replace(spec.objective, gamma=gamma))  # type: ignore[call-arg]
+        settings = Settings(c.epochs, c.learning_rate, batch_size=c.batch, seed=trial.seed, select=method.select)
+        teacher: Callable[[], Any] = lambda: self.model("teacher")  # noqa: E731
+        data: Any = rows
+        if method.cache_k is not None:
+            folder = self.run.stage(f"cache/{trial.condition}/seed{trial.seed}/k{method.cache_k}") / "lists"
+            cache = TeacherCache(folder, tail=self.experiment.cache_tail)
+            cache.check(tokenizer=self.tokenizer, rows=rows, template=self.template.name)
+            teacher, data = lambda: cache, cache.rows(rows)
+        valid = self.valid if method.select == "best" else None
+        train_stage(self.run, trial.name, student, teacher, spec, data, self.tokenizer, settings, valid)
+        translate_stage(self.run, trial.name, self.tests, self.template, self.tokenizer)
+
+
+def _no_teacher() -> Any:
+    raise AssertionError("SFT has no teacher")
+
+
+def load_methods(folder: str | Path) -> dict[str, Method]:
+    """One method a YAML file of ``folder``, by the file's stem."""
+    return {path.stem: load_config(Method, [path]) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def threads_for(experiment: Experiment) -> int | None:
+    """The CPU threads that suit the presets of a pair; None where neither is one."""
+    known = [PRESETS[m.model].threads for m in (experiment.teacher, experiment.student) if m.model in PRESETS]
+    return min(max(known), os.cpu_count() or 1) if known else None

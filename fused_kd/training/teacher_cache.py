@@ -1,0 +1,279 @@
+"""A teacher's largest log-probabilities of every token that carries loss, on disk, instead of the teacher.
+
+A cache is a folder: ``index.json`` (what it was made from and with, and each shard's rows, tokens, size and SHA-256)
+and ``shards/*.safetensors``, a fixed number of rows each, with the arrays
+
+- ``offsets`` (rows + 1,) int64: row r has the tokens ``offsets[r]:offsets[r + 1]``, one for each position whose *next*
+  label is valid, in order;
+- ``indices`` (tokens, k) uint16 for vocabularies of at most 65536, else int32;
+- ``log_probs`` (tokens, k) fp16 or fp32, or ``codes``, ``top`` and ``span``: see :mod:`fused_kd.training.cache_codes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fused_kd.inputs import TAILS
+from fused_kd.training.cache_codes import decode
+from fused_kd.training.prompts import LABEL_PAD, PromptTemplate, get_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = "fused_kd teacher cache 1"
+INDEX = "index.json"
+# what says where a config came from, and nothing about the function that the model computes
+_CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+PARTS = {
+    "tokenizer": "the tokens and their ids",
+    "data": "the token ids and labels of the rows",
+    "template": "the text of the prompt template",
+    "teacher_config": "the teacher's config",
+    "teacher_weights": "the teacher's weights",
+}
+
+Rows = Sequence[Mapping[str, Any]] | Dataset
+
+
+class TeacherCache:
+    """Reads a cache made by :mod:`fused_kd.training.cache_writer`; shards are memory-mapped.
+
+    Args:
+        folder: where it lies.
+        tail: what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; default
+            "renormalize".
+        verify: compare every shard with its checksum (default), not only its size. Leave it out where the folder has
+            been verified shortly before.
+
+    Attributes:
+        k: entries a token. vocab_size: tokens of the vocabulary that the probabilities are over.
+        dtype: "fp16", "8bit" or "fp32". tokens: those with entries. bytes_per_token: of the shards.
+        mass_mean, mass_min: the probability that the entries of a token have together.
+        fingerprints: SHA-256 of each part in ``PARTS``; None where it is not known. about: names for people.
+
+    Raises:
+        ValueError: no cache there, an unfinished one, a shard that is missing, truncated or corrupted (by name), an
+            unknown tail.
+    """
+
+    def __init__(self, folder: str | Path, tail: str = "renormalize", *, verify: bool = True) -> None:
+        if tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
+        self.folder = Path(folder)
+        self.tail = tail
+        index = read_index(self.folder)
+        if index is None:
+            raise ValueError(f"folder={str(folder)!r} holds no teacher cache: there is no {INDEX}")
+        self._shards: list[dict[str, Any]] = index["shards"]
+        self.k, self.vocab_size, self.dtype = int(index["k"]), int(index["vocab_size"]), str(index["dtype"])
+        self.fingerprints: dict[str, str | None] = index["fingerprints"]
+        self.about: dict[str, Any] = index["about"]
+        self._rows, self._shard_rows = int(index["rows"]), int(index["shard_rows"])
+        wanted = [shard_name(number) for number in range(-(-self._rows // self._shard_rows))]
+        if [shard["file"] for shard in self._shards] != wanted:
+            raise ValueError(
+                f"the teacher cache in {self.folder} is not finished ({len(self._shards)} of {len(wanted)} shards): "
+                "run the command that makes it again"
+            )
+        for shard in self._shards:
+            fault = shard_fault(self.folder, shard, checksum=verify)
+            if fault is not None:
+                raise ValueError(
+                    f"the teacher cache in {self.folder} is damaged: {shard['file']} {fault}; run the command that "
+                    "made it again, which makes that shard anew"
+                )
+        self.tokens = sum(shard["tokens"] for shard in self._shards)
+        self.bytes_per_token = sum(shard["bytes"] for shard in self._shards) / max(self.tokens, 1)
+        self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
+        self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
+        self._open: dict[int, tuple[Any, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """The lists of one row: log-probabilities (n, k) float32, largest first, and ids (n, k) int64.
+
+        n is the number of positions with a valid next label. Entries left out are -inf.
+        """
+        if not 0 <= index < self._rows:
+            raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
+        shard, row = divmod(index, self._shard_rows)
+        if shard not in self._open:
+            from safetensors import safe_open
+
+            handle = safe_open(self.folder / self._shards[shard]["file"], framework="numpy")
+            self._open[shard] = handle, handle.get_tensor("offsets")
+        handle, offsets = self._open[shard]
+        tokens = slice(int(offsets[row]), int(offsets[row + 1]))
+        if tokens.start == tokens.stop:
+            return torch.empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64)
+        arrays = {name: handle.get_slice(name)[tokens] for name in handle.keys() if name != "offsets"}  # noqa: SIM118
+        return torch.from_numpy(decode(arrays)), torch.from_numpy(arrays["indices"].astype(np.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
+
+    def __repr__(self) -> str:
+        return (
+            f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, k={self.k}, {self.dtype}, "
+            f"vocab_size={self.vocab_size}, tail={self.tail!r})"
+        )
+
+    def check(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Rows,
+        template: PromptTemplate | str,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        """Raise unless the cache was made with these; ``teacher`` None (default) is not compared.
+
+        Raises:
+            ValueError: names every part in ``PARTS`` that differs.
+        """
+        given: dict[str, str | None] = {
+            "tokenizer": fingerprint_tokenizer(tokenizer),
+            "data": fingerprint_rows(rows),
+            "template": fingerprint_template(template),
+        }
+        if teacher is not None:
+            given |= fingerprint_teacher(teacher)
+        self._compare(given)
+
+    def rows(self, dataset: Rows) -> CachedRows:
+        """The rows of ``dataset``, which must be those that the cache was made for, each with its lists.
+
+        Raises:
+            ValueError: other rows, or another order.
+        """
+        self._compare({"data": fingerprint_rows(dataset)})
+        return CachedRows(self, dataset)
+
+    def _compare(self, given: Mapping[str, str | None]) -> None:
+        faults = []
+        for part, value in given.items():
+            known = self.fingerprints.get(part)
+            if known is None:
+                faults.append(f"{part} (not known: {PARTS[part]})")
+            elif known != value:
+                faults.append(f"{part} ({PARTS[part]}: {known[:12]} in the cache, {str(value)[:12]} here)")
+        if faults:
+            raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
+
+
+class CachedRows(Dataset):
+    """Rows with ``teacher_log_probs`` (n, k) float32 and ``teacher_indices`` (n, k) int64, for ``Collator`` to pad."""
+
+    def __init__(self, cache: TeacherCache, dataset: Rows) -> None:
+        self.cache = cache
+        self.dataset: Any = dataset
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        log_probs, indices = self.cache[index]
+        return {**self.dataset[index], "teacher_log_probs": log_probs, "teacher_indices": indices}
+
+    def __repr__(self) -> str:
+        return f"CachedRows({self.dataset!r}, {self.cache!r})"
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """What ``index.json`` says, finished or not; None where there is none. Raises ``ValueError`` if it is no index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise ValueError(f"{path}: expected the format {FORMAT!r}, got {found!r}")
+    return index
+
+
+def shard_name(number: int) -> str:
+    return f"shards/{number:05d}.safetensors"
+
+
+def shard_fault(folder: Path, shard: Mapping[str, Any], *, checksum: bool) -> str | None:
+    """What is wrong with a shard's file, or None."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        return f"has {size} bytes instead of {shard['bytes']}"
+    if checksum and fingerprint_file(path) != shard["sha256"]:
+        return "differs from its checksum"
+    return None
+
+
+def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:
+    """The positions whose next label is valid, where a model predicts something that carries loss."""
+    return np.flatnonzero(np.asarray(labels)[1:] != LABEL_PAD)
+
+
+def fingerprint_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of which token has which id."""
+    return _fingerprint(sorted(tokenizer.get_vocab().items()))
+
+
+def fingerprint_rows(rows: Rows) -> str:
+    """SHA-256 of all token ids and labels, in order."""
+    data: Any = rows
+    digest = hashlib.sha256()
+    for index in range(len(data)):
+        row = data[index]
+        for values in (row["input_ids"], row["labels"]):
+            array = np.asarray(values, dtype="<i8")
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_template(template: PromptTemplate | str) -> str:
+    """SHA-256 of the template's text; its name does not matter."""
+    return _fingerprint(get_prompt(template).template)
+
+
+def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
+    """``teacher_config`` and ``teacher_weights``: SHA-256 of what differs from the architecture's default config, and
+    of all parameters and buffers that are saved, in the dtype in which they are loaded: some seconds per 10 GB."""
+    config = {key: value for key, value in teacher.config.to_diff_dict().items() if key not in _CONFIG_NOISE}
+    digest = hashlib.sha256()
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if (tensor.data_ptr(), tensor.shape) in seen:  # a tied weight
+            continue
+        seen.add((tensor.data_ptr(), tensor.shape))
+        for part in tensor.detach().reshape(-1).split(1 << 26):
+            digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
+    return {"teacher_config": _fingerprint(config), "teacher_weights": digest.hexdigest()}
+
+
+def _fingerprint(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,126 @@
+"""examples/train.py and examples/evaluate.py as a reader would run them, on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fused_kd.training.trainer import KDTrainer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONFIGS = EXAMPLES / "configs"
+TINY = [str(CONFIGS / "paper.yaml"), str(CONFIGS / "tiny.yaml")]
+SMALL = ["train_limit=24", "valid_limit=4", "vocab=400", "global_batch=16", "micro_batch=8", "epochs=2"]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(method: str, output: Path, *changes: str) -> dict:
+    return script("train").main(
+        [*TINY, str(CONFIGS / "methods" / f"{method}.yaml"), *SMALL, *changes, "--output", str(output)]
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    record = train("sft", folder, "student=tiny-student")
+    assert record["steps"] == 6, "48 rows of two directions, 16 a step, twice"
+    assert [round(entry["step"] / 6, 2) for entry in record["validation"]] == pytest.approx([0.33, 0.67, 1.0], abs=0.2)
+    return folder / "train" / "model"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_sft_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation loss that grows makes the first checkpoint the best one."""
+    seen = []
+
+    def worse(self, *args, **kwargs):
+        seen.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+        metrics = {"eval_loss": float(len(seen))}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(KDTrainer, "evaluate", worse)
+    train("sft", tmp_path, "student=tiny-student")
+    kept = weights(tmp_path / "train" / "model")
+    assert len(seen) > 2
+    for name, value in kept.items():
+        assert torch.equal(value, seen[0][name])
+    assert any(not torch.equal(kept[name], seen[-1][name]) for name in kept)
+
+
+def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = (f"teacher={teacher}", f"student={teacher}")
+    whole = train("self_evolution_quantile", tmp_path / "whole", *pair)
+    text = capsys.readouterr().out
+    assert "global batch 16 = 1 processes x 8 sentences x 2 steps" in text
+    assert "no loss (" in text and "loss    (" in text, "a sample with its loss mask"
+    gamma = float(text.split("Γ = ")[1].split(":")[0])
+    assert whole["objective"] == f"SelfEvolution(lam=0.5, beta=0.5, gamma={gamma:g})"
+
+    steps, step = [], KDTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(KDTrainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train("self_evolution_quantile", tmp_path / "cut", *pair)
+    monkeypatch.setattr(KDTrainer, "training_step", step)
+    train("self_evolution_quantile", tmp_path / "cut", *pair)
+    ours, theirs = (weights(tmp_path / name / "train" / "model") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    models = [str(teacher), str(tmp_path / "whole" / "train" / "model")]
+    command = [*models, "--data", "builtin", "--directions", "en-de", "de-en", "--limit", "3", "--prompt", "tiny",
+               "--max-new-tokens", "6", "--similar-to", models[0], "--output", str(tmp_path / "evaluation")]  # fmt: skip
+    results = script("evaluate").main(command)
+    assert results[models[0]]["en-de"]["similarity"]["equal"] == 1.0
+    assert set(results[models[1]]["de-en"]["p"]) == {"bleu", "chrf"} and not results[models[0]]["de-en"]["p"]
+    saved = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert saved == json.loads(json.dumps(results)) == json.loads(json.dumps(script("evaluate").main(command)))
+
+
+def test_training_from_a_cache_needs_its_own_rows(teacher: Path, tmp_path: Path) -> None:
+    cached = [
+        "--data", "builtin", "--direction", "de-en", "en-de", "--teacher", str(teacher), "--prompt", "tiny",
+        "--max-length", "128", "--limit", "24", "--k", "8", "--output", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    script("cache_teacher").main(cached)
+    pair = (f"teacher=cache:{tmp_path / 'cache'}", f"student={teacher}")
+    record = train("forward_kd", tmp_path / "student", *pair)
+    assert record["steps"] == 6 and record["objective"] == "ForwardKD(lam=0.5)"
+    with pytest.raises(ValueError, match="data"):
+        train("forward_kd", tmp_path / "other", *pair, "train_limit=23")
+    with pytest.raises(ValueError, match="needs an online teacher"):
+        train("self_evolution_quantile", tmp_path / "third", *pair)
+
+
+def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
+    for changes, message in (
+        (("micro_batch=5",), "global_batch must be a multiple of micro_batch x processes = 5 x 1, got 16"),
+        (("learning_rat=1",), "unknown keys learning_rat"),
+        (("teacher=null",), "teacher must be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train("forward_kd", tmp_path / "none", *changes)
+    assert not (tmp_path / "none").exists()
