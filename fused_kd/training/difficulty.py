@@ -30,16 +30,19 @@ def difficulties(
 
     d is ``KL(target || q)`` in nats for the target that ``objective`` makes (eq. 8 of Song et al., 2025).
     """
-    student.eval(), teacher.eval()
+    for model in (student, teacher):
+        model.eval()
     collate: Any = Collator(tokenizer.pad_token_id)
     found = []
     for batch in DataLoader(rows, batch_size, collate_fn=collate):
         labels = batch.pop("labels")
-        heads = [
+        student_head, teacher_head = (
             lm_head_of(model, hidden_states(model, **{key: value.to(model.device) for key, value in batch.items()}))
             for model in (student, teacher)
-        ]
-        out = fk.kd_loss(*heads, labels, objective, ignore_index=LABEL_PAD, shift=True, vocab_size=len(tokenizer))
+        )
+        out = fk.kd_loss(
+            student_head, teacher_head, labels, objective, ignore_index=LABEL_PAD, shift=True, vocab_size=len(tokenizer)
+        )
         valid = labels[:, 1:] != LABEL_PAD
         found.append(out.difficulty[:, : valid.shape[1]][valid].float().cpu())
     return torch.cat(found)

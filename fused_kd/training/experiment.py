@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,20 +207,20 @@ class Grid:
         """In an order in which one process can do them."""
         cached = sorted({k for t in self.trials if (k := self.methods[t.method].cache_k) is not None})
         conditions = sorted({(t.condition, t.seed) for t in self.trials if self.methods[t.method].cache_k is not None})
-        jobs = [Job("teacher", lambda: self._pretrain("teacher")), Job("student", lambda: self._pretrain("student"))]
+        jobs = [Job(name, partial(self._pretrain, name)) for name in ("teacher", "student")]
         jobs += [
-            Job(
-                f"cache/{condition}/seed{seed}/k{k}",
-                lambda a=condition, b=seed, k=k: self._cache(a, b, k),
-                ("teacher",),
-            )
+            Job(f"cache/{condition}/seed{seed}/k{k}", partial(self._cache, condition, seed, k), ("teacher",))
             for condition, seed in conditions
             for k in cached
         ]
         for trial in self.trials:
-            k = self.methods[trial.method].cache_k
-            needs = ("teacher", "student") + (() if k is None else (f"cache/{trial.condition}/seed{trial.seed}/k{k}",))
-            jobs.append(Job(trial.name, lambda trial=trial: self._distil(trial), needs))
+            method = self.methods[trial.method]
+            needs = ["student"] if self.experiment.conditions[trial.condition].start == "student" else []
+            if method.spec.objective.spec.divergence is not None:
+                needs.append("teacher")
+            if method.cache_k is not None:
+                needs.append(f"cache/{trial.condition}/seed{trial.seed}/k{method.cache_k}")
+            jobs.append(Job(trial.name, partial(self._distil, trial), tuple(needs)))
         return jobs
 
     def done(self, job: str) -> bool:
@@ -292,7 +292,7 @@ class Grid:
         longest = self.experiment.max_length
         return concatenate([tokenize_pairs(self.tokenizer, self.template, p, d, longest) for d, p in pairs.items()])
 
-    def _pretrain(self, name: Literal["teacher", "student"]) -> None:
+    def _pretrain(self, name: str) -> None:
         plan: Pretraining = getattr(self.experiment, name)
         held = max(c.sentences for c in self.experiment.conditions.values() if c.start == "student")
         # the teacher has seen the distillation sets, the student has not

@@ -107,6 +107,7 @@ def train_stage(
         if record is not None:
             return record
         model = student()
+        checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
         # the best must be among the saved
         every = min(0.05, 0.5 / settings.epochs) if not best else 0.5 / settings.epochs
         arguments = TrainingArguments(
@@ -121,7 +122,7 @@ def train_stage(
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             bf16=settings.bf16,
-            **{_CHECKPOINTING: settings.gradient_checkpointing},
+            **checkpointing,
             train_sampling_strategy="group_by_length",
             logging_strategy="steps",
             logging_steps=0.02,

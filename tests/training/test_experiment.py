@@ -76,7 +76,8 @@ def test_trials_and_their_order(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) == 2 * 3 + 3 + 1 + 1
     jobs = {job.name: job for job in grid.jobs()}
     assert list(jobs)[:3] == ["teacher", "student", "cache/noisy/seed0/k64"]
-    assert jobs["noisy/self_evolution_cached/seed0"].needs == ("teacher", "student", "cache/noisy/seed0/k64")
+    assert jobs["noisy/self_evolution_cached/seed0"].needs == ("student", "teacher", "cache/noisy/seed0/k64")
+    assert [jobs[name].needs for name in ("clean/sft/seed0", "fresh/no_evo/seed0")] == [("student",), ("teacher",)]
 
 
 def test_every_stage_starts_and_sees_what_it_should(grid: Grid) -> None:
