@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     texts = (t for d, pairs in train.items() for p in pairs for t in (recipe.template.render(p.source, d), p.target))
     with state.main_process_first():
         tokenizer = shared_tokenizer(recipe.models, run.stage("tokenizer"), texts, recipe.vocab)
-    rows = recipe.rows(tokenizer, train)
+    rows = recipe.training_rows(tokenizer, train)
     valid = recipe.rows(tokenizer, recipe.pairs("valid", recipe.valid_limit)) if recipe.select == "best" else None
     console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
     console.print(

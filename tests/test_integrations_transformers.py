@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 from fused_kd.integrations.transformers import (  # noqa: E402
+    check_head_module,
     check_lm_head,
     hidden_states,
     lm_head_of,
     logit_options,
+    route_head_loss,
+    rows_of,
 )
 
 SIZES = {
@@ -170,3 +176,91 @@ def test_models_that_do_not_fit() -> None:
         hidden_states(t5, **batch())
     with pytest.raises(ValueError, match="labels must not be passed"):
         hidden_states(tiny("llama"), **batch(), labels=batch()["input_ids"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_routed_head_gives_the_models_logits(name: str) -> None:
+    model = tiny(name)
+    with torch.no_grad():
+        expected = model(**batch()).logits
+        route_head_loss(model)
+        routed = model(**batch(), head_loss=lambda head: {"logits": written_out(head)})["logits"]
+        torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(**batch()).logits, expected), "other calls stay as they are"
+    check_lm_head(model)
+
+
+def test_route_runs_inside_the_calls_of_model_and_head() -> None:
+    """Where hooks gather sharded weights, and where a wrapper looks for the graph."""
+    model = tiny("llama-tied")
+    route_head_loss(model)
+    calls: list[str] = []
+    for name, module in (("model", model), ("body", model.model), ("head", model.lm_head)):
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"{name} in"))
+        module.register_forward_hook(lambda *_, name=name: calls.append(f"{name} out"))
+
+    def loss(head):
+        calls.append("loss")
+        assert head.weight is model.get_input_embeddings().weight
+        return {"loss": written_out(head).logsumexp(-1).sum()}
+
+    model(**batch(), head_loss=loss)["loss"].backward()
+    assert calls == ["model in", "body in", "body out", "head in", "loss", "head out", "model out"]
+    routed = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model(**batch()).logits.logsumexp(-1).sum().backward()
+    assert (routed - model.lm_head.weight.grad).norm() / model.lm_head.weight.grad.norm() <= 1e-6
+
+
+def test_route_nests_and_leaves_nothing_behind() -> None:
+    outer, inner = tiny("llama"), tiny("gpt2")
+    for model in (outer, inner, outer):  # twice is as good as once
+        route_head_loss(model)
+    seen = []
+
+    def loss(teacher):
+        def inside(student):
+            seen.append((written_out(teacher), written_out(student)))
+            return {"sum": student.hidden.sum()}
+
+        with torch.enable_grad():
+            seen.append(inner(**batch(), head_loss=inside)["sum"].requires_grad)
+        return {}
+
+    with torch.no_grad():
+        assert outer(**batch(), head_loss=loss) == {}
+        torch.testing.assert_close(seen[0][0], outer(**batch()).logits)
+    torch.testing.assert_close(seen[0][1], inner(**batch()).logits)
+    assert seen[1] is True
+
+    def fail(head):
+        raise RuntimeError("in the loss")
+
+    with pytest.raises(RuntimeError, match="in the loss"):
+        outer(**batch(), head_loss=fail)
+    assert "forward" not in outer.lm_head.__dict__
+    with pytest.raises(ValueError, match="labels must not be passed"):
+        outer(**batch(), labels=batch()["input_ids"], head_loss=loss)
+
+
+def test_route_keeps_signature_generation_and_copies() -> None:
+    model = tiny("llama")
+    before, expected = inspect.signature(model.forward), model.generate(**batch(), max_new_tokens=3, do_sample=False)
+    route_head_loss(model)
+    assert inspect.signature(model.forward) == before
+    assert torch.equal(model.generate(**batch(), max_new_tokens=3, do_sample=False), expected)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+        logits = twin(**batch(), head_loss=lambda head: {"logits": written_out(head)})["logits"]
+    assert logits.abs().max() == 0, "a copy must call its own head"
+
+
+def test_structure_is_checked_without_weights() -> None:
+    model = tiny("llama")
+    weight = model.lm_head.weight
+    assert check_head_module(model) is model.lm_head and rows_of(weight) == 61
+    partitioned = torch.nn.Parameter(torch.empty(0))  # ZeRO-3's placeholder
+    partitioned.ds_shape = weight.shape
+    assert rows_of(partitioned) == 61
+    assert check_head_module(model.to("meta")) is model.lm_head

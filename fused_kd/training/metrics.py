@@ -7,8 +7,11 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+from fused_kd.training.distributed import sum_over_ranks
 
 _SUMS = ("loss", "difficulty", "hard", "tokens")
 
@@ -29,7 +32,8 @@ class RunningMetrics(TrainerCallback, ExportableState):
     """Sums of loss, difficulty, hard tokens and valid tokens since the last log entry, and training time.
 
     A checkpoint holds them (reading them there is the only host synchronisation besides logging), so a
-    resumed training logs what an uninterrupted one would have logged, apart from times.
+    resumed training logs what an uninterrupted one would have logged, apart from times. With several processes
+    each has its own sums; they meet in the log and in the checkpoint, which the first process writes.
     """
 
     def __init__(self) -> None:
@@ -39,14 +43,22 @@ class RunningMetrics(TrainerCallback, ExportableState):
         self._resumed_at: float | None = None
 
     def add(self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add a micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
+        """Add this process's micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
         self.sums = self.sums.to(loss.device)
         values = (loss, difficulty, hard, tokens)
         self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
 
-    def take(self, steps: int) -> dict[str, float]:
-        """The log entry for the ``steps`` optimizer steps since the last one; resets the sums."""
-        sums = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+    def collect(self, accelerator: Accelerator) -> None:
+        """Move the sums of all processes to the first one; to be called on each of them."""
+        total = sum_over_ranks(accelerator, self.sums)
+        self.sums = total if accelerator.is_main_process else torch.zeros_like(total)
+
+    def take(self, steps: int, accelerator: Accelerator) -> dict[str, float]:
+        """The log entry of all processes for the ``steps`` optimizer steps since the last one; resets the sums.
+
+        To be called on each process; memory is that of this one.
+        """
+        sums = dict(zip(_SUMS, sum_over_ranks(accelerator, self.sums).tolist(), strict=True))
         self._tick()
         tokens = max(sums["tokens"], 1.0)
         entry = {
@@ -91,7 +103,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        restored: Any = state.stateful_callbacks if state.global_step else {}
+        restored: Any = state.stateful_callbacks if state.global_step and args.process_index == 0 else {}
         saved = restored.get(type(self).__name__, {}).get("attributes", {})
         self.sums = torch.tensor(saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device)
         self.window_seconds = saved.get("window_seconds", 0.0)

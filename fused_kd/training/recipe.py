@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fused_kd.training.data import Pair, load_pairs, parse_direction
+from fused_kd.training.instructions import load_instructions, tokenize_instructions
 from fused_kd.training.prompts import PairDataset, PromptTemplate, concatenate, get_prompt, tokenize_pairs
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings
@@ -34,6 +35,7 @@ class Recipe:
     Args:
         data: as of ``load_pairs``: a folder, a file, text files' prefix, a hub name, or "builtin".
         directions: all of them in one training set, such as ``("de-en", "en-de")``.
+        instructions: Alpaca JSON or JSONL whose rows are added to the training set, as of ``load_instructions``.
         student, teacher: a preset, path or hub name; a teacher may be ``cache:FOLDER``, or None for SFT.
         objective: as of ``parse_objective``.
         method: the name shown; default: the objective's text.
@@ -46,6 +48,8 @@ class Recipe:
         global_batch: sentences of an optimizer step, over all processes and accumulation steps.
         micro_batch: sentences that a process holds at once.
         learning_rate, warmup, weight_decay, scheduler: of AdamW; ``warmup`` is a share of the steps.
+        gradient_checkpointing: recompute activations in the backward.
+        packing: rows end to end without padding, each blind to the others.
         train_limit, valid_limit: at most this many pairs of each direction.
         skip_bad: leave out bad rows, with a warning that counts them, instead of stopping at the first.
         vocab: tokens of the tokenizer trained where both models are presets.
@@ -57,6 +61,7 @@ class Recipe:
     directions: tuple[str, ...]
     student: str
     objective: str
+    instructions: str | None = None
     method: str | None = None
     teacher: str | None = None
     beta_schedule: BetaSchedule | None = None
@@ -143,7 +148,7 @@ class Recipe:
         """How ``train_stage`` trains in each of so many processes."""
         same = (
             "epochs", "learning_rate", "warmup", "weight_decay", "seed", "bf16", "temperature", "memory_budget",
-            "backend", "scheduler", "gradient_checkpointing", "select",
+            "backend", "scheduler", "gradient_checkpointing", "packing", "select",
         )  # fmt: skip
         return Settings(
             batch_size=self.micro_batch,
@@ -156,8 +161,16 @@ class Recipe:
         return {d: load_pairs(self.data, split, d, limit=limit, skip_bad=self.skip_bad) for d in self.directions}
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[Pair]]) -> PairDataset:
-        """All directions as one training set."""
+        """All directions as one set."""
         return concatenate([tokenize_pairs(tokenizer, self.template, p, d, self.max_length) for d, p in pairs.items()])
+
+    def training_rows(self, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[Pair]]) -> PairDataset:
+        """:meth:`rows`, and the instructions after them."""
+        rows = self.rows(tokenizer, pairs)
+        if self.instructions is None:
+            return rows
+        found = load_instructions(self.instructions, "train", limit=self.train_limit, skip_bad=self.skip_bad)
+        return concatenate([rows, tokenize_instructions(tokenizer, found, self.max_length)])
 
     def with_adapters(self, model: PreTrainedModel) -> Any:
         """The student with its LoRA adapters, if any; the head is left alone: the loss needs it whole."""

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fused_kd.training.data import Pair
 from fused_kd.training.evaluate import translate
+from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
 from fused_kd.training.prompts import Collator, PairDataset, PromptTemplate
 from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json, write_lines
@@ -35,8 +36,8 @@ class Settings:
     """How a stage trains: AdamW, decay after a warm-up, batches of similar length.
 
     ``batch_size`` is in sentences of one process; ``accumulation`` steps of it in every process make one optimizer
-    step. ``select`` says which checkpoint is kept: "last", or the "best" by the loss on validation rows, seen twice
-    an epoch.
+    step. With ``packing`` they are laid end to end, without padding. ``select`` says which checkpoint is kept: "last",
+    or the "best" by the loss on validation rows, seen twice an epoch.
     """
 
     epochs: float
@@ -52,6 +53,7 @@ class Settings:
     backend: str | None = None
     scheduler: str = "linear"
     gradient_checkpointing: bool = False
+    packing: bool = False
     select: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -106,10 +108,11 @@ def train_stage(
         record = read_json(folder / "training.json")
         if record is not None:
             return record
-        model = student()
         checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
-        # the best must be among the saved
-        every = min(0.05, 0.5 / settings.epochs) if not best else 0.5 / settings.epochs
+        # shares of the training; the best checkpoint must be among the saved
+        twice_an_epoch = min(0.5 / max(settings.epochs, 1.0), 0.5)
+        every = twice_an_epoch if best else 0.05
+        # before the models: it tells transformers how to load what will be sharded
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
             num_train_epochs=settings.epochs,
@@ -135,8 +138,10 @@ def train_stage(
             load_best_model_at_end=best,
             metric_for_best_model="eval_loss" if best else None,
             report_to=[],
-            dataloader_pin_memory=model.device.type == "cuda",
         )
+        arguments.dataloader_pin_memory = arguments.device.type == "cuda"
+        model = student()
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds none of them
         trainer = KDTrainer(
             model,
             teacher() if spec.objective.spec.divergence is not None else None,
@@ -148,7 +153,7 @@ def train_stage(
             args=arguments,
             train_dataset=rows,
             eval_dataset=valid if best else None,
-            data_collator=Collator(tokenizer.pad_token_id),
+            data_collator=PackingCollator() if settings.packing else Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
         )
         for callback in (ProgressCallback, PrinterCallback):
@@ -161,7 +166,7 @@ def train_stage(
             "objective": repr(spec.objective),
             "beta_schedule": None if spec.beta_schedule is None else asdict(spec.beta_schedule),
             "settings": asdict(settings),
-            "parameters": model.num_parameters(),
+            "parameters": parameters,
             "sentences": len(rows),
             "steps": trainer.state.global_step,
             "seconds": round(trainer.metrics.total_seconds, 1),

@@ -6,20 +6,32 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import has_length
-from transformers.training_args import ParallelMode
+from transformers.trainer_utils import EvalLoopOutput
 
 import fused_kd as fk
-from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
+from fused_kd.integrations.transformers import check_head_module, check_lm_head, common_vocab_size, route_head_loss
 from fused_kd.objectives import Objective
+from fused_kd.training.distributed import (
+    TEACHER_COLUMNS,
+    CachedTeacher,
+    check_engine,
+    count_targets,
+    hard_threshold,
+    is_cached,
+    prepare_arguments,
+    shard_teacher,
+    shards_weights,
+    sum_over_ranks,
+    top_k_of,
+)
 from fused_kd.training.metrics import RunningMetrics
 from fused_kd.training.prompts import LABEL_PAD
-from fused_kd.training.sampling import LengthGroupedEpochs
+from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 
 DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8
@@ -57,18 +69,24 @@ class BetaSchedule:
 class KDTrainer(Trainer):
     """Trains ``model`` (the student) towards ``teacher`` with a fused loss; everything else is the Trainer's.
 
-    Batches need ``input_ids``, ``attention_mask`` and ``labels`` (batch, length), labels unshifted with -100
-    where there is no loss. The loss is the mean over the valid target tokens of the whole optimizer step,
-    exact under gradient accumulation. Each log entry has ``loss``, ``difficulty`` (mean, nats),
+    Batches need ``input_ids`` and ``labels`` (batch, length), labels unshifted with -100 where there is no loss,
+    and what else the models take: ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean
+    over the valid target tokens of the whole optimizer step, exact under gradient accumulation and over all
+    processes of DDP, FSDP2 and DeepSpeed. Each log entry has ``loss``, ``difficulty`` (mean, nats),
     ``hard_fraction`` (share of tokens with difficulty above the objective's Γ, or 0.4), ``tokens_per_second``
-    (valid target tokens), ``peak_memory_mb`` (CUDA allocator, else resident set), and ``beta`` under a
-    schedule.
+    (valid target tokens of all processes), ``peak_memory_mb`` (CUDA allocator, else resident set; of the process
+    that logs), and ``beta`` under a schedule. ``eval_loss`` is the mean over the tokens of the evaluation set;
+    ``SelfEvolutionTopK`` ranks those of a batch on all processes there.
 
     Args:
-        model: any Hugging Face causal LM.
-        teacher: another one on the same vocabulary; it is frozen, put into eval mode and moved to the
-            training's device. None for objectives without a teacher (SFT).
-        objective: one of ``fused_kd``'s objectives, or its name.
+        model: any Hugging Face causal LM, or a PEFT model with adapters on its body.
+        teacher: another causal LM on the same vocabulary; it is frozen, put into eval mode, and moved to the
+            training's device or sharded as the student is (FSDP2, ZeRO-3). Or a cache: any object with ``tail`` and
+            no ``forward``; then batches also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64),
+            (batch, length, K), where position i has the distribution of token i + 1. None for objectives without
+            a teacher (SFT).
+        objective: one of ``fused_kd``'s objectives, or its name. ``SelfEvolutionTopK`` ranks the tokens of the whole
+            optimizer step; with accumulation or several processes a first pass without gradients finds the limit.
         temperature: default 1.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are;
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
@@ -82,8 +100,8 @@ class KDTrainer(Trainer):
     Raises:
         ValueError: no teacher where the objective needs one, the teacher is the student, unequal
             vocabularies, a model that transforms its logits in an unknown way, an option that this trainer
-            cannot honour (``compute_metrics``, ``label_smoothing_factor``, more than one process).
-        TypeError: a wrong type of objective, a quantised head.
+            cannot honour (``compute_metrics``, ``label_smoothing_factor``, FSDP1, tensor or context parallelism).
+        TypeError: a wrong type of objective, a quantised head or one with an adapter.
     """
 
     # num_items_in_batch already spans the accumulation steps
@@ -92,7 +110,7 @@ class KDTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | CachedTeacher | None = None,
         objective: Objective | str = "self_evolution",
         *,
         temperature: float = 1.0,
@@ -117,30 +135,41 @@ class KDTrainer(Trainer):
                 "compute_metrics must be None: evaluation computes no logits to pass to it; "
                 "score generated text with fused_kd.training.evaluate"
             )
-        self.vocab_size = _common_vocab_size(model, teacher, vocab_size, trainer_args.get("processing_class"))
+        self.cache: Any = teacher if is_cached(teacher) else None
+        self.teacher: Any = cast(Any, None if self.cache is not None else teacher)
+        self.vocab_size = common_vocab_size(model, self.teacher, vocab_size, trainer_args.get("processing_class"))
         self.kd_options: dict[str, Any] = {
             "temperature": temperature,
             "memory_budget": memory_budget,
             "backend": backend,
         }
+        models: list[Any] = [model] if self.teacher is None else [model, self.teacher]
+        for each in models:
+            check_head_module(each)
+        prepare_arguments(trainer_args.get("args"))
         super().__init__(model=model, **trainer_args)
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: "
                 "the objective sets the target"
             )
-        if self.args.parallel_mode == ParallelMode.DISTRIBUTED or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "KDTrainer runs in one process: the loss is computed outside the wrapped model's forward, "
-                "where DDP, FSDP and ZeRO would miss its gradients"
-            )
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
-            if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
-                self._move_model_to_device(teacher, self.args.device)
-            check_lm_head(teacher)
-        check_lm_head(model)
+        check_engine(self.accelerator, self.args, model, self.train_dataset is None or has_rows(self.train_dataset))
+        for each in models:
+            route_head_loss(each)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+        # sharded models are whole, or real at all on this rank, only when they run
+        self._models_checked = not shards_weights(self.accelerator)
+        if self._models_checked:
+            if self.teacher is not None and not (
+                getattr(self.teacher, "hf_device_map", None) or getattr(self.teacher, "is_quantized", False)
+            ):
+                self._move_model_to_device(self.teacher, self.args.device)
+            for each in models:
+                check_lm_head(each)
+        self._step_batches: list[dict[str, Any]] = []
+        self._step_gamma: float | None = None
+        self._evaluated = torch.zeros(2)
         self._warned_hard = False
         self.add_callback(RunningMetrics())
 
@@ -148,11 +177,6 @@ class KDTrainer(Trainer):
     def metrics(self) -> RunningMetrics:
         """The running sums; found among the callbacks, since restoring callback states replaces them."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunningMetrics))
-
-    def lm_head(self, model: torch.nn.Module, inputs: dict[str, Any]) -> fk.LMHead:
-        """Hidden states and head of either model on a batch: the one place where a model runs."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        return lm_head_of(unwrapped, hidden_states(unwrapped, **inputs))
 
     def current_objective(self) -> Objective:
         """The objective of the current step, with β from the schedule: a function of the step alone."""
@@ -169,41 +193,112 @@ class KDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Fused loss of a micro-batch; with ``return_outputs`` also a dict: loss, difficulty, is_hard."""
-        labels = inputs["labels"]
-        model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        teacher = None
-        # accelerate puts autocast around model.forward, which is not what runs here
-        with self.accelerator.autocast():
-            student = self.lm_head(model, model_inputs)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher = self.lm_head(self.teacher, model_inputs)
-            out = fk.kd_loss(
-                student,
-                teacher,
-                labels,
-                self.current_objective() if model.training else self.objective,
-                ignore_index=LABEL_PAD,
-                shift=True,
-                vocab_size=self.vocab_size,
-                num_items=num_items_in_batch,
-                **self.kd_options,
-            )
+        """Fused loss of a micro-batch; with ``return_outputs`` also a dict: loss, difficulty, is_hard.
+
+        With ``num_items_in_batch``, the tokens of the step on all processes, the loss is this micro-batch's share
+        times the number of processes, over which the engines average gradients.
+        """
+        objective = self._unranked(model, inputs)
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks)
         if model.training:
             gamma = getattr(self.objective, "gamma", DEFAULT_GAMMA)
             # ignored tokens have difficulty 0, so they count nowhere
             hard = (out.difficulty > gamma).sum()
-            self.metrics.add(out.loss, out.difficulty.sum(), hard, _count_targets(labels))
-        return (out.loss, out._asdict()) if return_outputs else out.loss
+            self.metrics.add(out.loss, out.difficulty.sum(), hard, count_targets(inputs["labels"]))
+        return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
+
+    def _run(
+        self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
+    ) -> tuple[torch.Tensor, fk.KDOutput]:
+        """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers.
+
+        The student's loss is made inside its head module's call, that inside the teacher's: there both heads are
+        whole, whatever shards them. The teacher's hooks see no graph.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        lists = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
+        out: list[fk.KDOutput] = []
+        returned: list[dict[str, torch.Tensor]] = []
+        gradients = torch.is_grad_enabled()
+
+        def student(teacher: fk.LMHead | fk.TopK | None) -> dict[str, torch.Tensor]:
+            def loss(head: fk.LMHead) -> dict[str, torch.Tensor]:
+                out.append(
+                    fk.kd_loss(
+                        head,
+                        teacher,
+                        labels,
+                        objective,
+                        ignore_index=LABEL_PAD,
+                        shift=True,
+                        vocab_size=self.vocab_size,
+                        num_items=num_items,
+                        **self.kd_options,
+                    )
+                )
+                return {"loss": out[0].loss * ranks}
+
+            with torch.set_grad_enabled(gradients):
+                returned.append(model(**inputs, head_loss=loss))
+            return {}
+
+        if not self._models_checked:
+            self._check_sharded(model)
+        # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
+        with self.accelerator.autocast():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    self.teacher(**inputs, head_loss=student)
+            elif self.cache is None or objective.spec.divergence is None:
+                student(None)
+            else:
+                student(top_k_of(lists, self.cache))
+        loss = returned[0]["loss"]
+        if loss.dtype != torch.float32:
+            # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
+            loss = loss.float() + (out[0].loss.detach() * ranks - loss.detach().float())
+        return loss, out[0]
+
+    def _check_sharded(self, model: torch.nn.Module) -> None:
+        if self.teacher is not None:
+            self.teacher = shard_teacher(self.teacher, self.accelerator)
+            check_lm_head(self.teacher)
+        check_lm_head(model)  # type: ignore[arg-type]
+        self._models_checked = True
+
+    def _unranked(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Objective:
+        """The objective; one that ranks tokens of several calls becomes a threshold on their difficulties.
+
+        Ranked together are the tokens of the step, in evaluation those of a batch, on all processes.
+        """
+        objective: Any = self.current_objective() if model.training else self.objective
+        batches = self._step_batches if model.training and self._step_batches else [inputs]
+        if not objective.spec.ranked or self.accelerator.num_processes * len(batches) == 1:
+            return objective
+        gamma = self._step_gamma if model.training else None
+        if gamma is None:
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            # the passes with gradients draw the same dropout again
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                found = [self._difficulties(model, batch, objective) for batch in batches]
+            gamma = self._step_gamma = hard_threshold(self.accelerator, found, objective)
+        return fk.SelfEvolution(lam=objective.lam, beta=objective.beta, gamma=gamma)
+
+    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], objective: Any) -> torch.Tensor:
+        inputs = self._prepare_inputs(batch)
+        difficulty = self._run(model, inputs, fk.NoEvo(lam=objective.lam), None, 1)[1].difficulty
+        return difficulty[..., :-1][(inputs["labels"][..., 1:] != LABEL_PAD).to(difficulty.device)]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one optimizer step, and their number of valid targets, at least 1."""
+        """The micro-batches of one optimizer step, and the valid targets of all processes in it, at least 1."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [_count_targets(batch["labels"]) for batch in batches]
-        return batches, torch.stack(counts).sum().clamp(min=1) if counts else torch.ones((), dtype=torch.int64)
+        self._step_batches, self._step_gamma = batches, None
+        count = sum((count_targets(batch["labels"]) for batch in batches), torch.zeros((), dtype=torch.int64))
+        return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
 
     def prediction_step(
         self,
@@ -214,8 +309,27 @@ class KDTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of one batch, mean over its valid tokens; never logits."""
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+        tokens = count_targets(inputs["labels"]).to(loss)
+        self._evaluated = self._evaluated.to(loss) + torch.stack([loss * tokens, tokens])
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with the loss weighted by tokens and not by batches."""
+        self._evaluated = torch.zeros(2)
+        result = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        total, tokens = sum_over_ranks(self.accelerator, self._evaluated).tolist()
+        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(tokens, 1.0)}
+        return result._replace(metrics=metrics)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, without counting its time as training time."""
@@ -230,37 +344,81 @@ class KDTrainer(Trainer):
         if "loss" in logs:
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             last = logged[-1] if logged else 0
-            logs.update(self.metrics.take(self.state.global_step - int(last)))
+            logs.update(self.metrics.take(self.state.global_step - int(last), self.accelerator))
             if self.beta_schedule is not None:
                 logs["beta"] = self.current_objective().beta  # type: ignore[attr-defined]
         super().log(logs, start_time)
         if "loss" in logs and not self._warned_hard:
             self._warn_if_starved()
 
-    def get_train_dataloader(self) -> DataLoader:
-        return _labels_stay_on_host(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        return _labels_stay_on_host(super().get_eval_dataloader(eval_dataset))
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if self.accelerator.num_processes > 1 and has_rows(dataset):
+            dataset = MaskedTail(dataset)
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        shard = getattr(loader, "batch_sampler", None)
+        sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            # accelerate does not look this deep in the loader of a resumed epoch, the Trainer looks here
+            shard.set_epoch = sampler.set_epoch  # type: ignore[union-attr]
+        if hasattr(loader, "device"):
+            # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
+            loader.device = None  # type: ignore[attr-defined]
+        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # on the host, labels tell which tokens to drop without a synchronisation
-        moved = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "labels"})
-        return {**moved, "labels": inputs["labels"]}
+        kept = {"labels": inputs["labels"]}
+        # DeepSpeed's way with inputs would round these
+        kept |= {key: inputs[key].to(self.args.device) for key in TEACHER_COLUMNS if key in inputs}
+        return {**super()._prepare_inputs({key: value for key, value in inputs.items() if key not in kept}), **kept}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*columns, *TEACHER_COLUMNS]))  # type: ignore[assignment]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not has_rows(dataset) or strategy == "batch_rebalance":
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedEpochs(
-            [len(dataset[index]["input_ids"]) for index in range(len(dataset))],  # type: ignore[index]
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        rows = self._train_batch_size * self.accelerator.num_processes
+        if strategy == "group_by_length":
+            lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+            sampler: Sampler = LengthGroupedEpochs(lengths, rows * self.args.gradient_accumulation_steps, seed)
+        elif strategy == "sequential":
+            sampler = SequentialSampler(dataset)
+        else:
+            sampler = ShuffledEpochs(len(dataset), seed)
+        return sampler if self.args.dataloader_drop_last else self._padded(sampler, rows)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if self.accelerator.num_processes == 1 or not has_rows(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        rows = self.args.eval_batch_size * self.accelerator.num_processes
+        return self._padded(SequentialSampler(eval_dataset), rows)  # type: ignore[arg-type]
+
+    def _padded(self, sampler: Sampler, rows: int) -> Sampler:
+        return sampler if self.accelerator.num_processes == 1 else PaddedSampler(sampler, rows)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, and whole under FSDP2's sharded state too (there only checkpoints are in parts)."""
+        if _internal_call or not self.accelerator.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = self.accelerator.get_state_dict(self.model)  # on all ranks
+        self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.metrics.collect(self.accelerator)
+        # trainer_state.json is written next and makes the checkpoint count: all ranks must have written their parts
+        self.accelerator.wait_for_everyone()
 
     def _warn_if_starved(self) -> None:
         """Warn once when the hard fraction stayed high for 5 % of the training and at least 20 steps."""
-        if getattr(self.current_objective(), "beta", 1.0) == 1.0 or self.teacher is None:
+        if getattr(self.current_objective(), "beta", 1.0) == 1.0 or self.objective.spec.divergence is None:
             return
         entries = [entry for entry in self.state.log_history if "hard_fraction" in entry]
         below = [entry["step"] for entry in entries if entry["hard_fraction"] <= HARD_LIMIT]
@@ -284,32 +442,3 @@ def _as_objective(objective: Objective | str) -> Objective:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fused_kd objective or its name, got {objective!r}")
     return objective
-
-
-def _common_vocab_size(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int | None, tokenizer: Any
-) -> int | None:
-    heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher) if model is not None]
-    if vocab_size is None:
-        if len(set(heads)) == 1:
-            return None
-        if tokenizer is None or not hasattr(tokenizer, "__len__"):
-            raise ValueError(
-                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}: give vocab_size, or "
-                "the shared tokenizer as processing_class, to cut both heads to the common tokens"
-            )
-        vocab_size = len(tokenizer)
-    if not 1 <= vocab_size <= min(heads):
-        raise ValueError(f"vocab_size must be in [1, {min(heads)}] for heads of {heads}, got {vocab_size}")
-    return vocab_size
-
-
-def _count_targets(labels: torch.Tensor) -> torch.Tensor:
-    return (labels[..., 1:] != LABEL_PAD).sum()
-
-
-def _labels_stay_on_host(loader: DataLoader) -> DataLoader:
-    # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
-    if hasattr(loader, "device"):
-        loader.device = None  # type: ignore[attr-defined]
-    return loader

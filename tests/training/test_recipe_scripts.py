@@ -100,6 +100,20 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
     assert saved == json.loads(json.dumps(results)) == json.loads(json.dumps(script("evaluate").main(command)))
 
 
+def test_packing_and_instructions(teacher: Path, tmp_path: Path) -> None:
+    """Packed rows train as padded ones do, and Alpaca's rows are trained on."""
+    tasks = tmp_path / "train.json"
+    tasks.write_text(json.dumps([{"instruction": f"Count to {n}.", "output": " ".join("123"[:n])} for n in (1, 2, 3)]))
+    pair = (f"teacher={teacher}", f"student={teacher}", "epochs=1", f"instructions={tasks}", "max_length=256")
+    padded, packed = (train("no_evo", tmp_path / text, *pair, f"packing={text}") for text in ("false", "true"))
+    assert padded["sentences"] == packed["sentences"] == 51
+    start, a, b = (weights(f) for f in (teacher, *(tmp_path / text / "train" / "model" for text in ("false", "true"))))
+    moved = sum(float((a[name] - start[name]).norm() ** 2) for name in a) ** 0.5
+    apart = sum(float((a[name] - b[name]).norm() ** 2) for name in a) ** 0.5
+    # Adam divides by a gradient's size: rounding in a tiny one moves its weight
+    assert moved > 0.1 and apart < 1e-2 * moved
+
+
 def test_training_from_a_cache_needs_its_own_rows(teacher: Path, tmp_path: Path) -> None:
     cached = [
         "--data", "builtin", "--direction", "de-en", "en-de", "--teacher", str(teacher), "--prompt", "tiny",

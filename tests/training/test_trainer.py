@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
+from fused_kd.training.distributed import check_engine, hard_threshold, is_cached  # noqa: E402
 from fused_kd.training.prompts import Collator  # noqa: E402
+from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs  # noqa: E402
 from fused_kd.training.trainer import BetaSchedule, KDTrainer  # noqa: E402
 
 VOCAB = 61
@@ -208,6 +212,176 @@ def test_gradient_accumulation_is_exact(tmp_path: Path) -> None:
             assert parts[key] == pytest.approx(whole[key], rel=1e-4)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_ranking_spans_the_accumulated_step(tmp_path: Path, fraction: float) -> None:
+    trained = []
+    for batch, steps in ((8, 1), (2, 4)):
+        student = tiny(16, seed=1)
+        run = trainer(
+            tmp_path,
+            student,
+            fk.SelfEvolutionTopK(fraction=fraction),
+            rows(16),
+            teacher=tiny(24, seed=2),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.5,
+            train_sampling_strategy="sequential",
+        )
+        run.train()
+        trained.append(weights(student))
+    assert_same_weights(trained[0], trained[1], 1e-5)
+
+
+def test_ranked_tokens_are_the_trained_ones_under_dropout(tmp_path: Path) -> None:
+    student = tiny(16, seed=1)
+    student.config.attention_dropout = 0.5
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    data = rows(8)
+    run = trainer(
+        tmp_path,
+        student,
+        fk.SelfEvolutionTopK(fraction=0.3),
+        data,
+        teacher=tiny(24, seed=2),
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
+    hard, passes = [], run._run
+
+    def spy(model, inputs, objective, *rest):
+        loss, out = passes(model, inputs, objective, *rest)
+        if isinstance(objective, fk.SelfEvolution):
+            hard.append(int(out.is_hard.sum()))
+        return loss, out
+
+    run._run = spy
+    run.train()
+    count = sum(label != -100 for row in data for label in row["labels"][1:])
+    assert len(hard) == 2 and sum(hard) == math.ceil(0.3 * count)
+
+
+def test_hard_threshold() -> None:
+    one = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    values = torch.randperm(50, generator=torch.Generator().manual_seed(0)).float() / 7
+    for fraction in (0.02, 0.1, 0.31, 0.5, 0.98):
+        gamma = hard_threshold(one, [values[:20], values[20:20], values[20:]], fk.SelfEvolutionTopK(fraction=fraction))
+        assert (values > gamma).sum() == math.ceil(fraction * 50), fraction
+    objective = fk.SelfEvolutionTopK(fraction=0.5)
+    assert hard_threshold(one, [values], fk.SelfEvolutionTopK(fraction=0.0)) == math.inf
+    assert hard_threshold(one, [values], fk.SelfEvolutionTopK(fraction=1.0)) == 0.0
+    assert hard_threshold(one, [values[:0]], objective) == math.inf
+    assert hard_threshold(one, [torch.tensor([1.0, 1.0, 1.0, 0.0])], objective) == 1.0, "ties at the limit are easy"
+
+
+def test_orders_and_padding() -> None:
+    lengths = [3 + index % 7 for index in range(13)]
+    for sampler in (ShuffledEpochs(13, seed=5), LengthGroupedEpochs(lengths, 4, seed=5)):
+        padded = PaddedSampler(sampler, 8)
+        first = list(padded)
+        assert len(padded) == len(first) == 16
+        assert sorted(first[:13]) == list(range(13)) and first[13:] == [13 + first[12]] * 3
+        assert list(padded) == first
+        padded.set_epoch(1)
+        assert list(padded) != first and sorted(list(padded)[:13]) == list(range(13))
+    assert len(PaddedSampler(ShuffledEpochs(16, seed=5), 8)) == 16
+    lists = torch.zeros(2, 4)
+    data = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "teacher_log_probs": lists, "teacher_indices": lists}]
+    tail = MaskedTail(data)
+    assert len(tail) == 1 and tail[0] is data[0]
+    assert tail[1]["labels"] == [-100] * 3 and tail[1]["input_ids"] == [1, 2, 3]
+    assert tail[1]["teacher_indices"].shape == (0, 4) and data[0]["labels"] == [-100, 2, 3]
+    assert (Collator(0)([tail[1]])["labels"] == -100).all()
+
+
+def test_what_engines_cannot_do() -> None:
+    def check(model: object = None, sized: bool = True, strategy: str = "random", **options: object) -> None:
+        state = SimpleNamespace(fsdp_plugin=options.pop("fsdp", None))
+        config = SimpleNamespace(split_batches=options.pop("split", False), dispatch_batches=None)
+        accelerator = SimpleNamespace(state=state, num_processes=2, **options)
+        check_engine(
+            accelerator, SimpleNamespace(accelerator_config=config, train_sampling_strategy=strategy), model, sized
+        )
+
+    check()
+    check(fsdp=SimpleNamespace(fsdp_version=2))
+    for message, wrong in (
+        ("fsdp_version must be 2, got 1", {"fsdp": SimpleNamespace(fsdp_version=1)}),
+        ("tp_size must be 1, got 2", {"parallelism_config": SimpleNamespace(tp_size=2)}),
+        ("split_batches must be False", {"split": True}),
+        ("train_dataset must have a length", {"sized": False}),
+        ("got 'batch_rebalance'", {"strategy": "batch_rebalance"}),
+        ("must not be sharded while", {"model": SimpleNamespace(is_distributed_loading_by_transformers=True)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(**wrong)
+
+
+def test_cached_teacher(tmp_path: Path) -> None:
+    class Cache:
+        tail = "uniform"
+
+    data, teacher = rows(16), tiny(24, seed=2)
+    assert is_cached(Cache()) and not is_cached(teacher) and not is_cached(None)
+    for row in data:  # every entry: the cache is the teacher
+        targets = torch.tensor(row["labels"])[1:] != -100
+        with torch.no_grad():
+            logits = teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1][targets]
+        row["teacher_log_probs"], row["teacher_indices"] = logits.log_softmax(-1).topk(VOCAB)
+    trained = []
+    for given in (Cache(), teacher):
+        student = tiny(16, seed=1)
+        run = trainer(tmp_path, student, fk.ReverseKD(), data, teacher=given, eval_data=data, optim="sgd")
+        run.train()
+        trained.append((weights(student), run.evaluate()["eval_loss"]))
+    assert_same_weights(trained[0][0], trained[1][0], 1e-5)
+    assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-5)
+    trainer(tmp_path, tiny(16, seed=1), fk.SFT(), data, teacher=Cache(), max_steps=1).train()
+    with pytest.raises(
+        ValueError, match=r"batch must have teacher_log_probs and teacher_indices for the cached teacher"
+    ):
+        trainer(tmp_path, tiny(16, seed=1), fk.NoEvo(), rows(4), teacher=Cache()).train()
+
+
+def test_cached_lists_keep_their_digits_under_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, tiny(16, seed=1), fk.SFT(), rows(4))
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(run, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(run.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    batch = {"labels": torch.ones(1, 2), "pixels": torch.ones(1), "teacher_log_probs": torch.ones(1, 2, 3)}
+    prepared = run._prepare_inputs(batch)
+    assert prepared["pixels"].dtype == torch.bfloat16 and prepared["teacher_log_probs"].dtype == torch.float32
+
+
+def test_compiled_body(tmp_path: Path) -> None:
+    trained = []
+    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        student = tiny(16, seed=1)
+        run = trainer(tmp_path, student, fk.NoEvo(), rows(8), teacher=tiny(24, seed=2), max_steps=2, **arguments)
+        run.train()
+        trained.append(weights(student))
+    assert_same_weights(trained[0], trained[1], 1e-6)
+
+
+def test_evaluation_counts_tokens_not_batches(tmp_path: Path) -> None:
+    losses = []
+    for batch in (1, 5):
+        run = trainer(
+            tmp_path,
+            tiny(16, seed=1),
+            fk.NoEvo(),
+            rows(4),
+            teacher=tiny(24, seed=2),
+            eval_data=rows(5, seed=9),
+            per_device_eval_batch_size=batch,
+        )
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "stop,options",
     [
@@ -291,8 +465,9 @@ def test_evaluation_is_the_mean_loss_without_logits(tmp_path: Path) -> None:
     run = trainer(tmp_path, student, objective, rows(8), teacher=teacher, eval_data=data)
     expected = plain_training(tiny(16, seed=1), teacher, objective, [data], learning_rate=0.0)[0]["loss"]
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("logits were computed")
+    def refuse(module: object, inputs: object, output: object) -> None:
+        # the head's module is called, for the hooks of DDP, FSDP2 and ZeRO-3, but it computes the loss
+        assert isinstance(output, dict) and all(value.dim() == 0 for value in output.values()), "logits were computed"
 
     for model in (student, teacher):
         model.lm_head.register_forward_hook(refuse)
@@ -374,9 +549,9 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size must be in \[1, 64\].*got 70"):
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": 70})
     assert trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(8, seed=3, vocab=64)).vocab_size is None
-    from fused_kd.training.trainer import _common_vocab_size
+    from fused_kd.integrations.transformers import common_vocab_size
 
-    assert _common_vocab_size(student, teacher, None, Tokenizer()) == VOCAB
+    assert common_vocab_size(student, teacher, None, Tokenizer()) == VOCAB
     # columns past vocab_size take no part
     losses = []
     for factor in (1.0, 5.0):

@@ -1,0 +1,83 @@
+"""A packed batch trains as the padded one does: no token sees another row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import fused_kd as fk  # noqa: E402
+from fused_kd.training.packing import PackingCollator  # noqa: E402
+from fused_kd.training.prompts import Collator  # noqa: E402
+from fused_kd.training.trainer import KDTrainer  # noqa: E402
+from tests.training.distributed_worker import Cache, rows, tiny, with_top_k  # noqa: E402
+
+
+def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bool = False) -> tuple[dict, list[float]]:
+    student, teacher = tiny(16, seed=1), tiny(24, seed=2)
+    for model in (student, teacher):
+        model.set_attn_implementation(attention)
+    data = rows(16)
+    run = KDTrainer(
+        student,
+        Cache() if cached else teacher,
+        fk.SelfEvolution(gamma=2.0),
+        args=transformers.TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=True,
+        ),
+        train_dataset=with_top_k(data) if cached else data,
+        data_collator=collator,
+    )
+    run.remove_callback(transformers.trainer_callback.PrinterCallback)
+    run.train()
+    weights = {name: value.detach() for name, value in student.named_parameters()}
+    return weights, [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"cached": True}], ids=["sdpa", "eager", "cached"])
+def test_packed_equals_padded(tmp_path: Path, options: dict) -> None:
+    padded, expected = train(tmp_path, Collator(0), **options)
+    packed, losses = train(tmp_path, PackingCollator(), **options)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in padded.items():
+        assert (packed[name] - value).norm() / value.norm() <= 1e-6, name
+
+
+def test_rows_that_see_each_other_would_show(tmp_path: Path) -> None:
+    _, expected = train(tmp_path, Collator(0))
+    _, losses = train(tmp_path, PackingCollator(return_position_ids=False))
+    assert abs(losses[0] - expected[0]) > 1e-3 * expected[0]
+
+
+def test_layout() -> None:
+    data = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+    ]
+    lists = [torch.full((2, 3), -1.0), torch.full((1, 3), -2.0)]
+    cached = [
+        {**row, "teacher_log_probs": each, "teacher_indices": torch.tensor([[1, 2, 3]] * len(each))}
+        for row, each in zip(data, lists, strict=True)
+    ]
+    batch = PackingCollator()(cached)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    # position i has the distribution of the token at i + 1
+    assert batch["teacher_log_probs"][0, [0, 1, 3], 0].tolist() == [-1.0, -1.0, -2.0]
+    assert batch["teacher_indices"].shape == (1, 5, 3)
