@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     args = parse_arguments(argv)
     files = [text for text in args.config if "=" not in text]
     recipe = load_config(Recipe, files, [text for text in args.config if "=" in text])
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     console = Console(quiet=not state.is_main_process)
     if args.show:
         console.print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True), highlight=False)

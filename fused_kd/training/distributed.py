@@ -12,7 +12,6 @@ import torch
 from fused_kd import TopK
 from fused_kd.engine.chunked import largest
 from fused_kd.objectives import Objective
-from fused_kd.training.prompts import LABEL_PAD
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,11 +115,6 @@ def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> torch.n
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     engine.eval()
     return engine
-
-
-def count_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Valid target tokens of unshifted labels (..., length): the first of a row has no prediction."""
-    return (labels[..., 1:] != LABEL_PAD).sum()
 
 
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ class Recipe:
         learning_rate, warmup, weight_decay, scheduler: of AdamW; ``warmup`` is a share of the steps.
         gradient_checkpointing: recompute activations in the backward.
         packing: rows end to end without padding, each blind to the others.
+        average: the loss is the mean over the step's "tokens", or over its "sequences" of each one's mean.
         train_limit, valid_limit: at most this many pairs of each direction.
         skip_bad: leave out bad rows, with a warning that counts them, instead of stopping at the first.
         vocab: tokens of the tokenizer trained where both models are presets.
@@ -80,6 +81,7 @@ class Recipe:
     bf16: bool = False
     gradient_checkpointing: bool = False
     packing: bool = False
+    average: Literal["tokens", "sequences"] = "tokens"
     lora: LoRA | None = None
     temperature: float = 1.0
     memory_budget: int | None = None
@@ -148,7 +150,8 @@ class Recipe:
         """How ``train_stage`` trains in each of so many processes."""
         same = (
             "epochs", "learning_rate", "warmup", "weight_decay", "seed", "bf16", "temperature", "memory_budget",
-            "backend", "scheduler", "gradient_checkpointing", "packing", "select",
+            "backend", "scheduler", "gradient_checkpointing", "packing", "average",
+            "select",
         )  # fmt: skip
         return Settings(
             batch_size=self.micro_batch,

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fused_kd.training.distributed import TEACHER_COLUMNS, count_targets
+from fused_kd.training.averaging import count_targets
+from fused_kd.training.distributed import TEACHER_COLUMNS
 from fused_kd.training.prompts import LABEL_PAD
 
 

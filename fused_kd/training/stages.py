@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from fused_kd.training.averaging import Average
 from fused_kd.training.data import Pair
 from fused_kd.training.evaluate import translate
 from fused_kd.training.packing import PackingCollator
@@ -54,6 +56,7 @@ class Settings:
     scheduler: str = "linear"
     gradient_checkpointing: bool = False
     packing: bool = False
+    average: Average = "tokens"
     select: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ def train_stage(
             load_best_model_at_end=best,
             metric_for_best_model="eval_loss" if best else None,
             report_to=[],
+            use_cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
         )
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
         model = student()
@@ -150,6 +154,7 @@ def train_stage(
             memory_budget=settings.memory_budget,
             backend=settings.backend,
             beta_schedule=spec.beta_schedule,
+            average=settings.average,
             args=arguments,
             train_dataset=rows,
             eval_dataset=valid if best else None,

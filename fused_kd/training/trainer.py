@@ -16,11 +16,11 @@ from transformers.trainer_utils import EvalLoopOutput
 import fused_kd as fk
 from fused_kd.integrations.transformers import check_head_module, check_lm_head, common_vocab_size, route_head_loss
 from fused_kd.objectives import Objective
+from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
 from fused_kd.training.distributed import (
     TEACHER_COLUMNS,
     CachedTeacher,
     check_engine,
-    count_targets,
     hard_threshold,
     is_cached,
     prepare_arguments,
@@ -94,6 +94,8 @@ class KDTrainer(Trainer):
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: "torch", "triton", "native"; None picks.
         beta_schedule: anneal the objective's β.
+        average: the loss is the mean over the target "tokens" of the step (default), or over its "sequences" of each
+            one's mean.
         **trainer_args: those of ``transformers.Trainer`` (``args``, ``train_dataset``, ``data_collator``,
         ...).
 
@@ -118,10 +120,14 @@ class KDTrainer(Trainer):
         memory_budget: int | None = None,
         backend: str | None = None,
         beta_schedule: BetaSchedule | None = None,
+        average: Average = "tokens",
         **trainer_args: Any,
     ) -> None:
         self.objective: Objective = _as_objective(objective)
         self.beta_schedule = beta_schedule
+        if average not in ("tokens", "sequences"):
+            raise ValueError(f"average must be 'tokens' or 'sequences', got {average!r}")
+        self.average: Average = average
         if beta_schedule is not None and not hasattr(self.objective, "beta"):
             raise ValueError(f"beta_schedule needs an objective with a beta, got {self.objective!r}")
         if self.objective.spec.divergence is None:
@@ -217,6 +223,9 @@ class KDTrainer(Trainer):
         whole, whatever shards them. The teacher's hooks see no graph.
         """
         inputs = dict(inputs)
+        weights = None
+        if self.average == "sequences":
+            weights = sequence_weights(inputs["labels"], inputs.get("position_ids"))
         labels = inputs.pop("labels")
         lists = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
         out: list[fk.KDOutput] = []
@@ -234,6 +243,7 @@ class KDTrainer(Trainer):
                         ignore_index=LABEL_PAD,
                         shift=True,
                         vocab_size=self.vocab_size,
+                        token_weights=weights,
                         num_items=num_items,
                         **self.kd_options,
                     )
@@ -294,10 +304,10 @@ class KDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor]:
-        """The micro-batches of one optimizer step, and the valid targets of all processes in it, at least 1."""
+        """The micro-batches of one optimizer step, and what its loss is averaged over on all processes, at least 1."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_batches, self._step_gamma = batches, None
-        count = sum((count_targets(batch["labels"]) for batch in batches), torch.zeros((), dtype=torch.int64))
+        count = sum((denominator(batch, self.average) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
 
     def prediction_step(
@@ -307,11 +317,11 @@ class KDTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of one batch, mean over its valid tokens; never logits."""
+        """The loss of one batch, its mean; never logits."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
-        tokens = count_targets(inputs["labels"]).to(loss)
-        self._evaluated = self._evaluated.to(loss) + torch.stack([loss * tokens, tokens])
+        items = denominator(inputs, self.average).to(loss)
+        self._evaluated = self._evaluated.to(loss) + torch.stack([loss * items, items])
         return loss, None, None
 
     def evaluation_loop(
@@ -322,13 +332,13 @@ class KDTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss weighted by tokens and not by batches."""
+        """As the Trainer's, with the loss averaged over tokens (or sequences) and not over batches."""
         self._evaluated = torch.zeros(2)
         result = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
-        total, tokens = sum_over_ranks(self.accelerator, self._evaluated).tolist()
-        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(tokens, 1.0)}
+        total, items = sum_over_ranks(self.accelerator, self._evaluated).tolist()
+        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
         return result._replace(metrics=metrics)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -92,11 +95,11 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
 
     models = [str(teacher), str(tmp_path / "whole" / "train" / "model")]
     command = [*models, "--data", "builtin", "--directions", "en-de", "de-en", "--limit", "3", "--prompt", "tiny",
-               "--max-new-tokens", "6", "--similar-to", models[0], "--output", str(tmp_path / "evaluation")]  # fmt: skip
+               "--max-new-tokens", "6", "--similar-to", models[0], "--output", str(tmp_path / "eval")]  # fmt: skip
     results = script("evaluate").main(command)
     assert results[models[0]]["en-de"]["similarity"]["equal"] == 1.0
     assert set(results[models[1]]["de-en"]["p"]) == {"bleu", "chrf"} and not results[models[0]]["de-en"]["p"]
-    saved = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    saved = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert saved == json.loads(json.dumps(results)) == json.loads(json.dumps(script("evaluate").main(command)))
 
 
@@ -112,6 +115,25 @@ def test_packing_and_instructions(teacher: Path, tmp_path: Path) -> None:
     apart = sum(float((a[name] - b[name]).norm() ** 2) for name in a) ** 0.5
     # Adam divides by a gradient's size: rounding in a tiny one moves its weight
     assert moved > 0.1 and apart < 1e-2 * moved
+
+
+def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
+    """Under torchrun the global batch is divided, and the same model comes out."""
+    pair = (f"teacher={teacher}", f"student={teacher}", "epochs=1", "directions=[de-en]")
+    train("self_evolution_top_k", tmp_path / "one", *pair)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(EXAMPLES / "train.py"), *TINY, str(CONFIGS / "methods" / "self_evolution_top_k.yaml"), *SMALL, *pair,
+        "micro_batch=4", "--output", str(tmp_path / "two"),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "global batch 16 = 2 processes x 4 sentences x 2 steps" in done.stdout
+    start, one, two = (weights(f) for f in (teacher, *(tmp_path / n / "train" / "model" for n in ("one", "two"))))
+    moved = sum(float((one[name] - start[name]).norm() ** 2) for name in one) ** 0.5
+    apart = sum(float((one[name] - two[name]).norm() ** 2) for name in one) ** 0.5
+    assert moved > 0.1 and apart < 1e-3 * moved
 
 
 def test_training_from_a_cache_needs_its_own_rows(teacher: Path, tmp_path: Path) -> None:

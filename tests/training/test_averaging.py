@@ -1,0 +1,80 @@
+"""The mean over sequences: weights, and the trainer's loss and step against plain autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+import fused_kd as fk
+from fused_kd.training.averaging import denominator, sequence_weights
+from fused_kd.training.packing import PackingCollator
+from fused_kd.training.prompts import Collator
+from fused_kd.training.trainer import KDTrainer
+
+ROWS = [
+    {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]},
+    {"input_ids": [1, 4, 2], "labels": [-100, -100, 2]},
+    {"input_ids": [1, 3, 7, 2], "labels": [-100, -100, -100, -100]},
+    {"input_ids": [1, 9, 2], "labels": [-100, 9, 2]},
+]
+
+
+def test_weights_sum_to_one_a_sequence() -> None:
+    padded = Collator(0)(ROWS)
+    expected = torch.zeros(4, 6)
+    expected[0, 1:5], expected[1, 1], expected[3, :2] = 0.25, 1.0, 0.5
+    assert torch.equal(sequence_weights(padded["labels"]), expected)
+    packed = PackingCollator()(ROWS)
+    rows = [row[: len(ROWS[i]["labels"])] for i, row in enumerate(expected)]
+    assert torch.equal(sequence_weights(packed["labels"], packed["position_ids"])[0], torch.cat(rows))
+    for batch in (padded, packed):
+        assert (int(denominator(batch, "sequences")), int(denominator(batch, "tokens"))) == (3, 7)
+
+
+def model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("collator", [Collator(0), PackingCollator()], ids=["padded", "packed"])
+def test_a_step_is_that_of_the_mean_over_sequences(tmp_path: Path, collator) -> None:
+    student, teacher, plain = model(0), model(1), model(0)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
+        learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = KDTrainer(
+        student, teacher, fk.NoEvo(), average="sequences", args=arguments, train_dataset=ROWS, eval_dataset=ROWS,
+        data_collator=collator,
+    )  # fmt: skip
+
+    losses = []
+    for row in ROWS:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        valid = labels >= 0
+        if valid.any():
+            log_q = plain(ids).logits[0, :-1][valid].log_softmax(-1)
+            p = teacher(ids).logits[0, :-1][valid].softmax(-1).detach()
+            target = 0.5 * p + 0.5 * torch.nn.functional.one_hot(labels[valid], 32)
+            losses.append((target * (target.log() - log_q)).sum(-1).mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), rel=1e-5)
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(float(loss), rel=1e-5)
+    for (name, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
+        error = (ours - (theirs - 0.5 * theirs.grad)).norm() / (0.5 * theirs.grad).norm().clamp(min=1e-12)
+        assert error < 1e-4, name
+
+
+def test_unknown_averages(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="average must be 'tokens' or 'sequences', got 'rows'"):
+        KDTrainer(model(0), model(1), fk.NoEvo(), average="rows", args=TrainingArguments(str(tmp_path)))
