@@ -76,6 +76,11 @@ class Problem:
         return replace(self, hidden=z, hidden_t=(self.hidden_t @ self.weight_t.T).detach())
 
 
+def rows_for(objective, backend: str, device: str = "cpu", N: int = 29) -> int:
+    """``N``, but few where Triton's interpreter would sort rows: a second each."""
+    return 7 if objective.name == "adaptive_kl" and (backend, device) == ("triton", "cpu") else N
+
+
 def problem(
     N: int = 29,
     H: int = 24,

@@ -8,7 +8,7 @@ import torch
 import fused_kd as fk
 
 from .budget import ROUNDING, check_budget
-from .problems import NAMES, OBJECTIVES, Problem, gradients, needs_compiler, oracle64, problem, relative
+from .problems import NAMES, OBJECTIVES, Problem, gradients, needs_compiler, oracle64, problem, relative, rows_for
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -32,7 +32,7 @@ def run(p: Problem, objective, backend: str, **options) -> tuple[fk.KDOutput, li
 @pytest.mark.parametrize("std", [1.0, 4.0])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_hidden_fp32(objective, std, near, backend, device):
-    p = problem(std=std, near=near, device=device)
+    p = problem(rows_for(objective, backend, device), std=std, near=near, device=device)
     check_budget(p, objective, *run(p, objective, backend))
 
 
@@ -41,7 +41,7 @@ def test_hidden_fp32(objective, std, near, backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_hidden_low_precision(objective, dtype, near, backend, device):
-    p = problem(std=3.0, near=near, dtype=dtype, device=device)
+    p = problem(rows_for(objective, backend, device), std=3.0, near=near, dtype=dtype, device=device)
     check_budget(p, objective, *run(p, objective, backend))
 
 
@@ -58,7 +58,7 @@ def test_bias_and_chunks_with_short_last(objective, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_logits(objective, dtype, near, backend, device):
-    p = problem(std=3.0, near=near, device=device)
+    p = problem(rows_for(objective, backend, device), std=3.0, near=near, device=device)
     z = (p.hidden @ p.weight.T).detach().to(dtype).requires_grad_()
     z_t = (p.hidden_t @ p.weight_t.T).to(dtype)
     out = fk.kd_loss(z, z_t, p.labels, objective, backend=backend)
