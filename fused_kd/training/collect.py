@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from fused_kd.training.evaluate import similarity
 from fused_kd.training.experiment import Grid, Trial
@@ -131,7 +132,7 @@ def _significance(grid: Grid, group: Sequence[Trial]) -> list[dict[str, Any]]:
     """Kept beside each trial, as a thousand resamples of each metric take a while."""
     base, *others = group
     rows = []
-    for direction in grid.experiment.directions:
+    for direction in tqdm(grid.experiment.directions, desc=f"bootstrap, {base.condition}, seed {base.seed}"):
         files = {t: grid.run.stage(t.name) / f"bootstrap.{direction}.json" for t in others}
         missing = [trial for trial, file in files.items() if not file.exists()]
         if missing:
