@@ -26,8 +26,8 @@ import fused_kd as fk
 from fused_kd.training.data import load_pairs
 from fused_kd.training.noise import misalign
 from fused_kd.training.plots import write_plots
-from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer
-from fused_kd.training.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs
+from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer, threads_for
+from fused_kd.training.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs, training_texts
 from fused_kd.training.report import collect, results_table
 from fused_kd.training.runs import Run, write_json
 from fused_kd.training.specs import parse_objective
@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> dict:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
-    threads = [PRESETS[name].threads for name in (args.teacher, args.student) if name in PRESETS]
-    if args.threads or threads:
-        torch.set_num_threads(args.threads or min(max(threads), os.cpu_count() or 1))
+    if threads := args.threads or threads_for([args.teacher, args.student]):
+        torch.set_num_threads(threads)
     free = ("output", "only", "threads", "preset", "objective")
     run = Run(args.output, {key: value for key, value in vars(args).items() if key not in free})
 
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
         limits = f"[1, {len(train) - 1}] for {len(train)} training pairs"
         raise SystemExit(f"--kd-size must be in {limits}, got {args.kd_size}")
     template = get_prompt(args.prompt)
-    texts = (text for pair in train for text in (template.render(pair.source, args.direction), pair.target))
+    texts = training_texts(template, {args.direction: train})
     with run.lock("tokenizer"):
         tokenizer = shared_tokenizer([args.teacher, args.student], run.stage("tokenizer"), texts, args.vocab)
 

@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from fused_kd.training.collect import collect_results
 from fused_kd.training.config import load_config
-from fused_kd.training.experiment import Experiment, Grid, Job, load_methods, threads_for
+from fused_kd.training.experiment import Experiment, Grid, Job, load_methods
+from fused_kd.training.presets import threads_for
 from fused_kd.training.results import print_tables, write_report
 from fused_kd.training.runs import write_json
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     experiment = load_config(Experiment, files, [text for text in args.config if "=" in text])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if threads := args.threads or threads_for(experiment):
+    if threads := args.threads or threads_for([experiment.teacher.model, experiment.student.model]):
         torch.set_num_threads(threads)
     console = Console()
     grid = Grid(experiment, load_methods(args.methods), args.output)

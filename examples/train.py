@@ -26,9 +26,9 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fused_kd.training.config import load_config
-from fused_kd.training.difficulty import difficulties
-from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer
-from fused_kd.training.prompts import render_sample
+from fused_kd.training.difficulty import with_quantile_gamma
+from fused_kd.training.presets import load_model, shared_tokenizer, threads_for
+from fused_kd.training.prompts import render_sample, training_texts
 from fused_kd.training.recipe import Recipe
 from fused_kd.training.runs import Run
 from fused_kd.training.stages import train_stage
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> dict | None:
         raise ValueError(f"gamma_quantile needs an online teacher, got teacher={recipe.teacher!r}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if any(name in PRESETS for name in recipe.models) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if (threads := threads_for(recipe.models)) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     run = Run(args.output, dataclasses.asdict(recipe))
 
     train = recipe.pairs("train", recipe.train_limit)
-    texts = (t for d, pairs in train.items() for p in pairs for t in (recipe.template.render(p.source, d), p.target))
+    texts = training_texts(recipe.template, train)
     with state.main_process_first():
         tokenizer = shared_tokenizer(recipe.models, run.stage("tokenizer"), texts, recipe.vocab)
     rows = recipe.training_rows(tokenizer, train)
@@ -84,10 +84,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         console.print(f"{cache}")
         data, teacher = cache.rows(rows), lambda: cache
     elif recipe.gamma_quantile is not None:
-        d = difficulties(load(recipe.student), teacher(), rows, tokenizer, spec.objective)
-        gamma = round(float(d.quantile(recipe.gamma_quantile)), 4)
-        console.print(f"Γ = {gamma:.4f}: the {recipe.gamma_quantile:g} quantile of {len(d)} tokens' difficulties")
-        spec = dataclasses.replace(spec, objective=dataclasses.replace(spec.objective, gamma=gamma))
+        models = load(recipe.student), teacher()
+        objective = with_quantile_gamma(spec.objective, recipe.gamma_quantile, *models, rows, tokenizer)
+        console.print(f"Γ = {objective.gamma:.4f}: the {recipe.gamma_quantile:g} quantile of the difficulties")
+        spec = dataclasses.replace(spec, objective=objective)
     student = lambda: recipe.with_adapters(load(recipe.student))  # noqa: E731
     record = train_stage(run, "train", student, teacher, spec, data, tokenizer, settings, valid)
     console.print(f"{record['objective']}: {record['steps']} steps, model in {run.stage('train') / 'model'}")

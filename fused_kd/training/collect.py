@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from fused_kd.training.evaluate import similarity
 from fused_kd.training.experiment import Grid, Trial
+from fused_kd.training.report import environment
 from fused_kd.training.runs import read_json, read_lines, write_json
 from fused_kd.training.significance import paired_bootstrap
 
@@ -24,12 +23,6 @@ def collect_results(grid: Grid) -> dict[str, Any]:
     the similarity to the teacher's own output, history) and ``significance`` (paired bootstrap against the baseline
     of the same condition and seed).
     """
-    import sacrebleu
-    import transformers
-
-    import fused_kd
-
-    modules = (fused_kd, torch, transformers, sacrebleu)
     finished = [trial for trial in grid.trials if grid.done(trial.name)]
     pretrained = {name: _scores(grid, name) for name in ("teacher", "student") if grid.done(name)}
     first = next((score for scores in pretrained.values() for score in scores.values()), {})
@@ -37,11 +30,7 @@ def collect_results(grid: Grid) -> dict[str, Any]:
     names = dict.fromkeys(trial.method for trial in grid.trials)
     return {
         "settings": dataclasses.asdict(e),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        **environment(),
         "directions": list(e.directions),
         "signatures": {metric: first.get(f"{metric}_signature") for metric in ("bleu", "chrf")},
         "baseline": e.baseline,

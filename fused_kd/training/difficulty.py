@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,19 @@ from fused_kd.training.prompts import LABEL_PAD, Collator, PairDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def with_quantile_gamma(
+    objective: Objective,
+    quantile: float,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """The objective with Γ at a quantile of the rows' :func:`difficulties`, rounded to four digits."""
+    gamma = float(difficulties(student, teacher, rows, tokenizer, objective).quantile(quantile))
+    return dataclasses.replace(objective, gamma=round(gamma, 4))  # type: ignore[call-arg]
 
 
 @torch.no_grad()

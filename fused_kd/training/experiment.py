@@ -7,7 +7,6 @@ distillation set. Several processes may work on one folder: a job that another o
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ import torch
 
 from fused_kd.training.cache_writer import write_cache
 from fused_kd.training.config import load_config
-from fused_kd.training.data import Pair, load_pairs
-from fused_kd.training.difficulty import difficulties
+from fused_kd.training.data import Pair, load_directions
+from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.noise import misalign
-from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer
-from fused_kd.training.prompts import PairDataset, concatenate, get_prompt, tokenize_pairs
+from fused_kd.training.presets import load_model, shared_tokenizer
+from fused_kd.training.prompts import PairDataset, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.runs import Run
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
@@ -62,8 +61,7 @@ class Method:
 
     @property
     def spec(self) -> ObjectiveSpec:
-        spec = parse_objective(self.objective)
-        return dataclasses.replace(spec, beta_schedule=self.beta_schedule or spec.beta_schedule)
+        return parse_objective(self.objective, self.beta_schedule)
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ class Grid:
     @cached_property
     def train(self) -> dict[str, list[Pair]]:
         e = self.experiment
-        pairs = {d: load_pairs(e.data, "train", d, limit=e.train_limit) for d in e.directions}
+        pairs = load_directions(e.data, "train", e.directions, limit=e.train_limit)
         most = max(c.sentences for c in e.conditions.values())
         if most >= min(map(len, pairs.values())):
             shortest = min(map(len, pairs.values()))
@@ -260,23 +258,18 @@ class Grid:
     def tests(self) -> dict[str, list[Pair]]:
         """The test set of each direction."""
         e = self.experiment
-        return {d: load_pairs(e.data, e.test, d, limit=e.test_limit) for d in e.directions}
+        return load_directions(e.data, e.test, e.directions, limit=e.test_limit)
 
     @cached_property
     def valid(self) -> PairDataset:
         e = self.experiment
-        return self._rows({d: load_pairs(e.data, e.valid, d, limit=e.valid_limit) for d in e.directions})
+        return self._rows(load_directions(e.data, e.valid, e.directions, limit=e.valid_limit))
 
     @cached_property
     def tokenizer(self) -> Any:
         names = [self.experiment.teacher.model, self.experiment.student.model]
         with self.run.lock("tokenizer"):
-            texts = (
-                text
-                for direction, pairs in self.train.items()
-                for pair in pairs
-                for text in (self.template.render(pair.source, direction), pair.target)
-            )
+            texts = training_texts(self.template, self.train)
             return shared_tokenizer(names, self.run.stage("tokenizer"), texts, self.experiment.vocab)
 
     def model(self, name: str, seed: int = 0) -> Any:
@@ -289,8 +282,7 @@ class Grid:
         return self._rows({d: misalign(pairs[-c.sentences :], c.noise, seed) for d, pairs in self.train.items()})
 
     def _rows(self, pairs: dict[str, list[Pair]]) -> PairDataset:
-        longest = self.experiment.max_length
-        return concatenate([tokenize_pairs(self.tokenizer, self.template, p, d, longest) for d, p in pairs.items()])
+        return tokenize_directions(self.tokenizer, self.template, pairs, self.experiment.max_length)
 
     def _pretrain(self, name: str) -> None:
         plan: Pretraining = getattr(self.experiment, name)
@@ -325,9 +317,9 @@ class Grid:
             changed = dataclasses.replace(spec.objective, **{trial.parameter: trial.value})  # type: ignore[arg-type]
             spec = dataclasses.replace(spec, objective=changed)
         if method.gamma_quantile is not None:
-            d = difficulties(student(), self.model("teacher"), rows, self.tokenizer, spec.objective)
-            gamma = round(float(d.quantile(method.gamma_quantile)), 4)
-            spec = dataclasses.replace(spec, objective=dataclasses.replace(spec.objective, gamma=gamma))  # type: ignore[call-arg]
+            models = student(), self.model("teacher")
+            changed = with_quantile_gamma(spec.objective, method.gamma_quantile, *models, rows, self.tokenizer)
+            spec = dataclasses.replace(spec, objective=changed)
         settings = Settings(c.epochs, c.learning_rate, batch_size=c.batch, seed=trial.seed, select=method.select)
         teacher: Callable[[], Any] = lambda: self.model("teacher")  # noqa: E731
         data: Any = rows
@@ -348,9 +340,3 @@ def _no_teacher() -> Any:
 def load_methods(folder: str | Path) -> dict[str, Method]:
     """One method a YAML file of ``folder``, by the file's stem."""
     return {path.stem: load_config(Method, [path]) for path in sorted(Path(folder).glob("*.yaml"))}
-
-
-def threads_for(experiment: Experiment) -> int | None:
-    """The CPU threads that suit the presets of a pair; None where neither is one."""
-    known = [PRESETS[m.model].threads for m in (experiment.teacher, experiment.student) if m.model in PRESETS]
-    return min(max(known), os.cpu_count() or 1) if known else None

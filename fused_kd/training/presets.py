@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ PRESETS = {
     "small-teacher": ModelPreset(hidden_size=224, layers=4, heads=4, intermediate_size=608),
     "small-student": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
 }
+
+
+def threads_for(names: Iterable[str]) -> int | None:
+    """The CPU threads that suit the presets among these models; None where none is one."""
+    known = [PRESETS[name].threads for name in names if name in PRESETS]
+    return min(max(known), os.cpu_count() or 1) if known else None
 
 
 def load_model(

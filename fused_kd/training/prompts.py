@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -232,6 +232,24 @@ def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
         skipped=sum(dataset.skipped for dataset in datasets),
         truncated=sum(dataset.truncated for dataset in datasets),
     )
+
+
+def tokenize_directions(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | str,
+    pairs: Mapping[str, Sequence[Pair]],
+    max_length: int,
+) -> PairDataset:
+    """`tokenize_pairs` for each direction's pairs, as one data set."""
+    return concatenate([tokenize_pairs(tokenizer, template, p, d, max_length) for d, p in pairs.items()])
+
+
+def training_texts(template: PromptTemplate, pairs: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+    """Every prompt and response of each direction's pairs, to train a tokenizer on."""
+    for direction, found in pairs.items():
+        for pair in found:
+            yield template.render(pair.source, direction)
+            yield pair.target
 
 
 @dataclass(frozen=True)

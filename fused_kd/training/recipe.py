@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fused_kd.training.data import Pair, load_pairs, parse_direction
+from fused_kd.training.data import Pair, load_directions, parse_direction
 from fused_kd.training.instructions import load_instructions, tokenize_instructions
-from fused_kd.training.prompts import PairDataset, PromptTemplate, concatenate, get_prompt, tokenize_pairs
+from fused_kd.training.prompts import PairDataset, PromptTemplate, concatenate, get_prompt, tokenize_directions
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings
 from fused_kd.training.trainer import BetaSchedule
@@ -110,8 +110,7 @@ class Recipe:
 
     @property
     def spec(self) -> ObjectiveSpec:
-        spec = parse_objective(self.objective)
-        return ObjectiveSpec(spec.text, spec.objective, self.beta_schedule or spec.beta_schedule)
+        return parse_objective(self.objective, self.beta_schedule)
 
     @property
     def needs_teacher(self) -> bool:
@@ -161,11 +160,11 @@ class Recipe:
 
     def pairs(self, split: str, limit: int | None) -> dict[str, list[Pair]]:
         """The parallel text of each direction."""
-        return {d: load_pairs(self.data, split, d, limit=limit, skip_bad=self.skip_bad) for d in self.directions}
+        return load_directions(self.data, split, self.directions, limit=limit, skip_bad=self.skip_bad)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[Pair]]) -> PairDataset:
         """All directions as one set."""
-        return concatenate([tokenize_pairs(tokenizer, self.template, p, d, self.max_length) for d, p in pairs.items()])
+        return tokenize_directions(tokenizer, self.template, pairs, self.max_length)
 
     def training_rows(self, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[Pair]]) -> PairDataset:
         """:meth:`rows`, and the instructions after them."""

@@ -14,30 +14,37 @@ from fused_kd.training.runs import Run, read_json
 COLUMNS = ("stage", "objective", "parameters", "steps", "minutes", "BLEU", "chrF")
 
 
+def environment() -> dict[str, Any]:
+    """``versions`` and ``machine``."""
+    import sacrebleu
+    import transformers
+
+    import fused_kd
+
+    modules = (fused_kd, torch, transformers, sacrebleu)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
+        "machine": {"device": device, "cpu_threads": torch.get_num_threads()},
+    }
+
+
 def collect(run: Run, phases: Mapping[str, str], arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments, versions, machine, and each trained stage's record with its scores (None before
     translation).
 
     ``phases`` maps stages, in the table's order, to "pretraining" or "distillation".
     """
-    import sacrebleu
-    import transformers
-
-    import fused_kd
-
     stages = {}
     for name, phase in phases.items():
         training = read_json(run.stage(name) / "training.json")
         if training is not None:
             scores = (read_json(run.stage(name) / "scores.json") or {}).get(arguments["direction"])
             stages[name] = {"phase": phase, **training, "scores": scores}
-    modules = (fused_kd, torch, transformers, sacrebleu)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "arguments": arguments,
         "seed": arguments["seed"],
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
-        "machine": {"device": device, "cpu_threads": torch.get_num_threads()},
+        **environment(),
         "stages": stages,
     }
 

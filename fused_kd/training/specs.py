@@ -25,10 +25,11 @@ class ObjectiveSpec:
         return re.sub(r"[^\w.=-]+", "-", self.text)
 
 
-def parse_objective(text: str) -> ObjectiveSpec:
+def parse_objective(text: str, beta_schedule: BetaSchedule | None = None) -> ObjectiveSpec:
     """``name`` or ``name:key=value,...``; keys are the objective's parameters, and ``beta_warmup``.
 
-    ``beta_warmup=0.3`` moves β linearly from 1 to the objective's value over the first 30 % of the steps.
+    ``beta_warmup=0.3`` moves β linearly from 1 to the objective's value over the first 30 % of the steps; a
+    ``beta_schedule`` goes before it.
 
     Raises:
         ValueError: an unknown name or key, a value that is no number or out of range; the message names the
@@ -53,4 +54,4 @@ def parse_objective(text: str) -> ObjectiveSpec:
             raise ValueError(f"{text!r}: {key} must be a number, got {value!r}") from error
     warmup = values.pop("beta_warmup", None)
     schedule = None if warmup is None else BetaSchedule(fraction=warmup)
-    return ObjectiveSpec(text, fk.OBJECTIVES[name](**values), schedule)
+    return ObjectiveSpec(text, fk.OBJECTIVES[name](**values), beta_schedule or schedule)

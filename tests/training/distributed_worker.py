@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -26,8 +25,9 @@ import fused_kd as fk
 from fused_kd.training.prompts import Collator
 from fused_kd.training.runs import last_checkpoint
 from fused_kd.training.trainer import KDTrainer
+from tests.training.tiny import rows
+from tests.training.tiny import tiny as tiny_model
 
-VOCAB = 61
 ZERO3 = {
     "zero_optimization": {
         "stage": 3,
@@ -43,34 +43,7 @@ ZERO3 = {
 
 
 def tiny(hidden: int, seed: int, tied: bool = False, dropout: float = 0.0) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            tie_word_embeddings=tied,
-            attention_dropout=dropout,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    with torch.no_grad():  # peaked outputs, so that easy and hard tokens both occur
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    rng = random.Random(seed)
-    made = []
-    for _ in range(count):
-        ids = [rng.randrange(3, VOCAB) for _ in range(rng.randint(5, 14))]
-        prompt = rng.randint(0, 4)
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
+    return tiny_model(hidden, seed, layers=2, tie_word_embeddings=tied, attention_dropout=dropout)
 
 
 def with_lora(model: transformers.PreTrainedModel) -> Any:

@@ -13,7 +13,8 @@ peft = pytest.importorskip("peft")
 
 import fused_kd as fk  # noqa: E402
 from tests.training.distributed_worker import tiny, with_lora  # noqa: E402
-from tests.training.test_trainer import assert_same_weights, plain_training, rows, trainer, weights  # noqa: E402
+from tests.training.test_trainer import assert_same_weights, plain_training, trainer, weights  # noqa: E402
+from tests.training.tiny import rows  # noqa: E402
 
 OPTIONS = {
     "max_steps": 4,

@@ -14,7 +14,8 @@ import fused_kd as fk  # noqa: E402
 from fused_kd.training.packing import PackingCollator  # noqa: E402
 from fused_kd.training.prompts import Collator  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
-from tests.training.distributed_worker import Cache, rows, tiny, with_top_k  # noqa: E402
+from tests.training.distributed_worker import Cache, tiny, with_top_k  # noqa: E402
+from tests.training.tiny import rows  # noqa: E402
 
 
 def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bool = False) -> tuple[dict, list[float]]:

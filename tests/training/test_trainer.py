@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,37 +20,7 @@ from fused_kd.training.distributed import check_engine, hard_threshold, is_cache
 from fused_kd.training.prompts import Collator  # noqa: E402
 from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs  # noqa: E402
 from fused_kd.training.trainer import BetaSchedule, KDTrainer  # noqa: E402
-
-VOCAB = 61
-
-
-def tiny(hidden: int, seed: int, vocab: int = VOCAB) -> transformers.PreTrainedModel:
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    with torch.no_grad():  # peaked outputs, so that easy and hard tokens both occur
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    rng = random.Random(seed)
-    made = []
-    for _ in range(count):
-        ids = [rng.randrange(3, VOCAB) for _ in range(rng.randint(5, 14))]
-        prompt = rng.randint(0, 4)  # a first label without a prediction must not count
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
+from tests.training.tiny import VOCAB, rows, tiny  # noqa: E402
 
 
 def trainer(
