@@ -23,11 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import fused_kd as fk
-from fused_kd.training.data import load_pairs
-from fused_kd.training.noise import misalign
+from fused_kd.training.data.noise import misalign
+from fused_kd.training.data.pairs import load_pairs
+from fused_kd.training.data.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs, training_texts
 from fused_kd.training.plots import write_plots
 from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer, threads_for
-from fused_kd.training.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs, training_texts
 from fused_kd.training.report import collect, results_table
 from fused_kd.training.runs import Run, write_json
 from fused_kd.training.specs import parse_objective

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from fused_kd.training.aggregate import HIGHER, LOWER
-from fused_kd.training.comet import comet_scores
-from fused_kd.training.data import load_pairs
-from fused_kd.training.evaluate import similarity, translate
+from fused_kd.training.data.pairs import load_pairs
+from fused_kd.training.data.prompts import PROMPTS, get_prompt
+from fused_kd.training.evaluation.comet import comet_scores
+from fused_kd.training.evaluation.evaluate import similarity, translate
+from fused_kd.training.evaluation.significance import ALPHA, Comparison, paired_bootstrap
+from fused_kd.training.grid.aggregate import HIGHER, LOWER
 from fused_kd.training.presets import load_model, load_tokenizer
-from fused_kd.training.prompts import PROMPTS, get_prompt
 from fused_kd.training.runs import Run, read_json, read_lines, write_json, write_lines
-from fused_kd.training.significance import ALPHA, Comparison, paired_bootstrap
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

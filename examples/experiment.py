@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from fused_kd.training.collect import collect_results
 from fused_kd.training.config import load_config
-from fused_kd.training.experiment import Experiment, Grid, Job, load_methods
+from fused_kd.training.grid.collect import collect_results
+from fused_kd.training.grid.experiment import Experiment, Grid, Job, load_methods
+from fused_kd.training.grid.results import print_tables, write_report
 from fused_kd.training.presets import threads_for
-from fused_kd.training.results import print_tables, write_report
 from fused_kd.training.runs import write_json
 
 METHODS = Path(__file__).parent / "configs" / "methods"

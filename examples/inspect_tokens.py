@@ -17,13 +17,13 @@ from rich.progress import track
 from transformers.utils import logging
 
 import fused_kd as fk
-from fused_kd.training.data import load_pairs
+from fused_kd.training.data.pairs import load_pairs
+from fused_kd.training.data.prompts import PROMPTS, tokenize_pairs
+from fused_kd.training.evaluation.token_view import checkpoint_labels, token_difficulties
+from fused_kd.training.evaluation.token_view_render import render_html, render_terminal
 from fused_kd.training.presets import load_model, load_tokenizer
-from fused_kd.training.prompts import PROMPTS, tokenize_pairs
 from fused_kd.training.runs import write_text
 from fused_kd.training.specs import parse_objective
-from fused_kd.training.token_view import checkpoint_labels, token_difficulties
-from fused_kd.training.token_view_render import render_html, render_terminal
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,14 +25,14 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging
 
+from fused_kd.training.cache.teacher_cache import TeacherCache
 from fused_kd.training.config import load_config
-from fused_kd.training.difficulty import with_quantile_gamma
+from fused_kd.training.data.prompts import render_sample, training_texts
+from fused_kd.training.evaluation.difficulty import with_quantile_gamma
 from fused_kd.training.presets import load_model, shared_tokenizer, threads_for
-from fused_kd.training.prompts import render_sample, training_texts
 from fused_kd.training.recipe import Recipe
 from fused_kd.training.runs import Run
 from fused_kd.training.stages import train_stage
-from fused_kd.training.teacher_cache import TeacherCache
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

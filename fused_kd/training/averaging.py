@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from fused_kd.training.prompts import LABEL_PAD
+from fused_kd.training.data.prompts import LABEL_PAD
 
 Average = Literal["tokens", "sequences"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithFlattening
 
+from fused_kd.training.data.prompts import Collator
 from fused_kd.training.distributed import TEACHER_COLUMNS
-from fused_kd.training.prompts import Collator
 
 
 class PackingCollator(DataCollatorWithFlattening):

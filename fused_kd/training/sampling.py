@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fused_kd.training.averaging import count_targets
+from fused_kd.training.data.prompts import LABEL_PAD
 from fused_kd.training.distributed import TEACHER_COLUMNS
-from fused_kd.training.prompts import LABEL_PAD
 
 
 class _Epochs(Sampler[int]):

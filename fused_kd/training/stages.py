@@ -14,11 +14,11 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fused_kd.training.averaging import Average
-from fused_kd.training.data import Pair
-from fused_kd.training.evaluate import translate
+from fused_kd.training.data.pairs import Pair
+from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate
+from fused_kd.training.evaluation.evaluate import translate
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
-from fused_kd.training.prompts import Collator, PairDataset, PromptTemplate
 from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json, write_lines
 from fused_kd.training.specs import ObjectiveSpec
 from fused_kd.training.trainer import KDTrainer

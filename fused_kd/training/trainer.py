@@ -17,6 +17,7 @@ import fused_kd as fk
 from fused_kd.integrations.transformers import check_head_module, check_lm_head, common_vocab_size, route_head_loss
 from fused_kd.objectives import Objective
 from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
+from fused_kd.training.data.prompts import LABEL_PAD
 from fused_kd.training.distributed import (
     TEACHER_COLUMNS,
     CachedTeacher,
@@ -30,7 +31,6 @@ from fused_kd.training.distributed import (
     top_k_of,
 )
 from fused_kd.training.metrics import RunningMetrics
-from fused_kd.training.prompts import LABEL_PAD
 from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 
 DEFAULT_GAMMA = 0.4
@@ -139,7 +139,7 @@ class KDTrainer(Trainer):
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError(
                 "compute_metrics must be None: evaluation computes no logits to pass to it; "
-                "score generated text with fused_kd.training.evaluate"
+                "score generated text with fused_kd.training.evaluation.evaluate"
             )
         self.cache: Any = teacher if is_cached(teacher) else None
         self.teacher: Any = cast(Any, None if self.cache is not None else teacher)

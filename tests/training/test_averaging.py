@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import fused_kd as fk
 from fused_kd.training.averaging import denominator, sequence_weights
+from fused_kd.training.data.prompts import Collator
 from fused_kd.training.packing import PackingCollator
-from fused_kd.training.prompts import Collator
 from fused_kd.training.trainer import KDTrainer
 
 ROWS = [

@@ -12,12 +12,12 @@ import pytest
 for library in ("transformers", "tokenizers", "rich", "tqdm"):
     pytest.importorskip(library)
 
-from fused_kd.training import cache_writer  # noqa: E402
-from fused_kd.training.data import Pair, load_pairs  # noqa: E402
-from fused_kd.training.noise import misalign  # noqa: E402
+from fused_kd.training.cache import writer  # noqa: E402
+from fused_kd.training.cache.teacher_cache import CachedRows, target_positions  # noqa: E402
+from fused_kd.training.data.noise import misalign  # noqa: E402
+from fused_kd.training.data.pairs import Pair, load_pairs  # noqa: E402
+from fused_kd.training.data.prompts import tokenize_pairs  # noqa: E402
 from fused_kd.training.presets import train_tokenizer  # noqa: E402
-from fused_kd.training.prompts import tokenize_pairs  # noqa: E402
-from fused_kd.training.teacher_cache import CachedRows, target_positions  # noqa: E402
 
 from .caching import files, model  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_script(script, tmp_path: Path, capsys, monkeypatch) -> None:
     assert all(len(cached[i]["teacher_indices"]) == len(target_positions(expected[i]["labels"])) for i in range(10))
 
     before = files(tmp_path / "cache")
-    monkeypatch.setattr(cache_writer, "hidden_states", None)  # nothing is left to run
+    monkeypatch.setattr(writer, "hidden_states", None)  # nothing is left to run
     script.main(command)
     assert files(tmp_path / "cache") == before
     with pytest.raises(ValueError, match="made with other arguments"):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.training import comet
-from fused_kd.training.comet import CometScores, comet_scores
+from fused_kd.training.evaluation import comet
+from fused_kd.training.evaluation.comet import CometScores, comet_scores
 
 # What the package does: INFO messages on at import; a KeyError for every failed download; scores in the order of the
 # samples, as floats, in an object with attributes; lines on standard output.

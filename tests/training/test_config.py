@@ -10,7 +10,7 @@ import pytest
 
 import fused_kd as fk
 from fused_kd.training.config import load_config
-from fused_kd.training.experiment import Experiment, load_methods
+from fused_kd.training.grid.experiment import Experiment, load_methods
 from fused_kd.training.recipe import LoRA, Recipe
 from fused_kd.training.trainer import BetaSchedule
 

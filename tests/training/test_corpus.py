@@ -10,10 +10,10 @@ from itertools import islice, pairwise
 
 import pytest
 
-from fused_kd.training import lexicon as lex
-from fused_kd.training.corpus import SIZES, toy_corpus
-from fused_kd.training.grammar import sentences
-from fused_kd.training.inflection import (
+from fused_kd.training.data import lexicon as lex
+from fused_kd.training.data.corpus import SIZES, toy_corpus
+from fused_kd.training.data.grammar import sentences
+from fused_kd.training.data.inflection import (
     BARE,
     EIN,
     MIXED,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.training.data import (
+from fused_kd.training.data.pairs import (
     Pair,
     find_split,
     language_name,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd.training.data import Pair
-from fused_kd.training.evaluate import generate, score, similarity, translate
-from fused_kd.training.prompts import encode_prompts, get_prompt
+from fused_kd.training.data.pairs import Pair
+from fused_kd.training.data.prompts import encode_prompts, get_prompt
+from fused_kd.training.evaluation.evaluate import generate, score, similarity, translate
 
 from .byte_level import make_tokenizer
 

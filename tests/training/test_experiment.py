@@ -17,11 +17,11 @@ import yaml
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
-from fused_kd.training.collect import collect_results
 from fused_kd.training.config import build
-from fused_kd.training.difficulty import difficulties
-from fused_kd.training.experiment import Experiment, Grid, Trial, load_methods
-from fused_kd.training.prompts import Collator
+from fused_kd.training.data.prompts import Collator
+from fused_kd.training.evaluation.difficulty import difficulties
+from fused_kd.training.grid.collect import collect_results
+from fused_kd.training.grid.experiment import Experiment, Grid, Trial, load_methods
 
 ROOT = Path(__file__).parents[2]
 METHODS = load_methods(ROOT / "examples" / "configs" / "methods")

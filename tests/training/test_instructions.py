@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.training.data import Pair
-from fused_kd.training.instructions import Instruction, load_instructions, tokenize_instructions
-from fused_kd.training.prompts import concatenate, encode_prompts, render_sample, tokenize_pairs
+from fused_kd.training.data.instructions import Instruction, load_instructions, tokenize_instructions
+from fused_kd.training.data.pairs import Pair
+from fused_kd.training.data.prompts import concatenate, encode_prompts, render_sample, tokenize_pairs
 
 from .byte_level import make_tokenizer
 

@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
+from fused_kd.training.data.prompts import Collator  # noqa: E402
 from fused_kd.training.packing import PackingCollator  # noqa: E402
-from fused_kd.training.prompts import Collator  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
 from tests.training.distributed_worker import Cache, tiny, with_top_k  # noqa: E402
 from tests.training.tiny import rows  # noqa: E402

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.training.data import Pair, find_split, load_pairs
+from fused_kd.training.data.pairs import Pair, find_split, load_pairs
 
 from .test_data import PAIRS, ROWS, lines, write
 

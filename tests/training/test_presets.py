@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from fused_kd.training.data import Pair
-from fused_kd.training.noise import misalign
+from fused_kd.training.data.noise import misalign
+from fused_kd.training.data.pairs import Pair
 from fused_kd.training.presets import (
     BOS,
     EOS,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd.training.data import Pair
-from fused_kd.training.prompts import (
+from fused_kd.training.data.pairs import Pair
+from fused_kd.training.data.prompts import (
     PROMPTS,
     Collator,
     PairDataset,

@@ -19,15 +19,15 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from fused_kd.training import figures
-from fused_kd.training.aggregate import (
+from fused_kd.training.grid import figures
+from fused_kd.training.grid.aggregate import (
     comparisons,
     load_results,
     sweeps,
     swept_parameters,
     trained_runs,
 )
-from fused_kd.training.results import main, print_tables, results_table, write_report
+from fused_kd.training.grid.results import main, print_tables, results_table, write_report
 
 DIRECTIONS = ["de-en", "en-de", "cs-en", "en-cs"]
 LABELS = {
@@ -372,7 +372,13 @@ def test_command_line(tmp_path: Path, capsys) -> None:
     results = small([(0, 1.0, 0.01), (1, 0.5, 0.01)])
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert load_results(tmp_path / "results.json") == results
-    command = [sys.executable, "-m", "fused_kd.training.results", str(tmp_path / "results.json"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "fused_kd.training.grid.results",
+        str(tmp_path / "results.json"),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "error"})
     assert done.returncode == 0, done.stderr
     written = write_report(results, tmp_path / "again")

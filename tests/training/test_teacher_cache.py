@@ -18,11 +18,11 @@ pytest.importorskip("tqdm")
 
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
-from fused_kd.training import cache_writer  # noqa: E402
-from fused_kd.training.cache_codes import id_dtype  # noqa: E402
-from fused_kd.training.cache_writer import top_k_log_probs, write_cache, write_lists  # noqa: E402
-from fused_kd.training.prompts import Collator  # noqa: E402
-from fused_kd.training.teacher_cache import TeacherCache, fingerprint_teacher  # noqa: E402
+from fused_kd.training.cache import writer  # noqa: E402
+from fused_kd.training.cache.codes import id_dtype  # noqa: E402
+from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_teacher  # noqa: E402
+from fused_kd.training.cache.writer import top_k_log_probs, write_cache, write_lists  # noqa: E402
+from fused_kd.training.data.prompts import Collator  # noqa: E402
 
 from .caching import VOCAB, Words, files, model, rows, write  # noqa: E402
 
@@ -166,13 +166,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.training import caching as t
-calls, run = [], t.cache_writer.hidden_states
+calls, run = [], t.writer.hidden_states
 def dying(*args, **kwargs):
     calls.append(1)
     if len(calls) == 4:  # two batches a shard of four rows: in the middle of the second shard
         os.kill(os.getpid(), signal.SIGKILL)
     return run(*args, **kwargs)
-t.cache_writer.hidden_states = dying
+t.writer.hidden_states = dying
 t.write(Path(sys.argv[1]))
 """
 
@@ -191,8 +191,8 @@ def test_killed_and_resumed_gives_the_same_files(finished: Path, tmp_path: Path,
     (folder / "shards" / "00001.safetensors.123.partial").write_bytes(b"torn")
     (folder / "index.json.123.partial").write_bytes(b"{")
     calls: list[int] = []
-    run = cache_writer.hidden_states
-    monkeypatch.setattr(cache_writer, "hidden_states", lambda *a, **k: calls.append(1) or run(*a, **k))
+    run = writer.hidden_states
+    monkeypatch.setattr(writer, "hidden_states", lambda *a, **k: calls.append(1) or run(*a, **k))
     write(folder)
     assert kept.stat().st_mtime_ns == written and len(calls) == 2 + 1, "finished shards must be kept"
     assert files(folder) == files(finished)
@@ -205,7 +205,7 @@ def test_shard_that_the_index_does_not_know(finished: Path, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "write_json", die)
+        patch.setattr(writer, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path)
     assert (tmp_path / "shards" / "00000.safetensors").is_file() and not (tmp_path / "index.json").exists()
@@ -354,7 +354,7 @@ def test_bad_tail_and_small_head(finished: Path, tmp_path: Path) -> None:
 
 
 def test_broken_teacher_is_not_stored(tmp_path: Path, monkeypatch) -> None:
-    run = cache_writer.hidden_states
-    monkeypatch.setattr(cache_writer, "hidden_states", lambda *a, **k: run(*a, **k) * math.nan)
+    run = writer.hidden_states
+    monkeypatch.setattr(writer, "hidden_states", lambda *a, **k: run(*a, **k) * math.nan)
     with pytest.raises(ValueError, match="rows 0 to 3: log_probs of token 0"):
         write(tmp_path)

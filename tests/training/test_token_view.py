@@ -23,11 +23,11 @@ from rich.console import Console  # noqa: E402
 
 import fused_kd as fk  # noqa: E402
 from fused_kd.reference import reference_rows  # noqa: E402
-from fused_kd.training import token_view, token_view_render  # noqa: E402
-from fused_kd.training.data import Pair  # noqa: E402
-from fused_kd.training.prompts import LABEL_PAD, tokenize_pairs  # noqa: E402
-from fused_kd.training.token_view import SentenceView, TokenView, checkpoint_labels, token_difficulties  # noqa: E402
-from fused_kd.training.token_view_render import render_html, render_terminal  # noqa: E402
+from fused_kd.training.data.pairs import Pair  # noqa: E402
+from fused_kd.training.data.prompts import LABEL_PAD, tokenize_pairs  # noqa: E402
+from fused_kd.training.evaluation import token_view, token_view_render  # noqa: E402
+from fused_kd.training.evaluation.token_view import SentenceView, TokenView, checkpoint_labels, token_difficulties  # noqa: E402
+from fused_kd.training.evaluation.token_view_render import render_html, render_terminal  # noqa: E402
 from tests.training.byte_level import make_tokenizer  # noqa: E402
 
 PAIRS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fused_kd.training.data import Pair
+from fused_kd.training.data.pairs import Pair
 
 
 def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:

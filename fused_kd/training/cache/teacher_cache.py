@@ -6,7 +6,7 @@ and ``shards/*.safetensors``, a fixed number of rows each, with the arrays
 - ``offsets`` (rows + 1,) int64: row r has the tokens ``offsets[r]:offsets[r + 1]``, one for each position whose *next*
   label is valid, in order;
 - ``indices`` (tokens, k) uint16 for vocabularies of at most 65536, else int32;
-- ``log_probs`` (tokens, k) fp16 or fp32, or ``codes``, ``top`` and ``span``: see :mod:`fused_kd.training.cache_codes`.
+- ``log_probs`` (tokens, k) fp16 or fp32, or ``codes``, ``top`` and ``span``: see :mod:`fused_kd.training.cache.codes`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fused_kd.inputs import TAILS
-from fused_kd.training.cache_codes import decode
-from fused_kd.training.prompts import LABEL_PAD, PromptTemplate, get_prompt
+from fused_kd.training.cache.codes import decode
+from fused_kd.training.data.prompts import LABEL_PAD, PromptTemplate, get_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ Rows = Sequence[Mapping[str, Any]] | Dataset
 
 
 class TeacherCache:
-    """Reads a cache made by :mod:`fused_kd.training.cache_writer`; shards are memory-mapped.
+    """Reads a cache made by :mod:`fused_kd.training.cache.writer`; shards are memory-mapped.
 
     Args:
         folder: where it lies.

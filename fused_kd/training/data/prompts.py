@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fused_kd.training.data import Pair, language_name, parse_direction
+from fused_kd.training.data.pairs import Pair, language_name, parse_direction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fused_kd.training.evaluation.significance import ALPHA, significant_over_seeds
 from fused_kd.training.runs import read_json
-from fused_kd.training.significance import ALPHA, significant_over_seeds
 
 DEFAULT_BASELINE = "forward_kd"
 AVERAGE = "average"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_kd.training.sources import BUILTIN, Row, canonical_split, check_request, find_file, read_rows, select
+from fused_kd.training.data.sources import BUILTIN, Row, canonical_split, check_request, find_file, read_rows, select
 
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
@@ -69,7 +69,7 @@ def load_pairs(
     Args:
         source: one of
 
-            - ``"builtin"``: the built-in English-German corpus (`fused_kd.training.corpus`);
+            - ``"builtin"``: the built-in English-German corpus (`fused_kd.training.data.corpus`);
             - a directory: the split's file is found by its name (``train``, ``val``/``valid``/``validation``/
               ``dev``, ``test*``; of several test files the first by name). A direction in the name
               (``test.en-de.jsonl.gz``) is respected; a file of the reverse direction serves for train and
@@ -148,7 +148,7 @@ def find_split(directory: Path, split: str, direction: str) -> Path:
 
 
 def _builtin_rows(split: str, languages: tuple[str, str], limit: int | None, shuffled: bool) -> Iterator[Row]:
-    from fused_kd.training.corpus import SIZES, toy_corpus
+    from fused_kd.training.data.corpus import SIZES, toy_corpus
 
     if set(languages) != {"en", "de"}:
         raise ValueError(f"direction={'-'.join(languages)!r}: the built-in corpus has 'en-de' and 'de-en' only")

@@ -15,10 +15,8 @@ from torch import Tensor
 from fused_kd import LMHead
 from fused_kd.engine.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
-from fused_kd.training.cache_codes import DTYPES, encode, id_dtype, mass
-from fused_kd.training.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt
-from fused_kd.training.runs import Run, write_json
-from fused_kd.training.teacher_cache import (
+from fused_kd.training.cache.codes import DTYPES, encode, id_dtype, mass
+from fused_kd.training.cache.teacher_cache import (
     FORMAT,
     INDEX,
     Rows,
@@ -32,6 +30,8 @@ from fused_kd.training.teacher_cache import (
     shard_name,
     target_positions,
 )
+from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt
+from fused_kd.training.runs import Run, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def write_cache(
         rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``.
         k: entries a token, at most the vocabulary's size.
         template: that of the rows' prompts; bound to the cache, not used otherwise.
-        dtype: "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.cache_codes`.
+        dtype: "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.cache.codes`.
         shard_rows: rows a shard, default 1024: what a kill loses at most, and rows of similar length are found among
             them.
         batch_size: rows the teacher runs at once.

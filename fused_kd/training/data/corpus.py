@@ -6,14 +6,14 @@ verb-final subordinate and relative clauses, separable verbs, modals and future 
 perfect with haben and sein, negation with nicht and kein) against plain English. A model must learn these
 rules, since the sentences are far too many to memorise. It is no natural language: some 250 words and simple
 sentences, often of odd meaning, and scores on it say nothing about translation at large. Real data is one
-flag away: `fused_kd.training.data.load_pairs` takes JSON files and hub data sets in its place.
+flag away: `fused_kd.training.data.pairs.load_pairs` takes JSON files and hub data sets in its place.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-from fused_kd.training.grammar import sentences
+from fused_kd.training.data.grammar import sentences
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 MAX_SIZE = 1_000_000

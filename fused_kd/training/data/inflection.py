@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_kd.training import lexicon as lex
+from fused_kd.training.data import lexicon as lex
 
 CASES = ("nom", "acc", "dat")
 

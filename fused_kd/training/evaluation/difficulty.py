@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import fused_kd as fk
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.objectives import Objective
-from fused_kd.training.prompts import LABEL_PAD, Collator, PairDataset
+from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -68,7 +68,7 @@ def comet_scores(
             are empty or of different length; a size out of range. TypeError: an argument of the wrong type.
         RuntimeError: the other interpreter ended without a result.
     """
-    from fused_kd.training.evaluate import check_texts
+    from fused_kd.training.evaluation.evaluate import check_texts
 
     check_texts({"sources": sources, "hypotheses": hypotheses, "references": references})
     for name, value, low, high in (("batch_size", batch_size, 1, None), ("gpus", gpus, 0, 1)):

@@ -1,8 +1,8 @@
 """The tables and the report of a grid of runs, from its ``results.json`` alone.
 
-    python -m fused_kd.training.results RESULTS_JSON FOLDER
+    python -m fused_kd.training.grid.results RESULTS_JSON FOLDER
 
-writes ``results.md``, ``results.csv`` and every figure of `fused_kd.training.figures` again.
+writes ``results.md``, ``results.csv`` and every figure of `fused_kd.training.grid.figures` again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_kd.training import figures
-from fused_kd.training.aggregate import (
+from fused_kd.training.evaluation.significance import ALPHA
+from fused_kd.training.grid import figures
+from fused_kd.training.grid.aggregate import (
     AVERAGE,
     DEFAULT_BASELINE,
     HIGHER,
@@ -40,7 +41,6 @@ from fused_kd.training.aggregate import (
     value,
 )
 from fused_kd.training.runs import write_text
-from fused_kd.training.significance import ALPHA
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -340,7 +340,9 @@ _READING = (
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    parser = argparse.ArgumentParser(prog="python -m fused_kd.training.results", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_kd.training.grid.results", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("results", metavar="RESULTS_JSON")
     parser.add_argument("folder", metavar="FOLDER", help="gets results.md, results.csv and the figures")
     args = parser.parse_args(argv)

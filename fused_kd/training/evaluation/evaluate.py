@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_kd.training.data import Pair, parse_direction
-from fused_kd.training.prompts import PromptTemplate, encode_prompts, get_prompt
+from fused_kd.training.data.pairs import Pair, parse_direction
+from fused_kd.training.data.prompts import PromptTemplate, encode_prompts, get_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

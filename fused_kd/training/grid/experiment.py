@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 import torch
 
-from fused_kd.training.cache_writer import write_cache
+from fused_kd.training.cache.teacher_cache import TeacherCache
+from fused_kd.training.cache.writer import write_cache
 from fused_kd.training.config import load_config
-from fused_kd.training.data import Pair, load_directions
-from fused_kd.training.difficulty import with_quantile_gamma
-from fused_kd.training.noise import misalign
+from fused_kd.training.data.noise import misalign
+from fused_kd.training.data.pairs import Pair, load_directions
+from fused_kd.training.data.prompts import PairDataset, get_prompt, tokenize_directions, training_texts
+from fused_kd.training.evaluation.difficulty import with_quantile_gamma
 from fused_kd.training.presets import load_model, shared_tokenizer
-from fused_kd.training.prompts import PairDataset, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.runs import Run
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
-from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import BetaSchedule
 
 POLL_SECONDS = 5.0

@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fused_kd.training.evaluate import similarity
-from fused_kd.training.experiment import Grid, Trial
+from fused_kd.training.evaluation.evaluate import similarity
+from fused_kd.training.evaluation.significance import paired_bootstrap
+from fused_kd.training.grid.experiment import Grid, Trial
 from fused_kd.training.report import environment
 from fused_kd.training.runs import read_json, read_lines, write_json
-from fused_kd.training.significance import paired_bootstrap
 
 HISTORY = ("step", "loss", "difficulty", "hard_fraction", "beta")
 

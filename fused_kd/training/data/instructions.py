@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fused_kd.training.prompts import WITH_INPUT, WITHOUT_INPUT, PairDataset, tokenize_texts
-from fused_kd.training.sources import BUILTIN, check_request, read_rows, select
+from fused_kd.training.data.prompts import WITH_INPUT, WITHOUT_INPUT, PairDataset, tokenize_texts
+from fused_kd.training.data.sources import BUILTIN, check_request, read_rows, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def load_instructions(
 
     Args:
         source: a directory, a JSON file (lines or one array, plain or gzip) or a hub data set, as in
-            `fused_kd.training.data.load_pairs`; a file without a split in its name (``alpaca_data.json``)
+            `fused_kd.training.data.pairs.load_pairs`; a file without a split in its name (``alpaca_data.json``)
             is divided by a hash of instruction and input.
         split, limit, seed, skip_bad: as in `load_pairs`.
 
@@ -67,7 +67,7 @@ def tokenize_instructions(
     *,
     skip_long: bool = True,
 ) -> PairDataset:
-    """Rows as of `fused_kd.training.prompts.tokenize_pairs`: loss on the output and EOS alone.
+    """Rows as of `fused_kd.training.data.prompts.tokenize_pairs`: loss on the output and EOS alone.
 
     An instruction whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or
     raises with ``skip_long=False``; a longer output is cut at its end.

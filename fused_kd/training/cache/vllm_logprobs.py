@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fused_kd.training.cache_writer import write_lists
-from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.teacher_cache import Rows, TeacherCache, fingerprint_file, target_positions
+from fused_kd.training.cache.teacher_cache import Rows, TeacherCache, fingerprint_file, target_positions
+from fused_kd.training.cache.writer import write_lists
+from fused_kd.training.data.prompts import PromptTemplate, get_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def convert_vllm(
 
     The k largest entries of a token are kept; of a token with fewer, those. Ids beyond the tokenizer's vocabulary (a
     padded head) are left out. The file stands for the teacher: going on needs the same one. Other arguments and errors
-    are those of :func:`fused_kd.training.cache_writer.write_cache`; ``teacher`` is its name, for people.
+    are those of :func:`fused_kd.training.cache.writer.write_cache`; ``teacher`` is its name, for people.
 
     Raises:
         ValueError: too few or too many rows, a row of other tokens, a token without entries, fewer than k of them

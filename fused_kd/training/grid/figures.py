@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_kd.training.aggregate import (
+from fused_kd.training.grid.aggregate import (
     METRICS,
     average,
     average_cell,

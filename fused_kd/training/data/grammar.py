@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
-from fused_kd.training import lexicon as lex
-from fused_kd.training.inflection import (
+from fused_kd.training.data import lexicon as lex
+from fused_kd.training.data.inflection import (
     BARE,
     EIN,
     MIXED,

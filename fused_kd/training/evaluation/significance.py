@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fused_kd.training.evaluate import check_texts
+from fused_kd.training.evaluation.evaluate import check_texts
 
 ALPHA = 0.05
 METRICS = ("bleu", "chrf")

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fused_kd.objectives import Objective
-from fused_kd.training.token_view import SentenceView, TokenView, gamma_of
+from fused_kd.training.evaluation.token_view import SentenceView, TokenView, gamma_of
 
 if TYPE_CHECKING:
     from rich.console import Group

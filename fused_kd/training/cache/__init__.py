@@ -1,0 +1,1 @@
+"""A teacher's top-k lists on disk, and training from them."""

@@ -1,0 +1,1 @@
+"""Translations and their scores, significance, and what is hard for a model."""
