@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,15 @@ def read_lines(path: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     """The file's value, or None where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def fingerprint_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

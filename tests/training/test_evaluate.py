@@ -9,7 +9,8 @@ import torch
 
 from fused_kd.training.data.pairs import Pair
 from fused_kd.training.data.prompts import encode_prompts, get_prompt
-from fused_kd.training.evaluation.evaluate import generate, score, similarity, translate
+from fused_kd.training.evaluation.evaluate import score, similarity, translate
+from fused_kd.training.generation import generate
 
 from .byte_level import make_tokenizer
 

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from fused_kd.inputs import TAILS
 from fused_kd.training.cache.codes import decode
 from fused_kd.training.data.prompts import LABEL_PAD, PromptTemplate, get_prompt
+from fused_kd.training.runs import fingerprint_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -225,15 +226,6 @@ def shard_fault(folder: Path, shard: Mapping[str, Any], *, checksum: bool) -> st
 def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:
     """The positions whose next label is valid, where a model predicts something that carries loss."""
     return np.flatnonzero(np.asarray(labels)[1:] != LABEL_PAD)
-
-
-def fingerprint_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

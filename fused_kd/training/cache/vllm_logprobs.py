@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fused_kd.training.cache.teacher_cache import Rows, TeacherCache, fingerprint_file, target_positions
+from fused_kd.training.cache.teacher_cache import Rows, TeacherCache, target_positions
 from fused_kd.training.cache.writer import write_lists
 from fused_kd.training.data.prompts import PromptTemplate, get_prompt
+from fused_kd.training.runs import fingerprint_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,17 +1,14 @@
-"""Batched generation, BLEU and chrF of what it gives, and how close that is to a teacher's output."""
+"""Translations, their BLEU and chrF, and how close they are to a teacher's output."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from fused_kd.training.data.pairs import Pair, parse_direction
-from fused_kd.training.data.prompts import PromptTemplate, encode_prompts, get_prompt
+from fused_kd.training.data.prompts import PromptTemplate, get_prompt
+from fused_kd.training.generation import generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,97 +90,6 @@ def check_texts(named: Mapping[str, Sequence[str]]) -> None:
         raise ValueError(f"{' and '.join(counts)} are empty: expected at least one of each")
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    progress: bool = True,
-) -> list[str]:
-    """Continuations of the prompts, in their order.
-
-    Batches are made of prompts of similar length, longest first, and padded on the left. Decoding is greedy,
-    or beam search with `num_beams` > 1; sampling settings and penalties in the checkpoint's own generation
-    config are left out, so that every model is decoded alike. The model is in eval mode meanwhile and as it
-    was afterwards.
-
-    Args:
-        model: a causal LM of transformers.
-        tokenizer: its tokenizer; where it has no pad token, EOS pads.
-        prompts: rendered prompts, tokenised as in training (`encode_prompts`), or their token ids.
-        batch_size: prompts a batch.
-        max_new_tokens: most tokens of one continuation, EOS included.
-        num_beams: 1 (default) is greedy.
-        length_penalty: a beam's score is its log-probability / (new tokens ** length_penalty); default 1, the
-            mean a token. Above it longer translations win, below it shorter ones.
-        progress: show a progress bar.
-
-    Returns:
-        One string a prompt, without special tokens, line breaks and outer spaces.
-
-    Raises:
-        ValueError: no prompts, an empty prompt, a size below 1, no EOS token, a length penalty that is not
-            finite or has no beams to rank.
-    """
-    for name, value in (
-        ("batch_size", batch_size),
-        ("max_new_tokens", max_new_tokens),
-        ("num_beams", num_beams),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
-        raise TypeError(f"length_penalty must be a number, got {length_penalty!r}")
-    if not math.isfinite(length_penalty) or (length_penalty != 1 and num_beams == 1):
-        raise ValueError(
-            f"length_penalty={length_penalty}, num_beams={num_beams}: expected a finite number, "
-            "and 1 where there is no beam search"
-        )
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
-    rows = _prompt_ids(tokenizer, prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-
-    from tqdm import tqdm
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=eos,
-        bos_token_id=tokenizer.bos_token_id,
-        use_cache=True,
-    )
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    texts = [""] * len(rows)
-    decoder: Any = model
-    with _decoding(model), tqdm(total=len(rows), desc="translate", unit="sent", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            length = len(rows[batch[0]])
-            padded = [[pad] * (length - len(rows[index])) + rows[index] for index in batch]
-            mask = [[0] * (length - len(rows[index])) + [1] * len(rows[index]) for index in batch]
-            output = decoder.generate(
-                input_ids=torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=config,
-            )
-            for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
-                texts[index] = " ".join(str(tokenizer.decode(ids, skip_special_tokens=True)).split())
-            bar.update(len(batch))
-    return texts
-
-
 def translate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,37 +120,3 @@ def translate(
         progress=progress,
     )
     return hypotheses, score(hypotheses, [pair.target for pair in pairs])
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a list of strings or of token id lists, got one string")
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty: expected at least one")
-    if all(isinstance(prompt, str) for prompt in prompts):
-        rows = encode_prompts(tokenizer, prompts)
-    elif any(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts mixes strings and token id lists: expected one kind")
-    else:
-        rows = [[int(token) for token in prompt] for prompt in prompts]
-    empty = next((index for index, row in enumerate(rows) if not row), None)
-    if empty is not None:
-        raise ValueError(f"prompts[{empty}] has no tokens: expected at least one")
-    return rows
-
-
-@contextmanager
-def _decoding(model: PreTrainedModel) -> Iterator[None]:
-    from transformers import GenerationConfig
-
-    # generate() fills unset options from the model's own config (repetition_penalty, ...)
-    own_config = model.generation_config
-    training = [(module, module.training) for module in model.modules()]
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = own_config
-        for module, mode in training:
-            module.training = mode

@@ -1,0 +1,146 @@
+"""Continuations on disk: their tokens, and the lists that belong to exactly those tokens."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from fused_kd.training.data.prompts import encode_prompts
+from fused_kd.training.generation import Decoding, generate, generate_to
+
+from .byte_level import make_tokenizer
+from .tiny import tiny
+
+TEXTS = ["A dog sees the cat.", "Ein Hund sieht die Katze.", "The old man sleeps in the garden today."]
+PROMPTS = ["A dog", "The old man sleeps in the", "Ein Hund sieht die Katze. A dog sees", "cat", "the garden"]
+K = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny(32, 0, vocab=len(tokenizer) + 5, layers=2).eval()  # a padded head
+
+
+def full_logits(model, prompt, ids):
+    """One unpadded row, no cache: the logits from which each generated token was chosen."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0].double()
+    return logits[len(prompt) - 1 : len(prompt) - 1 + len(ids)]
+
+
+def test_lists_are_those_of_the_generated_tokens(tmp_path, model, tokenizer):
+    made = generate_to(tmp_path, model, tokenizer, PROMPTS, Decoding(2, 7), k=K, dtype="fp32", progress=False)
+    assert len(made) == len(PROMPTS)
+    shifted = 0.0
+    for prompt, generation in zip(encode_prompts(tokenizer, PROMPTS), made, strict=True):
+        expected = full_logits(model, prompt, generation.ids)[:, : len(tokenizer)].log_softmax(-1)
+        values, ids = (x.numpy() for x in expected.topk(K))
+        assert generation.log_probs.shape == generation.indices.shape == (len(generation.ids), K)
+        np.testing.assert_allclose(generation.log_probs, values, atol=2e-5)
+        np.testing.assert_array_equal(generation.indices, ids)
+        np.testing.assert_array_equal(generation.indices[:, 0], generation.ids)  # greedy takes the likeliest
+        if len(generation.ids) > 1:
+            shifted = max(shifted, np.abs(generation.log_probs[1:] - values[:-1]).max())
+    assert shifted > 0.1  # lists of the neighbours would have been seen
+
+
+def test_eos_ends_a_continuation_and_keeps_its_list(tmp_path, model, tokenizer):
+    plain = generate_to(tmp_path / "plain", model, tokenizer, PROMPTS, Decoding(3, 8), k=K, progress=False)
+    stop = plain[0].ids[2]  # a token that is made, as EOS
+    own = tokenizer.eos_token_id, tokenizer.eos_token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+    try:
+        made = generate_to(tmp_path / "eos", model, tokenizer, PROMPTS, Decoding(3, 8), k=K, progress=False)
+    finally:
+        tokenizer.eos_token = own[1]
+    assert tokenizer.eos_token_id == own[0]
+    for before, after in zip(plain, made, strict=True):
+        ids = before.ids[: before.ids.index(stop) + 1] if stop in before.ids else before.ids
+        assert after.ids == ids and after.finished == (stop in before.ids)
+        np.testing.assert_allclose(after.log_probs, before.log_probs[: len(ids)], atol=1e-3)
+    assert made[0].finished and len(made[0].ids) == plain[0].ids.index(stop) + 1
+
+
+def test_texts_are_those_of_generate(tmp_path, model, tokenizer):
+    for beams in (1, 3):
+        texts = generate(model, tokenizer, PROMPTS, max_new_tokens=6, num_beams=beams, progress=False)
+        decoding = Decoding(2, 6, beams)
+        made = generate_to(tmp_path / str(beams), model, tokenizer, PROMPTS, decoding, progress=False)
+        assert [" ".join(text.split()) for text in made.texts()] == texts
+        assert made[0].log_probs is None and made.k is None
+        assert [generation.text for generation in made] == made.texts() == [g.text for g in made[:]]
+
+
+def test_a_kill_loses_one_batch_at_most(tmp_path, model, tokenizer, monkeypatch):
+    whole = generate_to(tmp_path / "whole", model, tokenizer, PROMPTS, Decoding(2, 5), k=K, progress=False)
+    calls, run = [], model.generate
+
+    def dying(**inputs):
+        calls.append(len(inputs["input_ids"]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(**inputs)
+
+    monkeypatch.setattr(model, "generate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        generate_to(tmp_path / "torn", model, tokenizer, PROMPTS, Decoding(2, 5), k=K, progress=False)
+    made = generate_to(tmp_path / "torn", model, tokenizer, PROMPTS, Decoding(2, 5), k=K, progress=False)
+    assert calls == [2, 2, 2, 1]  # the first batch is not made again
+    for part in sorted((tmp_path / "whole" / "batches").glob("0*")):
+        assert part.read_bytes() == (tmp_path / "torn" / "batches" / part.name).read_bytes()
+    assert made.texts() == whole.texts()
+    again = generate_to(tmp_path / "torn", model, tokenizer, PROMPTS, Decoding(2, 5), k=K, progress=False)
+    assert calls == [2, 2, 2, 1] and again[3].ids == whole[3].ids
+
+
+def test_line_separators_in_a_text_do_not_split_it(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *a, **k: "one\u2028two\nthree")
+    made = generate_to(tmp_path, model, tokenizer, PROMPTS, Decoding(2, 2), progress=False)
+    assert made.texts() == ["one\u2028two\nthree"] * len(PROMPTS)
+    lines = (tmp_path / "batches" / "000000.jsonl").read_bytes().decode().split("\n")[:-1]
+    assert [sorted(json.loads(line)) for line in lines] == [["finished", "ids", "index", "text"]] * 2
+
+
+def test_ids_beyond_16_bits_survive(tmp_path):
+    tokenizer = make_tokenizer(TEXTS)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(70_000)])
+    model = tiny(8, 0, vocab=len(tokenizer)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[:65_600] *= 0.01  # the likely tokens lie above
+    made = generate_to(tmp_path, model, tokenizer, PROMPTS[:2], Decoding(2, 3), k=4, progress=False)
+    assert min(generation.indices.min() for generation in made) > 65_535
+    assert all(list(generation.indices[:, 0]) == generation.ids for generation in made)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"k": 0}, "k=0"),
+        ({"k": 10**6}, "k=1000000"),
+        ({"k": 3, "decoding": Decoding(num_beams=2)}, "num_beams=2"),
+        ({"prompts": []}, "prompts is empty"),
+    ],
+)
+def test_bad_requests(tmp_path, model, tokenizer, options, error):
+    arguments = {"prompts": PROMPTS, "progress": False, **options}
+    with pytest.raises(ValueError, match=error):
+        generate_to(tmp_path / "run", model, tokenizer, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_bound_to_its_prompts(tmp_path, model, tokenizer):
+    generate_to(tmp_path, model, tokenizer, PROMPTS[:1], Decoding(2, 2), progress=False)
+    with pytest.raises(ValueError, match="other arguments"):
+        generate_to(tmp_path, model, tokenizer, PROMPTS[1:2], Decoding(2, 2), progress=False)
+    with pytest.raises(ValueError, match="other arguments"):
+        generate_to(tmp_path, model, tokenizer, PROMPTS[:1], Decoding(2, 3), progress=False)
