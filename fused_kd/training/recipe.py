@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.data.instructions import load_instructions, tokenize_instructions
 from fused_kd.training.data.pairs import Pair, load_directions, parse_direction
 from fused_kd.training.data.prompts import PairDataset, PromptTemplate, concatenate, get_prompt, tokenize_directions
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings
-from fused_kd.training.trainer import BetaSchedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ import fused_kd as fk
 from fused_kd.integrations.transformers import check_head_module, check_lm_head, common_vocab_size, route_head_loss
 from fused_kd.objectives import Objective
 from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
+from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.data.prompts import LABEL_PAD
 from fused_kd.training.distributed import (
     TEACHER_COLUMNS,
@@ -35,35 +35,6 @@ from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSa
 
 DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8
-
-
-@dataclass(frozen=True)
-class BetaSchedule:
-    """β moves linearly from ``start`` to ``end`` over the first ``fraction`` of the training, then stays.
-
-    Args:
-        start: β at the first step, in [0, 1]; default 1, which is NoEvo and teaches an untrained student.
-        end: β from then on, in [0, 1]; None (default) takes the objective's β.
-        fraction: share of the optimizer steps that the move takes, in (0, 1]; default 0.5.
-    """
-
-    start: float = 1.0
-    end: float | None = None
-    fraction: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {self.fraction!r}")
-
-    def beta(self, progress: float, end: float) -> float:
-        """β at ``progress`` in [0, 1]; ``end`` stands in for a ``self.end`` of None."""
-        end = end if self.end is None else self.end
-        share = min(progress / self.fraction, 1.0)
-        return self.start + (end - self.start) * share
 
 
 class KDTrainer(Trainer):

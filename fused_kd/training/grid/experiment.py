@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.cache.teacher_cache import TeacherCache
 from fused_kd.training.cache.writer import write_cache
 from fused_kd.training.config import load_config
@@ -27,7 +28,6 @@ from fused_kd.training.presets import load_model, shared_tokenizer
 from fused_kd.training.runs import Run
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
-from fused_kd.training.trainer import BetaSchedule
 
 POLL_SECONDS = 5.0
 
