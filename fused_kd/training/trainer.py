@@ -410,7 +410,7 @@ class KDTrainer(Trainer):
         warnings.warn(
             f"hard_fraction stayed above {HARD_LIMIT} for {steps} steps: hard tokens of a skewed loss get "
             "almost no gradient, so this student learns little. Start from a trained student, warm β up "
-            "(beta_schedule=BetaSchedule()), or use NoEvo first.",
+            "(beta_schedule=BetaSchedule(hold=0.5)), or use NoEvo first.",
             stacklevel=2,
         )
 

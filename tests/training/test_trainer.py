@@ -470,6 +470,8 @@ def test_beta_schedule(tmp_path: Path) -> None:
     schedule = BetaSchedule(start=1.0, fraction=0.5)
     assert [schedule.beta(x, end=0.4) for x in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
     assert BetaSchedule(start=0.5, end=1.0, fraction=1.0).beta(0.5, end=0.1) == 0.75
+    held = BetaSchedule(start=1.0, hold=0.2, fraction=0.8)
+    assert [held.beta(x, end=0.5) for x in (0.0, 0.2, 0.6, 1.0)] == pytest.approx([1.0, 1.0, 0.75, 0.5])
     # one step at beta = 1 is a step of NoEvo
     trained = []
     for objective, kd in ((fk.Skew(), {"beta_schedule": schedule}), (fk.NoEvo(), {}), (fk.Skew(), {})):
@@ -568,6 +570,8 @@ def test_more_bad_arguments(tmp_path: Path) -> None:
         BetaSchedule(start=1.5)
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], got 0"):
         BetaSchedule(fraction=0)
+    with pytest.raises(ValueError, match=r"hold must be in \[0, 1 - fraction\] = \[0, 0.25\], got 0.5"):
+        BetaSchedule(fraction=0.75, hold=0.5)
 
 
 def test_checkpoint_state_is_json(tmp_path: Path) -> None:
