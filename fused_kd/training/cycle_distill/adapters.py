@@ -1,0 +1,38 @@
+"""Students with adapters, and adapters merged into what they were trained on, so that the next iteration starts there.
+
+The sum is made in float32 and kept in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fused_kd.training.recipe import LoRA, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def with_adapters(model: PreTrainedModel, lora: LoRA | None) -> Any:
+    """The model with fresh adapters, if any."""
+    return Recipe(data="", directions=("en-de",), student="", objective="sft", lora=lora).with_adapters(model)
+
+
+def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the base with the adapters of that folder added, whole or not at all."""
+    from peft import PeftModel
+
+    dtype = base.dtype
+    adapted: Any = PeftModel.from_pretrained(base.to(torch.float32), str(adapters))  # type: ignore[arg-type]
+    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merged.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
