@@ -1,6 +1,6 @@
 """CycleDistill: a model bootstraps its own translation from monolingual text (arXiv 2506.19952).
 
-    python examples/cycle_distill.py --preset tiny --output runs/cycle                # two CPU cores, real captions
+    python examples/cycle_distill.py --preset tiny --jobs 2 --output runs/cycle       # two CPU cores, real captions
     python examples/cycle_distill.py --preset paper model=HUB_NAME direction=en-hi data=PATH monolingual=sentences.txt \
         --output runs/hindi
     python examples/cycle_distill.py --preset tiny --plan keep_parallel=true --output runs/cycle      # what it would do
@@ -26,12 +26,13 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fused_kd.training.config import load_config
-from fused_kd.training.cycle_distill.iterations import Cycle, Round
+from fused_kd.training.cycle_distill.iterations import Cycle
 from fused_kd.training.cycle_distill.report import describe, metrics, results_table, write_plot
 from fused_kd.training.cycle_distill.settings import CycleDistill
 from fused_kd.training.data.prompts import render_sample
 from fused_kd.training.presets import threads_for
 from fused_kd.training.runs import write_json
+from fused_kd.training.sharing import helpers
 
 CONFIGS = Path(__file__).parent / "configs" / "cycle_distill"
 
@@ -42,6 +43,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(path.stem for path in CONFIGS.glob("*.yaml")), default="tiny")
     parser.add_argument("--output", default="runs/cycle_distill")
     parser.add_argument("--plan", action="store_true", help="print every stage and its state, and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work; 2 on two cores")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--restart-from-base", action="store_true", help="the same as restart_from_base=true")
     return parser.parse_args(argv)
 
@@ -67,14 +70,15 @@ def main(argv: list[str] | None = None) -> dict | None:
     shown = cycle.stages.rows(cycle.stages.real_pairs or cycle.stages.texts.valid[:1])[0]
     console.print("a row:", render_sample(cycle.stages.tokenizer, shown), highlight=False, markup=False)
 
-    def report(each: Round) -> None:
-        console.print(describe(cycle, each), highlight=False, markup=False)
-
-    done = {}
-    for seed in config.seeds:
-        done[seed] = cycle.run(seed, tell=lambda stage: console.rule(stage.name), after=report)
-        found = metrics(cycle, done)
-        write_json(Path(args.output) / "metrics.json", found)
+    with helpers(__file__, argv, args.jobs, Path(args.output), helper=args.worker) as check:
+        for stage in cycle.work(tell=lambda stage: console.rule(stage.name)):
+            check()
+            for each in cycle.scored_by(stage):
+                console.print(describe(cycle, each), highlight=False, markup=False)
+    if args.worker:
+        return None
+    found = metrics(cycle)
+    write_json(Path(args.output) / "metrics.json", found)
     write_plot(found, Path(args.output) / "chrf.png")
     console.print(results_table(found))
     console.print(f"metrics.json, chrf.png and a folder a stage are in {args.output}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from fused_kd.training.grid.experiment import Experiment, Grid, Job, load_method
 from fused_kd.training.grid.results import print_tables, write_report
 from fused_kd.training.presets import threads_for
 from fused_kd.training.runs import write_json
+from fused_kd.training.sharing import helpers
 
 METHODS = Path(__file__).parent / "configs" / "methods"
 
@@ -44,10 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report", action="store_true", help="train nothing: results and figures of what there is")
     add("--plan", action="store_true", help="print the jobs and stop")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -69,20 +66,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         console.rule(f"{job.name}   ({done} of {total} done)")
 
     if not args.report:
-        workers = []
-        for number in range(0 if args.worker else args.jobs - 1):
-            command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--worker"]
-            with open(grid.run.folder / f"worker-{number + 1}.log", "a") as log:
-                workers.append(subprocess.Popen(command, stdout=log, stderr=log))
-        try:
+        with helpers(__file__, argv, args.jobs, grid.run.folder, helper=args.worker) as check:
             for _ in grid.work(tell):
-                if args.worker and os.getppid() == 1:  # the first process is gone
-                    return None
-                if any(worker.poll() not in (None, 0) for worker in workers):
-                    console.print(f"[red]a worker failed: see {grid.run.folder}/worker-*.log")
-        finally:
-            for worker in workers:
-                worker.terminate()
+                check()
     if args.worker:
         return None
     results = collect_results(grid)

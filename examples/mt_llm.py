@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from fused_kd.training.mt_llm.results import print_tables, write_plots
 from fused_kd.training.presets import threads_for
 from fused_kd.training.report import environment
 from fused_kd.training.runs import write_json
+from fused_kd.training.sharing import helpers
 
 CONFIGS = Path(__file__).parent / "configs" / "mt_llm"
 
@@ -42,12 +42,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=("tiny", "paper"), default="tiny", help="a file in examples/configs/mt_llm")
     add("--output", default="runs/mt_llm")
     add("--plan", action="store_true", help="print each stage with its state and stop")
-    add("--jobs", type=int, default=1, help="processes that share the seeds; 2 on two cores, for tiny models")
-    add("--worker", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    return args
+    add("--jobs", type=int, default=1, help="processes that share the work; 2 on two cores, for tiny models")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -68,19 +65,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     if (threads := threads_for(tiny)) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
-    workers = []
-    for number in range(1, 1 if args.worker else args.jobs):
-        command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--worker", str(number)]
-        with open(Path(args.output) / f"worker-{number}.log", "a") as log:
-            workers.append(subprocess.Popen(command, stdout=log, stderr=log))
-    try:
-        for stage in experiment.share(args.worker, args.jobs):
-            experiment.pipeline.finish(stage, lambda stage: console.rule(stage.name))
-            if any(worker.poll() not in (None, 0) for worker in workers):
-                console.print(f"[red]a worker failed: see {args.output}/worker-*.log; its stages are done here")
-    finally:
-        for worker in workers:
-            worker.terminate()
+    with helpers(__file__, argv, args.jobs, Path(args.output), helper=args.worker) as check:
+        for _ in experiment.pipeline.work(tell=lambda stage: console.rule(stage.name)):
+            check()
     if args.worker:
         return None
     metrics = {**experiment.collect(), **environment()}

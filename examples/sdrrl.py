@@ -1,6 +1,6 @@
 """Self-distillation from a resource-rich language: the model's own answers, translated, filtered, combined, trained on.
 
-    python examples/sdrrl.py --preset tiny --output runs/sdrrl            # real captions, tiny models, two CPU cores
+    python examples/sdrrl.py --preset tiny --jobs 2 --output runs/sdrrl   # real captions, tiny models, two CPU cores
     python examples/sdrrl.py --preset paper instructions.data=PATH dictionary=PATH --output runs/paper --plan
 
 key=value overrides the preset; --plan prints the stages and stops. Every stage is kept in a folder named after what it
@@ -34,6 +34,7 @@ from fused_kd.training.runs import write_json
 from fused_kd.training.sdrrl.recipe import Recipe
 from fused_kd.training.sdrrl.report import collect_metrics, results_table, transfer_table, write_plots
 from fused_kd.training.sdrrl.study import Study
+from fused_kd.training.sharing import helpers
 
 CONFIGS = Path(__file__).parent / "configs" / "sdrrl"
 UNTIL = ("collect", "translate", "filter", "set", "train", "test")
@@ -47,6 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", default="runs/sdrrl")
     add("--until", choices=UNTIL, default="test", help="stop after these stages; `train` for accelerate launch")
     add("--plan", action="store_true", help="print the stages and their state, and stop")
+    add("--jobs", type=int, default=1, help="processes that share the work; 2 on two cores, for tiny models")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -76,9 +79,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         left = sum(not other.done for other in study.stages)
         console.rule(f"{stage.name}   ({left} to do, {(time.perf_counter() - begun) / 60:.1f} min)")
 
-    for stage in study.until(args.until):
-        study.p.finish(stage, tell)
-    if args.until != "test":
+    with helpers(__file__, argv, args.jobs, study.p.run.folder, helper=args.worker) as check:
+        for _ in study.p.work(lambda: study.until(args.until), tell):
+            check()
+    if args.until != "test" or args.worker:
         return None
     metrics = {"recipe": dataclasses.asdict(recipe), **environment(), **collect_metrics(study)}
     write_json(study.p.run.folder / "metrics.json", metrics)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fused_kd.training.runs import Run, fingerprint_file, read_json, write_json
+from fused_kd.training.sharing import share
 
 DONE = "done.json"
 SHOWN = 10  # digits of a key in a folder's name
@@ -46,7 +47,7 @@ class Pipeline:
     """The stages of a script in one folder.
 
     Nothing is done when a stage is added, so that a script can say its plan; :meth:`finish` does a stage and, before
-    it, those that it needs. Several processes may share the folder: a second one waits for a stage in work.
+    it, those that it needs, and :meth:`work` many of them together with other processes.
 
     Args:
         folder: where the stages lie.
@@ -100,12 +101,33 @@ class Pipeline:
             self.finish(earlier, tell)
         with self.run.lock(f".claims/{stage.name}"):
             if not stage.done:
-                tell(stage)
-                stage.folder.mkdir(parents=True, exist_ok=True)
-                write_json(stage.folder / "stage.json", stage.about)
-                stage.work(stage.folder)
-                write_json(stage.folder / DONE, {"stage": stage.name})
+                self._do(stage, tell)
         return stage.folder
+
+    def work(
+        self, wanted: Callable[[], Sequence[Stage]] | None = None, tell: Callable[[Stage], None] = lambda stage: None
+    ) -> Iterator[Stage]:
+        """Finish stages together with other processes of the same folder, yielding those that this one did.
+
+        Args:
+            wanted: the stages, asked again after each; what they need is added. Default: all.
+            tell: hears of each stage that this process is about to do.
+        """
+        wanted = wanted or (lambda: self.stages)
+        yield from share(
+            self.run,
+            lambda: with_needs(wanted()),
+            done=lambda stage: stage.done,
+            needs=lambda stage: stage.needs,
+            do=lambda stage: self._do(stage, tell),
+        )
+
+    def _do(self, stage: Stage, tell: Callable[[Stage], None]) -> None:
+        tell(stage)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        write_json(stage.folder / "stage.json", stage.about)
+        stage.work(stage.folder)
+        write_json(stage.folder / DONE, {"stage": stage.name})
 
     def plan(self) -> list[tuple[str, str]]:
         """Of each stage so far "done", "begun" or "to do", and its name."""
@@ -114,6 +136,21 @@ class Pipeline:
             begun = read_json(stage.folder / "stage.json") is not None
             states.append(("done" if stage.done else "begun" if begun else "to do", stage.name))
         return states
+
+
+def with_needs(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages and all that they need, each once and after what it needs."""
+    found: dict[str, Stage] = {}
+
+    def add(stage: Stage) -> None:
+        if stage.name not in found:
+            for earlier in stage.needs:
+                add(earlier)
+            found[stage.name] = stage
+
+    for stage in stages:
+        add(stage)
+    return list(found.values())
 
 
 def _plain(value: Any) -> Any:

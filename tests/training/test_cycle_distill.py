@@ -292,18 +292,25 @@ def test_chain_or_restart(data: Path, tmp_path: Path, restart: bool) -> None:
 def test_an_arm_ends_when_chrf_stops_rising(data: Path, tmp_path: Path, monkeypatch) -> None:
     chrf = {"base": 20.0, "hard-1": 21.0, "hard-2": 21.0, "hard-3": 30.0, "soft-1": 19.0, "soft-2": 30.0}
 
-    def finish(self, stage, tell=None):
+    def do(self, stage, tell):
         value = next((chrf[key] for key in chrf if f"scores-{key}" in stage.name), 0.0)
         write_json(stage.folder / "scores.json", {"valid": {"chrf": value}})
-        return stage.folder
+        write_json(stage.folder / "done.json", {})
 
-    monkeypatch.setattr(Pipeline, "finish", finish)
+    monkeypatch.setattr(Pipeline, "_do", do)
 
     def lengths(**changes: str) -> dict[str, int]:
         config = load_config(
             CycleDistill, [CONFIGS / "tiny.yaml"], arguments(data, tmp_path, iterations="3", **changes)[4:]
         )
-        return {arm: len(rounds) for arm, rounds in Cycle(config, tmp_path).run(0).items()}
+        cycle = Cycle(config, tmp_path)
+        list(cycle.work())
+        found = {arm: len(rounds) for arm, rounds in cycle.rounds(0).items()}
+        assert all(each.scores.done for rounds in cycle.rounds(0).values() for each in rounds)
+        assert found == {arm: sum(each.scores.done for each in cycle.arms[0][arm]) for arm in found}, (
+            "nothing beyond what was wanted"
+        )
+        return found
 
     assert lengths(stop="true") == {"hard": 2, "soft": 1, "control": 2, "ceiling": 2}
     assert lengths(stop="false") == {"hard": 3, "soft": 3, "control": 3, "ceiling": 3}

@@ -242,15 +242,6 @@ def test_a_change_makes_new_only_what_depends_on_it(captions: Path, tmp_path: Pa
     assert names() == base, "files count by content"
 
 
-def test_processes_share_the_seeds(captions: Path, tmp_path: Path) -> None:
-    overrides = [f"data={captions}", *MICRO, "seeds=[0,1,2]"]
-    experiment = Experiment(load_config(MTLLM, [CONFIGS / "tiny.yaml"], overrides), tmp_path)
-    first, second = ([stage.title for stage in experiment.share(worker, 2)] for worker in (0, 1))
-    assert second[0] == "lm" and {title.split(".")[-1] for title in second[1:]} == {"s1"} and "evaluate.s1" in second
-    assert first[:3] == ["task", "mt", "adapt.s0"] and first.index("evaluate.s2") < first.index("evaluate.s1")
-    assert set(first) == {stage.title for stage in experiment.pipeline.stages}, "the first one does what is left"
-
-
 def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> None:
     """Both models from folders, LoRA in stage 2, both directions of attention, a task's own files, no retrieval."""
     texts = [row["en"] for row in lines(captions / "train.jsonl")]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from fused_kd.training.pipeline import Pipeline, Stage
+from fused_kd.training.pipeline import Pipeline, Stage, with_needs
+from fused_kd.training.sharing import helpers
 
 
 @dataclasses.dataclass
@@ -116,3 +120,94 @@ def test_titles_are_checked(tmp_path, title):
 def test_settings_must_be_json(tmp_path):
     with pytest.raises(TypeError, match="settings"):
         Pipeline(tmp_path).add("a", lambda out: None, {"model": object()})
+
+
+def test_work_does_what_is_wanted_and_needed_and_asks_again(tmp_path):
+    log: list[str] = []
+    p, a, b, c = chain(tmp_path, log)
+    assert with_needs([c, b, a]) == [a, c, b]
+    told: list[str] = []
+    wanted = [c]
+    for stage in p.work(wanted.copy, lambda stage: told.append(stage.title)):
+        assert stage.done
+        wanted += [b] if stage is c else []
+    assert log == told == ["a", "c", "b"]
+    assert list(p.work()) == [], "everything is done"
+
+
+def test_a_stage_held_by_another_is_passed_over_and_not_done_again(tmp_path, monkeypatch):
+    log: list[str] = []
+    p, a, b, c = chain(tmp_path, log)
+    list(p.work(lambda: [a]))
+
+    def other_finishes(seconds: float) -> None:
+        assert log == ["a", "c"], "what nobody holds first"
+        b.folder.mkdir()
+        (b.folder / "done.json").touch()
+
+    monkeypatch.setattr("fused_kd.training.sharing.time.sleep", other_finishes)
+    with Pipeline(tmp_path).run.lock(f".claims/{b.name}"):
+        assert [stage.title for stage in p.work(lambda: [b, c])] == ["c"]
+    assert log == ["a", "c"]
+
+
+def test_two_processes_do_each_stage_once(tmp_path):
+    log: list[str] = []
+    threads = [threading.Thread(target=lambda: list(chain(tmp_path, log)[0].work())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(log) == ["a", "b", "c"] and log[0] == "a"
+
+
+HELPER = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+assert sys.argv[2] == "--worker"
+print("here", flush=True)
+(folder / str(os.getpid())).touch()
+if (folder / "fail").exists():
+    sys.exit(3)
+time.sleep(600)
+"""
+
+
+def started(folder: Path, count: int) -> list[int]:
+    deadline = time.monotonic() + 60
+    while len(found := [int(path.name) for path in folder.iterdir() if path.name.isdigit()]) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_helpers_end_with_the_first_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(HELPER)
+    with helpers(str(script), [str(tmp_path)], 3, tmp_path) as check:
+        pids = started(tmp_path, 2)
+        check()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert (tmp_path / "worker-2.log").read_text() == "here\n"
+
+
+def test_a_helper_that_fails_is_said_once(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(HELPER)
+    (tmp_path / "fail").touch()
+    with helpers(str(script), [str(tmp_path)], 2, tmp_path) as check:
+        said = ""
+        for _ in range(3000):
+            check()
+            if said := capsys.readouterr().err:
+                break
+            time.sleep(0.02)
+        assert "worker-1.log" in said
+        check()
+        assert not capsys.readouterr().err
+    with helpers("missing.py", [], 2, tmp_path, helper=True) as check:
+        check()  # starts none, and its first process is there
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"), helpers("x.py", [], 0, tmp_path):
+        pass

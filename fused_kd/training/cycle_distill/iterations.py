@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,36 +84,47 @@ class Cycle:
             rounds.append(Round(arm, iteration, rows, model, self.stages.evaluation(model, title)))
         return rounds
 
-    def run(
-        self,
-        seed: int,
-        tell: Callable[[Stage], None] = lambda stage: None,
-        after: Callable[[Round], None] = lambda r: None,
-    ) -> dict[str, list[Round]]:
-        """Do one seed's arms; the rounds that were done.
+    def rounds(self, seed: int) -> dict[str, list[Round]]:
+        """One seed's rounds, as far as the scores that are there tell which are wanted.
 
         A variant ends after the first iteration that does not raise chrF on the valid split, if so configured. Control
-        and ceiling go on for as many iterations as the longest variant. ``tell`` hears of each stage before it is
-        done, ``after`` of each finished round.
+        and ceiling go on for as many iterations as the longest variant.
         """
-        finish = self.stages.pipeline.finish
         base, scores = self.bases[seed]
-        finish(scores, tell)
+        if not scores.done:
+            return {}
         start = Round("base", 0, base, base, scores).chrf
-        done: dict[str, list[Round]] = {}
+        wanted: dict[str, list[Round]] = {}
         longest = 0
         for arm, rounds in self.arms[seed].items():
-            variant = arm in self.config.variants
-            best, done[arm] = start, []
-            for each in rounds if variant else rounds[:longest]:
-                finish(each.scores, tell)
-                done[arm].append(each)
-                after(each)
-                rose, best = each.chrf > best, max(best, each.chrf)
-                if variant and self.config.stop and not rose:
-                    break
-            longest = max(longest, len(done[arm]))
-        return done
+            if arm in self.config.variants:
+                wanted[arm] = list(self._until_it_stops(rounds, start)) if self.config.stop else rounds
+                longest = max(longest, len(wanted[arm]))
+            else:
+                wanted[arm] = rounds[:longest]
+        return wanted
+
+    @staticmethod
+    def _until_it_stops(rounds: list[Round], best: float) -> Iterator[Round]:
+        for each in rounds:
+            yield each
+            if not each.scores.done or each.chrf <= best:
+                return
+            best = each.chrf
+
+    def work(self, tell: Callable[[Stage], None] = lambda stage: None) -> Iterator[Stage]:
+        """Do what is wanted, with other processes of the same folder; yields the stages that this one did."""
+        yield from self.stages.pipeline.work(self._wanted, tell)
+
+    def _wanted(self) -> list[Stage]:
+        known = [self.rounds(seed) for seed in self.config.seeds]
+        later = [each.scores for arms in known for rounds in arms.values() for each in rounds]
+        return [scores for _, scores in self.bases.values()] + later
+
+    def scored_by(self, stage: Stage) -> list[Round]:
+        """The round whose scores a stage wrote, if it wrote any."""
+        everything = (each for arms in self.arms.values() for rounds in arms.values() for each in rounds)
+        return [each for each in everything if each.scores.name == stage.name]
 
     def plan(self) -> list[tuple[str, str]]:
         """Of each stage "done", "begun" or "to do", and its name; a variant that stops early leaves some undone."""

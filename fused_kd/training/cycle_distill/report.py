@@ -24,12 +24,12 @@ COLORS = {
 }  # fmt: skip
 
 
-def metrics(cycle: Cycle, done: dict[int, dict[str, list[Round]]]) -> dict[str, Any]:
-    """Configuration, versions, and of each seed the base's scores, every round's, and tests against base and control.
+def metrics(cycle: Cycle) -> dict[str, Any]:
+    """Of a finished run: configuration, versions, each seed's scores and tests against base and control.
 
     ``mean`` has for each arm and iteration the scores' mean over the seeds that got there, and each seed's number.
     """
-    seeds = {seed: _of_seed(cycle, seed, arms) for seed, arms in done.items()}
+    seeds = {seed: _of_seed(cycle, seed, cycle.rounds(seed)) for seed in cycle.config.seeds}
     return {
         "arguments": dataclasses.asdict(cycle.config),
         **environment(),

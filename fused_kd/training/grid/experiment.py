@@ -7,7 +7,6 @@ distillation set. Several processes may work on one folder: a job that another o
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,10 +25,9 @@ from fused_kd.training.data.prompts import PairDataset, get_prompt, tokenize_dir
 from fused_kd.training.evaluation.difficulty import with_quantile_gamma
 from fused_kd.training.presets import load_model, shared_tokenizer
 from fused_kd.training.runs import Run
+from fused_kd.training.sharing import share
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
-
-POLL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -226,23 +224,21 @@ class Grid:
 
     def work(self, tell: Callable[[Job, int, int], None] = lambda job, done, total: None) -> Iterator[Job]:
         """Do what is left, yielding each job that this process finished; returns when all are done."""
-        jobs = self.jobs()
-        while left := [job for job in jobs if not self.done(job.name)]:
-            progressed = False
-            for job in left:
-                if self.done(job.name) or not all(map(self.done, job.needs)):
-                    continue
-                with self.run.lock(f".claims/{job.name.replace('/', '.')}", wait=False) as mine:
-                    if not mine or self.done(job.name):
-                        continue
-                    tell(job, sum(self.done(other.name) for other in jobs), len(jobs))
-                    job.work()
-                    (self.run.stage(job.name) / "done").touch()
-                progressed = True
-                yield job
-                break  # what comes first may have become possible
-            if not progressed:
-                time.sleep(POLL_SECONDS)
+        jobs = {job.name: job for job in self.jobs()}
+
+        def do(job: Job) -> None:
+            tell(job, sum(map(self.done, jobs)), len(jobs))
+            job.work()
+            (self.run.stage(job.name) / "done").touch()
+
+        everything = list(jobs.values())
+        yield from share(
+            self.run,
+            lambda: everything,
+            done=lambda job: self.done(job.name),
+            needs=lambda job: [jobs[name] for name in job.needs],
+            do=do,
+        )
 
     @cached_property
     def train(self) -> dict[str, list[Pair]]:

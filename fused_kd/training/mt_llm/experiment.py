@@ -229,18 +229,6 @@ class Experiment:
         }
         write_json(out / "metrics.json", metrics)
 
-    def share(self, worker: int, workers: int) -> list[Stage]:
-        """The stages that one of several processes does, in its order; what they need comes with them.
-
-        Each has seeds of its own. Worker 0 then does what is left; another begins with the LLM, not the MT model.
-        """
-        seeds = self.config.seeds[worker::workers]
-        own = [stage for seed in seeds for stage in (*self.trainings[seed].values(), self.evaluations[seed])]
-        if worker:
-            return own if self.lm_stage is None else [self.lm_stage, *own]
-        begun = [stage for stage in (self.task_stage, self.mt_stage) if stage is not None]
-        return [*begun, *own, *self.pipeline.stages]
-
     def collect(self) -> dict[str, Any]:
         """For ``metrics.json``: settings, the task's counts, each seed's numbers, and means over seeds.
 
