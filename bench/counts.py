@@ -122,10 +122,10 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
     Without a ``teacher`` the student's logits are the only ones."""
     V = inputs.weight_s.shape[0]
 
-    def side(hidden: torch.Tensor, weight: torch.Tensor) -> chunked._Logits:
-        return chunked._Logits(chunked.Side(hidden, weight, None, 1.0, None), V, None)
+    def side(hidden: torch.Tensor, weight: torch.Tensor) -> chunked.LogitSource:
+        return chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
 
-    other: chunked._Logits | chunked.TopKSide | None = None
+    other: chunked.LogitSource | chunked.TopKSide | None = None
     if inputs.top_k is not None:
         other = chunked.TopKSide(inputs.top_k.log_probs, inputs.top_k.indices, inputs.top_k.tail)
     elif teacher:

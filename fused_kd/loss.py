@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class LossOptions(TypedDict, total=False):
     validate: bool
     engine: str | None
     grad_filter_eps: float
+    tp_group: Any
 
 
 class KDLoss(nn.Module):
@@ -71,6 +72,10 @@ class KDLoss(nn.Module):
             token weights and the reduction, count as zero and cost no gradient GEMM. Each entry is then off by less
             than it, a token's hidden gradient by less than ``grad_filter_eps * sum_v |W_v|`` times the token's factor.
             0 is exact.
+        tp_group: process group, or device mesh of one dimension, over which the vocabulary of both heads is divided:
+            each rank gives its own rows (or logits), the same tokens and the whole vocabulary's labels. Weights and
+            hidden states may be DTensors, see :func:`fused_kd.parallel.local_side`. All ranks get the same loss; each
+            gets its own rows' gradient, and the hidden states' summed over the ranks. Runs in PyTorch operations.
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.
@@ -92,6 +97,7 @@ class KDLoss(nn.Module):
         validate: bool = False,
         engine: str | None = None,
         grad_filter_eps: float = 0.0,
+        tp_group: Any = None,
     ) -> None:
         super().__init__()
         if not isinstance(objective, Objective):
@@ -121,6 +127,11 @@ class KDLoss(nn.Module):
         self.validate = validate
         self.engine = engine
         self.grad_filter_eps = float(grad_filter_eps)
+        self.tp_group, self._group = tp_group, None
+        if tp_group is not None:
+            from .parallel import group_of
+
+            self._group = group_of(tp_group)
         self._objective = objective
         self._spec = objective.spec
         # On the device and read by kernels there: annealing neither recompiles nor synchronises.
@@ -186,6 +197,14 @@ class KDLoss(nn.Module):
     ) -> KDOutput:
         """As :meth:`forward`, with each token's difficulty and hardness."""
         spec = self._spec
+        sum_hidden, shards = True, None
+        if self._group is None:
+            _refuse_dtensors(student, teacher)
+        else:
+            from .parallel import divide, local_side
+
+            student, sum_hidden = local_side("student", student, self._group)
+            teacher, _ = local_side("teacher", teacher, self._group)
         side_s = _flatten("student", student)
         if spec.divergence is None:
             side_t = None
@@ -197,12 +216,24 @@ class KDLoss(nn.Module):
             side_t = _flatten("teacher", teacher)
             if isinstance(teacher, TopK):
                 self._check_top_k(teacher)
-        vocab = _vocab(side_s, side_t, self.vocab_size)
+        if self._group is None:
+            vocab = _vocab(side_s, side_t, self.vocab_size)
+        else:
+            assert side_s.vocab is not None
+            local_t = None if side_t is None else side_t.vocab
+            shards = divide(self._group, side_s.vocab, local_t, self.vocab_size)
+            vocab = shards.vocab
         shape = side_s.shape
         _check_alike(side_s, side_t, labels, token_weights)
         device = side_s.source.device
         engine, backend = choose_engine(
-            self.engine, self.backend, spec.divergence, self.grad_filter_eps, device, top_k=isinstance(teacher, TopK)
+            self.engine,
+            self.backend,
+            spec.divergence,
+            self.grad_filter_eps,
+            device,
+            top_k=isinstance(teacher, TopK),
+            sharded=shards is not None,
         )
 
         labels = _shifted(labels, self.ignore_index) if self.shift else labels
@@ -228,6 +259,10 @@ class KDLoss(nn.Module):
             validate=self.validate,
             engine=engine,
             grad_filter_eps=self.grad_filter_eps,
+            group="" if shards is None else shards.group,
+            rank=0 if shards is None else shards.rank,
+            shard_sizes=() if shards is None else shards.sizes,
+            sum_hidden=sum_hidden,
         )
         enabled = torch.is_grad_enabled()
         wanted = tuple(
@@ -324,6 +359,13 @@ def _flatten(name: str, side: LMHead | TopK | Tensor) -> _FlatSide:
     if side.dim() < 2 or side.shape[-1] < 1:
         raise ValueError(f"{name} logits must have shape (..., V), got {tuple(side.shape)}")
     return _FlatSide(side.reshape(-1, side.shape[-1]), None, None, 1.0, 0.0, side.shape[-1], side.shape[:-1])
+
+
+def _refuse_dtensors(*sides: LMHead | TopK | Tensor | None) -> None:
+    for side in sides:
+        for x in (side.hidden, side.weight) if isinstance(side, LMHead) else (side,):
+            if type(x).__name__ == "DTensor":
+                raise ValueError("student and teacher may hold DTensors only with tp_group, the mesh they lie on")
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -38,6 +38,7 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
+_TORCH_MATH = "fused_kd/rows/torch_math.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
@@ -66,9 +67,9 @@ MUTATIONS = [
     # the torch row
     Mutation("torch: label off by one", _TORCH, "y = labels.clamp(min=0)", "y = (labels - 1).clamp(min=0)", (_budget("sft"),)),
     Mutation(
-        "torch: lam for 1 - lam", _TORCH,
-        "_add_at(out, y, s.lam - 1.0)\n        _scale(out, 1.0 / s.temperature)",
-        "_add_at(out, y, -s.lam)\n        _scale(out, 1.0 / s.temperature)",
+        "torch: lam for 1 - lam", _TORCH_MATH,
+        "add_at(out, y, (s.lam - 1.0) * own)\n        scale(out, 1.0 / s.temperature)",
+        "add_at(out, y, -s.lam * own)\n        scale(out, 1.0 / s.temperature)",
         (_budget("no_evo"),),
     ),
     Mutation(
@@ -76,20 +77,20 @@ MUTATIONS = [
         ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
     ),
     Mutation(
-        "torch: ignored rows written", _TORCH, "if _maybe_any(ignored):", "if False:",
+        "torch: ignored rows written", _TORCH, "if maybe_any(ignored):", "if False:",
         ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
     ),
     Mutation(
         "torch: teacher's temperature missing", _TORCH,
-        'z_t = _cool(z_t, s.temperature, scratch("z_t", len(y)))', "pass", ("test_loss.py::test_temperature[2.0-no_evo-torch]",),
+        'z_t = cool(z_t, s.temperature, scratch("z_t", len(y)))', "pass", ("test_loss.py::test_temperature[2.0-no_evo-torch]",),
     ),
     Mutation("torch: difference reversed", _TORCH, "torch.sub(z_t, z, out", "torch.sub(z, z_t, out", (_budget("reverse_kd"),)),
     Mutation(
-        "torch: difficulty without the target's entropy", _TORCH,
-        "(torch.xlogy(t_y, t_y) - t_y * q.log_prob_y)", "(-t_y * q.log_prob_y)", (_budget("no_evo"),),
+        "torch: difficulty without the target's entropy", _TORCH_MATH,
+        "(torch.xlogy(t_y, t_y) - t_y * log_q_y)", "(-t_y * log_q_y)", (_budget("no_evo"),),
     ),
     Mutation(
-        "torch: softcap's slope without the tanh", _TORCH,
+        "torch: softcap's slope without the tanh", _TORCH_MATH,
         ".neg_().add_(1.0).mul_(logits.scale)", ".mul_(logits.scale)",
         ("test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
     ),

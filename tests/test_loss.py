@@ -292,14 +292,14 @@ def test_no_grad_makes_no_gradients(gemms):
 def test_uninitialised_memory_is_never_read(backend, monkeypatch):
     """Every workspace buffer starts as NaN; so does torch.empty under deterministic algorithms."""
     import fused_kd.rows.native_row as native_row
-    import fused_kd.rows.torch_row as torch_row
+    import fused_kd.rows.torch_math as torch_math
 
     def poisoned(shape, dtype, device, **_):
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(float("nan") if dtype.is_floating_point else True)
 
     monkeypatch.setattr(chunked, "empty", poisoned)
-    monkeypatch.setattr(torch_row, "empty", poisoned)
+    monkeypatch.setattr(torch_math, "empty", poisoned)
     monkeypatch.setattr(native_row, "empty", poisoned)
     for objective in OBJECTIVES:
         for dtype in (torch.float32, torch.bfloat16):

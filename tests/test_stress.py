@@ -343,7 +343,7 @@ def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, 
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(math.nan if dtype.is_floating_point else True)
 
-    for module in ("engine.chunked", "rows.torch_row", "rows.native_row", "rows.top_k"):
+    for module in ("engine.chunked", "rows.torch_math", "rows.native_row", "rows.top_k"):
         monkeypatch.setattr(f"fused_kd.{module}.empty", poisoned)
     torch.use_deterministic_algorithms(True)  # torch.empty holds NaN too
     try:

@@ -92,22 +92,22 @@ def run(
     """
     device = student.source.device
     N = student.source.shape[0]
-    index, labels = _valid(labels, ignore_index, device)
+    index, labels = valid_tokens(labels, ignore_index, device)
     n = labels.shape[0]
     in_range = labels < vocab
     labels, bad = torch.where(in_range, labels, -1), ~in_range
 
-    side_s = _Logits(student, vocab, dtype)
-    side_t = _Logits(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
+    side_s = LogitSource(student, vocab, dtype)
+    side_t = LogitSource(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
     plan = _plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device)
 
-    result = _allocate(student, N, index is not None, wanted)
-    d_weight = _accumulator(student.weight, wanted.weight, vocab)
+    result = allocate(student, N, index is not None, wanted)
+    d_weight = accumulator(student.weight, wanted.weight, vocab)
     d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
-    buffers = _Buffers(plan.chunk, vocab, device)
+    buffers = Buffers(plan.chunk, vocab, device)
     spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
-    chunks = _Chunks(side_s, side_t, labels, bad, index, buffers)
+    chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab)
     hard = None
     if spec.ranked:
         hard = largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, scalars)
@@ -119,8 +119,8 @@ def run(
             row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
         out = None
         if with_gradient:
-            out = _gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
-        loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
+            out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
+        loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
         rows = RowOutputs(loss, difficulty, is_hard, out)
         given = None if hard is None else hard[span]
         row(RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
@@ -143,13 +143,13 @@ def run(
             Projection.accumulate(d_weight[:vocab], out, operand, first=span is spans[0])
         if d_bias is not None:
             d_bias[:vocab] += out.sum(0, dtype=torch.float32)
-    return _finish(result, student, side_s, d_weight, d_bias, scale, n)
+    return finish(result, student, side_s, d_weight, d_bias, scale, n)
 
 
-_VECTORS = (("loss", torch.float32), ("difficulty", torch.float32), ("is_hard", torch.bool))
+VECTORS = (("loss", torch.float32), ("difficulty", torch.float32), ("is_hard", torch.bool))
 
 
-class _Buffers:
+class Buffers:
     """Chunk-sized buffers, allocated once and reused by every chunk."""
 
     def __init__(self, C: int, V: int, device: torch.device) -> None:
@@ -167,7 +167,7 @@ class _Buffers:
         return self._held[name][: span.stop - span.start]
 
 
-class _Logits:
+class LogitSource:
     """One side as a source of logit chunks, cut to the vocabulary."""
 
     def __init__(self, side: Side, vocab: int, dtype: torch.dtype | None) -> None:
@@ -180,7 +180,7 @@ class _Logits:
             self.source, finite = side.source.detach(), True
         self._template = (side.logit_scale, side.softcap, finite)
 
-    def chunk(self, tokens: slice | Tensor, buffers: _Buffers, name: str) -> tuple[Tensor | None, Logits]:
+    def chunk(self, tokens: slice | Tensor, buffers: Buffers, name: str) -> tuple[Tensor | None, Logits]:
         """The GEMM operand (None for logits) and the raw logits of some tokens."""
         source = self.source[tokens]
         if self.projection is None:
@@ -191,23 +191,24 @@ class _Logits:
         return hidden, Logits(raw, *self._template)
 
 
-class _Chunks:
+class Chunks:
     """What the row reads of a span of the tokens to process; that of the last span asked for is kept.
 
-    Marks tokens as ``bad`` whose top-k entries are malformed.
+    Marks tokens as ``bad`` whose top-k entries are malformed. ``vocab`` counts the ids of the lists.
     """
 
     def __init__(
         self,
-        student: _Logits,
-        teacher: _Logits | TopKSide | None,
+        student: LogitSource,
+        teacher: LogitSource | TopKSide | None,
         labels: Tensor,
         bad: Tensor,
         index: Tensor | None,
-        buffers: _Buffers,
+        buffers: Buffers,
+        vocab: int,
     ) -> None:
         self._student, self._teacher, self._index, self._buffers = student, teacher, index, buffers
-        self._labels, self._bad = labels, bad
+        self._labels, self._bad, self._vocab = labels, bad, vocab
         self._last: tuple[slice, tuple] | None = None
 
     def __getitem__(self, span: slice) -> tuple[slice | Tensor, Tensor | None, Logits, Logits | Sparse | None]:
@@ -215,29 +216,29 @@ class _Chunks:
         if self._last is None or self._last[0] != span:
             tokens = span if self._index is None else self._index[span]
             hidden, raw_s = self._student.chunk(tokens, self._buffers, "student")
-            self._last = span, (tokens, hidden, raw_s, self._teacher_rows(span, tokens, raw_s.raw.shape[1]))
+            self._last = span, (tokens, hidden, raw_s, self._teacher_rows(span, tokens))
         return self._last[1]
 
-    def _teacher_rows(self, span: slice, tokens: slice | Tensor, V: int) -> Logits | Sparse | None:
+    def _teacher_rows(self, span: slice, tokens: slice | Tensor) -> Logits | Sparse | None:
         teacher = self._teacher
-        if isinstance(teacher, _Logits):
+        if isinstance(teacher, LogitSource):
             return teacher.chunk(tokens, self._buffers, "teacher")[1]
         if teacher is None:
             return None
         lists = teacher.log_probs[tokens], teacher.indices[tokens]
-        rows, malformed = sparse_teacher(*lists, self._labels[span], V, teacher.tail)
+        rows, malformed = sparse_teacher(*lists, self._labels[span], self._vocab, teacher.tail)
         self._bad[span] |= malformed
         return rows
 
 
 def _difficulties(
-    chunks: _Chunks, spans: list[slice], labels: Tensor, scalars: Tensor, row: Row, buffers: _Buffers
+    chunks: Chunks, spans: list[slice], labels: Tensor, scalars: Tensor, row: Row, buffers: Buffers
 ) -> Tensor:
     """``KL(yt||q)`` of every token."""
     difficulty = torch.zeros(labels.shape[0], device=labels.device)
     for span in spans:
         _, _, raw_s, teacher = chunks[span]
-        unused, found, is_hard = (buffers.vector(name, dtype, span) for name, dtype in _VECTORS)
+        unused, found, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
         spec = RowSpec("kl", mixed=True)
         row(
             RowInputs(raw_s, teacher, labels[span], None, scalars, spec, cold_labels=False),
@@ -257,7 +258,7 @@ def largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
     return valid & (rank < count)
 
 
-def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+def valid_tokens(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
     """Positions of the tokens to process (None: all of them) and their labels as int64, ignored ones negative."""
     labels = labels.long()
     if labels.device.type == "cpu":
@@ -272,8 +273,8 @@ def _valid(labels: Tensor, ignore_index: int, device: torch.device) -> tuple[Ten
 
 def _plan(
     n: int,
-    student: _Logits,
-    teacher: _Logits | TopKSide | None,
+    student: LogitSource,
+    teacher: LogitSource | TopKSide | None,
     vocab: int,
     with_gradient: bool,
     wanted: Wanted,
@@ -311,7 +312,7 @@ def _plan(
     )
 
 
-def _allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
+def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
     device = student.source.device
     d_source = None
     if wanted.source:
@@ -328,7 +329,7 @@ def _allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
     )
 
 
-def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
+def accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
     if weight is None or not wanted:
         return None
     full = empty(tuple(weight.shape), torch.float32, weight.device, result=True)
@@ -336,13 +337,13 @@ def _accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | No
     return full
 
 
-def _gradient_buffer(
+def gradient_buffer(
     student: Side,
-    side: _Logits,
+    side: LogitSource,
     raw: Tensor,
     d_source: Tensor | None,
     tokens: slice | Tensor,
-    buffers: _Buffers,
+    buffers: Buffers,
 ) -> Tensor:
     """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow."""
     if side.projection is not None:
@@ -354,10 +355,10 @@ def _gradient_buffer(
     return buffers.matrix("dlogits", d_source.dtype, raw.shape[0])
 
 
-def _finish(
+def finish(
     result: Result,
     student: Side,
-    side: _Logits,
+    side: LogitSource,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     scale: Tensor,

@@ -6,6 +6,7 @@ import torch
 
 from ..divergences import DIVERGENCES
 from ..rows import choose_backend, get_row
+from ..rows.base import Shards
 from . import chunked
 from .plan import BudgetTooSmall
 
@@ -21,11 +22,20 @@ def choose_engine(
     device: torch.device,
     *,
     top_k: bool = False,
+    sharded: bool = False,
 ) -> tuple[str, str]:
     """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
 
-    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one.
+    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``sharded`` that the
+    vocabulary is divided over ranks.
     """
+    if sharded:
+        for name, value, known in (("engine", engine, "chunked"), ("backend", backend, "torch")):
+            if value not in (None, known):
+                raise ValueError(f"{name} must be None or {known!r} with tp_group, got {value!r}")
+        if grad_filter_eps > 0:
+            raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
+        return "chunked", "torch"
     if grad_filter_eps > 0 and engine != "streaming":
         raise ValueError(f"grad_filter_eps={grad_filter_eps!r} needs engine='streaming', got engine={engine!r}")
     if engine == "streaming":
@@ -57,13 +67,21 @@ def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool
 def run(
     engine: str,
     backend: str,
+    shards: Shards | None,
     student: chunked.Side,
     teacher: chunked.Side | chunked.TopKSide | None,
     *args,
     grad_filter_eps: float,
+    sum_hidden: bool,
     **options,
 ) -> chunked.Result:
-    """Arguments as for :func:`fused_kd.engine.chunked.run`, without the row."""
+    """Arguments as for :func:`fused_kd.engine.chunked.run`, without the row; ``shards`` where the vocabulary is
+    divided, with ``sum_hidden`` as of :func:`fused_kd.engine.sharded.run`."""
+    if shards is not None:
+        from . import sharded
+
+        del options["vocab"]
+        return sharded.run(student, teacher, *args, shards=shards, sum_hidden=sum_hidden, **options)
     if engine == "streaming":
         assert not isinstance(teacher, chunked.TopKSide)
         from . import streaming

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from ..objectives import RowSpec
+from ..rows.base import Shards
 from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype
 from .dispatch import run
 
 
 class Options(NamedTuple):
-    """What of a call is fixed when it is compiled. ``softcap_*`` 0 means none; ``memory_budget`` -1 means none."""
+    """What of a call is fixed when it is compiled.
+
+    ``softcap_*`` 0 means none; ``memory_budget`` -1 means none; no ``group`` means that the whole vocabulary is here.
+    """
 
     divergence: str | None
     mixed: bool
@@ -35,6 +39,10 @@ class Options(NamedTuple):
     validate: bool
     engine: str = "chunked"
     grad_filter_eps: float = 0.0
+    group: str = ""
+    rank: int = 0
+    shard_sizes: tuple[int, ...] = ()
+    sum_hidden: bool = True
 
 
 _SCHEMA = (
@@ -44,7 +52,7 @@ _SCHEMA = (
     "str? divergence, bool mixed, bool hard_label, bool gated, bool ranked, bool cold_labels, "
     "float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, str tail, "
     "int vocab, int ignore_index, str backend, ScalarType? dtype, int memory_budget, bool validate, "
-    "str engine, float grad_filter_eps) "
+    "str engine, float grad_filter_eps, str group, int rank, int[] shard_sizes, bool sum_hidden) "
     "-> (Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias)"
 )
 
@@ -85,6 +93,7 @@ def _kd(
         result = run(
             o.engine,
             o.backend,
+            Shards(o.group, o.rank, tuple(o.shard_sizes)) if o.group else None,
             Side(student, weight_s, bias_s, o.logit_scale_s, o.softcap_s or None),
             teacher_side,
             labels,
@@ -99,6 +108,7 @@ def _kd(
             memory_budget=None if o.memory_budget < 0 else o.memory_budget,
             wanted=Wanted(want_student, want_weight, want_bias),
             grad_filter_eps=o.grad_filter_eps,
+            sum_hidden=o.sum_hidden,
         )
     if o.validate:
         _check_losses(result)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..objectives import RowSpec
 from ..workspace import empty
-from .chunked import Result, Side, Wanted, _allocate, _valid, gradient_dtype
+from .chunked import Result, Side, Wanted, allocate, gradient_dtype, valid_tokens
 from .gemm import Projection
 from .streaming_plan import Plan, Sizes, plan_streaming
 from .streaming_sweeps import Sweeps
@@ -80,13 +80,13 @@ def run(
     """
     device = student.source.device
     N = student.source.shape[0]
-    index, labels = _valid(labels, ignore_index, device)
+    index, labels = valid_tokens(labels, ignore_index, device)
     in_range = labels < vocab
     bad, labels = ~in_range, torch.where(in_range, labels, -1)
     sweeps = Sweeps(student, teacher, index, labels, scalars, spec, cold_labels, vocab, dtype)
     head = None if student.weight is None else _Head(student, student.weight, dtype, wanted)
     plan = plan_streaming(_sizes(sweeps, head, N, vocab, spec.gated), sweeps.tiles, memory_budget)
-    result = _allocate(student, N, index is not None, wanted)
+    result = allocate(student, N, index is not None, wanted)
     # Triton launches on the current device, whatever the tensors' own.
     with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
         if sweeps.n > 0:

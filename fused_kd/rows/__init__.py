@@ -93,7 +93,9 @@ def get_row(backend: str) -> Row:
     return functools.partial(_row, dense, sparse)
 
 
-def _row(dense: Row, sparse: Callable, inputs: RowInputs, outputs: RowOutputs) -> None:
+def _row(
+    dense: Row, sparse: Callable[[Row, RowInputs, RowOutputs], None], inputs: RowInputs, outputs: RowOutputs
+) -> None:
     if isinstance(inputs.teacher, Sparse):
         sparse(dense, inputs, outputs)
     else:

@@ -6,6 +6,7 @@ Implementations never import each other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,3 +75,32 @@ class RowOutputs(NamedTuple):
     difficulty: Tensor
     is_hard: Tensor
     dlogits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The vocabulary's slices over a group, after the cut to ``vocab_size``.
+
+    ``sizes`` are the columns of each rank, from 0 on; ``group`` is the process group's name.
+    """
+
+    group: str
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """The vocabulary id of this rank's first column."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        return self.sizes[self.rank]
+
+    @property
+    def widest(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def vocab(self) -> int:
+        return sum(self.sizes)

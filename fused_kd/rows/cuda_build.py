@@ -82,7 +82,7 @@ def launch(where: torch.device, call: Launch) -> None:
         core.launch(_current_stream(core, where), config, kernel, *typed(call.arguments, call.types))
 
 
-def typed(values: tuple, types: tuple) -> tuple:
+def typed(values: tuple[Any, ...], types: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments as a launch takes them; tensors become their addresses, None becomes 0."""
     return tuple(
         (x.data_ptr() if isinstance(x, Tensor) else x or 0) if kind is int else kind(x)
@@ -111,7 +111,7 @@ def _config(core: ModuleType, cut: Cut, clusters: int) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepared(kernel: str, macros: tuple, cut: Cut, where: torch.device) -> tuple[Any, int]:
+def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where: torch.device) -> tuple[Any, int]:
     """The loaded kernel, and how many of its clusters the GPU holds at a time."""
     core, driver = _core(), importlib.import_module("cuda.bindings.driver")
     major, minor = torch.cuda.get_device_capability(where)
@@ -141,7 +141,7 @@ def _prepared(kernel: str, macros: tuple, cut: Cut, where: torch.device) -> tupl
 
 
 @functools.lru_cache(maxsize=1024)
-def _loaded(kernel: str, macros: tuple, arch: str) -> Any:
+def _loaded(kernel: str, macros: tuple[tuple[str, int], ...], arch: str) -> Any:
     return _core().ObjectCode.from_cubin(cubin(kernel, macros, arch), name=kernel)
 
 

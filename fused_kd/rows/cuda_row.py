@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ class Launch(NamedTuple):
     macros: tuple[tuple[str, int], ...]
     cut: Cut
     rows: int
-    arguments: tuple
-    types: tuple
+    arguments: tuple[Any, ...]
+    types: tuple[Any, ...]
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
@@ -203,7 +203,7 @@ def aligned(x: Tensor, width: int) -> bool:
     return x.data_ptr() % piece == 0 and (x.shape[0] == 1 or row_bytes(x) % piece == 0)
 
 
-def side_arguments(x: Logits) -> tuple:
+def side_arguments(x: Logits) -> tuple[Tensor, int, float, float]:
     return x.raw, row_bytes(x.raw), x.scale, x.softcap or 0.0
 
 

@@ -6,13 +6,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from ..divergences import DIVERGENCES
 
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
-def c_expression(function: Callable) -> str:
+def c_expression(function: Callable[..., Any]) -> str:
     """The value of a one-``return`` function as an fp32 C expression over its parameters' names.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import cuda_build
@@ -74,8 +76,8 @@ def _launch(
     raw: torch.Tensor,
     dlogits: torch.Tensor | None,
     device: Device,
-    arguments: tuple,
-    types: tuple,
+    arguments: tuple[Any, ...],
+    types: tuple[Any, ...],
 ) -> Launch:
     streams = [raw] if dlogits is None else [raw, dlogits]
     width = 16 // max(x.element_size() for x in streams)

@@ -111,7 +111,7 @@ def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
     }
 
 
-def guard(device: torch.device) -> contextlib.AbstractContextManager:
+def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors' own."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 

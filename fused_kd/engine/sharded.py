@@ -1,0 +1,221 @@
+"""The chunked engine of a rank that holds a slice of the vocabulary.
+
+As in :mod:`fused_kd.engine.chunked`, but two chunks are under way: while the ranks exchange the statistics of one, the
+logits of the next are made, and the hidden gradient of one is added up over the ranks beside the GEMMs of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES
+from ..objectives import RowSpec
+from ..rows import RowInputs, RowOutputs
+from ..rows.base import Shards
+from ..rows.sharded_row import Messages
+from ..rows.sharded_row import row as sharded_row
+from .chunked import (
+    VECTORS,
+    Buffers,
+    Chunks,
+    LogitSource,
+    Result,
+    Side,
+    TopKSide,
+    Wanted,
+    accumulator,
+    allocate,
+    finish,
+    gradient_buffer,
+    largest,
+    valid_tokens,
+)
+from .exchange import Exchange, Gathering
+from .gemm import SLAB_BYTES, Projection
+from .plan import Plan, plan_chunks, preferred_chunk
+
+LANES = 2
+
+
+def run(
+    student: Side,
+    teacher: Side | TopKSide | None,
+    labels: Tensor,
+    *,
+    shards: Shards,
+    sum_hidden: bool,
+    weights: Tensor | None,
+    scale: Tensor,
+    scalars: Tensor,
+    spec: RowSpec,
+    cold_labels: bool,
+    ignore_index: int,
+    dtype: torch.dtype | None,
+    memory_budget: int | None,
+    wanted: Wanted,
+) -> Result:
+    """Losses of all tokens, the same on all ranks, and the wanted gradients.
+
+    Args:
+        student, teacher: this rank's slices of weight and bias, or of the logits; hidden states and lists are whole.
+        shards: the slices; what lies beyond this rank's is cut off.
+        sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
+        labels, weights, scale, scalars, ignore_index, dtype: as of :func:`fused_kd.engine.chunked.run`; ids of the
+            whole vocabulary.
+    """
+    device, N = student.source.device, student.source.shape[0]
+    index, labels = valid_tokens(labels, ignore_index, device)
+    n, V = labels.shape[0], shards.size
+    in_range = labels < shards.vocab
+    labels, bad = torch.where(in_range, labels, -1), ~in_range
+    side_s = LogitSource(student, V, dtype)
+    side_t = LogitSource(teacher, V, dtype) if isinstance(teacher, Side) else teacher
+    with_gradient = any(wanted)
+    plan = _plan(n, side_s, side_t, shards, spec, with_gradient, wanted, memory_budget, device)
+    spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
+
+    result = allocate(student, N, index is not None, wanted)
+    d_weight = accumulator(student.weight, wanted.weight, V)
+    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
+    exchange = Exchange(shards.group)
+    lanes = [Buffers(plan.chunk, V, device) for _ in range(min(LANES, max(len(spans), 1)))]
+    chunks = [Chunks(side_s, side_t, labels, bad, index, lane, shards.vocab) for lane in lanes]
+    lane_of = {span.start: i % len(lanes) for i, span in enumerate(spans)}
+
+    def begin(span: slice, given: Tensor | None, difficulty_only: bool) -> _UnderWay:
+        lane, buffers = chunks[lane_of[span.start]], lanes[lane_of[span.start]]
+        tokens, hidden, raw_s, teacher_rows = lane[span]
+        row_weights = None if weights is None else weights[tokens]
+        if student.weight is None and with_gradient:
+            row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
+        out = None
+        if with_gradient and not difficulty_only:
+            out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
+        vectors = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
+        outputs = RowOutputs(*vectors, out)
+        use = RowSpec("kl", mixed=True) if difficulty_only else spec
+        cold = cold_labels and not difficulty_only
+        inputs = RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, use, cold, given)
+        messages = sharded_row(inputs, outputs, shards)
+        return _UnderWay(span, tokens, hidden, outputs, messages, exchange.gather(next(messages)))
+
+    hard = None
+    if spec.ranked:
+        difficulty = torch.zeros(n, device=device)
+        for chunk in _two_at_a_time(spans, lambda span: begin(span, None, True), exchange):
+            difficulty[chunk.span] = chunk.outputs.difficulty
+        hard = largest(difficulty, labels, scalars)
+        spans.reverse()  # the logits of the last chunks are still there
+    sums: list[tuple[slice | Tensor, Gathering]] = []
+
+    def keep_hidden() -> None:
+        tokens, summed = sums.pop(0)
+        assert result.d_source is not None
+        result.d_source[tokens] = summed.wait().to(result.d_source.dtype)
+
+    first = True
+    for chunk in _two_at_a_time(spans, lambda span: begin(span, None if hard is None else hard[span], False), exchange):
+        span, tokens, rows, out = chunk.span, chunk.tokens, chunk.outputs, chunk.outputs.dlogits
+        result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
+        result.difficulty[tokens] = rows.difficulty
+        result.is_hard[tokens] = rows.is_hard
+        if out is None:
+            continue
+        if student.weight is None:
+            if index is not None and result.d_source is not None:
+                result.d_source[:, :V][tokens] = out
+            continue
+        assert side_s.projection is not None and chunk.hidden is not None
+        if result.d_source is not None:
+            gradient = side_s.projection.hidden_gradient(out) if V else torch.zeros_like(chunk.hidden).float()
+            gradient = gradient.mul_(scale)
+            sums.append((tokens, exchange.sum(gradient) if sum_hidden else Gathering(gradient, None)))
+        if d_weight is not None and V:
+            operand = chunk.hidden * scale if chunk.hidden.dtype == torch.float32 else chunk.hidden
+            Projection.accumulate(d_weight[:V], out, operand, first=first)
+        if d_bias is not None:
+            d_bias[:V] += out.sum(0, dtype=torch.float32)
+        first = False
+        if len(sums) > 1:
+            keep_hidden()
+    while sums:
+        keep_hidden()
+    return finish(result, student, side_s, d_weight, d_bias, scale, n)
+
+
+class _UnderWay(NamedTuple):
+    """A chunk whose statistics are being exchanged."""
+
+    span: slice
+    tokens: slice | Tensor
+    hidden: Tensor | None
+    outputs: RowOutputs
+    messages: Messages
+    statistics: Gathering
+
+
+def _two_at_a_time(spans, begin, exchange):
+    """Each span's chunk when its row is done; the next one has begun before."""
+    waiting: _UnderWay | None = None
+    for span in [*spans, None]:
+        begun = None if span is None else begin(span)
+        if waiting is not None:
+            _complete(waiting, exchange)
+            yield waiting
+        waiting = begun
+
+
+def _complete(chunk: _UnderWay, exchange: Exchange) -> None:
+    gathered = chunk.statistics.wait()
+    while True:
+        try:
+            message = chunk.messages.send(gathered)
+        except StopIteration:
+            return
+        gathered = exchange.gather(message).wait()
+
+
+def _plan(
+    n: int,
+    student: LogitSource,
+    teacher: LogitSource | TopKSide | None,
+    shards: Shards,
+    spec: RowSpec,
+    with_gradient: bool,
+    wanted: Wanted,
+    memory_budget: int | None,
+    device: torch.device,
+) -> Plan:
+    """The same on all ranks: from the widest slice, whatever this rank's."""
+    V, per_token, fixed = shards.widest, 128 * len(shards.sizes), 0
+    for side in (student, teacher):
+        if side is None:
+            continue
+        if isinstance(side, TopKSide):
+            per_token += 64 * (side.indices.shape[1] + 2)
+            continue
+        if side.projection is None:
+            per_token += V * side.source.element_size()
+            continue
+        per_token += 4 * V + 8 * side.source.shape[1]
+        if side.projection.upcast:
+            fixed = max(fixed, SLAB_BYTES)
+    if with_gradient:
+        projection = student.projection
+        if projection is None:
+            per_token += V * student.source.element_size()
+        else:
+            per_token += 4 * student.source.shape[1]  # being added up
+            per_token += 2 * V if projection.gradient_dtype != torch.float32 else 0
+            if wanted.weight and projection.weight.dtype != torch.float32:
+                fixed += 4 * V * projection.weight.shape[1]
+    preferred = preferred_chunk(device.type, per_token)
+    if spec.divergence is not None and DIVERGENCES[spec.divergence].adaptive:
+        per_token += 8 * V
+    return plan_chunks(
+        n, bytes_per_token=LANES * per_token, fixed_bytes=fixed, preferred=preferred, memory_budget=memory_budget
+    )

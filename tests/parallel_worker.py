@@ -1,0 +1,446 @@
+"""``python -m tests.parallel_worker OUT P``: P gloo processes divide a vocabulary; their errors go to OUT as JSON.
+
+Everything is imported once, then the processes are forked. Each case is a function of the rank's world; the numbers
+that it returns by name are reduced to the largest over the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import fused_kd as fk
+from fused_kd import parallel
+
+from .problems import OBJECTIVES, Problem, oracle64, problem, relative
+from .test_top_k import cached
+
+V, N = 517, 29
+WIDTHS = {2: (100, 417), 4: (100, 1, 216, 200)}
+FORMS = ("heads", "logits", "renormalize", "bucket", "uniform")
+# name: options of the loss and of the heads
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cut": {"vocab_size": 90},  # within the first slice: the others have none
+    "chunks": {"memory_budget": 250_000},
+    "sum": {"reduction": "sum", "token_weights": True},
+    "none": {"reduction": "none"},
+    "items": {"num_items": 100.0},
+    "shift": {"shift": True},
+    "cold": {"temperature": 2.0},
+    "capped": {"softcap": 3.0, "logit_scale": 0.5},
+}
+WITH_EVERY_OBJECTIVE = ("plain", "cut")
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+
+    @property
+    def group(self) -> Any:
+        return dist.group.WORLD
+
+    def columns(self) -> slice:
+        widths = WIDTHS[self.size]
+        return slice(sum(widths[: self.rank]), sum(widths[: self.rank + 1]))
+
+
+def matrix() -> dict[str, tuple[Any, str, str]]:
+    """Objective, teacher form and variant of each case of the matrix."""
+    found = {}
+    for objective in OBJECTIVES:
+        for form in FORMS:
+            if form == "renormalize" and objective.name in ("reverse_kd", "adaptive_kl"):
+                continue  # infinite, and refused
+            found.update({f"{objective.name}/{form}/{v}": (objective, form, v) for v in WITH_EVERY_OBJECTIVE})
+    for variant in VARIANTS.keys() - set(WITH_EVERY_OBJECTIVE):
+        for objective in (fk.SelfEvolution(gamma=1.0), fk.SelfEvolutionTopK(), fk.ForwardKD(), fk.GeneralizedJSD()):
+            for form in ("heads", "renormalize"):
+                found[f"{objective.name}/{form}/{variant}"] = objective, form, variant
+    return dict(sorted(found.items()))
+
+
+def run_case(world: World, objective: Any, form: str, variant: str) -> dict[str, float]:
+    options = dict(VARIANTS[variant])
+    head = {key: options.pop(key) for key in ("softcap", "logit_scale") if key in options}
+    p = problem(N, V=V, bias=True, std=2.0)
+    upstream = torch.rand(N, generator=torch.Generator().manual_seed(1))
+    given: dict[str, Any] = {}
+    if options.pop("token_weights", False):
+        given["token_weights"] = upstream
+    if "num_items" in options:
+        given["num_items"] = options.pop("num_items")
+    vocab = options.get("vocab_size", V)
+    labels = torch.where(p.labels >= vocab, 7, p.labels)
+    reach = p if vocab == V else Problem(p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t[:vocab], labels)
+    own = world.columns()
+
+    def sides(mine: slice, leaves: list[Tensor]) -> tuple[Any, Any]:
+        hidden, weight, bias = leaves
+        student: Any = fk.LMHead(hidden, weight, bias, **head)
+        teacher: Any = fk.LMHead(p.hidden_t, p.weight_t[mine])
+        if form == "logits":
+            student, teacher = student.hidden @ weight.T + bias, p.hidden_t @ p.weight_t[mine].T
+        elif form != "heads":
+            torch.manual_seed(0)
+            teacher = cached(reach, 5, form)
+        return student, None if objective.spec.divergence is None else teacher
+
+    def loss_and_gradients(mine: slice, **more: Any) -> tuple[fk.KDOutput, list[Tensor]]:
+        leaves = [p.hidden.detach().clone(), p.weight.detach()[mine].clone(), p.bias.detach()[mine].clone()]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = fk.kd_loss(*sides(mine, leaves), labels, objective, **given, **options, **more)
+        (out.loss if out.loss.dim() == 0 else out.loss @ upstream).backward()
+        if form == "logits" and "tp_group" in more:  # of one's own columns; the head's hidden states saw no other
+            dist.all_reduce(leaves[0].grad)
+        return out, [leaf.grad for leaf in leaves]
+
+    expected, refs = loss_and_gradients(slice(0, V), backend="torch")
+    with parallel.count_traffic() as traffic:
+        out, grads = loss_and_gradients(own, tp_group=world.group)
+    # of a slice's norm, or of its share of the whole's, should that be larger: a single column may have next to nothing
+    share = ((own.stop - own.start) / V) ** 0.5
+    floors = [0.0, *(share * float(ref.norm()) for ref in refs[1:])]
+    refs = [refs[0], refs[1][own], refs[2][own]]
+    found = {
+        "loss": relative(out.loss, expected.loss),
+        "difficulty": float((out.difficulty - expected.difficulty).abs().max()),
+        "is_hard": float((out.is_hard != expected.is_hard).sum()),
+        "unequal": float(unequal(torch.cat([out.loss.detach().flatten(), out.difficulty.flatten()]))),
+        "messages": float(traffic.messages),
+    }
+    for name, grad, ref, floor in zip(("hidden", "weight", "bias"), grads, refs, floors, strict=True):
+        found[name] = float((grad - ref).norm() / max(float(ref.norm()), floor))
+    return found
+
+
+def unequal(x: Tensor) -> bool:
+    """Whether the ranks' bits differ."""
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x.contiguous())
+    return any(not torch.equal(x, other) for other in everyone)
+
+
+def whole(p: Problem, objective: Any, rows: slice, **options: Any) -> tuple[float, list[Tensor]]:
+    out, grads = oracle64(p, objective, **options)
+    return float(out.loss), [grads[0], grads[1][rows], grads[2][rows]]
+
+
+def low_precision(world: World) -> dict[str, float]:
+    p = problem(N, V=V, bias=True, dtype=torch.bfloat16)
+    own = world.columns()
+    leaves = [p.hidden.detach().clone(), p.weight.detach()[own].clone(), p.bias.detach()[own].clone()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    teacher = fk.LMHead(p.hidden_t, p.weight_t[own])
+    loss = fk.kd_loss(fk.LMHead(*leaves), teacher, p.labels, fk.SelfEvolution(), tp_group=world.group).loss
+    loss.backward()
+    value, refs = whole(p, fk.SelfEvolution(), own)
+    return {
+        "loss": abs(float(loss) - value) / value,
+        **{f"g{i}": relative(leaf.grad, ref) for i, (leaf, ref) in enumerate(zip(leaves, refs, strict=True))},
+    }
+
+
+def nothing_valid(world: World) -> dict[str, float]:
+    p = problem(N, V=V)
+    own = world.columns()
+    hidden, weight = p.hidden.detach().clone().requires_grad_(), p.weight.detach()[own].clone().requires_grad_()
+    labels = torch.full((N,), -100)
+    criterion = fk.KDLoss(fk.SelfEvolution(), tp_group=world.group)
+    loss = criterion(fk.LMHead(hidden, weight), fk.LMHead(p.hidden_t, p.weight_t[own]), labels)
+    loss.backward()
+    return {"loss": float(loss), "hidden": float(hidden.grad.norm()), "weight": float(weight.grad.norm())}
+
+
+def twice_and_annealed(world: World) -> dict[str, float]:
+    """A second backward of one graph, and an objective that changes between calls."""
+    p, own = problem(N, V=V), world.columns()
+    hidden, weight = p.hidden.detach().clone().requires_grad_(), p.weight.detach()[own].clone().requires_grad_()
+    criterion = fk.KDLoss(fk.SelfEvolution(beta=0.9), tp_group=world.group)
+    teacher = fk.LMHead(p.hidden_t, p.weight_t[own])
+    loss = criterion(fk.LMHead(hidden, weight), teacher, p.labels)
+    criterion.objective = fk.SelfEvolution(beta=0.2)
+    loss.backward(retain_graph=True)
+    first = [hidden.grad.clone(), weight.grad.clone()]
+    loss.backward()
+    found = {f"again{i}": relative(x.grad, 2 * g) for i, (x, g) in enumerate(zip((hidden, weight), first, strict=True))}
+    refs = oracle64(p, fk.SelfEvolution(beta=0.9))[1]
+    found |= {"hidden": relative(first[0], refs[0]), "weight": relative(first[1], refs[1][own])}
+    later = criterion(fk.LMHead(hidden, weight), teacher, p.labels)
+    return found | {"annealed": relative(later, oracle64(p, fk.SelfEvolution(beta=0.2))[0].loss)}
+
+
+def dtensors(world: World) -> dict[str, float]:
+    """Weights ``Shard(0)`` and ``Replicate``, hidden states plain, replicated and divided over tokens."""
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tp",))
+    p = problem(N, V=V, bias=True)
+    value, refs = whole(p, fk.SelfEvolution(), slice(None))
+    found = {}
+    for place in (Shard(0), Replicate()):
+        for where in (None, Replicate(), Shard(0)):
+            weight, bias = (
+                distribute_tensor(x.detach().clone(), mesh, [place]).requires_grad_() for x in (p.weight, p.bias)
+            )
+            hidden: Tensor = p.hidden.detach().clone()
+            if where is not None:
+                hidden = distribute_tensor(hidden, mesh, [where])
+            hidden.requires_grad_()
+            teacher = fk.LMHead(p.hidden_t, distribute_tensor(p.weight_t, mesh, [Shard(0)]))
+            criterion = fk.KDLoss(fk.SelfEvolution(), tp_group=mesh)
+            with parallel.count_traffic() as traffic:
+                loss = criterion(fk.LMHead(hidden, weight, bias), teacher, p.labels)
+            loss.backward()
+            title = f"{place}-{where}"
+            whole_grad = hidden.grad if where is None else hidden.grad.full_tensor()
+            found[f"{title} loss"] = abs(float(loss) - value) / value
+            found[f"{title} hidden"] = relative(whole_grad, refs[0])
+            found[f"{title} weight"] = relative(weight.grad.full_tensor(), refs[1])
+            found[f"{title} bias"] = relative(bias.grad.full_tensor(), refs[2])
+            # divided over tokens, the hidden gradient is scattered by its own backward
+            found[f"{title} summed here"] = float((traffic.hidden > 0) == (where == Shard(0)))
+            if weight.grad.placements != (place,) and place == Shard(0):
+                found[f"{title} placement"] = 1.0
+    return found
+
+
+class Tiny(nn.Module):
+    """An embedding, a linear body and a head; ``forward`` gives the loss, as under a sharding wrapper it must."""
+
+    def __init__(self, criterion: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.body = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 41, bias=False)
+        self.criterion = criterion
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.body(self.embedding(ids)))
+
+    def forward(self, ids: Tensor, labels: Tensor, teacher: fk.LMHead, num_items: float) -> Tensor:
+        assert self.criterion is not None
+        return self.criterion(fk.LMHead(self.hidden(ids), self.lm_head.weight), teacher, labels, num_items=num_items)
+
+
+def two_dimensions(world: World) -> dict[str, float]:
+    """A tensor-parallel plan's head beside FSDP2, on a mesh of data by vocabulary ranks; one has no valid token."""
+    data = max(world.size // 2, 1)
+    mesh = init_device_mesh("cpu", (data, world.size // data), mesh_dim_names=("dp", "tp"))
+    g = torch.Generator().manual_seed(2)
+    ids, labels = (torch.randint(0, 40, (4, 6), generator=g) for _ in range(2))
+    labels[-2:] = -100  # all that the last data rank has
+    hidden_t, weight_t = torch.randn(4, 6, 8, generator=g), torch.randn(41, 8, generator=g)
+    items = float((labels != -100).sum())
+    torch.manual_seed(3)
+    alone = Tiny(fk.KDLoss(fk.SelfEvolution(), backend="torch"))
+    alone(ids, labels, fk.LMHead(hidden_t, weight_t), items).backward()
+
+    torch.manual_seed(3)
+    model = Tiny(fk.KDLoss(fk.SelfEvolution(), tp_group=mesh["tp"]))
+    parallelize_module(model, mesh["tp"], {"lm_head": ColwiseParallel()})
+    if data > 1:
+        fully_shard(model, mesh=mesh["dp"])
+    rows = slice(4 // data * mesh["dp"].get_local_rank(), 4 // data * (mesh["dp"].get_local_rank() + 1))
+    teacher = fk.LMHead(hidden_t[rows], distribute_tensor(weight_t, mesh["tp"], [Shard(0)]))
+    model(ids[rows], labels[rows], teacher, items / data).backward()  # FSDP averages over the data ranks
+    found = {}
+    for (name, expected), (_, parameter) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
+        grad = parameter.grad
+        found[name] = relative(grad.full_tensor() if isinstance(grad, DTensor) else grad, expected.grad)
+    return found
+
+
+def refusals(world: World) -> dict[str, float]:
+    """What is refused, on all ranks alike; 0 where it is, and the message names what it should."""
+    p, own = problem(N, V=V), world.columns()
+    even = slice(V * world.rank // world.size, V * (world.rank + 1) // world.size)
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+
+    def call(rows_s: slice = own, rows_t: slice = own, objective: Any = None, **options: Any) -> None:
+        student, teacher = fk.LMHead(hidden, weight[rows_s]), fk.LMHead(p.hidden_t, p.weight_t[rows_t])
+        fk.kd_loss(student, teacher, p.labels, objective or fk.NoEvo(), **{"tp_group": world.group, **options})
+
+    grid = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("dp", "tp"))
+    divided = distribute_tensor(weight, grid["tp"], [Shard(1)])
+    kept = distribute_tensor(weight, grid["tp"], [Shard(0)])
+    padded = torch.cat([p.weight_t, p.weight_t[:3]])[V if world.rank else 0 : V + 3 if world.rank else V]
+    cases = {
+        "divided at the same tokens": lambda: call(rows_t=even),
+        "vocab_size must be at most 517": lambda: call(vocab_size=518),
+        "unequal vocabularies, 517 and": lambda: fk.kd_loss(
+            fk.LMHead(hidden, weight[own]), fk.LMHead(p.hidden_t, padded), p.labels, fk.NoEvo(), tp_group=world.group
+        ),
+        "backend must be None or 'torch' with tp_group": lambda: call(backend="native"),
+        "engine must be None or 'chunked' with tp_group": lambda: call(engine="streaming"),
+        "mesh of one dimension": lambda: call(tp_group=grid),
+        "must be a process group or a device mesh, got str": lambda: call(tp_group="world"),
+        "labels must be in [0, 400)": lambda: call(vocab_size=400),
+        r"Shard(0) or Replicate over tp_group": lambda: fk.kd_loss(
+            fk.LMHead(hidden, divided),
+            fk.LMHead(p.hidden_t, p.weight_t[own]),
+            p.labels,
+            fk.NoEvo(),
+            tp_group=grid["tp"],
+        ),
+        "only with tp_group": lambda: fk.kd_loss(
+            fk.LMHead(hidden, kept), fk.LMHead(p.hidden_t, p.weight_t), p.labels, fk.NoEvo()
+        ),
+    }
+    found = {}
+    for message, attempt in cases.items():
+        try:
+            attempt()
+            found[message] = 1.0
+        except (ValueError, TypeError) as error:
+            found[message] = 0.0 if message in str(error) else 2.0
+    return found
+
+
+def resharded(world: World) -> dict[str, float]:
+    full = torch.arange(V * 3, dtype=torch.float32).view(V, 3)
+    widths = WIDTHS[world.size]
+    own = world.columns()
+    even = [V // world.size] * world.size
+    moved = parallel.shard_rows(full[own], even, world.group)
+    back = parallel.shard_rows(
+        full[sum(even[: world.rank]) : sum(even[: world.rank + 1])],
+        [min(w, 100) for w in widths] if sum(even) < V else widths, world.group,
+    )  # fmt: skip
+    start = even[0] * world.rank
+    first = sum(min(w, 100) for w in widths[: world.rank])
+    return {
+        "moved": float(not torch.equal(moved, full[start : start + even[0]])),
+        "back": float(not torch.equal(back, full[first : first + len(back)])),
+    }
+
+
+def traffic(world: World) -> dict[str, float]:
+    """Counted bytes against what the collectives were really given, and against the prediction."""
+    real = {"gather": 0.0, "sum": 0.0}
+    from fused_kd.engine import exchange
+
+    gather, reduce = exchange._all_gather, dist.all_reduce
+
+    def counting_gather(out: Tensor, x: Tensor, **kwargs: Any) -> Any:
+        assert out.numel() == world.size * x.numel()
+        real["gather"] += (out.numel() - x.numel()) * x.element_size()
+        return gather(out, x, **kwargs)
+
+    def counting_reduce(x: Tensor, **kwargs: Any) -> Any:
+        real["sum"] += 2 * x.numel() * x.element_size() * (world.size - 1) / world.size
+        return reduce(x, **kwargs)
+
+    found = {}
+    exchange._all_gather, dist.all_reduce = counting_gather, counting_reduce
+    try:
+        for objective, swept in ((fk.SFT(), 0.0), (fk.NoEvo(), 0.0), (fk.Skew(), 1.0), (fk.SelfEvolution(), None)):
+            real.update(gather=0.0, sum=0.0)
+            p, own = problem(N, V=V), world.columns()
+            hidden, weight = p.hidden.detach().requires_grad_(), p.weight.detach()[own].requires_grad_()
+            teacher = None if objective.name == "sft" else fk.LMHead(p.hidden_t, p.weight_t[own])
+            with parallel.count_traffic() as counted:
+                out = fk.kd_loss(fk.LMHead(hidden, weight), teacher, p.labels, objective, tp_group=world.group)
+                out.loss.backward()
+            valid = int((p.labels != -100).sum())
+            share = float(out.is_hard.sum()) / valid if swept is None else swept
+            said = parallel.predicted_traffic(
+                valid, hidden.shape[1], world.size, swept=share, teacher=teacher is not None
+            )
+            found[f"{objective.name} counted"] = abs(counted.statistics - real["gather"]) + abs(
+                counted.hidden - real["sum"]
+            )
+            found[f"{objective.name} predicted"] = abs(counted.total - said.total)
+            found[f"{objective.name} nothing"] = float(counted.statistics == 0.0 or counted.hidden == 0.0)
+    finally:
+        exchange._all_gather, dist.all_reduce = gather, reduce
+    return found
+
+
+def compiled(world: World) -> dict[str, float]:
+    p, own = problem(N, V=V), world.columns()
+    hidden, weight = p.hidden.detach().clone().requires_grad_(), p.weight.detach()[own].clone().requires_grad_()
+    teacher = fk.LMHead(p.hidden_t, p.weight_t[own])
+    criterion = fk.KDLoss(fk.SelfEvolution(), tp_group=world.group)
+    loss = criterion(fk.LMHead(hidden, weight), teacher, p.labels)
+    loss.backward()
+    expected, hidden.grad, weight.grad = [hidden.grad, weight.grad], None, None
+    run = torch.compile(lambda h, w: criterion(fk.LMHead(h, w), teacher, p.labels), fullgraph=True, backend="aot_eager")
+    again = run(hidden, weight)
+    again.backward()
+    return {
+        "loss": abs(float(again) - float(loss)),
+        "hidden": relative(hidden.grad, expected[0]),
+        "weight": relative(weight.grad, expected[1]),
+    }
+
+
+_FUNCTIONS = (
+    low_precision, nothing_valid, twice_and_annealed, dtensors, two_dimensions, refusals, resharded, traffic, compiled,
+)  # fmt: skip
+OTHERS = {function.__name__: function for function in _FUNCTIONS}
+
+
+def work(rank: int, size: int, store: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    world = World(rank, size)
+    cases = {name: (lambda case=case: run_case(world, *case)) for name, case in matrix().items()}
+    cases |= {name: (lambda function=function: function(world)) for name, function in OTHERS.items()}
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        values = case()
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, values)
+        keys = sorted({key for each in everyone for key in each})
+        found[name] = {key: max(each.get(key, 0.0) for each in everyone) for key in keys}
+    if rank == 0:
+        out.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main(out: Path, size: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(size):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    work(rank, size, f"{folder}/store", out)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            children.append(child)
+        failed = 0
+        for _ in children:
+            _, status = os.wait()
+            if status and not failed:
+                failed = 1
+                for child in children:  # the others wait for it
+                    try:
+                        os.kill(child, 15)
+                    except ProcessLookupError:
+                        continue
+        return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

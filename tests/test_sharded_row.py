@@ -1,0 +1,213 @@
+"""The row of a vocabulary slice: ranks run in turns in one process, against the row that has the whole vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fused_kd as fk
+from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
+from fused_kd.rows.base import Shards, Sparse
+from fused_kd.rows.sharded_row import row as sharded_row
+from fused_kd.rows.top_k import sparse_teacher
+
+from .problems import NAMES, OBJECTIVES, relative
+
+FORMS = ("dense", "renormalize", "bucket", "uniform")
+TIGHT = 2e-6
+
+
+def outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
+    return RowOutputs(
+        torch.full((C,), fill), torch.full((C,), fill), torch.zeros(C, dtype=torch.bool),
+        torch.full((C, V), fill, dtype=dtype),
+    )  # fmt: skip
+
+
+def whole(inputs: RowInputs, dtype: torch.dtype = torch.float32) -> RowOutputs:
+    out = outputs(*inputs.student.raw.shape, dtype, 0.0)
+    get_row("torch")(inputs, out)
+    return out
+
+
+def in_turns(inputs: RowInputs, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[RowOutputs]:
+    """Each rank's outputs; what a rank says is stacked for all of them as the engine does."""
+    bounds = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
+    ranks = []
+    for rank, width in enumerate(sizes):
+        columns = slice(bounds[rank], bounds[rank + 1])
+        teacher = inputs.teacher
+        if isinstance(teacher, Logits):
+            teacher = teacher._replace(raw=teacher.raw[:, columns].clone())
+        own = inputs._replace(
+            student=inputs.student._replace(raw=inputs.student.raw[:, columns].clone()), teacher=teacher
+        )
+        out = outputs(len(inputs.labels), width, dtype, math.nan)
+        ranks.append((sharded_row(own, out, Shards("none", rank, tuple(sizes))), out))
+    messages = [next(generator) for generator, _ in ranks]
+    while messages:
+        gathered = torch.stack(messages)
+        messages = []
+        for generator, _ in ranks:
+            try:
+                messages.append(generator.send(gathered))
+            except StopIteration:
+                continue
+    return [out for _, out in ranks]
+
+
+def inputs_of(
+    objective,
+    form: str = "dense",
+    C: int = 23,
+    V: int = 61,
+    *,
+    std: float = 2.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    weighted: bool = False,
+    seed: int = 0,
+) -> RowInputs:
+    g = torch.Generator().manual_seed(seed)
+    z, z_t = (std * torch.randn(C, V, generator=g) for _ in range(2))
+    labels = torch.where(torch.rand(C, generator=g) < 0.5, z_t.argmax(1), torch.randint(0, V, (C,), generator=g))
+    labels[torch.rand(C, generator=g) < 0.2] = -1
+    teacher: Logits | Sparse | None = Logits(z_t, 1.0, None, False)
+    if form != "dense":
+        values, indices = z_t.log_softmax(1).topk(min(5, V))
+        if V > 5:
+            values[::3, -1] = -math.inf
+        teacher, malformed = sparse_teacher(values, indices, labels, V, form)
+        assert not malformed.any()
+    spec = objective.spec
+    hard = torch.rand(C, generator=g) < 0.4 if spec.ranked else None
+    scalars = torch.tensor(objective.scalars(temperature), dtype=torch.float32)
+    cold = temperature != 1.0 and spec.hard_label and spec.divergence is not None
+    return RowInputs(
+        Logits(z, scale, softcap, False),
+        None if spec.divergence is None else teacher,
+        labels,
+        torch.rand(C, generator=g) if weighted else None,
+        scalars,
+        spec,
+        cold,
+        hard,
+    )
+
+
+def allowed(objective, form: str, temperature: float = 1.0) -> bool:
+    if form == "renormalize":
+        return not fk.divergences.DIVERGENCES[objective.spec.divergence or "kl"].everywhere
+    return form == "dense" or temperature == 1.0
+
+
+def compare(inputs: RowInputs, sizes: Sequence[int], *, dtype: torch.dtype = torch.float32, tight: float = TIGHT):
+    expected, found = whole(inputs, dtype), in_turns(inputs, sizes, dtype)
+    gradient = torch.cat([out.dlogits for out in found], 1)
+    for out in found:
+        assert torch.equal(out.is_hard, expected.is_hard)
+        assert torch.equal(out.loss, found[0].loss) and torch.equal(out.difficulty, found[0].difficulty)
+    assert relative(found[0].loss, expected.loss) < tight
+    assert (found[0].difficulty - expected.difficulty).abs().max() < 1e-5 * expected.difficulty.abs().max()
+    assert relative(gradient, expected.dlogits) < (tight if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_slices_against_the_whole(objective, form: str, temperature: float) -> None:
+    if not allowed(objective, form, temperature):
+        pytest.skip("the loss refuses it")
+    for sizes in ([61], [30, 31], [1, 0, 50, 10], [0, 20, 41]):
+        compare(inputs_of(objective, form, temperature=temperature), sizes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_scale_softcap_weights_and_bf16(objective, form: str) -> None:
+    if not allowed(objective, form):
+        pytest.skip("the loss refuses it")
+    compare(inputs_of(objective, form, softcap=3.0, scale=0.5, weighted=True), [20, 41])
+    compare(inputs_of(objective, form, scale=2.0, weighted=True), [20, 41], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_without_looking_at_values(objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where a look at a value would wait."""
+    inputs = inputs_of(objective)
+    expected = whole(inputs)
+    for module in ("torch_math", "sharded_row", "sharded_columns"):
+        monkeypatch.setattr(f"fused_kd.rows.{module}.on_host", lambda x: False)
+    for form in FORMS:
+        if allowed(objective, form):
+            found = in_turns(inputs_of(objective, form), [30, 31])
+            assert all(out.dlogits.isfinite().all() for out in found)
+            if form == "dense":
+                assert relative(torch.cat([out.dlogits for out in found], 1), expected.dlogits) < TIGHT
+                assert relative(found[0].loss, expected.loss) < TIGHT
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(OBJECTIVES),
+    st.sampled_from(FORMS),
+    st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    st.integers(1, 5),
+    st.sampled_from([0.5, 4.0, 30.0]),
+    st.integers(0, 1000),
+)
+def test_any_slices(objective, form: str, sizes: list[int], C: int, std: float, seed: int) -> None:
+    if sum(sizes) == 0 or not allowed(objective, form):
+        return
+    inputs = inputs_of(objective, form, C, sum(sizes), std=std, seed=seed)
+    expected, found = whole(inputs), in_turns(inputs, sizes)
+    gradient = torch.cat([out.dlogits for out in found], 1)
+    floor = 1e-6 * std * C
+    assert all(torch.equal(out.loss, found[0].loss) for out in found)
+    finite = expected.loss.isfinite()  # a rest without mass makes KL(q||p) infinite
+    assert torch.equal(found[0].loss.isfinite(), finite)
+    expected_loss, expected_gradient = expected.loss[finite], expected.dlogits[finite]
+    assert (found[0].loss[finite] - expected_loss).norm() <= 1e-5 * expected_loss.norm() + floor
+    assert (gradient[finite] - expected_gradient).norm() <= 1e-5 * expected_gradient.norm() + floor
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_extreme_logits(objective) -> None:
+    """Logits of ±1e4, a common offset, and entries that one side excludes: in other slices than the rest."""
+    for change in (_large, _offset, _excluded):
+        inputs = inputs_of(objective)
+        z, z_t = inputs.student.raw, inputs.teacher.raw if isinstance(inputs.teacher, Logits) else None
+        change(z, z_t, inputs.labels)
+        expected, found = whole(inputs), in_turns(inputs, [20, 20, 21])
+        finite = expected.loss.isfinite()
+        assert torch.equal(finite, found[0].loss.isfinite())
+        assert relative(found[0].loss[finite], expected.loss[finite]) < 1e-5, change.__name__
+        gradient = torch.cat([out.dlogits for out in found], 1)
+        assert relative(gradient[finite], expected.dlogits[finite]) < 1e-5, change.__name__
+
+
+def _large(z: Tensor, z_t: Tensor | None, labels: Tensor) -> None:
+    z[::2, 5] = 1e4
+    z[1::2, 45] = -1e4
+    if z_t is not None:
+        z_t[::2, 5] = 1e4
+
+
+def _offset(z: Tensor, z_t: Tensor | None, labels: Tensor) -> None:
+    z += 512.0
+    if z_t is not None:
+        z_t -= 1024.0
+
+
+def _excluded(z: Tensor, z_t: Tensor | None, labels: Tensor) -> None:
+    if z_t is not None:
+        z_t[:, 20:40] = -math.inf  # a whole slice
+        z[:, 25:30] = -math.inf
+    labels[(labels >= 20) & (labels < 40)] = 3
