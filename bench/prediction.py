@@ -280,15 +280,15 @@ def _plan(
 ) -> Plan:
     """The chunked engine's, from tensors without data; a wanted ``chunk`` takes the place of the preferred one."""
 
-    def side(H: int) -> chunked._Logits:
+    def side(H: int) -> chunked.LogitSource:
         hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (shape.N, shape.V))
-        made = chunked._Logits(chunked.Side(hidden, weight, None, 1.0, None), shape.V, None)
+        made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), shape.V, None)
         assert made.projection is not None
         # It asks the tensors' device, which is not the one to be planned for.
         made.projection.upcast = on_host and dtype != torch.float32
         return made
 
-    other: chunked._Logits | chunked.TopKSide | None = None
+    other: chunked.LogitSource | chunked.TopKSide | None = None
     if top_k:
         lists = torch.empty(shape.N, min(TOP_K, shape.V), device="meta")
         other = chunked.TopKSide(lists, lists, "renormalize")

@@ -75,7 +75,8 @@ class KDLoss(nn.Module):
         tp_group: process group, or device mesh of one dimension, over which the vocabulary of both heads is divided:
             each rank gives its own rows (or logits), the same tokens and the whole vocabulary's labels. Weights and
             hidden states may be DTensors, see :func:`fused_kd.parallel.local_side`. All ranks get the same loss; each
-            gets its own rows' gradient, and the hidden states' summed over the ranks. Runs in PyTorch operations.
+            gets its own rows' gradient, and the hidden states' summed over the ranks. ``backend`` is "triton" (dense
+            teachers, all objectives but ``AdaptiveKL``) or "torch".
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.

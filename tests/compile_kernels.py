@@ -26,10 +26,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.engine.chunked import Side
 from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.objectives import OBJECTIVES
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Sparse
+from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.sharded_row import Joined
+from fused_kd.rows.sharded_triton import TritonRow
 from fused_kd.rows.top_k_triton import row as top_k_row
 from fused_kd.rows.triton_row import row
 
@@ -150,6 +153,36 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
     }
 
 
+def sharded_cases() -> dict[str, Callable[[], None]]:
+    """A call for each kernel of a vocabulary slice, by objective."""
+    made: dict[str, Callable[[], None]] = {}
+    for title, name, dtype, options in (
+        ("sft", "sft", FP32, {}),
+        ("self_evolution", "self_evolution", FP32, {}),
+        ("self_evolution/bf16", "self_evolution", BF16, {"softcap": 30.0, "weights": True}),
+        ("skew_teacher/cold", "skew_teacher", FP32, {"cold": True}),
+        ("generalized_jsd", "generalized_jsd", FP32, {}),
+    ):
+        inputs, outputs = _case(name, FP32, FP32, dtype, **options)
+        kernels = SWEEPS if inputs.spec.divergence not in (None, "kl") else (SWEEPS[0], SWEEPS[2])
+        made |= {
+            f"sharded/{title}/{kernel}": functools.partial(_sharded, inputs, outputs, kernel) for kernel in kernels
+        }
+    return made
+
+
+def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
+    row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
+    of = Joined(*(torch.zeros(1, 1) for _ in Joined._fields))
+    use, divergence = torch.ones(1, dtype=torch.bool), DIVERGENCES[inputs.spec.divergence or "kl"]
+    if kernel == "statistics":
+        row.statistics()
+    elif kernel == "sums":
+        row.sums(of, divergence, use, None, 0.5)
+    else:
+        row.gradient(of, divergence, use, torch.zeros(1, 1), 0.5)
+
+
 def _sweeps(
     name: str,
     dtype: torch.dtype,
@@ -250,7 +283,7 @@ def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
-        for name, launch in (cases() | streaming_cases()).items():  # tiles depend on the target
+        for name, launch in (cases() | streaming_cases() | sharded_cases()).items():  # tiles depend on the target
             compiled.clear()
             try:
                 launch()

@@ -139,7 +139,7 @@ def unequal(x: Tensor) -> bool:
 
 def whole(p: Problem, objective: Any, rows: slice, **options: Any) -> tuple[float, list[Tensor]]:
     out, grads = oracle64(p, objective, **options)
-    return float(out.loss), [grads[0], grads[1][rows], grads[2][rows]]
+    return float(out.loss), [grads[0], *(grad[rows] for grad in grads[1:])]
 
 
 def low_precision(world: World) -> dict[str, float]:
@@ -155,6 +155,25 @@ def low_precision(world: World) -> dict[str, float]:
         "loss": abs(float(loss) - value) / value,
         **{f"g{i}": relative(leaf.grad, ref) for i, (leaf, ref) in enumerate(zip(leaves, refs, strict=True))},
     }
+
+
+def kernels(world: World) -> dict[str, float]:
+    """Triton's sweeps, in its interpreter; each takes half a second a rank."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return {"loss": 0.0}
+    p, own = problem(6, V=V), world.columns()
+    found = {}
+    for objective in (fk.SFT(), fk.SelfEvolution(gamma=1.0), fk.SelfEvolutionTopK()):
+        hidden, weight = p.hidden.detach().clone().requires_grad_(), p.weight.detach()[own].clone().requires_grad_()
+        teacher = None if objective.name == "sft" else fk.LMHead(p.hidden_t, p.weight_t[own])
+        head = fk.LMHead(hidden, weight)
+        out = fk.kd_loss(head, teacher, p.labels, objective, tp_group=world.group, backend="triton")
+        out.loss.backward()
+        value, refs = whole(p, objective, slice(None))
+        found[f"{objective.name} loss"] = abs(float(out.loss) - value) / value
+        found[f"{objective.name} hidden"] = relative(hidden.grad, refs[0])
+        found[f"{objective.name} weight"] = float((weight.grad - refs[1][own]).norm() / refs[1].norm())
+    return found
 
 
 def nothing_valid(world: World) -> dict[str, float]:
@@ -285,7 +304,7 @@ def refusals(world: World) -> dict[str, float]:
         "unequal vocabularies, 517 and": lambda: fk.kd_loss(
             fk.LMHead(hidden, weight[own]), fk.LMHead(p.hidden_t, padded), p.labels, fk.NoEvo(), tp_group=world.group
         ),
-        "backend must be None or 'torch' with tp_group": lambda: call(backend="native"),
+        "backend must be None, 'torch' or 'triton' with tp_group": lambda: call(backend="native"),
         "engine must be None or 'chunked' with tp_group": lambda: call(engine="streaming"),
         "mesh of one dimension": lambda: call(tp_group=grid),
         "must be a process group or a device mesh, got str": lambda: call(tp_group="world"),
@@ -390,7 +409,8 @@ def compiled(world: World) -> dict[str, float]:
 
 
 _FUNCTIONS = (
-    low_precision, nothing_valid, twice_and_annealed, dtensors, two_dimensions, refusals, resharded, traffic, compiled,
+    low_precision, kernels, nothing_valid, twice_and_annealed, dtensors, two_dimensions, refusals, resharded, traffic,
+    compiled,
 )  # fmt: skip
 OTHERS = {function.__name__: function for function in _FUNCTIONS}
 

@@ -402,7 +402,7 @@ def test_scalars_are_read_at_run_time() -> None:
         SelfEvolution(lam=0.8, beta=0.1, gamma=5.0),
     ):
         check(call(*data, objective), oracle(*data, objective))
-    constants = triton_row._constants(SelfEvolution.kind, False, False)
+    constants = triton_row.row_constants(SelfEvolution.kind, False, False)
     assert not {0.2, 0.9, 0.8, 0.1} & set(constants.values())
 
 

@@ -30,12 +30,7 @@ def choose_engine(
     vocabulary is divided over ranks.
     """
     if sharded:
-        for name, value, known in (("engine", engine, "chunked"), ("backend", backend, "torch")):
-            if value not in (None, known):
-                raise ValueError(f"{name} must be None or {known!r} with tp_group, got {value!r}")
-        if grad_filter_eps > 0:
-            raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
-        return "chunked", "torch"
+        return "chunked", _sharded_backend(engine, backend, divergence, grad_filter_eps, device, top_k)
     if grad_filter_eps > 0 and engine != "streaming":
         raise ValueError(f"grad_filter_eps={grad_filter_eps!r} needs engine='streaming', got engine={engine!r}")
     if engine == "streaming":
@@ -47,6 +42,27 @@ def choose_engine(
     if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
         return AUTO, chosen
     return "chunked", chosen
+
+
+def _sharded_backend(
+    engine: str | None,
+    backend: str | None,
+    divergence: str | None,
+    grad_filter_eps: float,
+    device: torch.device,
+    top_k: bool,
+) -> str:
+    """Of the sharded engine: Triton's kernels have dense teachers and all divergences but the one that sorts."""
+    if engine not in (None, "chunked"):
+        raise ValueError(f"engine must be None or 'chunked' with tp_group, got {engine!r}")
+    if grad_filter_eps > 0:
+        raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be None, 'torch' or 'triton' with tp_group, got {backend!r}")
+    fits = not top_k and not (divergence is not None and DIVERGENCES[divergence].adaptive)
+    if backend == "triton" and not fits:
+        raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")
+    return "triton" if choose_backend(backend, device) == "triton" and fits else "torch"
 
 
 def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
@@ -81,7 +97,7 @@ def run(
         from . import sharded
 
         del options["vocab"]
-        return sharded.run(student, teacher, *args, shards=shards, sum_hidden=sum_hidden, **options)
+        return sharded.run(student, teacher, *args, shards=shards, backend=backend, sum_hidden=sum_hidden, **options)
     if engine == "streaming":
         assert not isinstance(teacher, chunked.TopKSide)
         from . import streaming

@@ -7,6 +7,7 @@ logits of the next are made, and the hidden gradient of one is added up over the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from ..objectives import RowSpec
 from ..rows import RowInputs, RowOutputs
 from ..rows.base import Shards
 from ..rows.sharded_row import Messages
-from ..rows.sharded_row import row as sharded_row
 from .chunked import (
     VECTORS,
     Buffers,
@@ -47,6 +47,7 @@ def run(
     labels: Tensor,
     *,
     shards: Shards,
+    backend: str,
     sum_hidden: bool,
     weights: Tensor | None,
     scale: Tensor,
@@ -63,11 +64,13 @@ def run(
     Args:
         student, teacher: this rank's slices of weight and bias, or of the logits; hidden states and lists are whole.
         shards: the slices; what lies beyond this rank's is cut off.
+        backend: "torch" or "triton".
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
         labels, weights, scale, scalars, ignore_index, dtype: as of :func:`fused_kd.engine.chunked.run`; ids of the
             whole vocabulary.
     """
     device, N = student.source.device, student.source.shape[0]
+    row = _row(backend)
     index, labels = valid_tokens(labels, ignore_index, device)
     n, V = labels.shape[0], shards.size
     in_range = labels < shards.vocab
@@ -100,7 +103,7 @@ def run(
         use = RowSpec("kl", mixed=True) if difficulty_only else spec
         cold = cold_labels and not difficulty_only
         inputs = RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, use, cold, given)
-        messages = sharded_row(inputs, outputs, shards)
+        messages = row(inputs, outputs, shards)
         return _UnderWay(span, tokens, hidden, outputs, messages, exchange.gather(next(messages)))
 
     hard = None
@@ -158,7 +161,7 @@ class _UnderWay(NamedTuple):
     statistics: Gathering
 
 
-def _two_at_a_time(spans, begin, exchange):
+def _two_at_a_time(spans: list[slice], begin: Callable[[slice], _UnderWay], exchange: Exchange) -> Iterator[_UnderWay]:
     """Each span's chunk when its row is done; the next one has begun before."""
     waiting: _UnderWay | None = None
     for span in [*spans, None]:
@@ -167,6 +170,14 @@ def _two_at_a_time(spans, begin, exchange):
             _complete(waiting, exchange)
             yield waiting
         waiting = begun
+
+
+def _row(backend: str) -> Callable[[RowInputs, RowOutputs, Shards], Messages]:
+    if backend == "triton":
+        from ..rows.sharded_triton import row
+    else:
+        from ..rows.sharded_torch import row
+    return row
 
 
 def _complete(chunk: _UnderWay, exchange: Exchange) -> None:

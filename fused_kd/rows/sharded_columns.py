@@ -10,26 +10,11 @@ from torch import Tensor
 from ..objectives import Scalars
 from ..workspace import empty
 from .base import LOG_ZERO, Logits, RowInputs, Shards, Sparse
+from .sharded_row import Joined
 from .torch_math import Scratch, cool, final_logits, on_host, scale
 
 BLOCK_BYTES = 4 << 20
 DEVICE_BLOCK_BYTES = 256 << 20
-
-
-class Joined(NamedTuple):
-    """What all ranks know of each token, (C, 1) float64: maxima, logarithms of sums of exponentials over them, the
-    label's log-probabilities and its cross-entropy."""
-
-    top: Tensor
-    log_sum: Tensor
-    log_q_y: Tensor
-    kl: Tensor
-    top_t: Tensor
-    log_sum_t: Tensor
-    log_p_y: Tensor
-    cold_top: Tensor
-    cold_log_sum: Tensor
-    ce: Tensor
 
 
 class Read(NamedTuple):

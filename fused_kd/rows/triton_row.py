@@ -77,7 +77,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             student.softcap,
             1.0 if teacher is None else teacher.scale,
             None if teacher is None else teacher.softcap,
-            **_constants(inputs.spec, inputs.cold_labels, capped),
+            **row_constants(inputs.spec, inputs.cold_labels, capped),
             num_warps=THREADS // warp_size(),
         )
     if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
@@ -85,7 +85,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
 
 
 @functools.cache
-def _constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]:
+def row_constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]:
     """What the kernel is compiled for, besides dtypes, alignment, softcaps and which pointers are None."""
     # A tanh and two ratios need registers too: with whole blocks some targets would spill.
     heavy = capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}

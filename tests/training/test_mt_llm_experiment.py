@@ -242,6 +242,14 @@ def test_a_change_makes_new_only_what_depends_on_it(captions: Path, tmp_path: Pa
     assert names() == base, "files count by content"
 
 
+def test_a_stage_reads_nothing_beyond_what_it_needs(captions: Path, tmp_path: Path) -> None:
+    """Another process may do it while the MT model is still being trained."""
+    experiment = Experiment(load_config(MTLLM, [CONFIGS / "tiny.yaml"], [f"data={captions}", *MICRO]), tmp_path)
+    experiment.pipeline.finish(experiment.trainings[0]["task"])
+    done = {stage.title for stage in experiment.pipeline.stages if stage.done}
+    assert done == {"task", "lm", "task.s0"}
+
+
 def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> None:
     """Both models from folders, LoRA in stage 2, both directions of attention, a task's own files, no retrieval."""
     texts = [row["en"] for row in lines(captions / "train.jsonl")]

@@ -148,7 +148,7 @@ class Experiment:
                 model = load_seq2seq(m.mt, dtype=m.dtype).to(m.device) if model is None else model
                 made = translate(
                     model,
-                    m.tokenizers["mt"],
+                    m.tokenizer("mt"),
                     texts,
                     source=c.code(language),
                     target=c.code("en"),

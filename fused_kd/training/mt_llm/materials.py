@@ -40,31 +40,32 @@ class Materials:
     def __init__(self, config: MTLLM, mt: str, llm: str, task: str | Path) -> None:
         self.config = config
         self.mt, self.llm, self.task = mt, llm, Path(task).expanduser()
+        self._tokenizers: dict[str, Any] = {}
 
     @cached_property
     def device(self) -> torch.device:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
 
-    @cached_property
-    def tokenizers(self) -> dict[str, Any]:
-        """``mt``'s and ``llm``'s; where one has no padding token, its EOS pads."""
-        found = {"mt": load_tokenizer(self.mt), "llm": load_tokenizer(self.llm)}
-        for tokenizer in found.values():
+    def tokenizer(self, kind: str) -> Any:
+        """``"mt"``'s or ``"llm"``'s, which need not both be there yet; where one has no padding token, its EOS pads."""
+        if kind not in self._tokenizers:
+            tokenizer = load_tokenizer(self.mt if kind == "mt" else self.llm)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             tokenizer.padding_side = "right"
-        return found
+            self._tokenizers[kind] = tokenizer
+        return self._tokenizers[kind]
 
     def encode(self, kind: str, texts: Sequence[str], language: str = "en") -> list[list[int]]:
         """Token ids of ``"mt"``'s or ``"llm"``'s tokenizer."""
         longest = self.config.max_length
         if kind == "mt":
-            return encode_sources(self.tokenizers["mt"], texts, self.config.code(language), longest)
-        ids: list[list[int]] = self.tokenizers["llm"](list(texts), truncation=True, max_length=longest)["input_ids"]
+            return encode_sources(self.tokenizer("mt"), texts, self.config.code(language), longest)
+        ids: list[list[int]] = self.tokenizer("llm")(list(texts), truncation=True, max_length=longest)["input_ids"]
         return ids
 
     def pad_id(self, kind: str) -> int:
-        return int(self.tokenizers[kind].pad_token_id)
+        return int(self.tokenizer(kind).pad_token_id)
 
     def items(self, name: str) -> tuple[list[str], list[str]]:
         """Texts and labels of one of the task's files."""
@@ -78,7 +79,9 @@ class Materials:
     def texts(self) -> list[str]:
         """The English text of stage 1."""
         c = self.config
-        key = lambda value: value.get("text") or value.get("en") if isinstance(value, dict) else None  # noqa: E731
+        key: Callable[[Any], Any] = (  # noqa: E731
+            lambda value: value.get("text") or value.get("en") if isinstance(value, dict) else None
+        )
         path = self.task / "text.jsonl"
         rows = file_rows(path, None) if c.text is None else read_rows(c.text, "train", key)
         found: list[str] = []

@@ -1,0 +1,397 @@
+"""``KDLossMixin``: the compute_loss of any transformers Trainer, from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+import fused_kd as fk
+from fused_kd.integrations.bodies import labels_need_shift
+from fused_kd.integrations.heads import check_head_module, common_vocab_size
+from fused_kd.integrations.routing import check_lm_head, route_head_loss
+from fused_kd.loss import LossOptions
+from fused_kd.objectives import Objective
+from fused_kd.training.averaging import count_targets
+from fused_kd.training.data.prompts import LABEL_PAD
+from fused_kd.training.distributed import (
+    TEACHER_COLUMNS,
+    CachedTeacher,
+    check_engine,
+    hard_threshold,
+    is_cached,
+    prepare_arguments,
+    shard_teacher,
+    shards_weights,
+    sum_over_ranks,
+    top_k_of,
+)
+from fused_kd.training.sampling import has_rows
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader, Dataset
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers.trainer_utils import EvalLoopOutput
+else:
+    Trainer = object  # the class that the mixin is put before brings its own
+
+# what must not be given, and why
+_REFUSED = {
+    "model_init": "the model that the Trainer is given is the one that is prepared",
+    "compute_loss_func": "the objective is the loss",
+    "preprocess_logits_for_metrics": "evaluation computes no logits",
+}
+
+
+class KDLossMixin(Trainer):
+    """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
+
+    >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
+    >>> MyTrainer(model, args, teacher=teacher, objective=fk.SelfEvolution(), train_dataset=...).train()
+
+    Batches need ``labels`` (batch, length) with -100 where there is no loss, as transformers' collators make them:
+    unshifted for decoder-only models, aligned for encoder-decoders (whose ``decoder_input_ids`` are made from them
+    where the batch has none, for each model in its own way), and what else the models take; both get the same inputs.
+    The loss is the mean over the target tokens of the whole optimizer step, exact under gradient accumulation and over
+    the processes of DDP, FSDP2 and DeepSpeed. ``eval_loss`` is the mean over the tokens of the evaluation set (with
+    several processes, of the rows that the Trainer's sampler repeats to fill the last batch too); no logits are
+    computed. ``SelfEvolutionTopK`` ranks the tokens of the whole optimizer step, for which a first pass without
+    gradients is made where that has several batches, and in evaluation those of a batch on all processes.
+
+    With TRL's ``SFTTrainer`` this loss replaces its own; what that logs beside the loss (``entropy``,
+    ``mean_token_accuracy``, ``num_tokens``) is not there.
+
+    Args:
+        model: the student, any Hugging Face causal LM or encoder-decoder with adapters or without; FSDP2 and ZeRO-3
+            need a head without one.
+        args: the Trainer's arguments. ``label_smoothing_factor`` must be 0.
+        *trainer_args: further positional arguments of the Trainer.
+        teacher: another model of the same kind on the same vocabulary; it is frozen, put into eval mode, and moved to
+            the training's device or sharded as the student is (FSDP2, ZeRO-3). Or a cache: any object with ``tail``
+            and no ``forward``; then batches also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64),
+            (batch, length, K), aligned with the hidden states. None for objectives without a teacher (SFT).
+        objective: one of ``fused_kd``'s objectives, or its name.
+        criterion: in place of ``objective``: a :class:`fused_kd.KDLoss`, whose options are used too. ``shift`` is
+            the model's; ``reduction`` and ``ignore_index`` must be the defaults.
+        vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are; for
+            unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error is raised.
+        **kwargs: those of the Trainer. ``compute_metrics`` needs ``predict_with_generate``.
+
+    Raises:
+        ValueError: no teacher where the objective needs one, the teacher is the student or of another kind, unequal
+            vocabularies, a model that transforms its logits in an unknown way, an option that cannot be honoured.
+        TypeError: a wrong type of objective, a head that :func:`fused_kd.integrations.transformers.lm_head_of`
+            refuses.
+    """
+
+    # num_items_in_batch already spans the accumulation steps
+    loss_is_scaled_for_ga = True
+    # whether a head with an adapter will do
+    adapted_heads = True
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        teacher: PreTrainedModel | CachedTeacher | None = None,
+        objective: Objective | str | None = None,
+        criterion: fk.KDLoss | None = None,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        criterion = _as_criterion(objective, criterion)
+        self.objective: Objective = criterion.objective
+        self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
+        if vocab_size is None:
+            vocab_size = criterion.vocab_size
+        if self.objective.spec.divergence is None:
+            teacher = None
+        elif teacher is None:
+            raise ValueError(f"teacher must be given for {self.objective!r}")
+        elif teacher is model:
+            raise ValueError("teacher must be another model than the student: it is frozen")
+        self.cache: Any = teacher if is_cached(teacher) else None
+        self.teacher: Any = cast(Any, None if self.cache is not None else teacher)
+        _check_arguments(args, kwargs)
+        if isinstance(model, torch.nn.Module):
+            self._take_models(model, vocab_size, kwargs.get("processing_class"))
+        prepare_arguments(args)
+        super().__init__(model, args, *trainer_args, **kwargs)
+        if self.model is not model:  # loaded, or wrapped into adapters, by the Trainer
+            self._take_models(self.model, vocab_size, self.processing_class)
+        _check_arguments(self.args, {})
+        prepare_arguments(self.args)
+        student: Any = self.model
+        models: list[Any] = [student] if self.teacher is None else [student, self.teacher]
+        sized = self.train_dataset is None or has_rows(self.train_dataset)
+        check_engine(self.accelerator, self.args, models[0], sized)
+        sharded = shards_weights(self.accelerator)
+        for each in models:
+            # an adapter's own modules are not called, so nothing would gather their weights
+            check_head_module(each, plain=sharded or not self.adapted_heads)
+            route_head_loss(each)
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+        # sharded models are whole, or real at all on this rank, only when they run
+        self._models_checked = not sharded
+        if self._models_checked:
+            if self.teacher is not None and not (
+                getattr(self.teacher, "hf_device_map", None) or getattr(self.teacher, "is_quantized", False)
+            ):
+                self._move_model_to_device(self.teacher, self.args.device)
+            for each in models:
+                check_lm_head(each)
+        self._step_batches: list[dict[str, Any]] = []
+        self._step_gamma: float | None = None
+        self._evaluated = torch.zeros(2)
+
+    def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
+        """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
+        for each in (student, self.teacher):
+            if each is not None:
+                check_head_module(each, plain=not self.adapted_heads)
+        self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
+        self.shift = labels_need_shift(student)
+        if self.teacher is not None and labels_need_shift(self.teacher) != self.shift:
+            kinds = ("a decoder-only", "an encoder-decoder")
+            raise ValueError(
+                f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
+            )
+        if getattr(student.config.get_text_config(), "output_router_logits", False):
+            raise ValueError("config.output_router_logits must be False: the router's auxiliary loss is not added")
+
+    def current_objective(self) -> Objective:
+        """The objective of the current step; to be overridden for one that changes."""
+        return self.objective
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Fused loss of a micro-batch; with ``return_outputs`` also a dict: loss, difficulty, is_hard.
+
+        With ``num_items_in_batch``, the tokens of the step on all processes, the loss is this micro-batch's share
+        times the number of processes, over which the engines average gradients.
+        """
+        if "labels" not in inputs:
+            raise ValueError(f"batch must have labels, got {', '.join(sorted(inputs))}")
+        objective = self._unranked(model, inputs)
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks)
+        if model.training:
+            self._trained_on(inputs, out)
+        return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
+
+    def _trained_on(self, inputs: dict[str, Any], out: fk.KDOutput) -> None:
+        """Called with each micro-batch of the training and its loss, which spans all processes and no factor."""
+
+    def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """(batch, length) factors of the tokens' losses; None: 1."""
+        return None
+
+    def _denominator(self, batch: dict[str, Any]) -> torch.Tensor:
+        """How much of what the loss is averaged over a batch holds: its target tokens."""
+        labels = batch["labels"]
+        return count_targets(labels) if self.shift else (labels != LABEL_PAD).sum()
+
+    def _run(
+        self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
+    ) -> tuple[torch.Tensor, fk.KDOutput]:
+        """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers.
+
+        The student's loss is made inside its head module's call, that inside the teacher's: there both heads are
+        whole, whatever shards them. The teacher's hooks see no graph.
+        """
+        inputs = dict(inputs)
+        weights = self._token_weights(inputs)
+        # an encoder-decoder makes its decoder's inputs from them
+        labels = inputs.pop("labels") if self.shift else inputs["labels"]
+        lists = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
+        options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
+        out: list[fk.KDOutput] = []
+        returned: list[dict[str, torch.Tensor]] = []
+        gradients = torch.is_grad_enabled()
+
+        def student(teacher: fk.LMHead | fk.TopK | None) -> dict[str, torch.Tensor]:
+            def loss(head: fk.LMHead) -> dict[str, torch.Tensor]:
+                out.append(
+                    fk.kd_loss(head, teacher, labels, objective, token_weights=weights, num_items=num_items, **options)
+                )
+                return {"loss": out[0].loss * ranks}
+
+            with torch.set_grad_enabled(gradients):
+                returned.append(model(**inputs, head_loss=loss))
+            return {}
+
+        if not self._models_checked:
+            self._check_sharded(model)
+        # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
+        with self.accelerator.autocast():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    self.teacher(**inputs, head_loss=student)
+            elif self.cache is None or objective.spec.divergence is None:
+                student(None)
+            else:
+                student(top_k_of(lists, self.cache))
+        loss = returned[0]["loss"]
+        if loss.dtype != torch.float32:
+            # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
+            loss = loss.float() + (out[0].loss.detach() * ranks - loss.detach().float())
+        return loss, out[0]
+
+    def _check_sharded(self, model: torch.nn.Module) -> None:
+        if self.teacher is not None:
+            self.teacher = shard_teacher(self.teacher, self.accelerator)
+            check_lm_head(self.teacher)
+        check_lm_head(model)
+        self._models_checked = True
+
+    def _unranked(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Objective:
+        """The objective; one that ranks tokens of several calls becomes a threshold on their difficulties.
+
+        Ranked together are the tokens of the step, in evaluation those of a batch, on all processes.
+        """
+        now = self.current_objective() if model.training else self.objective
+        batches = self._step_batches if model.training and self._step_batches else [inputs]
+        if not now.spec.ranked or self.accelerator.num_processes * len(batches) == 1:
+            return now
+        objective: Any = now
+        gamma = self._step_gamma if model.training else None
+        if gamma is None:
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            # the passes with gradients draw the same dropout again
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                found = [self._difficulties(model, batch, objective) for batch in batches]
+            gamma = self._step_gamma = hard_threshold(self.accelerator, found, objective)
+        return fk.SelfEvolution(lam=objective.lam, beta=objective.beta, gamma=gamma)
+
+    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], objective: Any) -> torch.Tensor:
+        inputs = self._prepare_inputs(batch)
+        difficulty = self._run(model, inputs, fk.NoEvo(lam=objective.lam), None, 1)[1].difficulty
+        labels = inputs["labels"]
+        if self.shift:
+            difficulty, labels = difficulty[..., :-1], labels[..., 1:]
+        return difficulty[(labels != LABEL_PAD).to(difficulty.device)]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one optimizer step, and what its loss is averaged over on all processes, at least 1."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_batches, self._step_gamma = batches, None
+        count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
+        return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **generation: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The mean loss of one batch, never logits; of a Seq2SeqTrainer that generates, the tokens and labels too."""
+        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        labels, loss = inputs.get("labels"), None
+        if labels is not None or not generates:
+            with torch.no_grad():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+            items = self._denominator(inputs).to(loss)
+            self._evaluated = self._evaluated.to(loss) + torch.stack([loss * items, items])
+        if not generates:
+            return loss, None, None
+        # decoder inputs made from labels would be continued
+        made = labels is not None and getattr(inputs.get("decoder_input_ids"), "shape", None) == labels.shape
+        dropped = ("labels", "decoder_input_ids", "decoder_attention_mask") if made else ("labels",)
+        free = {name: value for name, value in inputs.items() if name not in dropped}
+        tokens = super().prediction_step(model, free, prediction_loss_only, ignore_keys, **generation)[1]
+        return loss, tokens, None if labels is None else labels.to(self.args.device)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with the loss averaged over tokens and not over batches."""
+        self._evaluated = torch.zeros(2)
+        result = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        total, items = sum_over_ranks(self.accelerator, self._evaluated).tolist()
+        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
+        return result._replace(metrics=metrics)
+
+    def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        if hasattr(loader, "device"):
+            # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
+            loader.device = None
+        return loader
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # on the host, labels tell which tokens to drop without a synchronisation
+        kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
+        # DeepSpeed's way with inputs would round these
+        kept |= {key: inputs[key].to(self.args.device) for key in TEACHER_COLUMNS if key in inputs}
+        return {**super()._prepare_inputs({key: value for key, value in inputs.items() if key not in kept}), **kept}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*columns, *TEACHER_COLUMNS]))  # type: ignore[assignment]
+
+
+def _as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None) -> fk.KDLoss:
+    if (objective is None) == (criterion is None):
+        raise ValueError("one of objective and criterion must be given")
+    if criterion is None:
+        return fk.KDLoss(as_objective(objective))
+    if not isinstance(criterion, fk.KDLoss):
+        raise TypeError(f"criterion must be a fused_kd.KDLoss, got {criterion!r}")
+    for name, allowed in (("reduction", "mean"), ("ignore_index", LABEL_PAD)):
+        if getattr(criterion, name) != allowed:
+            raise ValueError(f"criterion must have {name}={allowed!r}, got {getattr(criterion, name)!r}")
+    return criterion
+
+
+def as_objective(objective: Any) -> Objective:
+    """An objective from itself or its name; ``ValueError`` for an unknown name, ``TypeError`` for anything else."""
+    if isinstance(objective, str):
+        if objective not in fk.OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(fk.OBJECTIVES)}, got {objective!r}")
+        return fk.OBJECTIVES[objective]()
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a fused_kd objective or its name, got {objective!r}")
+    return objective
+
+
+def _check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} must be None: {reason}")
+    if kwargs.get("compute_metrics") is not None and not getattr(args, "predict_with_generate", False):
+        raise ValueError(
+            "compute_metrics must be None: evaluation computes no logits to pass to it; score generated text, "
+            "with Seq2SeqTrainer's predict_with_generate or fused_kd.training.evaluation.evaluate"
+        )
+    if args is None:
+        return
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective sets the target"
+        )
+    liger = args.liger_kernel_config or {}
+    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_liger_kernel must be False or liger_kernel_config have fused_linear_cross_entropy=False: that kernel "
+            "replaces the model's forward when the training starts"
+        )

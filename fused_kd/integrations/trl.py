@@ -1,0 +1,380 @@
+"""TRL's GKD and distillation trainers with a fused loss: neither model's logits are ever held.
+
+Import ``GKDTrainer`` or ``DistillationTrainer`` from here instead of from TRL (1.16 or later); arguments, data,
+generation and logging stay TRL's.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+try:
+    from transformers import PreTrainedModel, Trainer
+    from trl.experimental import gkd
+    from trl.models.utils import unwrap_model_for_generation
+    from trl.trainer import distillation_trainer
+except ImportError as error:
+    raise ImportError(
+        "fused_kd.integrations.trl needs trl 1.16 or later: pip install 'fused_kd[trl]'", name=error.name
+    ) from error
+
+import fused_kd as fk
+from fused_kd.integrations.mixin import as_objective
+from fused_kd.integrations.transformers import (
+    check_head_module,
+    check_lm_head,
+    common_vocab_size,
+    route_head_loss,
+    rows_of,
+)
+from fused_kd.objectives import Objective
+
+IGNORE = -100
+# what a multimodal model takes beside tokens, as TRL's DistillationTrainer names it in its batches
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class FusedLoss(Trainer):
+    """What both trainers share: a loss from hidden states in place of TRL's divergence of logits.
+
+    For one process, DDP, FSDP2 and ZeRO-3 (where the teacher is sharded too). Labels are read on the host once a
+    micro-batch, before the models run, so that prompts and padding cost no GEMM of the loss.
+
+    Args:
+        model, teacher_model, args, ...: as for TRL's trainer of the same name. With vocabularies padded to unequal
+            sizes, models and not names.
+        objective: one of ``fused_kd``'s objectives, or its name. None (default): ``GeneralizedJSD`` with ``args.beta``,
+            TRL's own divergence (0: KL(p||q), 1: KL(q||p), p the teacher). The label of an objective with one is the
+            token of the completion, on-policy the student's own sample.
+        temperature: of the distributions in the loss; no factor T**2, as in TRL. None (default): what TRL takes, 1
+            for GKD (whose ``args.temperature`` is for sampling alone) and ``args.temperature`` for distillation.
+        vocab_size: cut both heads to this many columns and never sample beyond. None (default): heads of equal size
+            stay whole; unequal ones are cut to the size of ``processing_class``, the tokenizer of both models.
+        memory_budget: bytes for the loss's buffers; None lets the library choose.
+        backend: of :class:`fused_kd.KDLoss`; None picks.
+
+    Raises:
+        ValueError: unequal vocabularies without a tokenizer, a head that does more than weight, bias, scale and
+            softcap, the teacher is the student, ``compute_metrics`` (there are no logits to pass to it), an objective
+            that ranks the tokens of a step that is made of several micro-batches, FSDP1, vLLM with a student whose
+            padded columns are cut.
+        TypeError: a wrong type of objective, a quantised head or one with an adapter.
+    """
+
+    # TRL's
+    teacher_model: Any
+    beta: float
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
+
+    def __init__(
+        self,
+        model: Any = None,
+        teacher_model: Any = None,
+        args: Any = None,
+        *positional: Any,
+        objective: Objective | str | None = None,
+        temperature: float | None = None,
+        vocab_size: int | None = None,
+        memory_budget: int | None = None,
+        backend: str | None = None,
+        **trainer_args: Any,
+    ) -> None:
+        self.objective: Objective | None = None if objective is None else as_objective(objective)
+        for name, each in (("model", model), ("teacher_model", teacher_model)):
+            if each is None:
+                raise ValueError(f"{name} must be a model or its name, got None")
+        if teacher_model is model and not isinstance(model, str):
+            raise ValueError("teacher_model must be another model than the student")
+        if trainer_args.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
+        self.loss_temperature = temperature
+        # checks the options before anything is loaded
+        fk.KDLoss(
+            self.objective or fk.GeneralizedJSD(),
+            temperature=1.0 if temperature is None else temperature,
+            vocab_size=vocab_size,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
+        for each in (model, teacher_model):
+            if not isinstance(each, str):
+                check_head_module(each, plain=True)
+        with _one_vocab_size(model, teacher_model):
+            super().__init__(model, teacher_model, args, *positional, **trainer_args)
+        student, teacher = self._bare(self.model), self._bare(self.teacher_model)
+        self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
+        self._sample_within(self.vocab_size, student, teacher)
+        for each in (student, teacher):
+            route_head_loss(each)
+        self._check_settings()
+        # a sharded model is whole only when it runs
+        self._heads_checked = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not self._heads_checked:
+            self._check_heads(self.model, self.teacher_model)
+        self._difficulty: dict[str, torch.Tensor] = {}
+
+    def current_objective(self) -> Objective:
+        """The objective, or the divergence of TRL's current ``beta``."""
+        return self.objective or fk.GeneralizedJSD(beta=self.beta)
+
+    def fused_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], labels: torch.Tensor, num_items: Any, ranks: int
+    ) -> tuple[torch.Tensor, fk.KDOutput]:
+        """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers.
+
+        Args:
+            model: the student, wrapped as it trains.
+            inputs: what both models take, (batch, length) and more.
+            labels: (batch, length), the tokens, or -100 where there is no loss; position i predicts label i + 1.
+            num_items: what the sum of the tokens' losses is divided by; None: the valid tokens of ``labels``.
+
+        The student's loss is made inside its head module's call, that inside the teacher's: there both heads are
+        whole, whatever shards them.
+        """
+        if not self._heads_checked:
+            self._check_heads(model, self.teacher_model)
+        self.teacher_model.eval()
+        labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
+        gradients = torch.is_grad_enabled()
+        out: list[fk.KDOutput] = []
+        returned: list[dict[str, torch.Tensor]] = []
+
+        def student(teacher: fk.LMHead) -> dict[str, torch.Tensor]:
+            def loss(head: fk.LMHead) -> dict[str, torch.Tensor]:
+                out.append(
+                    fk.kd_loss(
+                        head,
+                        teacher,
+                        labels,
+                        self.current_objective(),
+                        ignore_index=IGNORE,
+                        shift=True,
+                        temperature=self._temperature(),
+                        vocab_size=self.vocab_size,
+                        num_items=num_items,
+                        **self.loss_options,
+                    )
+                )
+                return {"loss": out[0].loss * ranks}
+
+            with torch.set_grad_enabled(gradients):
+                returned.append(model(**inputs, head_loss=loss))
+            return {}
+
+        with self.accelerator.autocast(), torch.no_grad():
+            self.teacher_model(**inputs, head_loss=student)
+        self._add_difficulty("" if model.training else "eval_", out[0].difficulty, labels)
+        loss = returned[0]["loss"]
+        if loss.dtype != torch.float32:
+            # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
+            loss = loss.float() + (out[0].loss.detach() * ranks - loss.detach().float())
+        return loss, out[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's; entries with a loss also get ``difficulty``, the mean KL(target||student) in nats since the last.
+
+        With an objective that has a Γ there is ``hard_fraction`` too, the share of tokens above it.
+        """
+        prefix = "eval_" if "eval_loss" in logs else ""
+        sums = self._difficulty.pop(prefix, None) if f"{prefix}loss" in logs else None
+        if sums is not None:
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
+            difficulty, hard, tokens = sums.tolist()
+            logs[f"{prefix}difficulty"] = difficulty / max(tokens, 1.0)
+            if hasattr(self.objective, "gamma"):
+                logs[f"{prefix}hard_fraction"] = hard / max(tokens, 1.0)
+        super().log(logs, start_time)
+
+    def _temperature(self) -> float:
+        raise NotImplementedError
+
+    def _on_policy(self) -> bool:
+        raise NotImplementedError
+
+    def _bare(self, model: Any) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(model)  # type: ignore[no-any-return]
+
+    def _check_heads(self, *models: Any) -> None:
+        with self.accelerator.autocast():
+            for each in models:
+                check_lm_head(each)
+        self._heads_checked = True
+
+    def _check_settings(self) -> None:
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.fsdp_version != 2:
+            raise ValueError(f"fsdp_version must be 2, got {fsdp.fsdp_version}")
+        if self.objective is None:
+            return
+        spec = self.objective.spec
+        parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        if spec.ranked and parts > 1:
+            raise ValueError(
+                f"objective must not rank tokens over a step of {parts} micro-batches, got {self.objective!r}: use "
+                "SelfEvolution, or fused_kd.training.trainer.KDTrainer, which ranks them together"
+            )
+        if getattr(self.objective, "lam", 1.0) < 1.0 and self._on_policy():
+            warnings.warn(
+                f"{self.objective!r} takes the completion's tokens as labels, and on-policy these are the student's "
+                "own samples: lam=1 leaves the teacher alone as the target",
+                stacklevel=4,
+            )
+
+    def _sample_within(self, vocab_size: int | None, *models: PreTrainedModel) -> None:
+        """Never sample a padded column: neither the other model nor the loss has it."""
+        if vocab_size is None:
+            return
+        columns = [rows_of(check_head_module(each).weight) for each in models]
+        if columns[0] > vocab_size and getattr(self.args, "use_vllm", False):
+            raise ValueError(
+                f"use_vllm must be False for a student of {columns[0]} columns cut to {vocab_size}: vLLM would sample "
+                "from those beyond; resize the student's embeddings to the tokenizer"
+            )
+        beyond = list(range(vocab_size, max(columns)))
+        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *beyond]
+        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
+
+    def _add_difficulty(self, mode: str, difficulty: torch.Tensor, labels: torch.Tensor) -> None:
+        gamma = getattr(self.objective, "gamma", float("inf"))
+        # ignored tokens have difficulty 0, so they count nowhere
+        found = torch.stack([difficulty.sum(), (difficulty > gamma).sum()]).double()
+        tokens = (labels[:, 1:] != IGNORE).sum()
+        found = torch.cat([found, tokens[None].to(found)])
+        self._difficulty[mode] = found + self._difficulty.get(mode, 0.0)
+
+
+class GKDTrainer(FusedLoss, gkd.GKDTrainer):
+    """``trl.experimental.gkd.GKDTrainer`` without logits: ``lmbda``, ``beta``, ``seq_kd`` and the rest as there.
+
+    In one process the losses and gradients are TRL's. Over several, a step's loss is the mean over the tokens of all
+    of them, as of one process (TRL's gradient is that over the number of processes).
+
+    Args:
+        count_generated: TRL divides by the completion tokens of the *data*, also where the student's own completion
+            took their place. True generates all completions of an optimizer step first and divides by their
+            tokens: the exact mean. Default False, as TRL.
+        ...: those of :class:`FusedLoss` and of TRL's trainer.
+    """
+
+    def __init__(self, *args: Any, count_generated: bool = False, **kwargs: Any) -> None:
+        self.count_generated = count_generated
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The fused loss of a micro-batch; with ``return_outputs`` also a dict: loss, difficulty, is_hard."""
+        whole = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        ranks = self.accelerator.num_processes if whole else 1
+        tokens = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        loss, out = self.fused_loss(model, tokens, inputs["labels"], num_items_in_batch, ranks)
+        return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """The loss of one batch; never logits."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's, whose completions are made already with ``count_generated``."""
+        step: Any = super(gkd.GKDTrainer, self) if self.count_generated else super()
+        return cast(torch.Tensor, step.training_step(*args, **kwargs))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's; with ``count_generated`` the batches have their final completions, and these count."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.count_generated:
+            batches = [self._with_completions(batch) for batch in batches]
+            num_items = self._get_num_items_in_batch(batches, device)
+        return batches, num_items
+
+    def _with_completions(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch to train on: of the data, of the student, or (``seq_kd``) of the teacher, by TRL's draw."""
+        if random.random() <= self.lmbda:
+            author = self.model_wrapped
+        elif self.seq_kd:
+            author = self.teacher_model
+        else:
+            return batch
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        generate: Any = self.generate_on_policy_outputs
+        with unwrap_model_for_generation(
+            author,
+            self.accelerator,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=checkpointing,
+        ) as generator:
+            made = generate(generator, self._prepare_inputs(batch), self.generation_config)
+        return {**batch, **dict(zip(("input_ids", "attention_mask", "labels"), made, strict=True))}
+
+    def _temperature(self) -> float:
+        return 1.0 if self.loss_temperature is None else self.loss_temperature
+
+    def _on_policy(self) -> bool:
+        return bool(self.lmbda > 0.0)
+
+
+class DistillationTrainer(FusedLoss, distillation_trainer.DistillationTrainer):
+    """``trl.DistillationTrainer`` (always on-policy) with this library's loss; see :class:`FusedLoss`.
+
+    Losses and gradients are TRL's. Its ``entropy`` of the student is not logged; ``difficulty`` is.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The fused loss of a micro-batch's completions, without those tokens that a tool wrote."""
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        prompts, completions = inputs["prompt_ids"], inputs["completion_ids"]
+        labels = torch.cat([torch.full_like(prompts, IGNORE), completions.masked_fill(mask == 0, IGNORE)], 1)
+        tokens = {
+            "input_ids": torch.cat([prompts, completions], 1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            **{key: inputs[key] for key in _MULTIMODAL if key in inputs},
+        }
+        ranks = 1
+        if model.training and inputs.get("num_items_in_batch") is not None:
+            num_items_in_batch, ranks = inputs["num_items_in_batch"].clamp(min=1), self.accelerator.num_processes
+        loss, _ = self.fused_loss(model, tokens, labels, num_items_in_batch, ranks)
+        return (loss, None) if return_outputs else loss
+
+    def _temperature(self) -> float:
+        return float(self.temperature if self.loss_temperature is None else self.loss_temperature)
+
+    def _on_policy(self) -> bool:
+        return True
+
+
+@contextmanager
+def _one_vocab_size(student: Any, teacher: Any) -> Iterator[None]:
+    """Within, the teacher's config has the student's vocabulary size: TRL refuses padded vocabularies by it."""
+    if isinstance(student, str) or isinstance(teacher, str):
+        yield
+        return
+    config = teacher.config.get_text_config()
+    size, config.vocab_size = config.vocab_size, student.config.get_text_config().vocab_size
+    try:
+        yield
+    finally:
+        config.vocab_size = size

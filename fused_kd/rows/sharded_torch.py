@@ -1,0 +1,217 @@
+"""The sharded row in PyTorch operations, for any device: blocks of rows, swept as often as the ranks exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence
+from .base import LOG_ZERO, RowInputs, RowOutputs, Shards
+from .sharded_columns import columns_of
+from .sharded_row import Joined, Messages, SweptRow, joined
+from .torch_math import (
+    TINY,
+    Lazy,
+    Scratch,
+    add_at,
+    close_gradient,
+    divergence_terms,
+    free_gradient,
+    known_all,
+    maybe_any,
+    on_host,
+    target,
+)
+
+CPU_BLOCK_BYTES = 2 << 20
+CPU_BLOCK_ROWS = 8
+DEVICE_BLOCK_BYTES = 256 << 20
+
+
+def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
+    """Fill ``outputs`` for one chunk; shapes and meaning as of :mod:`fused_kd.rows.base`, columns of this rank."""
+    yield from _TorchRow(inputs, outputs, shards).run()
+
+
+class _TorchRow(SweptRow):
+    picks_rows = True
+
+    def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
+        super().__init__(inputs, outputs, shards)
+        self.columns = columns = columns_of(inputs, self.s, shards)
+        self.condensed, self.join_rest = columns.condensed, columns.join_rest  # type: ignore[method-assign]
+        width = max(columns.width, 1)
+        here = on_host(inputs.labels)
+        block = max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * width)) if here else DEVICE_BLOCK_BYTES // (4 * width)
+        self.block = max(1, min(block, self.C))
+        self.scratch = Scratch(self.block, columns.width, inputs.labels.device)
+
+    def _blocks(self, index: Tensor | None = None) -> Iterator[slice | Tensor]:
+        """Rows a block: of all, or of those at ``index``."""
+        count = self.C if index is None else len(index)
+        for start in range(0, count, self.block):
+            rows = slice(start, min(start + self.block, count))
+            yield rows if index is None else index[rows]
+
+    def statistics(self) -> Tensor:
+        columns, message = self.columns, torch.zeros(self.C, 12, device=self.ignored.device)
+        message[:, [0, 3, 7, 10]] = LOG_ZERO
+        for rows in self._blocks() if columns.width else ():
+            read = columns.read(rows, self.scratch)
+            y, own = columns.label(rows)
+            part = message[rows]
+            if columns.student_statistics is not None:
+                part[:, 0:2] = columns.student_statistics[rows]
+                top = part[:, 0:1]
+            else:
+                top = read.z.amax(1, keepdim=True)
+                part[:, 0:1] = top
+                part[:, 1] = torch.sub(read.z, top, out=self.scratch("work", len(y))).exp_().sum(1)
+            part[:, 2:3] = read.z.gather(1, y) * own
+            if read.z_t is not None:
+                top_t = read.z_t.amax(1, keepdim=True)
+                excess = torch.sub(read.z_t, top_t, out=self.scratch("work", len(y)))
+                weight = torch.exp(excess, out=self.scratch("p", len(y)))
+                part[:, 3:4], part[:, 4] = top_t, weight.sum(1)
+                # over the maxima: a large common offset would swallow the difference
+                ratio = excess.sub_(torch.sub(read.z, top, out=self.scratch("q", len(y))))
+                part[:, 5] = weight.mul_(ratio).sum(1)
+                part[:, 6:7] = read.z_t.gather(1, y) * own
+            if read.hot is not None:
+                top = read.hot.amax(1, keepdim=True)
+                part[:, 7:8] = top
+                part[:, 8] = torch.sub(read.hot, top, out=self.scratch("work", len(y))).exp_().sum(1)
+                part[:, 9:10] = read.hot.gather(1, y) * own
+            message[rows] = part
+        if columns.cold_statistics is not None:
+            message[:, 7:10] = columns.cold_statistics
+        if columns.rest_statistics is not None:
+            message[:, 10:12] = columns.rest_statistics
+        if columns.condensed:
+            return message
+        return message[:, :10] if self.inputs.cold_labels else message[:, : 3 if self.inputs.teacher is None else 7]
+
+    def _probability(self, z: Tensor, top: Tensor, log_sum: Tensor, rows: slice | Tensor, name: str) -> Tensor:
+        out = torch.sub(z, top[rows].float(), out=self.scratch(name, len(z))).exp_()
+        return out.mul_(log_sum[rows].neg().exp().float())
+
+    def _terms(
+        self,
+        of: Joined,
+        divergence: Divergence,
+        rows: slice | Tensor,
+        beta: float | Tensor,
+        counted: int,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Lazy | None, Tensor, Tensor]:
+        """``sum h`` over the first ``counted`` columns, ``g`` in them, and the two distributions."""
+        scratch = self.scratch
+        read = self.columns.read(rows, scratch)
+        assert read.z_t is not None
+        y, own = self.columns.label(rows)
+        d = None
+        p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
+        if "d" in divergence.reads:
+            d = torch.sub(read.z_t, (of.top_t - of.top)[rows].float(), out=scratch("difference", len(y)))
+            d.sub_(read.z).sub_((of.log_sum_t - of.log_sum)[rows].float())
+        q = self._probability(read.z, of.top, of.log_sum, rows, "q")
+        t = target(p, y, self.s.lam, self.spec.mixed, scratch, own)
+        at = Lazy(t.value[:, :counted], scratch), Lazy(q[:, :counted], scratch)
+        ratio = None if d is None else Lazy(d[:, :counted], scratch)
+        value, g = divergence_terms(divergence, *at, ratio, beta, with_gradient)
+        return value, g, p, q
+
+    def sums(
+        self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: float | Tensor
+    ) -> Tensor:
+        count = self.C if index is None else len(index)
+        message = torch.zeros(count, 2, device=self.ignored.device)
+        done = 0
+        for rows in self._blocks(index) if self.columns.counted else ():
+            here = slice(done, done + (rows.stop - rows.start if isinstance(rows, slice) else len(rows)))
+            weight = beta[here] if isinstance(beta, Tensor) and beta.dim() else beta
+            value, g, _, _ = self._terms(of, divergence, rows, weight, self.columns.counted, True)
+            assert g is not None
+            message[here, 0:1] = value
+            message[here, 1] = g.value.sum(1)
+            done = here.stop
+        return message
+
+    def gradient(
+        self,
+        of: Joined,
+        divergence: Divergence | None,
+        use: Tensor | None,
+        total: Tensor | None,
+        beta: float | Tensor | None,
+    ) -> None:
+        out, columns = self.outputs.dlogits, self.columns
+        if out is None or not out.shape[1]:
+            return
+        if isinstance(beta, Tensor) and beta.dim() and use is not None and len(beta) < self.C:
+            beta = torch.zeros_like(of.top).float().index_copy(0, use.nonzero().squeeze(1), beta)
+        for rows in self._blocks():
+            assert isinstance(rows, slice)
+            read = columns.read(rows, self.scratch)
+            y, own = columns.label(rows)
+            work = self.scratch("dlogits", len(y))
+            s = self.s
+            q = self._probability(read.z, of.top, of.log_sum, rows, "q")
+            used = None if use is None else use[rows]
+            cold = None
+            if read.hot is not None:
+                cold = self._probability(read.hot, of.cold_top, of.cold_log_sum, rows, "cold")
+            if self.spec.divergence is None:
+                add_at(work.copy_(q), y, -1.0 * own)
+            elif read.z_t is not None and (used is None or not known_all(used)):
+                p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
+                free_gradient(p, q, y, cold, s, self.spec, work, own)
+            if used is not None and divergence is not None and total is not None and maybe_any(used):
+                weight = beta[rows] if isinstance(beta, Tensor) and beta.dim() else beta
+                assert weight is not None
+                _, g, _, q = self._terms(of, divergence, rows, weight, columns.width, True)
+                assert g is not None
+                part = torch.addcmul(g.value, q, total[rows], value=-1.0, out=self.scratch("part", len(y)))
+                close_gradient(part, q if cold is None else cold, y, s, self.spec, own)
+                if known_all(used):
+                    work.copy_(part)
+                else:
+                    torch.where(used.unsqueeze(1), part, work, out=work)
+            columns.write(rows, work, read, out, of)
+
+    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, Tensor]:
+        """(C', 1): as :func:`fused_kd.rows.torch_math.head_share`, the head's threshold found by bisection.
+
+        The bits of positive floats are ordered as the floats are: 31 halvings find the least probable entry of the
+        head exactly.
+        """
+        counted = self.columns.counted
+        count = self.C if index is None else len(index)
+        device = self.ignored.device
+        t, error = (torch.zeros(count, counted, device=device) for _ in range(2))
+        done = 0
+        for rows in self._blocks(index) if counted else ():
+            read = self.columns.read(rows, self.scratch)
+            assert read.z_t is not None
+            here = slice(done, done + len(read.z))
+            p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")[:, :counted]
+            q = self._probability(read.z, of.top, of.log_sum, rows, "q")[:, :counted]
+            torch.add(p, TINY, out=t[here])
+            torch.sub(t[here], q, out=error[here]).abs_()
+            done = here.stop
+        bits = t.view(torch.int32)
+        mass = self.s.fraction
+        log_sum_t = of.log_sum_t if index is None else of.log_sum_t[index]
+        most = log_sum_t.neg().exp().float() + TINY
+        low = torch.zeros(count, 1, dtype=torch.int32, device=device)
+        high = most.view(torch.int32) + 1
+        for _ in range(31):
+            middle = low + (high - low) // 2
+            inside = joined((yield (t * (bits >= middle)).sum(1, keepdim=True, dtype=torch.float64))) <= mass
+            high, low = torch.where(inside, middle, high), torch.where(inside, low, middle + 1)
+        head = (bits >= high) | (t == most) | torch.as_tensor(mass >= 1.0, device=device)
+        sums = joined((yield torch.cat([(error * head).sum(1, keepdim=True), error.sum(1, keepdim=True)], 1)))
+        share, whole = sums.split(1, 1)
+        return torch.where(whole > 0, share / whole.clamp(min=TINY), 0.5).float()

@@ -1,0 +1,95 @@
+"""The sharded row with a Triton kernel for each sweep: dense teachers, every objective but ``AdaptiveKL``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence
+from .base import Logits, RowInputs, RowOutputs, Shards
+from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
+from .sharded_row import Joined, Messages, SweptRow
+from .triton_row import THREADS, guard, row_constants, unit_stride, warp_size
+
+
+def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
+    """As :func:`fused_kd.rows.sharded_row.row`."""
+    yield from TritonRow(inputs, outputs, shards).run()
+
+
+class TritonRow(SweptRow):
+    def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
+        super().__init__(inputs, outputs, shards)
+        self.student = unit_stride(inputs.student.raw)
+        self.teacher = None
+        student, teacher = inputs.student, inputs.teacher
+        options: tuple[Any, ...] = (student.scale, student.softcap, 1.0, None)
+        capped = student.softcap is not None
+        if isinstance(teacher, Logits):
+            self.teacher = unit_stride(teacher.raw)
+            options = (student.scale, student.softcap, teacher.scale, teacher.softcap)
+            capped = capped or teacher.softcap is not None
+        self.options = options
+        made = row_constants(inputs.spec, inputs.cold_labels, capped)
+        self.made = made
+        self.labels = inputs.labels.contiguous()
+        self.scalars = inputs.scalars.contiguous()
+        self.launch = {"num_warps": THREADS // warp_size()}
+
+    @property
+    def _strides(self) -> tuple[int, int]:
+        return self.student.stride(0), 0 if self.teacher is None else self.teacher.stride(0)
+
+    def statistics(self) -> Tensor:
+        message = torch.empty(self.C, 10, device=self.labels.device)
+        with guard(self.labels.device):
+            statistics_kernel[(self.C,)](
+                self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
+                *self._strides, *self.options, COLD=self.made["COLD"], BLOCK=self.made["BLOCK"], **self.launch,
+            )  # fmt: skip
+        return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
+
+    def _known(self, of: Joined) -> Tensor:
+        nothing = torch.zeros_like(of.top)
+        label_d = nothing
+        if self.teacher is not None:
+            lam = self.s.lam
+            label_t = lam * of.log_p_y.exp() + (1.0 - lam)
+            label_d = label_t.clamp(min=1e-30).log() - of.log_q_y
+        columns = (
+            of.top, (-of.log_sum).exp(), of.top_t, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum, label_d,
+            of.cold_top, (-of.cold_log_sum).exp(),
+        )  # fmt: skip
+        return torch.cat(columns, 1).float()
+
+    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: Any) -> Tensor:
+        assert index is None
+        message = torch.empty(self.C, 2, device=self.labels.device)
+        with guard(self.labels.device):
+            sums_kernel[(self.C,)](
+                self.student, self.teacher, self.labels, self.scalars, self._known(of), use.view(torch.uint8), message,
+                self.shards.start, self.shards.size, *self._strides, *self.options, self.made["h"], self.made["g"],
+                self.made["MIXTURE"], self.made["MIXED"], self.made["BLOCK"], **self.launch,
+            )  # fmt: skip
+        return message
+
+    def gradient(
+        self, of: Joined, divergence: Divergence | None, use: Tensor | None, total: Tensor | None, beta: Any
+    ) -> None:
+        given = self.outputs.dlogits
+        if given is None or not given.shape[1]:
+            return
+        out = self.student if given is self.inputs.student.raw else unit_stride(given)
+        weights = self.inputs.weights
+        with guard(self.labels.device):
+            gradient_kernel[(self.C,)](
+                self.student, self.teacher, out, self.labels, None if weights is None else weights.contiguous(),
+                self.scalars, self._known(of), None if use is None else use.view(torch.uint8),
+                None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
+                out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
+                self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["BLOCK"], **self.launch,
+            )  # fmt: skip
+        if out is not given:
+            given.copy_(out)

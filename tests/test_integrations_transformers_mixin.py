@@ -1,0 +1,353 @@
+"""KDLossMixin before transformers' Trainers and TRL's: the loss and the weights of a compute_loss with full logits."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import fused_kd as fk  # noqa: E402
+from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
+from fused_kd.reference import reference_kd_loss  # noqa: E402
+from tests.test_integrations_transformers import BART_SIZES, T5_SIZES  # noqa: E402
+from tests.training.test_trainer import weights  # noqa: E402
+from tests.training.tiny import VOCAB, rows, tiny  # noqa: E402
+
+OBJECTIVE = fk.SelfEvolution(gamma=2.0)
+LEARNING_RATE = 0.1
+
+
+class KDTrainer(KDLossMixin, transformers.Trainer):
+    pass
+
+
+class KDSeq2SeqTrainer(KDLossMixin, transformers.Seq2SeqTrainer):
+    pass
+
+
+class FullLogits:
+    """The same training as its users write it: both models' logits, and the oracle's loss."""
+
+    loss_is_scaled_for_ga = True
+    teacher: Any
+    objective: fk.objectives.Objective
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        with torch.no_grad():
+            target = self.teacher(**inputs).logits
+        logits = model(**inputs).logits
+        shift = not model.config.is_encoder_decoder
+        return reference_kd_loss(logits, target, labels, self.objective, shift=shift, num_items=num_items_in_batch).loss
+
+
+class FullTrainer(FullLogits, transformers.Trainer):
+    pass
+
+
+class FullSeq2SeqTrainer(FullLogits, transformers.Seq2SeqTrainer):
+    pass
+
+
+class Tokenizer:
+    """As much of one as collators need."""
+
+    padding_side = "right"
+    pad_token_id = 0
+
+    def __len__(self) -> int:
+        return VOCAB
+
+    def pad(self, features: list[dict], return_tensors: str | None = None, **_: object) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in features)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100, "decoder_input_ids": 0}
+        padded = {
+            name: torch.tensor([list(row[name]) + [fill[name]] * (width - len(row[name])) for row in features])
+            for name in features[0]
+            if name in ("input_ids", "attention_mask")
+        }
+        if "labels" in features[0]:
+            padded["labels"] = torch.tensor(np.array([row["labels"] for row in features]))
+        return padded
+
+
+def arguments(folder: Path, seq2seq: bool = False, kind: Any = None, **options: object) -> Any:
+    kind = kind or (transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments)
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    return kind(**{**defaults, **options})
+
+
+def causal_rows(count: int, seed: int = 0) -> list[dict]:
+    return [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows(count, seed)]
+
+
+def pairs(count: int, seed: int = 0) -> list[dict]:
+    """Sources and targets of other lengths."""
+    sources, targets = causal_rows(count, seed), rows(count, seed + 50)
+    return [{**row, "labels": target["input_ids"] + [2]} for row, target in zip(sources, targets, strict=True)]
+
+
+def collator() -> Any:
+    return transformers.DataCollatorForSeq2Seq(Tokenizer(), padding=True)
+
+
+def encoder_decoder(kind: str, width: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    if kind == "t5":
+        config = transformers.T5Config(**{**T5_SIZES, "d_model": width, "dropout_rate": 0.0})
+    else:
+        dropout = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        family = transformers.BartConfig if kind == "bart" else transformers.M2M100Config
+        layers = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+        config = family(**{**BART_SIZES, "d_model": width, **dropout, **layers})
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():  # peaked outputs, so that easy and hard tokens both occur
+        model.get_output_embeddings().weight.mul_(20 if kind != "t5" else 2)
+        if kind == "bart":
+            model.final_logits_bias.normal_()
+    return model
+
+
+CASES = {
+    "causal": (lambda width, seed: tiny(width, seed), causal_rows, KDTrainer, FullTrainer),
+    "t5": (functools.partial(encoder_decoder, "t5"), pairs, KDSeq2SeqTrainer, FullSeq2SeqTrainer),
+    "bart": (functools.partial(encoder_decoder, "bart"), pairs, KDSeq2SeqTrainer, FullSeq2SeqTrainer),
+    "m2m100": (functools.partial(encoder_decoder, "m2m100"), pairs, KDTrainer, FullTrainer),
+}
+
+
+def oracle(model: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Mean loss of a batch from both models' logits."""
+    with torch.no_grad():
+        sides = [each.eval()(**batch).logits for each in (model, teacher)]
+    shift = not model.config.is_encoder_decoder
+    return reference_kd_loss(*sides, batch["labels"], OBJECTIVE, shift=shift).loss.item()
+
+
+def assert_same_moves(start: dict, ours: dict, theirs: dict) -> None:
+    """What the training changed, all weights together: keys' biases have gradients of rounding alone."""
+    left, right = (torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in (ours, theirs))
+    assert right.norm() > 1e-2
+    error = (left - right).norm() / right.norm()
+    assert error <= 5e-5, f"relative difference {error:.2e}"
+
+
+def losses(run: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def quiet(run: Any) -> Any:
+    run.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_full_logits_under_accumulation(tmp_path: Path, case: str) -> None:
+    build, make_rows, fused, full = CASES[case]
+    data, held_out, teacher = make_rows(12), make_rows(5, seed=9), build(24, 2).eval()
+    args = arguments(tmp_path, seq2seq="Seq2Seq" in fused.__name__, train_sampling_strategy="sequential")
+    shared = {"train_dataset": data, "data_collator": collator()}
+
+    plain = quiet(full(build(16, 1), args, **shared))
+    plain.teacher, plain.objective = teacher, OBJECTIVE
+    start = weights(plain.model)
+    plain.train()
+
+    student = build(16, 1)
+    run = quiet(fused(student, args, teacher=teacher, objective=OBJECTIVE, eval_dataset=held_out, **shared))
+    run.train()
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    assert_same_moves(start, weights(student), weights(plain.model))
+
+    def no_logits(module: object, inputs: object, output: object) -> None:
+        assert isinstance(output, dict), "logits were computed"
+
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(no_logits)
+    expected = oracle(plain.model, build(24, 2), collator()(held_out))
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert teacher.get_output_embeddings().weight.grad is None and not teacher.training
+
+
+def test_evaluation_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    build, make_rows, fused, _ = CASES["bart"]
+    data, student, teacher = make_rows(5), build(16, 1).eval(), build(24, 2).eval()
+    expected = oracle(student, teacher, collator()(data))
+    for size in (2, 5):
+        args = arguments(tmp_path, True, per_device_eval_batch_size=size)
+        run = quiet(fused(student, args, teacher=teacher, objective=OBJECTIVE, data_collator=collator()))
+        assert run.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_that_generates(tmp_path: Path) -> None:
+    """A Seq2SeqTrainer's metrics on generated tokens, its loss without logits; the decoder starts afresh."""
+    build, make_rows, fused, _ = CASES["bart"]
+    data, student, seen = make_rows(5), build(16, 1), []
+    with_inputs = transformers.DataCollatorForSeq2Seq(Tokenizer(), model=student)
+    args = arguments(tmp_path, True, predict_with_generate=True, generation_max_length=6, generation_num_beams=1)
+    run = quiet(
+        fused(
+            student,
+            args,
+            teacher=build(24, 2),
+            objective="no_evo",
+            data_collator=with_inputs,
+            compute_metrics=lambda prediction: seen.append(prediction) or {"rows": len(prediction.predictions)},
+        )
+    )
+    assert "decoder_input_ids" in with_inputs(data)
+    scores = run.evaluate(data)
+    assert scores["eval_rows"] == 5 and scores["eval_loss"] > 0
+    labels = with_inputs(data)["labels"].numpy()
+    assert (seen[0].label_ids[labels != -100] == labels[labels != -100]).all()
+    batch = {key: value for key, value in with_inputs(data).items() if key in ("input_ids", "attention_mask")}
+    free = student.generate(**batch, max_length=6, num_beams=1, do_sample=False).numpy()
+    assert (seen[0].predictions[:, : free.shape[1]] == free).all()
+    unlabelled = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data]
+    assert (run.predict(unlabelled).predictions[:, : free.shape[1]] == free).all()
+
+
+@pytest.mark.parametrize("case", ["causal", "t5"])
+def test_ranking_spans_the_accumulated_step(tmp_path: Path, case: str) -> None:
+    build, make_rows, fused, _ = CASES[case]
+    trained = []
+    for size, steps in ((4, 1), (2, 2)):
+        student = build(16, 1)
+        args = arguments(
+            tmp_path,
+            "Seq2Seq" in fused.__name__,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            train_sampling_strategy="sequential",
+        )
+        objective = fk.SelfEvolutionTopK(fraction=0.3)
+        shared = {"train_dataset": make_rows(12), "data_collator": collator()}
+        start = weights(student)
+        quiet(fused(student, args, teacher=build(24, 2), objective=objective, **shared)).train()
+        trained.append(weights(student))
+    assert_same_moves(start, *trained)
+
+
+def test_criterion_and_its_options(tmp_path: Path) -> None:
+    """A KDLoss brings its options; columns beyond vocab_size take no part, which the tokenizer tells."""
+    teacher, data = tiny(24, 2, vocab=72), causal_rows(4)
+    student = tiny(16, 1, vocab=64)
+    criterion = fk.KDLoss(fk.ForwardKD(lam=0.3), temperature=2.0, vocab_size=VOCAB, backend="torch")
+    run = quiet(KDTrainer(student, arguments(tmp_path), teacher=teacher, criterion=criterion, data_collator=collator()))
+    batch = collator()(data)
+    sides = (model(**batch).logits for model in (student, teacher))
+    options = {"temperature": 2.0, "vocab_size": VOCAB, "shift": True}
+    expected = reference_kd_loss(*sides, batch["labels"], fk.ForwardKD(lam=0.3), **options).loss.item()
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert run.kd_options["backend"] == "torch"
+    loss, outputs = run.compute_loss(student, batch, return_outputs=True)
+    assert torch.equal(loss, outputs["loss"]) and outputs["difficulty"].shape == batch["labels"].shape
+    told = KDTrainer(
+        student, arguments(tmp_path), teacher=teacher, objective="forward_kd", processing_class=Tokenizer()
+    )
+    assert told.vocab_size == VOCAB
+
+
+def test_sft_trainer_of_trl(tmp_path: Path) -> None:
+    """TRL's own forward patch and metrics stay out of the way, and its own tokens are counted."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    names = {"pad_token": "0", "eos_token": "2", "unk_token": "0"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+    class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
+        pass
+
+    data = causal_rows(12)
+    given = datasets.Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in data])
+    options = {"kind": trl.SFTConfig, "bf16": False, "max_length": None, "train_sampling_strategy": "sequential"}
+    teacher = tiny(24, 2).eval()
+    run = quiet(
+        KDSFTTrainer(
+            tiny(16, 1),
+            arguments(tmp_path, gradient_checkpointing=False, **options),
+            teacher=teacher,
+            objective=OBJECTIVE,
+            train_dataset=given,
+            eval_dataset=given.select(range(5)),
+            processing_class=tokenizer,
+        )
+    )
+    start = weights(run.model)
+    run.train()
+    plain = quiet(
+        FullTrainer(
+            tiny(16, 1),
+            arguments(tmp_path, train_sampling_strategy="sequential"),
+            train_dataset=data,
+            data_collator=collator(),
+        )
+    )
+    plain.teacher, plain.objective = teacher, OBJECTIVE
+    plain.train()
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    assert_same_moves(start, weights(run.model), weights(plain.model))
+    expected = oracle(plain.model, teacher, collator()(data[:5]))
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    student, teacher = tiny(8, 1), tiny(8, 2)
+    bart = encoder_decoder("bart", 16, 1)
+
+    def refuse(error: type[Exception], message: str, model: Any = student, options: Any = None, **kd: Any) -> None:
+        given = {"teacher": teacher, **({} if "criterion" in kd else {"objective": "no_evo"}), **kd}
+        with pytest.raises(error, match=message):
+            KDTrainer(model, arguments(tmp_path, **(options or {})), **given)
+
+    refuse(ValueError, "one of objective and criterion must be given", objective=None)
+    refuse(ValueError, "one of objective and criterion", criterion=fk.KDLoss(fk.NoEvo()), objective="no_evo")
+    refuse(TypeError, "criterion must be a fused_kd.KDLoss, got 'no_evo'", criterion="no_evo")
+    refuse(ValueError, "reduction='mean', got 'sum'", criterion=fk.KDLoss(fk.NoEvo(), reduction="sum"))
+    refuse(ValueError, "ignore_index=-100, got 0", criterion=fk.KDLoss(fk.NoEvo(), ignore_index=0))
+    refuse(ValueError, "objective must be one of sft, .*got 'evo'", objective="evo")
+    refuse(ValueError, "teacher must be given for NoEvo", teacher=None)
+    refuse(ValueError, "another model than the student", teacher=student)
+    refuse(ValueError, "teacher must be a decoder-only model .*got an encoder-decoder", teacher=bart)
+    refuse(ValueError, "teacher must be an encoder-decoder model", model=bart)
+    refuse(ValueError, "label_smoothing_factor must be 0, got 0.1", options={"label_smoothing_factor": 0.1})
+    refuse(ValueError, "use_liger_kernel must be False", options={"use_liger_kernel": True})
+    refuse(ValueError, "compute_metrics must be None", compute_metrics=print)
+    refuse(ValueError, "compute_loss_func must be None", compute_loss_func=print)
+    refuse(ValueError, "model_init must be None", model=None, model_init=lambda: student)
+    routed = tiny(8, 1)
+    routed.config.output_router_logits = True
+    refuse(ValueError, "output_router_logits must be False", model=routed)
+    from fused_kd.training.trainer import KDTrainer as CausalTrainer
+
+    with pytest.raises(ValueError, match=r"causal LM, BartForConditionalGeneration .* put KDLossMixin before"):
+        CausalTrainer(bart, bart, "sft")
+    run = KDTrainer(student, arguments(tmp_path), teacher=teacher, objective="no_evo")
+    with pytest.raises(ValueError, match="batch must have labels, got input_ids"):
+        run.compute_loss(student, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
