@@ -1,5 +1,5 @@
 # make demo: distil a tiny translation model.  make test: the test suite; make test-all: kernels for every GPU too.
-# Each sets up .venv first.
+# make docs: docs/api.md from the code.  Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: demo demo-quick test test-all lint types gpu bench clean
+.PHONY: demo demo-quick test test-all lint types docs gpu bench clean
 
 demo: $(STAMP)
 	$(PY) examples/distill.py --preset demo --output runs/demo
@@ -28,6 +28,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(PY) docs/api.py
 
 gpu: $(STAMP)
 	$(PY) -m bench run --device cuda

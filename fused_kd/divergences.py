@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def kl_h(t, q, d, r, log_r, s, log_s, beta):
@@ -100,8 +101,8 @@ class Divergence:
         everywhere: infinite where the target excludes an entry that the student does not.
     """
 
-    h: Callable
-    g: Callable
+    h: Callable[..., Any]
+    g: Callable[..., Any]
     reads: frozenset[str] = frozenset()
     free: bool = False
     kl_at_one: bool = False

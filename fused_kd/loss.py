@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
@@ -139,8 +140,8 @@ class KDLoss(nn.Module):
         values = torch.tensor(objective.scalars(self.temperature), dtype=torch.float32)
         self.register_buffer("scalars", values, persistent=False)
 
-    def _apply(self, fn, recurse: bool = True) -> KDLoss:
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KDLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # model.half() moves the loss along, but its scalars stay exact.
         if self.scalars.dtype != torch.float32:
             values = self._objective.scalars(self.temperature)
@@ -184,6 +185,9 @@ class KDLoss(nn.Module):
             token_weights: (...) non-negative factors of the tokens' losses, constants.
             num_items: denominator in place of the valid tokens of this call (all micro-batches, all ranks), for
                 ``reduction="mean"``.
+
+        Raises:
+            ValueError, TypeError: for tensors that do not fit, or a ``memory_budget`` that no plan fits.
         """
         return self.evaluate(student, teacher, labels, token_weights=token_weights, num_items=num_items).loss
 
@@ -270,7 +274,7 @@ class KDLoss(nn.Module):
             enabled and x is not None and x.requires_grad for x in (side_s.source, side_s.weight, side_s.bias)
         )
         teacher_tensors = (None,) * 4 if side_t is None else tuple(map(_detached, (*side_t[:3], side_t.indices)))
-        loss, difficulty, is_hard = KDFunction.apply(
+        loss, difficulty, is_hard = KDFunction.apply(  # type: ignore[no-untyped-call]
             *side_s[:3], *teacher_tensors, flat_labels, weights, scale, scalars,
             wanted, self.reduction == "none", tuple(options),
         )  # fmt: skip
@@ -324,9 +328,18 @@ def kd_loss(
     *,
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> KDOutput:
-    """:class:`KDLoss` as a function: ``(loss, difficulty, is_hard)``. ``options`` are those of :class:`KDLoss`."""
+    """:class:`KDLoss` as a function.
+
+    Args:
+        student, teacher, labels, token_weights, num_items: as of :meth:`KDLoss.forward`.
+        objective: what to minimise.
+        **options: those of :class:`KDLoss`.
+
+    Returns:
+        :class:`KDOutput`. Raises as :class:`KDLoss`.
+    """
     criterion = KDLoss(objective, **options)
     return criterion.evaluate(student, teacher, labels, token_weights=token_weights, num_items=num_items)
 

@@ -91,7 +91,7 @@ _LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
-    """Cross-entropy with the label, ``-log q_y``. Needs no teacher."""
+    """Cross-entropy with the label, ``-log q_y``, in nats. Needs no teacher."""
 
     name: ClassVar[str] = "sft"
     kind: ClassVar[RowSpec] = RowSpec(None, hard_label=True)
@@ -102,6 +102,9 @@ class ForwardKD(Objective):
     """``(1 - lam) * CE + lam * KL(p||q)``, eq. 3: the usual word-level distillation.
 
     At temperature 1 its gradient is that of :class:`NoEvo`; the values differ by a constant of the batch.
+
+    Args:
+        lam: the teacher's share, in [0, 1]; 0 leaves cross-entropy, 1 the divergence.
     """
 
     lam: float = 0.5
@@ -111,7 +114,11 @@ class ForwardKD(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKD(Objective):
-    """``(1 - lam) * CE + lam * KL(q||p)``: mode-seeking distillation."""
+    """``(1 - lam) * CE + lam * KL(q||p)``: mode-seeking distillation.
+
+    Args:
+        lam: the teacher's share, in [0, 1]; 0 leaves cross-entropy, 1 the divergence.
+    """
 
     lam: float = 0.5
     name: ClassVar[str] = "reverse_kd"
@@ -120,7 +127,11 @@ class ReverseKD(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class NoEvo(Objective):
-    """``KL(yt||q)``: Self-Evolution KD without its hard branch (every token is easy)."""
+    """``KL(yt||q)``: Self-Evolution KD without its hard branch (every token is easy).
+
+    Args:
+        lam: the teacher's share of the target ``yt`` (eq. 4), in [0, 1]; 0 is cross-entropy with the label.
+    """
 
     lam: float = 0.5
     name: ClassVar[str] = "no_evo"
@@ -133,6 +144,10 @@ class Skew(Objective):
 
     The loss is bounded by ``-log(1 - beta)`` and its gradient vanishes with ``q_y``, so an untrained student hardly
     learns from it: start from a trained one, or anneal ``beta`` from 1 (``beta=1`` is :class:`NoEvo`).
+
+    Args:
+        lam: the teacher's share of the target ``yt`` (eq. 4), in [0, 1].
+        beta: the student's share of the mixture, in [0, 1]; 0 has no gradient.
     """
 
     lam: float = 0.5
@@ -143,7 +158,12 @@ class Skew(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class SkewTeacher(Objective):
-    """``(1 - lam) * CE + lam * KL(p||beta * q + (1 - beta) * p)``, eq. 10: skewed towards the teacher alone."""
+    """``(1 - lam) * CE + lam * KL(p||beta * q + (1 - beta) * p)``, eq. 10: skewed towards the teacher alone.
+
+    Args:
+        lam: the teacher's share, in [0, 1]; 0 leaves cross-entropy, 1 the divergence.
+        beta: the student's share of the mixture, in [0, 1]; 1 is :class:`ForwardKD`.
+    """
 
     lam: float = 0.5
     beta: float = 0.9
@@ -157,6 +177,11 @@ class SelfEvolution(Objective):
 
     A token is hard when its difficulty ``d = KL(yt||q)``, in nats, exceeds ``gamma``. The loss jumps down at
     ``d = gamma``: a hard token's loss is at most ``min(beta * d, -log(1 - beta))``.
+
+    Args:
+        lam: the teacher's share of the target ``yt`` (eq. 4), in [0, 1].
+        beta: the student's share of a hard token's mixture, in [0, 1]; 1 is :class:`NoEvo` for all tokens.
+        gamma: difficulty above which a token is hard, in nats, in [0, inf]; inf makes every token easy.
     """
 
     lam: float = 0.5
@@ -170,9 +195,15 @@ class SelfEvolution(Objective):
 class SelfEvolutionTopK(Objective):
     """Self-Evolution KD by rank: hard tokens are the ``ceil(fraction * n)`` largest difficulties of the n valid tokens.
 
-    Ranked over all tokens of the call (ties by position), so the share of hard tokens is fixed where
-    :class:`SelfEvolution` fixes their difficulty. Difficulties of all tokens are needed before the first gradient: the
-    student's and the teacher's logits are computed twice, unless all tokens fit one chunk.
+    The difficulty is ``KL(yt||q)``, the losses are those of :class:`SelfEvolution`. Ranked over all tokens of the call
+    (ties by position), so the share of hard tokens is fixed where :class:`SelfEvolution` fixes their difficulty.
+    Difficulties of all tokens are needed before the first gradient: the student's and the teacher's logits are computed
+    twice, unless all tokens fit one chunk.
+
+    Args:
+        lam: the teacher's share of the target ``yt`` (eq. 4), in [0, 1].
+        beta: the student's share of a hard token's mixture, in [0, 1].
+        fraction: share of the valid tokens that are hard, in [0, 1].
     """
 
     lam: float = 0.5
@@ -189,6 +220,9 @@ class GeneralizedJSD(Objective):
     Weights and limits are those of TRL's GKD trainer: ``beta = 0`` is ``KL(p||q)``, ``beta = 1`` is ``KL(q||p)``, both
     by definition: the formula itself tends to 0 there. (Each limit is a kernel of its own, so annealing ``beta`` onto
     one compiles once more.) DistiLLM's JS with ``lam`` is this with ``beta = 1 - lam``.
+
+    Args:
+        beta: the teacher's share of the mixture ``m`` and the weight of ``KL(p||m)``, in [0, 1].
     """
 
     beta: float = 0.5
@@ -209,6 +243,9 @@ class SkewForward(Objective):
 
     DistiLLM's code leaves out the teacher's entropy, a constant: its loss differs from this one by ``sum p log p``, its
     gradient does not.
+
+    Args:
+        alpha: the teacher's share of the mixture, in [0, 1]; 0 is ``KL(p||q)``, 1 has no gradient.
     """
 
     alpha: float = 0.1
@@ -225,6 +262,9 @@ class SkewReverse(Objective):
 
     ``alpha = 0`` is ``KL(q||p)``. The gradient flows through the mixture, as in DistiLLM; DistiLLM-2 detaches the
     student inside it, which gives another gradient.
+
+    Args:
+        alpha: the student's share of the mixture, in [0, 1]; 1 has no gradient.
     """
 
     alpha: float = 0.1
@@ -255,6 +295,9 @@ class AdaptiveKL(Objective):
     of the mass, and always the most probable one. It is a constant, as in the authors' code, which leaves it undefined
     for equal distributions (here 1/2) and splits entries of equal probability by their order (here all are in or out).
     Finding the head costs a sort of the teacher's row (torch) or 30 more sweeps of it (Triton).
+
+    Args:
+        fraction: the teacher's mass that is its head, in [0, 1].
     """
 
     fraction: float = 0.5

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .engine.exchange import Traffic, count_traffic
 from .inputs import LMHead
@@ -30,7 +31,7 @@ def group_of(tp_group: Any) -> dist.ProcessGroup:
     """
     if isinstance(tp_group, dist.ProcessGroup):
         return tp_group
-    if isinstance(tp_group, dist.DeviceMesh):
+    if isinstance(tp_group, DeviceMesh):
         if tp_group.ndim != 1:
             raise ValueError(
                 f"tp_group must be a mesh of one dimension, got one of {tp_group.ndim}: {tp_group.mesh_dim_names}; "
@@ -56,9 +57,9 @@ def divide(group: dist.ProcessGroup, local_s: int, local_t: int | None, vocab_si
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, (local_s, local_t), group=group)
         _layouts[key] = everyone
-    sides = [[rank[0] for rank in _layouts[key]]]
-    if any(rank[1] is not None for rank in _layouts[key]):
-        sides.append([rank[1] for rank in _layouts[key]])
+    sides = [[local for local, _ in _layouts[key]]]
+    if local_t is not None:
+        sides.append([local for _, local in _layouts[key] if local is not None])
     totals = [sum(sizes) for sizes in sides]
     if vocab_size is not None and vocab_size > min(totals):
         raise ValueError(f"vocab_size must be at most {min(totals)}, the smaller vocabulary, got {vocab_size}")

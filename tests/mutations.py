@@ -31,6 +31,10 @@ def _emulated(objective: str) -> str:
     return f"test_cuda_row.py::test_logits[{objective}-fp32]"
 
 
+def _slices(objective: str, form: str, backend: str) -> str:
+    return f"test_sharded_row.py::test_slices_against_the_whole[{objective}-{form}-{backend}]"
+
+
 def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
@@ -39,6 +43,8 @@ _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch_math.py"
+_SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded_row.py", "fused_kd/rows/sharded_columns.py"
+_SHARDED_KERNELS = "fused_kd/rows/sharded_kernels.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
@@ -95,6 +101,23 @@ MUTATIONS = [
         ("test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
     ),
     Mutation("torch: gate reversed", _TORCH, "(difficulty > s.gamma)", "(difficulty < s.gamma)", (_budget("self_evolution"),)),
+    # the row of a vocabulary slice
+    Mutation(
+        "sharded: the label's rank", _SHARDED, "bounds, right=True)", "bounds, right=False)",
+        (_slices("sft", "dense", "torch"), "test_sharded_row.py::test_any_slices"),
+    ),
+    Mutation(
+        "sharded: maxima of one side only", _SHARDED, "((b - top_t) - (a - top))", "(b - top_t)",
+        (_slices("no_evo", "dense", "torch"),),
+    ),
+    Mutation(
+        "sharded: the rest counted by every rank", _SHARDED_COLUMNS, "K + 1 if shards.rank == 0 else K", "K + 1",
+        (_slices("skew", "bucket", "torch"),),
+    ),
+    Mutation(
+        "sharded triton: label off by one", _SHARDED_KERNELS, "local = label - first", "local = label - first + 1",
+        (_slices("sft", "dense", "triton"),),
+    ),
     # the Triton row
     Mutation(
         "triton: label off by one", _TRITON, "label = tl.minimum(label, V)", "label = tl.minimum(label + 1, V)",

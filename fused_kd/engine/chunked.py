@@ -209,7 +209,7 @@ class Chunks:
     ) -> None:
         self._student, self._teacher, self._index, self._buffers = student, teacher, index, buffers
         self._labels, self._bad, self._vocab = labels, bad, vocab
-        self._last: tuple[slice, tuple] | None = None
+        self._last: tuple[slice, tuple[slice | Tensor, Tensor | None, Logits, Logits | Sparse | None]] | None = None
 
     def __getitem__(self, span: slice) -> tuple[slice | Tensor, Tensor | None, Logits, Logits | Sparse | None]:
         """Positions among all tokens, the student's GEMM operand (None for logits), student and teacher."""

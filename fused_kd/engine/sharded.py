@@ -98,8 +98,8 @@ def run(
         out = None
         if with_gradient and not difficulty_only:
             out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
-        vectors = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
-        outputs = RowOutputs(*vectors, out)
+        loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
+        outputs = RowOutputs(loss, difficulty, is_hard, out)
         use = RowSpec("kl", mixed=True) if difficulty_only else spec
         cold = cold_labels and not difficulty_only
         inputs = RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, use, cold, given)

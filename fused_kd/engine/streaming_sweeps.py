@@ -77,7 +77,7 @@ class Sweeps:
 
     @property
     def fields(self) -> int:
-        return FIELDS.value
+        return int(FIELDS.value)
 
     @property
     def needs_sums(self) -> bool:
@@ -184,16 +184,16 @@ class Sweeps:
         return self._scalars[Scalars._fields.index(name)]
 
     def _blocks(self, positions: int) -> int:
-        return triton.cdiv(positions, self.tiles.tokens)
+        return int(-(-positions // self.tiles.tokens))
 
     def _tiles_of(self, columns: slice) -> int:
-        return triton.cdiv(columns.stop - columns.start, self.tiles.columns)
+        return int(-(-(columns.stop - columns.start) // self.tiles.columns))
 
     def _span(self, splits: int) -> int:
-        return triton.cdiv(self._tiles_of(slice(0, self._vocab)), splits) * self.tiles.columns
+        return -(-self._tiles_of(slice(0, self._vocab)) // splits) * self.tiles.columns
 
 
-def _side(side: Side, vocab: int) -> tuple:
+def _side(side: Side, vocab: int) -> tuple[Any, ...]:
     """As the kernels take it."""
     if side.weight is None:
         return (side.source, *side.source.stride(), None, 0, 0, None, 0, side.logit_scale, side.softcap)

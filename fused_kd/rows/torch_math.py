@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -36,6 +38,9 @@ class Scratch:
         return self.free.pop() if self.free else self._new()
 
 
+Operand = Union["Lazy", Tensor, float]
+
+
 class Lazy:
     """A (B, V) tensor whose operators write into reused buffers, so that table formulas allocate nothing."""
 
@@ -46,7 +51,7 @@ class Lazy:
         if self._owned is not None:
             self._scratch.free.append(self._owned)
 
-    def apply(self, operation, *others) -> Lazy:
+    def apply(self, operation: Callable[..., Tensor], *others: Operand) -> Lazy:
         buffer = self._scratch.take()
         operands = (x.value if isinstance(x, Lazy) else x for x in others)
         return Lazy(
@@ -55,26 +60,26 @@ class Lazy:
             buffer,
         )
 
-    def __mul__(self, other) -> Lazy:
+    def __mul__(self, other: Operand) -> Lazy:
         return self.apply(torch.mul, other)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other) -> Lazy:
+    def __truediv__(self, other: Operand) -> Lazy:
         return self.apply(torch.div, other)
 
-    def __add__(self, other) -> Lazy:
+    def __add__(self, other: Operand) -> Lazy:
         return self.apply(torch.add, other)
 
     __radd__ = __add__
 
-    def __sub__(self, other) -> Lazy:
+    def __sub__(self, other: Operand) -> Lazy:
         return self.apply(torch.sub, other)
 
     def __neg__(self) -> Lazy:
         return self.apply(torch.neg)
 
-    def __gt__(self, other) -> Lazy:
+    def __gt__(self, other: Operand) -> Lazy:
         return self.apply(torch.gt, other)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -100,11 +100,11 @@ def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> torch.n
         # the teacher's own blocks: the student's may have another class
         names, plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap, None
         try:
-            sharded = fsdp2_prepare_model(accelerator, teacher)
+            sharded: torch.nn.Module = fsdp2_prepare_model(accelerator, teacher)
         finally:
             plugin.transformer_cls_names_to_wrap = names
         # no backward follows that would free what the forward leaves whole
-        sharded.set_reshard_after_forward(True)
+        cast(Any, sharded).set_reshard_after_forward(True)
         return sharded
     import deepspeed
 
@@ -112,7 +112,7 @@ def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> torch.n
     for key in ("optimizer", "scheduler"):
         config.pop(key, None)
     config["zero_optimization"].pop("offload_optimizer", None)
-    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    engine: torch.nn.Module = deepspeed.initialize(model=teacher, config=config)[0]
     engine.eval()
     return engine
 
@@ -121,7 +121,8 @@ def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tens
     """Elementwise sum over all processes, the same on each."""
     if accelerator.num_processes == 1:
         return values
-    return accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    total: torch.Tensor = accelerator.reduce(values.to(accelerator.device), reduction="sum")
+    return total
 
 
 def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor], objective: Objective) -> float:

@@ -297,8 +297,8 @@ def _write_batch(
     if made[0].log_probs is not None:
         from safetensors.numpy import save
 
-        log_probs = np.concatenate([generation.log_probs for generation in made])  # type: ignore[misc]
-        indices = np.concatenate([generation.indices for generation in made]).astype(id_dtype(vocab_size))  # type: ignore[misc]
+        log_probs = np.concatenate([generation.log_probs for generation in made])
+        indices = np.concatenate([generation.indices for generation in made]).astype(id_dtype(vocab_size))
         path = _batch_file(folder, number, "safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

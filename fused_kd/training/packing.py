@@ -21,7 +21,7 @@ class PackingCollator(DataCollatorWithFlattening):
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
-        batch = super().__call__(features, return_tensors, separator_id)
+        batch: dict[str, Any] = super().__call__(features, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if "teacher_log_probs" in features[0]:
             apart = [Collator(0)([row]) for row in features]
             for name in TEACHER_COLUMNS:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -75,14 +75,15 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ValueError(f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer")
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or on the hub. Raises ``ValueError`` where there is none."""
     from transformers import AutoTokenizer
 
-    return _pretrained(AutoTokenizer, str(name_or_path))
+    tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, str(name_or_path))
+    return tokenizer
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -97,7 +97,7 @@ class PaddedSampler(Sampler[int]):
         yield from [self.count + last] * (len(self) - self.count)
 
 
-class MaskedTail(Dataset):
+class MaskedTail(Dataset[Mapping[str, Any]]):
     """A data set whose index ``count + i`` gives row ``i`` with every label -100: no loss, no token counted.
 
     Lists of a cached teacher, where there is one a label with loss, go with the labels.
@@ -112,7 +112,7 @@ class MaskedTail(Dataset):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if index < self.count:
-            return self.rows[index]
+            return cast(Mapping[str, Any], self.rows[index])
         row = dict(self.rows[index - self.count])
         labels = torch.as_tensor(row["labels"])
         for name in TEACHER_COLUMNS:

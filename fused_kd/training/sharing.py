@@ -78,7 +78,7 @@ def helpers(
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, script, *(sys.argv[1:] if arguments is None else arguments), "--worker"]
     logs = [folder / f"worker-{number}.log" for number in range(1, 1 if helper else jobs)]
-    running: dict[Path, subprocess.Popen] = {}
+    running: dict[Path, subprocess.Popen[bytes]] = {}
     first = os.getppid()
 
     def check() -> None:

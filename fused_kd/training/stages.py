@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import ProgressCallback, TrainingArguments
@@ -72,7 +72,7 @@ class StageBar(ProgressCallback):
         self.title = title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
@@ -110,7 +110,7 @@ def train_stage(
     with run.lock(name):
         record = read_json(folder / "training.json")
         if record is not None:
-            return record
+            return cast(dict[str, Any], record)
         checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
         # shares of the training; the best checkpoint must be among the saved
         twice_an_epoch = min(0.5 / max(settings.epochs, 1.0), 0.5)
@@ -146,6 +146,8 @@ def train_stage(
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
         model = student()
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds none of them
+        padded = Collator(tokenizer.pad_token_id)
+        collator = PackingCollator() if settings.packing else padded  # type: ignore[no-untyped-call]
         trainer = KDTrainer(
             model,
             teacher() if spec.objective.spec.divergence is not None else None,
@@ -158,7 +160,7 @@ def train_stage(
             args=arguments,
             train_dataset=rows,
             eval_dataset=valid if best else None,
-            data_collator=PackingCollator() if settings.packing else Collator(tokenizer.pad_token_id),
+            data_collator=collator,
             processing_class=tokenizer,
         )
         for callback in (ProgressCallback, PrinterCallback):

@@ -50,7 +50,7 @@ class KDTrainer(KDLossMixin, Trainer):
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
             is raised.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
-        backend: "torch", "triton", "native"; None picks.
+        backend: "torch", "triton", "cuda", "native"; None picks.
         beta_schedule: anneal the objective's β.
         average: the loss is the mean over the target "tokens" of the step (default), or over its "sequences" of each
             one's mean.

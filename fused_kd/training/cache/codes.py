@@ -32,7 +32,8 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 def mass(log_probs: np.ndarray) -> np.ndarray:
     """(N, K) -> (N,) float64: the probability of the entries together."""
-    return np.exp(log_probs.astype(np.float64)).sum(1)
+    found: np.ndarray = np.exp(log_probs.astype(np.float64)).sum(1)
+    return found
 
 
 def encode(log_probs: np.ndarray, dtype: str) -> dict[str, np.ndarray]:

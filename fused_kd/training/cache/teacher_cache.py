@@ -42,7 +42,7 @@ PARTS = {
     "teacher_weights": "the teacher's weights",
 }
 
-Rows = Sequence[Mapping[str, Any]] | Dataset
+Rows = Sequence[Mapping[str, Any]] | Dataset[Any]
 
 
 class TeacherCache:
@@ -173,7 +173,7 @@ class TeacherCache:
             raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
 
 
-class CachedRows(Dataset):
+class CachedRows(Dataset[dict[str, Any]]):
     """Rows with ``teacher_log_probs`` (n, k) float32 and ``teacher_indices`` (n, k) int64, for ``Collator`` to pad."""
 
     def __init__(self, cache: TeacherCache, dataset: Rows) -> None:

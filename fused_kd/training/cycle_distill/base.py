@@ -34,14 +34,14 @@ def documents(
                 ids += line_break
                 prompt = prompt[1:] if prompt[0] == bos else prompt
             ids += prompt + target
-        rows.append(_whole([*ids, tokenizer.eos_token_id]))  # type: ignore[list-item]
+        rows.append(_whole([*ids, tokenizer.eos_token_id]))
     return PairDataset(rows)
 
 
 def plain_rows(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> PairDataset:
     """A sentence a row, EOS after it; loss everywhere."""
     eos = tokenizer.eos_token_id
-    return PairDataset([_whole([*row, eos]) for row in encode_prompts(tokenizer, sentences)])  # type: ignore[list-item]
+    return PairDataset([_whole([*row, eos]) for row in encode_prompts(tokenizer, sentences)])
 
 
 def _whole(ids: list[int]) -> dict[str, list[int]]:

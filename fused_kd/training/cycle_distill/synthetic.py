@@ -94,7 +94,7 @@ def trim(generation: Generation, tokenizer: PreTrainedTokenizerBase, markers: Se
         response = response if stand_in is None else [*response, stand_in]
         lost = lost if stand_in is None else ""
     text = " ".join(wanted[: len(wanted) - len(lost)].split())
-    return Response([*response, int(eos)], kept, text, whole=not any(map(str.isalnum, lost)), cut=True)  # type: ignore[arg-type]
+    return Response([*response, int(eos)], kept, text, whole=not any(map(str.isalnum, lost)), cut=True)
 
 
 def _part_of(token: int, before: list[int], wanted: str, tokenizer: PreTrainedTokenizerBase) -> int | None:

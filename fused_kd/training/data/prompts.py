@@ -133,7 +133,7 @@ def encode_pair(
     return tokenize_pairs(tokenizer, template, [pair], direction, max_length, skip_long=False)[0]
 
 
-class PairDataset(Dataset):
+class PairDataset(Dataset[dict[str, list[int]]]):
     """Tokenised rows for a `torch.utils.data.DataLoader` or a `transformers.Trainer`.
 
     Attributes:

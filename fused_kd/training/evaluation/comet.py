@@ -148,7 +148,7 @@ def _predict_elsewhere(python: str | Path, request: dict[str, Any]) -> dict[str,
             raise ValueError(f"python={str(python)!r} cannot be started: {error}") from error
         if not reply.is_file():
             raise RuntimeError(f"{python} ended with exit status {code} and no scores; its messages are above")
-        answer = json.loads(reply.read_text(encoding="utf-8"))
+        answer: dict[str, Any] = json.loads(reply.read_text(encoding="utf-8"))
     if "error" in answer:
         raise _ERRORS[answer["error"]](f"{python}: {answer['message']}")
     return answer

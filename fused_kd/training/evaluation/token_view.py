@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> st
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _head(model: PreTrainedModel, rows: list[dict], collator: Collator, batch_size: int) -> fk.LMHead:
+def _head(model: PreTrainedModel, rows: list[dict[str, Any]], collator: Collator, batch_size: int) -> fk.LMHead:
     """The model's head on the states that predict the labelled tokens, (N, H)."""
     check_lm_head(model)
     training = model.training

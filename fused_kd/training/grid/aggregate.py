@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fused_kd.training.evaluation.significance import ALPHA, significant_over_seeds
 from fused_kd.training.runs import read_json
@@ -55,7 +55,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     if results is None:
         raise ValueError(f"results={str(path)!r}: no such file")
     check_results(results)
-    return results
+    return cast(dict[str, Any], results)
 
 
 def check_results(results: Any) -> None:

@@ -308,9 +308,9 @@ class Grid:
         rows, spec = self.distillation_rows(trial.condition, trial.seed), method.spec
         fresh = c.start == "scratch"
         start = self.experiment.student.model if fresh else "student"
-        student = lambda: self.model(start, seed=trial.seed)  # noqa: E731
+        student: Callable[[], Any] = lambda: self.model(start, seed=trial.seed)  # noqa: E731
         if trial.parameter is not None:
-            changed = dataclasses.replace(spec.objective, **{trial.parameter: trial.value})  # type: ignore[arg-type]
+            changed = dataclasses.replace(spec.objective, **{trial.parameter: trial.value})
             spec = dataclasses.replace(spec, objective=changed)
         if method.gamma_quantile is not None:
             models = student(), self.model("teacher")

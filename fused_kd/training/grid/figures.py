@@ -353,11 +353,13 @@ def _count(directions: Sequence[str]) -> str:
 
 def _panels(rows: int, columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
     size = (width * columns, height * rows)
-    return _pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
+    made: tuple[Any, Any] = _pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
+    return made
 
 
-def _style() -> AbstractContextManager:
-    return _pyplot().rc_context(_STYLE)
+def _style() -> AbstractContextManager[Any]:
+    context: AbstractContextManager[Any] = _pyplot().rc_context(_STYLE)
+    return context
 
 
 def _pyplot() -> Any:

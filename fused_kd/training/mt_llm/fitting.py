@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Fit:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
 
 
-class Rows(Dataset):
+class Rows(Dataset[Mapping[str, Any]]):
     """Dicts in a list: ``NAME_ids`` are token ids, ``text`` is for the collator to encode, the rest is for tensors."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -133,12 +133,12 @@ class ModuleTrainer(Trainer):
             self._sums, self._added = {}, 0
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return LengthGroupedEpochs(rows.lengths, step, self.args.seed)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.accelerator.unwrap_model(self.model), folder / TRAINED)
@@ -153,7 +153,7 @@ class _Bar(ProgressCallback):
         self.title = title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is not None:
             self.training_bar.set_description(self.title)
 
@@ -187,7 +187,7 @@ def fit(
     record = read_json(folder / "training.json")
     if record is not None:
         load_trained(module, folder / TRAINED)
-        return record
+        return cast(dict[str, Any], record)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if not trainable:
         raise ValueError(f"{title}: no parameter is trainable")

@@ -107,7 +107,8 @@ def _bars(metrics: dict[str, Any], key: str, label: str) -> Any:
 
 def _scores(seed: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
     if key == "retrieval":
-        return seed[key]
+        found: dict[str, dict[str, float]] = seed[key]
+        return found
     return {system: {k: v["balanced"] for k, v in scores.items()} for system, scores in seed[key].items()}
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def with_adapters(body: nn.Module, lora: LoRA, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(body.requires_grad_(False), config)  # type: ignore[arg-type]
+        return get_peft_model(body.requires_grad_(False), config)
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ class StackedModel(nn.Module):
         """The encoder's states (N, L, d), without a graph."""
         # no_grad, not inference_mode: its tensors could not be kept for the projection's backward
         with torch.no_grad():
-            return self.encoder(input_ids=text_ids, attention_mask=text_mask).last_hidden_state
+            found = self.encoder(input_ids=text_ids, attention_mask=text_mask)
+        return cast(Tensor, found.last_hidden_state)
 
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Token ids of the encoder's tokenizer and their mask, (N, L): pooled states (N, H) in float32."""
@@ -149,7 +150,7 @@ class StackedModel(nn.Module):
 
     @property
     def _embeddings(self) -> Tensor:
-        return self.llm.get_input_embeddings().weight
+        return cast(Tensor, self.llm.get_input_embeddings().weight)
 
     def save(self, folder: str | Path, encoder: str, llm: str) -> None:
         """What was trained in ``stacked.safetensors``, and in ``stacked.json`` the names of what it was trained on."""

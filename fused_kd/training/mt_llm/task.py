@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
     def logits(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(N, classes)."""
-        return self.head(self.embedder(text_ids, text_mask))
+        return cast(Tensor, self.head(self.embedder(text_ids, text_mask)))
 
     def forward(self, text_ids: Tensor, text_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         states = self.embedder(text_ids, text_mask)
@@ -80,7 +80,7 @@ class TaskDistillation(nn.Module):
 
     def logits(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(N, classes)."""
-        return self.head(self.embedder(text_ids, text_mask))
+        return cast(Tensor, self.head(self.embedder(text_ids, text_mask)))
 
     def forward(self, text_ids: Tensor, text_mask: Tensor, labels: Tensor, states: Tensor) -> dict[str, Tensor]:
         """``states`` (N, H) are the teacher's pooled ones of the same sentences."""

@@ -29,7 +29,7 @@ def score_answers(tasks: Sequence[Task], answers: Sequence[str], language: str) 
     made = dict(zip((task.id for task in tasks), answers, strict=True))
     by_kind: dict[str, list[float]] = {}
     elsewhere: dict[str, list[float]] = {}
-    expected: dict[str, Counter] = {}
+    expected: dict[str, Counter[str]] = {}
     for task in asked:
         wanted, got = normalized(task.texts[language].output), normalized(made[task.id])
         others = {normalized(text.output) for other, text in task.texts.items() if other != language}

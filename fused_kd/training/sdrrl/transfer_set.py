@@ -113,7 +113,7 @@ class Switching:
 
 def answered(
     tasks: Sequence[Task], answers: Sequence[str | None], source: str
-) -> tuple[dict[str, Instruction], Counter]:
+) -> tuple[dict[str, Instruction], Counter[str]]:
     """The tasks in the rich language with other answers, by id, and counts: ``asked``, ``unanswered``.
 
     An answer of None (no end) or of nothing but space is none.
@@ -126,12 +126,12 @@ def answered(
     return found, Counter(asked=len(tasks), unanswered=len(tasks) - len(found))
 
 
-def kept(candidates: Sequence[Candidate], tau: float | None) -> tuple[list[Candidate], Counter]:
+def kept(candidates: Sequence[Candidate], tau: float | None) -> tuple[list[Candidate], Counter[str]]:
     """Candidates whose quality is at least ``tau`` (None: any), and counts.
 
     Counted are ``candidates``, ``untranslated`` (no translation of a text: never kept), ``below_tau`` and ``kept``.
     """
-    counts: Counter = Counter(candidates=len(candidates), untranslated=0, below_tau=0, kept=0)
+    counts: Counter[str] = Counter(candidates=len(candidates), untranslated=0, below_tau=0, kept=0)
     good = []
     for candidate in candidates:
         quality = candidate.quality

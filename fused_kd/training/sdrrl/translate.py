@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fused_kd.training.data.prompts import get_prompt
 from fused_kd.training.generation import Decoding, generate_to
@@ -202,7 +202,7 @@ def _language_token(tokenizer: Any, code: str) -> int:
     for name in (code, f"__{code}__"):
         found = tokenizer.convert_tokens_to_ids(name)
         if found is not None and found != tokenizer.unk_token_id:
-            return found
+            return cast(int, found)
     raise ValueError(f"translator.codes: the tokenizer has no language {code!r}")
 
 

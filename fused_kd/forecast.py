@@ -1,0 +1,183 @@
+"""What a call would do, without doing it: the planners' answers for shapes instead of tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .divergences import DIVERGENCES
+from .engine import chunked
+from .engine.dispatch import AUTO, ENGINES, choose_engine
+from .engine.gemm import has_fp32_output
+from .engine.plan import BudgetTooSmall
+from .engine.streaming_plan import Sizes, choose_tiles, plan_streaming
+from .inputs import FLOAT_DTYPES
+from .objectives import Objective, SelfEvolution
+from .rows import BACKENDS, _native_works
+
+
+class Choice(NamedTuple):
+    """What a call would do. All memory in bytes.
+
+    ``chunk`` tokens at a time, ``chunks`` of them; ``workspace`` beyond inputs and gradients; ``gradients`` of hidden
+    states and weight; ``flops`` of the GEMMs that no implementation can do without (a multiply-add is two);
+    ``eager_logits`` is what plain PyTorch holds in full logits alone, before any softmax, mixture or gradient of them.
+    """
+
+    engine: str
+    backend: str
+    device: str
+    dtype: str
+    objective: str
+    chunk: int
+    chunks: int
+    workspace: int
+    gradients: int
+    flops: int
+    gemms: int
+    eager_logits: int
+    notes: tuple[str, ...]
+
+
+def plan_for(
+    N: int,
+    H_s: int,
+    H_t: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    objective: Objective | None = None,
+    memory_budget: int | None = None,
+    top_k: int | None = None,
+    engine: str | None = None,
+    backend: str | None = None,
+) -> Choice:
+    """The plan of a call with all gradients wanted and no ignored tokens; nothing is computed.
+
+    Args:
+        N: tokens.
+        H_s, H_t: hidden sizes of student and teacher.
+        V: vocabulary.
+        dtype: of hidden states and weights: float32, bfloat16 or float16.
+        device: "cpu" or "cuda". Where there is no GPU, "cuda" stands for an NVIDIA one of sm_80 or later.
+        objective: default :class:`fused_kd.SelfEvolution`.
+        memory_budget: bytes of workspace, or None.
+        top_k: the teacher is a list of so many entries a token; None: hidden states and a weight.
+        engine, backend: as for :class:`fused_kd.KDLoss`.
+
+    Raises:
+        ValueError: for a size below 1, a name that is not known, an engine or backend that cannot run, or a
+            ``memory_budget`` that no plan fits; the message says what would.
+    """
+    objective = SelfEvolution() if objective is None else objective
+    sizes = {"N": N, "H_s": H_s, "H_t": H_t, "V": V, "memory_budget": memory_budget, "top_k": top_k}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, given, known in (("device", device, ("cpu", "cuda")), ("dtype", dtype, FLOAT_DTYPES)):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {given!r}")
+    if engine is not None and engine not in ENGINES:
+        raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    if top_k is not None and top_k > V:
+        raise ValueError(f"top_k must be at most V={V}, got {top_k}")
+    spec, place = objective.spec, torch.device(device)
+    teacher = spec.divergence is not None
+    lists = top_k if teacher else None
+    chosen, row = choose_engine(engine, backend, spec.divergence, 0.0, place, top_k=lists is not None)
+    here = device == "cpu" or torch.cuda.is_available()
+    upcast = dtype != torch.float32 and not (has_fp32_output(place) if here else True)
+    notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
+
+    too_small = None
+    if chosen != "streaming":
+        try:
+            chunk, workspace = _chunked(N, H_s, H_t, V, lists, teacher, dtype, upcast, place, memory_budget)
+            chosen = "chunked"
+        except BudgetTooSmall as error:
+            if chosen != AUTO or lists is not None:
+                raise
+            too_small, chosen = error, "streaming"
+    if chosen == "streaming":
+        try:
+            chunk, workspace = _streamed(N, H_s, V, objective, teacher, dtype, upcast, memory_budget)
+        except BudgetTooSmall as error:
+            if too_small is None:
+                raise
+            raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None
+        notes.append("logits are computed again, two to four times in all: more FLOPs than those of the GEMMs above")
+        if too_small is not None:
+            notes.append(f"the chunked engine would need a budget of at least {too_small.minimum} bytes")
+    if chosen == "chunked" and spec.ranked and chunk < N:
+        notes.append("difficulties are ranked first, which computes the logits twice unless all tokens fit one chunk")
+    if row not in BACKENDS:
+        row = "native" if _native_works() else "torch"
+    hidden_sizes = [H_s] * 3 + [H_t] * (teacher and lists is None)
+    return Choice(
+        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, -(-N // chunk), workspace,
+        gradients=dtype.itemsize * (N + V) * H_s,
+        flops=2 * N * V * sum(hidden_sizes),
+        gemms=len(hidden_sizes),
+        eager_logits=dtype.itemsize * N * V * (2 if len(hidden_sizes) == 4 else 1),
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _chunked(
+    N: int,
+    H_s: int,
+    H_t: int,
+    V: int,
+    lists: int | None,
+    teacher: bool,
+    dtype: torch.dtype,
+    upcast: bool,
+    device: torch.device,
+    memory_budget: int | None,
+) -> tuple[int, int]:
+    """Tokens a chunk and bytes, by the engine's own plan of tensors without data."""
+
+    def side(H: int) -> chunked.LogitSource:
+        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (N, V))
+        made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
+        assert made.projection is not None
+        # It asks the tensors' device, which is not the one to be planned for.
+        made.projection.upcast = upcast
+        return made
+
+    other: chunked.LogitSource | chunked.TopKSide | None = None
+    if lists is not None:
+        entries = torch.empty(N, lists, device="meta")
+        other = chunked.TopKSide(entries, entries, "renormalize")
+    elif teacher:
+        other = side(H_t)
+    wanted = chunked.Wanted(source=True, weight=True, bias=False)
+    plan = chunked._plan(N, side(H_s), other, V, True, wanted, memory_budget, device)
+    return plan.chunk, plan.workspace
+
+
+def _streamed(
+    N: int,
+    H: int,
+    V: int,
+    objective: Objective,
+    teacher: bool,
+    dtype: torch.dtype,
+    upcast: bool,
+    memory_budget: int | None,
+) -> tuple[int, int]:
+    """Tokens a chunk of dH, and bytes."""
+    from .engine.streaming_kernels import FIELDS  # Triton is there where this engine was chosen
+
+    spec, copied = objective.spec, 4 * upcast
+    late = chunked.gradient_dtype(dtype) != torch.float32
+    sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
+    sizes = Sizes(
+        N, N, V, FIELDS.value, sums, spec.gated, H, dlogits=4 if upcast else dtype.itemsize,
+        gathered=dtype.itemsize + copied, copied=copied, early=True, early_weight=not late, late=late,
+    )  # fmt: skip
+    target = "cuda" if torch.version.hip is None else "hip"
+    plan = plan_streaming(sizes, choose_tiles(dtype, dtype if teacher else None, target=target), memory_budget)
+    return plan.tokens, plan.workspace

@@ -1,0 +1,211 @@
+"""``python -m fused_kd.info``: its plans are those of real calls, its reasons those of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_kd as fk
+from fused_kd import info
+from fused_kd.engine import chunked
+from fused_kd.forecast import plan_for
+from fused_kd.rows import BACKENDS, native_build
+
+from .test_imports import run as run_hiding
+
+N, H_S, H_T, V = 37, 24, 40, 301
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, **options) -> None:
+    """The call that ``plan_for(N, H_S, H_T, V, ...)`` forecasts."""
+    h_s, W_s = torch.randn(N, H_S, dtype=dtype), torch.randn(V, H_S, dtype=dtype)
+    student = fk.LMHead(h_s.requires_grad_(), W_s.requires_grad_())
+    teacher: fk.LMHead | fk.TopK | None = None
+    if objective.spec.divergence is not None:
+        teacher = fk.LMHead(torch.randn(N, H_T, dtype=dtype), torch.randn(V, H_T, dtype=dtype))
+        if top_k is not None:
+            values, indices = torch.randn(N, V).log_softmax(-1).topk(top_k)
+            teacher = fk.TopK(values, indices)
+    fk.kd_loss(student, teacher, torch.randint(V, (N,)), objective, **options)
+
+
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize(
+    "objective, top_k, memory_budget",
+    [
+        (fk.SelfEvolution(), None, None),
+        (fk.SelfEvolution(), None, 33_600_000 + 20_000),
+        (fk.SFT(), None, None),
+        (fk.NoEvo(), 5, None),
+    ],
+    ids=["gated", "budget", "sft", "top-k"],
+)
+def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, memory_budget):
+    plans = []
+    plan_chunks = chunked.plan_chunks
+    monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: plans.append(plan_chunks(*a, **k)) or plans[-1])
+    call(objective, dtype, top_k, memory_budget=memory_budget)
+    asked = {"dtype": dtype, "objective": objective, "top_k": top_k, "memory_budget": memory_budget}
+    found = plan_for(N, H_S, H_T, V, **asked)
+    assert plans == [(found.chunk, found.workspace)] * 2
+    assert (found.engine, found.chunks) == ("chunked", -(-N // found.chunk))
+    if memory_budget is not None and dtype != torch.float32:
+        assert found.chunks > 1 and found.workspace <= memory_budget
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", [fk.SelfEvolution(), fk.NoEvo(), fk.SFT()], ids=lambda x: x.name)
+def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, objective):
+    pytest.importorskip("triton")
+    from fused_kd.engine import streaming
+
+    class Planned(Exception):
+        """The plan is all that is wanted: interpreted kernels take seconds."""
+
+    def planned(*arguments):
+        raise Planned(plan_streaming(*arguments))
+
+    plan_streaming = streaming.plan_streaming
+    monkeypatch.setattr(streaming, "plan_streaming", planned)
+    with pytest.raises(Planned) as caught:
+        call(objective, dtype, None, engine="streaming", backend="triton")
+    (plan,) = caught.value.args
+    found = plan_for(N, H_S, H_T, V, dtype=dtype, objective=objective, engine="streaming")
+    assert (found.engine, found.backend) == ("streaming", "triton")
+    assert (found.chunk, found.workspace) == (plan.tokens, plan.workspace)
+
+
+def test_least_budget_is_the_least():
+    with pytest.raises(ValueError, match=r"memory_budget must be at least (\d+) bytes") as caught:
+        plan_for(N, H_S, H_T, V, memory_budget=1, engine="chunked")
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert plan_for(N, H_S, H_T, V, memory_budget=least, engine="chunked").chunk == 1
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        plan_for(N, H_S, H_T, V, memory_budget=least - 1, engine="chunked")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for the GPU that is there")
+def test_known_shapes_on_a_gpu():
+    """bf16, N = 8192, (H_s, H_t, V) = (4096, 5120, 128256)."""
+    pytest.importorskip("triton")
+    asked = {"dtype": torch.bfloat16, "device": "cuda"}
+    free = plan_for(8192, 4096, 5120, 128256, **asked)
+    assert (free.engine, free.backend, free.chunk, free.chunks) == ("chunked", "triton", 2048, 4)
+    # Two fp32 chunks of logits and one of bf16 dlogits, the fp32 dW, hidden states and vectors.
+    assert free.workspace == 2048 * ((4 + 4 + 2) * 128256 + 8 * (4096 + 5120) + 16) + 4 * 4096 * 128256
+    assert free.flops == 2 * 8192 * 128256 * (3 * 4096 + 5120) and free.gemms == 4
+    assert free.gradients == 2 * 4096 * (8192 + 128256)
+    assert free.eager_logits == 2 * 2 * 8192 * 128256
+    tight = plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1 << 30)
+    assert tight.engine == "streaming" and tight.workspace == pytest.approx(46e6, rel=0.01)
+    assert str(free.workspace - 2047 * (10 * 128256 + 8 * 9216 + 16)) in " ".join(tight.notes)
+    with pytest.raises(ValueError, match="engine='streaming' would need"):
+        plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1000)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_flops_and_logits_are_those_of_plain_pytorch(teacher):
+    h_s, W_s = torch.randn(N, H_S, requires_grad=True), torch.randn(V, H_S, requires_grad=True)
+    h_t, W_t = torch.randn(N, H_T), torch.randn(V, H_T)
+    with FlopCounterMode(display=False) as counter:
+        logits = [h_s @ W_s.T] + ([h_t @ W_t.T] if teacher else [])
+        logits[0].sum().backward()
+    found = plan_for(N, H_S, H_T, V, objective=fk.NoEvo() if teacher else fk.SFT())
+    assert found.flops == counter.get_total_flops()
+    assert found.gemms == 3 + teacher
+    assert found.eager_logits == sum(x.numel() * x.element_size() for x in logits)
+    # A list of entries leaves the student's GEMMs.
+    assert plan_for(N, H_S, H_T, V, top_k=7).flops == 2 * N * V * 3 * H_S
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"N": 0}, "N must be at least 1, got 0"),
+        ({"top_k": V + 1}, f"top_k must be at most V={V}, got {V + 1}"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+        ({"engine": "fast"}, "engine must be None or one of 'chunked', 'streaming', got 'fast'"),
+        ({"backend": "fast"}, "backend must be None or one of"),
+        ({"backend": "native", "device": "cuda"}, "backend='native' needs tensors on the CPU"),
+        ({"engine": "streaming", "top_k": 3}, "got a TopK"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError) as caught:
+        plan_for(**{"N": N, "H_s": H_S, "H_t": H_T, "V": V} | options)
+    assert message in str(caught.value)
+
+
+def test_command_prints_the_plan(capsys):
+    arguments = ["--shape", "37", "24", "40", "301", "--dtype", "bf16", "--device", "cpu", "--memory-budget", "40MiB"]
+    assert info.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = plan_for(N, H_S, H_T, V, dtype=torch.bfloat16, memory_budget=40 << 20)
+    assert found["plan"] == json.loads(json.dumps(expected._asdict()))
+    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["fused_kd"] == fk.__version__
+    assert {f"backend {name}" for name in BACKENDS} | {"engine chunked", "engine streaming"} == set(found["available"])
+    assert info.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= info.WIDTH
+    assert f"  chunk      {expected.chunk} tokens, {expected.chunks} of them" in lines
+    assert any(line.startswith(f"  workspace  {expected.workspace} bytes (") for line in lines)
+    assert any(line.startswith("  backend torch ") and "yes" in line for line in lines)
+
+
+@pytest.mark.parametrize("value, size", [("2GiB", 2 << 30), ("1.5 mb", 1_500_000), ("4096", 4096)])
+def test_sizes(value, size):
+    assert info._size(value) == size
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "1", "2", "3", "0"], "V must be at least 1, got 0"),
+        (["--shape", "1", "2", "3", "4", "--memory-budget", "2 buckets"], "must be bytes, or a number with"),
+        (["--shape", "1", "2", "3", "4", "--memory-budget", "1", "--device", "cpu"], "must be at least"),
+        (["--top-k", "3"], "--shape must be the four integers"),
+    ],
+)
+def test_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        info.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_reason_of_a_missing_compiler(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    available, reason = info.backends()["backend native"]
+    assert not available and "CC='no-such-compiler' is not found; unset CC" in reason
+
+
+@pytest.mark.skipif(native_build.sys.platform != "linux", reason="the native row is for Linux")
+def test_compiled_row_is_where_it_says():
+    available, details = info.backends()["backend native"]
+    if not available:
+        pytest.skip(details)
+    assert os.path.exists(details.split(" into ")[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says why there is no GPU")
+def test_without_optional_packages():
+    out = run_hiding(
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "from fused_kd.info import main\n"
+        "main(['--shape', '64', '8', '8', '100', '--device', 'cuda', '--dtype', 'bf16', '--json'])\n",
+        ["triton", "transformers", "cuda", "accelerate"],
+    )
+    found = json.loads(out)
+    assert found["plan"]["engine"] == "chunked" and found["plan"]["backend"] == "torch"
+    reasons = {name: x["details"] for name, x in found["available"].items() if not x["available"]}
+    assert "pip install 'fused_kd[triton]'" in reasons["backend triton"]
+    assert "pip install 'fused_kd[triton]'" in reasons["engine streaming"]
+    assert "pip install 'fused_kd[cuda]'" in reasons["backend cuda"]
+    assert all("finds no GPU" in reasons[f"backend {name}"] for name in ("triton", "cuda"))
