@@ -69,7 +69,11 @@ def test_scalars_at_their_limits(lam, beta, gamma, backend):
     values = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam}
     p = problem(N=9, V=61)
     for cls in fk.OBJECTIVES.values():
-        objective = cls(**{name: values[name] for name in vars(cls())})
+        own = vars(cls())
+        reads_lam, reads_beta = "lam" in own or "fraction" in own, "beta" in own or "alpha" in own
+        if (lam == 1.0 and not reads_lam) or (beta == 1.0 and not reads_beta) or (gamma > 0 and "gamma" not in own):
+            continue  # the same objective as with the other value
+        objective = cls(**{name: values[name] for name in own})
         out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
         expected = reference_kd_loss(p.student(), p.teacher(), p.labels, objective)
         assert abs(out.loss - expected.loss) < 2e-6 * (1 + abs(expected.loss)), objective

@@ -239,7 +239,7 @@ def test_labels_on_the_device_ignored_or_out_of_range(dtype, monkeypatch):
 
     p = make(dtype=dtype, bias=True)
     expected, refs = run(p, fk.SelfEvolution(gamma=1.0))
-    monkeypatch.setattr(streaming, "_valid", on_device)
+    monkeypatch.setattr(streaming, "valid_tokens", on_device)
     out, grads = run(p, fk.SelfEvolution(gamma=1.0))
     assert torch.equal(out.is_hard, expected.is_hard)
     for a, r in zip((out.loss, out.difficulty, *grads), (expected.loss, expected.difficulty, *refs), strict=True):

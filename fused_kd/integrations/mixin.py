@@ -10,7 +10,7 @@ import torch
 import fused_kd as fk
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
-from fused_kd.integrations.routing import check_lm_head, route_head_loss
+from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
 from fused_kd.training.averaging import count_targets
@@ -202,48 +202,25 @@ class KDLossMixin(Trainer):
     def _run(
         self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
     ) -> tuple[torch.Tensor, fk.KDOutput]:
-        """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers.
-
-        The student's loss is made inside its head module's call, that inside the teacher's: there both heads are
-        whole, whatever shards them. The teacher's hooks see no graph.
-        """
+        """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers."""
         inputs = dict(inputs)
         weights = self._token_weights(inputs)
         # an encoder-decoder makes its decoder's inputs from them
         labels = inputs.pop("labels") if self.shift else inputs["labels"]
         lists = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
-        out: list[fk.KDOutput] = []
-        returned: list[dict[str, torch.Tensor]] = []
-        gradients = torch.is_grad_enabled()
 
-        def student(teacher: fk.LMHead | fk.TopK | None) -> dict[str, torch.Tensor]:
-            def loss(head: fk.LMHead) -> dict[str, torch.Tensor]:
-                out.append(
-                    fk.kd_loss(head, teacher, labels, objective, token_weights=weights, num_items=num_items, **options)
-                )
-                return {"loss": out[0].loss * ranks}
-
-            with torch.set_grad_enabled(gradients):
-                returned.append(model(**inputs, head_loss=loss))
-            return {}
+        def loss(head: fk.LMHead, teacher: fk.LMHead | fk.TopK | None) -> fk.KDOutput:
+            return fk.kd_loss(head, teacher, labels, objective, token_weights=weights, num_items=num_items, **options)
 
         if not self._models_checked:
             self._check_sharded(model)
+        cached = None
+        if self.cache is not None and objective.spec.divergence is not None:
+            cached = top_k_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            if self.teacher is not None:
-                with torch.no_grad():
-                    self.teacher(**inputs, head_loss=student)
-            elif self.cache is None or objective.spec.divergence is None:
-                student(None)
-            else:
-                student(top_k_of(lists, self.cache))
-        loss = returned[0]["loss"]
-        if loss.dtype != torch.float32:
-            # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
-            loss = loss.float() + (out[0].loss.detach() * ranks - loss.detach().float())
-        return loss, out[0]
+            return loss_of_heads(model, self.teacher, inputs, loss, ranks=ranks, cached=cached)
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
         if self.teacher is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fused_kd import LMHead
+from fused_kd import KDOutput, LMHead, TopK
 from fused_kd.integrations.bodies import hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
 from fused_kd.integrations.weights import is_quantised, rows_of
@@ -53,6 +53,45 @@ def route_head_loss(model: PreTrainedModel) -> None:
     routed: Any = cast(Any, torch.compiler).disable(forward, recursive=False)
     routed._routes_head_loss = True
     base.forward = MethodType(routed, base)
+
+
+def loss_of_heads(
+    model: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    inputs: dict[str, Any],
+    loss: Callable[[LMHead, LMHead | TopK | None], KDOutput],
+    *,
+    ranks: int = 1,
+    cached: TopK | None = None,
+) -> tuple[torch.Tensor, KDOutput]:
+    """``ranks`` times the loss of two routed models on the same inputs, for the backward; and ``loss``'s own result.
+
+    The student's loss is made inside its head module's call, that inside the teacher's: there both heads are whole,
+    whatever shards them. The teacher's hooks see no graph. Without a ``teacher``, ``loss`` is given ``cached``.
+    """
+    out: list[KDOutput] = []
+    returned: list[dict[str, torch.Tensor]] = []
+    gradients = torch.is_grad_enabled()
+
+    def student(head_t: LMHead | TopK | None) -> dict[str, torch.Tensor]:
+        def routed(head: LMHead) -> dict[str, torch.Tensor]:
+            out.append(loss(head, head_t))
+            return {"loss": out[0].loss * ranks}
+
+        with torch.set_grad_enabled(gradients):
+            returned.append(model(**inputs, head_loss=routed))
+        return {}
+
+    if teacher is None:
+        student(cached)
+    else:
+        with torch.no_grad():
+            teacher(**inputs, head_loss=student)
+    made = returned[0]["loss"]
+    if made.dtype != torch.float32:
+        # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
+        made = made.float() + (out[0].loss.detach() * ranks - made.detach().float())
+    return made, out[0]
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ except ImportError as error:
 
 import fused_kd as fk
 from fused_kd.integrations.mixin import as_objective
+from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
     check_head_module,
     check_lm_head,
@@ -144,48 +145,30 @@ class FusedLoss(Trainer):
             inputs: what both models take, (batch, length) and more.
             labels: (batch, length), the tokens, or -100 where there is no loss; position i predicts label i + 1.
             num_items: what the sum of the tokens' losses is divided by; None: the valid tokens of ``labels``.
-
-        The student's loss is made inside its head module's call, that inside the teacher's: there both heads are
-        whole, whatever shards them.
         """
         if not self._heads_checked:
             self._check_heads(model, self.teacher_model)
         self.teacher_model.eval()
         labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
-        gradients = torch.is_grad_enabled()
-        out: list[fk.KDOutput] = []
-        returned: list[dict[str, torch.Tensor]] = []
 
-        def student(teacher: fk.LMHead) -> dict[str, torch.Tensor]:
-            def loss(head: fk.LMHead) -> dict[str, torch.Tensor]:
-                out.append(
-                    fk.kd_loss(
-                        head,
-                        teacher,
-                        labels,
-                        self.current_objective(),
-                        ignore_index=IGNORE,
-                        shift=True,
-                        temperature=self._temperature(),
-                        vocab_size=self.vocab_size,
-                        num_items=num_items,
-                        **self.loss_options,
-                    )
-                )
-                return {"loss": out[0].loss * ranks}
+        def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
+            return fk.kd_loss(
+                head,
+                teacher,
+                labels,
+                self.current_objective(),
+                ignore_index=IGNORE,
+                shift=True,
+                temperature=self._temperature(),
+                vocab_size=self.vocab_size,
+                num_items=num_items,
+                **self.loss_options,
+            )
 
-            with torch.set_grad_enabled(gradients):
-                returned.append(model(**inputs, head_loss=loss))
-            return {}
-
-        with self.accelerator.autocast(), torch.no_grad():
-            self.teacher_model(**inputs, head_loss=student)
-        self._add_difficulty("" if model.training else "eval_", out[0].difficulty, labels)
-        loss = returned[0]["loss"]
-        if loss.dtype != torch.float32:
-            # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
-            loss = loss.float() + (out[0].loss.detach() * ranks - loss.detach().float())
-        return loss, out[0]
+        with self.accelerator.autocast():
+            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks)
+        self._add_difficulty("" if model.training else "eval_", out.difficulty, labels)
+        return made, out
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's; entries with a loss also get ``difficulty``, the mean KL(target||student) in nats since the last.
