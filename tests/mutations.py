@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation("torch: gate reversed", _TORCH, "(difficulty > s.gamma)", "(difficulty < s.gamma)", (_budget("self_evolution"),)),
     # the row of a vocabulary slice
     Mutation(
-        "sharded: the label's rank", _SHARDED, "bounds, right=True)", "bounds, right=False)",
+        "sharded: the label's rank", _SHARDED, "labels >= bound", "labels > bound",
         (_slices("sft", "dense", "torch"), "test_sharded_row.py::test_any_slices"),
     ),
     Mutation(

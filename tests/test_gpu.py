@@ -14,6 +14,7 @@ from fused_kd.reference import reference_rows
 from fused_kd.rows import Logits, RowInputs, RowOutputs
 
 from .problems import OBJECTIVES, gradients, problem, relative
+from .test_sharded_row import allowed, in_turns, inputs_of, whole
 from .test_top_k import TAILS, cached
 
 pytestmark = [
@@ -231,3 +232,27 @@ def test_cuda_row_on_another_stream_and_in_place():
         loss = fk.kd_loss(p.hidden, p.hidden_t, p.labels, fk.SelfEvolution(gamma=1.0), backend="cuda").loss
     torch.cuda.synchronize()
     assert relative(loss, expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+def test_vocabulary_slices(objective, backend, no_sync):
+    """Ranks in turns on one GPU, against the row of the whole vocabulary on the CPU; nothing waits for the device."""
+    if not allowed(objective, "dense", backend=backend):
+        pytest.skip("the loss refuses it")
+    inputs = inputs_of(objective, C=64, V=5000)
+    expected = whole(inputs)
+    device = torch.device("cuda")
+    moved = inputs._replace(
+        student=inputs.student._replace(raw=inputs.student.raw.to(device)),
+        teacher=None if inputs.teacher is None else inputs.teacher._replace(raw=inputs.teacher.raw.to(device)),
+        labels=inputs.labels.to(device),
+        scalars=inputs.scalars.to(device),
+        hard=None if inputs.hard is None else inputs.hard.to(device),
+    )
+    in_turns(moved, [1000, 4000], backend=backend)  # compiles the kernels
+    with no_sync:
+        found = in_turns(moved, [1000, 4000], backend=backend)
+    assert relative(torch.cat([out.dlogits for out in found], 1), expected.dlogits) < 3e-6
+    assert relative(found[0].loss, expected.loss) < 3e-6
+    assert torch.equal(found[0].is_hard.cpu(), expected.is_hard)

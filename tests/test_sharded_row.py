@@ -25,7 +25,12 @@ FORMS = ("dense", "renormalize", "bucket", "uniform")
 TIGHT = 2e-6
 
 
-def outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
+def outputs(C: int, V: int, dtype: torch.dtype, fill: float, device: torch.device) -> RowOutputs:
+    with device:
+        return _outputs(C, V, dtype, fill)
+
+
+def _outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
     return RowOutputs(
         torch.full((C,), fill), torch.full((C,), fill), torch.zeros(C, dtype=torch.bool),
         torch.full((C, V), fill, dtype=dtype),
@@ -33,7 +38,7 @@ def outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
 
 
 def whole(inputs: RowInputs, dtype: torch.dtype = torch.float32) -> RowOutputs:
-    out = outputs(*inputs.student.raw.shape, dtype, 0.0)
+    out = outputs(*inputs.student.raw.shape, dtype, 0.0, inputs.labels.device)
     get_row("torch")(inputs, out)
     return out
 
@@ -60,7 +65,7 @@ def in_turns(
         own = inputs._replace(
             student=inputs.student._replace(raw=inputs.student.raw[:, columns].clone()), teacher=teacher
         )
-        out = outputs(len(inputs.labels), width, dtype, math.nan)
+        out = outputs(len(inputs.labels), width, dtype, math.nan, inputs.labels.device)
         ranks.append((row_of(backend)(own, out, Shards("none", rank, tuple(sizes))), out))
     messages = [next(generator) for generator, _ in ranks]
     while messages:

@@ -12,6 +12,7 @@ logits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator
 from typing import NamedTuple
@@ -137,9 +138,12 @@ class SweptRow:
     def _join(self, x: Tensor) -> Joined:
         """From (P, C, k) statistics."""
         x = torch.nn.functional.pad(x, (0, 12 - x.shape[2]))
-        bounds = torch.tensor(self.shards.sizes, device=x.device).cumsum(0)
-        last = len(self.shards.sizes) - 1
-        owner = torch.bucketize(self.inputs.labels.clamp(min=0), bounds, right=True).clamp(max=last)[None, :, None]
+        # compared with each bound in turn: a tensor of them would have to be copied to the device
+        bounds = list(itertools.accumulate(self.shards.sizes))[:-1]
+        owner = torch.zeros_like(self.inputs.labels)
+        for bound in bounds:
+            owner += self.inputs.labels >= bound
+        owner = owner[None, :, None]
 
         def of_label(column: int) -> Tensor:
             return x[:, :, column : column + 1].gather(0, owner)[0]

@@ -57,7 +57,8 @@ class _TorchRow(SweptRow):
 
     def statistics(self) -> Tensor:
         columns, message = self.columns, torch.zeros(self.C, 12, device=self.ignored.device)
-        message[:, [0, 3, 7, 10]] = LOG_ZERO
+        for top in (0, 3, 7, 10):
+            message[:, top] = LOG_ZERO
         for rows in self._blocks() if columns.width else ():
             read = columns.read(rows, self.scratch)
             y, own = columns.label(rows)
