@@ -31,7 +31,6 @@ from fused_kd.engine.chunked import Side
 from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.objectives import OBJECTIVES
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
-from fused_kd.rows.sharded_row import Joined
 from fused_kd.rows.sharded_triton import TritonRow
 from fused_kd.rows.top_k_triton import row as top_k_row
 from fused_kd.rows.triton_row import row
@@ -173,7 +172,7 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
-    of = Joined(*(torch.zeros(1, 1) for _ in Joined._fields))
+    of = row._join(torch.ones(1, 1, 10))
     use, divergence = torch.ones(1, dtype=torch.bool), DIVERGENCES[inputs.spec.divergence or "kl"]
     if kernel == "statistics":
         row.statistics()

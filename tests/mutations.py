@@ -165,7 +165,7 @@ MUTATIONS = [
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
     Mutation(
-        "engine: bias gradient of the last chunk alone", _ENGINE, "d_bias[:vocab] += out.sum(", "d_bias[:vocab] = out.sum(",
+        "engine: bias gradient of the last chunk alone", _ENGINE, "d_bias[:V] += dlogits.sum(", "d_bias[:V] = dlogits.sum(",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
     Mutation("engine: scaled twice", _ENGINE, "gradient.mul_(scale).to(", "gradient.mul_(scale * scale).to(", (_budget("sft"),)),

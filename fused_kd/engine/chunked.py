@@ -114,9 +114,7 @@ def run(
         spans.reverse()  # the logits of the last chunk are still there
     for span in spans:
         tokens, hidden, raw_s, teacher_rows = chunks[span]
-        row_weights = None if weights is None else weights[tokens]
-        if student.weight is None and with_gradient:
-            row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
+        row_weights = weights_of_rows(weights, scale, tokens, span, with_gradient and student.weight is None)
         out = None
         if with_gradient:
             out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
@@ -124,29 +122,49 @@ def run(
         rows = RowOutputs(loss, difficulty, is_hard, out)
         given = None if hard is None else hard[span]
         row(RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
-        result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
-        result.difficulty[tokens] = rows.difficulty
-        result.is_hard[tokens] = rows.is_hard
-        if out is None:
+        record(result, tokens, rows, bad[span], sparse_logits=student.weight is None and index is not None)
+        if out is None or hidden is None or side_s.projection is None:
             continue
-        if student.weight is None:
-            if index is not None and result.d_source is not None:
-                result.d_source[:, :vocab][tokens] = out
-            continue
-        assert side_s.projection is not None and hidden is not None
         if result.d_source is not None:
             gradient = side_s.projection.hidden_gradient(out)
             result.d_source[tokens] = gradient.mul_(scale).to(result.d_source.dtype)
-        if d_weight is not None:
-            # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
-            operand = hidden * scale if hidden.dtype == torch.float32 else hidden
-            Projection.accumulate(d_weight[:vocab], out, operand, first=span is spans[0])
-        if d_bias is not None:
-            d_bias[:vocab] += out.sum(0, dtype=torch.float32)
+        add_head_gradient(d_weight, d_bias, out, hidden, scale, first=span is spans[0])
     return finish(result, student, side_s, d_weight, d_bias, scale, n)
 
 
 VECTORS = (("loss", torch.float32), ("difficulty", torch.float32), ("is_hard", torch.bool))
+
+
+def weights_of_rows(
+    weights: Tensor | None, scale: Tensor, tokens: slice | Tensor, span: slice, scaled: bool
+) -> Tensor | None:
+    """The row's weights of some tokens; ``scaled`` where no GEMM follows that would take the factor."""
+    rows = None if weights is None else weights[tokens]
+    if not scaled:
+        return rows
+    return scale.expand(span.stop - span.start) if rows is None else rows * scale
+
+
+def record(result: Result, tokens: slice | Tensor, rows: RowOutputs, bad: Tensor, *, sparse_logits: bool) -> None:
+    """A chunk's losses, NaN for ``bad`` tokens; for ``sparse_logits`` also their gradient, of some tokens among all."""
+    result.loss[tokens] = rows.loss.masked_fill(bad, math.nan)
+    result.difficulty[tokens] = rows.difficulty
+    result.is_hard[tokens] = rows.is_hard
+    if sparse_logits and rows.dlogits is not None and result.d_source is not None:
+        result.d_source[:, : rows.dlogits.shape[1]][tokens] = rows.dlogits
+
+
+def add_head_gradient(
+    d_weight: Tensor | None, d_bias: Tensor | None, dlogits: Tensor, hidden: Tensor, scale: Tensor, *, first: bool
+) -> None:
+    """Add a chunk's part to the first rows of the accumulators; ``first`` overwrites the weight's."""
+    V = dlogits.shape[1]
+    if d_weight is not None:
+        # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
+        operand = hidden * scale if hidden.dtype == torch.float32 else hidden
+        Projection.accumulate(d_weight[:V], dlogits, operand, first=first)
+    if d_bias is not None:
+        d_bias[:V] += dlogits.sum(0, dtype=torch.float32)
 
 
 class Buffers:
@@ -281,6 +299,20 @@ def _plan(
     memory_budget: int | None,
     device: torch.device,
 ) -> Plan:
+    per_token, fixed = workspace_bytes(student, teacher, vocab, with_gradient, wanted)
+    return plan_chunks(
+        n,
+        bytes_per_token=per_token,
+        fixed_bytes=fixed,
+        preferred=preferred_chunk(device.type, per_token),
+        memory_budget=memory_budget,
+    )
+
+
+def workspace_bytes(
+    student: LogitSource, teacher: LogitSource | TopKSide | None, vocab: int, with_gradient: bool, wanted: Wanted
+) -> tuple[int, int]:
+    """Bytes for each token of a chunk, and those that do not grow with it, with ``vocab`` columns a side."""
     per_token, fixed = 16, 0
     for side in (student, teacher):
         if side is None:
@@ -291,8 +323,7 @@ def _plan(
         if side.projection is None:
             per_token += vocab * side.source.element_size()  # gathered when tokens are dropped
             continue
-        H = side.source.shape[1]
-        per_token += 4 * vocab + 8 * H
+        per_token += 4 * vocab + 8 * side.source.shape[1]
         if side.projection.upcast:
             fixed = max(fixed, SLAB_BYTES)
     projection = student.projection
@@ -302,14 +333,8 @@ def _plan(
         if projection.gradient_dtype != torch.float32:
             per_token += 2 * vocab
         if wanted.weight and projection.weight.dtype != torch.float32:
-            fixed += 4 * projection.weight.numel()
-    return plan_chunks(
-        n,
-        bytes_per_token=per_token,
-        fixed_bytes=fixed,
-        preferred=preferred_chunk(device.type, per_token),
-        memory_budget=memory_budget,
-    )
+            fixed += 4 * vocab * projection.weight.shape[1]
+    return per_token, fixed
 
 
 def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:

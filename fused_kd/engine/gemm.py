@@ -103,7 +103,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     kernels that round up to ten times worse at V = 151936. Logits stay with ``mm``, which rounds them better.
     """
     narrow = min(a.shape[0], b.shape[1]) < NARROW
-    if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512):
+    # oneDNN has no empty inner dimension, which a rank without columns has
+    if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512) and a.shape[1]:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return out
     return a @ b

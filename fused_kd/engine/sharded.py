@@ -6,7 +6,6 @@ logits of the next are made, and the hidden gradient of one is added up over the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,14 +27,17 @@ from .chunked import (
     TopKSide,
     Wanted,
     accumulator,
+    add_head_gradient,
     allocate,
     finish,
     gradient_buffer,
     largest,
+    record,
     valid_tokens,
+    weights_of_rows,
+    workspace_bytes,
 )
 from .exchange import Exchange, Gathering
-from .gemm import SLAB_BYTES, Projection
 from .plan import Plan, plan_chunks, preferred_chunk
 
 LANES = 2
@@ -92,9 +94,7 @@ def run(
     def begin(span: slice, given: Tensor | None, difficulty_only: bool) -> _UnderWay:
         lane, buffers = chunks[lane_of[span.start]], lanes[lane_of[span.start]]
         tokens, hidden, raw_s, teacher_rows = lane[span]
-        row_weights = None if weights is None else weights[tokens]
-        if student.weight is None and with_gradient:
-            row_weights = scale.expand(span.stop - span.start) if row_weights is None else row_weights * scale
+        row_weights = weights_of_rows(weights, scale, tokens, span, with_gradient and student.weight is None)
         out = None
         if with_gradient and not difficulty_only:
             out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
@@ -122,26 +122,15 @@ def run(
 
     first = True
     for chunk in _two_at_a_time(spans, lambda span: begin(span, None if hard is None else hard[span], False), exchange):
-        span, tokens, rows, out = chunk.span, chunk.tokens, chunk.outputs, chunk.outputs.dlogits
-        result.loss[tokens] = rows.loss.masked_fill(bad[span], math.nan)
-        result.difficulty[tokens] = rows.difficulty
-        result.is_hard[tokens] = rows.is_hard
-        if out is None:
+        tokens, hidden, out = chunk.tokens, chunk.hidden, chunk.outputs.dlogits
+        sparse_logits = student.weight is None and index is not None
+        record(result, tokens, chunk.outputs, bad[chunk.span], sparse_logits=sparse_logits)
+        if out is None or hidden is None or side_s.projection is None:
             continue
-        if student.weight is None:
-            if index is not None and result.d_source is not None:
-                result.d_source[:, :V][tokens] = out
-            continue
-        assert side_s.projection is not None and chunk.hidden is not None
         if result.d_source is not None:
-            gradient = side_s.projection.hidden_gradient(out) if V else torch.zeros_like(chunk.hidden).float()
-            gradient = gradient.mul_(scale)
+            gradient = side_s.projection.hidden_gradient(out).mul_(scale)
             sums.append((tokens, exchange.sum(gradient) if sum_hidden else Gathering(gradient, None)))
-        if d_weight is not None and V:
-            operand = chunk.hidden * scale if chunk.hidden.dtype == torch.float32 else chunk.hidden
-            Projection.accumulate(d_weight[:V], out, operand, first=first)
-        if d_bias is not None:
-            d_bias[:V] += out.sum(0, dtype=torch.float32)
+        add_head_gradient(d_weight, d_bias, out, hidden, scale, first=first)
         first = False
         if len(sums) > 1:
             keep_hidden()
@@ -202,31 +191,13 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     """The same on all ranks: from the widest slice, whatever this rank's."""
-    V, per_token, fixed = shards.widest, 128 * len(shards.sizes), 0
-    for side in (student, teacher):
-        if side is None:
-            continue
-        if isinstance(side, TopKSide):
-            per_token += 64 * (side.indices.shape[1] + 2)
-            continue
-        if side.projection is None:
-            per_token += V * side.source.element_size()
-            continue
-        per_token += 4 * V + 8 * side.source.shape[1]
-        if side.projection.upcast:
-            fixed = max(fixed, SLAB_BYTES)
-    if with_gradient:
-        projection = student.projection
-        if projection is None:
-            per_token += V * student.source.element_size()
-        else:
-            per_token += 4 * student.source.shape[1]  # being added up
-            per_token += 2 * V if projection.gradient_dtype != torch.float32 else 0
-            if wanted.weight and projection.weight.dtype != torch.float32:
-                fixed += 4 * V * projection.weight.shape[1]
+    per_token, fixed = workspace_bytes(student, teacher, shards.widest, with_gradient, wanted)
+    per_token += 128 * len(shards.sizes)
+    if with_gradient and student.projection is not None:
+        per_token += 4 * student.source.shape[1]  # being added up
     preferred = preferred_chunk(device.type, per_token)
     if spec.divergence is not None and DIVERGENCES[spec.divergence].adaptive:
-        per_token += 8 * V
+        per_token += 8 * shards.widest
     return plan_chunks(
         n, bytes_per_token=LANES * per_token, fixed_bytes=fixed, preferred=preferred, memory_budget=memory_budget
     )

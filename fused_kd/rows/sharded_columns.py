@@ -11,10 +11,7 @@ from ..objectives import Scalars
 from ..workspace import empty
 from .base import LOG_ZERO, Logits, RowInputs, Shards, Sparse
 from .sharded_row import Joined
-from .torch_math import Scratch, cool, final_logits, on_host, scale
-
-BLOCK_BYTES = 4 << 20
-DEVICE_BLOCK_BYTES = 256 << 20
+from .torch_math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
 
 
 class Read(NamedTuple):
@@ -119,8 +116,7 @@ class CondensedColumns(Columns):
         if inputs.cold_labels:
             self.cold_statistics = torch.zeros(C, 3, device=device)
             self.cold_statistics[:, 0] = LOG_ZERO
-        size = BLOCK_BYTES if on_host(inputs.labels) else DEVICE_BLOCK_BYTES
-        self._block = max(1, min(C, size // (4 * max(V, 1))))
+        self._block = max(1, min(C, rows_of_block(V, device)))
         self._scratch = Scratch(self._block, V, device)
         self._padded = empty((self._block, V + 1), torch.float32, device)
         for start in range(0, C if V else 0, self._block):
@@ -131,14 +127,14 @@ class CondensedColumns(Columns):
         present, index = self._sparse.present[rows], self._sparse.index[rows]
         z, _ = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         if self.cold_statistics is not None:
-            self.cold_statistics[rows, 0:2] = _statistics(z, self._scratch("work", len(z)))
+            self.cold_statistics[rows, 0:2] = top_and_sum(z, self._scratch("work", len(z)))
             column, own = super().label(rows)
             entry = index.gather(1, column).clamp(max=z.shape[1] - 1)
             self.cold_statistics[rows, 2:3] = z.gather(1, entry) * own
         z = cool(z, self.s.temperature, self._scratch("z_cool", len(z)))
-        self.student_statistics[rows] = _statistics(z, self._scratch("work", len(z)))
+        self.student_statistics[rows] = top_and_sum(z, self._scratch("work", len(z)))
         self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, LOG_ZERO)
-        self.rest_statistics[rows] = _statistics(self._unlisted(z, rows), self._scratch("work", len(z)))
+        self.rest_statistics[rows] = top_and_sum(self._unlisted(z, rows), self._scratch("work", len(z)))
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
         """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
@@ -203,9 +199,3 @@ def columns_of(inputs: RowInputs, s: Scalars, shards: Shards) -> Columns:
     """Of a chunk; ``s`` as the row reads them."""
     sparse = isinstance(inputs.teacher, Sparse) and inputs.teacher.tail != "uniform"
     return (CondensedColumns if sparse else Columns)(inputs, s, shards)
-
-
-def _statistics(z: Tensor, work: Tensor) -> Tensor:
-    """(B, 2): maxima, and sums of exponentials over them."""
-    top = z.amax(1, keepdim=True)
-    return torch.cat([top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)], 1)

@@ -13,7 +13,6 @@ logits.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
-from ..objectives import Scalars
-from .base import EXCLUDED, RowInputs, RowOutputs, Shards
-from .torch_math import difficulty_of, free_loss, known_all, maybe_any, on_host
+from .base import RowInputs, RowOutputs, Shards
+from .torch_math import difficulty_of, known_all, loss_of, maybe_any, on_host, scalars_of, settled, uses_divergence
 
 Messages = Generator[Tensor, Tensor, None]
 """Yields tensors (C', k) to be gathered, and is sent them as (P, C', k)."""
@@ -56,9 +54,7 @@ class SweptRow:
 
     def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
         self.inputs, self.outputs, self.shards, self.spec = inputs, outputs, shards, inputs.spec
-        # Host numbers where they cost nothing; reading them back from an accelerator would wait.
-        here = on_host(inputs.labels)
-        self.s = Scalars(*(inputs.scalars.tolist() if here else inputs.scalars.unbind()))
+        self.s = scalars_of(inputs)
         self.C = inputs.labels.shape[0]
         self.ignored = inputs.labels < 0
 
@@ -103,14 +99,12 @@ class SweptRow:
             use, divergence = None, None
         else:
             difficulty = difficulty_of(of.kl, of.log_p_y, of.log_q_y, s.lam)
-            loss = free_loss(difficulty, of.kl, of.ce, s.lam, spec)
+            loss = loss_of(difficulty if spec.mixed else of.kl, of.ce, s.lam, spec)
             if spec.gated:
                 given = self.inputs.hard
                 hard = (difficulty > s.gamma).squeeze(1) if given is None else given
             divergence = DIVERGENCES[spec.divergence]
-            use = None if divergence.free else hard if spec.gated else torch.ones_like(hard)
-            if use is not None and divergence.kl_at_one:
-                use = use & (torch.as_tensor(s.beta, device=use.device) < 1.0)
+            use = uses_divergence(divergence, spec, hard, s.beta)
             if use is not None and not maybe_any(use):
                 use = None
         if use is None or divergence is None:
@@ -124,9 +118,7 @@ class SweptRow:
             beta = yield from self.head_share(of, index)
         sums = joined((yield self.sums(of, divergence, use, index, beta)))
         value, total = sums.split(1, 1)
-        if not spec.mixed:
-            ce = of.ce if index is None else of.ce[index]
-            value = s.lam * value + ((1.0 - s.lam) * ce if spec.hard_label else 0.0)
+        value = loss_of(value, of.ce if index is None else of.ce[index], s.lam, spec)
         if index is None:
             loss = torch.where(use.unsqueeze(1), value, loss)
         else:
@@ -176,8 +168,7 @@ class SweptRow:
 
     def _write(self, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
         for result, value in ((self.outputs.loss, loss), (self.outputs.difficulty, difficulty)):
-            value = value.squeeze(1).float()
-            result.copy_(value.masked_fill_(value > EXCLUDED, math.inf).masked_fill_(self.ignored, 0.0))
+            result.copy_(settled(value, self.ignored))
         self.outputs.is_hard.copy_(hard & ~self.ignored)
 
 

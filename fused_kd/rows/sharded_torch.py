@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,14 @@ from .torch_math import (
     Scratch,
     add_at,
     close_gradient,
-    divergence_terms,
     free_gradient,
     known_all,
     maybe_any,
-    on_host,
+    rows_of_block,
+    table_arguments,
     target,
+    top_and_sum,
 )
-
-CPU_BLOCK_BYTES = 2 << 20
-CPU_BLOCK_ROWS = 8
-DEVICE_BLOCK_BYTES = 256 << 20
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
@@ -42,10 +40,7 @@ class _TorchRow(SweptRow):
         super().__init__(inputs, outputs, shards)
         self.columns = columns = columns_of(inputs, self.s, shards)
         self.condensed, self.join_rest = columns.condensed, columns.join_rest  # type: ignore[method-assign]
-        width = max(columns.width, 1)
-        here = on_host(inputs.labels)
-        block = max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * width)) if here else DEVICE_BLOCK_BYTES // (4 * width)
-        self.block = max(1, min(block, self.C))
+        self.block = max(1, min(rows_of_block(columns.width, inputs.labels.device), self.C))
         self.scratch = Scratch(self.block, columns.width, inputs.labels.device)
 
     def _blocks(self, index: Tensor | None = None) -> Iterator[slice | Tensor]:
@@ -57,19 +52,16 @@ class _TorchRow(SweptRow):
 
     def statistics(self) -> Tensor:
         columns, message = self.columns, torch.zeros(self.C, 12, device=self.ignored.device)
-        for top in (0, 3, 7, 10):
-            message[:, top] = LOG_ZERO
+        for column in (0, 3, 7, 10):
+            message[:, column] = LOG_ZERO
         for rows in self._blocks() if columns.width else ():
             read = columns.read(rows, self.scratch)
             y, own = columns.label(rows)
             part = message[rows]
             if columns.student_statistics is not None:
                 part[:, 0:2] = columns.student_statistics[rows]
-                top = part[:, 0:1]
             else:
-                top = read.z.amax(1, keepdim=True)
-                part[:, 0:1] = top
-                part[:, 1] = torch.sub(read.z, top, out=self.scratch("work", len(y))).exp_().sum(1)
+                part[:, 0:2] = top_and_sum(read.z, self.scratch("work", len(y)))
             part[:, 2:3] = read.z.gather(1, y) * own
             if read.z_t is not None:
                 top_t = read.z_t.amax(1, keepdim=True)
@@ -77,13 +69,11 @@ class _TorchRow(SweptRow):
                 weight = torch.exp(excess, out=self.scratch("p", len(y)))
                 part[:, 3:4], part[:, 4] = top_t, weight.sum(1)
                 # over the maxima: a large common offset would swallow the difference
-                ratio = excess.sub_(torch.sub(read.z, top, out=self.scratch("q", len(y))))
+                ratio = excess.sub_(torch.sub(read.z, part[:, 0:1], out=self.scratch("q", len(y))))
                 part[:, 5] = weight.mul_(ratio).sum(1)
                 part[:, 6:7] = read.z_t.gather(1, y) * own
             if read.hot is not None:
-                top = read.hot.amax(1, keepdim=True)
-                part[:, 7:8] = top
-                part[:, 8] = torch.sub(read.hot, top, out=self.scratch("work", len(y))).exp_().sum(1)
+                part[:, 7:9] = top_and_sum(read.hot, self.scratch("work", len(y)))
                 part[:, 9:10] = read.hot.gather(1, y) * own
             message[rows] = part
         if columns.cold_statistics is not None:
@@ -95,48 +85,47 @@ class _TorchRow(SweptRow):
         return message[:, :10] if self.inputs.cold_labels else message[:, : 3 if self.inputs.teacher is None else 7]
 
     def _probability(self, z: Tensor, top: Tensor, log_sum: Tensor, rows: slice | Tensor, name: str) -> Tensor:
-        out = torch.sub(z, top[rows].float(), out=self.scratch(name, len(z))).exp_()
+        out = torch.sub(z, top[rows].float(), out=self.scratch(name, len(z))[:, : z.shape[1]]).exp_()
         return out.mul_(log_sum[rows].neg().exp().float())
 
-    def _terms(
+    def _arguments(
         self,
         of: Joined,
         divergence: Divergence,
         rows: slice | Tensor,
+        logits: tuple[Tensor, Tensor],
+        p: Tensor,
+        q: Tensor,
         beta: float | Tensor,
-        counted: int,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Lazy | None, Tensor, Tensor]:
-        """``sum h`` over the first ``counted`` columns, ``g`` in them, and the two distributions."""
-        scratch = self.scratch
-        read = self.columns.read(rows, scratch)
-        assert read.z_t is not None
+    ) -> tuple[Any, ...]:
+        """What the table's ``h`` and ``g`` take, from ``z_t, z`` and their probabilities in some columns."""
         y, own = self.columns.label(rows)
         d = None
-        p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
         if "d" in divergence.reads:
-            d = torch.sub(read.z_t, (of.top_t - of.top)[rows].float(), out=scratch("difference", len(y)))
-            d.sub_(read.z).sub_((of.log_sum_t - of.log_sum)[rows].float())
-        q = self._probability(read.z, of.top, of.log_sum, rows, "q")
-        t = target(p, y, self.s.lam, self.spec.mixed, scratch, own)
-        at = Lazy(t.value[:, :counted], scratch), Lazy(q[:, :counted], scratch)
-        ratio = None if d is None else Lazy(d[:, :counted], scratch)
-        value, g = divergence_terms(divergence, *at, ratio, beta, with_gradient)
-        return value, g, p, q
+            z_t, z = logits
+            d = self.scratch("difference", len(z))[:, : z.shape[1]]
+            torch.sub(z_t, (of.top_t - of.top)[rows].float(), out=d)
+            d.sub_(z).sub_((of.log_sum_t - of.log_sum)[rows].float())
+        t = target(p, y, self.s.lam, self.spec.mixed, self.scratch, own)
+        ratio = None if d is None else Lazy(d, self.scratch)
+        return table_arguments(divergence, t, Lazy(q, self.scratch), ratio, beta)
 
     def sums(
         self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: float | Tensor
     ) -> Tensor:
-        count = self.C if index is None else len(index)
+        count, counted = self.C if index is None else len(index), self.columns.counted
         message = torch.zeros(count, 2, device=self.ignored.device)
         done = 0
-        for rows in self._blocks(index) if self.columns.counted else ():
-            here = slice(done, done + (rows.stop - rows.start if isinstance(rows, slice) else len(rows)))
-            weight = beta[here] if isinstance(beta, Tensor) and beta.dim() else beta
-            value, g, _, _ = self._terms(of, divergence, rows, weight, self.columns.counted, True)
-            assert g is not None
-            message[here, 0:1] = value
-            message[here, 1] = g.value.sum(1)
+        for rows in self._blocks(index) if counted else ():
+            read = self.columns.read(rows, self.scratch)
+            assert read.z_t is not None
+            z, z_t = read.z[:, :counted], read.z_t[:, :counted]
+            here = slice(done, done + len(z))
+            p = self._probability(z_t, of.top_t, of.log_sum_t, rows, "p")
+            q = self._probability(z, of.top, of.log_sum, rows, "q")
+            arguments = self._arguments(of, divergence, rows, (z_t, z), p, q, _rows_of(beta, here))
+            for column, term in enumerate((divergence.h, divergence.g)):
+                message[here, column] = term(*arguments).value.sum(1)
             done = here.stop
         return message
 
@@ -148,7 +137,7 @@ class _TorchRow(SweptRow):
         total: Tensor | None,
         beta: float | Tensor | None,
     ) -> None:
-        out, columns = self.outputs.dlogits, self.columns
+        out, columns, s = self.outputs.dlogits, self.columns, self.s
         if out is None or not out.shape[1]:
             return
         if isinstance(beta, Tensor) and beta.dim() and use is not None and len(beta) < self.C:
@@ -158,27 +147,26 @@ class _TorchRow(SweptRow):
             read = columns.read(rows, self.scratch)
             y, own = columns.label(rows)
             work = self.scratch("dlogits", len(y))
-            s = self.s
             q = self._probability(read.z, of.top, of.log_sum, rows, "q")
-            used = None if use is None else use[rows]
+            if self.spec.divergence is None:
+                columns.write(rows, add_at(work.copy_(q), y, -1.0 * own), read, out, of)
+                continue
+            assert read.z_t is not None
+            p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
             cold = None
             if read.hot is not None:
                 cold = self._probability(read.hot, of.cold_top, of.cold_log_sum, rows, "cold")
-            if self.spec.divergence is None:
-                add_at(work.copy_(q), y, -1.0 * own)
-            elif read.z_t is not None and (used is None or not known_all(used)):
-                p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
+            used = None if use is None else use[rows]
+            if used is None or not known_all(used):
                 free_gradient(p, q, y, cold, s, self.spec, work, own)
-            if used is not None and divergence is not None and total is not None and maybe_any(used):
-                weight = beta[rows] if isinstance(beta, Tensor) and beta.dim() else beta
-                assert weight is not None
-                _, g, _, q = self._terms(of, divergence, rows, weight, columns.width, True)
-                assert g is not None
-                part = torch.addcmul(g.value, q, total[rows], value=-1.0, out=self.scratch("part", len(y)))
+            if used is not None and maybe_any(used):
+                assert divergence is not None and total is not None and beta is not None
+                arguments = self._arguments(of, divergence, rows, (read.z_t, read.z), p, q, _rows_of(beta, rows))
+                g = divergence.g(*arguments)
+                into = work if known_all(used) else self.scratch("part", len(y))
+                part = torch.addcmul(g.value, q, total[rows], value=-1.0, out=into)
                 close_gradient(part, q if cold is None else cold, y, s, self.spec, own)
-                if known_all(used):
-                    work.copy_(part)
-                else:
+                if part is not work:
                     torch.where(used.unsqueeze(1), part, work, out=work)
             columns.write(rows, work, read, out, of)
 
@@ -216,3 +204,8 @@ class _TorchRow(SweptRow):
         sums = joined((yield torch.cat([(error * head).sum(1, keepdim=True), error.sum(1, keepdim=True)], 1)))
         share, whole = sums.split(1, 1)
         return torch.where(whole > 0, share / whole.clamp(min=TINY), 0.5).float()
+
+
+def _rows_of(beta: float | Tensor, rows: slice) -> float | Tensor:
+    """Of a weight that differs between rows."""
+    return beta[rows] if isinstance(beta, Tensor) and beta.dim() else beta

@@ -11,6 +11,7 @@ from ..divergences import Divergence
 from .base import Logits, RowInputs, RowOutputs, Shards
 from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
 from .sharded_row import Joined, Messages, SweptRow
+from .torch_math import TINY, label_target
 from .triton_row import THREADS, guard, row_constants, unit_stride, warp_size
 
 
@@ -51,25 +52,24 @@ class TritonRow(SweptRow):
             )  # fmt: skip
         return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
 
-    def _known(self, of: Joined) -> Tensor:
-        nothing = torch.zeros_like(of.top)
-        label_d = nothing
+    def _join(self, x: Tensor) -> Joined:
+        of = super()._join(x)
+        label_d = torch.zeros_like(of.top)
         if self.teacher is not None:
-            lam = self.s.lam
-            label_t = lam * of.log_p_y.exp() + (1.0 - lam)
-            label_d = label_t.clamp(min=1e-30).log() - of.log_q_y
+            label_d = label_target(of.log_p_y, self.s.lam).clamp(min=TINY).log() - of.log_q_y
         columns = (
             of.top, (-of.log_sum).exp(), of.top_t, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum, label_d,
             of.cold_top, (-of.cold_log_sum).exp(),
         )  # fmt: skip
-        return torch.cat(columns, 1).float()
+        self.known = torch.cat(columns, 1).float()
+        return of
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: Any) -> Tensor:
         assert index is None
         message = torch.empty(self.C, 2, device=self.labels.device)
         with guard(self.labels.device):
             sums_kernel[(self.C,)](
-                self.student, self.teacher, self.labels, self.scalars, self._known(of), use.view(torch.uint8), message,
+                self.student, self.teacher, self.labels, self.scalars, self.known, use.view(torch.uint8), message,
                 self.shards.start, self.shards.size, *self._strides, *self.options, self.made["h"], self.made["g"],
                 self.made["MIXTURE"], self.made["MIXED"], self.made["BLOCK"], **self.launch,
             )  # fmt: skip
@@ -86,7 +86,7 @@ class TritonRow(SweptRow):
         with guard(self.labels.device):
             gradient_kernel[(self.C,)](
                 self.student, self.teacher, out, self.labels, None if weights is None else weights.contiguous(),
-                self.scalars, self._known(of), None if use is None else use.view(torch.uint8),
+                self.scalars, self.known, None if use is None else use.view(torch.uint8),
                 None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
                 out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
                 self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["BLOCK"], **self.launch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -12,10 +12,28 @@ from torch import Tensor
 from ..divergences import Divergence
 from ..objectives import RowSpec, Scalars
 from ..workspace import empty
-from .base import LOG_ZERO, Logits
+from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs
 
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
 TINY = 1e-30
+
+# A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
+CPU_BLOCK_BYTES = 2 << 20
+CPU_BLOCK_ROWS = 8
+DEVICE_BLOCK_BYTES = 256 << 20
+
+
+def rows_of_block(V: int, device: torch.device) -> int:
+    """How many rows of V columns to work on at a time."""
+    V = max(V, 1)
+    if device.type == "cpu":
+        return max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V))
+    return max(1, DEVICE_BLOCK_BYTES // (4 * V))
+
+
+def scalars_of(inputs: RowInputs) -> Scalars:
+    """Host numbers where they cost nothing; reading them back from an accelerator would synchronise."""
+    return Scalars(*(inputs.scalars.tolist() if on_host(inputs.labels) else inputs.scalars.unbind()))
 
 
 class Scratch:
@@ -83,19 +101,45 @@ class Lazy:
         return self.apply(torch.gt, other)
 
 
+def top_and_sum(z: Tensor, work: Tensor) -> Tensor:
+    """(B, 2): maxima, and sums of exponentials over them."""
+    top = z.amax(1, keepdim=True)
+    return torch.cat([top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)], 1)
+
+
+def label_target(log_p_y: Tensor, lam: float | Tensor) -> Tensor:
+    """What ``yt`` gives the label."""
+    return lam * log_p_y.exp() + (1.0 - lam)
+
+
 def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, lam: float | Tensor) -> Tensor:
     """``KL(yt||q)`` from ``KL(p||q)`` and the label's two log-probabilities, all of one shape."""
-    p_y = log_p_y.exp()
-    t_y = lam * p_y + (1.0 - lam)
+    p_y, t_y = log_p_y.exp(), label_target(log_p_y, lam)
     rest = lam * (kl - p_y * (log_p_y - log_q_y)) + xlogx(lam) * (1.0 - p_y)
     return (rest + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
 
 
-def free_loss(difficulty: Tensor, kl: Tensor, ce: Tensor, lam: float | Tensor, spec: RowSpec) -> Tensor:
-    """The loss of a row whose divergence is KL, from one sweep's statistics."""
+def loss_of(divergence: Tensor, ce: Tensor, lam: float | Tensor, spec: RowSpec) -> Tensor:
+    """The loss from the divergence of the objective's target, ``yt`` or ``p``, and the label's cross-entropy."""
     if spec.mixed:
-        return difficulty
-    return lam * kl + (1.0 - lam) * ce if spec.hard_label else lam * kl
+        return divergence
+    return lam * divergence + (1.0 - lam) * ce if spec.hard_label else lam * divergence
+
+
+def uses_divergence(divergence: Divergence, spec: RowSpec, hard: Tensor, beta: float | Tensor) -> Tensor | None:
+    """Which rows take the divergence's own sweeps, (B,); None where KL serves all of them."""
+    if divergence.free:
+        return None
+    use = hard if spec.gated else torch.ones_like(hard)
+    if divergence.kl_at_one:
+        use = use & (torch.as_tensor(beta, device=use.device) < 1.0)
+    return use
+
+
+def settled(value: Tensor, ignored: Tensor) -> Tensor:
+    """(B,) fp32 from (B, 1): infinite beyond :data:`EXCLUDED`, 0 for ignored rows."""
+    value = value.squeeze(1).float()
+    return value.masked_fill(value > EXCLUDED, math.inf).masked_fill(ignored, 0.0)
 
 
 def target(p: Tensor, y: Tensor, lam: float | Tensor, mixed: bool, scratch: Scratch, own: float | Tensor = 1.0) -> Lazy:
@@ -112,10 +156,8 @@ def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
     return torch.add(torch.tensor(TINY), p, alpha=lam, out=out)
 
 
-def divergence_terms(
-    divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor, with_gradient: bool
-) -> tuple[Tensor, Lazy | None]:
-    """``sum h`` (B, 1) over these columns, and ``g`` (B, V)."""
+def table_arguments(divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor) -> tuple[Any, ...]:
+    """What the table's ``h`` and ``g`` take, as far as this divergence reads it."""
     r = log_r = s = log_s = None
     if divergence.mixture:
         raised = q + TINY if "s" in divergence.reads else q
@@ -126,8 +168,7 @@ def divergence_terms(
         if "s" in divergence.reads:
             s = raised / m
             log_s = s.apply(torch.log)
-    value = divergence.h(t, q, d, r, log_r, s, log_s, beta).value.sum(1, keepdim=True)
-    return value, divergence.g(t, q, d, r, log_r, s, log_s, beta) if with_gradient else None
+    return t, q, d, r, log_r, s, log_s, beta
 
 
 def close_gradient(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES
 from ..objectives import Scalars
-from .base import EXCLUDED, Logits, RowInputs, RowOutputs
+from .base import Logits, RowInputs, RowOutputs
 from .torch_math import (
     TINY,
     Lazy,
@@ -19,32 +18,29 @@ from .torch_math import (
     close_gradient,
     cool,
     difficulty_of,
-    divergence_terms,
     final_logits,
     free_gradient,
-    free_loss,
     head_share,
     known_all,
+    loss_of,
     maybe_any,
     on_host,
+    rows_of_block,
+    scalars_of,
     scale,
+    settled,
+    table_arguments,
     target,
+    uses_divergence,
 )
-
-# A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
-CPU_BLOCK_BYTES = 2 << 20
-CPU_BLOCK_ROWS = 8
-DEVICE_BLOCK_BYTES = 256 << 20
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.base`."""
     C, V = inputs.student.raw.shape
-    here = on_host(inputs.labels)
-    block = max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V)) if here else max(1, DEVICE_BLOCK_BYTES // (4 * V))
+    block = rows_of_block(V, inputs.labels.device)
     scratch = Scratch(min(block, C), V, inputs.labels.device)
-    # Host numbers where they cost nothing; reading them back from an accelerator would synchronise.
-    scalars = Scalars(*(inputs.scalars.tolist() if here else inputs.scalars.unbind()))
+    scalars = scalars_of(inputs)
     for start in range(0, C, block):
         rows = slice(start, min(start + block, C))
         _block(inputs, outputs, rows, scalars, scratch)
@@ -95,8 +91,7 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
         if work is not dlogits:
             dlogits.copy_(work)
     for result, value in ((outputs.loss, loss), (outputs.difficulty, difficulty)):
-        value = value.squeeze(1)
-        result[rows] = value.masked_fill(value > EXCLUDED, math.inf).masked_fill(ignored, 0.0)
+        result[rows] = settled(value, ignored)
     outputs.is_hard[rows] = is_hard & ~ignored
 
 
@@ -130,13 +125,8 @@ def _against_teacher(
         hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
 
     ce = -(cold or q).log_prob_y
-    if divergence.free:
-        use = None
-    else:
-        use = hard if spec.gated else torch.ones_like(hard)
-        if divergence.kl_at_one:
-            use = use & (torch.as_tensor(s.beta, device=use.device) < 1.0)
-    loss = free_loss(difficulty, kl, ce, s.lam, spec)
+    use = uses_divergence(divergence, spec, hard, s.beta)
+    loss = loss_of(difficulty if spec.mixed else kl, ce, s.lam, spec)
     if dlogits is not None and (use is None or not known_all(use)):
         free_gradient(p.prob, q.prob, y, None if cold is None else cold.prob, s, spec, dlogits)
     if use is not None and maybe_any(use):
@@ -152,11 +142,11 @@ def _against_teacher(
         if needs_difference:
             d = Lazy(pick(difference).sub_(pick(p.lse - q.lse)), scratch)
         beta = head_share(t.value, q_i, s.fraction) if divergence.adaptive else s.beta
-        value, g = divergence_terms(divergence, t, Lazy(q_i, scratch), d, beta, dlogits is not None)
-        if not spec.mixed:
-            value = s.lam * value + ((1.0 - s.lam) * pick(ce) if spec.hard_label else 0.0)
+        arguments = table_arguments(divergence, t, Lazy(q_i, scratch), d, beta)
+        value = loss_of(divergence.h(*arguments).value.sum(1, keepdim=True), pick(ce), s.lam, spec)
         gradient = None
-        if g is not None:
+        if dlogits is not None:
+            g = divergence.g(*arguments)
             in_place = dlogits if known_all(use) else None
             gradient = torch.addcmul(g.value, q_i, g.value.sum(1, keepdim=True), value=-1.0, out=in_place)
             close_gradient(gradient, pick(cold.prob) if cold else q_i, y_i, s, spec)
