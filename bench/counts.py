@@ -32,9 +32,9 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine import chunked
 from fused_kd.engine.gemm import has_fp32_output
 from fused_kd.engine.plan import Plan
+from fused_kd.forecast import chunked_plan
 
 from .inputs import Inputs
 from .shapes import Shape
@@ -120,26 +120,11 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
     """Chunk and workspace that fused_kd's planner chooses for these inputs, all gradients wanted.
 
     Without a ``teacher`` the student's logits are the only ones."""
-    V = inputs.weight_s.shape[0]
-
-    def side(hidden: torch.Tensor, weight: torch.Tensor) -> chunked.LogitSource:
-        return chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
-
-    other: chunked.LogitSource | chunked.TopKSide | None = None
-    if inputs.top_k is not None:
-        other = chunked.TopKSide(inputs.top_k.log_probs, inputs.top_k.indices, inputs.top_k.tail)
-    elif teacher:
-        other = side(inputs.hidden_t, inputs.weight_t)
-    return chunked._plan(
-        len(inputs.labels),
-        side(inputs.hidden_s, inputs.weight_s),
-        other,
-        V,
-        True,
-        chunked.Wanted(source=True, weight=True, bias=False),
-        None,
-        inputs.labels.device,
-    )
+    (V, H_s), hidden_t, device = inputs.weight_s.shape, inputs.hidden_t, inputs.labels.device
+    return chunked_plan(
+        len(inputs.labels), H_s, hidden_t.shape[1] if teacher else None, V, dtype=inputs.hidden_s.dtype, device=device,
+        upcast=not has_fp32_output(device), top_k=None if inputs.top_k is None else inputs.top_k.indices.shape[1],
+    )  # fmt: skip
 
 
 def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher: bool = True) -> Counts:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from fused_kd.info import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "triton", "transformers", "pytest-benchmark", "liger-kernel", "trl", "cut-cross-entropy",
@@ -31,7 +33,7 @@ SOURCES = (
 def hardware(device: str) -> dict:
     """Names and sizes of the processor, and of the GPU for ``device="cuda"``."""
     found: dict = {
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -95,14 +97,6 @@ def source() -> dict[str, str | bool | None]:
         "dirty": None if changes is None else bool(changes.strip()),
         "digest": digest.hexdigest()[:16],
     }
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _first_line(*command: str) -> str | None:

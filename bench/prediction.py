@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_kd.engine import chunked
 from fused_kd.engine.dispatch import ENGINES
 from fused_kd.engine.plan import Plan, plan_chunks
+from fused_kd.forecast import chunked_plan
 from fused_kd.rows import BACKENDS
 
 from .counts import Counts, count_chunked, gemm_flops
@@ -280,25 +280,14 @@ def _plan(
 ) -> Plan:
     """The chunked engine's, from tensors without data; a wanted ``chunk`` takes the place of the preferred one."""
 
-    def side(H: int) -> chunked.LogitSource:
-        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (shape.N, shape.V))
-        made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), shape.V, None)
-        assert made.projection is not None
-        # It asks the tensors' device, which is not the one to be planned for.
-        made.projection.upcast = on_host and dtype != torch.float32
-        return made
-
-    other: chunked.LogitSource | chunked.TopKSide | None = None
-    if top_k:
-        lists = torch.empty(shape.N, min(TOP_K, shape.V), device="meta")
-        other = chunked.TopKSide(lists, lists, "renormalize")
-    elif teacher:
-        other = side(shape.H_t)
-    student, wanted = side(shape.H_s), chunked.Wanted(source=True, weight=True, bias=False)
+    listed = min(TOP_K, shape.V) if top_k else None
     device = torch.device("cpu" if on_host else "cuda")
 
     def plan(tokens: int, budget: int | None) -> Plan:
-        return chunked._plan(tokens, student, other, shape.V, True, wanted, budget, device)
+        return chunked_plan(
+            tokens, shape.H_s, shape.H_t if teacher else None, shape.V, dtype=dtype, device=device, upcast=on_host,
+            top_k=listed, memory_budget=budget,
+        )  # fmt: skip
 
     if chunk is None:
         return plan(n, memory_budget)

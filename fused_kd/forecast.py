@@ -10,7 +10,7 @@ from .divergences import DIVERGENCES
 from .engine import chunked
 from .engine.dispatch import AUTO, ENGINES, choose_engine
 from .engine.gemm import has_fp32_output
-from .engine.plan import BudgetTooSmall
+from .engine.plan import BudgetTooSmall, Plan
 from .engine.streaming_plan import Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
@@ -94,7 +94,10 @@ def plan_for(
     too_small = None
     if chosen != "streaming":
         try:
-            chunk, workspace = _chunked(N, H_s, H_t, V, lists, teacher, dtype, upcast, place, memory_budget)
+            chunk, workspace = chunked_plan(
+                N, H_s, H_t if teacher else None, V, dtype=dtype, device=place, upcast=upcast, top_k=lists,
+                memory_budget=memory_budget,
+            )  # fmt: skip
             chosen = "chunked"
         except BudgetTooSmall as error:
             if chosen != AUTO or lists is not None:
@@ -125,37 +128,40 @@ def plan_for(
     )  # fmt: skip
 
 
-def _chunked(
-    N: int,
+def chunked_plan(
+    n: int,
     H_s: int,
-    H_t: int,
+    H_t: int | None,
     V: int,
-    lists: int | None,
-    teacher: bool,
+    *,
     dtype: torch.dtype,
-    upcast: bool,
     device: torch.device,
-    memory_budget: int | None,
-) -> tuple[int, int]:
-    """Tokens a chunk and bytes, by the engine's own plan of tensors without data."""
+    upcast: bool,
+    top_k: int | None = None,
+    memory_budget: int | None = None,
+) -> Plan:
+    """The chunked engine's own plan of n valid tokens, all gradients wanted, from tensors without data.
+
+    ``upcast``: operands of low precision are made fp32 first, as where GEMMs have no fp32 output. The teacher is a list
+    of ``top_k`` entries a token, or has ``H_t`` hidden states, or is none.
+    """
 
     def side(H: int) -> chunked.LogitSource:
-        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (N, V))
+        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (n, V))
         made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
         assert made.projection is not None
         # It asks the tensors' device, which is not the one to be planned for.
-        made.projection.upcast = upcast
+        made.projection.upcast = upcast and dtype != torch.float32
         return made
 
-    other: chunked.LogitSource | chunked.TopKSide | None = None
-    if lists is not None:
-        entries = torch.empty(N, lists, device="meta")
-        other = chunked.TopKSide(entries, entries, "renormalize")
-    elif teacher:
-        other = side(H_t)
+    teacher: chunked.LogitSource | chunked.TopKSide | None = None
+    if top_k is not None:
+        entries = torch.empty(n, top_k, device="meta")
+        teacher = chunked.TopKSide(entries, entries, "renormalize")
+    elif H_t is not None:
+        teacher = side(H_t)
     wanted = chunked.Wanted(source=True, weight=True, bias=False)
-    plan = chunked._plan(N, side(H_s), other, V, True, wanted, memory_budget, device)
-    return plan.chunk, plan.workspace
+    return chunked.plan(n, side(H_s), teacher, V, True, wanted, memory_budget, device)
 
 
 def _streamed(

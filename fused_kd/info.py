@@ -60,7 +60,7 @@ def versions() -> dict[str, str | None]:
 def devices() -> dict[str, str]:
     """Devices by their PyTorch names, in words."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": f"{_processor()}, {cores} usable cores, {torch.get_num_threads()} threads of PyTorch"}
+    found = {"cpu": f"{processor()}, {cores} usable cores, {torch.get_num_threads()} threads of PyTorch"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
         architecture = f"sm_{gpu.major}{gpu.minor}" if torch.version.hip is None else "ROCm"
@@ -139,7 +139,7 @@ def _nvrtc() -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -100,13 +100,13 @@ def run(
     side_s = LogitSource(student, vocab, dtype)
     side_t = LogitSource(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
-    plan = _plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device)
+    chunk = plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device).chunk
 
     result = allocate(student, N, index is not None, wanted)
     d_weight = accumulator(student.weight, wanted.weight, vocab)
     d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
-    buffers = Buffers(plan.chunk, vocab, device)
-    spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
+    buffers = Buffers(chunk, vocab, device)
+    spans = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab)
     hard = None
     if spec.ranked:
@@ -289,7 +289,7 @@ def valid_tokens(labels: Tensor, ignore_index: int, device: torch.device) -> tup
     return None, torch.where(labels == ignore_index, -1, torch.where(labels < 0, past, labels))
 
 
-def _plan(
+def plan(
     n: int,
     student: LogitSource,
     teacher: LogitSource | TopKSide | None,

@@ -9,6 +9,7 @@ from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.data.instructions import load_instructions, tokenize_instructions
 from fused_kd.training.data.pairs import Pair, load_directions, parse_direction
 from fused_kd.training.data.prompts import PairDataset, PromptTemplate, concatenate, get_prompt, tokenize_directions
+from fused_kd.training.lora import LoRA, with_adapters
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings
 
@@ -16,16 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE = "cache:"
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Adapters on the student's body, as of ``peft.LoraConfig``."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    target_modules: str | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -175,19 +166,5 @@ class Recipe:
         return concatenate([rows, tokenize_instructions(tokenizer, found, self.max_length)])
 
     def with_adapters(self, model: PreTrainedModel) -> Any:
-        """The student with its LoRA adapters, if any; the head is left alone: the loss needs it whole."""
-        if self.lora is None:
-            return model
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ImportError("lora needs the 'peft' package: install fused_kd[lora]") from error
-        targets = self.lora.target_modules
-        config = LoraConfig(
-            r=self.lora.r,
-            lora_alpha=self.lora.alpha,
-            lora_dropout=self.lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, config)
+        """The student with its LoRA adapters, if any."""
+        return with_adapters(model, self.lora, "CAUSAL_LM")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from transformers import ProgressCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
 from fused_kd.training.averaging import Average
 from fused_kd.training.data.pairs import Pair
@@ -19,6 +18,7 @@ from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate
 from fused_kd.training.evaluation.evaluate import translate
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
+from fused_kd.training.progress import show_bar
 from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json, write_lines
 from fused_kd.training.specs import ObjectiveSpec
 from fused_kd.training.trainer import KDTrainer
@@ -64,29 +64,11 @@ class Settings:
             raise ValueError(f"select must be 'last' or 'best', got {self.select!r}")
 
 
-class StageBar(ProgressCallback):
-    """The Trainer's bar with the latest loss in it, instead of a line of numbers for each log entry."""
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.3f}", "hard": f"{logs['hard_fraction']:.2f}"}
-            self.training_bar.set_postfix(shown, refresh=False)
-
-
 def train_stage(
     run: Run,
     name: str,
     student: Callable[[], PreTrainedModel],
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Callable[[], PreTrainedModel] | None,
     spec: ObjectiveSpec,
     rows: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,14 +78,17 @@ def train_stage(
     """Train and save a student under ``run.stage(name) / "model"``; what is done already is not done again.
 
     ``student`` and ``teacher`` make the models, and are not called where they are not needed; a teacher may be a
-    ``TeacherCache`` whose lists ``rows`` carry. ``valid`` is for ``settings.select`` "best". An interrupted training
-    goes on from its last whole checkpoint (20 a training). Every process of a distributed run calls this. Returns the
-    stage's record: sizes, seconds, log history.
+    ``TeacherCache`` whose lists ``rows`` carry, and None where the objective has no use for it. ``valid`` is for
+    ``settings.select`` "best". An interrupted training goes on from its last whole checkpoint (20 a training). Every
+    process of a distributed run calls this. Returns the stage's record: sizes, seconds, log history.
 
     Raises:
-        ValueError: "best" without validation rows.
+        ValueError: "best" without validation rows, or no teacher for an objective that needs one.
     """
     folder = run.stage(name)
+    needed = spec.objective.spec.divergence is not None
+    if needed and teacher is None:
+        raise ValueError(f"{name}: {spec.objective} needs a teacher, got None")
     best = settings.select == "best"
     if best and valid is None:
         raise ValueError(f"{name}: select='best' needs validation rows")
@@ -150,7 +135,7 @@ def train_stage(
         collator = PackingCollator() if settings.packing else padded  # type: ignore[no-untyped-call]
         trainer = KDTrainer(
             model,
-            teacher() if spec.objective.spec.divergence is not None else None,
+            teacher() if teacher is not None and needed else None,
             spec.objective,
             temperature=settings.temperature,
             memory_budget=settings.memory_budget,
@@ -163,9 +148,7 @@ def train_stage(
             data_collator=collator,
             processing_class=tokenizer,
         )
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
-        trainer.add_callback(StageBar(name))
+        show_bar(trainer, name)
         checkpoint = last_checkpoint(folder / "checkpoints")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         _save_whole(trainer, tokenizer, folder / "model")

@@ -12,7 +12,8 @@ import fused_kd as fk
 from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.config import load_config
 from fused_kd.training.grid.experiment import Experiment, load_methods
-from fused_kd.training.recipe import LoRA, Recipe
+from fused_kd.training.lora import LoRA
+from fused_kd.training.recipe import Recipe
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 import fused_kd as fk  # noqa: E402
+from fused_kd.training.lora import LoRA  # noqa: E402
 from fused_kd.training.mt_llm.adaptation import Adaptation, fit_projection, unexplained, variance_of  # noqa: E402
 from fused_kd.training.mt_llm.fitting import TRAINED, Fit, ModuleTrainer, Pad, Rows, fit  # noqa: E402
 from fused_kd.training.mt_llm.stacked import (  # noqa: E402
@@ -27,7 +28,6 @@ from fused_kd.training.mt_llm.stacked import (  # noqa: E402
     save_trained,
 )
 from fused_kd.training.mt_llm.task import Classifier, TaskDistillation  # noqa: E402
-from fused_kd.training.recipe import LoRA  # noqa: E402
 
 MT_VOCAB, LLM_VOCAB, PAD_ID, CLASSES = 41, 53, 1, 3
 PAD = Pad({"text": PAD_ID, "llm": PAD_ID})

@@ -1,4 +1,4 @@
-"""Students with adapters, and adapters merged into what they were trained on, so that the next iteration starts there.
+"""Adapters merged into what they were trained on, so that the next iteration starts there.
 
 The sum is made in float32 and kept in the base's dtype.
 """
@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_kd.training.recipe import LoRA, Recipe
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def with_adapters(model: PreTrainedModel, lora: LoRA | None) -> Any:
-    """The model with fresh adapters, if any."""
-    return Recipe(data="", directions=("en-de",), student="", objective="sft", lora=lora).with_adapters(model)
 
 
 def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

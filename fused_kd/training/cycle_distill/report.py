@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fused_kd.training.cycle_distill.iterations import Cycle, Round
 from fused_kd.training.cycle_distill.synthetic import read_counts
+from fused_kd.training.drawing import pyplot, save_figure
 from fused_kd.training.evaluation.significance import paired_bootstrap
 from fused_kd.training.report import environment
 from fused_kd.training.runs import read_json, read_lines
@@ -78,12 +79,8 @@ def results_table(found: dict[str, Any]) -> Table:
 
 def write_plot(found: dict[str, Any], path: str | Path) -> Path:
     """chrF on the test set by iteration: lines are means over seeds, points single seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="tight")
     base = found["mean"]["base, truncated"][0]
     last = 0
     for arm, color in COLORS.items():
@@ -103,10 +100,7 @@ def write_plot(found: dict[str, Any], path: str | Path) -> Path:
     axis.set(xlabel="iteration", ylabel=f"chrF, {found['arguments']['direction']} test set", xticks=range(last + 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return Path(path)
+    return save_figure(figure, Path(path))
 
 
 def _of_seed(cycle: Cycle, seed: int, arms: dict[str, list[Round]]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from fused_kd.training.cycle_distill.few_shot import MAX_SHOTS, get_template
 from fused_kd.training.cycle_distill.filters import Filters
 from fused_kd.training.data.pairs import parse_direction
 from fused_kd.training.generation import Decoding
+from fused_kd.training.lora import LoRA
 from fused_kd.training.presets import PRESETS
-from fused_kd.training.recipe import LoRA
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 
 Variant = Literal["hard", "soft", "soft_self_evolution"]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Subset
 
 from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_teacher
-from fused_kd.training.cycle_distill.adapters import merge, with_adapters
+from fused_kd.training.cycle_distill.adapters import merge
 from fused_kd.training.cycle_distill.base import documents, plain_rows
 from fused_kd.training.cycle_distill.few_shot import get_template, with_examples
 from fused_kd.training.cycle_distill.filters import truncated
@@ -35,6 +35,7 @@ from fused_kd.training.data.pairs import Pair
 from fused_kd.training.data.prompts import PairDataset, PromptTemplate, concatenate, encode_prompts, tokenize_pairs
 from fused_kd.training.evaluation.evaluate import score
 from fused_kd.training.generation import Generations, generate_to
+from fused_kd.training.lora import with_adapters
 from fused_kd.training.pipeline import Pipeline, Stage
 from fused_kd.training.presets import load_model, load_tokenizer, shared_tokenizer
 from fused_kd.training.runs import read_json, read_lines, write_json, write_lines
@@ -213,7 +214,7 @@ class CycleStages:
         settings = Settings(plan.epochs, plan.learning_rate, batch_size=plan.batch_size, seed=seed, bf16=config.bf16)
         student = lambda: load_model(config.model, tokenizer, seed)  # noqa: E731
         sft = parse_objective("sft")
-        train_stage(self.pipeline.run, stage.name, student, _no_teacher, sft, rows, tokenizer, settings)
+        train_stage(self.pipeline.run, stage.name, student, None, sft, rows, tokenizer, settings)
         write_json(stage.folder / "model.json", {"folder": "model"})
 
     def _select(self, translation: Stage, out: Path, soft: bool) -> None:
@@ -242,7 +243,7 @@ class CycleStages:
         config, plan = self.config, self.config.training(arm)
         spec, rows = config.spec(arm), read_rows(source.folder)
         data: Any = rows
-        teacher: Any = _no_teacher
+        teacher: Any = None
         if spec.objective.spec.divergence is not None:
             cache = TeacherCache(source.folder / "lists", tail=CACHE_TAIL)
             cache.check(tokenizer=self.tokenizer, rows=rows, template=self.template)
@@ -254,7 +255,7 @@ class CycleStages:
             bf16=config.bf16, scheduler=config.scheduler, gradient_checkpointing=config.gradient_checkpointing,
             select=plan.select,
         )  # fmt: skip
-        student = lambda: with_adapters(self.load(start), config.lora)  # noqa: E731
+        student = lambda: with_adapters(self.load(start), config.lora, "CAUSAL_LM")  # noqa: E731
         train_stage(
             self.pipeline.run, stage.name, student, teacher, spec, data, self.tokenizer, settings,
             valid if plan.select == "best" else None,
@@ -307,7 +308,3 @@ def read_generations(folder: Path, k: int | None) -> Generations:
 def _origins(folder: Path) -> list[int]:
     rows = map(json.loads, read_lines(folder / "rows.jsonl"))
     return [row["index"] for row in rows if "index" in row]
-
-
-def _no_teacher() -> Any:
-    raise AssertionError("cross-entropy has no teacher")

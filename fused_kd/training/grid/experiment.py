@@ -287,9 +287,7 @@ class Grid:
         pairs = self.train if name == "teacher" else {d: p[:-held] for d, p in self.train.items()}
         settings = Settings(plan.epochs, plan.learning_rate, batch_size=plan.batch)
         fresh = lambda: self.model(plan.model, seed=int(name == "student"))  # noqa: E731
-        train_stage(
-            self.run, name, fresh, _no_teacher, parse_objective("sft"), self._rows(pairs), self.tokenizer, settings
-        )
+        train_stage(self.run, name, fresh, None, parse_objective("sft"), self._rows(pairs), self.tokenizer, settings)
         translate_stage(self.run, name, self.tests, self.template, self.tokenizer)
 
     def _cache(self, condition: str, seed: int, k: int) -> None:
@@ -327,10 +325,6 @@ class Grid:
         valid = self.valid if method.select == "best" else None
         train_stage(self.run, trial.name, student, teacher, spec, data, self.tokenizer, settings, valid)
         translate_stage(self.run, trial.name, self.tests, self.template, self.tokenizer)
-
-
-def _no_teacher() -> Any:
-    raise AssertionError("SFT has no teacher")
 
 
 def load_methods(folder: str | Path) -> dict[str, Method]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fused_kd.training.drawing import pyplot, save_figure
 from fused_kd.training.grid.aggregate import (
     METRICS,
     average,
@@ -84,7 +84,7 @@ def write_figures(results: dict[str, Any], folder: str | Path) -> list[Path]:
     with _style():
         for stem, draw in figures.items():
             if (figure := draw(results)) is not None:
-                written.append(_save(figure, folder / f"{stem}.png"))
+                written.append(save_figure(figure, folder / f"{stem}.png"))
     return written
 
 
@@ -104,7 +104,7 @@ def file_name(text: str) -> str:
 def draw_table(path: Path, title: str, columns: Sequence[str], rows: Sequence[TableRow], legend: str) -> Path:
     """A table as a heat map: shades go from red (negative) over white to blue; ``legend`` says what they are."""
     with _style():
-        plt = _pyplot()
+        plt = pyplot()
         from matplotlib.colors import Normalize
 
         limit = max((abs(shade) for row in rows for shade in row.shades if shade is not None), default=0.0) or 1.0
@@ -133,7 +133,7 @@ def draw_table(path: Path, title: str, columns: Sequence[str], rows: Sequence[Ta
                 axis.text(x + width / 2, y + 0.17, text, ha="center", va="center", fontweight=weight)
         axis.axhline(0.78, xmin=0.12 / size[0], xmax=1 - 0.12 / size[0], color="#444444", linewidth=1)
         axis.text(0.12, size[1] - 0.2, legend, va="center", fontsize=8, color="#555555")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _columns(columns: Sequence[str], rows: Sequence[TableRow]) -> Iterable[tuple[str, ...]]:
@@ -283,7 +283,7 @@ def _curves(key: str, label: str, results: dict[str, Any]) -> Any:
         names = {method: f"{results['labels'].get(method, method)}, " * (len(swept) > 1) for method in swept}
         groups = {f"{names[m]}Γ = {held:g}": runs for m, values in swept.items() for held, runs in values.items()}
         curves = _mean_curves(groups, key)
-        shades = _pyplot().get_cmap("viridis")
+        shades = pyplot().get_cmap("viridis")
         colours = {name: shades(0.9 * number / max(len(curves) - 1, 1)) for number, name in enumerate(curves)}
         panels.append((f"{condition}, by the sweep's Γ", curves, colours))
     panels = [panel for panel in panels if panel[1]]
@@ -337,7 +337,7 @@ def _scored(results: dict[str, Any], runs: list[dict[str, Any]], metric: str) ->
 
 def _method_colours(results: dict[str, Any]) -> dict[str, Any]:
     """One colour a method, the same in every figure."""
-    colours = [*_pyplot().get_cmap("tab10").colors, *_pyplot().get_cmap("tab20").colors[1::2]]
+    colours = [*pyplot().get_cmap("tab10").colors, *pyplot().get_cmap("tab20").colors[1::2]]
     names = methods_of(results, [*_named(results["labels"]), *results["runs"]])
     return {name: colours[number % len(colours)] for number, name in enumerate(names)}
 
@@ -353,29 +353,10 @@ def _count(directions: Sequence[str]) -> str:
 
 def _panels(rows: int, columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
     size = (width * columns, height * rows)
-    made: tuple[Any, Any] = _pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
+    made: tuple[Any, Any] = pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
     return made
 
 
 def _style() -> AbstractContextManager[Any]:
-    context: AbstractContextManager[Any] = _pyplot().rc_context(_STYLE)
+    context: AbstractContextManager[Any] = pyplot().rc_context(_STYLE)
     return context
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: install fused_kd[train]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png", dpi=130)
-    _pyplot().close(figure)
-    os.replace(partial, path)
-    return path

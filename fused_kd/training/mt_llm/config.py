@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fused_kd.training.lora import LoRA
 from fused_kd.training.mt_llm.fitting import Fit
 from fused_kd.training.mt_llm.pretraining import TinyLM, TinyMT
 from fused_kd.training.mt_llm.stacked import from_pretrained
-from fused_kd.training.recipe import LoRA
 from fused_kd.training.specs import parse_objective
 
 CAPTIONS = "captions"

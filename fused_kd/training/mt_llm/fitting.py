@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import Trainer, TrainingArguments
 
 from fused_kd.training.mt_llm.stacked import load_trained, save_trained
+from fused_kd.training.progress import show_bar
 from fused_kd.training.runs import last_checkpoint, read_json, write_json
 from fused_kd.training.sampling import LengthGroupedEpochs
 
@@ -147,21 +147,6 @@ class ModuleTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / TRAINED)
 
 
-class _Bar(ProgressCallback):
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix({"loss": f"{logs['loss']:.4f}"}, refresh=False)
-
-
 def fit(
     module: nn.Module,
     rows: Rows,
@@ -222,9 +207,7 @@ def fit(
         )
     arguments.gradient_accumulation_steps = max(settings.batch // per_step, 1)
     trainer = ModuleTrainer(model=module, args=arguments, train_dataset=rows, data_collator=collate)
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(_Bar(title))
+    show_bar(trainer, title)
     checkpoint = last_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     record = {

@@ -17,10 +17,10 @@ from fused_kd.training.mt_llm.fitting import TRAINED, Rows
 from fused_kd.training.mt_llm.stacked import (
     Embedder,
     StackedModel,
+    frozen_with_adapters,
     load_body,
     load_encoder,
     load_trained,
-    with_adapters,
 )
 from fused_kd.training.mt_llm.task import Classifier, TaskDistillation
 from fused_kd.training.mt_llm.translate import encode_sources
@@ -113,7 +113,7 @@ class Materials:
         c = self.config
         body = self.body(trained=c.task_lora is None)
         if c.task_lora is not None:
-            body = with_adapters(body, c.task_lora, seed)
+            body = frozen_with_adapters(body, c.task_lora, seed)
         return self._classifier(Embedder(body, c.bidirectional), seed, folder)
 
     def encoder_classifier(self, seed: int, tuned: bool, folder: Path | None = None) -> Classifier:

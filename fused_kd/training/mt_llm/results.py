@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fused_kd.training.drawing import pyplot, save_figure
+
 
 def print_tables(metrics: dict[str, Any], console: Console) -> None:
     """Accuracy and retrieval by system and language: means over seeds, with each seed's average beside them."""
@@ -44,15 +46,11 @@ def write_plots(metrics: dict[str, Any], folder: str | Path) -> list[Path]:
 
     Returns their paths.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="tight")
     for axis, key, label in zip(axes, ("mse", "fvu"), ("MSE", "fraction of variance unexplained"), strict=True):
         for seed, made in metrics["seeds"].items():
             log = made["training"]["adapt"]["log_history"]
@@ -62,22 +60,21 @@ def write_plots(metrics: dict[str, Any], folder: str | Path) -> list[Path]:
         axis.set(xlabel="optimizer step of stage 1", ylabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
-    written.append(_save(figure, folder / "adaptation.png"))
+    written.append(save_figure(figure, folder / "adaptation.png"))
     for key, label in (("accuracy", "balanced accuracy"), ("retrieval", "retrieval@1")):
         if metrics["mean"][key]:
-            written.append(_save(_bars(metrics, key, label), folder / f"{key}.png"))
+            written.append(save_figure(_bars(metrics, key, label), folder / f"{key}.png"))
     return written
 
 
 def _bars(metrics: dict[str, Any], key: str, label: str) -> Any:
     """A group of bars a system, one a language; dots are seeds."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     means = metrics["mean"][key]
     languages = ["en", *metrics["config"]["languages"]]
-    figure, axis = plt.subplots(figsize=(2.5 + 1.25 * len(means), 4.4))
+    figure, axis = plt.subplots(figsize=(2.5 + 1.25 * len(means), 4.4), layout="tight")
     width = 0.8 / len(languages)
-    for place, (language, color) in enumerate(zip(languages, plt.get_cmap("Set2").colors, strict=False)):  # type: ignore[attr-defined]
+    for place, (language, color) in enumerate(zip(languages, plt.get_cmap("Set2").colors, strict=False)):
         offset = (place - (len(languages) - 1) / 2) * width
         for group, (system, scores) in enumerate(means.items()):
             if language not in scores:
@@ -110,12 +107,3 @@ def _scores(seed: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = seed[key]
         return found
     return {system: {k: v["balanced"] for k, v in scores.items()} for system, scores in seed[key].items()}
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path

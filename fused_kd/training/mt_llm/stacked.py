@@ -14,33 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fused_kd.training.config import build
-from fused_kd.training.recipe import LoRA
+from fused_kd.training.lora import LoRA, with_adapters
 from fused_kd.training.runs import write_json
 
 WEIGHTS = "stacked.safetensors"
 SETTINGS = "stacked.json"
 
 
-def with_adapters(body: nn.Module, lora: LoRA, seed: int) -> Any:
-    """``body`` frozen, with fresh adapters that change nothing yet; the global generator is left as it was.
-
-    Raises:
-        ImportError: no peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs the 'peft' package: install fused_kd[lora]") from error
-    targets = lora.target_modules
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
+def frozen_with_adapters(body: nn.Module, lora: LoRA, seed: int) -> Any:
+    """``body`` frozen, with fresh adapters; the global generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(body.requires_grad_(False), config)
+        return with_adapters(body.requires_grad_(False), lora)
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -113,7 +98,7 @@ class StackedModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.projection = nn.Linear(encoder.config.hidden_size, llm.config.hidden_size)
-        self.llm = with_adapters(llm, self.lora, seed)
+        self.llm = frozen_with_adapters(llm, self.lora, seed)
 
     @property
     def width(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fused_kd.training.drawing import pyplot, save_figure
 from fused_kd.training.runs import read_json
 
 if TYPE_CHECKING:
@@ -86,11 +87,7 @@ def transfer_table(metrics: dict[str, Any]) -> Table:
 
 def write_plots(metrics: dict[str, Any], folder: str | Path) -> list[Path]:
     """``accuracy.png`` and ``chrf.png`` (each arm, both languages) and ``validation.png``, from the metrics alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target, source = metrics["recipe"]["target"], metrics["recipe"]["source"]
@@ -101,7 +98,7 @@ def write_plots(metrics: dict[str, Any], folder: str | Path) -> list[Path]:
         ]
         if not arms:
             continue
-        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(arms)))
+        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(arms)), layout="tight")
         for shift, language, colour in ((-0.2, target, "#c4572f"), (0.2, source, "#4878a8")):
             places = [number + shift for number in range(len(arms))]
             means = [entry["mean"].get(language, {}).get(key) or 0.0 for _, entry in arms]
@@ -120,17 +117,17 @@ def write_plots(metrics: dict[str, Any], folder: str | Path) -> list[Path]:
         axis.set(xlabel=f"{label}; dots are seeds")
         axis.margins(x=0.12)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3, frameon=False)
-        written.append(_save(figure, folder / f"{key}.png"))
+        written.append(save_figure(figure, folder / f"{key}.png"))
     trained = [(name, entry) for name, entry in in_order(metrics) if any("set" in s for s in entry["seeds"].values())]
     if trained:
-        figure, axis = plt.subplots(figsize=(6.4, 4.0))
+        figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="tight")
         for name, entry in trained:
             points = next(iter(entry["seeds"].values()))["training"]["validation"]
             axis.plot([p["step"] for p in points], [p["loss"] for p in points], marker=".", label=name, linewidth=1.3)
         axis.set(xlabel="optimizer step", ylabel="validation loss (nats per token), each arm's own rows")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-        written.append(_save(figure, folder / "validation.png"))
+        written.append(save_figure(figure, folder / "validation.png"))
     return written
 
 
@@ -162,12 +159,3 @@ def _shown(entry: dict[str, Any], language: str, key: str) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path

@@ -163,7 +163,7 @@ class Workshop:
         settings = training.settings(seed, self.processes, "last" if valid is None else "best")
         student = lambda: self.model(name, start, seed)  # noqa: E731
         spec, tokenizer = parse_objective("sft"), self.tokenizer(name)
-        train_stage(self.p.run, stage.name, student, _no_teacher, spec, rows, tokenizer, settings, valid)
+        train_stage(self.p.run, stage.name, student, None, spec, rows, tokenizer, settings, valid)
 
     # translation
 
@@ -220,7 +220,3 @@ class Workshop:
         forward, backward = load_dictionary(self.recipe.dictionary)
         source, target = self.recipe.languages
         return {f"{source}-{target}": forward, f"{target}-{source}": backward}
-
-
-def _no_teacher() -> Any:
-    raise AssertionError("SFT has no teacher")

@@ -1,0 +1,43 @@
+"""Low-rank adapters on a model's body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters on the student's body, as of ``peft.LoraConfig``."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+def with_adapters(model: nn.Module, lora: LoRA | None, task_type: str | None = None) -> Any:
+    """``model`` with fresh adapters that change nothing yet, if any; a head is left alone: the loss needs it whole.
+
+    ``task_type`` as of ``peft.LoraConfig``: "CAUSAL_LM" for a model with a head, None for a body.
+
+    Raises:
+        ImportError: no peft.
+    """
+    if lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora needs the 'peft' package: install fused_kd[lora]") from error
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type=task_type,
+    )
+    return get_peft_model(model, config)
