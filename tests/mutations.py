@@ -44,6 +44,7 @@ _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch_math.py"
 _SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded_row.py", "fused_kd/rows/sharded_columns.py"
+_TRITON_SWEEPS = "fused_kd/rows/triton_sweeps.py"
 _SHARDED_KERNELS = "fused_kd/rows/sharded_kernels.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
@@ -124,16 +125,16 @@ MUTATIONS = [
         (_logits("triton", "no_evo"),),
     ),
     Mutation(
-        "triton: maximum not subtracted", _TRITON, "tl.exp(z - z_max) * inv_total", "tl.exp(z) * inv_total",
+        "triton: maximum not subtracted", _TRITON_SWEEPS, "tl.exp(z - z_max) * inv_total", "tl.exp(z) * inv_total",
         ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
     ),
     Mutation(
-        "triton: row's end not masked", _TRITON, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
+        "triton: row's end not masked", _TRITON_SWEEPS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
         ("test_triton_row.py::test_any_vocabulary[127-no_evo]",),
     ),
     Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
     Mutation(
-        "triton: token weights missing", _TRITON, "gradient * (slope * weight), mask=mask", "gradient * slope, mask=mask",
+        "triton: token weights missing", _TRITON_SWEEPS, "gradient * (slope * weight), mask=mask", "gradient * slope, mask=mask",
         ("test_stress.py::test_rows_left_out_and_weighted[dense-triton]",),
     ),
     Mutation(

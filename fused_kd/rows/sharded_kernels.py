@@ -1,7 +1,7 @@
 """Triton kernels of a vocabulary slice, a program per row: one for each sweep of :mod:`fused_kd.rows.sharded_row`.
 
 Statistics, sums and gradient read every logit of the slice once each; between them the ranks exchange what the first
-two wrote. The arithmetic is that of :mod:`fused_kd.rows.triton_kernel`, and so are the special functions a sweep.
+two wrote. The sweeps are those of :mod:`fused_kd.rows.triton_kernel`, and so are their special functions.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernel import _logits, _logits_and_slope, _write_gradient
-from .triton_math import OUTSIDE, arguments, log_off_label
+from .triton_math import log_off_label
+from .triton_sweeps import logits, sweep_both, sweep_student, sweep_sums, write_gradient, write_label_gradient
 
 STATISTICS = tl.constexpr(10)
 KNOWN = tl.constexpr(8)
@@ -36,48 +36,20 @@ def statistics_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     label = _own_label(tl.load(labels_ptr + row), first, V)
-    lanes = tl.arange(0, BLOCK)
-    student_row = student_ptr + row * student_stride
-    inv_T = 1.0
-    if teacher_ptr is not None:
-        inv_T = 1.0 / tl.load(scalars_ptr + 3)
-    s_max = tl.cast(OUTSIDE, tl.float32)
-    t_max = tl.cast(OUTSIDE, tl.float32)
-    cold_max = tl.cast(OUTSIDE, tl.float32)
-    s_sum = tl.zeros((BLOCK,), tl.float32)
-    t_sum = tl.zeros((BLOCK,), tl.float32)
-    cold_sum = tl.zeros((BLOCK,), tl.float32)
-    kl_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        offsets = start + lanes
-        z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-        block_max = tl.max(z_s, axis=0)
-        if COLD:
-            new_cold = tl.maximum(cold_max, block_max)
-            cold_sum = cold_sum * tl.exp(cold_max - new_cold) + tl.exp(z_s - new_cold)
-            cold_max = new_cold
-        new_s = tl.maximum(s_max, block_max * inv_T)
-        a_s = z_s * inv_T - new_s
-        if teacher_ptr is not None:
-            z_t = _logits(teacher_ptr + row * teacher_stride, offsets, offsets < V, teacher_scale, teacher_cap)
-            new_t = tl.maximum(t_max, tl.max(z_t, axis=0) * inv_T)
-            a_t = z_t * inv_T - new_t
-            e_t = tl.exp(a_t)
-            shrink = tl.exp(t_max - new_t)
-            t_sum = t_sum * shrink
-            kl_sum = kl_sum * shrink + t_sum * ((t_max - new_t) - (s_max - new_s)) + e_t * (a_t - a_s)
-            t_sum = t_sum + e_t
-            t_max = new_t
-        s_sum = s_sum * tl.exp(s_max - new_s) + tl.exp(a_s)
-        s_max = new_s
     out = out_ptr + row * STATISTICS
-    tl.store(out, s_max)
-    tl.store(out + 1, tl.sum(s_sum, axis=0))
-    label_z = tl.where(label >= 0, _logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
-    tl.store(out + 2, label_z * inv_T)
-    if teacher_ptr is not None:
+    student_row = student_ptr + row * student_stride
+    student = (student_row, student_scale, student_cap)
+    label_z = tl.where(label >= 0, logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
+    if teacher_ptr is None:
+        s_max, s_sum = sweep_student(student, V, BLOCK)
+        tl.store(out + 2, label_z)
+    else:
+        inv_T = 1.0 / tl.load(scalars_ptr + 3)
         teacher_row = teacher_ptr + row * teacher_stride
-        label_t = tl.where(label >= 0, _logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
+        teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_max, cold_sum = sweep_both(student, teacher, V, inv_T, COLD, BLOCK)
+        label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
+        tl.store(out + 2, label_z * inv_T)
         tl.store(out + 3, t_max)
         tl.store(out + 4, tl.sum(t_sum, axis=0))
         tl.store(out + 5, tl.sum(kl_sum, axis=0))
@@ -86,6 +58,8 @@ def statistics_kernel(
             tl.store(out + 7, cold_max)
             tl.store(out + 8, tl.sum(cold_sum, axis=0))
             tl.store(out + 9, label_z)
+    tl.store(out, s_max)
+    tl.store(out + 1, tl.sum(s_sum, axis=0))
 
 
 @triton.jit
@@ -116,18 +90,10 @@ def sums_kernel(
     g_total = 0.0
     if tl.load(use_ptr + row) != 0:
         label = _own_label(tl.load(labels_ptr + row), first, V)
-        student_row = student_ptr + row * student_stride
-        teacher_row = teacher_ptr + row * teacher_stride
+        student = (student_ptr + row * student_stride, student_scale, student_cap)
+        teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
         target, norms, _cold = _known(known_ptr, scalars_ptr, row)
-        h_sum = tl.zeros((BLOCK,), tl.float32)
-        g_sum = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-            z_t = _logits(teacher_row, offsets, offsets < V, teacher_scale, teacher_cap)
-            t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-            h_sum += h(t, q, d, r, log_r, s, log_s, target[1])
-            g_sum += g(t, q, d, r, log_r, s, log_s, target[1])
+        h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
         h_total = tl.sum(h_sum, axis=0)
         g_total = tl.sum(g_sum, axis=0)
     tl.store(out_ptr + row * 2, h_total)
@@ -171,19 +137,11 @@ def gradient_kernel(
             tl.store(dlogits_row + start + lanes, 0.0, mask=start + lanes < V)
         return
     label = _own_label(given, first, V)
-    student_row = student_ptr + row * student_stride
+    student = (student_ptr + row * student_stride, student_scale, student_cap)
     target, norms, cold = _known(known_ptr, scalars_ptr, row)
     if teacher_ptr is None:
-        weight = 1.0
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + row)
-        for start in range(0, V, BLOCK):
-            offsets = start + lanes
-            z, slope = _logits_and_slope(student_row, offsets, offsets < V, student_scale, student_cap)
-            gradient = tl.exp(z - norms[0]) * norms[1] - tl.where(offsets == label, 1.0, 0.0)
-            tl.store(dlogits_row + offsets, gradient * (slope * weight), mask=offsets < V)
+        write_label_gradient(student, dlogits_row, V, row, label, norms[0], norms[1], weights_ptr, BLOCK)
     else:
-        student = (student_row, student_scale, student_cap)
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
         lam, _beta, inv_T, _off, _d = target
         ce_weight = 0.0
@@ -197,12 +155,12 @@ def gradient_kernel(
         if use_ptr is not None:
             use = tl.load(use_ptr + row).to(tl.int32)
         if use != 0:
-            _write_gradient(
+            write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                 weights_ptr, tl.load(totals_ptr + row), g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
             )  # fmt: skip
         else:
-            _write_gradient(
+            write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                 weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
             )  # fmt: skip

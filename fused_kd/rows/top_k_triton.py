@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
-from .triton_kernel import _logits, _logits_and_slope
 from .triton_row import BLOCK, THREADS, guard, unit_stride, warp_size
+from .triton_sweeps import logits, logits_and_slope
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
@@ -93,7 +93,7 @@ def condense_kernel(
     if tl.load(labels_ptr + row) >= 0:
         for start in range(0, V, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
-            z = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
+            z = logits(student_row, offsets, offsets < V, student_scale, student_cap)
             last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
             for j in range(first, last):
                 z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
@@ -104,7 +104,7 @@ def condense_kernel(
             z_sum = z_sum * tl.exp((top - new_top) * inv_T) + tl.exp((z - new_top) * inv_T)
             top = new_top
     # Not before: they would hold registers through the sweep.
-    entry_z = _logits(student_row, entries, entries < V, student_scale, student_cap)
+    entry_z = logits(student_row, entries, entries < V, student_scale, student_cap)
     origin = tl.maximum(top, tl.max(entry_z, axis=0))
     categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
@@ -152,7 +152,7 @@ def expand_kernel(
     for start in range(0, V, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < V
-        z, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
+        z, slope = logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
         # At most 1 on unlisted entries; listed ones, replaced below, must not overflow.
         gradient = rest_gradient * tl.exp(tl.minimum(((z - origin) - rest) * inv_T, 0.0))
         if COLD:

@@ -28,15 +28,15 @@ import triton
 import triton.language as tl
 
 from .base import LOG_ZERO
-from .triton_math import (
-    OUTSIDE,
-    TINY,
-    arguments,
-    final_logits,
-    first_entry,
-    label_terms,
-    log_off_label,
-    store_loss,
+from .triton_math import TINY, first_entry, label_terms, log_off_label, store_loss
+from .triton_sweeps import (
+    logits,
+    sweep_both,
+    sweep_student,
+    sweep_sums,
+    teacher_logits,
+    write_gradient,
+    write_label_gradient,
 )
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
@@ -115,35 +115,18 @@ def row_kernel(
 def _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK: tl.constexpr):
     """``-log q_y``, and its gradient in ``dlogits_row`` unless that is None."""
     student_row, scale, cap = student
-    lanes = tl.arange(0, BLOCK)
-    z_max = tl.cast(OUTSIDE, tl.float32)
-    z_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        offsets = start + lanes
-        z = _logits(student_row, offsets, offsets < V, scale, cap)
-        new_max = tl.maximum(z_max, tl.max(z, axis=0))
-        z_sum = z_sum * tl.exp(z_max - new_max) + tl.exp(z - new_max)
-        z_max = new_max
-    label_z = _logits(student_row, label, label < V, scale, cap)
+    z_max, z_sum = sweep_student(student, V, BLOCK)
+    label_z = logits(student_row, label, label < V, scale, cap)
     total = tl.sum(z_sum, axis=0)
     if dlogits_row is not None:
-        inv_total = 1.0 / total
-        weight = 1.0
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + row)
-        blocks = tl.cdiv(V, BLOCK)
-        for i in range(0, blocks):
-            offsets = (blocks - 1 - i) * BLOCK + lanes
-            z, slope = _logits_and_slope(student_row, offsets, offsets < V, scale, cap)
-            gradient = tl.exp(z - z_max) * inv_total - tl.where(offsets == label, 1.0, 0.0)
-            tl.store(dlogits_row + offsets, gradient * (slope * weight), mask=offsets < V)
+        write_label_gradient(student, dlogits_row, V, row, label, z_max, 1.0 / total, weights_ptr, BLOCK)
     return tl.log(total) - (label_z - z_max)
 
 
 @triton.jit
 def _distill(
     student,  # row pointer, scale, softcap
-    teacher,  # the same, and what _teacher_logits reads of a sparse one
+    teacher,  # the same, and what teacher_logits reads of a sparse one
     dlogits_row,
     V,
     row,
@@ -172,39 +155,10 @@ def _distill(
     gamma = tl.load(scalars_ptr + 2)
     inv_T = 1.0 / tl.load(scalars_ptr + 3)
     student_row, student_scale, student_cap = student
-    lanes = tl.arange(0, BLOCK)
 
-    s_max = tl.cast(OUTSIDE, tl.float32)
-    t_max = tl.cast(OUTSIDE, tl.float32)
-    cold_max = tl.cast(OUTSIDE, tl.float32)
-    s_sum = tl.zeros((BLOCK,), tl.float32)
-    t_sum = tl.zeros((BLOCK,), tl.float32)
-    cold_sum = tl.zeros((BLOCK,), tl.float32)
-    # sum e_t * ((z_t - t_max) - (z_s - s_max)): from the maxima, so offsets of the logits cost no digits.
-    kl_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        offsets = start + lanes
-        z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-        z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
-        block_max = tl.max(z_s, axis=0)
-        if COLD:
-            new_cold = tl.maximum(cold_max, block_max)
-            cold_sum = cold_sum * tl.exp(cold_max - new_cold) + tl.exp(z_s - new_cold)
-            cold_max = new_cold
-        new_s = tl.maximum(s_max, block_max * inv_T)
-        new_t = tl.maximum(t_max, tl.max(z_t, axis=0) * inv_T)
-        a_s = z_s * inv_T - new_s
-        a_t = z_t * inv_T - new_t
-        e_t = tl.exp(a_t)
-        shrink = tl.exp(t_max - new_t)
-        t_sum = t_sum * shrink
-        kl_sum = kl_sum * shrink + t_sum * ((t_max - new_t) - (s_max - new_s)) + e_t * (a_t - a_s)
-        t_sum = t_sum + e_t
-        s_sum = s_sum * tl.exp(s_max - new_s) + tl.exp(a_s)
-        s_max = new_s
-        t_max = new_t
+    s_max, s_sum, t_max, t_sum, kl_sum, cold_max, cold_sum = sweep_both(student, teacher, V, inv_T, COLD, BLOCK)
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
-    label_z_s = _logits(student_row, label, label < V, student_scale, student_cap)
+    label_z_s = logits(student_row, label, label < V, student_scale, student_cap)
     label_z_t = _teacher_label_logit(teacher, label, V)
     s_total = tl.sum(s_sum, axis=0)
     t_total = tl.sum(t_sum, axis=0)
@@ -248,7 +202,7 @@ def _distill(
     shares = (share * inv_T, ce_weight)
     if FREE:
         if dlogits_row is not None:
-            _write_gradient(
+            write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                 weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
             )  # fmt: skip
@@ -263,78 +217,20 @@ def _distill(
                 fraction = tl.load(scalars_ptr + 4)
                 beta = _head_share(student, teacher, V, norms, inv_T, fraction, BLOCK)
                 target = (lam, beta, inv_T, log_off_label(lam), label_log_t - label_log_q)
-            h_sum = tl.zeros((BLOCK,), tl.float32)
-            g_sum = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, V, BLOCK):
-                offsets = start + lanes
-                z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-                z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
-                t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-                h_sum += h(t, q, d, r, log_r, s, log_s, beta)
-                g_sum += g(t, q, d, r, log_r, s, log_s, beta)
+            h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
             loss = share * tl.sum(h_sum, axis=0) + ce_weight * ce
             if dlogits_row is not None:
-                _write_gradient(
+                write_gradient(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                     weights_ptr, tl.sum(g_sum, axis=0), g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
                 )  # fmt: skip
         else:
             if dlogits_row is not None:
-                _write_gradient(
+                write_gradient(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                     weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
                 )  # fmt: skip
     return loss
-
-
-@triton.jit
-def _write_gradient(
-    student,
-    teacher,
-    dlogits_row,
-    V,
-    row,
-    label,
-    target,
-    norms,
-    cold,
-    shares,
-    weights_ptr,
-    g_total,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times the row's weight and d final / d raw.
-
-    Safe in place: a stored element is computed from that element's own load, whichever thread does either,
-    and no other read of it can come late: stores need the sums, and the sums all threads' earlier loads.
-    """
-    student_row, student_scale, student_cap = student
-    beta = target[1]
-    cold_max, cold_inv = cold
-    div_share, ce_share = shares
-    weight = 1.0
-    if weights_ptr is not None:
-        weight = tl.load(weights_ptr + row)
-    blocks = tl.cdiv(V, BLOCK)
-    # Backwards: the end of the row is what the sweep before has left in the cache.
-    for i in range(0, blocks):
-        start = (blocks - 1 - i) * BLOCK
-        offsets = start + tl.arange(0, BLOCK)
-        mask = offsets < V
-        z_s, slope = _logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
-        z_t = _teacher_logits(teacher, start, offsets, mask, BLOCK)
-        t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-        gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta) - q * g_total)
-        if HARD_LABEL:
-            if COLD:
-                q = tl.exp(z_s - cold_max) * cold_inv
-            gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))
-        tl.store(dlogits_row + offsets, gradient * (slope * weight), mask=mask)
 
 
 @triton.jit
@@ -353,7 +249,7 @@ def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
         held = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             offsets = start + lanes
-            z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
+            z_t = teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
             p = tl.exp(z_t * inv_T - t_max) * t_inv
             bits = p.to(tl.int32, bitcast=True)
             top = tl.maximum(top, tl.max(bits, axis=0))
@@ -365,8 +261,8 @@ def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         offsets = start + lanes
-        z_s = _logits(student_row, offsets, offsets < V, student_scale, student_cap)
-        z_t = _teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
+        z_s = logits(student_row, offsets, offsets < V, student_scale, student_cap)
+        z_t = teacher_logits(teacher, start, offsets, offsets < V, BLOCK)
         p = tl.exp(z_t * inv_T - t_max) * t_inv
         bits = p.to(tl.int32, bitcast=True)
         error = tl.abs(p - tl.exp(z_s * inv_T - s_max) * s_inv)
@@ -377,42 +273,12 @@ def _head_share(student, teacher, V, norms, inv_T, mass, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _teacher_logits(teacher, start, offsets, mask, BLOCK: tl.constexpr):
-    """As :func:`_logits`; a sparse teacher's are made here: one value, and its entries in this block."""
-    row_ptr, scale, cap, entries_ptr, rest_ptr, row, K = teacher
-    if entries_ptr is None:
-        z = _logits(row_ptr, offsets, mask, scale, cap)
-    else:
-        entries = entries_ptr + row * K
-        z = tl.where(mask, tl.maximum(tl.load(rest_ptr + row), _LOG_ZERO), OUTSIDE)
-        for j in range(first_entry(entries, K, start), first_entry(entries, K, start + BLOCK)):
-            own = tl.maximum(tl.load(row_ptr + j), _LOG_ZERO)
-            z = tl.where(mask & (offsets == tl.load(entries + j)), own, z)
-    return z
-
-
-@triton.jit
 def _teacher_label_logit(teacher, label, V):
     """That of the label, which is among a sparse teacher's entries."""
     row_ptr, scale, cap, entries_ptr, _rest_ptr, row, K = teacher
     if entries_ptr is None:
-        z = _logits(row_ptr, label, label < V, scale, cap)
+        z = logits(row_ptr, label, label < V, scale, cap)
     else:
         entries = entries_ptr + row * K
         z = tl.maximum(tl.load(row_ptr + tl.minimum(first_entry(entries, K, label), K - 1)), _LOG_ZERO)
     return z
-
-
-@triton.jit
-def _logits(row_ptr, offsets, mask, scale, cap):
-    """Final fp32 logits before the temperature; ``OUTSIDE`` where masked."""
-    z, _slope = _logits_and_slope(row_ptr, offsets, mask, scale, cap)
-    return z
-
-
-@triton.jit
-def _logits_and_slope(row_ptr, offsets, mask, scale, cap):
-    """As :func:`_logits`, and d final / d raw."""
-    z = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    z, slope = final_logits(z, scale, cap)
-    return tl.where(mask, z, OUTSIDE), slope
