@@ -98,6 +98,19 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
         )
 
 
+def language_id(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
+    """The id of a language's token: named by its code (NLLB), or as ``__code__`` (M2M-100).
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    for name in (code, f"__{code}__"):
+        found = tokenizer.convert_tokens_to_ids(name)
+        if found is not None and found != tokenizer.unk_token_id:
+            return cast(int, found)
+    raise ValueError(f"codes: {code!r} is no language of {type(tokenizer).__name__}")
+
+
 def shared_tokenizer(
     names: Sequence[str], folder: Path, texts: Iterable[str], vocab_size: int
 ) -> PreTrainedTokenizerBase:

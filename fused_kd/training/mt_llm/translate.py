@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fused_kd.training.presets import language_id
+
 
 def encode_sources(tokenizer: Any, texts: Sequence[str], code: str | None, max_length: int) -> list[list[int]]:
     """Token ids as the encoder wants them.
@@ -27,7 +29,7 @@ def encode_sources(tokenizer: Any, texts: Sequence[str], code: str | None, max_l
             + ("needs a name of the language: set codes" if takes else "has no names of languages: leave codes out")
         )
     if code is not None:
-        _id_of(tokenizer, code)
+        language_id(tokenizer, code)
         tokenizer.src_lang = code
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return ids
@@ -47,7 +49,7 @@ def translate(
 ) -> list[str]:
     """The texts' translations, in their order; ``source`` and ``target`` are the tokenizer's names of the languages."""
     ids = encode_sources(tokenizer, texts, source, max_length)
-    forced = {} if target is None else {"forced_bos_token_id": _id_of(tokenizer, target)}
+    forced = {} if target is None else {"forced_bos_token_id": language_id(tokenizer, target)}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     made = [""] * len(ids)
     was = model.training
@@ -70,10 +72,3 @@ def translate(
             made[index] = " ".join(text.split())
     model.train(was)
     return made
-
-
-def _id_of(tokenizer: Any, code: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(code)
-    if found is None or found == tokenizer.unk_token_id:
-        raise ValueError(f"codes: {code!r} is no language of {type(tokenizer).__name__}")
-    return int(found)

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fused_kd.training.data.prompts import get_prompt
 from fused_kd.training.generation import Decoding, generate_to
+from fused_kd.training.presets import language_id
 from fused_kd.training.runs import Run, read_lines, write_lines
 from fused_kd.training.sdrrl.code_switch import WORD, in_case_of
 from fused_kd.training.sdrrl.dictionary import Dictionary
@@ -138,8 +139,8 @@ class Seq2SeqTranslator:
                 f"translator.model={self.name!r} is neither a folder nor a hub name that gives a translation model "
                 f"(online or in the hub's cache): {error}"
             ) from error
-        start = _language_token(tokenizer, codes[1])
-        _language_token(tokenizer, codes[0])
+        start = language_id(tokenizer, codes[1])
+        language_id(tokenizer, codes[0])
         if torch.cuda.is_available():
             model = model.cuda()
         config = GenerationConfig(
@@ -195,15 +196,6 @@ class DictionaryTranslator:
             WORD.sub(lambda match: in_case_of(match[0], known.get(match[0])[0]) if known.get(match[0]) else match[0], t)
             for t in texts
         ]
-
-
-def _language_token(tokenizer: Any, code: str) -> int:
-    """The id of a language's token: named by its code (NLLB), or as ``__code__`` (M2M-100)."""
-    for name in (code, f"__{code}__"):
-        found = tokenizer.convert_tokens_to_ids(name)
-        if found is not None and found != tokenizer.unk_token_id:
-            return cast(int, found)
-    raise ValueError(f"translator.codes: the tokenizer has no language {code!r}")
 
 
 def _fingerprint(texts: Sequence[str]) -> str:
