@@ -1,9 +1,8 @@
 """``python -m bench.vocab_parallel``: a vocabulary-parallel step predicted from a machine's numbers; nothing is timed.
 
 A rank of P makes the GEMMs of V / P columns (bench/prediction.py), its row moves ``row_bytes`` a logit, and it sends
-what ``fused_kd.parallel.predicted_traffic`` says. The hidden gradient of a chunk is added up beside the GEMMs of the
-next, so only the last chunk's shows, or what the GEMMs cannot hide; of the statistics the messages' latency shows, once
-a chunk where a sweep of its own follows (the first message flies beside the next chunk's logits).
+what ``fused_kd.parallel.predicted_traffic`` says. All of it travels beside the GEMMs of another chunk but the first
+chunk's statistics, the last one's second message and its hidden gradient: these show, or what the GEMMs cannot hide.
 """
 
 from __future__ import annotations
@@ -111,9 +110,8 @@ def predict_rank(
     exposed = 0.0
     if ranks > 1:
         chunks = -(-shape.N // alone.chunk)
-        hidden = sent.hidden / machine[link]
-        exposed = max(hidden / chunks, hidden - gemms) + machine["latency"] * (1 + chunks * (swept > 0))
-        exposed += sent.statistics / machine[link]
+        seconds = sent.total / machine[link]
+        exposed = max(seconds / chunks, seconds - gemms) + machine["latency"] * (1 + (swept > 0))
     weights = local.V * (2 * shape.H_s + 2 * shape.H_t + 4 * shape.H_s)
     total = gemms + row_seconds + exposed
     return Step(gemms * 1e3, row_seconds * 1e3, exposed * 1e3, total * 1e3, sent.total / 1e6, weights / 1e6)

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bench import vocab_parallel
+from fused_kd.engine import sharded
 from fused_kd.parallel import predicted_traffic
 
 from .parallel_worker import OTHERS, matrix
@@ -61,3 +65,54 @@ def test_traffic_per_token() -> None:
     assert made.statistics == 8192 * 7 * 9 * 4
     assert made.hidden == 2 * 8192 * 4096 * 4 * 7 / 8
     assert predicted_traffic(8192, 4096, 8, reduce="scatter").hidden == made.hidden / 2
+
+
+@pytest.mark.parametrize("messages", [1, 2])
+def test_messages_travel_beside_another_chunks_work(messages: int) -> None:
+    """Between sending and waiting there is work of the other chunk, but for what the ends cannot have."""
+    events: list[str] = []
+
+    class Sent:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> str:
+            events.append(f"wait {self.name}")
+            return self.name
+
+    class Exchange:
+        def gather(self, name: str) -> Sent:
+            events.append(f"send {name}")
+            return Sent(name)
+
+    def row(chunk: int) -> Iterator[str]:
+        for number in range(messages):
+            events.append(f"sweep {chunk}")
+            assert (yield f"{chunk}.{number}") == f"{chunk}.{number}"
+        events.append(f"gradient {chunk}")
+
+    def begin(span: slice) -> sharded._UnderWay:
+        events.append(f"logits {span.start}")
+        asked = row(span.start)
+        return sharded._UnderWay(span, span, None, None, asked, exchange.gather(next(asked)))  # type: ignore[arg-type]
+
+    exchange: Any = Exchange()
+    for done in sharded._two_at_a_time([slice(n, n + 1) for n in range(4)], begin, exchange):
+        events.append(f"GEMMs {done.span.start}")
+    assert events[-1] == "GEMMs 3" and len(events) == 4 * (3 + 3 * messages)
+    for chunk in range(4):
+        for number in range(messages):
+            name = f"{chunk}.{number}"
+            between = events[events.index(f"send {name}") + 1 : events.index(f"wait {name}")]
+            if name not in ("0.0", "3.1"):
+                assert between == ([f"GEMMs {chunk - 1}"] if messages == 1 else BESIDE[number](chunk))
+
+
+BESIDE = (
+    lambda chunk: [f"wait {chunk - 1}.1", f"gradient {chunk - 1}", f"GEMMs {chunk - 1}"],
+    lambda chunk: [f"logits {chunk + 1}", f"sweep {chunk + 1}", f"send {chunk + 1}.0"],
+)
+
+
+def test_the_scaling_page_has_the_models_numbers() -> None:
+    assert vocab_parallel.table() in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()

@@ -1,7 +1,7 @@
 """The chunked engine of a rank that holds a slice of the vocabulary.
 
-As in :mod:`fused_kd.engine.chunked`, but two chunks are under way: while the ranks exchange the statistics of one, the
-logits of the next are made, and the hidden gradient of one is added up over the ranks beside the GEMMs of the other.
+As in :mod:`fused_kd.engine.chunked`, but two chunks are under way: what the ranks exchange of one travels beside the
+GEMMs of the other, see :func:`_two_at_a_time`, and so does its hidden gradient, to be added up over the ranks.
 """
 
 from __future__ import annotations
@@ -151,14 +151,28 @@ class _UnderWay(NamedTuple):
 
 
 def _two_at_a_time(spans: list[slice], begin: Callable[[slice], _UnderWay], exchange: Exchange) -> Iterator[_UnderWay]:
-    """Each span's chunk when its row is done; the next one has begun before."""
-    waiting: _UnderWay | None = None
-    for span in [*spans, None]:
-        begun = None if span is None else begin(span)
-        if waiting is not None:
-            _complete(waiting, exchange)
-            yield waiting
-        waiting = begun
+    """Each span's chunk when its row is done.
+
+    The next one begins while a chunk's second message travels, and its own first message travels beside the rest of
+    this chunk's row and the caller's work with it.
+    """
+    waiting = list(reversed(spans))
+    chunk = begin(waiting.pop()) if waiting else None
+    while chunk is not None:
+        message = _answer(chunk.messages, chunk.statistics, exchange)
+        following = begin(waiting.pop()) if waiting else None
+        while message is not None:
+            message = _answer(chunk.messages, message, exchange)
+        yield chunk
+        chunk = following
+
+
+def _answer(messages: Messages, gathering: Gathering, exchange: Exchange) -> Gathering | None:
+    """Give a row what it asked for; its next message, under way, or None where it is done."""
+    try:
+        return exchange.gather(messages.send(gathering.wait()))
+    except StopIteration:
+        return None
 
 
 def _row(backend: str) -> Callable[[RowInputs, RowOutputs, Shards], Messages]:
@@ -167,16 +181,6 @@ def _row(backend: str) -> Callable[[RowInputs, RowOutputs, Shards], Messages]:
     else:
         from ..rows.sharded_torch import row
     return row
-
-
-def _complete(chunk: _UnderWay, exchange: Exchange) -> None:
-    gathered = chunk.statistics.wait()
-    while True:
-        try:
-            message = chunk.messages.send(gathered)
-        except StopIteration:
-            return
-        gathered = exchange.gather(message).wait()
 
 
 def _plan(
