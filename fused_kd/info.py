@@ -140,6 +140,7 @@ def _nvrtc() -> str | None:
 
 
 def processor() -> str:
+    """The CPU's name, as far as the system tells it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

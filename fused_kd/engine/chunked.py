@@ -299,6 +299,7 @@ def plan(
     memory_budget: int | None,
     device: torch.device,
 ) -> Plan:
+    """Chunk and workspace for n valid tokens, from what the sides' tensors are, not what is in them."""
     per_token, fixed = workspace_bytes(student, teacher, vocab, with_gradient, wanted)
     return plan_chunks(
         n,

@@ -66,7 +66,9 @@ class Projection:
             out.add_(self.bias)
 
     def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        """(C, V) → (C, H) fp32."""
+        """(C, V) → (C, H) fp32; zeros of a rank without columns, for which not every GEMM is defined."""
+        if not dlogits.shape[1]:
+            return torch.zeros(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
         if self.dtype == torch.float32:
             return _product(dlogits, self.weight)
         if self.upcast:
@@ -103,8 +105,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     kernels that round up to ten times worse at V = 151936. Logits stay with ``mm``, which rounds them better.
     """
     narrow = min(a.shape[0], b.shape[1]) < NARROW
-    # oneDNN has no empty inner dimension, which a rank without columns has
-    if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512) and a.shape[1]:
+    if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return out
     return a @ b
