@@ -12,7 +12,7 @@ from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, row_terms, til
 @triton.jit(do_not_specialize=["first_position", "last_position", "n"])
 def gradient_kernel(
     student,
-    teacher,
+    teacher,  # None without TEACHER
     tokens_ptr,
     labels_ptr,
     count_ptr,
@@ -32,6 +32,7 @@ def gradient_kernel(
     V,
     g: tl.constexpr,
     free_g: tl.constexpr,
+    TEACHER: tl.constexpr,
     BY_TOKEN: tl.constexpr,  # a row of ``out`` is a token; else a position, from first_position
     FREE: tl.constexpr,
     PURE: tl.constexpr,  # every valid row takes the divergence's own gradient
@@ -68,7 +69,7 @@ def gradient_kernel(
         labels = tl.load(labels_ptr + held).to(tl.int32)
         at_label = columns[None, :] == labels[:, None]
         z_s, slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
-        if teacher is None:
+        if not TEACHER:
             q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
             gradient = q - tl.where(at_label, 1.0, 0.0)
         else:

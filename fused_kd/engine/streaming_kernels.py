@@ -45,7 +45,7 @@ NORMS = 10
 @triton.jit(do_not_specialize=["n"])
 def statistics_kernel(
     student,
-    teacher,  # None without one
+    teacher,  # None without TEACHER; before triton 3.7 a tuple that holds a None cannot be compared with None
     tokens_ptr,  # (n,) the token at a position
     labels_ptr,  # (n,)
     count_ptr,  # number of valid tokens, int32
@@ -54,6 +54,7 @@ def statistics_kernel(
     n,
     V,
     span,  # columns of a split, a multiple of BN: specialised for, or loads would lose their alignment
+    TEACHER: tl.constexpr,
     COLD: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
@@ -85,14 +86,14 @@ def statistics_kernel(
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
         z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
-        if teacher is not None:
+        if TEACHER:
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
         at_label = columns[None, :] == labels[:, None]
         s_label += tl.sum(tl.where(at_label, z_s, 0.0), axis=1)
         new_s = tl.maximum(s_max, tl.max(z_s, axis=1))
-        if COLD or teacher is None:
+        if COLD or not TEACHER:
             cold_sum = cold_sum * tl.exp(s_max - new_s) + tl.sum(tl.exp(z_s - new_s[:, None]), axis=1)
-        if teacher is not None:
+        if TEACHER:
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
             s_step = s_max * inv_T - new_s * inv_T
@@ -110,9 +111,9 @@ def statistics_kernel(
     out = partials_ptr + (split.to(tl.int64) * FIELDS) * n + positions
     tl.store(out + _S_MAX * n, s_max, mask=valid)
     tl.store(out + _S_LABEL * n, s_label, mask=valid)
-    if COLD or teacher is None:
+    if COLD or not TEACHER:
         tl.store(out + _COLD_SUM * n, cold_sum, mask=valid)
-    if teacher is not None:
+    if TEACHER:
         tl.store(out + _S_SUM * n, s_sum, mask=valid)
         tl.store(out + _T_MAX * n, t_max, mask=valid)
         tl.store(out + _T_SUM * n, t_sum, mask=valid)

@@ -106,7 +106,8 @@ class Sweeps:
         partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
         statistics_kernel[(self._blocks(self.n), splits)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
-            self.n, self._vocab, self._span(splits), COLD=self._formulas["COLD"], **self._constants,
+            self.n, self._vocab, self._span(splits),
+            TEACHER=self._teacher is not None, COLD=self._formulas["COLD"], **self._constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(self.n, COMBINE_BLOCK),)](
             partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
@@ -149,7 +150,7 @@ class Sweeps:
             None if pure or self._chosen is None else self._chosen.view(torch.uint8), weights, self._scalars,
             out, out.stride(0), flags, threshold,
             positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
-            BY_TOKEN=by_token, PURE=pure,
+            TEACHER=self._teacher is not None, BY_TOKEN=by_token, PURE=pure,
             **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD"), **self._constants,
         )  # fmt: skip
 
