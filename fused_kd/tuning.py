@@ -3,13 +3,21 @@
 Each field's default is what counted bytes and instructions favour; the other value is the way it was before. A
 benchmark compares them in one process by :func:`tuned`. Not part of the public interface: once a card has decided, the
 field goes, with the way that lost.
+
+A field says in its metadata what to compare it with, and which measurements it can change::
+
+    field(default=True, metadata={"others": (False,), "affects": ("row", "step")})
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+AFFECTS = ("row", "step", "streaming")
+"""What a field may change: a row alone, a step of the chunked engine, a step of the streaming one."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +43,30 @@ def tuned(**changes: object) -> Iterator[Tuning]:
         yield _current
     finally:
         _current = before
+
+
+class Alternative(NamedTuple):
+    """Another ``value`` of the field ``name`` than its ``default``, and what it ``affects``."""
+
+    name: str
+    default: object
+    value: object
+    affects: tuple[str, ...]
+
+
+def alternatives(affects: str, of: type = Tuning) -> list[Alternative]:
+    """What a benchmark of ``affects`` compares with the defaults: the other values of the fields that name it.
+
+    Raises:
+        ValueError: for an ``affects`` that is not in :data:`AFFECTS`, or a field whose metadata are not as above.
+    """
+    if affects not in AFFECTS:
+        raise ValueError(f"affects must be one of {', '.join(AFFECTS)}, got {affects!r}")
+    found = []
+    for field in fields(of):
+        others, what = field.metadata.get("others", ()), field.metadata.get("affects", ())
+        if not others or not what or not set(what) <= set(AFFECTS) or field.default in others:
+            raise ValueError(f"{of.__name__}.{field.name} must name its others and what it affects in its metadata")
+        if affects in what:
+            found += [Alternative(field.name, field.default, other, tuple(what)) for other in others]
+    return found
