@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.chunked import gradient_dtype
+from fused_kd.engine.head_gradient import gradient_dtype
 from fused_kd.engine.streaming_plan import Plan, Sizes, choose_tiles, plan_streaming
 
 from .counts import gemm_flops

@@ -10,6 +10,7 @@ from .divergences import DIVERGENCES
 from .engine import chunked
 from .engine.dispatch import AUTO, ENGINES, choose_engine
 from .engine.gemm import has_fp32_output
+from .engine.head_gradient import gradient_dtype
 from .engine.plan import BudgetTooSmall, Plan
 from .engine.streaming_plan import Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
@@ -94,7 +95,7 @@ def plan_for(
     too_small = None
     if chosen != "streaming":
         try:
-            chunk, workspace = chunked_plan(
+            chunk, workspace, _ = chunked_plan(
                 N, H_s, H_t if teacher else None, V, dtype=dtype, device=place, upcast=upcast, top_k=lists,
                 memory_budget=memory_budget,
             )  # fmt: skip
@@ -178,7 +179,7 @@ def _streamed(
     from .engine.streaming_kernels import FIELDS  # Triton is there where this engine was chosen
 
     spec, copied = objective.spec, 4 * upcast
-    late = chunked.gradient_dtype(dtype) != torch.float32
+    late = gradient_dtype(dtype) != torch.float32
     sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
     sizes = Sizes(
         N, N, V, FIELDS.value, sums, spec.gated, H, dlogits=4 if upcast else dtype.itemsize,

@@ -27,6 +27,10 @@ def _table(divergence: str) -> str:
     return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
 
+def _groups(case: str) -> str:
+    return f"test_gradient_groups.py::test_any_grouping_gives_the_same[{case}]"
+
+
 def _emulated(objective: str) -> str:
     return f"test_cuda_row.py::test_logits[{objective}-fp32]"
 
@@ -41,6 +45,7 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
+_HEAD, _PLAN = "fused_kd/engine/head_gradient.py", "fused_kd/engine/plan.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch_math.py"
 _SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded_row.py", "fused_kd/rows/sharded_columns.py"
@@ -158,30 +163,52 @@ MUTATIONS = [
     ),
     # the engine
     Mutation(
-        "engine: weight gradient starts from what was there", _ENGINE, "first=span is spans[0]", "first=False",
+        "engine: weight gradient starts from what was there", _HEAD, "first=self._first)", "first=False)",
         ("test_loss.py::test_uninitialised_memory_is_never_read",),
     ),
     Mutation(
-        "engine: weight gradient of the last chunk alone", _ENGINE, "first=span is spans[0]", "first=True",
+        "engine: weight gradient of the last chunk alone", _HEAD, "first=self._first)", "first=True)",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
     Mutation(
-        "engine: bias gradient of the last chunk alone", _ENGINE, "d_bias[:V] += dlogits.sum(", "d_bias[:V] = dlogits.sum(",
+        "engine: bias gradient of the last chunk alone", _HEAD, "[: self._vocab] += dlogits.sum(", "[: self._vocab] = dlogits.sum(",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
-    Mutation("engine: scaled twice", _ENGINE, "gradient.mul_(scale).to(", "gradient.mul_(scale * scale).to(", (_budget("sft"),)),
+    Mutation("engine: scaled twice", _HEAD, "gradient.mul_(self._scale)", "gradient.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
         "engine: ignored tokens computed", _ENGINE, "(labels != ignore_index).nonzero()", "(labels == labels).nonzero()",
         ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
     ),
-    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = gradient", "result.d_source[span] = gradient", (_budget("sft"),)),
+    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = head", "result.d_source[first:last] = head", (_budget("sft"),)),
     Mutation(
         "engine: another chunk's hard tokens", _ENGINE, "else hard[span]", "else hard[: span.stop - span.start]",
         ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
     ),
     Mutation(
-        "engine: padding's weight gradient not cleared", _ENGINE, "full[vocab:].zero_()", "pass",
+        "engine: padding's weight gradient not cleared", _HEAD, "self._d_weight[self._vocab :].zero_()", "pass",
         ("test_stress.py::test_uninitialised_memory_is_never_read_with_a_top_k_teacher[bucket-torch]",),
+    ),
+    # groups of chunks, as on a GPU
+    Mutation(
+        "groups: every chunk's dlogits in the same place", _ENGINE, "slice(span.start - first, span.stop - first)",
+        "slice(0, span.stop - span.start)", (_groups("no_evo-groups-bf16"),),
+    ),
+    Mutation("groups: the first chunk's tokens alone", _ENGINE, "hidden = side_s.operand(tokens)", "pass", (_groups("no_evo-groups-bf16"),)),
+    Mutation(
+        "groups: the factor twice", _HEAD, "elif not self._scaled and not self._at_once", "elif not self._at_once",
+        (_groups("no_evo-groups-bf16"), "test_gradient_groups.py::test_budget_of_groups[no_evo-bf16]"),
+    ),
+    Mutation(
+        "groups: the factor missing in slabs", _HEAD, "total if self._scaled else total.mul_(self._scale)", "total",
+        ("test_gradient_groups.py::test_weights_in_another_dtype_than_the_gemm_s",),
+    ),
+    Mutation(
+        "groups: the last slab left out", _HEAD, "range(0, self._vocab, step)", "range(0, self._vocab - step, step)",
+        ("test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
+    ),
+    Mutation(
+        "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
+        ("test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
     ),
     # top-k teachers
     Mutation(

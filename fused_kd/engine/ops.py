@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..objectives import RowSpec
 from ..rows.base import Shards
-from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype
+from .chunked import Result, Side, TopKSide, Wanted
 from .dispatch import run as run
+from .head_gradient import gradient_dtype
 
 
 class Options(NamedTuple):

@@ -40,8 +40,9 @@ from torch import Tensor
 
 from ..objectives import RowSpec
 from ..workspace import empty
-from .chunked import Result, Side, Wanted, allocate, gradient_dtype, valid_tokens
+from .chunked import Result, Side, Wanted, allocate, valid_tokens
 from .gemm import Projection
+from .head_gradient import gradient_dtype
 from .streaming_plan import Plan, Sizes, plan_streaming
 from .streaming_sweeps import Sweeps
 
