@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.engine.chunked import Side
+from fused_kd.engine.hand_over import scale_in_place
 from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.objectives import OBJECTIVES
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
@@ -129,6 +130,13 @@ def _case(
     dlogits = None if gradient is None else z if gradient == student else torch.empty(1, V, dtype=gradient)
     outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
     return inputs, outputs
+
+
+def hand_over_cases() -> dict[str, Callable[[], None]]:
+    return {
+        f"hand_over/{name}": functools.partial(scale_in_place, torch.empty(1 << 16, dtype=dtype), torch.ones(()))
+        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+    }
 
 
 SWEEPS = ("statistics", "sums", "gradient")
@@ -282,7 +290,8 @@ def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
-        for name, launch in (cases() | streaming_cases() | sharded_cases()).items():  # tiles depend on the target
+        calls = cases() | hand_over_cases() | streaming_cases() | sharded_cases()  # tiles depend on the target
+        for name, launch in calls.items():
             compiled.clear()
             try:
                 launch()

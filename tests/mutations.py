@@ -207,6 +207,11 @@ MUTATIONS = [
         ("test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
     ),
     Mutation(
+        "hand-over: every program the same blocks", "fused_kd/engine/hand_over.py",
+        "tl.program_id(0).to(tl.int64) * BLOCK", "tl.cast(0, tl.int64)",
+        ("test_hand_over.py::test_every_element_once",),
+    ),
+    Mutation(
         "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
         ("test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
     ),
