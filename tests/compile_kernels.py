@@ -28,8 +28,10 @@ from triton.runtime.jit import JITFunction
 
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.engine.chunked import Side
+from fused_kd.engine.gemm import Projection
 from fused_kd.engine.hand_over import scale_in_place
 from fused_kd.engine.streaming_sweeps import Sweeps
+from fused_kd.engine.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded_triton import TritonRow
@@ -137,6 +139,29 @@ def hand_over_cases() -> dict[str, Callable[[], None]]:
         f"hand_over/{name}": functools.partial(scale_in_place, torch.empty(1 << 16, dtype=dtype), torch.ones(()))
         for name, dtype in (("fp32", FP32), ("bf16", BF16))
     }
+
+
+def filter_cases() -> dict[str, Callable[[], None]]:
+    """Of the chunked engine's gradient GEMMs."""
+    made: dict[str, Callable[[], None]] = {}
+    for name, dtype in (("fp32", FP32), ("bf16", BF16)):
+        dlogits, weight, hidden = (torch.empty(*size, dtype=dtype) for size in ((64, 256), (256, 64), (64, 64)))
+        projection = Projection(weight, None, FP32)  # its GEMMs are not what is compiled
+        projection.weight = weight
+        made[f"filter/{name}/flags"] = functools.partial(DeviceTiles, projection, dlogits, torch.ones(64), 1e-4)
+        made[f"filter/{name}/dH"] = functools.partial(_filtered, projection, dlogits, hidden, "dH")
+        made[f"filter/{name}/dW"] = functools.partial(_filtered, projection, dlogits, hidden, "dW")
+    return made
+
+
+def _filtered(projection: Projection, dlogits: torch.Tensor, hidden: torch.Tensor, product: str) -> None:
+    tiles = DeviceTiles.__new__(DeviceTiles)
+    tiles._projection, tiles._dlogits, tiles._tile = projection, dlogits, 64 if dlogits.dtype == FP32 else 128
+    tiles._flags = torch.ones(-(-64 // tiles._tile), 256 // tiles._tile, dtype=torch.uint8)
+    if product == "dH":
+        tiles.hidden()
+    else:
+        tiles.weight(torch.empty(256, 64), slice(0, 256), hidden, first=True)
 
 
 SWEEPS = ("statistics", "sums", "gradient")
@@ -290,7 +315,9 @@ def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
-        calls = cases() | hand_over_cases() | streaming_cases() | sharded_cases()  # tiles depend on the target
+        calls = (
+            cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
+        )  # tiles depend on the target
         for name, launch in calls.items():
             compiled.clear()
             try:

@@ -45,6 +45,7 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
+_FILTER, _FILTER_TRITON = "fused_kd/engine/tile_filter.py", "fused_kd/engine/tile_filter_triton.py"
 _HEAD, _PLAN = "fused_kd/engine/head_gradient.py", "fused_kd/engine/plan.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch_math.py"
@@ -205,6 +206,22 @@ MUTATIONS = [
     Mutation(
         "groups: the last slab left out", _HEAD, "range(0, self._vocab, step)", "range(0, self._vocab - step, step)",
         ("test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
+    ),
+    Mutation(
+        "filter: token weights ignored", _FILTER, "(eps * factors[rows].abs()).unsqueeze(1)", "eps",
+        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+    ),
+    Mutation(
+        "filter: columns of a slab not moved", _FILTER, "part - columns.start, product", "part, product",
+        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+    ),
+    Mutation(
+        "filter: a NaN left out", _FILTER_TRITON, "~((x < threshold[:, None]) | (x == 0.0))", "x >= threshold[:, None]",
+        ("test_tile_filter.py::test_nan_is_never_left_out[device]",),
+    ),
+    Mutation(
+        "filter: flags of other columns", _FILTER_TRITON, "slice(columns.start // self._tile,", "slice(0,",
+        ("test_tile_filter.py::test_products_of_what_is_left[device]",),
     ),
     Mutation(
         "hand-over: every program the same blocks", "fused_kd/engine/hand_over.py",

@@ -33,14 +33,17 @@ def choose_engine(
     """
     if sharded:
         return "chunked", _sharded_backend(engine, backend, divergence, grad_filter_eps, device, top_k)
-    if grad_filter_eps > 0 and engine != "streaming":
-        raise ValueError(f"grad_filter_eps={grad_filter_eps!r} needs engine='streaming', got engine={engine!r}")
     if engine == "streaming":
         obstacle = _streaming_obstacle(backend, divergence, top_k, device)
         if obstacle is not None:
             raise ValueError(obstacle)
         return "streaming", "triton"
     chosen = choose_backend(backend, device)
+    if grad_filter_eps > 0 and device.type != "cpu":
+        try:  # its kernels are Triton's, whatever the row's
+            choose_backend("triton", device)
+        except ValueError as error:
+            raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
     if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
         return AUTO, chosen
     return "chunked", chosen
@@ -106,7 +109,7 @@ def run(
 
         return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
     try:
-        return chunked.run(student, teacher, *args, row=get_row(backend), **options)
+        return chunked.run(student, teacher, *args, row=get_row(backend), grad_filter_eps=grad_filter_eps, **options)
     except BudgetTooSmall as error:
         if engine != AUTO or isinstance(teacher, chunked.TopKSide):
             raise
@@ -114,6 +117,6 @@ def run(
     from . import streaming
 
     try:
-        return streaming.run(student, teacher, *args, **options)
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
     except BudgetTooSmall as error:
         raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None

@@ -1,4 +1,4 @@
-"""A finished gradient times the upstream one, which is nearly always 1: then a GPU reads the factor and nothing else."""
+"""A finished gradient times the upstream one, nearly always 1: then a GPU reads the factor and nothing else."""
 
 from __future__ import annotations
 
