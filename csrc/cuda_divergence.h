@@ -75,8 +75,8 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+        student_logits(rows, norms->row, slot, is_resident(rows, slot), z_s, slope);
+        teacher_logits(rows, norms->row, slot, is_resident(rows, slot), z_t, false);
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             float q, h, g;
@@ -85,9 +85,9 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
             sums[1] += g;
             z_s[i] = q, z_t[i] = g;
         }
-        if (FKD_KEEPS && keep && slot < rows->resident) {
-            write_slot(student_slot(rows, slot), z_s);
-            write_slot(teacher_slot(rows, slot), z_t);
+        if (FKD_KEEPS && keep && is_resident(rows, slot)) {
+            write_slot(student_slot(rows, slot, rows->turn), z_s);
+            write_slot(teacher_slot(rows, slot, rows->turn), z_t);
         }
     }
 }
@@ -102,7 +102,7 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
         FKD_UNROLL for (int j = 0; j < 7; j++) sums[j] = 0.0f;
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             float z_t[FKD_MOST];
-            teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+            teacher_logits(rows, norms->row, slot, is_resident(rows, slot), z_t, false);
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
                 FKD_UNROLL for (int j = 0; j < 7; j++)
@@ -120,8 +120,8 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+        student_logits(rows, norms->row, slot, is_resident(rows, slot), z_s, slope);
+        teacher_logits(rows, norms->row, slot, is_resident(rows, slot), z_t, false);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
             const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));

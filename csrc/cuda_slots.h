@@ -2,11 +2,16 @@
 // overwrites them, so that it waits for its own copies and for nobody's barrier. The first `resident` slots of each
 // thread stay in shared memory from the first sweep to the last; the rest of longer rows is read in every sweep.
 //
+// The first `ahead` of them have a second place, where the next row's are asked for as soon as a row begins: memory
+// then has work to do in sweeps that read nothing. Rows take the two places in turn. The other slots of the next row
+// are asked for in sweep 3, each as soon as it is free.
+//
 // Slot `i` of a cluster's threads is one stretch of the row. With FKD_VECTOR a thread's elements are neighbours, moved
 // by one instruction; rows that are not aligned for that are dealt out one element to each thread in turn.
 //
 // Macros from fused_kd/rows/cuda_build.py: FKD_THREADS, FKD_WIDTH, FKD_VECTOR, FKD_SHAPED (a scale or softcap),
-// FKD_STUDENT, FKD_TEACHER and FKD_DLOGITS (dtypes), FKD_LISTED (a teacher of entries and one value for all others).
+// FKD_STUDENT, FKD_TEACHER and FKD_DLOGITS (dtypes), FKD_LISTED (a teacher of entries and one value for all others),
+// FKD_WHOLE (every slot is resident).
 #pragma once
 
 #include "cuda_math.h"
@@ -31,7 +36,8 @@ typedef struct {
     const int64_t *entries;  // (C, K) ascending columns of a listed teacher
     const float *rest;       // (C,) its logit of all other columns
     int K, V;
-    int slots, resident;         // of each thread
+    int slots, resident, ahead;  // of each thread
+    int turn;                    // this row's first `ahead` slots are so many behind their first place
     int column, column_step;     // of this thread's first slot, and from slot to slot
     int student_at, teacher_at;  // its first slots in shared memory
 } Rows;
@@ -46,16 +52,24 @@ FKD_INLINE void place(Rows *rows, int area) {
     rows->column_step = cluster_size() * tile;
     rows->slots = (rows->V + rows->column_step - 1) / rows->column_step;
     rows->resident = rows->resident < rows->slots ? rows->resident : rows->slots;
+    rows->turn = 0;
+    const int students = (rows->resident + rows->ahead) * FKD_THREADS * slot_bytes(FKD_STUDENT);
     rows->student_at = area + thread * slot_bytes(FKD_STUDENT);
-    rows->teacher_at = area + rows->resident * FKD_THREADS * slot_bytes(FKD_STUDENT) + thread * slot_bytes(FKD_TEACHER);
+    rows->teacher_at = area + students + thread * slot_bytes(FKD_TEACHER);
 }
 
+FKD_INLINE bool is_resident(const Rows *rows, int slot) { return FKD_WHOLE || slot < rows->resident; }
+
 FKD_INLINE int column_of(const Rows *rows, int slot) { return rows->column + slot * rows->column_step; }
-FKD_INLINE int student_slot(const Rows *rows, int slot) {
-    return rows->student_at + slot * FKD_THREADS * slot_bytes(FKD_STUDENT);
+// The next row's turn.
+FKD_INLINE int next_turn(const Rows *rows) { return rows->resident - rows->turn; }
+
+FKD_INLINE int place_of(const Rows *rows, int slot, int turn) { return slot + (slot < rows->ahead ? turn : 0); }
+FKD_INLINE int student_slot(const Rows *rows, int slot, int turn) {
+    return rows->student_at + place_of(rows, slot, turn) * FKD_THREADS * slot_bytes(FKD_STUDENT);
 }
-FKD_INLINE int teacher_slot(const Rows *rows, int slot) {
-    return rows->teacher_at + slot * FKD_THREADS * slot_bytes(FKD_TEACHER);
+FKD_INLINE int teacher_slot(const Rows *rows, int slot, int turn) {
+    return rows->teacher_at + place_of(rows, slot, turn) * FKD_THREADS * slot_bytes(FKD_TEACHER);
 }
 
 // Which of a slot's elements a column is; none if outside of [0, FKD_WIDTH).
@@ -187,23 +201,35 @@ FKD_INLINE Begin begin_of(const Rows *rows, int64_t row) {
     return begin;
 }
 
-// Of both sides; their slots may be overwritten from now on.
-FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot) {
+// Of both sides; what is there may be overwritten from now on.
+FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot, int turn) {
     const int column = column_of(rows, slot);
-    request(FKD_STUDENT, row->student, column, rows->V, student_slot(rows, slot));
+    request(FKD_STUDENT, row->student, column, rows->V, student_slot(rows, slot, turn));
     if (FKD_TEACHER >= 0 && !FKD_LISTED)
-        request(FKD_TEACHER, row->teacher, column, rows->V, teacher_slot(rows, slot));
+        request(FKD_TEACHER, row->teacher, column, rows->V, teacher_slot(rows, slot, turn));
 }
 
-// Copies are counted in this many groups of slots, so that a sweep can begin with the first.
+// Copies are counted in this many groups of slots, so that a sweep can begin with the first. A row's groups are
+// committed twice, if with nothing to copy: for the slots ahead while the row before is in sweep 1, for the others
+// while it is in sweep 3. What is under way behind a group is then the same number for every group.
 #define FKD_GROUPS 8
-FKD_INLINE int group_end(const Rows *rows, int group) { return (group + 1) * rows->resident / FKD_GROUPS; }
+FKD_INLINE int group_end(const Rows *rows, int group) { return ((group + 1) * rows->resident + 7) / FKD_GROUPS; }
 
-FKD_INLINE void request_row(const Rows *rows, int64_t row) {
+// In sweep 1 of a row, which has committed one group of the next row for every group before this one.
+FKD_INLINE void group_wait(const Rows *rows, int group) {
+    if (group_end(rows, group) <= rows->ahead)
+        copies_wait<2 * FKD_GROUPS - 1>();
+    else
+        copies_wait<FKD_GROUPS - 1>();
+}
+
+// Slots from `first` on and before `end`.
+FKD_INLINE void request_slots(const Rows *rows, int64_t row, int turn, int first, int end) {
     const Begin begin = begin_of(rows, row);
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
-        FKD_ROLLED for (; slot < group_end(rows, group); slot++) request_slot(rows, &begin, slot);
+        FKD_ROLLED for (; slot < group_end(rows, group); slot++)
+            if (slot >= first && slot < end) request_slot(rows, &begin, slot, turn);
         copies_commit();
     }
 }
@@ -235,7 +261,7 @@ FKD_INLINE void mask(int column, int V, float *x) {
 FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, float *slope) {
     const int column = column_of(rows, slot);
     if (resident)
-        read_slot(FKD_STUDENT, student_slot(rows, slot), x);
+        read_slot(FKD_STUDENT, student_slot(rows, slot, rows->turn), x);
     else
         read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, x);
     final_logits(&rows->student, x, slope);
@@ -279,7 +305,7 @@ FKD_INLINE void listed_logits(const Rows *rows, int64_t row, int column, float *
 
 // `first_time` fills a listed teacher's slots.
 FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, bool first_time) {
-    const int column = column_of(rows, slot), offset = teacher_slot(rows, slot);
+    const int column = column_of(rows, slot), offset = teacher_slot(rows, slot, rows->turn);
     if (FKD_LISTED && (first_time || !resident)) {
         listed_logits(rows, row, column, x);
         if (resident) write_slot(offset, x);

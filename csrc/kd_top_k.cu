@@ -28,7 +28,7 @@ FKD_INLINE TopK call_of(const void *student, int64_t student_stride, float scale
     rows->teacher = rows->student;
     rows->dlogits = (char *)dlogits, rows->dlogits_stride = dlogits_stride;
     rows->entries = entries, rows->rest = 0;
-    rows->K = K, rows->V = V, rows->resident = 0;
+    rows->K = K, rows->V = V, rows->resident = 0, rows->ahead = 0;
     place(rows, FKD_RECORDS_BYTES);
     call.labels = labels, call.scalars = scalars;
     return call;

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Tuning:
     """The choices in force."""
+
+    # The CUDA row asks for the next row's first logits while shared memory has room beside this row's.
+    cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
 
 
 _current = Tuning()

@@ -171,7 +171,7 @@ def test_rows_that_a_gpu_holds_whole():
     for gpu, device in gpus.items():
         for V in (1, 517, 32_000, 50_257, 128_256, 151_936, 201_088, 227_000, 262_144):
             for width, column_bytes in ((4, 8), (8, 4), (4, 6), (4, 4)):
-                cut = cuda_row.cut_rows(V, width, column_bytes, device)
+                cut = cuda_row.cut_rows(V, width, column_bytes, device, True)
                 assert cut.shared_bytes <= device.block_bytes and cut.cluster <= device.largest_cluster
                 whole = cut.resident * cut.cluster * cut.threads * width >= V
                 assert whole or gpu != "H100, H200, B200" or V == 262_144

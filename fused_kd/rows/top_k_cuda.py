@@ -87,6 +87,7 @@ def _launch(
         "FKD_TEACHER": NO_TEACHER,
         "FKD_DLOGITS": DTYPES[streams[-1].dtype],
         "FKD_LISTED": 0,
+        "FKD_WHOLE": 0,
         "FKD_WIDTH": width,
         "FKD_VECTOR": int(all(aligned(x, width) for x in streams)),
         "FKD_SHAPED": int(inputs.student.scale != 1.0 or inputs.student.softcap is not None),
