@@ -110,6 +110,10 @@ template <int newest> FKD_INLINE void copies_wait() { asm volatile("cp.async.wai
 
 // ---- global memory
 
+// An address that is to stay in registers: the compiler would rather multiply again for every slot.
+FKD_INLINE void kept(const char **x) { asm volatile("" : "+l"(*x)); }
+
+
 FKD_INLINE uint4 global_read16(const void *x) { return *(const uint4 *)x; }
 FKD_INLINE uint2 global_read8(const void *x) { return *(const uint2 *)x; }
 FKD_INLINE uint32_t global_read4(const void *x) { return *(const uint32_t *)x; }

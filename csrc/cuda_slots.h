@@ -169,14 +169,11 @@ FKD_INLINE void write_row(const Rows *rows, int64_t row, int column, const float
 
 // ---- asking for a row's slots
 
-FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset) {
+// Of a slot of which something lies in the row, if not `all`.
+FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset, bool all) {
     const char *first = row + (int64_t)column * size_of(dtype);
     if (FKD_VECTOR) {
-        const int left = V - column;
-        if (left >= FKD_WIDTH)
-            copy_async(offset, first, slot_bytes(dtype), slot_bytes(dtype));
-        else if (left > 0)
-            copy_async(offset, first, slot_bytes(dtype), left * size_of(dtype));
+        copy_async(offset, first, slot_bytes(dtype), all ? slot_bytes(dtype) : (V - column) * size_of(dtype));
         return;
     }
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -198,22 +195,30 @@ FKD_INLINE Begin begin_of(const Rows *rows, int64_t row) {
     Begin begin;
     begin.student = rows->student.data + row * rows->student.stride;
     begin.teacher = rows->teacher.data + row * rows->teacher.stride;
+    kept(&begin.student);
+    kept(&begin.teacher);
     return begin;
 }
 
 // Of both sides; what is there may be overwritten from now on.
 FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot, int turn) {
-    const int column = column_of(rows, slot);
-    request(FKD_STUDENT, row->student, column, rows->V, student_slot(rows, slot, turn));
-    if (FKD_TEACHER >= 0 && !FKD_LISTED)
-        request(FKD_TEACHER, row->teacher, column, rows->V, teacher_slot(rows, slot, turn));
+    const int column = column_of(rows, slot), V = rows->V;
+    const int student = student_slot(rows, slot, turn), teacher = teacher_slot(rows, slot, turn);
+    const bool both = FKD_TEACHER >= 0 && !FKD_LISTED;
+    if (!FKD_VECTOR || column + FKD_WIDTH <= V) {
+        request(FKD_STUDENT, row->student, column, V, student, true);
+        if (both) request(FKD_TEACHER, row->teacher, column, V, teacher, true);
+    } else if (column < V) {
+        request(FKD_STUDENT, row->student, column, V, student, false);
+        if (both) request(FKD_TEACHER, row->teacher, column, V, teacher, false);
+    }
 }
 
 // Copies are counted in this many groups of slots, so that a sweep can begin with the first. A row's groups are
 // committed twice, if with nothing to copy: for the slots ahead while the row before is in sweep 1, for the others
 // while it is in sweep 3. What is under way behind a group is then the same number for every group.
-#define FKD_GROUPS 8
-FKD_INLINE int group_end(const Rows *rows, int group) { return ((group + 1) * rows->resident + 7) / FKD_GROUPS; }
+#define FKD_GROUPS 4
+FKD_INLINE int group_end(const Rows *rows, int group) { return (int)((uint32_t)((group + 1) * rows->resident + FKD_GROUPS - 1) / FKD_GROUPS); }
 
 // In sweep 1 of a row, which has committed one group of the next row for every group before this one.
 FKD_INLINE void group_wait(const Rows *rows, int group) {
@@ -236,9 +241,10 @@ FKD_INLINE void request_slots(const Rows *rows, int64_t row, int turn, int first
 
 // ---- logits
 
-// The final logit before the temperature, and d final / d raw.
-FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
-    const float z = max_or_nan(raw, LOG_ZERO);
+// The final logit before the temperature, and d final / d raw. -inf becomes LOG_ZERO where `bounded`, which differences
+// of logits need; its exponential is 0 either way.
+FKD_INLINE float final_logit(const Side *side, float raw, bool bounded, float *slope) {
+    const float z = bounded || FKD_SHAPED ? max_or_nan(raw, LOG_ZERO) : raw;
     if (!FKD_SHAPED) return z;
     *slope = side->scale;
     if (side->cap == 0.0f) return z * side->scale;
@@ -248,24 +254,8 @@ FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
     return capped;
 }
 
-FKD_INLINE void final_logits(const Side *side, float *x, float *slope) {
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], &slope[i]);
-}
-
-FKD_INLINE void mask(int column, int V, float *x) {
-    if (column + (FKD_WIDTH - 1) * FKD_STEP < V) return;
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-        if (column + i * FKD_STEP >= V) x[i] = OUTSIDE;
-}
-
-FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, float *slope) {
-    const int column = column_of(rows, slot);
-    if (resident)
-        read_slot(FKD_STUDENT, student_slot(rows, slot, rows->turn), x);
-    else
-        read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, x);
-    final_logits(&rows->student, x, slope);
-    mask(column, rows->V, x);
+FKD_INLINE void final_logits(const Side *side, bool bounded, float *x, float *slope) {
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], bounded, &slope[i]);
 }
 
 FKD_INLINE int64_t entry(const Rows *rows, int64_t row, int i) {
@@ -303,8 +293,7 @@ FKD_INLINE void listed_logits(const Rows *rows, int64_t row, int column, float *
     }
 }
 
-// `first_time` fills a listed teacher's slots.
-FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, bool first_time) {
+FKD_INLINE void raw_teacher(const Rows *rows, int64_t row, int slot, bool resident, bool first_time, float *x) {
     const int column = column_of(rows, slot), offset = teacher_slot(rows, slot, rows->turn);
     if (FKD_LISTED && (first_time || !resident)) {
         listed_logits(rows, row, column, x);
@@ -313,7 +302,26 @@ FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool res
         read_slot(FKD_TEACHER, offset, x);
     else
         read_row(FKD_TEACHER, rows->teacher.data + row * rows->teacher.stride, column, rows->V, x);
-    float unused[FKD_MOST];
-    final_logits(&rows->teacher, x, unused);
-    mask(column, rows->V, x);
+}
+
+// A slot's final logits, of the teacher where there is one. `first_time` fills a listed teacher's slots.
+FKD_INLINE void slot_logits(const Rows *rows, int64_t row, int slot, bool resident, bool bounded, bool first_time,
+                            float *z_s, float *slope, float *z_t) {
+    const int column = column_of(rows, slot);
+    if (resident)
+        read_slot(FKD_STUDENT, student_slot(rows, slot, rows->turn), z_s);
+    else
+        read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, z_s);
+    final_logits(&rows->student, bounded, z_s, slope);
+    if (FKD_TEACHER >= 0) {
+        float unused[FKD_MOST];
+        raw_teacher(rows, row, slot, resident, first_time, z_t);
+        final_logits(&rows->teacher, bounded, z_t, unused);
+    }
+    if (column + (FKD_WIDTH - 1) * FKD_STEP < rows->V) return;
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+        if (column + i * FKD_STEP < rows->V) continue;
+        z_s[i] = OUTSIDE;
+        if (FKD_TEACHER >= 0) z_t[i] = OUTSIDE;
+    }
 }

@@ -65,8 +65,7 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, f
         const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
         FKD_ROLLED for (; slot < end; slot++) {
             float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, norms->row, slot, is_resident(rows, slot), z_s, slope);
-            if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, is_resident(rows, slot), z_t, true);
+            slot_logits(rows, norms->row, slot, is_resident(rows, slot), true, true, z_s, slope, z_t);
             const int label = element_of(column_of(rows, slot), norms->label);
             if (label >= 0 && label < FKD_WIDTH) {
                 FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -95,20 +94,22 @@ typedef struct {
 FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot,
                               bool resident) {
     const Rows *rows = &call->rows;
+    const int label = element_of(column_of(rows, slot), norms->label);
     float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
     if (form == KEPT && resident) {
         read_slot(FP32, student_slot(rows, slot, rows->turn), z_s);
         read_slot(FP32, teacher_slot(rows, slot, rows->turn), z_t);
-        const int label = element_of(column_of(rows, slot), norms->label);
+        float x[FKD_MOST];
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-            z_s[i] = gradient_of(norms, 0.0f, label == i, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
-        write_row(rows, norms->row, column_of(rows, slot), z_s);
+            x[i] = gradient_of(norms, 0.0f, false, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
+        if (FKD_HARD_LABEL && label >= 0 && label < FKD_WIDTH)
+            FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
+                if (label == i) x[i] = gradient_of(norms, 0.0f, true, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
+        write_row(rows, norms->row, column_of(rows, slot), x);
         return;
     }
-    student_logits(rows, norms->row, slot, resident, z_s, slope);
-    const bool with_teacher = FKD_TEACHER >= 0;
-    if (with_teacher) teacher_logits(rows, norms->row, slot, resident, z_t, false);
-    const int label = element_of(column_of(rows, slot), norms->label);
+    const bool with_teacher = FKD_TEACHER >= 0, bounded = form != LINEAR && FKD_DIFFERENCES;
+    slot_logits(rows, norms->row, slot, resident, bounded, false, z_s, slope, z_t);
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
         float x;
         if (form == LINEAR) {

@@ -271,6 +271,7 @@ template <typename T> static void global_write(void *x, T value) {
     if (allowed(x, sizeof value, sizeof value, true)) memcpy(x, &value, sizeof value);
 }
 
+FKD_INLINE void kept(const char **) {}
 FKD_INLINE uint4 global_read16(const void *x) { return global_read<uint4>(x); }
 FKD_INLINE uint2 global_read8(const void *x) { return global_read<uint2>(x); }
 FKD_INLINE uint32_t global_read4(const void *x) { return global_read<uint32_t>(x); }
