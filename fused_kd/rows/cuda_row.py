@@ -23,8 +23,6 @@ from .base import Logits, RowInputs, RowOutputs, Sparse
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TEACHER = -1
 _DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
-# Rows in the int32 arithmetic of columns, a tile beyond their end included.
-LARGEST_VOCAB = 2**30
 # Of shared memory, which the system takes for every block.
 RESERVED_BYTES = 1024
 
@@ -92,8 +90,9 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
     C, V = inputs.student.raw.shape
-    if V > LARGEST_VOCAB:
-        raise ValueError(f"backend='cuda' takes vocabularies up to {LARGEST_VOCAB}, got {V}; use backend='triton'")
+    if V > cuda_build.LARGEST_VOCAB:
+        most = cuda_build.LARGEST_VOCAB
+        raise ValueError(f"backend='cuda' takes vocabularies up to {most}, got {V}; use backend='triton'")
     if C == 0:
         return
     student = inputs.student._replace(raw=unit_stride(inputs.student.raw))
