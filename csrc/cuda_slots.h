@@ -169,7 +169,7 @@ FKD_INLINE void write_row(const Rows *rows, int64_t row, int column, const float
 
 // ---- asking for a row's slots
 
-// Of a slot of which something lies in the row, if not `all`.
+// Of a slot that lies in the row, `all` of it or its beginning.
 FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset, bool all) {
     const char *first = row + (int64_t)column * size_of(dtype);
     if (FKD_VECTOR) {
@@ -214,13 +214,15 @@ FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot, int t
     }
 }
 
-// Copies are counted in this many groups of slots, so that a sweep can begin with the first. A row's groups are
-// committed twice, if with nothing to copy: for the slots ahead while the row before is in sweep 1, for the others
-// while it is in sweep 3. What is under way behind a group is then the same number for every group.
+// Copies are counted in this many groups of slots, so that a sweep can begin with the first. Each group is committed
+// twice, the slots ahead while the row before is in sweep 1 and the others while it is in sweep 3, even where one of
+// these has no slot: behind any group, the same number is then under way.
 #define FKD_GROUPS 4
-FKD_INLINE int group_end(const Rows *rows, int group) { return (int)((uint32_t)((group + 1) * rows->resident + FKD_GROUPS - 1) / FKD_GROUPS); }
+FKD_INLINE int group_end(const Rows *rows, int group) {
+    return (int)((uint32_t)((group + 1) * rows->resident + FKD_GROUPS - 1) / FKD_GROUPS);
+}
 
-// In sweep 1 of a row, which has committed one group of the next row for every group before this one.
+// In sweep 1, which has committed a group of the next row for every group before this one.
 FKD_INLINE void group_wait(const Rows *rows, int group) {
     if (group_end(rows, group) <= rows->ahead)
         copies_wait<2 * FKD_GROUPS - 1>();

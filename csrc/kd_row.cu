@@ -100,11 +100,12 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
         read_slot(FP32, student_slot(rows, slot, rows->turn), z_s);
         read_slot(FP32, teacher_slot(rows, slot, rows->turn), z_t);
         float x[FKD_MOST];
+        const float total = gradient->g_total, weight = gradient->weight;
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-            x[i] = gradient_of(norms, 0.0f, false, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
-        if (FKD_HARD_LABEL && label >= 0 && label < FKD_WIDTH)
+            x[i] = gradient_of(norms, 0.0f, false, z_s[i], z_t[i], total) * weight;
+        if (FKD_HARD_LABEL && label >= 0 && label < FKD_WIDTH)  // seldom, hence apart
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-                if (label == i) x[i] = gradient_of(norms, 0.0f, true, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
+                if (label == i) x[i] = gradient_of(norms, 0.0f, true, z_s[i], z_t[i], total) * weight;
         write_row(rows, norms->row, column_of(rows, slot), x);
         return;
     }
@@ -260,8 +261,8 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
                         const void *teacher, int64_t teacher_stride, float teacher_scale, float teacher_cap,
                         void *dlogits, int64_t dlogits_stride,  // strides in bytes
                         const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V, int32_t resident,
-                        int32_t ahead, const int64_t *labels, const float *weights, const float *scalars, const uint8_t *given,
-                        float *loss, float *difficulty, uint8_t *is_hard) {
+                        int32_t ahead, const int64_t *labels, const float *weights, const float *scalars,
+                        const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
     Call call;
     Rows *rows = &call.rows;
     rows->student.data = (const char *)student, rows->student.stride = student_stride;

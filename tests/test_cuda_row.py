@@ -155,7 +155,7 @@ def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objecti
     assert in_place.dlogits is z
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("device, ahead", [("whole", 0), ("part", 0), ("room ahead", 5), ("room for all", 9)])
 def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated):
     """Bit by bit, with rows left out in between, a gradient and without one, and more or fewer rows than clusters."""
