@@ -82,7 +82,7 @@ def test_none_keeps_preferring_triton(monkeypatch):
 def cuda_first(monkeypatch):
     """As if the CUDA row had been measured to be the faster one on sm_90, and every GPU were one."""
     monkeypatch.setattr(rows, "CUDA_FIRST", frozenset({(9, 0)}))
-    monkeypatch.setattr(rows, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(rows, "_installed", lambda package: True)
     rows._cuda_or_triton.cache_clear()
     yield
@@ -93,10 +93,18 @@ def test_none_can_prefer_cuda_by_one_line(cuda_first, monkeypatch):
     assert rows.choose_backend(None, GPU) == rows.CUDA_OR_TRITON
     assert rows.choose_backend("triton", GPU) == "triton"
     assert dispatch.choose_engine(None, None, "kl", 0.0, GPU, sharded=True) == ("chunked", "triton")
-    monkeypatch.setattr(rows, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert rows.choose_backend(None, GPU) == "triton"
     monkeypatch.setattr(rows, "_installed", lambda package: package != "triton")
     assert rows.choose_backend(None, GPU) == "torch"
+
+
+def test_the_choice_is_a_constant_to_torch_compile(cuda_first):
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + len(rows.choose_backend(None, GPU))
+
+    assert chosen(torch.zeros(())) == len(rows.CUDA_OR_TRITON)
 
 
 class Inputs:

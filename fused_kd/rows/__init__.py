@@ -32,7 +32,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             return NATIVE_OR_TORCH
         if device.type != "cuda" or not has_triton:
             return "torch"
-        return CUDA_OR_TRITON if CUDA_FIRST and _capability(device) in CUDA_FIRST else "triton"
+        return CUDA_OR_TRITON if _cuda_first(device) else "triton"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton":
@@ -62,13 +62,12 @@ def on_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU."""
-    return torch.cuda.get_device_capability(device) if on_nvidia(device) else None
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_first(device: torch.device) -> bool:
+    return bool(CUDA_FIRST) and on_nvidia(device) and torch.cuda.get_device_capability(device) in CUDA_FIRST
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _installed(package: str) -> bool:
     """Whether a package can be imported. A constant to torch.compile: Dynamo of torch 2.11 refuses ``find_spec``."""
     try:
@@ -120,7 +119,7 @@ def _row(
 
 @functools.cache
 def _cuda_or_triton() -> Row:
-    """The CUDA row; without a word Triton's where it can not run: cuda-core or NVRTC missing, an old driver, long rows."""
+    """The CUDA row; without a word Triton's where that can not run: a package missing, an old driver, a longer row."""
     from . import cuda_build
 
     triton = get_row("triton")
