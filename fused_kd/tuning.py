@@ -30,6 +30,8 @@ class Tuning:
 
     gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
     device_chunk: int = field(default=1024, metadata={"others": (512, 2048), "affects": ("step",)})
+    # The CUDA row asks for the next row's first logits while shared memory has room beside this row's.
+    cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
 
 
 _current = Tuning()

@@ -159,6 +159,10 @@ MUTATIONS = [
         "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("test_cuda_row.py::test_rows_beyond_2_31_elements[dense]",),
     ),
     Mutation(
+        "cuda: the next row in this row's place", _CUDA, "rows->turn = next_turn(rows);", "",
+        ("test_cuda_row.py::test_asking_ahead_changes_nothing[room ahead-5-fp32]",),
+    ),
+    Mutation(
         "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
         ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
     ),

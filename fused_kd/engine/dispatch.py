@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..divergences import DIVERGENCES
-from ..rows import choose_backend, get_row
+from ..rows import CUDA_OR_TRITON, choose_backend, get_row
 from ..rows.base import Shards
 from . import chunked
 from .plan import BudgetTooSmall
@@ -67,7 +67,7 @@ def _sharded_backend(
     fits = not top_k and not (divergence is not None and DIVERGENCES[divergence].adaptive)
     if backend == "triton" and not fits:
         raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")
-    return "triton" if choose_backend(backend, device) == "triton" and fits else "torch"
+    return "triton" if choose_backend(backend, device) in ("triton", CUDA_OR_TRITON) and fits else "torch"
 
 
 def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
