@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 AFFECTS = ("row", "step", "streaming")
@@ -22,7 +22,16 @@ AFFECTS = ("row", "step", "streaming")
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choices in force."""
+    """The choices in force.
+
+    Attributes:
+        row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
+            any dtype, and 16 KB in flight a program.
+        row_threads: threads of such a program.
+    """
+
+    row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
+    row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
 
 
 _current = Tuning()
@@ -63,10 +72,10 @@ def alternatives(affects: str, of: type = Tuning) -> list[Alternative]:
     if affects not in AFFECTS:
         raise ValueError(f"affects must be one of {', '.join(AFFECTS)}, got {affects!r}")
     found = []
-    for field in fields(of):
-        others, what = field.metadata.get("others", ()), field.metadata.get("affects", ())
-        if not others or not what or not set(what) <= set(AFFECTS) or field.default in others:
-            raise ValueError(f"{of.__name__}.{field.name} must name its others and what it affects in its metadata")
+    for choice in fields(of):
+        others, what = choice.metadata.get("others", ()), choice.metadata.get("affects", ())
+        if not others or not what or not set(what) <= set(AFFECTS) or choice.default in others:
+            raise ValueError(f"{of.__name__}.{choice.name} must name its others and what it affects in its metadata")
         if affects in what:
-            found += [Alternative(field.name, field.default, other, tuple(what)) for other in others]
+            found += [Alternative(choice.name, choice.default, other, tuple(what)) for other in others]
     return found

@@ -55,6 +55,7 @@ COUNTED = {
     "self_evolution/in_place": 8,
     "self_evolution/bf16_logits": 4,
     "self_evolution/odd": 6,
+    "self_evolution/padded": 8,
     "generalized_jsd/in_place": 8,
     "sharded/self_evolution/statistics": 8,
 }
@@ -115,6 +116,7 @@ def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made["self_evolution/bf16_out"] = _case("self_evolution", FP32, FP32, BF16)
     made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
     made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
+    made["self_evolution/padded"] = _case("self_evolution", FP32, FP32, BF16, V=50257, stride=50304)
     made["self_evolution/V=1"] = _case("self_evolution", FP32, FP32, FP32, V=1)
     return made
 
@@ -126,22 +128,26 @@ def _case(
     gradient: torch.dtype | None,
     *,
     V: int = 128256,
+    stride: int | None = None,
     softcap: float | None = None,
     weights: bool = False,
     cold: bool = False,
 ) -> tuple[RowInputs, RowOutputs]:
+    def matrix(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(1, stride or V, dtype=dtype)[:, :V]
+
     spec = OBJECTIVES[name].kind
-    z = torch.empty(1, V, dtype=student)
+    z = matrix(student)
     inputs = RowInputs(
         Logits(z, 1.0, softcap, True),
-        None if spec.divergence is None else Logits(torch.empty(1, V, dtype=teacher), 1.0, softcap, True),
+        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, True),
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
         torch.zeros(5),
         spec,
         cold,
     )
-    dlogits = None if gradient is None else z if gradient == student else torch.empty(1, V, dtype=gradient)
+    dlogits = None if gradient is None else z if gradient == student else matrix(gradient)
     outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
     return inputs, outputs
 
@@ -338,7 +344,7 @@ def print_counts(chosen: list[str]) -> None:
     triton.runtime.driver.set_active(Offline(0, TARGETS[COUNTED_ON]))
     launches = cases() | streaming_cases() | sharded_cases()
     for case in chosen:
-        name, _, size = case.partition("=") if case not in launches else (case, "", "")
+        name, _, size = (case, "", "") if case in launches else case.rpartition("=")
         compiled.clear()
         launches[name]()
         for kernel in compiled:

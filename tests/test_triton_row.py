@@ -36,8 +36,10 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from fused_kd.rows import triton_math, triton_row  # noqa: E402
+from fused_kd.tuning import current  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+BLOCK = current().row_block
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 ALL = [cls() for cls in OBJECTIVES.values() if not cls.kind.ranked]
 LOSS_BUDGET = 1e-6
@@ -161,7 +163,7 @@ def test_within_the_error_of_eager_pytorch(objective: Objective, std: float, dis
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
-@pytest.mark.parametrize("V", [1, 3, 127, 1025, triton_row.BLOCK, 2 * triton_row.BLOCK + 1])
+@pytest.mark.parametrize("V", [1, 3, 127, 1025, BLOCK, 2 * BLOCK + 1])
 def test_any_vocabulary(objective: Objective, V: int) -> None:
     z_s, z_t, labels = make(3, V, distance=None)
     labels[-1] = V - 1
@@ -341,9 +343,9 @@ def test_offsets_of_the_logits_do_not_matter(objective: Objective) -> None:
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
 def test_excluded_tokens(objective: Objective) -> None:
     """-inf on both sides, also over whole blocks, changes nothing; an excluded target costs inf."""
-    V = 3 * triton_row.BLOCK
+    V = 3 * BLOCK
     z_s, z_t, labels = make(3, V, distance=None)
-    kept = slice(triton_row.BLOCK + 5, 2 * triton_row.BLOCK - 3)
+    kept = slice(BLOCK + 5, 2 * BLOCK - 3)
     for z in (z_s, z_t):
         z[:, : kept.start] = z[:, kept.stop :] = -math.inf
     labels = labels % (kept.stop - kept.start)
@@ -402,7 +404,7 @@ def test_scalars_are_read_at_run_time() -> None:
         SelfEvolution(lam=0.8, beta=0.1, gamma=5.0),
     ):
         check(call(*data, objective), oracle(*data, objective))
-    constants = triton_row.row_constants(SelfEvolution.kind, False, False)
+    constants = triton_row.formula_constants(SelfEvolution.kind, False)
     assert not {0.2, 0.9, 0.8, 0.1} & set(constants.values())
 
 
