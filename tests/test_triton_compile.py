@@ -114,6 +114,18 @@ def test_instructions_of_the_main_loops_stay_within_the_table() -> None:
     assert not above, remedy
 
 
+def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
+    """Also where the vocabulary is odd, if only the rows' stride is not; where that is odd too, nothing is wide."""
+    counted = {kernel["case"]: kernel["loops"] for kernel in measured("sm_90") if kernel.get("loops")}
+    if not counted:
+        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    assert {"self_evolution/in_place", "self_evolution/padded", "self_evolution/odd"} <= counted.keys()
+    for case, loops in counted.items():
+        assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
+        widths = {int(width) for loop in loops for width in (*loop["loads"], *loop["stores"])}
+        assert widths == ({2, 4} if case == "self_evolution/odd" else {16}), case
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_aligned_rows_are_read_in_16_byte_vectors(target: str) -> None:
     plain = [kernel for kernel in compiled(target) if kernel["case"].endswith(("/loss", "/in_place", "/bf16_logits"))]

@@ -21,6 +21,7 @@ from ..rows.triton_math import (
     OUTSIDE,
     arguments,
     exponent,
+    exponent_scale,
     final_logits,
     label_terms,
     log_off_label,
@@ -83,7 +84,7 @@ def statistics_kernel(
     held = tl.minimum(positions, count - 1)
     tokens = tl.load(tokens_ptr + held)
     labels = tl.load(labels_ptr + held).to(tl.int32)
-    k = LOG2_E / tl.load(scalars_ptr + 3)
+    k = exponent_scale(scalars_ptr)
     split = tl.program_id(1)
 
     s_max = tl.full((BM,), OUTSIDE, tl.float32)
@@ -158,7 +159,7 @@ def combine_kernel(
     valid = positions < count
     lam = tl.load(scalars_ptr)
     gamma = tl.load(scalars_ptr + 2)
-    k = LOG2_E / tl.load(scalars_ptr + 3)
+    k = exponent_scale(scalars_ptr)
     s_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
     t_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
     s_sum = tl.zeros((BLOCK,), tl.float32)
@@ -374,7 +375,7 @@ def row_terms(norms_ptr, scalars_ptr, positions, n):
     """``target`` and ``norms`` of triton_math.arguments, as columns."""
     lam = tl.load(scalars_ptr)
     label_d = norm(norms_ptr, _LABEL_D, positions, n)
-    target = (lam, tl.load(scalars_ptr + 1), LOG2_E / tl.load(scalars_ptr + 3), log_off_label(lam), label_d)
+    target = (lam, tl.load(scalars_ptr + 1), exponent_scale(scalars_ptr), log_off_label(lam), label_d)
     s_max, s_inv = norm(norms_ptr, _NORM_S_MAX, positions, n), norm(norms_ptr, _NORM_S_INV, positions, n)
     t_max, t_inv = norm(norms_ptr, _NORM_T_MAX, positions, n), norm(norms_ptr, _NORM_T_INV, positions, n)
     return target, (s_max, s_inv, t_max, t_inv, norm(norms_ptr, _NORM_LOG_RATIO, positions, n))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import LOG2_E, exponent, log_off_label
+from .triton_math import LOG2_E, exponent, exponent_scale, log_off_label
 from .triton_sweeps import (
     logits,
     sweep_both,
@@ -54,7 +54,7 @@ def statistics_kernel(
         k = tl.cast(LOG2_E, tl.float32)
         s_max, s_total = sweep_student(student, V, BLOCK, LANES, PACK)
     else:
-        k = LOG2_E / tl.load(scalars_ptr + 3)
+        k = exponent_scale(scalars_ptr)
         teacher_row = teacher_ptr + row * teacher_stride
         teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
         s_max, s_total, t_max, t_total, kl_total, cold_max, cold_total = sweep_both(
@@ -186,7 +186,7 @@ def _known(known_ptr, scalars_ptr, row):
     """``target``, ``norms`` and ``cold`` of a row, as the functions of the whole row's kernel take them."""
     at = known_ptr + row * KNOWN
     lam = tl.load(scalars_ptr)
-    k = LOG2_E / tl.load(scalars_ptr + 3)
+    k = exponent_scale(scalars_ptr)
     target = (lam, tl.load(scalars_ptr + 1), k, log_off_label(lam), tl.load(at + 5))
     norms = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
     return target, norms, (tl.load(at + 6), tl.load(at + 7))

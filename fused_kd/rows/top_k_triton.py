@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
-from .triton_math import LN_2, LOG2_E, exponent
+from .triton_math import LN_2, LOG2_E, exponent, exponent_scale
 from .triton_row import guard, launch_constants, shape_of, unit_stride
 from .triton_sweeps import add_exponentials, by_lane, lane_max, logits, store_block, student_block, write_zeros
 
@@ -87,7 +87,7 @@ def condense_kernel(
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
-    k = LOG2_E / temperature
+    k = exponent_scale(scalars_ptr)
     top = tl.full((LANES,), _LOG_ZERO, tl.float32)
     z_max = top * k
     cold_max = top * LOG2_E
@@ -172,7 +172,7 @@ def expand_kernel(
     PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    k = LOG2_E / tl.load(scalars_ptr + 3)
+    k = exponent_scale(scalars_ptr)
     student = (student_ptr + row * student_stride, student_scale, student_cap)
     dlogits_row = dlogits_ptr + row * dlogits_stride
     if tl.load(labels_ptr + row) < 0:

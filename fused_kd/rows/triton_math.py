@@ -49,6 +49,12 @@ def log_off_label(lam):
 
 
 @triton.jit
+def exponent_scale(scalars_ptr):
+    """``k`` of a row's scalars."""
+    return (1.0 / tl.load(scalars_ptr + 3)) * LOG2_E
+
+
+@triton.jit
 def exponent(z, k, z_max):
     """``z / T`` in powers of 2 over the maximum's, ``z_max``."""
     return tl.fma(z, k, -z_max)
@@ -57,9 +63,7 @@ def exponent(z, k, z_max):
 @triton.jit
 def moved(kl_sum, t_sum, s_step, t_step):
     """``sum e_t * (a_t - a_s)`` over maxima that are larger by minus the steps, whose exponentials ``t_sum`` were."""
-    weight = tl.exp2(t_step)
-    # What has no weight may be infinitely far away.
-    return tl.where(weight == 0.0, 0.0, weight * (kl_sum + t_sum * (t_step - s_step)))
+    return tl.exp2(t_step) * (kl_sum + t_sum * (t_step - s_step))
 
 
 @triton.jit
@@ -157,7 +161,7 @@ def final_logits(z, scale, cap):
 @triton.jit
 def tanh(x):
     """tanh and its derivative, both to a few ulp of themselves and without overflow."""
-    e = tl.exp2((-2.0 * LOG2_E) * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     inv = 1.0 / (1.0 + e)
     large = (1.0 - e) * inv
     # 1 - e cancels near 0: there an odd polynomial, fitted for relative error (3e-9) on |x| <= 0.6.
