@@ -21,9 +21,9 @@ generalised JSD                    2 exp [19]     2 exp, 1 rsqrt [62]      2 exp
 
 A cross-entropy at another temperature adds 1 exp to sweeps 1 and 3, a softcap 1 exp and 1 division per sweep
 and capped side. NVIDIA's special-function units do exponentials of 2 and reciprocal roots, 16 a clock and
-multiprocessor; the logarithm is plain arithmetic. At 128 instructions a clock and multiprocessor, 44 of them for 8 bytes
-read are 23 bytes a clock, where the memory of an H100 gives 14. In the loops no thread waits for another: each has its
-own maxima and sums until the row's end.
+multiprocessor; the logarithm is plain arithmetic. At 128 instructions a clock and multiprocessor, 44 of them for 8
+bytes read are 23 bytes a clock, where the memory of an H100 gives 14. In the loops no thread waits for another: each
+has its own maxima and sums until the row's end.
 """
 
 from __future__ import annotations
