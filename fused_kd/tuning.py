@@ -24,13 +24,19 @@ AFFECTS = ("row", "step", "streaming")
 class Tuning:
     """The choices in force.
 
-    Of the chunked engine on a GPU: ``gradient_groups`` lets several chunks share the gradients' GEMMs; ``device_chunk``
-    is how many tokens such chunks hold.
+    Attributes:
+        gradient_groups: on a GPU several chunks share the gradients' GEMMs.
+        device_chunk: tokens of such a chunk.
+        row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
+            any dtype, and 16 KB in flight a program.
+        row_threads: threads of such a program.
+        cuda_prefetch: the CUDA row asks for the next row's first logits while shared memory has room beside this row's.
     """
 
     gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
     device_chunk: int = field(default=1024, metadata={"others": (512, 2048), "affects": ("step",)})
-    # The CUDA row asks for the next row's first logits while shared memory has room beside this row's.
+    row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
+    row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
     cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
 
 

@@ -56,6 +56,8 @@ _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
+_TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton_math.py", "fused_kd/rows/sharded_triton.py"
+_LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -131,7 +133,8 @@ MUTATIONS = [
         (_logits("triton", "no_evo"),),
     ),
     Mutation(
-        "triton: maximum not subtracted", _TRITON_SWEEPS, "tl.exp(z - z_max) * inv_total", "tl.exp(z) * inv_total",
+        "triton: maximum not subtracted", _TRITON_SWEEPS,
+        "tl.exp2(exponent(z, LOG2_E, z_max)) * inv_total", "tl.exp2(z * LOG2_E) * inv_total",
         ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
     ),
     Mutation(
@@ -140,7 +143,9 @@ MUTATIONS = [
     ),
     Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
     Mutation(
-        "triton: token weights missing", _TRITON_SWEEPS, "gradient * (slope * weight), mask=mask", "gradient * slope, mask=mask",
+        "triton: token weights missing", _TRITON_SWEEPS,
+        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
+        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * slope)",
         ("test_stress.py::test_rows_left_out_and_weighted[dense-triton]",),
     ),
     Mutation(
@@ -150,6 +155,40 @@ MUTATIONS = [
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
         ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
+    ),
+    Mutation(
+        "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
+        "tl.sum(z_sum * tl.exp2(z_max - top), axis=0)", "tl.sum(z_sum, axis=0)",
+        ("test_triton_row.py::test_any_vocabulary[1025-sft]",),
+    ),
+    Mutation(
+        "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
+        "moved(kl_sum, t_sum, s_max - s_top, t_max - t_top)", "kl_sum * tl.exp2(t_max - t_top)",
+        ("test_triton_row.py::test_any_vocabulary[1025-forward_kd]",),
+    ),
+    Mutation(
+        "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        of_h", "if whole > V:\n        of_h",
+        ("test_triton_row.py::test_rows_of_wider_buffers[77-reverse_kd]",),
+    ),
+    Mutation(
+        "triton: the last whole block left out", _TRITON_SWEEPS, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
+        ("test_triton_row.py::test_any_vocabulary[2048-forward_kd]",),
+    ),
+    Mutation(
+        "triton: written beyond the row", _TRITON_SWEEPS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
+        ("test_triton_row.py::test_rows_of_wider_buffers[77-forward_kd]",),
+    ),
+    Mutation(
+        "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
+        ("test_triton_row.py::test_temperature[2.0-reverse_kd]",),
+    ),
+    Mutation(
+        "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",
+        ("test_triton_row.py::test_ratios_and_logarithms_keep_relative_precision",),
+    ),
+    Mutation(
+        "sharded triton: statistics left in powers of 2", _SHARDED_TRITON, "x[:, :, column] *= LN_2", "x[:, :, column] *= 1.0",
+        (_slices("no_evo", "dense", "triton"),),
     ),
     # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
     Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),

@@ -89,6 +89,43 @@ def test_registers_stay_within_the_table(target: str) -> None:
     assert not above, remedy
 
 
+def test_instructions_of_the_main_loops_stay_within_the_table() -> None:
+    """By element, in each main loop of some rows. Another number of loops is to be seen in the table's diff too."""
+    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"kernel_budget.json is of triton {table['triton']}, this is {triton.__version__}")
+    budget = {
+        case: row["sm_90"]["instructions"] for case, row in table["kernels"].items() if "instructions" in row["sm_90"]
+    }
+    used = {
+        kernel["case"]: [loop["instructions"] for loop in kernel["loops"]]
+        for kernel in measured("sm_90")
+        if kernel.get("loops")
+    }
+    if not used:
+        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    remedy = "if it is meant, run: python -m tests.compile_kernels --write"
+    assert {case: len(loops) for case, loops in used.items()} == {case: len(n) for case, n in budget.items()}, remedy
+    above = {
+        case: f"{loops}, was {budget[case]}"
+        for case, loops in used.items()
+        if any(n > allowed for n, allowed in zip(loops, budget[case], strict=True))
+    }
+    assert not above, remedy
+
+
+def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
+    """Also where the vocabulary is odd, if only the rows' stride is not; where that is odd too, nothing is wide."""
+    counted = {kernel["case"]: kernel["loops"] for kernel in measured("sm_90") if kernel.get("loops")}
+    if not counted:
+        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    assert {"self_evolution/in_place", "self_evolution/padded", "self_evolution/odd"} <= counted.keys()
+    for case, loops in counted.items():
+        assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
+        widths = {int(width) for loop in loops for width in (*loop["loads"], *loop["stores"])}
+        assert widths == ({2, 4} if case == "self_evolution/odd" else {16}), case
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_aligned_rows_are_read_in_16_byte_vectors(target: str) -> None:
     plain = [kernel for kernel in compiled(target) if kernel["case"].endswith(("/loss", "/in_place", "/bf16_logits"))]

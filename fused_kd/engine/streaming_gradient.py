@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_math import arguments
+from ..rows.triton_math import LOG2_E, arguments, exponent
 from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, row_terms, tile
 
 
@@ -70,14 +70,14 @@ def gradient_kernel(
         at_label = columns[None, :] == labels[:, None]
         z_s, slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         if not TEACHER:
-            q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
+            q = _cold(z_s, norms_ptr, held, n)
             gradient = q - tl.where(at_label, 1.0, 0.0)
         else:
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
             target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
             beta = target[1]
             ce_share = 1.0 - target[0]
-            share = target[2]
+            share = 1.0 / tl.load(scalars_ptr + 3)
             if not MIXED:
                 share *= target[0]
             if PURE:
@@ -95,7 +95,7 @@ def gradient_kernel(
                 gradient = share * tl.where(chosen[:, None], own, easy)
             if HARD_LABEL:
                 if COLD:
-                    q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
+                    q = _cold(z_s, norms_ptr, held, n)
                 gradient += ce_share * (q - tl.where(at_label, 1.0, 0.0))
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
         if flags_ptr is not None:
@@ -110,6 +110,13 @@ def gradient_kernel(
         tl.store(out, tl.zeros((BM, BN), tl.float32), mask=stored)
     if flags_ptr is not None:
         tl.store(flags_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), flag)
+
+
+@triton.jit
+def _cold(z_s, norms_ptr, held, n):
+    """q at temperature 1."""
+    a_s = exponent(z_s, LOG2_E, norm(norms_ptr, COLD_MAX, held, n))
+    return tl.exp2(a_s) * norm(norms_ptr, COLD_INV, held, n)
 
 
 @triton.jit
