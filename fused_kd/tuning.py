@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choices in force."""
+    """The choices in force.
+
+    ``streaming_wide``: 128 x 128 tiles in two of the streaming engine's kernels, else 64 x 128. ``streaming_grouped``:
+    its programs start group of tokens by group, else all tokens of a split or tile of the vocabulary first.
+    """
+
+    streaming_wide: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
+    streaming_grouped: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
 
 
 _current = Tuning()
