@@ -15,16 +15,22 @@ step                                   streaming     where                   chu
 1. statistics                          1 + 1         all                     1 + 1
 2. sums                                x + x         mixtures, hard rows     0
 3. dlogits, dH and an fp32 dW          1 + 1         fp32 (or fp16) weights  0
-3. dlogits, for dH and for dW apart    2 + 2         bf16 weights            0
+3. dlogits, for dH and dW together     1 + 1         bf16 weights, 4 N H     0
+                                                     bytes to spare
+3. dlogits, for dH and for dW apart    2 + 2         bf16 weights otherwise  0
 gradient GEMMs                         1 + 1 (dH, dW)                        1 + 1
 ====================================== ============= ======================= ==================
 
-A low-precision dW cannot be its own fp32 accumulator, so its slabs run over all tokens at once while dH's run over the
-whole vocabulary: two orders, two recomputations. What is not wanted costs nothing.
+A low-precision dW cannot be its own fp32 accumulator, so its slabs run over all tokens at once. dH takes part where
+memory has room for the fp32 sums of all tokens: within 60 MB without a ``memory_budget`` (29 MB at N=8192, H=896), else
+within that. Where it has not, dH's slabs run over the whole vocabulary, a chunk of tokens at a time: two orders, two
+recomputations. What is not wanted costs nothing.
 
-Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, 32 N a split of the
-vocabulary, dlogits slabs of at most 8 MiB (or N x 128 entries), and the fp32 sums of a chunk of dH or a slab of dW,
-at most 32 and 16 MiB. At N=8192, H=4096, V=128256 in bf16 that is under 48 MB. Where a device has no product of
+Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, and the largest of three
+that follow each other: 32 N a split of the vocabulary (16 splits and more); for dH alone, dlogits of at most 8 MiB and
+the fp32 sums of a chunk, at most 32 MiB; for a low-precision dW, dlogits of all tokens and its fp32 sums, at most
+32 MiB (or a tile of columns), together with dH 4 N H more, and at most 128 MiB where a budget allows. At N=8192,
+H=4096, V=128256 in bf16 that is under 44 MB, or 270 MB for a third fewer products. Where a device has no product of
 low-precision operands with an fp32 result, fp32 copies of a slab's operands come on top.
 
 Deterministic: no atomics, and every sum is taken in a fixed order. Nothing waits for the device.

@@ -29,9 +29,9 @@ CHUNK_BYTES = 32 << 20
 # All tokens' dlogits of a slab and its fp32 dW, on their way to a low-precision dW.
 LATE_BYTES = 32 << 20
 # Likewise where the fp32 dH of all tokens is summed beside it: longer slabs, as dH is read and written for each, but of
-# no fewer columns than repay that. Without a budget all memory may come to DEFAULT_BYTES.
+# no fewer columns than repay that four times over. Without a budget all memory may come to DEFAULT_BYTES.
 JOINT_BYTES = 128 << 20
-LEAST_JOINT_COLUMNS = 256
+LEAST_JOINT_COLUMNS = 1024
 DEFAULT_BYTES = 60_000_000
 # FLOPs that a GEMM makes while a byte comes from memory.
 FLOPS_A_BYTE = 256
