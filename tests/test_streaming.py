@@ -44,6 +44,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of tokens, three tiles of columns, two splits, a tile a slab; uninitialised memory is poison."""
     monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: SMALL_TILES)
     monkeypatch.setattr(streaming_plan, "PROGRAMS", 4)
+    monkeypatch.setattr(streaming_plan, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(streaming_plan, "LEAST_SPLITS", 2)
     monkeypatch.setattr(streaming_plan, "GROUP", 1)
     for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES", "DEFAULT_BYTES"):

@@ -27,7 +27,7 @@ within that. Where it has not, dH's slabs run over the whole vocabulary, a chunk
 recomputations. What is not wanted costs nothing.
 
 Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, and the largest of three
-that follow each other: 32 N a split of the vocabulary (16 splits and more); for dH alone, dlogits of at most 8 MiB and
+that follow each other: 32 N a split of the vocabulary (12 splits and more); for dH alone, dlogits of at most 8 MiB and
 the fp32 sums of a chunk, at most 32 MiB; for a low-precision dW, dlogits of all tokens and its fp32 sums, at most
 32 MiB (or a tile of columns), together with dH 4 N H more, and at most 128 MiB where a budget allows. At N=8192,
 H=4096, V=128256 in bf16 that is under 44 MB, or 270 MB for a third fewer products. Where a device has no product of

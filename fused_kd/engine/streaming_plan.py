@@ -12,11 +12,11 @@ from .plan import BudgetTooSmall
 
 # An H100's, H200's near kin: by how many tiles at a time waves are counted. Other current GPUs have 108 to 304.
 MULTIPROCESSORS = 132
-# Blocks of tokens whose programs run at about the same time, each beside as many splits of the vocabulary as fill the
-# device: a step of 8 x 16 tiles then reads 8 hidden and 16 weight slices, where 64 x 2 would read 66.
-GROUP = 8
+# Blocks of tokens whose programs run at about the same time, each beside as many parts of the vocabulary as fill the
+# device: 11 x 12 tiles at a time read 11 blocks' hidden states and 12 parts' weights, 64 x 2 tiles 66 of the two.
+GROUP = 11
 # Splits of the vocabulary at the least, for that; and programs, which a few blocks of tokens make by more splits.
-LEAST_SPLITS = 16
+LEAST_SPLITS = 12
 PROGRAMS = 512
 # A tile of the GEMM behind dH and dW, as BLAS libraries choose it on an H100.
 GEMM_TILE = (128, 256)
@@ -204,9 +204,11 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
 
 
 def _splits(n: int, V: int, tiles: Tiles, halvings: int, times: int = 1) -> int:
-    """Of the vocabulary for n tokens."""
+    """Of the vocabulary for n tokens: the fewest of those that take the least time, a tile at a time."""
     blocks, most = -(-n // tiles.tokens), -(-V // tiles.columns)
-    return min(most, max(1, times * max(LEAST_SPLITS, PROGRAMS // blocks) >> halvings))
+    least = max(LEAST_SPLITS, PROGRAMS // blocks)
+    splits = min(range(least, least + LEAST_SPLITS), key=lambda splits: _waves(blocks * splits) * -(-most // splits))
+    return min(most, max(1, times * splits >> halvings))
 
 
 def _waves(programs: int) -> int:
