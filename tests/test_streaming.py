@@ -419,14 +419,18 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_workspace_is_what_the_plan_says(monkeypatch):
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "together"])
+def test_workspace_is_what_the_plan_says(joined, monkeypatch, request):
     """With both passes of the backward: seen by torch's own profiler and by the largest tensor, a slab, never C x V."""
     from torch.profiler import ProfilerActivity, profile
 
     if not INTERPRETED:
         pytest.skip("test_gpu.py measures the device's memory")
-    plans = []
-    monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
+    if joined:
+        plans = request.getfixturevalue("together")
+    else:
+        plans = []
+        monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
     p = make(N=48, V=500, dtype=torch.bfloat16)
     with Allocations() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run(p, fk.SelfEvolution(gamma=1.0))
@@ -437,6 +441,7 @@ def test_workspace_is_what_the_plan_says(monkeypatch):
             live += event.nbytes()
             peak = max(peak, live)
     (plan,) = plans
+    assert plan.together == joined
     assert plan.workspace / 4 < peak <= plan.workspace + results
     assert seen.largest <= p.weight.nbytes < 16 * 500 * 4
 

@@ -223,8 +223,8 @@ def _gemm_waves(rows: int, H: int) -> int:
 def _fitting(affordable: int, of: int, limit: int, work: Callable[[int], int]) -> int:
     """A multiple of ``of`` up to ``affordable``, at least one and at most ``limit``: that of the least work an entry.
 
-    Whole waves of tiles win, then the larger.
+    Whole waves of tiles win, then the larger. Twice a size never takes more than twice its work: halves need no look.
     """
     most = min(max(of, affordable // of * of), limit)
-    sizes = [most, *range(most // of * of, 0, -of)]
+    sizes = [most, *range(most // of * of, most // 2, -of)]
     return min(sizes, key=lambda size: work(size) / size)
