@@ -195,6 +195,8 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "self_evolution/fp32": (_sweeps("self_evolution", FP32), SWEEPS),
         "generalized_jsd/bf16": (_sweeps("generalized_jsd", BF16), ("sums", "gradient")),
         "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
+        "reverse_kd/bf16": (_sweeps("reverse_kd", BF16), ("gradient",)),
+        "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("statistics", "gradient")),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
         "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),
@@ -300,6 +302,7 @@ def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     found: dict[str, Any] = {
         "vector_loads": "ld.global.v4" in ptx,
+        "wgmma": next(iter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\w+)\.", ptx)), None),
         "products": next((name for name in ("tcgen05", "wgmma", "mma.sync") if name in ptx), None),
         "async_copies": "cp.async.cg.shared.global" in ptx,  # of 16 bytes; narrower ones are cp.async.ca
     }

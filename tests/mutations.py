@@ -58,6 +58,9 @@ _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton_math.py", "fused_kd/rows/sharded_triton.py"
 _LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
+_STREAMING, _STREAMING_SWEEPS = "fused_kd/engine/streaming.py", "fused_kd/engine/streaming_sweeps.py"
+_STREAMING_KERNELS = "fused_kd/engine/streaming_kernels.py"
+_STREAMING_GRADIENT = "fused_kd/engine/streaming_gradient.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -328,6 +331,34 @@ MUTATIONS = [
     Mutation(
         "native: uniform tail of another row", _NATIVE_CALL, "c->lists.rest[row]", "c->lists.rest[0]",
         ("test_top_k.py::test_matrix[no_evo-far-uniform-native]",),
+    ),
+    # the streaming engine
+    Mutation(
+        "streaming: a short last group takes tiles of another", _STREAMING_KERNELS, "part = place // size", "part = place // GROUP",
+        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+    ),
+    Mutation(
+        "streaming: groups overlap", _STREAMING_KERNELS, "started // (GROUP * parts) * GROUP", "started // (GROUP * parts)",
+        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+    ),
+    Mutation(
+        "streaming: a tile's flag at another's place", _STREAMING_GRADIENT,
+        "flags_ptr + block * tl.num_programs(1) + part", "flags_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
+        ("test_streaming.py::test_filter_skips_tiles_within_its_bound[sft-fp32]",),
+    ),
+    Mutation(
+        "streaming: a split of another kernel's tiles", _STREAMING_SWEEPS,
+        "_cdiv(_cdiv(self._vocab, tiles.columns), splits)", "_cdiv(_cdiv(self._vocab, tiles.columns), splits + 1)",
+        ("test_streaming.py::test_heads[skew-fp32-far]",),
+    ),
+    Mutation(
+        "streaming: joined dH of the last slab alone", _STREAMING,
+        "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
+        ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
+    ),
+    Mutation(
+        "streaming: joined dH not scaled", _STREAMING, "d_source.copy_(self._finished(source_sum))", "d_source.copy_(source_sum)",
+        ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
     ),
     # autograd and options
     Mutation(

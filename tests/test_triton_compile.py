@@ -73,6 +73,9 @@ def test_streaming_tiles_are_tensor_core_products_fed_by_asynchronous_copies(tar
     assert len(tiles) == len(SWEEPS)
     product = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[target]
     assert all(kernel["products"] == product and kernel["async_copies"] for kernel in tiles)
+    if target == "sm_90":  # half of a tile of 128 x 128, or of 64 x 128
+        shapes = {kernel["case"].rpartition("/")[2]: kernel["wgmma"] for kernel in tiles}
+        assert shapes == {"statistics": "m64n128k16", "sums": "m64n64k16", "gradient": "m64n128k16"}
 
 
 @pytest.mark.parametrize("target", CHOSEN)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows.triton_row import THREADS, guard, warp_size
+from ..rows.triton_row import guard, warp_size
 
-BLOCK = 4096
+BLOCK, THREADS = 4096, 256
 # Enough to fill any current GPU, few enough to be gone in microseconds where there is nothing to do.
 PROGRAMS = 1024
 

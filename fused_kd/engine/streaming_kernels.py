@@ -74,9 +74,11 @@ def statistics_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Maxima, sums of exponentials, ``KL(p||q)`` and the label's logits over a split of the vocabulary."""
-    first = tl.program_id(0) * BM
+    block, split = placed(GROUP)
+    first = block * BM
     count = tl.load(count_ptr)
     if first >= count:
         return
@@ -85,7 +87,6 @@ def statistics_kernel(
     tokens = tl.load(tokens_ptr + held)
     labels = tl.load(labels_ptr + held).to(tl.int32)
     k = exponent_scale(scalars_ptr)
-    split = tl.program_id(1)
 
     s_max = tl.full((BM,), OUTSIDE, tl.float32)
     t_max = tl.full((BM,), OUTSIDE, tl.float32)
@@ -260,9 +261,11 @@ def sums_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """``sum h`` and ``sum g`` of the chosen rows over a split of the vocabulary."""
-    first = tl.program_id(0) * BM
+    block, split = placed(GROUP)
+    first = block * BM
     count = tl.load(chosen_count_ptr)
     if first >= count:
         return
@@ -272,7 +275,6 @@ def sums_kernel(
     labels = tl.load(labels_ptr + positions).to(tl.int32)
     beta = tl.load(scalars_ptr + 1)
     target, norms = row_terms(norms_ptr, scalars_ptr, positions, n)
-    split = tl.program_id(1)
 
     h_sum = tl.zeros((BM,), tl.float32)
     g_sum = tl.zeros((BM,), tl.float32)
@@ -319,6 +321,27 @@ def sums_combine_kernel(
     base = tl.load(norms_ptr + _BASE * n + positions, mask=valid, other=0.0)
     store_loss(loss_ptr + positions, share * h_sum + base, valid)
     tl.store(norms_ptr + G_TOTAL * n + positions, g_sum, mask=valid)
+
+
+@triton.jit
+def placed(GROUP: tl.constexpr):
+    """The program's place in a grid (blocks of tokens, parts of the vocabulary).
+
+    Programs start in the order of their numbers, blocks first. Here GROUP blocks go through all parts before the next
+    do, so that those that run together share both hidden states and weights in the L2 cache. GROUP 0: as they start.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    if GROUP > 0:
+        blocks = tl.num_programs(0)
+        parts = tl.num_programs(1)
+        started = part * blocks + block
+        first = started // (GROUP * parts) * GROUP
+        size = tl.minimum(blocks - first, GROUP)
+        place = started - first * parts
+        block = first + place % size
+        part = place // size
+    return block, part
 
 
 @triton.jit

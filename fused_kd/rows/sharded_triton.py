@@ -31,7 +31,7 @@ class TritonRow(SweptRow):
         self.student = unit_stride(inputs.student.raw)
         self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options = (*shape_of(student), None, None)
+        options: tuple[float | None, ...] = (*shape_of(student), None, None)
         capped = student.softcap is not None
         if isinstance(teacher, Logits):
             self.teacher = unit_stride(teacher.raw)
