@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
+from . import interpreter
 from .budget import check_budget
 from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
 from .test_error_budget import LOSS_SCALE
@@ -20,7 +21,7 @@ from .test_error_budget import LOSS_SCALE
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
 from fused_kd.engine import gemm, streaming, streaming_plan, streaming_sweeps  # noqa: E402
 from fused_kd.engine.chunked import Side, Wanted  # noqa: E402
