@@ -155,7 +155,12 @@ def check_nvrtc(options: argparse.Namespace) -> list[str]:
     for version in options.versions or NVRTCS:
         site = fetch(folder / version, "70-100 MB", *NVRTCS[version])
         (library,) = site.glob(f"nvidia/*/lib/libnvrtc.so.{version.split('.')[0]}")  # or the environment's is found
-        environment = {"PYTHONPATH": str(site), "LD_PRELOAD": str(library), "FUSED_KD_CACHE": str(folder / "cache")}
+        environment = {
+            "PYTHONPATH": str(site),
+            "LD_PRELOAD": str(library),
+            "LD_LIBRARY_PATH": str(library.parent),  # its own parts
+            "FUSED_KD_CACHE": str(folder / "cache"),
+        }
         for target in options.targets or CUDA_TARGETS:
             jobs[f"NVRTC {version}, {target}"] = partial(
                 compiled, "tests.compile_cuda", target, says={"nvrtc": version, "target": target},

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.integrations.transformers import hidden_states, lm_head_of
 
 from . import interpreter
 
@@ -30,6 +29,8 @@ from liger_kernel.transformers import (  # noqa: E402
     LigerFusedLinearJSD,
     LigerFusedLinearKLDivLoss,
 )
+
+from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 
 from .training.tiny import rows, tiny  # noqa: E402
 
