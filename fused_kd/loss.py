@@ -272,12 +272,16 @@ class KDLoss(nn.Module):
             sum_hidden=sum_hidden,
         )
         enabled = torch.is_grad_enabled()
-        wanted = tuple(
-            enabled and x is not None and x.requires_grad for x in (side_s.source, side_s.weight, side_s.bias)
+        # Fields by name: Dynamo of torch 2.8 cannot slice a NamedTuple.
+        student_tensors = (side_s.source, side_s.weight, side_s.bias)
+        wanted = tuple(enabled and x is not None and x.requires_grad for x in student_tensors)
+        teacher_tensors = (
+            (None,) * 4
+            if side_t is None
+            else tuple(map(_detached, (side_t.source, side_t.weight, side_t.bias, side_t.indices)))
         )
-        teacher_tensors = (None,) * 4 if side_t is None else tuple(map(_detached, (*side_t[:3], side_t.indices)))
         loss, difficulty, is_hard = KDFunction.apply(  # type: ignore[no-untyped-call]
-            *side_s[:3], *teacher_tensors, flat_labels, weights, scale, scalars,
+            *student_tensors, *teacher_tensors, flat_labels, weights, scale, scalars,
             wanted, self.reduction == "none", tuple(options),
         )  # fmt: skip
         if self.reduction == "none":

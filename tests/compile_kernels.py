@@ -4,6 +4,7 @@ Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=
 The kernels come from real calls of the rows and of the streaming engine's sweeps, whose launches are diverted into
 compilation.
 
+``--fast`` leaves out cases whose branches others have; ``python -m tests.compat triton`` asks other releases of Triton.
 ``python -m tests.compile_kernels --write`` writes kernel_budget.json, which the test holds kernels to. Its diff shows
 what a change costs. ``--counts CASE ...`` prints what the machine code of those cases does in each main loop on sm_90;
 ``CASE=BYTES`` says how many bytes an element has on all sides together, where COUNTED does not.
@@ -69,6 +70,15 @@ DTYPES = {
     "in_place": (FP32, FP32, FP32),
     "bf16_logits": (BF16, BF16, BF16),
 }
+
+# Every kernel, divergence and branch at least once, at a third of the cost.
+FAST = re.compile(
+    r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
+    r"|self_evolution/(loss|V=1)|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
+    r"|top_k/K=64/bf16.*"
+    r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
+    r"|sharded/(sft|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
+)
 
 
 class Offline:
@@ -336,19 +346,23 @@ def loop_counts(kernel: Any, bytes_read: int) -> list[dict[str, Any]]:
     return [sass.per_element(loop, bytes_read) for loop in loops]
 
 
-def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
+def all_cases() -> dict[str, Callable[[], None]]:
+    return cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
+
+
+def measure(targets: list[str], *, fast: bool = False) -> Iterator[dict[str, Any]]:
     """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown).
 
-    ``loops`` holds the counts of the cases in COUNTED."""
+    ``loops`` holds the counts of the cases in COUNTED. ``fast`` takes only the cases of :data:`FAST`.
+    """
     compiled = divert_launches()
     cuobjdump = sass.find_tool("cuobjdump")
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
-        calls = (
-            cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
-        )  # tiles depend on the target
-        for name, launch in calls.items():
+        for name, launch in all_cases().items():  # tiles depend on the target
+            if fast and not FAST.fullmatch(name):
+                continue
             compiled.clear()
             try:
                 launch()
@@ -398,5 +412,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--counts"]:
         print_counts(sys.argv[2:] or list(COUNTED))
     else:
-        for kernel in measure(sys.argv[1:] or list(TARGETS)):
-            print(json.dumps(kernel), flush=True)
+        named = [argument for argument in sys.argv[1:] if argument != "--fast"]
+        for kernel in measure(named or list(TARGETS), fast="--fast" in sys.argv):
+            print(json.dumps(kernel | {"triton": triton.__version__}), flush=True)

@@ -1,4 +1,4 @@
-"""Shared set-up: the Triton interpreter where there is no GPU, one thread, and helpers for relative errors."""
+"""Shared set-up: Triton's interpreter where there is no GPU, one thread, and the shared data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: a hub name is never there
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+from .interpreter import obstacle
+
+# Before anything imports triton.
+if obstacle() is not None:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -15,6 +15,7 @@ import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 from fused_kd.tuning import tuned
 
+from . import interpreter
 from .budget import ROUNDING, check_budget
 from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
 from .test_error_budget import LOSS_SCALE
@@ -22,7 +23,7 @@ from .test_error_budget import LOSS_SCALE
 triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,26 @@ def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
         assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
         widths = {int(width) for loop in loops for width in (*loop["loads"], *loop["stores"])}
         assert widths == ({2, 4} if case == "self_evolution/odd" else {16}), case
+
+
+def test_fast_cases_have_every_kernel_and_divergence() -> None:
+    from .compile_kernels import FAST
+
+    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
+    fast = [case for case in table["kernels"] if FAST.fullmatch(case)]
+
+    def kernels(cases: Iterable[str]) -> set[tuple[str, str]]:
+        parts = [case.split("/") for case in cases]
+        return {("row", "") if part[0] in OBJECTIVES else (part[0], part[-1]) for part in parts}
+
+    def divergences(cases: Iterable[str]) -> set[str | None]:
+        return {
+            OBJECTIVES[name].kind.divergence for name in (case.split("/")[0] for case in cases) if name in OBJECTIVES
+        }
+
+    assert kernels(fast) == kernels(table["kernels"])
+    assert divergences(fast) == divergences(table["kernels"])
+    assert len(fast) < len(table["kernels"]) * 0.6
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -25,12 +25,13 @@ from fused_kd.objectives import (
 from fused_kd.reference import reference_rows
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 
+from . import interpreter
 from .problems import eager_rows
 
 pytest.importorskip("triton", reason="the Triton row needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
