@@ -17,7 +17,8 @@ d_weight      2 n V H_s, fp32 dW                 b n H_s + 4 (2 m - 1) V H_s
               tokens, ignored ones as zeros
 ============= ================================== ==========================================
 
-The factor of the backward pass (2 b V H_s) comes on top of dW. No bytes for a row: its arithmetic sits in the sweeps.
+No bytes for a row: its arithmetic sits in the sweeps. A backward pass with the factor 1 moves nothing. From the L2
+cache, every tile of tokens x columns logits reads both of its operands: b / tokens + b / columns a multiply-add.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ FIELDS = 8
 
 class StreamingCounts(NamedTuple):
     """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW and of
-    passes over a finished one."""
+    passes over a finished one. ``cache_bytes`` by sweep; ``results``: (rows, columns) of the gradients' GEMMs."""
 
     plan: Plan
     flops: dict[str, int]
     gemm_bytes: dict[str, int]
     traffic: int
+    cache_bytes: dict[str, float]
+    results: dict[str, tuple[int, int]]
 
 
 def count_streaming(
@@ -72,7 +75,8 @@ def count_streaming(
         N, n, V, FIELDS, sums=teacher, gated=teacher, H=shape.H_s,
         dlogits=b, gathered=b, early=True, early_weight=not late, late=late,
     )  # fmt: skip
-    plan = plan_streaming(sizes, choose_tiles(dtype, dtype if teacher else None), memory_budget)
+    tiles = choose_tiles(dtype, dtype if teacher else None)
+    plan = plan_streaming(sizes, tiles, memory_budget)
     m, s = -(-n // plan.tokens), -(-V // plan.late_columns)
     H = shape.H_s + (shape.H_t if teacher else 0)
 
@@ -80,14 +84,14 @@ def count_streaming(
         flops = gemm_flops(shape, not teacher, tokens / N)
         return flops["student_logits"] + flops.get("teacher_logits", 0)
 
-    flops = {
+    sweeps = {
         "statistics": logits(n),
         "sums": logits(x),
         "dlogits": logits(n),
         "dlogits_again": logits(n) if late else 0,
     }
     gradients = gemm_flops(shape, not teacher, n / N)
-    flops |= {"d_hidden": gradients["d_hidden"], "d_weight": gradients["d_weight"]}
+    flops = sweeps | {"d_hidden": gradients["d_hidden"], "d_weight": gradients["d_weight"]}
     if late:
         flops["d_weight"] = gemm_flops(shape)["d_weight"]
     VH, nH = V * shape.H_s, n * shape.H_s
@@ -99,4 +103,8 @@ def count_streaming(
         "d_hidden": b * m * VH + 4 * nH,
         "d_weight": b * s * N * shape.H_s + b * VH if late else b * nH + 4 * VH,
     }
-    return StreamingCounts(plan, flops, moved, 2 * b * VH + (0 if late else 8 * (m - 1) * VH))
+    each = b * (1 / tiles.tokens + 1 / tiles.columns) / 2
+    cached = {name: each * work for name, work in sweeps.items()}
+    rows = min(plan.late_columns if late else plan.columns, V)
+    results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
+    return StreamingCounts(plan, flops, moved, 0 if late else 8 * (m - 1) * VH, cached, results)
