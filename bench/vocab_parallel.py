@@ -1,8 +1,9 @@
 """``python -m bench.vocab_parallel``: a vocabulary-parallel step predicted from a machine's numbers; nothing is timed.
 
 A rank of P makes the GEMMs of V / P columns (bench/prediction.py, every chunk adding to dW), its row moves
-``row_bytes`` a logit, and it sends what ``fused_kd.parallel.predicted_traffic`` says. All of it travels beside the GEMMs of another chunk but the first
-chunk's statistics, the last one's second message and its hidden gradient: these show, or what the GEMMs cannot hide.
+``row_bytes`` a logit, and it sends what ``fused_kd.parallel.predicted_traffic`` says. All of it travels beside the
+GEMMs of another chunk but the first chunk's statistics, the last one's second message and its hidden gradient: these
+show, or what the GEMMs cannot hide.
 """
 
 from __future__ import annotations
