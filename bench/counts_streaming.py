@@ -23,8 +23,9 @@ d_weight      2 n V H_s, fp32 dW                 b n H_s + 4 (2 m - 1) V H_s
               tokens, ignored ones as zeros
 ============= ================================== ==========================================
 
-On top come the factor of the backward pass (2 b V H_s), and together the additions to dH, 8 (s - 1) N H_s. No bytes
-for a row: its arithmetic sits in the sweeps.
+On top come, together, the additions to dH, 8 (s - 1) N H_s. No bytes for a row: its arithmetic sits in the sweeps. A
+backward pass with the factor 1 moves nothing. From the L2 cache, every tile of tokens x columns logits reads both of
+its operands: b / tokens + b / columns a multiply-add.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ FIELDS = 8
 
 
 class StreamingCounts(NamedTuple):
-    """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW or
-    dH and of passes over a finished one."""
+    """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW or dH and
+    of passes over a finished one. ``cache_bytes`` by sweep; ``results``: (rows, columns) of the gradients' GEMMs."""
 
     plan: Plan
     flops: dict[str, int]
     gemm_bytes: dict[str, int]
     traffic: int
+    cache_bytes: dict[str, float]
+    results: dict[str, tuple[int, int]]
 
 
 def count_streaming(
@@ -99,14 +102,14 @@ def count_streaming(
         flops = gemm_flops(shape, not teacher, tokens / N)
         return flops["student_logits"] + flops.get("teacher_logits", 0)
 
-    flops = {
+    sweeps = {
         "statistics": logits(n),
         "sums": logits(x),
         "dlogits": logits(n),
         "dlogits_again": logits(n) if again else 0,
     }
     gradients = gemm_flops(shape, not teacher, n / N)
-    flops |= {"d_hidden": gradients["d_hidden"], "d_weight": gradients["d_weight"]}
+    flops = sweeps | {"d_hidden": gradients["d_hidden"], "d_weight": gradients["d_weight"]}
     everything = gemm_flops(shape)
     if late:
         flops["d_weight"] = everything["d_weight"]
@@ -125,7 +128,15 @@ def count_streaming(
         "d_weight": b * s * N * shape.H_s + b * VH if late else b * nH + 4 * VH,
     }
     added = 8 * (s - 1) * N * shape.H_s if plan.together else 0 if late else 8 * (m - 1) * VH
-    return StreamingCounts(plan, flops, moved, 2 * b * VH + added)
+    kernels = {"statistics": tiles.statistics, "sums": tiles.sums}
+    cached = {
+        name: b * (1 / tile.tokens + 1 / tile.columns) / 2 * work
+        for name, work in sweeps.items()
+        for tile in [kernels.get(name, tiles.gradient)]
+    }
+    rows = min(plan.late_columns if late else plan.columns, V)
+    results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
+    return StreamingCounts(plan, flops, moved, added, cached, results)
 
 
 def _rows(tokens: int, columns: int, tiles: Tiles, splits: int | None = None) -> int:

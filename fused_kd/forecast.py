@@ -21,7 +21,8 @@ from .rows import BACKENDS, _native_works
 class Choice(NamedTuple):
     """What a call would do. All memory in bytes.
 
-    ``chunk`` tokens at a time, ``chunks`` of them; ``workspace`` beyond inputs and gradients; ``gradients`` of hidden
+    ``chunk`` tokens at a time, ``chunks`` of them, of which those of ``group`` tokens share the gradients' GEMMs (None:
+    the streaming engine has no such groups); ``workspace`` beyond inputs and gradients; ``gradients`` of hidden
     states and weight; ``flops`` of the GEMMs that no implementation can do without (a multiply-add is two);
     ``eager_logits`` is what plain PyTorch holds in full logits alone, before any softmax, mixture or gradient of them.
     """
@@ -33,6 +34,7 @@ class Choice(NamedTuple):
     objective: str
     chunk: int
     chunks: int
+    group: int | None
     workspace: int
     gradients: int
     flops: int
@@ -92,14 +94,14 @@ def plan_for(
     upcast = dtype != torch.float32 and not (has_fp32_output(place) if here else True)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
 
-    too_small = None
+    too_small = planned = None
     if chosen != "streaming":
         try:
-            chunk, workspace, _ = chunked_plan(
+            planned = chunked_plan(
                 N, H_s, H_t if teacher else None, V, dtype=dtype, device=place, upcast=upcast, top_k=lists,
                 memory_budget=memory_budget,
             )  # fmt: skip
-            chosen = "chunked"
+            chosen, chunk, workspace = "chunked", planned.chunk, planned.workspace
         except BudgetTooSmall as error:
             if chosen != AUTO or lists is not None:
                 raise
@@ -118,9 +120,12 @@ def plan_for(
         notes.append("difficulties are ranked first, which computes the logits twice unless all tokens fit one chunk")
     if row not in BACKENDS:
         row = "native" if _native_works() else "torch"
+    chunks, group = -(-N // chunk), None
+    if planned is not None:
+        chunks, group = sum(map(len, planned.groups(N))), planned.group
     hidden_sizes = [H_s] * 3 + [H_t] * (teacher and lists is None)
     return Choice(
-        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, -(-N // chunk), workspace,
+        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
         gradients=dtype.itemsize * (N + V) * H_s,
         flops=2 * N * V * sum(hidden_sizes),
         gemms=len(hidden_sizes),
