@@ -56,7 +56,7 @@ def on_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _installed(package: str) -> bool:
     """Whether a package can be imported. A constant to torch.compile: Dynamo of torch 2.11 refuses ``find_spec``."""
     try:
