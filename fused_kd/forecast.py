@@ -12,7 +12,7 @@ from .engine.dispatch import AUTO, ENGINES, choose_engine
 from .engine.gemm import has_fp32_output
 from .engine.head_gradient import gradient_dtype
 from .engine.plan import BudgetTooSmall, Plan
-from .engine.streaming_plan import Sizes, choose_tiles, plan_streaming
+from .engine.streaming_plan import ALIGNED, Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
 from .rows import BACKENDS, _native_works
@@ -108,7 +108,7 @@ def plan_for(
             too_small, chosen = error, "streaming"
     if chosen == "streaming":
         try:
-            chunk, workspace = _streamed(N, H_s, V, objective, teacher, dtype, upcast, memory_budget)
+            chunk, workspace = _streamed(N, H_s, H_t, V, objective, teacher, dtype, upcast, memory_budget)
         except BudgetTooSmall as error:
             if too_small is None:
                 raise
@@ -173,6 +173,7 @@ def chunked_plan(
 def _streamed(
     N: int,
     H: int,
+    H_t: int,
     V: int,
     objective: Objective,
     teacher: bool,
@@ -187,9 +188,19 @@ def _streamed(
     late = gradient_dtype(dtype) != torch.float32
     sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
     sizes = Sizes(
-        N, N, V, FIELDS.value, sums, spec.gated, H, dlogits=4 if upcast else dtype.itemsize,
+        N, N, V, FIELDS.value, sums, spec.gated, H, H_t if teacher else 0, dlogits=4 if upcast else dtype.itemsize,
         gathered=dtype.itemsize + copied, copied=copied, early=True, early_weight=not late, late=late,
     )  # fmt: skip
-    target = "cuda" if torch.version.hip is None else "hip"
-    plan = plan_streaming(sizes, choose_tiles(dtype, dtype if teacher else None, target=target), memory_budget)
+    operands = [dtype, dtype] if teacher else [dtype]
+    plain = H % ALIGNED == 0 and (not teacher or H_t % ALIGNED == 0)
+    plan = plan_streaming(sizes, choose_tiles(*operands, plain=plain, target=_target()), memory_budget)
     return plan.tokens, plan.workspace
+
+
+def _target() -> str:
+    """What the streaming engine's tiles depend on; an H100 where there is no GPU."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())

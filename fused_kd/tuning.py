@@ -24,12 +24,25 @@ AFFECTS = ("row", "step", "streaming")
 class Tuning:
     """The choices in force.
 
-    Of the chunked engine on a GPU: ``gradient_groups`` lets several chunks share the gradients' GEMMs; ``device_chunk``
-    is how many tokens such chunks hold.
+    Attributes:
+        gradient_groups: on a GPU several chunks share the gradients' GEMMs.
+        device_chunk: tokens of such a chunk.
+        row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
+            any dtype, and 16 KB in flight a program.
+        row_threads: threads of such a program.
+        cuda_prefetch: the CUDA row asks for the next row's first logits while shared memory has room beside this row's.
+        streaming_wide: 128 x 128 tiles in two of the streaming engine's kernels, else 64 x 128.
+        streaming_grouped: its programs start group of tokens by group, else all tokens of a split or tile of the
+            vocabulary first.
     """
 
     gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
     device_chunk: int = field(default=1024, metadata={"others": (512, 2048), "affects": ("step",)})
+    row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
+    row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
+    cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
+    streaming_wide: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
+    streaming_grouped: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
 
 
 _current = Tuning()

@@ -139,19 +139,32 @@ def test_streaming_by_hand():
 
 
 def test_streaming_bytes_by_hand():
-    """8 MiB of bf16 dlogits of all tokens are 512 columns, 32 MiB of fp32 dH and what it is rounded to 1024 tokens."""
+    """32 MiB of bf16 dlogits of all tokens and fp32 dW are 1024 columns; of fp32 dH and its rounding, 1024 tokens.
+
+    132 tiles of 128 x 128 at a time: 11 blocks of tokens beside 12 of columns, or all 8 of a chunk beside 16, or 16
+    beside the 8 of 1024 columns; the sums' are of 64 tokens.
+    """
     counts = count_streaming(A, BF16, hard=0.5)
-    m, s = 8192 // 1024, math.ceil(128256 / 512)
-    assert (counts.plan.tokens, counts.plan.late_columns) == (1024, 512)
+    m, s = 8192 // 1024, math.ceil(128256 / 1024)
+    assert (counts.plan.tokens, counts.plan.columns, counts.plan.late_columns) == (1024, 4096, 1024)
     assert counts.gemm_bytes == {
-        "statistics": 2 * (8192 + 128256) * 9216,
-        "sums": 2 * (4096 + 128256) * 9216,
-        "dlogits": 2 * (8192 + m * 128256) * 9216,
-        "dlogits_again": 2 * (s * 8192 + 128256) * 9216,
+        "statistics": 2 * (8192 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
+        "sums": 2 * (4096 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
+        "dlogits": 2 * m * (1024 * (2 * 31 + 1) + 128256) * 9216,
+        "dlogits_again": 2 * (s * 8192 + 128000 * 4 + 256) * 9216,  # the last slab is two tiles wide: 64 blocks
         "d_hidden": 2 * m * 128256 * 4096 + 4 * 8192 * 4096,
         "d_weight": 2 * s * 8192 * 4096 + 2 * 128256 * 4096,
     }
     assert counts.traffic == 0
+    joined = count_streaming(A, BF16, memory_budget=1 << 30)
+    s = math.ceil(128256 / 4096)
+    assert joined.plan.together and joined.plan.late_columns == 4096
+    # The last of 32 slabs is 10 tiles wide: 13 blocks.
+    assert joined.gemm_bytes["dlogits"] == 2 * (8192 * (3 * 31 + 1) + 126976 * 6 + 1280 * 5) * 9216
+    assert joined.gemm_bytes["dlogits_again"] == 0
+    assert joined.gemm_bytes["d_weight"] == 2 * s * 8192 * 4096 + 2 * 128256 * 4096
+    assert joined.traffic == 8 * (s - 1) * 8192 * 4096
+    assert joined.flops | {"dlogits_again": counts.flops["dlogits_again"]} == count_streaming(A, BF16).flops
     single = count_streaming(A, FP32)
     m = math.ceil(8192 / single.plan.tokens)
     assert single.gemm_bytes["d_weight"] == 4 * 8192 * 4096 + 4 * 128256 * 4096

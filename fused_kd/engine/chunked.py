@@ -22,6 +22,7 @@ from .buffers import Buffers, row_stride
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale, gradient_dtype
 from .plan import Plan, Workspace, plan_chunks, preferred_chunk
+from .tile_filter import host_bytes
 
 
 class Side(NamedTuple):
@@ -77,6 +78,7 @@ def run(
     dtype: torch.dtype | None,
     memory_budget: int | None,
     wanted: Wanted,
+    grad_filter_eps: float = 0.0,
 ) -> Result:
     """Losses of all tokens and the wanted gradients.
 
@@ -88,6 +90,7 @@ def run(
         scalars: (5,) fp32, see :class:`fused_kd.objectives.Scalars`.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
+        grad_filter_eps: see :mod:`.tile_filter`.
     """
     device = student.source.device
     N = student.source.shape[0]
@@ -99,11 +102,12 @@ def run(
     side_s = LogitSource(student, vocab, dtype)
     side_t = LogitSource(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
-    planned = plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device)
+    planned = plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device, filtered=grad_filter_eps > 0)
 
     result = allocate(student, N, index is not None, wanted)
     row_weights = weights_of_rows(weights, scale, N, with_gradient and carries_scale(side_s.projection))
-    head = head_gradient(student, side_s, scale, wanted, whole=planned.group >= n)
+    whole = planned.group >= n
+    head = head_gradient(student, side_s, scale, wanted, whole=whole, grad_filter_eps=grad_filter_eps)
     buffers = Buffers(planned, vocab, device)
     chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab)
     groups = planned.groups(n)
@@ -132,9 +136,10 @@ def run(
             tokens = slice(first, last) if index is None else index[first:last]
             hidden = side_s.operand(tokens)
             out = buffers.dlogits(out.dtype, slice(0, last - first))
-        if result.d_source is not None:
-            result.d_source[tokens] = head.hidden(out).to(result.d_source.dtype)
-        head.add(out, hidden)
+        factors = None if row_weights is None else row_weights[tokens]
+        d_hidden = head.add(out, hidden, factors, want_hidden=result.d_source is not None)
+        if d_hidden is not None and result.d_source is not None:
+            result.d_source[tokens] = d_hidden.to(result.d_source.dtype)
     if head is None:
         return result
     d_weight, d_bias = head.finished()
@@ -278,9 +283,13 @@ def plan(
     wanted: Wanted,
     memory_budget: int | None,
     device: torch.device,
+    *,
+    filtered: bool = False,
 ) -> Plan:
     """Chunk, group and workspace for n valid tokens, from what the sides' tensors are, not what is in them."""
     workspace = workspace_bytes(student, teacher, vocab, with_gradient, wanted, row_stride(vocab, device.type))
+    if filtered and device.type == "cpu":
+        workspace = workspace._replace(fixed=workspace.fixed + host_bytes(vocab))
     return plan_chunks(
         n,
         workspace=workspace,
@@ -347,14 +356,20 @@ def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
 
 
 def head_gradient(
-    student: Side, side: LogitSource, scale: Tensor, wanted: Wanted, *, whole: bool
+    student: Side,
+    side: LogitSource,
+    scale: Tensor,
+    wanted: Wanted,
+    *,
+    whole: bool,
+    grad_filter_eps: float = 0.0,
 ) -> HeadGradient | None:
     """None where the student is given as logits, or nothing of its head or hidden states is wanted."""
     if student.weight is None or side.projection is None or not any(wanted):
         return None
     return HeadGradient(
         student.weight, student.bias, side.projection, scale,
-        want_weight=wanted.weight, want_bias=wanted.bias, whole=whole,
+        want_weight=wanted.weight, want_bias=wanted.bias, whole=whole, grad_filter_eps=grad_filter_eps,
     )  # fmt: skip
 
 

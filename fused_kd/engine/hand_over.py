@@ -1,4 +1,4 @@
-"""A finished gradient times the upstream one, which is nearly always 1: then a GPU reads the factor and nothing else."""
+"""A finished gradient times the upstream one, nearly always 1: then a GPU reads the factor and nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows.triton_row import THREADS, guard, warp_size
+from ..rows.triton_row import guard, warp_size
 
-BLOCK = 4096
+BLOCK, THREADS = 4096, 256
 # Enough to fill any current GPU, few enough to be gone in microseconds where there is nothing to do.
 PROGRAMS = 1024
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..workspace import empty
 from .gemm import Projection, slab_rows
+from .tile_filter import Dense, Products, tiles_of
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,6 +38,7 @@ class HeadGradient:
         projection: its GEMMs, on the first rows of both; gradients of the others are 0.
         scale: 0-d fp32 factor of all gradients.
         whole: one group holds all tokens.
+        grad_filter_eps: of :mod:`.tile_filter`, 0 for exact gradients.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class HeadGradient:
         want_weight: bool,
         want_bias: bool,
         whole: bool,
+        grad_filter_eps: float = 0.0,
     ) -> None:
         self._weight, self._bias, self._projection, self._scale = weight, bias, projection, scale
         self._vocab = projection.weight.shape[0]
@@ -62,33 +65,44 @@ class HeadGradient:
             self._d_weight[self._vocab :].zero_()
         if want_bias and bias is not None:
             self._d_bias = torch.zeros(bias.shape, device=weight.device)
+        self._eps = grad_filter_eps
         self._first = True
 
-    def hidden(self, dlogits: Tensor) -> Tensor:
-        """(G, V) dlogits → (G, H) fp32 of the hidden states, times the factor."""
-        gradient = self._projection.hidden_gradient(dlogits)
-        return gradient if self._scaled else gradient.mul_(self._scale)
+    def add(self, dlogits: Tensor, hidden: Tensor, factors: Tensor | None, *, want_hidden: bool) -> Tensor | None:
+        """Take up a group's part of dW and db; return dH (G, H) fp32, times the factor, where wanted.
 
-    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
-        """A group's part, from its dlogits (G, V) and the GEMM's operand (G, H)."""
+        Args:
+            dlogits: (G, V). hidden: (G, H), the GEMM's operand.
+            factors: (G,) fp32 that the rows of ``dlogits`` have been multiplied by; None for 1.
+        """
+        products: Products = Dense(self._projection, dlogits)
+        if self._eps > 0:
+            products = tiles_of(self._projection, dlogits, factors, self._eps)
+        d_hidden = None
+        if want_hidden:
+            d_hidden = products.hidden()
+            if not self._scaled:
+                d_hidden.mul_(self._scale)
         if self._d_weight is not None:
+            out = self._d_weight[: self._vocab]
             if self._at_once:
-                self._round_by_slabs(self._d_weight[: self._vocab], dlogits, hidden)
+                self._round_by_slabs(products, out, hidden)
             else:
                 # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
                 operand = hidden * self._scale if hidden.dtype == torch.float32 else hidden
-                Projection.accumulate(self._d_weight[: self._vocab], dlogits, operand, first=self._first)
+                products.weight(out, slice(0, self._vocab), operand, first=self._first)
         if self._d_bias is not None:
             self._d_bias[: self._vocab] += dlogits.sum(0, dtype=torch.float32)
         self._first = False
+        return d_hidden
 
-    def _round_by_slabs(self, out: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    def _round_by_slabs(self, products: Products, out: Tensor, hidden: Tensor) -> None:
         step = slab_rows(*out.shape)
         slab = empty((step, out.shape[1]), torch.float32, out.device)
         for start in range(0, self._vocab, step):
             rows = slice(start, min(start + step, self._vocab))
             total = slab[: rows.stop - rows.start]
-            Projection.accumulate(total, dlogits[:, rows], hidden, first=True)
+            products.weight(total, rows, hidden, first=True)
             out[rows] = total if self._scaled else total.mul_(self._scale)
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:

@@ -293,7 +293,7 @@ class KDFunction(torch.autograd.Function):
 
 
 def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A pass over a weight-sized gradient is worth a look at the factor; on a GPU, which alone may look, by a kernel."""
+    """A pass over a weight-sized gradient is worth a look at the factor; on a GPU only a kernel may look."""
     if factor is None or (factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient.to(dtype)
     if factor.numel() == 1 and factor.device.type == "cuda" and gradient.is_contiguous() and _installed("triton"):

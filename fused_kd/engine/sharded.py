@@ -126,10 +126,9 @@ def run(
         record(result, tokens, chunk.outputs, bad[chunk.span], sparse_logits=sparse_logits)
         if head is None or out is None or hidden is None:
             continue
-        if result.d_source is not None:
-            gradient = head.hidden(out)
+        gradient = head.add(out, hidden, None, want_hidden=result.d_source is not None)
+        if gradient is not None:
             sums.append((tokens, exchange.sum(gradient) if sum_hidden else Gathering(gradient, None)))
-        head.add(out, hidden)
         if len(sums) > 1:
             keep_hidden()
     while sums:
