@@ -243,7 +243,8 @@ def test_budget_is_kept():
     with pytest.raises(ValueError, match=r"memory_budget must be at least 1\d{3} bytes .* got 1000"):
         predict(WIDE, FP32, UNIT, on_host=True, memory_budget=1000)
     streaming = [
-        predict(A, BF16, H200, on_host=False, engine="streaming", memory_budget=budget) for budget in (None, 2 * 10**7)
+        predict(A, BF16, FURTHER, on_host=False, engine="streaming", memory_budget=budget)
+        for budget in (None, 2 * 10**7)
     ]
     assert streaming[1].workspace_bytes <= 2e7 < streaming[0].workspace_bytes
     assert streaming[1].seconds > streaming[0].seconds
