@@ -227,4 +227,5 @@ def _fitting(affordable: int, of: int, limit: int, work: Callable[[int], int]) -
     """
     most = min(max(of, affordable // of * of), limit)
     sizes = [most, *range(most // of * of, most // 2, -of)]
-    return min(sizes, key=lambda size: work(size) / size)
+    best: int = min(sizes, key=lambda size: work(size) / size)
+    return best
