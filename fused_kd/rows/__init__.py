@@ -56,13 +56,16 @@ def on_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-@torch.compiler.assume_constant_result
 def _installed(package: str) -> bool:
-    """Whether a package can be imported. A constant to torch.compile: Dynamo of torch 2.11 refuses ``find_spec``."""
+    """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         return False
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of Dynamo: that of torch 2.11 refuses find_spec.
+_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def get_row(backend: str) -> Row:
