@@ -232,9 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.quick and named:
         parser.error("--quick has a pair of its own: leave out --architecture")
     devices = {a.device for a in named if a.device is not None}
-    device: str = args.device or (
-        devices.pop() if len(devices) == 1 else "cpu" if environment.unsupported() else "cuda"
-    )
+    here = "cpu" if environment.unsupported() else "cuda"
+    device: str = args.device or (devices.pop() if len(devices) == 1 else here)
     if misplaced := [a.name for a in named if a.device not in (device, None)]:
         parser.error(f"--architecture {misplaced[0]} is not for --device {device}")
     if device == "cuda" and (reason := environment.unsupported()):

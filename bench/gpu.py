@@ -2,13 +2,15 @@
 
 Each stage is a process with a limit of its own, whose results are lines of FOLDER/gpu.jsonl, each on the disk before
 the next is measured. A run that is cut keeps them; the next one in the same folder goes on from there, and measures
-again only with other code or ``--fresh``. Needs no network and nothing installed; what is missing is a row that says so.
-``--rehearse`` does the same on a CPU at tiny shapes: does the script work? ``--report FOLDER`` writes the tables again.
+again only with other code or ``--fresh``. Needs no network and nothing installed; what is missing is a row that says
+so. ``--rehearse`` does the same on a CPU at tiny shapes: does the script work? ``--report FOLDER`` writes the tables
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -81,9 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if args.stage is not None:
+        if args.tree is not None:
+            sys.path.insert(0, str(args.tree))  # another fused_kd under this bench
         from .stages import run_stage
 
-        return run_stage(args.stage, args.out, rehearse=args.rehearse, tree=args.tree, cache=args.cache)
+        return run_stage(args.stage, args.out, rehearse=args.rehearse, cache=args.cache)
     if args.report is not None:
         return report(args.report)
     if not args.minutes > 0:
@@ -113,9 +117,8 @@ def run(args: argparse.Namespace) -> int:
     given = ["--cache", str(cache)] if args.cache else []
 
     first = [*command, *given, "--stage", FIRST.name]
-    code, reason = in_time(
-        first, min(FIRST.seconds, end - time.monotonic()), out / "logs" / "environment.log", environment
-    )
+    log = out / "logs" / "environment.log"
+    code, reason = in_time(prepare(first, log, environment), min(FIRST.seconds, end - time.monotonic()), log)
     if code != 0:
         print(f"bench gpu: {reason}", file=sys.stderr)
         return NO_GPU if code == NO_GPU else 1
@@ -132,42 +135,70 @@ def run(args: argparse.Namespace) -> int:
         stages[_index(stages, "streaming:A") : _index(stages, "streaming:A")] = [
             Stage(name, AGAINST_SECONDS) for name in AGAINST
         ]
-    for stage in stages:
-        if args.only and stage.name not in args.only and stage.name.split(":")[0] not in args.only:
-            continue
-        more = tree if ":theirs:" in stage.name else []
-        run_one(stage, [*command, *more, "--stage", stage.name], lines, end, out / "logs", environment)
+    todo = [
+        (stage, [*command, *(tree if ":theirs:" in stage.name else []), "--stage", stage.name])
+        for stage in stages
+        if not args.only or stage.name in args.only or stage.name.split(":")[0] in args.only
+    ]
+    run_stages(todo, lines, end, out / "logs", environment)
     return report(out)
 
 
-def run_one(
-    stage: Stage, command: list[str], lines: Lines, end: float, logs: Path, environment: dict[str, str] | None = None
+def run_stages(
+    stages: list[tuple[Stage, list[str]]],
+    lines: Lines,
+    end: float,
+    logs: Path,
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """One stage that is not finished, until its limit or ``end``, and a row of what became of it."""
-    if lines.rows().get((stage.name, "stage"), {}).get("status") == "ok":
-        return
-    began = time.monotonic()
-    end = min(end, began + stage.seconds)
-    if end - began < min(LEAST_SECONDS, stage.seconds):
-        lines.put(stage.name, "stage", "not reached", reason="no time left in this run")
-        return
-    print(f"{stage.name} ...", file=sys.stderr, flush=True)
-    log = logs / f"{stage.name.replace(':', '-').replace(' ', '-')}.log"
-    code: int | None = BROKEN
-    for _ in range(MOST_STARTS):
-        if code == BROKEN:  # goes on with the rows after the one that cost the GPU's context
-            code, reason = in_time(command, end - time.monotonic(), log, environment)
-    took = round(time.monotonic() - began, 1)
-    status = "ok" if code == 0 else "cut" if code is None else "failed"
-    lines.put(stage.name, "stage", status, took=took, **({"reason": reason} if reason else {}))
+    """Those that are not finished, each until its limit or ``end``, and a row of what became of each.
+
+    While one measures, the process of the next imports what it needs and waits for a line.
+    """
+    ended = lines.rows()
+    todo = [(s, c) for s, c in stages if ended.get((s.name, "stage"), {}).get("status") != "ok"]
+    waiting: list[subprocess.Popen] = []
+    try:
+        for number, (stage, command) in enumerate(todo):
+            log = _log(logs, stage)
+            seconds = min(stage.seconds, end - time.monotonic())
+            if seconds < min(LEAST_SECONDS, stage.seconds):
+                lines.put(stage.name, "stage", "not reached", reason="no time left in this run")
+                continue
+            print(f"{stage.name} ...", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            process = waiting.pop() if waiting else prepare(command, log, environment)
+            if number + 1 < len(todo):
+                waiting.append(prepare(todo[number + 1][1], _log(logs, todo[number + 1][0]), environment))
+            code, reason = in_time(process, seconds, log)
+            for _ in range(MOST_STARTS):
+                left = began + seconds - time.monotonic()
+                if code == BROKEN and left > 0:  # goes on with the rows after the one that cost the GPU's context
+                    code, reason = in_time(prepare(command, log, environment), left, log)
+            status = "ok" if code == 0 else "cut" if code is None else "failed"
+            more = {"reason": reason} if reason else {}
+            lines.put(stage.name, "stage", status, took=round(time.monotonic() - began, 1), **more)
+    finally:
+        for process in waiting:
+            kill(process)
 
 
-def in_time(
-    command: list[str], seconds: float, log: Path, environment: dict[str, str] | None = None
-) -> tuple[int | None, str]:
-    """Run a process, at most so long; its exit code (None: cut) and, where that is not 0, what it last said."""
+def _log(logs: Path, stage: Stage) -> Path:
+    return logs / f"{stage.name.replace(':', '-').replace(' ', '-')}.log"
+
+
+def prepare(command: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """A process that begins when it reads a line, see :func:`in_time`."""
     log.write_text("")
-    process = start(command, log, environment, ROOT)
+    return start(command, log, environment, ROOT, stdin=subprocess.PIPE)
+
+
+def in_time(process: subprocess.Popen, seconds: float, log: Path) -> tuple[int | None, str]:
+    """Let it begin, and run at most so long; its exit code (None: cut) and, where that is not 0, what it last said."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"\n")
+        process.stdin.close()
     try:
         code: int | None = process.wait(max(seconds, 0.0))
     except subprocess.TimeoutExpired:

@@ -63,7 +63,7 @@ def stages(found: list[Row]) -> str:
     for name, rows in _by_stage(found).items():
         if name == "environment":
             continue
-        end = next((row for row in rows if row["key"] == "stage"), {"status": "running when cut"})
+        end: Row = next((row for row in rows if row["key"] == "stage"), {"status": "running when cut"})
         own = [row["status"] for row in rows if row["key"] != "stage"]
         counts = [str(sum(map(test, own)) or "") for test in (_is_ok, _is_bad, _is_missing)]
         lines.append([name, end["status"], *counts, fixed(end.get("took"), 0), end.get("reason", "")[:120]])
@@ -101,7 +101,7 @@ def _about(of: dict[str, list[Row]]) -> str:
     return "\n".join(
         [
             f"- {hardware.get('gpu', 'a rehearsal on a CPU: its numbers mean nothing')}",
-            f"- driver {hardware.get('driver')}; at the start: {about['now']}; {hardware.get('clocks_and_power')} at most",
+            f"- driver {hardware.get('driver')}; at most {hardware.get('clocks_and_power')}; at first {about['now']}",
             f"- {versions}",
             f"- commit {commit}, code {about['code']}",
         ]
@@ -126,12 +126,10 @@ def milliseconds(samples: list[float]) -> str:
 def _rates(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        for name, samples in row.get("seconds", {}).items():
-            rate = (row.get("flops") or row.get("bytes", 0)) / statistics.median(samples)
-            lines.append(
-                [row["key"], milliseconds(samples), f"{rate / 1e12:.3f} T{'FLOP' if 'flops' in row else 'B'}/s"]
-            )
-            assert name in ("copy", "gemm")
+        if "seconds" in row:
+            (samples,) = row["seconds"].values()
+            work, unit = (row["flops"], "TFLOP/s") if "flops" in row else (row["bytes"], "TB/s")
+            lines.append([row["key"], milliseconds(samples), f"{work / statistics.median(samples) / 1e12:.3f} {unit}"])
     return table(["", "ms", "rate"], lines) if lines else ""
 
 
@@ -152,15 +150,11 @@ def _rate(row: Row) -> float:
 def _rows(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        seconds = row.get("seconds", {})
-        for name, samples in seconds.items():
+        for name, samples in row.get("seconds", {}).items():
             if name != "copy":
-                shares = [
-                    row["least_bytes"] / row["copy_bytes"] * c / s
-                    for c, s in zip(seconds["copy"], samples, strict=True)
-                ]
+                share = row["least_bytes"] / row["copy_bytes"] * statistics.median(ratios(row, "copy", name) or [0.0])
                 rate = row["least_bytes"] / statistics.median(samples) / 1e9
-                lines.append([row["key"], name, milliseconds(samples), f"{rate:.0f}", fixed(statistics.median(shares))])
+                lines.append([row["key"], name, milliseconds(samples), f"{rate:.0f}", fixed(share)])
     return table(["shape, tokens", "row", "ms", "GB/s", "of the copy's"], lines) if lines else ""
 
 

@@ -19,8 +19,8 @@ PROCESSES = 12
 EACH_SECONDS = 60.0
 # Starts of one share: more often than so it is the share that is broken.
 MOST_STARTS = 10
-# pytest's exit codes after which nothing is left to do: all passed, some failed, none chosen.
-FINISHED = (0, 1, 5)
+# pytest's exit codes after which nothing is left to do (all passed, some failed, none chosen) or nothing can be done.
+FINISHED, HOPELESS = (0, 1, 5), (2, 3, 4)
 
 
 class _Process(NamedTuple):
@@ -95,7 +95,7 @@ def _next(one: _Process, folder: Path, select: list[str], each: float, root: Pat
     died, collected = _close(one, "crashed"), any("selected" in row for row in read(one.lines))
     if not died and collected and code in FINISHED:
         return None
-    if one.starts == MOST_STARTS or not collected:
+    if one.starts == MOST_STARTS or not collected or code in HOPELESS:
         reason = why(code, one.lines.with_suffix(".log").read_text(errors="replace"))
         append(one.lines, {"error": f"share {one.share} of {one.part}: {reason}"})
         return None

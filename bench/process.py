@@ -13,13 +13,19 @@ from pathlib import Path
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-def start(command: list[str], log: Path, environment: dict[str, str] | None = None, cwd: Path | None = None):
-    """A process in a group of its own, its output appended to ``log``. On Linux it is killed when this thread ends,
-    however that comes about, whatever it runs."""
+def start(
+    command: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int = subprocess.DEVNULL,
+) -> subprocess.Popen:
+    """A process in a group of its own, its output appended to ``log``. On Linux it is killed when the thread that
+    started it ends, however that comes about."""
     with log.open("a") as file:
         return subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-            start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            command, cwd=cwd, env=environment, stdout=file, stderr=file, stdin=stdin, start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
 
 

@@ -64,11 +64,21 @@ class Run:
         if status == "failed" and not device_works():
             os._exit(BROKEN)
 
-    def time(self, calls: Calls, rounds: int | None = None, before: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Samples of each call, in turns, after each has run twice."""
-        before = before or self.flush
-        interleaved(calls, 2, before)
-        return {"seconds": interleaved(calls, rounds or self.rounds, before)}
+    def measure(
+        self,
+        key: str,
+        calls: Calls,
+        about: dict[str, Any],
+        rounds: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """A row with samples of each call, in turns, after each has run twice."""
+
+        def timed() -> dict[str, Any]:
+            interleaved(calls, 2, before or self.flush)
+            return {"seconds": interleaved(calls, rounds or self.rounds, before or self.flush)} | about
+
+        self.put(key, timed)
 
     def row_problem(self, name: str) -> RowProblem:
         C = 16 if self.rehearse else ROW_TOKENS
@@ -79,8 +89,9 @@ class Run:
         return Case(shape, name, (), self.device.type, str(self.dtype).removeprefix("torch."), **settings)
 
 
-def run_stage(name: str, out: Path, *, rehearse: bool, tree: Path | None = None, cache: Path | None = None) -> int:
+def run_stage(name: str, out: Path, *, rehearse: bool, cache: Path | None = None) -> int:
     """The exit code of a stage's process."""
+    sys.stdin.readline()  # by now everything is imported
     torch.manual_seed(0)
     kind, _, rest = name.partition(":")
     if kind == "environment":
@@ -123,9 +134,9 @@ def _machine(run: Run) -> None:
     size, m = (1 << 20, 128) if run.rehearse else (2 << 30, 8192)
     source = torch.ones(size // 4, device=run.device)
     target = torch.empty_like(source)
-    run.put("copy", lambda: run.time({"copy": lambda: target.copy_(source)}) | {"bytes": 2 * source.nbytes})
+    run.measure("copy", {"copy": lambda: target.copy_(source)}, {"bytes": 2 * source.nbytes})
     a, b = (torch.randn(m, m, device=run.device).to(run.dtype) for _ in range(2))
-    run.put(f"gemm {m}", lambda: run.time({"gemm": lambda: a @ b}) | {"flops": 2 * m**3})
+    run.measure(f"gemm {m}", {"gemm": lambda: a @ b}, {"flops": 2 * m**3})
 
 
 def _tests(run: Run) -> int:
@@ -205,10 +216,10 @@ def _gemms(run: Run, name: str) -> None:
             for result in (torch.float32, torch.bfloat16):
                 for beta in (0, 1) if kind == "dW" else (0,):
                     key = f"{kind} {'fp32' if result == torch.float32 else 'bf16'} beta {beta} {C}"
-                    run.put(key, partial(_one_gemm, run, a, b, result, beta))
+                    _one_gemm(run, key, a, b, result, beta)
 
 
-def _one_gemm(run: Run, a: torch.Tensor, b: torch.Tensor, result: torch.dtype, beta: int) -> dict[str, Any]:
+def _one_gemm(run: Run, key: str, a: torch.Tensor, b: torch.Tensor, result: torch.dtype, beta: int) -> None:
     if result != torch.float32 and run.rehearse:
         a, b = a.bfloat16(), b.bfloat16()
     out = torch.zeros(a.shape[0], b.shape[1], dtype=result, device=a.device)
@@ -221,7 +232,7 @@ def _one_gemm(run: Run, a: torch.Tensor, b: torch.Tensor, result: torch.dtype, b
         else:
             _gemm(a, b, out)
 
-    return run.time({"gemm": call}, 5) | {"flops": 2 * a.shape[0] * a.shape[1] * b.shape[1]}
+    run.measure(key, {"gemm": call}, {"flops": 2 * a.shape[0] * a.shape[1] * b.shape[1]}, 5)
 
 
 def _row_call(run: Run, key: str, problem: RowProblem, backend: str, tokens: str) -> Callable[[], None] | None:
@@ -255,7 +266,7 @@ def _rows(run: Run) -> None:
                 if call is not None:
                     calls[backend] = call
             about = {"copy_bytes": problem.copy_bytes, "least_bytes": problem.least_bytes}
-            run.put(key, lambda calls=calls, about=about: run.time(calls) | about)
+            run.measure(key, calls, about)
 
 
 def _steps(run: Run, name: str) -> None:
@@ -343,7 +354,7 @@ def _compare(
 
         fields = {"what": what, "field": other.name, "default": str(other.default), "value": str(other.value)}
         calls: Calls = {"default": call, "other": changed}
-        run.put(f"{what} {other.name}={other.value}", lambda c=calls, f=fields: run.time(c, 6, before) | f)
+        run.measure(f"{what} {other.name}={other.value}", calls, fields, 6, before)
 
 
 def _launches(run: Run, what: str, call: Callable[[], object]) -> None:
@@ -355,7 +366,7 @@ def _launches(run: Run, what: str, call: Callable[[], object]) -> None:
 
         fields = {"what": what, "field": "triton launch", "default": "its own", "value": f"{block} x {threads}"}
         calls: Calls = {"default": call, "other": changed}
-        run.put(f"{what} {fields['value']}", lambda c=calls, f=fields: run.time(c, 6) | f)
+        run.measure(f"{what} {fields['value']}", calls, fields, 6)
 
 
 def _profile(run: Run) -> None:
@@ -390,7 +401,7 @@ def _peers(run: Run, name: str) -> None:
     _case(run, name, case, MIXED, None)
 
 
-STAGES: dict[str, Callable[..., None]] = {
+STAGES: dict[str, Callable[..., int | None]] = {
     "machine": _machine,
     "tests": _tests,
     "sanitizer": _sanitizer,

@@ -64,7 +64,8 @@ def _installed(package: str) -> bool:
         return False
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of Dynamo: that of torch 2.11 refuses find_spec.
+# To torch.compile a constant, as Dynamo of torch 2.11 refuses find_spec. This is all that assume_constant_result does,
+# which would import the whole of Dynamo.
 _installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
