@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def rehearsal(tmp_path_factory) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "machine | ok" in done.stdout
-    for stage in ("rows", "gemms:B", "steps:A", "streaming:A", "choices:step", "peers:eager", "ncu:cuda"):
+    for stage in ("rows", "gemms:B", "steps:A", "choices:step", "peers:eager", "ncu:cuda"):
         with mock.patch.object(sys, "stdin", io.StringIO("\n")):
             assert run_stage(stage, out, rehearse=True) == 0
     gpu.report(out)
@@ -173,7 +174,7 @@ def rehearsal(tmp_path_factory) -> Path:
 def test_a_rehearsal_measures_what_a_gpu_would(rehearsal):
     rows = {(row["stage"], row["key"]): row for row in read(rehearsal / "gpu.jsonl")}
     assert rows["environment", "environment"]["versions"]["torch"] == torch.__version__
-    assert rows["streaming:A", "easy"]["status"] == "missing"
+    assert rows["ncu:cuda", "ncu"]["status"] == "missing" or shutil.which("ncu")
     assert {"copy", "torch"} <= rows["rows", "odd hard"]["seconds"].keys()
     step = rows["steps:A", "fused_kd torch mixed"]
     assert step["error"]["d_hidden"] < 1e-5 and {"step", "floor", "half_ignored"} <= step["seconds"].keys()

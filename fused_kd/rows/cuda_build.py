@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .build_cache import cache_folder
+from .build_cache import cache_folder, keep, kept
 from .expressions import c_table
 
 if TYPE_CHECKING:
@@ -27,6 +26,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "_csrc"
 SOURCES = {"fkd_row": "kd_row.cu", "fkd_condense": "kd_top_k.cu", "fkd_expand": "kd_top_k.cu"}
 INSTEAD = "or use backend='triton'"
 PORTABLE_CLUSTER = 8
+OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "device_as_default_execution_space": True,  # of the functions that csrc shares with the row for CPUs
+    "disable_warnings": True,  # of branches that a macro makes unreachable
+}
 
 
 class CudaRowError(ValueError):
@@ -142,7 +146,14 @@ def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where:
 
 @functools.lru_cache(maxsize=1024)
 def _loaded(kernel: str, macros: tuple[tuple[str, int], ...], arch: str) -> Any:
-    return _core().ObjectCode.from_cubin(cubin(kernel, macros, arch), name=kernel)
+    """The loaded binary; compiled here where the driver refuses the one in the cache, which may be of a newer NVRTC."""
+    core = _core()
+    code = core.ObjectCode.from_cubin(cubin(kernel, macros, arch), name=kernel)
+    try:
+        code.get_kernel(kernel)
+    except Exception:  # cuda-core's own
+        code = core.ObjectCode.from_cubin(cubin(kernel, macros, arch, fresh=True), name=kernel)
+    return code
 
 
 def architecture(major: int, minor: int) -> str:
@@ -150,41 +161,38 @@ def architecture(major: int, minor: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
-def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str) -> bytes:
+def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, *, fresh: bool = False) -> bytes:
     """The binary of a kernel of :data:`SOURCES`, from the cache where a process has compiled it before.
+
+    An entry is known by the sources, ``macros`` and ``arch``, not by the NVRTC that made it: it may come from another
+    machine. One that is damaged is compiled again.
 
     Args:
         kernel: its name.
         macros: what it is compiled for, see ``csrc/cuda_slots.h`` and the sources.
         arch: such as "sm_90a"; the GPU need not be present.
+        fresh: compile whatever the cache holds.
 
     Raises:
         CudaRowError: where NVRTC is missing or fails.
     """
     source = c_table() + f'#include "{SOURCES[kernel]}"\n'
     files = [FOLDER / SOURCES[kernel], *sorted(FOLDER.glob("*.h"))]
-    key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(_nvrtc_version())])
+    key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(OPTIONS)])
     folder = cache_folder()
     path = None if folder is None else folder / f"{kernel}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
-    if path is not None and path.exists():
-        return path.read_bytes()
-    code = _compile(source, macros, arch)
-    if path is not None:
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(path)  # whole or not at all, whoever else compiles the same
+    code = None if path is None or fresh else kept(path, key)
+    if code is None:
+        code = _compile(source, macros, arch)
+        if path is not None:
+            keep(path, key, code, {"arch": arch, "nvrtc": ".".join(map(str, _nvrtc_version()))})
     return code
 
 
 def _compile(source: str, macros: tuple[tuple[str, int], ...], arch: str) -> bytes:
     core = _core()
     options = core.ProgramOptions(
-        arch=arch,
-        std="c++17",
-        include_path=str(FOLDER),
-        define_macro=[(name, str(value)) for name, value in macros],
-        device_as_default_execution_space=True,  # of the functions that csrc shares with the row for CPUs
-        disable_warnings=True,  # of branches that a macro makes unreachable
+        arch=arch, include_path=str(FOLDER), define_macro=[(name, str(value)) for name, value in macros], **OPTIONS
     )
     try:
         return bytes(core.Program(source, code_type="c++", options=options).compile("cubin").code)
