@@ -15,6 +15,7 @@ from .lines import append, read
 from .process import kill, start, why
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_FILES = ("tests/test_gpu.py", "tests/test_error_budget.py", "tests/test_streaming.py", "tests/test_triton_row.py")
 PROCESSES = 12
 EACH_SECONDS = 60.0
 # Starts of one share: more often than so it is the share that is broken.

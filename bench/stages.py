@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -35,7 +36,7 @@ GEMM_TOKENS = (1024, 2048, 4096, 8192)
 ROW_TOKENS = 2048
 # Blocks of columns and threads of the Triton row beside its own.
 LAUNCHES = ((1024, 128), (1024, 256), (2048, 128), (4096, 256), (4096, 512))
-GPU_FILES = ("tests/test_gpu.py", "tests/test_error_budget.py", "tests/test_streaming.py", "tests/test_triton_row.py")
+BACKENDS = ("triton", "cuda")
 
 
 class Run:
@@ -46,7 +47,7 @@ class Run:
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.dtype = torch.float32 if rehearse else torch.bfloat16
         self.shapes = {shape.name: shape for shape in (REHEARSAL_SHAPES if rehearse else (*GPU_SHAPES, ODD_SHAPE))}
-        self.backends = ("torch", "native") if rehearse else ("triton", "cuda")
+        self.backends = ("torch", "native") if rehearse else BACKENDS
         self.rounds = 2 if rehearse else 10
         self.lines = Lines(out / "gpu.jsonl", code)
         self.finished = self.lines.finished(stage)
@@ -109,7 +110,7 @@ def _environment(out: Path, rehearse: bool, cache: Path | None) -> int:
     fields: dict[str, Any] = {"hardware": environment.hardware(device), "versions": environment.versions()}
     fields |= {"source": source, "now": environment.smi(), "peers": peers_in_order()}
     if cache is not None:
-        from fused_kd.kernels import adopt
+        from .kernels import adopt
 
         fields["cache"] = adopt(cache)
     Lines(out / "gpu.jsonl", f"{source['digest']}{'-rehearsal' if rehearse else ''}").put(
@@ -143,7 +144,7 @@ def _tests(run: Run) -> int:
     if importlib.util.find_spec("pytest") is None:
         run.add("tests", "missing", reason="pytest is not installed")
         return 0
-    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*GPU_FILES, "-m", "gpu"]
+    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*gpu_tests.GPU_FILES, "-m", "gpu"]
     found = gpu_tests.run_tests(
         run.out / "tests",
         130.0,
@@ -355,6 +356,12 @@ def _compare(
         fields = {"what": what, "field": other.name, "default": str(other.default), "value": str(other.value)}
         calls: Calls = {"default": call, "other": changed}
         run.measure(f"{what} {other.name}={other.value}", calls, fields, 6, before)
+
+
+def launches_of(backend: str) -> list[contextlib.AbstractContextManager[None]]:
+    """The row's own launch and those that it is compared with."""
+    others = [triton_launch(*launch) for launch in LAUNCHES] if backend == "triton" else []
+    return [contextlib.nullcontext(), *others]
 
 
 def _launches(run: Run, what: str, call: Callable[[], object]) -> None:
