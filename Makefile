@@ -1,5 +1,5 @@
 # make demo: distil a tiny translation model.  make test: the test suite; make test-all: kernels for every GPU too.
-# make docs: docs/api.md from the code.  Each sets up .venv first.
+# make docs: docs/api.md from the code.  Each sets up .venv first; make gpu alone does not.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # Small operations: threads that wait for each other cost more than they give.
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
+# Of make gpu: where its results go, and how long it may take.
+OUT ?= build/gpu
+MINUTES ?= 6
 
 .PHONY: demo demo-quick test test-all lint types docs gpu bench clean
 
@@ -32,8 +35,9 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(PY) docs/api.py
 
-gpu: $(STAMP)
-	$(PY) -m bench run --device cuda
+# From a plain checkout, with the Python that is given: no network, no .venv, nothing installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m bench gpu --out $(OUT) --minutes $(MINUTES)
 
 bench: $(STAMP)
 	$(PY) -m bench run --device cpu

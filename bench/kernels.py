@@ -140,7 +140,8 @@ def test_session(arch: str, counts_file: Path, wheel: Path | None) -> Counter[st
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.offline", "-p", "no:cacheprovider", *GPU_FILES]
     environment = os.environ | {"FUSED_KD_COUNTS": str(counts_file), "FUSED_KD_ARCH": arch}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    environment |= {"FUSED_KD_TRITON_OF": str(wheel or "")}
+    # Set, so that the tests do not choose the interpreter.
+    environment |= {"FUSED_KD_TRITON_OF": str(wheel or ""), "TRITON_INTERPRET": "0"}
     subprocess.run([*command, "-m", "gpu", "--tb=no"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     return Counter(json.loads(counts_file.read_text())) if counts_file.exists() else Counter()
 
