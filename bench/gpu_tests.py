@@ -15,13 +15,18 @@ from .lines import append, read
 from .process import kill, start, why
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_FILES = ("tests/test_gpu.py", "tests/test_error_budget.py", "tests/test_streaming.py", "tests/test_triton_row.py")
 PROCESSES = 12
 EACH_SECONDS = 60.0
 # Starts of one share: more often than so it is the share that is broken.
 MOST_STARTS = 10
 # pytest's exit codes after which nothing is left to do (all passed, some failed, none chosen) or nothing can be done.
 FINISHED, HOPELESS = (0, 1, 5), (2, 3, 4)
+
+
+def gpu_files(root: Path = ROOT) -> list[str]:
+    """The files that have tests marked gpu: collecting the others would take every process seconds."""
+    found = sorted((root / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(root)) for path in found if "mark.gpu" in path.read_text()]
 
 
 class _Process(NamedTuple):

@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from .environment import ROOT
+from .gpu_tests import gpu_files
 from .offline import ARCHITECTURES, CUDA, offline
 
 GROUP = "__grp__"
@@ -30,21 +31,22 @@ PARTS = ("compiler", "backends", "language", "runtime/cache.py")
 def adopt(folder: Path) -> int:
     """Rewrite Triton's entries for where ``folder`` is now; how many kernels have all of their files.
 
-    Kernels that lack one, or whose group of files cannot be read, are taken out, to be compiled again.
+    Kernels that lack a file, have one that is not as :func:`seal` saw it, or whose group cannot be read, are taken out,
+    to be compiled again; those that were made here since are kept.
     """
     sound = 0
     for kernel in sorted((folder / "triton").glob("*")):
         for group in kernel.glob(f"{GROUP}*.json"):
             try:
-                names = json.loads(group.read_text())["child_paths"]
-                here = {name: str((kernel / name).resolve()) for name in names}
-                whole = bool(here) and all(_intact(Path(path)) for path in here.values())
+                before = json.loads(group.read_text())["child_paths"]
+                here = {name: str((kernel / name).resolve()) for name in before}
+                whole = bool(here) and all(_intact(Path(path), path == before[name]) for name, path in here.items())
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 whole = False
-            if whole:
-                _write(group, json.dumps({"child_paths": here}).encode())
-            else:
+            if not whole:
                 group.unlink()
+            elif here != before:
+                _write(group, json.dumps({"child_paths": here}).encode())
             sound += whole
     return sound
 
@@ -65,8 +67,8 @@ def _digest(path: Path) -> str:
     return f"{len(data)} {hashlib.sha256(data).hexdigest()}"
 
 
-def _intact(path: Path) -> bool:
-    return _sum(path).read_text() == _digest(path)
+def _intact(path: Path, made_here: bool) -> bool:
+    return _sum(path).read_text() == _digest(path) if _sum(path).exists() else made_here and path.is_file()
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -121,9 +123,10 @@ def warm(rows: bool = True, streaming: bool = True) -> None:
         # Sizes decide what is compiled, numbers do not: memory that is never touched costs nothing.
         make = torch.empty
         hidden, weight = (make(n, shape.H_s, dtype=torch.bfloat16, device="cuda") for n in (shape.N, shape.V))
-        teacher = [make(n, shape.H_t, dtype=torch.bfloat16, device="cuda") for n in (shape.N, shape.V)]
+        hidden_t, weight_t = (make(n, shape.H_t, dtype=torch.bfloat16, device="cuda") for n in (shape.N, shape.V))
         labels = torch.zeros(shape.N, dtype=torch.int64, device="cuda")
-        inputs = Inputs(hidden.requires_grad_(), weight.requires_grad_(), *teacher, labels, make(shape.N))
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        inputs = Inputs(*leaves, hidden_t, weight_t, labels, make(shape.N))
         names = [f"fused_kd {backend}" for backend in BACKENDS] + ["fused_kd streaming"] * streaming
         for name in names:
             if rows or "streaming" in name:
@@ -135,9 +138,7 @@ def warm(rows: bool = True, streaming: bool = True) -> None:
 
 def test_session(arch: str, counts_file: Path, wheel: Path | None) -> Counter[str]:
     """The tests marked gpu, offline; their outcomes mean nothing."""
-    from .gpu_tests import GPU_FILES
-
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.offline", "-p", "no:cacheprovider", *GPU_FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.offline", "-p", "no:cacheprovider", *gpu_files()]
     environment = os.environ | {"FUSED_KD_COUNTS": str(counts_file), "FUSED_KD_ARCH": arch}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     # Set, so that the tests do not choose the interpreter.

@@ -136,6 +136,7 @@ def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], count
     triton.runtime.driver.set_active(_Driver(GPUTarget("cuda", 10 * capability[0] + capability[1], 32)))
     patch(JITFunction, "run", compile_only)
     knobs.compilation.listener = listen
+    knobs.compilation.store_binary_only = True  # not the steps on the way, which are most of its bytes
 
 
 def _divert_cuda(patch: Callable[..., Any], arch: str, counts: Counter[str]) -> None:

@@ -144,7 +144,7 @@ def _tests(run: Run) -> int:
     if importlib.util.find_spec("pytest") is None:
         run.add("tests", "missing", reason="pytest is not installed")
         return 0
-    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*gpu_tests.GPU_FILES, "-m", "gpu"]
+    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
     found = gpu_tests.run_tests(
         run.out / "tests",
         130.0,
