@@ -103,7 +103,7 @@ def use_key_of(wheel: Path) -> None:
     cache.triton_key = lambda: key.replace(own, other_hash)
 
 
-def warm(rows: bool = True, streaming: bool = True) -> None:
+def warm() -> None:
     """What the benchmarks launch: rows alone at each launch, steps, and the streaming engine, at their real sizes."""
     import torch
 
@@ -113,7 +113,7 @@ def warm(rows: bool = True, streaming: bool = True) -> None:
     from .shapes import GPU_SHAPES, ODD_SHAPE
     from .stages import BACKENDS, launches_of
 
-    for shape in (*GPU_SHAPES, ODD_SHAPE) if rows else ():
+    for shape in (*GPU_SHAPES, ODD_SHAPE):
         problem = RowProblem(2, shape.V, CUDA, torch.bfloat16)
         for backend in BACKENDS:
             for launch in launches_of(backend):
@@ -127,16 +127,13 @@ def warm(rows: bool = True, streaming: bool = True) -> None:
         labels = torch.zeros(shape.N, dtype=torch.int64, device="cuda")
         leaves = hidden.requires_grad_(), weight.requires_grad_()
         inputs = Inputs(*leaves, hidden_t, weight_t, labels, make(shape.N))
-        names = [f"fused_kd {backend}" for backend in BACKENDS] + ["fused_kd streaming"] * streaming
-        for name in names:
-            if rows or "streaming" in name:
-                for tokens in GAMMAS:
-                    step = IMPLEMENTATIONS[name].build(inputs, GAMMAS[tokens])
-                    step(labels).backward()
-                    inputs.drop_gradients()
+        for name in (*(f"fused_kd {backend}" for backend in BACKENDS), "fused_kd streaming"):
+            for gamma in GAMMAS.values():
+                IMPLEMENTATIONS[name].build(inputs, gamma)(labels).backward()
+                inputs.drop_gradients()
 
 
-def test_session(arch: str, counts_file: Path, wheel: Path | None) -> Counter[str]:
+def run_tests_offline(arch: str, counts_file: Path, wheel: Path | None) -> Counter[str]:
     """The tests marked gpu, offline; their outcomes mean nothing."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.offline", "-p", "no:cacheprovider", *gpu_files()]
     environment = os.environ | {"FUSED_KD_COUNTS": str(counts_file), "FUSED_KD_ARCH": arch}
@@ -174,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     total: Counter[str] = Counter(counts)
     if not args.skip_tests:
-        total += test_session(args.arch, folder / "counts.json", args.triton_of)
+        total += run_tests_offline(args.arch, folder / "counts.json", args.triton_of)
     seal(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     said = ", ".join(f"{what} {total[what]}" for what in _COUNTS)
