@@ -1,5 +1,7 @@
 # make demo: distil a tiny translation model.  make test: the test suite; make test-all: kernels for every GPU too.
 # make docs: docs/api.md from the code.  Each sets up .venv first; make gpu alone does not.
+# make compat: kernels and tests with every Triton, the oldest NVRTC, and the oldest and newest torch that are supported;
+# downloads about 10 GB into build/ (20 GB unpacked) the first time.  make compat-fast: with the oldest Triton, for sm_90.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +13,7 @@ WORKERS ?= 2
 OUT ?= build/gpu
 MINUTES ?= 6
 
-.PHONY: demo demo-quick test test-all lint types docs gpu bench clean
+.PHONY: demo demo-quick test test-all compat compat-fast lint types docs gpu bench clean
 
 demo: $(STAMP)
 	$(PY) examples/distill.py --preset demo --output runs/demo
@@ -24,6 +26,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m ""
+
+compat: $(STAMP)
+	$(TEST_ENV) WORKERS=$(WORKERS) $(PY) -m tests.compat
+
+compat-fast: $(STAMP)
+	$(TEST_ENV) $(PY) -m tests.compat triton --oldest --fast --targets sm_90
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

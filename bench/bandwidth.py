@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 
@@ -52,16 +50,3 @@ class RowProblem:
         student, teacher = Logits(self.z, 1.0, None, True), Logits(self.z_t, 1.0, None, True)
         inputs = RowInputs(student, teacher, self.labels, None, scalars, objective.spec, False)
         return functools.partial(get_row(backend), inputs, self.outputs)
-
-
-@contextlib.contextmanager
-def triton_launch(block: int, threads: int) -> Iterator[None]:
-    """The Triton row with another block of columns and number of threads."""
-    from fused_kd.rows import triton_row
-
-    with (
-        mock.patch.object(triton_row, "BLOCK", block),
-        mock.patch.object(triton_row, "THREADS", threads),
-        mock.patch.object(triton_row, "row_constants", triton_row.row_constants.__wrapped__),
-    ):
-        yield

@@ -1,29 +1,36 @@
 """FLOPs, special functions and bytes of one forward and backward, counted from the algorithm; nothing is run.
 
-n valid tokens of N, hidden sizes H_s and H_t, vocabulary V, m = ceil(n / C) chunks of C tokens. b bytes an operand of a
-GEMM, g bytes a logit gradient (both of the inputs' dtype); logits, dH and the sum of dW are fp32. Operands are read
-once a chunk, results written once, and dW is read and written by every chunk but the first, which only writes:
+n valid tokens of N, hidden sizes H_s and H_t, vocabulary V, m chunks of C tokens in k groups of G, as planned. b bytes
+an operand of a GEMM and a logit gradient (both of the inputs' dtype); logits, dH and the sum of dW are fp32. Operands
+are read once a chunk or group, results written once; dW is read and written by every group but the first, which only
+writes:
 
 =============== ========== ===================================================
 GEMM            FLOPs      bytes
 =============== ========== ===================================================
 student logits  2 n V H_s  b (n H_s + m V H_s) + 4 n V
 teacher logits  2 n V H_t  b (n H_t + m V H_t) + 4 n V; none for a top-k teacher
-dH              2 n V H_s  g n V + b m V H_s + 4 n H_s
-dW              2 n V H_s  g n V + b n H_s + 4 (2 m - 1) V H_s
+dH              2 n V H_s  b (n V + k V H_s) + 4 n H_s
+dW              2 n V H_s  b (n V + n H_s) + 4 (2 k - 1) V H_s
 =============== ========== ===================================================
 
-Passes over a finished dW come on top: scaling (8 V H_s) and rounding (4 + b) of a low-precision one, and the factor of
-the backward pass (2 b) on an accelerator. Where low-precision operands must be upcast first (b + 8 a weight's entry,
-4 an operand's, 8 n V for the slab's products), g is 4.
+Passes over a finished dW come on top: rounding a bf16 one, 4 + b an entry; for fp16, whose factor no row can carry,
+scaling in fp32, 8, and rounding in the backward pass, 4 + b. Where one group holds all tokens, a bf16 dW is made in s
+fp32 slabs that are rounded while they are in the L2 cache: then b (n V + s n H_s + V H_s) is all, and 8 V H_s more if
+the slabs do not stay there. Groups are chunks in fp32, under a tight budget and with ``tuning.gradient_groups=False``.
+A backward pass with the factor 1 moves nothing.
+
+Where low-precision operands must be upcast first, groups are chunks, b is 4 for operands and logit gradients, b + 8 for
+a weight's entry, and a slab's products take 8 n V more. The factor then rides on operands, as in fp32.
 
 The row, an element of the n x V logits: a dense teacher's reads both logits in two sweeps (statistics, gradient), in
-three where a token is hard (sums), and writes g; a top-k teacher's sweeps the student's alone, twice. "Once" counts
+three where a token is hard (sums), and writes b; a top-k teacher's sweeps the student's alone, twice. "Once" counts
 one read and one write, what is left where blocks stay in cache between the sweeps; "swept" counts every sweep.
 Special functions: a dense row takes 2 exponentials where they are kept (CPU rows) and 2 a sweep where they are made
 again (Triton's), a hard token's also 1 logarithm and 1 division (2 where made again). A top-k row takes 1, or 2.
 
-Left out as small: vectors, passes over n x H, the lists of a top-k teacher and the row over its K + 2 categories.
+Left out as small: vectors, passes over n x H, the columns that a buffer's rows are padded by, the lists of a top-k
+teacher and the row over its K + 2 categories.
 """
 
 from __future__ import annotations
@@ -32,7 +39,8 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.gemm import has_fp32_output
+from fused_kd.engine.gemm import has_fp32_output, slab_rows
+from fused_kd.engine.head_gradient import gradient_dtype
 from fused_kd.engine.plan import Plan
 from fused_kd.forecast import chunked_plan
 
@@ -44,12 +52,22 @@ class Counts(NamedTuple):
     """FLOPs and bytes by GEMM; of the row special functions and bytes; bytes of workspace as planned."""
 
     chunk: int
+    group: int
     flops: dict[str, int]
     gemm_bytes: dict[str, int]
     row_specials: int
     row_bytes_once: int
     row_bytes_swept: int
     workspace_bytes: int
+
+
+class Product(NamedTuple):
+    """One of the GEMMs by itself: bytes ``read`` and ``written``, and the (rows, columns) of its ``results``, one a
+    chunk, group or slab."""
+
+    read: int
+    written: int
+    results: list[tuple[int, int]]
 
 
 def gemm_flops(shape: Shape, top_k: bool = False, valid: float = 1.0) -> dict[str, int]:
@@ -65,6 +83,41 @@ def row_bytes(elements: int, written: int, sides: int = 2, sweeps: float = 1.0) 
     return int((4 * sides * sweeps + written) * elements)
 
 
+def in_slabs(dtype: torch.dtype, plan: Plan, n: int, upcasts: bool) -> bool:
+    """Whether dW is made at once, rounded slab by slab."""
+    return plan.group >= n and gradient_dtype(dtype) != torch.float32 and not upcasts
+
+
+def gemm_products(
+    shape: Shape,
+    dtype: torch.dtype,
+    plan: Plan,
+    *,
+    top_k: bool = False,
+    valid: float = 1.0,
+    upcasts: bool = False,
+    slabs: bool = False,
+) -> dict[str, Product]:
+    """The GEMMs without additions to an earlier dW and passes over a finished one; ``slabs``: see :func:`in_slabs`."""
+    n, V, H = round(valid * shape.N), shape.V, shape.H_s
+    b = dtype.itemsize
+    operand, weight, result = (4, b + 8, 12) if upcasts else (b, b, 4)
+    groups = [[span.stop - span.start for span in group] for group in plan.groups(n)]
+    chunks, nV = [size for group in groups for size in group], n * V
+
+    def logits(hidden: int) -> Product:
+        read = operand * n * hidden + weight * len(chunks) * V * hidden
+        return Product(read, result * nV, [(size, V) for size in chunks])
+
+    step = slab_rows(V, H) if slabs else V
+    pieces = [(min(step, V - start), H) for start in range(0, V, step)]
+    d_hidden = Product(operand * nV + weight * len(groups) * V * H, 4 * n * H, [(sum(group), H) for group in groups])
+    read = operand * (nV + len(pieces) * n * H)
+    d_weight = Product(read, 0 if slabs else 4 * V * H, pieces * len(groups))
+    teacher = {} if top_k else {"teacher_logits": logits(shape.H_t)}
+    return {"student_logits": logits(H), **teacher, "d_hidden": d_hidden, "d_weight": d_weight}
+
+
 def count_chunked(
     shape: Shape,
     dtype: torch.dtype,
@@ -75,40 +128,41 @@ def count_chunked(
     hard: float = 0.0,
     recomputes: bool = False,
     upcasts: bool = False,
-    on_host: bool = True,
 ) -> Counts:
     """The chunked engine, all gradients wanted.
 
     Args:
-        shape, dtype: of the inputs. plan: chunk and workspace.
+        shape, dtype: of the inputs. plan: chunk, workspace and group.
         top_k: the teacher is a list of entries.
         valid, hard: fractions of tokens that are not ignored, and of those that are hard.
         recomputes: the row makes its exponentials again in every sweep.
-        upcasts: the GEMMs take no low-precision operands (irrelevant in fp32). on_host: on a CPU.
+        upcasts: the GEMMs take no low-precision operands (irrelevant in fp32).
     """
     upcasts = upcasts and dtype != torch.float32
     n, V = round(valid * shape.N), shape.V
-    m = -(-n // plan.chunk)
     b = dtype.itemsize
-    g, weight, product = (4, b + 8, 12) if upcasts else (b, b, 4)
-    VH, nH, nV = V * shape.H_s, n * shape.H_s, n * V
-    passes = (8 if g < 4 else 0) + (4 + b if b < 4 else 0) + (0 if on_host else 2 * b)
-    flops = gemm_flops(shape, top_k, valid)
-    gemm_bytes = {
-        "student_logits": g * nH + weight * m * VH + product * nV,
-        "teacher_logits": g * n * shape.H_t + weight * m * V * shape.H_t + product * nV,
-        "d_hidden": g * nV + weight * m * VH + 4 * nH,
-        "d_weight": g * nV + g * nH + 4 * max(2 * m - 1, 0) * VH + passes * VH,
-    }
+    g = 4 if upcasts else b
+    slabs = in_slabs(dtype, plan, n, upcasts)
+    products = gemm_products(shape, dtype, plan, top_k=top_k, valid=valid, upcasts=upcasts, slabs=slabs)
+    gemm_bytes = {name: product.read + product.written for name, product in products.items()}
+    if slabs:
+        passes = b
+    else:
+        rounding = 4 + b if b < 4 else 0
+        scaling = 8 if dtype == torch.float16 and not upcasts else 0
+        passes = 8 * (len(plan.groups(n)) - 1) + rounding + scaling
+    gemm_bytes["d_weight"] += passes * V * shape.H_s
     sides, sweeps = (1, 2.0) if top_k else (2, 2.0 + hard)
     if top_k:
         specials = 2.0 if recomputes else 1.0
     else:
         specials = 2 * sweeps + 3 * hard if recomputes else 2 + 2 * hard
+    nV = n * V
     return Counts(
         plan.chunk,
-        flops,
-        {name: gemm_bytes[name] for name in flops},
+        plan.group,
+        gemm_flops(shape, top_k, valid),
+        gemm_bytes,
         round(specials * nV),
         row_bytes(nV, g, sides),
         row_bytes(nV, g, sides, sweeps),
@@ -117,7 +171,7 @@ def count_chunked(
 
 
 def planned(inputs: Inputs, teacher: bool = True) -> Plan:
-    """Chunk and workspace that fused_kd's planner chooses for these inputs, all gradients wanted.
+    """Chunk, workspace and group that fused_kd's planner chooses for these inputs, all gradients wanted.
 
     Without a ``teacher`` the student's logits are the only ones."""
     (V, H_s), hidden_t, device = inputs.weight_s.shape, inputs.hidden_t, inputs.labels.device
@@ -139,5 +193,4 @@ def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher
         hard=hard,
         recomputes=backend == "triton",
         upcasts=not has_fp32_output(device),
-        on_host=device.type == "cpu",
     )

@@ -107,17 +107,20 @@ def warm() -> None:
     """What the benchmarks launch: rows alone at each launch, steps, and the streaming engine, at their real sizes."""
     import torch
 
+    from fused_kd.tuning import alternatives, tuned
+
     from .bandwidth import GAMMAS, RowProblem
     from .implementations import IMPLEMENTATIONS
     from .inputs import Inputs
     from .shapes import GPU_SHAPES, ODD_SHAPE
-    from .stages import BACKENDS, launches_of
+    from .stages import BACKENDS, alternatives_of
 
     for shape in (*GPU_SHAPES, ODD_SHAPE):
         problem = RowProblem(2, shape.V, CUDA, torch.bfloat16)
         for backend in BACKENDS:
-            for launch in launches_of(backend):
-                with launch:
+            problem.call(backend, "hard")()
+            for other in alternatives_of(backend):
+                with tuned(**{other.name: other.value}):
                     problem.call(backend, "hard")()
     for shape in (*GPU_SHAPES, ODD_SHAPE):
         # Sizes decide what is compiled, numbers do not: memory that is never touched costs nothing.
@@ -129,8 +132,14 @@ def warm() -> None:
         inputs = Inputs(*leaves, hidden_t, weight_t, labels, make(shape.N))
         for name in (*(f"fused_kd {backend}" for backend in BACKENDS), "fused_kd streaming"):
             for gamma in GAMMAS.values():
-                IMPLEMENTATIONS[name].build(inputs, gamma)(labels).backward()
-                inputs.drop_gradients()
+                step = IMPLEMENTATIONS[name].build(inputs, gamma)
+                for others in [
+                    {},
+                    *({x.name: x.value} for x in (alternatives("streaming") if "streaming" in name else ())),
+                ]:
+                    with tuned(**others):
+                        step(labels).backward()
+                    inputs.drop_gradients()
 
 
 def run_tests_offline(arch: str, counts_file: Path, wheel: Path | None) -> Counter[str]:

@@ -1,6 +1,6 @@
-"""The two numbers of a machine that bench/model.py predicts from: measured here, or from public data sheets.
+"""The numbers of a machine that bench/model.py predicts from: measured here, or from public data sheets.
 
-``python -m bench.machine`` prints those of this machine.
+``python -m bench.machine`` prints those of this machine: two of any, and of a GPU its multiprocessors and clock.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from .floor import _gemm
 from .measure import Calls, Flush, interleaved
 
 GEMM, COPY = "gemm_flops_per_s", "copy_bytes_per_s"
+# Of GPUs, where known.
+MULTIPROCESSORS, CLOCK, CACHE = "multiprocessors", "clock_hz", "l2_bytes_per_s"
 
 SECONDS = 2.5
 MIN_ROUNDS = 3
 # (tokens, hidden, vocabulary) of a logits GEMM: near the device's peak, a fraction of a second on two cores.
 CPU_GEMM = (1024, 1024, 16384)
-CUDA_GEMM = (8192, 4096, 32768)
+# A result that is small beside the products, in whole waves of 128 x 256 tiles on 132 multiprocessors: what
+# bench/prediction.py takes from the rate of other GEMMs should not be in this one.
+CUDA_GEMM = (8192, 16384, 8448)
 # Larger than any cache; on a GPU long enough that starting the copy does not count.
 CPU_COPY_BYTES = 512 << 20
 CUDA_COPY_BYTES = 2 << 30
@@ -32,7 +36,8 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype) -> dict[str,
     """``gemm_flops_per_s`` and ``copy_bytes_per_s`` of a CPU or CUDA device, in about three seconds.
 
     Medians of a logits GEMM with an fp32 result (on a CPU with fp32 operands, which low-precision ones are upcast to)
-    and of a copy, whose bytes are read and written. The two take turns, in the caller's threads.
+    and of a copy, whose bytes are read and written. The two take turns, in the caller's threads. Of a CUDA device also
+    ``multiprocessors`` and, where PyTorch knows it, ``clock_hz``, the highest that it may run at.
 
     Raises:
         ValueError: for another device or dtype.
@@ -59,37 +64,69 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype) -> dict[str,
     while len(seconds[GEMM]) < MIN_ROUNDS or time.monotonic() < end:
         for name, (sample,) in interleaved(calls, 1, flush).items():
             seconds[name].append(sample)
-    return {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
+    found = {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
+    return found if on_host else found | _multiprocessors(device)
+
+
+def _multiprocessors(device: torch.device) -> dict[str, float]:
+    about = torch.cuda.get_device_properties(device)
+    kilohertz = getattr(about, "clock_rate", None)
+    found: dict[str, float] = {MULTIPROCESSORS: about.multi_processor_count}
+    return found | ({CLOCK: 1e3 * kilohertz} if kilohertz else {})
 
 
 class Peak(NamedTuple):
-    """Of one GPU: dense bf16 FLOPs and bytes of HBM a second by its data sheet, and which that is."""
+    """Of one GPU: dense bf16 FLOPs and bytes of HBM a second by its data sheet, and which that is.
+
+    Then, where a whitepaper gives them, multiprocessors and the clock that FLOPs are stated at: FLOPs / multiprocessors
+    / 4096 a clock (2048 on an A100). Other work may be clocked higher, 1.98 GHz by an H100's fp32 peak, or lower.
+    """
 
     flops: float
     bytes: float
     source: str
+    multiprocessors: int | None = None
+    clock: float | None = None
 
 
 GPUS = {
-    "A100-80G SXM": Peak(312e12, 2.039e12, "NVIDIA A100 Tensor Core GPU data sheet"),
-    "H100 SXM": Peak(989.4e12, 3.35e12, "NVIDIA H100 Tensor Core GPU data sheet, half of the rate with sparsity"),
-    "H200": Peak(989.4e12, 4.8e12, "NVIDIA H200 Tensor Core GPU data sheet, half of the rate with sparsity"),
+    "A100-80G SXM": Peak(
+        312e12, 2.039e12, "NVIDIA A100 Tensor Core GPU data sheet; A100 architecture whitepaper: 108 multiprocessors",
+        108, 1.41e9,
+    ),
+    "H100 SXM": Peak(
+        989.4e12, 3.35e12, "NVIDIA H100 Tensor Core GPU data sheet, half of the rate with sparsity; H100 (Hopper) "
+        "architecture whitepaper, SXM5: 132 multiprocessors", 132, 1.83e9,
+    ),
+    "H200": Peak(
+        989.4e12, 4.8e12, "NVIDIA H200 Tensor Core GPU data sheet, half of the rate with sparsity; the H100's "
+        "multiprocessors and clock, as its rate is the same", 132, 1.83e9,
+    ),
     "B200": Peak(2250e12, 8.0e12, "NVIDIA Blackwell architecture brief, HGX B200, half of the rate with sparsity"),
-}
+}  # fmt: skip
 # What an H200 reaches of its data sheet, about 790 bf16 TFLOP/s and 4.3 TB/s. Taken for all: an assumption.
 GEMM_SHARE = 790e12 / GPUS["H200"].flops
 COPY_SHARE = 4.3e12 / GPUS["H200"].bytes
+# Bytes of L2 reads a clock: an A100's by its whitepaper; Hopper's gives none. That Hopper has as many, and that kernels
+# reach this share of them, are assumptions: 5.6 TB/s on an H100.
+CACHE_BYTES_A_CLOCK = 5120
+CACHE_SHARE = 0.6
 
 
 def assumed_machine(gpu: str) -> dict[str, float]:
-    """The two numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
+    """The numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
     if gpu not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
-    return {GEMM: GPUS[gpu].flops * GEMM_SHARE, COPY: GPUS[gpu].bytes * COPY_SHARE}
+    peak = GPUS[gpu]
+    found: dict[str, float] = {GEMM: peak.flops * GEMM_SHARE, COPY: peak.bytes * COPY_SHARE}
+    if peak.multiprocessors is not None and peak.clock is not None:
+        cache = CACHE_BYTES_A_CLOCK * CACHE_SHARE * peak.clock
+        found |= {MULTIPROCESSORS: peak.multiprocessors, CLOCK: peak.clock, CACHE: cache}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The two numbers of this machine.")
+    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The numbers of this machine.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32; bfloat16 on cuda")
     args = parser.parse_args(arguments)
@@ -98,7 +135,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     found = measure_machine(args.device, getattr(torch, dtype))
-    print(f"--gemm-tflops {found[GEMM] / 1e12:.4g} --bandwidth-gb {found[COPY] / 1e9:.4g} --dtype {dtype}")
+    options = [f"--gemm-tflops {found[GEMM] / 1e12:.4g}", f"--bandwidth-gb {found[COPY] / 1e9:.4g}", f"--dtype {dtype}"]
+    if MULTIPROCESSORS in found:
+        options.append(f"--multiprocessors {found[MULTIPROCESSORS]:.0f}")
+    if CLOCK in found:
+        options.append(f"--clock-ghz {found[CLOCK] / 1e9:.4g}")
+    print(*options)
     return 0
 
 

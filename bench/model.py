@@ -1,7 +1,7 @@
 """What bench/prediction.py predicts, as tables and on the command line.
 
-``python -m bench.model`` prints what is expected of GPUs by their data sheets; ``python -m bench.model N H_s H_t V
---gemm-tflops X --bandwidth-gb Y`` one problem on one machine, whose two numbers ``python -m bench.machine`` measures.
+``python -m bench model`` prints what is expected of GPUs by their data sheets; ``python -m bench model N H_s H_t V
+--gemm-tflops X --bandwidth-gb Y`` one problem on one machine, whose numbers ``python -m bench.machine`` measures.
 """
 
 from __future__ import annotations
@@ -15,62 +15,137 @@ from typing import Any
 import torch
 
 from fused_kd.engine.dispatch import ENGINES
+from fused_kd.rows import BACKENDS
+from fused_kd.tuning import tuned
 
-from .machine import COPY, COPY_SHARE, GEMM, GEMM_SHARE, GPUS, assumed_machine
+from .machine import (
+    CACHE,
+    CACHE_BYTES_A_CLOCK,
+    CACHE_SHARE,
+    CLOCK,
+    COPY,
+    COPY_SHARE,
+    GEMM,
+    GEMM_SHARE,
+    GPUS,
+    MULTIPROCESSORS,
+    assumed_machine,
+)
 from .prediction import DTYPES, Best, Prediction, best_chunk, best_for, compare, predict
 from .shapes import GPU_SHAPES, Shape
 from .tables import fixed, shape_of, size, table, variant_of
 
-__all__ = ["Best", "Prediction", "best_chunk", "compare", "expected", "markdown", "markdown_expected", "predict"]
+__all__ = [
+    "Best", "Prediction", "best_chunk", "compare", "expected", "markdown", "markdown_expected", "predict", "spared",
+]  # fmt: skip
 
 # What a smaller chunk may cost, of the fastest one's time.
 WITHIN = 0.03
 KINDS = ("predicted", "measured")
+TOKENS = {"easy": 0.0, "hard": 1.0}
+WAYS: dict[str, dict[str, Any]] = {
+    "Triton row": {"backend": "triton"},
+    "CUDA row": {"backend": "cuda"},
+    "streaming": {"engine": "streaming"},
+}
+# By whose machine code instructions were counted, and where the CUDA row is meant to run.
+HOPPER = ("H100 SXM", "H200")
 
 
 def expected() -> list[dict[str, Any]]:
-    """fused_kd in bf16 at the shapes A and B on each of :data:`bench.machine.GPUS`, by their data sheets."""
+    """fused_kd in bf16 at the shapes A and B on each of :data:`bench.machine.GPUS`, by their data sheets.
+
+    A row for each of :data:`WAYS` and easy or hard tokens; the CUDA row on Hopper alone.
+    """
     rows = []
     for gpu in GPUS:
         for shape in GPU_SHAPES:
-            for tokens, hard in (("easy", 0.0), ("hard", 1.0)):
-                found = predict(shape, torch.bfloat16, assumed_machine(gpu), on_host=False, hard=hard)
-                rows.append(
-                    {
-                        "gpu": gpu,
-                        "shape": str(shape),
-                        "tokens": tokens,
-                        "floor_ms": 1e3 * found.floor_seconds,
-                        "row_ms": 1e3 * found.parts["row"],
-                        "total_ms": 1e3 * found.seconds,
-                        "ratio": found.ratio,
-                        "workspace_gb": found.workspace_bytes / 1e9,
-                        "chunk": found.chunk,
-                    }
-                )
+            for way, options in WAYS.items():
+                if way == "CUDA row" and gpu not in HOPPER:
+                    continue
+                for tokens, hard in TOKENS.items():
+                    found = predict(shape, torch.bfloat16, assumed_machine(gpu), on_host=False, hard=hard, **options)
+                    rows.append(
+                        {
+                            "gpu": gpu,
+                            "shape": str(shape),
+                            "way": way,
+                            "tokens": tokens,
+                            "floor_ms": 1e3 * found.floor_seconds,
+                            "row_ms": 1e3 * found.parts.get("row", 0.0),
+                            "total_ms": 1e3 * found.seconds,
+                            "ratio": found.ratio,
+                            "workspace_gb": found.workspace_bytes / 1e9,
+                            "chunk": found.chunk,
+                            "group": found.group,
+                        }
+                    )
+    return rows
+
+
+def spared() -> list[dict[str, Any]]:
+    """Milliseconds that three ways of doing less take from a step on Hopper, Triton row, easy tokens.
+
+    ``before``: all gradients scaled by a pass over the fp32 dW, a pass over all of them in the backward, and every
+    chunk adding to dW. ``factor``: the row's weights carry the scale. ``hand_over``: the backward reads its factor
+    alone. ``groups``: chunks share the gradients' GEMMs. What is left is ``now``.
+    """
+    rows = []
+    for gpu in HOPPER:
+        machine = assumed_machine(gpu)
+        for shape in GPU_SHAPES:
+            at = partial(predict, shape, torch.bfloat16, machine, on_host=False)
+            now = at().seconds
+            with tuned(gradient_groups=False):
+                groups = at().seconds - now
+            entry = 1 / machine[COPY] * shape.V * shape.H_s
+            saved = {"factor": 8 * entry, "hand_over": 2 * 2 * entry, "groups": groups}
+            times = {"before": now + sum(saved.values()), **saved, "now": now}
+            rows.append({"gpu": gpu, "shape": str(shape)} | {name: 1e3 * value for name, value in times.items()})
     return rows
 
 
 def markdown_expected() -> str:
-    """The table of :func:`expected`, and what it rests on."""
+    """The tables of :func:`expected` and :func:`spared`, and what they rest on."""
+    columns = [(way, tokens) for way in WAYS for tokens in TOKENS]
     head = [
-        "GPU", "shape (N, H_s, H_t, V)", "tokens", "floor, ms", "row, ms", "forward + backward, ms", "time / floor",
-        "workspace, GB", "tokens a chunk",
+        "GPU", "shape (N, H_s, H_t, V)", "bare GEMMs", *(f"{way}, {tokens}" for way, tokens in columns),
+        "workspace, GB", "tokens a chunk", "a group",
     ]  # fmt: skip
-    lines = []
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in expected():
-        times = [f"{row[name]:.1f}" for name in ("floor_ms", "row_ms", "total_ms")]
-        about, plan = [row["gpu"], row["shape"], row["tokens"]], [fixed(row["workspace_gb"]), str(row["chunk"])]
-        lines.append([*about, *times, fixed(row["ratio"]), *plan])
-    sheets = [
-        f"- {gpu}: {p.flops / 1e12:.0f} TFLOP/s, {p.bytes / 1e12:.2f} TB/s ({p.source})" for gpu, p in GPUS.items()
+        found.setdefault((row["gpu"], row["shape"]), {})[row["way"], row["tokens"]] = row
+    lines = []
+    for place, by_way in found.items():
+        times = [f"{by_way[column]['total_ms']:.1f}" if column in by_way else "" for column in columns]
+        own = by_way["Triton row", "easy"]
+        plan = [fixed(own["workspace_gb"]), str(own["chunk"]), str(own["group"])]
+        lines.append([*place, f"{own['floor_ms']:.1f}", *times, *plan])
+    names = {
+        "before": "before", "factor": "the row carries the scale", "hand_over": "the backward reads its factor alone",
+        "groups": "chunks share the gradients' GEMMs", "now": "now",
+    }  # fmt: skip
+    less = [
+        [row["gpu"], row["shape"]] + [f"{'' if name in ('before', 'now') else '-'}{row[name]:.2f}" for name in names]
+        for row in spared()
     ]
+    sheets = []
+    for gpu, p in GPUS.items():
+        further = f", {p.multiprocessors} multiprocessors at {p.clock / 1e9:.2f} GHz" if p.clock else ""
+        sheets.append(f"- {gpu}: {p.flops / 1e12:.0f} TFLOP/s, {p.bytes / 1e12:.2f} TB/s{further} ({p.source})")
     return f"""\
-**Predicted, not measured**: bf16, chunked engine, Triton row, by `bench/prediction.py`. Every GPU is assumed to reach
-{100 * GEMM_SHARE:.0f} % of its data sheet's dense bf16 rate and {100 * COPY_SHARE:.0f} % of its memory bandwidth, as an
-H200 does (about 790 TFLOP/s and 4.3 TB/s). The row's exponentials are not in it.
+**Predicted, not measured**: milliseconds of a forward and backward in bf16, by `bench/prediction.py`. Every GPU is
+assumed to reach {100 * GEMM_SHARE:.0f} % of its data sheet's dense bf16 rate and {100 * COPY_SHARE:.0f} % of its memory
+bandwidth, as an H200 does (about 790 TFLOP/s and 4.3 TB/s), and in the streaming engine {100 * CACHE_SHARE:.0f} % of
+{CACHE_BYTES_A_CLOCK} bytes a clock from its L2 cache. Waves of tiles, fp32 results and the row's instructions are in it
+where multiprocessors and clock are known, so not for a B200. Workspace and plan are the chunked engine's.
 
 {table(head, lines)}
+
+What a step no longer takes, easy tokens, Triton row, milliseconds. The least certain is dH at B, 3 of the last
+change's: a library that cuts long products in pieces loses less to half-filled waves.
+
+{table(["GPU", "shape (N, H_s, H_t, V)", *names.values()], less)}
 
 """ + "\n".join(sheets)
 
@@ -82,9 +157,9 @@ def markdown(data: Mapping[str, Any]) -> str:
         return ""
     head = [
         "shape (N, H_s, H_t, V)", "variant", "implementation", "ms predicted", "ms measured", "error",
-        "time / floor predicted", "measured", "error", "workspace predicted, GB", "measured", "error", "tokens a chunk",
-        f"least chunk within {100 * WITHIN:.0f} % of the fastest, by the model",
-        "planner's chunk over the fastest, by the model",
+        "time / floor predicted", "measured", "error", "workspace predicted, GB", "measured", "error",
+        "tokens a chunk (a group)", f"those of least memory within {100 * WITHIN:.0f} % of the fastest, by the model",
+        "planner's over the fastest, by the model",
     ]  # fmt: skip
     lines = []
     for row in data["rows"]:
@@ -100,8 +175,8 @@ def markdown(data: Mapping[str, Any]) -> str:
                 *(shape_of(row), str(variant_of(row)), row["implementation"]),
                 *(*times, _signed(found["seconds_error"]), *ratios, _signed(found["ratio_error"])),
                 *(*memory, _signed(found["memory_error"])),
-                str(found["chunk"]),
-                *(["", ""] if best is None else [str(best.chunk), _signed(best.slower)]),
+                _plan(found["chunk"], found["group"]),
+                *(["", ""] if best is None else [_plan(best.chunk, best.prediction.group), _signed(best.slower)]),
             ]
         )
     if not lines:
@@ -109,9 +184,13 @@ def markdown(data: Mapping[str, Any]) -> str:
     rates = f"{machine[GEMM] / 1e9:.4g} GFLOP/s of a large GEMM and {machine[COPY] / 1e9:.4g} GB/s of a copy"
     return (
         f"From {rates}, measured here, and the counts above, as `bench/prediction.py` says; errors are predicted / "
-        f"measured - 1. What two numbers leave out (exponentials, how a BLAS packs its operands) makes predictions too "
-        f"low.\n\n{table(head, lines)}"
+        f"measured - 1. What the numbers leave out (on a CPU exponentials and how a BLAS packs its operands) makes "
+        f"predictions too low.\n\n{table(head, lines)}"
     )
+
+
+def _plan(chunk: int, group: int) -> str:
+    return f"{chunk}" if group == chunk else f"{chunk} ({group})"
 
 
 def _signed(share: float | None) -> str:
@@ -139,9 +218,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("sizes", nargs="*", type=size, metavar="N H_s H_t V", help="tokens, hidden sizes, vocabulary")
     parser.add_argument("--gemm-tflops", type=positive, help="of the machine, 1e12 FLOP/s (python -m bench.machine)")
     parser.add_argument("--bandwidth-gb", type=positive, help="of the machine, 1e9 bytes/s read and written by a copy")
+    parser.add_argument("--multiprocessors", type=size, help="of a GPU: counts waves of tiles")
+    parser.add_argument("--clock-ghz", type=positive, help="of its multiprocessors: counts the row's instructions")
+    parser.add_argument("--cache-gb", type=positive, help="1e9 bytes/s read from its L2 cache: bounds streaming")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default bfloat16)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose plan and row (default cuda)")
     parser.add_argument("--engine", choices=ENGINES, default="chunked", help="(default chunked)")
+    parser.add_argument("--backend", choices=BACKENDS, help="row implementation (default: the device's own)")
     parser.add_argument("--top-k", action="store_true", help="the teacher is a list of entries")
     fraction = partial(_number, kind=float, high=1.0)
     parser.add_argument(
@@ -153,6 +236,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=size, help="tokens a chunk (default: the planner's)")
     parser.add_argument("--memory-budget-gb", type=positive, help="of workspace, 1e9 bytes")
     return parser
+
+
+def _tokens(found: Prediction) -> str:
+    return f"{found.chunk} tokens a chunk" + ("" if found.group == found.chunk else f", {found.group} a group")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,8 +258,11 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{flag} must be a number above 0, got none (python -m bench.machine measures it)")
     shape, dtype = Shape("", *args.sizes), DTYPES[args.dtype]
     machine = {GEMM: 1e12 * args.gemm_tflops, COPY: 1e9 * args.bandwidth_gb}
+    further = {MULTIPROCESSORS: (args.multiprocessors, 1), CLOCK: (args.clock_ghz, 1e9), CACHE: (args.cache_gb, 1e9)}
+    machine |= {name: unit * value for name, (value, unit) in further.items() if value is not None}
     options = {
-        "on_host": args.device == "cpu", "top_k": args.top_k, "hard": args.hard, "valid": args.valid,
+        "on_host": args.device == "cpu", "top_k": args.top_k, "backend": args.backend,
+        "hard": args.hard, "valid": args.valid,
         "memory_budget": None if args.memory_budget_gb is None else int(1e9 * args.memory_budget_gb),
     }  # fmt: skip
     try:
@@ -185,13 +275,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"  time      {1e3 * found.seconds:10.3f} ms   {found.ratio:.3f} of the floor, {floor:.3f} ms")
     for name, seconds in found.parts.items():
         print(f"    {name:<16}{1e3 * seconds:10.3f} ms")
-    print(f"  workspace {found.workspace_bytes / 1e9:10.3f} GB   {found.chunk} tokens a chunk")
+    print(f"  workspace {found.workspace_bytes / 1e9:10.3f} GB   {_tokens(found)}")
     print(f"  gradients {found.gradient_bytes / 1e9:10.3f} GB")
     if best is not None:
         p = best.prediction
         print(
-            f"  fastest   {1e3 * p.seconds:10.3f} ms   {p.chunk} tokens a chunk, {p.workspace_bytes / 1e9:.3f} GB; "
-            f"the planner's {best.planned.chunk} are {100 * best.slower:.1f} % slower"
+            f"  fastest   {1e3 * p.seconds:10.3f} ms   {_tokens(p)}, {p.workspace_bytes / 1e9:.3f} GB; "
+            f"the planner's plan is {100 * best.slower:.1f} % slower"
         )
     return 0
 

@@ -1,11 +1,12 @@
-"""Time and memory of a forward and backward, predicted from two numbers of a machine; nothing is run.
+"""Time and memory of a forward and backward, predicted from a few numbers of a machine; nothing is run.
 
 R is the FLOPs a second of a large GEMM, W the bytes a second (read + written) of a copy: bench/machine.py. FLOPs F and
-bytes B are those of bench/counts.py, workspace and chunk those of fused_kd's planner. The chunked engine, in seconds:
+bytes B are those of bench/counts.py, workspace, chunk and group those of fused_kd's planner. The chunked engine, in
+seconds:
 
 ======== ====================================================================================
-a GEMM   max(F / R, B / W): its operands read once a chunk, its result written once
-traffic  B / W of what no GEMM hides: dW read and written again by every chunk but the first,
+a GEMM   max(F / R, B / W): its operands read once a chunk or group, its result written once
+traffic  B / W of what no GEMM hides: dW read and written again by every group but the first,
          passes over a finished dW, upcasts
 row      B / W: logits read and gradients written once where a row stays on chip between its
          sweeps (CPU rows, CUDA's), else once a sweep
@@ -15,16 +16,21 @@ memory   the plan's workspace + the gradients of hidden states and weight
 ======== ====================================================================================
 
 The addition to dW counts as traffic because GPUs lose 10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py): hidden
-behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 15 % at the
+behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 14 % at the
 shape A of bench/shapes.py and 9 % at B on an H200. If a GPU hides it better, predictions are too high by that.
+
+Three further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what
+the last wave of tiles wastes (bench/multiprocessors.py), and a GEMM's fp32 result counts as not hidden either: a tile
+is written when its products are done. R is then what a GEMM with little to write and full waves reaches. With the clock
+too, a dense row takes the time of its instructions where that is longer. With the bytes a second of the L2 cache, the
+streaming engine's sweeps take no less than the operands of every tile need from there.
 
 The streaming engine has the parts of bench/counts_streaming.py, each by the same roofline, and traffic, but no row.
 
-What two numbers leave out, and where predictions are therefore too low: exponentials and logarithms (on a CPU most of
-the row's time, on a GPU a hard row's), how a CPU's BLAS repacks the weights of every chunk, GEMMs too small or too
-narrow for R, and the starting of kernels. The streaming engine's products, fused with the row's arithmetic, do not
-reach the R of a library's: its prediction is a lower limit. Labels are assumed on the host: only then does the chunked
-engine drop ignored tokens.
+What is left out, and where predictions are therefore too low: on a CPU exponentials and logarithms (most of the row's
+time) and how a BLAS repacks the weights of every chunk; GEMMs too small for R, the starting of kernels, and with two
+numbers alone all that the further ones say. Labels are assumed on the host: only then does the chunked engine drop
+ignored tokens.
 """
 
 from __future__ import annotations
@@ -37,14 +43,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_kd.engine.dispatch import ENGINES
-from fused_kd.engine.plan import Plan, plan_chunks
+from fused_kd.engine.plan import Plan
 from fused_kd.forecast import chunked_plan
 from fused_kd.rows import BACKENDS
 
-from .counts import Counts, count_chunked, gemm_flops
-from .counts_streaming import count_streaming
-from .implementations import TOP_K
-from .machine import COPY, GEMM
+from .counts import Counts, Product, count_chunked, gemm_flops, gemm_products, in_slabs
+from .counts_streaming import StreamingCounts, count_streaming
+from .implementations import TOP_K, preferred_chunk
+from .machine import CACHE, CLOCK, COPY, GEMM, MULTIPROCESSORS
+from .multiprocessors import ROW_COSTS, row_seconds, waste
 from .shapes import Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +62,8 @@ ON_CHIP = ("cuda", "native")
 class Prediction(NamedTuple):
     """``seconds`` of a forward and backward, of which ``parts`` are the sum; ``floor_seconds`` of its bare GEMMs.
 
-    ``workspace_bytes`` beyond inputs and gradients, those of the plan with ``chunk`` tokens at a time;
-    ``gradient_bytes`` of hidden states and weight.
+    ``workspace_bytes`` beyond inputs and gradients, those of the plan with ``chunk`` tokens at a time, of which
+    ``group`` share the gradients' GEMMs; ``gradient_bytes`` of hidden states and weight.
     """
 
     seconds: float
@@ -64,6 +71,7 @@ class Prediction(NamedTuple):
     ratio: float
     workspace_bytes: int
     chunk: int
+    group: int
     parts: dict[str, float]
     gradient_bytes: int
 
@@ -75,7 +83,7 @@ class Prediction(NamedTuple):
 
 class Best(NamedTuple):
     """The best ``chunk`` and its ``prediction``, the planner's own (``planned``), and how much ``slower`` that is than
-    the fastest chunk (0.03 is 3 %)."""
+    the fastest plan (0.03 is 3 %)."""
 
     chunk: int
     prediction: Prediction
@@ -101,12 +109,13 @@ def predict(
     """fused_kd, all gradients wanted, in one chunk after the other or streaming.
 
     Args:
-        shape, dtype: of the inputs. machine: its two numbers, see :mod:`bench.machine`.
+        shape, dtype: of the inputs. machine: its numbers, two or more, see :mod:`bench.machine`.
         on_host: on a CPU, where low-precision operands are upcast; else on an NVIDIA GPU.
         top_k: the teacher is a list of 64 entries a token; ``teacher=False``: there is none, as for SFT.
         valid, hard: fractions of tokens that are not ignored, and of those that are hard.
         backend: row implementation; None is the device's own (on a GPU Triton's).
-        chunk: tokens that a chunk should hold; None is the planner's choice.
+        chunk: tokens that a chunk should hold where every chunk is a group; None is the planner's choice. Where
+            groups hold several chunks, the plan takes at most the memory of such chunks.
         memory_budget: bytes of workspace.
 
     Raises:
@@ -126,17 +135,19 @@ def predict(
                 f"on_host={on_host}, top_k={top_k}, backend={backend!r}, chunk={chunk}"
             )
         found = count_streaming(shape, dtype, teacher=teacher, valid=valid, hard=hard, memory_budget=memory_budget)
-        parts = work.roofline(found.flops, found.gemm_bytes) | {"traffic": found.traffic / work.W}
-        return work.prediction(parts, found.plan.tokens, found.plan.workspace)
+        plan = Plan(found.plan.tokens, found.plan.workspace, found.plan.tokens)
+        return work.prediction(work.streaming(found), plan)
     plan = _plan(shape, n, dtype, on_host, top_k, teacher, chunk, memory_budget)
-    counts = work.count(plan, dtype, hard=hard, upcasts=on_host, on_host=on_host)
-    return work.prediction(work.chunked(counts, on_host or backend in ON_CHIP), plan.chunk, plan.workspace)
+    counts = count_chunked(
+        shape, dtype, plan, top_k=work.alone, valid=n / shape.N, hard=hard, upcasts=on_host,
+    )  # fmt: skip
+    return work.prediction(work.chunked(counts, backend), plan)
 
 
 def best_chunk(
     shape: Shape, dtype: torch.dtype, machine: Mapping[str, float], *, within: float = 0.0, **options: Any
 ) -> Best:
-    """The smallest chunk whose predicted time is at most ``1 + within`` of the least, of all that a plan can have.
+    """The plan of least memory whose predicted time is at most ``1 + within`` of the least, over all chunks.
 
     Plans make equal chunks, so those of n tokens are the ceilings of n / 1, n / 2, ...
 
@@ -150,9 +161,9 @@ def best_chunk(
     at = partial(predict, shape, dtype, machine, **options)
     planned = at()
     n = round(options.get("valid", 1.0) * shape.N)
-    found = {p.chunk: p for p in (at(chunk=chunk) for chunk in sorted({-(-n // m) for m in range(1, n + 1)}))}
-    least = min(p.seconds for p in found.values())
-    best = found[min(chunk for chunk, p in found.items() if p.seconds <= (1 + within) * least)]
+    found = [at(chunk=chunk) for chunk in sorted({-(-n // m) for m in range(1, n + 1)})]
+    least = min(p.seconds for p in found)
+    best = min((p for p in found if p.seconds <= (1 + within) * least), key=lambda p: p.workspace_bytes)
     return Best(best.chunk, best, planned, planned.seconds / least - 1)
 
 
@@ -176,7 +187,7 @@ def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, A
         "ratio": (found.ratio, None if floor is None else medians["step"] / floor),
         "memory": (found.workspace_bytes, (row.get("memory") or {}).get("over_inputs_and_gradients")),
     }
-    result: dict[str, Any] = {"chunk": found.chunk, "parts": found.parts}
+    result: dict[str, Any] = {"chunk": found.chunk, "group": found.group, "parts": found.parts}
     for key, (predicted, measured) in pairs.items():
         error = None if not measured else predicted / measured - 1
         result |= {f"predicted_{key}": predicted, f"measured_{key}": measured, f"{key}_error": error}
@@ -208,12 +219,13 @@ def _from_row(row: Mapping[str, Any], machine: Mapping[str, float]) -> Predictio
         return predict(shape, dtype, machine, engine="streaming", on_host=False, **options)
     if "gemm_bytes" not in found:  # counting failed
         return None
-    counts = Counts(**{field: found[field] for field in Counts._fields})
+    # Files from before there were groups name none.
+    counts = Counts(**{"group": found["chunk"]} | {field: found[field] for field in Counts._fields if field in found})
     valid = _valid(shape, flops)
     _check(shape, dtype, machine, valid=valid, hard=hard)
     work = _Work(shape, dtype, machine, round(valid * shape.N), on_host, "teacher_logits" not in flops)
-    parts = work.chunked(counts, on_host or _backend(row) in ON_CHIP)
-    return work.prediction(parts, counts.chunk, counts.workspace_bytes)
+    plan = Plan(counts.chunk, counts.workspace_bytes, counts.group)
+    return work.prediction(work.chunked(counts, _backend(row)), plan)
 
 
 def _valid(shape: Shape, flops: Mapping[str, int]) -> float:
@@ -233,39 +245,61 @@ class _Work:
     def __init__(
         self, shape: Shape, dtype: torch.dtype, machine: Mapping[str, float], n: int, on_host: bool, alone: bool
     ) -> None:
-        self.shape, self.dtype, self.n, self.alone = shape, dtype, n, alone
-        self.operands = torch.float32 if on_host else dtype
+        self.shape, self.dtype, self.n, self.on_host, self.alone = shape, dtype, n, on_host, alone
         self.R, self.W = float(machine[GEMM]), float(machine[COPY])
+        self.multiprocessors, self.clock = machine.get(MULTIPROCESSORS), machine.get(CLOCK)
+        self.cache = machine.get(CACHE)
 
-    def count(self, plan: Plan, dtype: torch.dtype, n: int | None = None, **options: Any) -> Counts:
-        valid = (self.n if n is None else n) / self.shape.N
+    def products(self, plan: Plan, slabs: bool) -> dict[str, Product]:
+        """Of the GEMMs alone, without upcasts."""
         # No teacher at all leaves the same GEMMs and sweeps as one of lists.
-        return count_chunked(self.shape, dtype, plan, top_k=self.alone, valid=valid, **options)
+        dtype = torch.float32 if self.on_host else self.dtype
+        valid = self.n / self.shape.N
+        return gemm_products(self.shape, dtype, plan, top_k=self.alone, valid=valid, slabs=slabs)
 
-    def gemm_bytes(self, chunk: int) -> dict[str, int]:
-        """Of the products alone: without upcasts, additions to an earlier dW and passes over a finished one."""
-        found = self.count(Plan(chunk, 0), self.operands).gemm_bytes
-        once = self.count(Plan(self.n, 0), self.operands).gemm_bytes["d_weight"]
-        # Without any tokens the passes are left.
-        passes = self.count(Plan(chunk, 0), self.operands, n=0).gemm_bytes["d_weight"]
-        return found | {"d_weight": once - passes}
+    def gemm(self, flops: int, product: Product) -> float:
+        if self.multiprocessors is None:
+            return max(flops / self.R, (product.read + product.written) / self.W)
+        arithmetic = flops / self.R * waste(product.results, int(self.multiprocessors))
+        return max(arithmetic, product.read / self.W) + product.written / self.W
 
-    def roofline(self, flops: dict[str, int], moved: dict[str, int]) -> dict[str, float]:
-        return {name: max(flops[name] / self.R, moved[name] / self.W) for name in flops}
+    def chunked(self, counts: Counts, backend: str | None) -> dict[str, float]:
+        plan = Plan(counts.chunk, counts.workspace_bytes, counts.group)
+        products = self.products(plan, in_slabs(self.dtype, plan, self.n, self.on_host))
+        traffic = sum(counts.gemm_bytes.values()) - sum(x.read + x.written for x in products.values())
+        parts = {name: self.gemm(counts.flops[name], product) for name, product in products.items()}
+        return parts | {"traffic": traffic / self.W, "row": self.row(counts, backend)}
 
-    def chunked(self, counts: Counts, on_chip: bool) -> dict[str, float]:
-        moved = self.gemm_bytes(counts.chunk)
-        traffic = sum(counts.gemm_bytes.values()) - sum(moved.values())
-        row = counts.row_bytes_once if on_chip else counts.row_bytes_swept
-        return self.roofline(counts.flops, moved) | {"traffic": traffic / self.W, "row": row / self.W}
+    def row(self, counts: Counts, backend: str | None) -> float:
+        backend = backend or (None if self.on_host else "triton")
+        once, swept = counts.row_bytes_once, counts.row_bytes_swept
+        cost = None if self.on_host or self.alone else ROW_COSTS.get(backend or "")
+        if cost is None or self.multiprocessors is None or self.clock is None:
+            return (once if self.on_host or backend in ON_CHIP else swept) / self.W
+        elements = self.n * self.shape.V
+        # A hard token's is the third sweep.
+        hard = (swept - once) / (8 * elements) - 1
+        written = once // elements - 8
+        return row_seconds(cost, elements, hard, written, self.W, self.multiprocessors, self.clock)
 
-    def prediction(self, parts: dict[str, float], chunk: int, workspace: int) -> Prediction:
-        floor = sum(
-            self.roofline(gemm_flops(self.shape, self.alone, self.n / self.shape.N), self.gemm_bytes(self.n)).values()
-        )
+    def streaming(self, found: StreamingCounts) -> dict[str, float]:
+        parts = {name: max(found.flops[name] / self.R, moved / self.W) for name, moved in found.gemm_bytes.items()}
+        if self.cache is not None:
+            parts |= {name: max(parts[name], moved / self.cache) for name, moved in found.cache_bytes.items()}
+        if self.multiprocessors is not None:
+            for name, result in found.results.items():
+                parts[name] = max(parts[name], found.flops[name] / self.R * waste([result], int(self.multiprocessors)))
+        return parts | {"traffic": found.traffic / self.W}
+
+    def prediction(self, parts: dict[str, float], plan: Plan) -> Prediction:
+        flops = gemm_flops(self.shape, self.alone, self.n / self.shape.N)
+        bare = self.products(Plan(self.n, 0, self.n), slabs=False)
+        floor = sum(self.gemm(flops[name], product) for name, product in bare.items())
         seconds = sum(parts.values())
         gradients = self.dtype.itemsize * (self.shape.N + self.shape.V) * self.shape.H_s
-        return Prediction(seconds, floor, seconds / floor, workspace, chunk, parts, gradients)
+        return Prediction(
+            seconds, floor, seconds / floor, plan.workspace, plan.chunk, plan.group, parts, gradients
+        )  # fmt: skip
 
 
 def _plan(
@@ -279,23 +313,12 @@ def _plan(
     memory_budget: int | None,
 ) -> Plan:
     """The chunked engine's, from tensors without data; a wanted ``chunk`` takes the place of the preferred one."""
-
-    listed = min(TOP_K, shape.V) if top_k else None
-    device = torch.device("cpu" if on_host else "cuda")
-
-    def plan(tokens: int, budget: int | None) -> Plan:
+    with preferred_chunk(chunk):
         return chunked_plan(
-            tokens, shape.H_s, shape.H_t if teacher else None, shape.V, dtype=dtype, device=device, upcast=on_host,
-            top_k=listed, memory_budget=budget,
+            n, shape.H_s, shape.H_t if teacher else None, shape.V, dtype=dtype,
+            device=torch.device("cpu" if on_host else "cuda"), upcast=on_host,
+            top_k=min(TOP_K, shape.V) if top_k else None, memory_budget=memory_budget,
         )  # fmt: skip
-
-    if chunk is None:
-        return plan(n, memory_budget)
-    # Workspace is linear in the chunk, so two small plans give both terms.
-    one, two = plan(1, None).workspace, plan(2, None).workspace
-    return plan_chunks(
-        n, bytes_per_token=two - one, fixed_bytes=2 * one - two, preferred=chunk, memory_budget=memory_budget
-    )
 
 
 def _check(

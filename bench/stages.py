@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch
 from fused_kd.tuning import Alternative, alternatives, tuned
 
 from . import environment, gpu_tests
-from .bandwidth import GAMMAS, RowProblem, triton_launch
+from .bandwidth import GAMMAS, RowProblem
 from .floor import _gemm
 from .implementation import Step
 from .implementations import GROUPS, IMPLEMENTATIONS, OURS
@@ -31,11 +30,9 @@ from .worker import Case, guarded
 from .worker import row as row_of
 
 EASY, HARD, MIXED = Variant("easy"), Variant("hard"), Variant()
-CHUNKS = (1024, 4096, 8192)
+CHUNKS = (512, 2048, 4096)
 GEMM_TOKENS = (1024, 2048, 4096, 8192)
 ROW_TOKENS = 2048
-# Blocks of columns and threads of the Triton row beside its own.
-LAUNCHES = ((1024, 128), (1024, 256), (2048, 128), (4096, 256), (4096, 512))
 BACKENDS = ("triton", "cuda")
 
 
@@ -322,9 +319,7 @@ def _choices(run: Run, affects: str) -> None:
                     what = f"{name} {backend} {tokens}"
                     call = None if what in run.finished else _row_call(run, what, problem, backend, tokens)
                     if call is not None:
-                        _compare(run, what, call, found, run.flush)
-                        if backend == "triton":
-                            _launches(run, f"{name} {tokens}", call)
+                        _compare(run, what, call, alternatives_of(backend), run.flush)
             continue
         implementation = IMPLEMENTATIONS["fused_kd streaming" if affects == "streaming" else "fused_kd"]
         if not found or implementation.missing(run.device.type):
@@ -344,6 +339,11 @@ def _backward(step: Step, labels: torch.Tensor) -> None:
     step(labels).backward()
 
 
+def alternatives_of(backend: str) -> list[Alternative]:
+    """Those that change a row: of the CUDA row the fields named after it, of the others the rest."""
+    return [x for x in alternatives("row") if x.name.startswith("cuda") == (backend == "cuda")]
+
+
 def _compare(
     run: Run, what: str, call: Callable[[], object], others: list[Alternative], before: Callable[[], None]
 ) -> None:
@@ -356,24 +356,6 @@ def _compare(
         fields = {"what": what, "field": other.name, "default": str(other.default), "value": str(other.value)}
         calls: Calls = {"default": call, "other": changed}
         run.measure(f"{what} {other.name}={other.value}", calls, fields, 6, before)
-
-
-def launches_of(backend: str) -> list[contextlib.AbstractContextManager[None]]:
-    """The row's own launch and those that it is compared with."""
-    others = [triton_launch(*launch) for launch in LAUNCHES] if backend == "triton" else []
-    return [contextlib.nullcontext(), *others]
-
-
-def _launches(run: Run, what: str, call: Callable[[], object]) -> None:
-    for block, threads in LAUNCHES:
-
-        def changed(block: int = block, threads: int = threads) -> None:
-            with triton_launch(block, threads):
-                call()
-
-        fields = {"what": what, "field": "triton launch", "default": "its own", "value": f"{block} x {threads}"}
-        calls: Calls = {"default": call, "other": changed}
-        run.measure(f"{what} {fields['value']}", calls, fields, 6)
 
 
 def _profile(run: Run) -> None:

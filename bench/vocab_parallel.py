@@ -1,8 +1,9 @@
 """``python -m bench.vocab_parallel``: a vocabulary-parallel step predicted from a machine's numbers; nothing is timed.
 
-A rank of P makes the GEMMs of V / P columns (bench/prediction.py), its row moves ``row_bytes`` a logit, and it sends
-what ``fused_kd.parallel.predicted_traffic`` says. All of it travels beside the GEMMs of another chunk but the first
-chunk's statistics, the last one's second message and its hidden gradient: these show, or what the GEMMs cannot hide.
+A rank of P makes the GEMMs of V / P columns (bench/prediction.py, every chunk adding to dW), its row moves
+``row_bytes`` a logit, and it sends what ``fused_kd.parallel.predicted_traffic`` says. All of it travels beside the
+GEMMs of another chunk but the first chunk's statistics, the last one's second message and its hidden gradient: these
+show, or what the GEMMs cannot hide.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fused_kd.parallel import predicted_traffic
 from fused_kd.rows import Logits, RowInputs, RowOutputs
 from fused_kd.rows.base import Shards
 from fused_kd.rows.sharded_torch import row
+from fused_kd.tuning import tuned
 
 from .machine import COPY, GEMM
 from .prediction import predict
@@ -103,7 +105,8 @@ def predict_rank(
 ) -> Step:
     """One rank of ``ranks``, bf16, all gradients wanted; ``swept`` and ``reduce`` as of ``predicted_traffic``."""
     local = shape._replace(V=-(-shape.V // ranks))
-    alone = predict(local, torch.bfloat16, machine, on_host=False)
+    with tuned(gradient_groups=False):  # as the sharded engine, whose chunks alternate
+        alone = predict(local, torch.bfloat16, machine, on_host=False)
     gemms = sum(value for name, value in alone.parts.items() if name != "row")
     row_seconds = bytes_per_logit * shape.N * local.V / machine[COPY]
     sent = predicted_traffic(shape.N, shape.H_s, ranks, swept=swept, reduce=reduce)

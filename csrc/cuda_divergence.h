@@ -16,6 +16,8 @@
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { FKD_DIVERGENCES(FKD_NAME) };
 
+#define FKD_DIFFERENCES (!FKD_MIXTURE)  // whether h and g may read d
+
 // Sweep 2 leaves q and g in the slots of fp32 logits; a softcap's slope and another temperature need the logit itself.
 #define FKD_KEEPS (FKD_STUDENT == FP32 && FKD_TEACHER == FP32 && !FKD_SHAPED && !FKD_COLD)
 
@@ -75,8 +77,7 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+        slot_logits(rows, norms->row, slot, is_resident(rows, slot), FKD_DIFFERENCES, false, z_s, slope, z_t);
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             float q, h, g;
@@ -85,9 +86,9 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
             sums[1] += g;
             z_s[i] = q, z_t[i] = g;
         }
-        if (FKD_KEEPS && keep && slot < rows->resident) {
-            write_slot(student_slot(rows, slot), z_s);
-            write_slot(teacher_slot(rows, slot), z_t);
+        if (FKD_KEEPS && keep && is_resident(rows, slot)) {
+            write_slot(student_slot(rows, slot, rows->turn), z_s);
+            write_slot(teacher_slot(rows, slot, rows->turn), z_t);
         }
     }
 }
@@ -101,8 +102,8 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
     for (int shift = 27; shift >= 0; shift -= 3) {
         FKD_UNROLL for (int j = 0; j < 7; j++) sums[j] = 0.0f;
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
-            float z_t[FKD_MOST];
-            teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+            float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
+            slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, false, z_s, slope, z_t);
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
                 FKD_UNROLL for (int j = 0; j < 7; j++)
@@ -120,8 +121,7 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-        teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, false);
+        slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, false, z_s, slope, z_t);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
             const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));

@@ -105,21 +105,14 @@ FKD_INLINE void copy_async(int offset, const void *source, int size, int valid) 
 
 FKD_INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most the `newest` (below 8) last committed groups are under way.
-FKD_INLINE void copies_wait(int newest) {
-    switch (newest) {
-        case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
-        case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
-        case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-        case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-        case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-        case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-        case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-        default: asm volatile("cp.async.wait_group 0;" ::: "memory");
-    }
-}
+// Until at most the `newest` last committed groups are under way.
+template <int newest> FKD_INLINE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory"); }
 
 // ---- global memory
+
+// An address that is to stay in registers: the compiler would rather multiply again for every slot.
+FKD_INLINE void kept(const char **x) { asm volatile("" : "+l"(*x)); }
+
 
 FKD_INLINE uint4 global_read16(const void *x) { return *(const uint4 *)x; }
 FKD_INLINE uint2 global_read8(const void *x) { return *(const uint2 *)x; }

@@ -2,11 +2,16 @@
 // overwrites them, so that it waits for its own copies and for nobody's barrier. The first `resident` slots of each
 // thread stay in shared memory from the first sweep to the last; the rest of longer rows is read in every sweep.
 //
+// The first `ahead` of them have a second place, where the next row's are asked for as soon as a row begins: memory
+// then has work to do in sweeps that read nothing. Rows take the two places in turn. The other slots of the next row
+// are asked for in sweep 3, each as soon as it is free.
+//
 // Slot `i` of a cluster's threads is one stretch of the row. With FKD_VECTOR a thread's elements are neighbours, moved
 // by one instruction; rows that are not aligned for that are dealt out one element to each thread in turn.
 //
 // Macros from fused_kd/rows/cuda_build.py: FKD_THREADS, FKD_WIDTH, FKD_VECTOR, FKD_SHAPED (a scale or softcap),
-// FKD_STUDENT, FKD_TEACHER and FKD_DLOGITS (dtypes), FKD_LISTED (a teacher of entries and one value for all others).
+// FKD_STUDENT, FKD_TEACHER and FKD_DLOGITS (dtypes), FKD_LISTED (a teacher of entries and one value for all others),
+// FKD_WHOLE (every slot is resident).
 #pragma once
 
 #include "cuda_math.h"
@@ -31,7 +36,8 @@ typedef struct {
     const int64_t *entries;  // (C, K) ascending columns of a listed teacher
     const float *rest;       // (C,) its logit of all other columns
     int K, V;
-    int slots, resident;         // of each thread
+    int slots, resident, ahead;  // of each thread
+    int turn;                    // this row's first `ahead` slots are so many behind their first place
     int column, column_step;     // of this thread's first slot, and from slot to slot
     int student_at, teacher_at;  // its first slots in shared memory
 } Rows;
@@ -46,16 +52,24 @@ FKD_INLINE void place(Rows *rows, int area) {
     rows->column_step = cluster_size() * tile;
     rows->slots = (rows->V + rows->column_step - 1) / rows->column_step;
     rows->resident = rows->resident < rows->slots ? rows->resident : rows->slots;
+    rows->turn = 0;
+    const int students = (rows->resident + rows->ahead) * FKD_THREADS * slot_bytes(FKD_STUDENT);
     rows->student_at = area + thread * slot_bytes(FKD_STUDENT);
-    rows->teacher_at = area + rows->resident * FKD_THREADS * slot_bytes(FKD_STUDENT) + thread * slot_bytes(FKD_TEACHER);
+    rows->teacher_at = area + students + thread * slot_bytes(FKD_TEACHER);
 }
 
+FKD_INLINE bool is_resident(const Rows *rows, int slot) { return FKD_WHOLE || slot < rows->resident; }
+
 FKD_INLINE int column_of(const Rows *rows, int slot) { return rows->column + slot * rows->column_step; }
-FKD_INLINE int student_slot(const Rows *rows, int slot) {
-    return rows->student_at + slot * FKD_THREADS * slot_bytes(FKD_STUDENT);
+// The next row's turn.
+FKD_INLINE int next_turn(const Rows *rows) { return rows->resident - rows->turn; }
+
+FKD_INLINE int place_of(const Rows *rows, int slot, int turn) { return slot + (slot < rows->ahead ? turn : 0); }
+FKD_INLINE int student_slot(const Rows *rows, int slot, int turn) {
+    return rows->student_at + place_of(rows, slot, turn) * FKD_THREADS * slot_bytes(FKD_STUDENT);
 }
-FKD_INLINE int teacher_slot(const Rows *rows, int slot) {
-    return rows->teacher_at + slot * FKD_THREADS * slot_bytes(FKD_TEACHER);
+FKD_INLINE int teacher_slot(const Rows *rows, int slot, int turn) {
+    return rows->teacher_at + place_of(rows, slot, turn) * FKD_THREADS * slot_bytes(FKD_TEACHER);
 }
 
 // Which of a slot's elements a column is; none if outside of [0, FKD_WIDTH).
@@ -155,14 +169,11 @@ FKD_INLINE void write_row(const Rows *rows, int64_t row, int column, const float
 
 // ---- asking for a row's slots
 
-FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset) {
+// Of a slot that lies in the row, `all` of it or its beginning.
+FKD_INLINE void request(int dtype, const char *row, int column, int V, int offset, bool all) {
     const char *first = row + (int64_t)column * size_of(dtype);
     if (FKD_VECTOR) {
-        const int left = V - column;
-        if (left >= FKD_WIDTH)
-            copy_async(offset, first, slot_bytes(dtype), slot_bytes(dtype));
-        else if (left > 0)
-            copy_async(offset, first, slot_bytes(dtype), left * size_of(dtype));
+        copy_async(offset, first, slot_bytes(dtype), all ? slot_bytes(dtype) : (V - column) * size_of(dtype));
         return;
     }
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -184,35 +195,58 @@ FKD_INLINE Begin begin_of(const Rows *rows, int64_t row) {
     Begin begin;
     begin.student = rows->student.data + row * rows->student.stride;
     begin.teacher = rows->teacher.data + row * rows->teacher.stride;
+    kept(&begin.student);
+    kept(&begin.teacher);
     return begin;
 }
 
-// Of both sides; their slots may be overwritten from now on.
-FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot) {
-    const int column = column_of(rows, slot);
-    request(FKD_STUDENT, row->student, column, rows->V, student_slot(rows, slot));
-    if (FKD_TEACHER >= 0 && !FKD_LISTED)
-        request(FKD_TEACHER, row->teacher, column, rows->V, teacher_slot(rows, slot));
+// Of both sides; what is there may be overwritten from now on.
+FKD_INLINE void request_slot(const Rows *rows, const Begin *row, int slot, int turn) {
+    const int column = column_of(rows, slot), V = rows->V;
+    const int student = student_slot(rows, slot, turn), teacher = teacher_slot(rows, slot, turn);
+    const bool both = FKD_TEACHER >= 0 && !FKD_LISTED;
+    if (!FKD_VECTOR || column + FKD_WIDTH <= V) {
+        request(FKD_STUDENT, row->student, column, V, student, true);
+        if (both) request(FKD_TEACHER, row->teacher, column, V, teacher, true);
+    } else if (column < V) {
+        request(FKD_STUDENT, row->student, column, V, student, false);
+        if (both) request(FKD_TEACHER, row->teacher, column, V, teacher, false);
+    }
 }
 
-// Copies are counted in this many groups of slots, so that a sweep can begin with the first.
-#define FKD_GROUPS 8
-FKD_INLINE int group_end(const Rows *rows, int group) { return (group + 1) * rows->resident / FKD_GROUPS; }
+// Copies are counted in this many groups of slots, so that a sweep can begin with the first. Each group is committed
+// twice, the slots ahead while the row before is in sweep 1 and the others while it is in sweep 3, even where one of
+// these has no slot: behind any group, the same number is then under way.
+#define FKD_GROUPS 4
+FKD_INLINE int group_end(const Rows *rows, int group) {
+    return (int)((uint32_t)((group + 1) * rows->resident + FKD_GROUPS - 1) / FKD_GROUPS);
+}
 
-FKD_INLINE void request_row(const Rows *rows, int64_t row) {
+// In sweep 1, which has committed a group of the next row for every group before this one.
+FKD_INLINE void group_wait(const Rows *rows, int group) {
+    if (group_end(rows, group) <= rows->ahead)
+        copies_wait<2 * FKD_GROUPS - 1>();
+    else
+        copies_wait<FKD_GROUPS - 1>();
+}
+
+// Slots from `first` on and before `end`.
+FKD_INLINE void request_slots(const Rows *rows, int64_t row, int turn, int first, int end) {
     const Begin begin = begin_of(rows, row);
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
-        FKD_ROLLED for (; slot < group_end(rows, group); slot++) request_slot(rows, &begin, slot);
+        FKD_ROLLED for (; slot < group_end(rows, group); slot++)
+            if (slot >= first && slot < end) request_slot(rows, &begin, slot, turn);
         copies_commit();
     }
 }
 
 // ---- logits
 
-// The final logit before the temperature, and d final / d raw.
-FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
-    const float z = max_or_nan(raw, LOG_ZERO);
+// The final logit before the temperature, and d final / d raw. -inf becomes LOG_ZERO where `bounded`, which differences
+// of logits need; its exponential is 0 either way.
+FKD_INLINE float final_logit(const Side *side, float raw, bool bounded, float *slope) {
+    const float z = bounded || FKD_SHAPED ? max_or_nan(raw, LOG_ZERO) : raw;
     if (!FKD_SHAPED) return z;
     *slope = side->scale;
     if (side->cap == 0.0f) return z * side->scale;
@@ -222,24 +256,8 @@ FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
     return capped;
 }
 
-FKD_INLINE void final_logits(const Side *side, float *x, float *slope) {
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], &slope[i]);
-}
-
-FKD_INLINE void mask(int column, int V, float *x) {
-    if (column + (FKD_WIDTH - 1) * FKD_STEP < V) return;
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-        if (column + i * FKD_STEP >= V) x[i] = OUTSIDE;
-}
-
-FKD_INLINE void student_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, float *slope) {
-    const int column = column_of(rows, slot);
-    if (resident)
-        read_slot(FKD_STUDENT, student_slot(rows, slot), x);
-    else
-        read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, x);
-    final_logits(&rows->student, x, slope);
-    mask(column, rows->V, x);
+FKD_INLINE void final_logits(const Side *side, bool bounded, float *x, float *slope) {
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], bounded, &slope[i]);
 }
 
 FKD_INLINE int64_t entry(const Rows *rows, int64_t row, int i) {
@@ -277,9 +295,8 @@ FKD_INLINE void listed_logits(const Rows *rows, int64_t row, int column, float *
     }
 }
 
-// `first_time` fills a listed teacher's slots.
-FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool resident, float *x, bool first_time) {
-    const int column = column_of(rows, slot), offset = teacher_slot(rows, slot);
+FKD_INLINE void raw_teacher(const Rows *rows, int64_t row, int slot, bool resident, bool first_time, float *x) {
+    const int column = column_of(rows, slot), offset = teacher_slot(rows, slot, rows->turn);
     if (FKD_LISTED && (first_time || !resident)) {
         listed_logits(rows, row, column, x);
         if (resident) write_slot(offset, x);
@@ -287,7 +304,26 @@ FKD_INLINE void teacher_logits(const Rows *rows, int64_t row, int slot, bool res
         read_slot(FKD_TEACHER, offset, x);
     else
         read_row(FKD_TEACHER, rows->teacher.data + row * rows->teacher.stride, column, rows->V, x);
-    float unused[FKD_MOST];
-    final_logits(&rows->teacher, x, unused);
-    mask(column, rows->V, x);
+}
+
+// A slot's final logits, of the teacher where there is one. `first_time` fills a listed teacher's slots.
+FKD_INLINE void slot_logits(const Rows *rows, int64_t row, int slot, bool resident, bool bounded, bool first_time,
+                            float *z_s, float *slope, float *z_t) {
+    const int column = column_of(rows, slot);
+    if (resident)
+        read_slot(FKD_STUDENT, student_slot(rows, slot, rows->turn), z_s);
+    else
+        read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, z_s);
+    final_logits(&rows->student, bounded, z_s, slope);
+    if (FKD_TEACHER >= 0) {
+        float unused[FKD_MOST];
+        raw_teacher(rows, row, slot, resident, first_time, z_t);
+        final_logits(&rows->teacher, bounded, z_t, unused);
+    }
+    if (column + (FKD_WIDTH - 1) * FKD_STEP < rows->V) return;
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+        if (column + i * FKD_STEP < rows->V) continue;
+        z_s[i] = OUTSIDE;
+        if (FKD_TEACHER >= 0) z_t[i] = OUTSIDE;
+    }
 }

@@ -44,7 +44,7 @@ static inline float exp_nonpositive(float x) {
 
 // log(x) for 1e-37 < x < 1e37 within 1.5 ulp, also near 1.
 static inline float log_positive(float x) {
-    uint32_t n = (as_bits(x) - as_bits(0.70710678f)) & 0xff800000u;  // exponent of x / sqrt(1/2), not yet shifted
+    uint32_t n = (as_bits(x) - as_bits(0.70710678f)) & 0xff800000u;  // exponent of x / sqrt(1/2), times 2**23
     float f = x * as_float(0x3f800000u - n) - 1.0f;                  // a product, not bits: NaN stays NaN
     float p = -0.0763327f;                                           // minimax on [sqrt(1/2), sqrt(2)] - 1
     p = p * f + 0.12762068f;
@@ -54,10 +54,10 @@ static inline float log_positive(float x) {
     p = p * f + 0.20001225f;
     p = p * f - 0.25000823f;
     p = p * f + 0.3333333f;
-    float exponent = (float)((int32_t)n >> 23);
-    float ff = f * f;
-    p = p * f * ff + exponent * -2.12194440e-4f;
-    return (p - 0.5f * ff) + f + exponent * 0.693359375f;
+    p = p * f - 0.5f;
+    float exponent = (float)(int32_t)n;  // exact
+    p = p * (f * f) + exponent * (-2.12194440e-4f / 8388608.0f);
+    return (p + f) + exponent * (0.693359375f / 8388608.0f);
 }
 
 // tanh(x) for |x| < 0.6, where 1 - exp(-2|x|) would cancel: an odd polynomial.

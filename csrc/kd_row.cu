@@ -6,6 +6,7 @@
 //   2. rows whose divergence is not KL(t||q): h and g of every element, a second reduction; q and g replace fp32 logits,
 //      as they are what the gradient needs;
 //   3. the gradient; behind it, each slot is filled with the next row's, so that memory is read while it is written.
+// Where shared memory has room, the next row's first slots are asked for in sweep 1 already, beside the row.
 //
 // Bytes an element: a student's and a teacher's logit read, a dlogit written, whatever the row. Slots that do not fit
 // (cuda_slots.h) are read in each of the 2 or 3 sweeps.
@@ -52,17 +53,19 @@ FKD_INLINE void store_loss(float *x, int64_t row, float loss) { global_write4(x 
 
 // ---- sweep 1
 
-FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
+// Asks for the first slots of row `next` (unless it is C) beside this one's.
+FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, float *sums) {
     const Rows *rows = &call->rows;
+    const Begin begin = begin_of(rows, next);
+    const int ahead = next < call->C ? rows->ahead : 0;
     no_statistics(sums);
     int slot = 0;
-    FKD_ROLLED for (int group = 0; group <= FKD_GROUPS; group++) {  // the last: what does not fit
-        if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);
+    FKD_ROLLED for (int group = 0; group < FKD_GROUPS + !FKD_WHOLE; group++) {  // the last: what does not fit
+        if (group < FKD_GROUPS) group_wait(rows, group);
         const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
         FKD_ROLLED for (; slot < end; slot++) {
             float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, norms->row, slot, slot < rows->resident, z_s, slope);
-            if (FKD_TEACHER >= 0) teacher_logits(rows, norms->row, slot, slot < rows->resident, z_t, true);
+            slot_logits(rows, norms->row, slot, is_resident(rows, slot), true, true, z_s, slope, z_t);
             const int label = element_of(column_of(rows, slot), norms->label);
             if (label >= 0 && label < FKD_WIDTH) {
                 FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -72,7 +75,9 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, float *sums) {
                 }
             }
             add_slot(sums, z_s, z_t, norms->k);
+            if (slot < ahead) request_slot(rows, &begin, slot, next_turn(rows));
         }
+        if (group < FKD_GROUPS) copies_commit();
     }
 }
 
@@ -89,20 +94,23 @@ typedef struct {
 FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradient *gradient, Form form, int slot,
                               bool resident) {
     const Rows *rows = &call->rows;
+    const int label = element_of(column_of(rows, slot), norms->label);
     float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
     if (form == KEPT && resident) {
-        read_slot(FP32, student_slot(rows, slot), z_s);
-        read_slot(FP32, teacher_slot(rows, slot), z_t);
-        const int label = element_of(column_of(rows, slot), norms->label);
+        read_slot(FP32, student_slot(rows, slot, rows->turn), z_s);
+        read_slot(FP32, teacher_slot(rows, slot, rows->turn), z_t);
+        float x[FKD_MOST];
+        const float total = gradient->g_total, weight = gradient->weight;
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
-            z_s[i] = gradient_of(norms, 0.0f, label == i, z_s[i], z_t[i], gradient->g_total) * gradient->weight;
-        write_row(rows, norms->row, column_of(rows, slot), z_s);
+            x[i] = gradient_of(norms, 0.0f, false, z_s[i], z_t[i], total) * weight;
+        if (FKD_HARD_LABEL && label >= 0 && label < FKD_WIDTH)  // seldom, hence apart
+            FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
+                if (label == i) x[i] = gradient_of(norms, 0.0f, true, z_s[i], z_t[i], total) * weight;
+        write_row(rows, norms->row, column_of(rows, slot), x);
         return;
     }
-    student_logits(rows, norms->row, slot, resident, z_s, slope);
-    const bool with_teacher = FKD_TEACHER >= 0;
-    if (with_teacher) teacher_logits(rows, norms->row, slot, resident, z_t, false);
-    const int label = element_of(column_of(rows, slot), norms->label);
+    const bool with_teacher = FKD_TEACHER >= 0, bounded = form != LINEAR && FKD_DIFFERENCES;
+    slot_logits(rows, norms->row, slot, resident, bounded, false, z_s, slope, z_t);
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
         float x;
         if (form == LINEAR) {
@@ -125,19 +133,21 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
     write_row(rows, norms->row, column_of(rows, slot), z_s);
 }
 
-// Asks for row `next` (unless it is C) behind the gradient.
+// Asks for the rest of row `next` (unless it is C) behind the gradient.
 FKD_INLINE void write_gradient(const Call *call, const Norms *norms, const Gradient *gradient, Form form,
                                int64_t next) {
     const Rows *rows = &call->rows;
     // First what is read again: the sweep before may have left it in the cache.
-    FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
-        gradient_slot(call, norms, gradient, form, slot, false);
+    if (!FKD_WHOLE)
+        FKD_ROLLED for (int slot = rows->slots - 1; slot >= rows->resident; slot--)
+            gradient_slot(call, norms, gradient, form, slot, false);
     const Begin begin = begin_of(rows, next);
+    const int first = next < call->C ? rows->ahead : rows->resident;
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS; group++) {
         FKD_ROLLED for (; slot < group_end(rows, group); slot++) {
             gradient_slot(call, norms, gradient, form, slot, true);
-            if (next < call->C) request_slot(rows, &begin, slot);
+            if (slot >= first) request_slot(rows, &begin, slot, next_turn(rows));
         }
         copies_commit();
     }
@@ -167,7 +177,7 @@ FKD_INLINE void finish_row(const Call *call, const Norms *norms, const Gradient 
     if (call->rows.dlogits)
         write_gradient(call, norms, gradient, form, next);
     else if (next < call->C)
-        request_row(&call->rows, next);
+        request_slots(&call->rows, next, next_turn(&call->rows), call->rows.ahead, call->rows.resident);
 }
 
 FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *sums, const Pair *totals, int64_t next) {
@@ -251,8 +261,8 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
                         const void *teacher, int64_t teacher_stride, float teacher_scale, float teacher_cap,
                         void *dlogits, int64_t dlogits_stride,  // strides in bytes
                         const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V, int32_t resident,
-                        const int64_t *labels, const float *weights, const float *scalars, const uint8_t *given,
-                        float *loss, float *difficulty, uint8_t *is_hard) {
+                        int32_t ahead, const int64_t *labels, const float *weights, const float *scalars,
+                        const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
     Call call;
     Rows *rows = &call.rows;
     rows->student.data = (const char *)student, rows->student.stride = student_stride;
@@ -261,14 +271,16 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
     rows->teacher.scale = teacher_scale, rows->teacher.cap = teacher_cap;
     rows->dlogits = (char *)dlogits, rows->dlogits_stride = dlogits_stride;
     rows->entries = entries, rows->rest = rest;
-    rows->K = K, rows->V = V, rows->resident = resident;
+    rows->K = K, rows->V = V, rows->resident = resident, rows->ahead = ahead;
     place(rows, FKD_RECORDS_BYTES);
     call.C = C, call.labels = labels, call.weights = weights, call.scalars = scalars;
     call.loss = loss, call.difficulty = difficulty, call.is_hard = is_hard, call.given = given;
 
     int phase = 0;
     int64_t row = next_row(&call, cluster_index());
-    if (row < C) request_row(rows, row);
+    if (row < C)
+        FKD_ROLLED for (int part = 0; part < 2; part++)
+            request_slots(rows, row, rows->turn, part ? ahead : 0, part ? rows->resident : ahead);
     cluster_barrier();  // the other blocks' shared memory exists from here on
     while (row < C) {
         const int64_t next = next_row(&call, row + cluster_count()), label = label_of(&call, row);
@@ -279,7 +291,7 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
         norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, 3));
         float sums[FKD_RECORD];
         Pair totals[FKD_RECORD];
-        statistics(&call, &norms, sums);
+        statistics(&call, &norms, next, sums);
         reduce(sums, totals, FKD_RECORD, true, norms.k, &phase);
         norms.s_max = sums[S_MAX], norms.t_max = sums[T_MAX];
         norms.s_norm = norms.t_norm = norms.cold_norm = pair(0.0f, 0.0f);
@@ -291,6 +303,7 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
             distilled_row(&call, &norms, inv_T, sums, totals, next, &phase);
         }
         row = next;
+        rows->turn = next_turn(rows);
     }
     cluster_barrier();  // a block's shared memory must outlive what others write to it
 }

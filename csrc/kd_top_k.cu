@@ -2,7 +2,8 @@
 // fused_kd/rows/top_k.py. A block takes a row at a time; fkd_condense reads the student's logits once, fkd_expand once
 // more. Special functions an element: 1 ex2 each, 2 with FKD_COLD, and 1 ex2 and 1 rcp of a softcap.
 //
-// Macros: of cuda_slots.h, without a teacher (FKD_TEACHER is -1); FKD_COLD.
+// Macros: of cuda_slots.h, without a teacher (FKD_TEACHER is -1); FKD_COLD; FKD_EXPAND, which of the two kernels is
+// compiled (without it both).
 
 #include "cuda_slots.h"
 #include "cuda_sums.h"
@@ -28,7 +29,7 @@ FKD_INLINE TopK call_of(const void *student, int64_t student_stride, float scale
     rows->teacher = rows->student;
     rows->dlogits = (char *)dlogits, rows->dlogits_stride = dlogits_stride;
     rows->entries = entries, rows->rest = 0;
-    rows->K = K, rows->V = V, rows->resident = 0;
+    rows->K = K, rows->V = V, rows->resident = 0, rows->ahead = 0;
     place(rows, FKD_RECORDS_BYTES);
     call.labels = labels, call.scalars = scalars;
     return call;
@@ -42,9 +43,10 @@ FKD_INLINE float entry_logit(const TopK *call, int64_t row, int i) {
     const Side *side = &rows->student;
     const char *at = side->data + row * side->stride + column * size_of(FKD_STUDENT);
     float slope;
-    return final_logit(side, from_bits(FKD_STUDENT, read_element(FKD_STUDENT, at)), &slope);
+    return final_logit(side, from_bits(FKD_STUDENT, read_element(FKD_STUDENT, at)), true, &slope);
 }
 
+#if !defined(FKD_EXPAND) || !FKD_EXPAND
 // categories (C, K + 1): the entries' final logits and the rest's log-sum-exp times the temperature, all relative to
 // origins (C,), the largest logit, lest an offset swallow their digits; cold (C,) or NULL: the rest's at temperature 1.
 FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float scale, float cap,  // strides in bytes
@@ -61,7 +63,7 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
         const int slots = ignored(&call, row) ? 0 : rows->slots;
         FKD_ROLLED for (int slot = 0; slot < slots; slot++) {
             float z[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, row, slot, false, z, slope);
+            slot_logits(rows, row, slot, false, true, false, z, slope, z);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
                 if (entry_of(rows, row, column_of(rows, slot), i, &next) >= 0) z[i] = OUTSIDE;
@@ -83,7 +85,9 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
         if (FKD_COLD) global_write4(cold + row, as_bits((top - origin) + log_of(totals[COLD - FKD_MAXIMA])));
     }
 }
+#endif
 
+#if !defined(FKD_EXPAND) || FKD_EXPAND
 // d loss / d final logit: entry_gradient (C, K), rest_gradient (C,), and cold_gradient (C,) or NULL the rest's at
 // temperature 1.
 FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float scale, float cap,  // strides in bytes
@@ -108,7 +112,7 @@ FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float sc
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             const int column = column_of(rows, slot);
             float z[FKD_MOST], slope[FKD_MOST];
-            student_logits(rows, row, slot, false, z, slope);
+            slot_logits(rows, row, slot, false, true, false, z, slope, z);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 // At most 1 on unlisted entries; listed ones, replaced below, must not overflow.
@@ -122,3 +126,4 @@ FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float sc
         }
     }
 }
+#endif

@@ -10,8 +10,9 @@ from .divergences import DIVERGENCES
 from .engine import chunked
 from .engine.dispatch import AUTO, ENGINES, choose_engine
 from .engine.gemm import has_fp32_output
+from .engine.head_gradient import gradient_dtype
 from .engine.plan import BudgetTooSmall, Plan
-from .engine.streaming_plan import Sizes, choose_tiles, plan_streaming
+from .engine.streaming_plan import ALIGNED, Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
 from .rows import BACKENDS, _native_works
@@ -20,7 +21,8 @@ from .rows import BACKENDS, _native_works
 class Choice(NamedTuple):
     """What a call would do. All memory in bytes.
 
-    ``chunk`` tokens at a time, ``chunks`` of them; ``workspace`` beyond inputs and gradients; ``gradients`` of hidden
+    ``chunk`` tokens at a time, ``chunks`` of them, of which those of ``group`` tokens share the gradients' GEMMs (None:
+    the streaming engine has no such groups); ``workspace`` beyond inputs and gradients; ``gradients`` of hidden
     states and weight; ``flops`` of the GEMMs that no implementation can do without (a multiply-add is two);
     ``eager_logits`` is what plain PyTorch holds in full logits alone, before any softmax, mixture or gradient of them.
     """
@@ -32,6 +34,7 @@ class Choice(NamedTuple):
     objective: str
     chunk: int
     chunks: int
+    group: int | None
     workspace: int
     gradients: int
     flops: int
@@ -91,21 +94,21 @@ def plan_for(
     upcast = dtype != torch.float32 and not (has_fp32_output(place) if here else True)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
 
-    too_small = None
+    too_small = planned = None
     if chosen != "streaming":
         try:
-            chunk, workspace = chunked_plan(
+            planned = chunked_plan(
                 N, H_s, H_t if teacher else None, V, dtype=dtype, device=place, upcast=upcast, top_k=lists,
                 memory_budget=memory_budget,
             )  # fmt: skip
-            chosen = "chunked"
+            chosen, chunk, workspace = "chunked", planned.chunk, planned.workspace
         except BudgetTooSmall as error:
             if chosen != AUTO or lists is not None:
                 raise
             too_small, chosen = error, "streaming"
     if chosen == "streaming":
         try:
-            chunk, workspace = _streamed(N, H_s, V, objective, teacher, dtype, upcast, memory_budget)
+            chunk, workspace = _streamed(N, H_s, H_t, V, objective, teacher, dtype, upcast, memory_budget)
         except BudgetTooSmall as error:
             if too_small is None:
                 raise
@@ -117,9 +120,12 @@ def plan_for(
         notes.append("difficulties are ranked first, which computes the logits twice unless all tokens fit one chunk")
     if row not in BACKENDS:
         row = "native" if _native_works() else "torch"
+    chunks, group = -(-N // chunk), None
+    if planned is not None:
+        chunks, group = sum(map(len, planned.groups(N))), planned.group
     hidden_sizes = [H_s] * 3 + [H_t] * (teacher and lists is None)
     return Choice(
-        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, -(-N // chunk), workspace,
+        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
         gradients=dtype.itemsize * (N + V) * H_s,
         flops=2 * N * V * sum(hidden_sizes),
         gemms=len(hidden_sizes),
@@ -167,6 +173,7 @@ def chunked_plan(
 def _streamed(
     N: int,
     H: int,
+    H_t: int,
     V: int,
     objective: Objective,
     teacher: bool,
@@ -178,12 +185,22 @@ def _streamed(
     from .engine.streaming_kernels import FIELDS  # Triton is there where this engine was chosen
 
     spec, copied = objective.spec, 4 * upcast
-    late = chunked.gradient_dtype(dtype) != torch.float32
+    late = gradient_dtype(dtype) != torch.float32
     sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
     sizes = Sizes(
-        N, N, V, FIELDS.value, sums, spec.gated, H, dlogits=4 if upcast else dtype.itemsize,
+        N, N, V, FIELDS.value, sums, spec.gated, H, H_t if teacher else 0, dlogits=4 if upcast else dtype.itemsize,
         gathered=dtype.itemsize + copied, copied=copied, early=True, early_weight=not late, late=late,
     )  # fmt: skip
-    target = "cuda" if torch.version.hip is None else "hip"
-    plan = plan_streaming(sizes, choose_tiles(dtype, dtype if teacher else None, target=target), memory_budget)
+    operands = [dtype, dtype] if teacher else [dtype]
+    plain = H % ALIGNED == 0 and (not teacher or H_t % ALIGNED == 0)
+    plan = plan_streaming(sizes, choose_tiles(*operands, plain=plain, target=_target()), memory_budget)
     return plan.tokens, plan.workspace
+
+
+def _target() -> str:
+    """What the streaming engine's tiles depend on; an H100 where there is no GPU."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())

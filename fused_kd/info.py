@@ -190,10 +190,12 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> dict[str, str]:
+    group = plan["group"]
+    together = "" if group in (None, plan["chunk"]) else f"; those of {group} share the gradients' GEMMs"
     lines = {
         "call": f"{plan['objective']}, {plan['dtype']} on {plan['device']}",
         "engine": f"{plan['engine']}, backend {plan['backend']}",
-        "chunk": f"{plan['chunk']} tokens, {plan['chunks']} of them",
+        "chunk": f"{plan['chunk']} tokens, {plan['chunks']} of them{together}",
         "workspace": f"{plan['workspace']} bytes ({_bytes(plan['workspace'])}) beyond inputs and gradients",
         "gradients": f"{plan['gradients']} bytes ({_bytes(plan['gradients'])}) of hidden states and weight",
         "FLOPs": f"{plan['flops']:.4g} in {plan['gemms']} GEMMs, forward and backward",

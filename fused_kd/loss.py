@@ -69,10 +69,12 @@ class KDLoss(nn.Module):
             device; labels on the CPU are always checked.
         engine: "chunked" holds the logits of a chunk of tokens; "streaming" (Triton) holds none and computes them
             again instead, two to four times in all. None: chunked, unless ``memory_budget`` is too small for it.
-        grad_filter_eps: streaming engine only. Tiles of logit gradients whose every entry is below it in size, before
-            token weights and the reduction, count as zero and cost no gradient GEMM. Each entry is then off by less
-            than it, a token's hidden gradient by less than ``grad_filter_eps * sum_v |W_v|`` times the token's factor.
-            0 is exact.
+        grad_filter_eps: tiles of logit gradients whose every entry is below it in size, before token weights and the
+            reduction, count as zero and cost no gradient GEMM. Each entry is then off by less than it, a token's
+            hidden gradient by less than ``grad_filter_eps * sum_v |W_v|`` times the token's factor, a vocabulary
+            entry's weight gradient by less than ``grad_filter_eps * sum_i |h_i|``, each term times its token's factor.
+            Pays where the teacher is near. 0 is exact. On a GPU it needs Triton; given logits have no GEMM to spare,
+            which only the streaming engine filters all the same.
         tp_group: process group, or device mesh of one dimension, over which the vocabulary of both heads is divided:
             each rank gives its own rows (or logits), the same tokens and the whole vocabulary's labels. Weights and
             hidden states may be DTensors, see :func:`fused_kd.parallel.local_side`. All ranks get the same loss; each
@@ -270,12 +272,16 @@ class KDLoss(nn.Module):
             sum_hidden=sum_hidden,
         )
         enabled = torch.is_grad_enabled()
-        wanted = tuple(
-            enabled and x is not None and x.requires_grad for x in (side_s.source, side_s.weight, side_s.bias)
+        # Fields by name: Dynamo of torch 2.8 cannot slice a NamedTuple.
+        student_tensors = (side_s.source, side_s.weight, side_s.bias)
+        wanted = tuple(enabled and x is not None and x.requires_grad for x in student_tensors)
+        teacher_tensors = (
+            (None,) * 4
+            if side_t is None
+            else tuple(map(_detached, (side_t.source, side_t.weight, side_t.bias, side_t.indices)))
         )
-        teacher_tensors = (None,) * 4 if side_t is None else tuple(map(_detached, (*side_t[:3], side_t.indices)))
         loss, difficulty, is_hard = KDFunction.apply(  # type: ignore[no-untyped-call]
-            *side_s[:3], *teacher_tensors, flat_labels, weights, scale, scalars,
+            *student_tensors, *teacher_tensors, flat_labels, weights, scale, scalars,
             wanted, self.reduction == "none", tuple(options),
         )  # fmt: skip
         if self.reduction == "none":

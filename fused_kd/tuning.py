@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 AFFECTS = ("row", "step", "streaming")
@@ -22,7 +22,27 @@ AFFECTS = ("row", "step", "streaming")
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choices in force."""
+    """The choices in force.
+
+    Attributes:
+        gradient_groups: on a GPU several chunks share the gradients' GEMMs.
+        device_chunk: tokens of such a chunk.
+        row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
+            any dtype, and 16 KB in flight a program.
+        row_threads: threads of such a program.
+        cuda_prefetch: the CUDA row asks for the next row's first logits while shared memory has room beside this row's.
+        streaming_wide: 128 x 128 tiles in two of the streaming engine's kernels, else 64 x 128.
+        streaming_grouped: its programs start group of tokens by group, else all tokens of a split or tile of the
+            vocabulary first.
+    """
+
+    gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
+    device_chunk: int = field(default=1024, metadata={"others": (512, 2048), "affects": ("step",)})
+    row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
+    row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
+    cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
+    streaming_wide: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
+    streaming_grouped: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
 
 
 _current = Tuning()
@@ -63,10 +83,10 @@ def alternatives(affects: str, of: type = Tuning) -> list[Alternative]:
     if affects not in AFFECTS:
         raise ValueError(f"affects must be one of {', '.join(AFFECTS)}, got {affects!r}")
     found = []
-    for field in fields(of):
-        others, what = field.metadata.get("others", ()), field.metadata.get("affects", ())
-        if not others or not what or not set(what) <= set(AFFECTS) or field.default in others:
-            raise ValueError(f"{of.__name__}.{field.name} must name its others and what it affects in its metadata")
+    for choice in fields(of):
+        others, what = choice.metadata.get("others", ()), choice.metadata.get("affects", ())
+        if not others or not what or not set(what) <= set(AFFECTS) or choice.default in others:
+            raise ValueError(f"{of.__name__}.{choice.name} must name its others and what it affects in its metadata")
         if affects in what:
-            found += [Alternative(field.name, field.default, other, tuple(what)) for other in others]
+            found += [Alternative(choice.name, choice.default, other, tuple(what)) for other in others]
     return found

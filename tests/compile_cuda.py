@@ -191,4 +191,4 @@ if __name__ == "__main__":
         write_budget()
     else:
         for kernel in measure(sys.argv[1:] or list(TARGETS)):
-            print(json.dumps(kernel), flush=True)
+            print(json.dumps(kernel | {"nvrtc": nvrtc_version()}), flush=True)

@@ -4,8 +4,10 @@ Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=
 The kernels come from real calls of the rows and of the streaming engine's sweeps, whose launches are diverted into
 compilation.
 
+``--fast`` leaves out cases whose branches others have; ``python -m tests.compat triton`` asks other releases of Triton.
 ``python -m tests.compile_kernels --write`` writes kernel_budget.json, which the test holds kernels to. Its diff shows
-what a change costs.
+what a change costs. ``--counts CASE ...`` prints what the machine code of those cases does in each main loop on sm_90;
+``CASE=BYTES`` says how many bytes an element has on all sides together, where COUNTED does not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,17 @@ from triton.runtime.jit import JITFunction
 
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.engine.chunked import Side
+from fused_kd.engine.gemm import Projection
+from fused_kd.engine.hand_over import scale_in_place
 from fused_kd.engine.streaming_sweeps import Sweeps
+from fused_kd.engine.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded_triton import TritonRow
 from fused_kd.rows.top_k_triton import row as top_k_row
 from fused_kd.rows.triton_row import row
+
+from . import sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,12 +50,35 @@ TARGETS = {
 BUDGET = Path(__file__).with_name("kernel_budget.json")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
+# Cases whose main loops are counted, on one target, and the bytes of an element on all sides together.
+COUNTED_ON = "sm_90"
+COUNTED = {
+    "sft/in_place": 4,
+    "forward_kd/in_place": 8,
+    "reverse_kd/in_place": 8,
+    "self_evolution/in_place": 8,
+    "self_evolution/bf16_logits": 4,
+    "self_evolution/odd": 6,
+    "self_evolution/padded": 8,
+    "generalized_jsd/in_place": 8,
+    "sharded/self_evolution/statistics": 8,
+}
+
 # The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
 DTYPES = {
     "loss": (FP32, FP32, None),
     "in_place": (FP32, FP32, FP32),
     "bf16_logits": (BF16, BF16, BF16),
 }
+
+# Every kernel, divergence and branch at least once, at a third of the cost.
+FAST = re.compile(
+    r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
+    r"|self_evolution/(loss|V=1)|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
+    r"|top_k/K=64/bf16.*"
+    r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
+    r"|sharded/(sft|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
+)
 
 
 class Offline:
@@ -100,6 +129,7 @@ def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made["self_evolution/bf16_out"] = _case("self_evolution", FP32, FP32, BF16)
     made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
     made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
+    made["self_evolution/padded"] = _case("self_evolution", FP32, FP32, BF16, V=50257, stride=50304)
     made["self_evolution/V=1"] = _case("self_evolution", FP32, FP32, FP32, V=1)
     return made
 
@@ -111,24 +141,58 @@ def _case(
     gradient: torch.dtype | None,
     *,
     V: int = 128256,
+    stride: int | None = None,
     softcap: float | None = None,
     weights: bool = False,
     cold: bool = False,
 ) -> tuple[RowInputs, RowOutputs]:
+    def matrix(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(1, stride or V, dtype=dtype)[:, :V]
+
     spec = OBJECTIVES[name].kind
-    z = torch.empty(1, V, dtype=student)
+    z = matrix(student)
     inputs = RowInputs(
         Logits(z, 1.0, softcap, True),
-        None if spec.divergence is None else Logits(torch.empty(1, V, dtype=teacher), 1.0, softcap, True),
+        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, True),
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
         torch.zeros(5),
         spec,
         cold,
     )
-    dlogits = None if gradient is None else z if gradient == student else torch.empty(1, V, dtype=gradient)
+    dlogits = None if gradient is None else z if gradient == student else matrix(gradient)
     outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
     return inputs, outputs
+
+
+def hand_over_cases() -> dict[str, Callable[[], None]]:
+    return {
+        f"hand_over/{name}": functools.partial(scale_in_place, torch.empty(1 << 16, dtype=dtype), torch.ones(()))
+        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+    }
+
+
+def filter_cases() -> dict[str, Callable[[], None]]:
+    """Of the chunked engine's gradient GEMMs."""
+    made: dict[str, Callable[[], None]] = {}
+    for name, dtype in (("fp32", FP32), ("bf16", BF16)):
+        dlogits, weight, hidden = (torch.empty(*size, dtype=dtype) for size in ((64, 256), (256, 64), (64, 64)))
+        projection = Projection(weight, None, FP32)  # its GEMMs are not what is compiled
+        projection.weight = weight
+        made[f"filter/{name}/flags"] = functools.partial(DeviceTiles, projection, dlogits, torch.ones(64), 1e-4)
+        made[f"filter/{name}/dH"] = functools.partial(_filtered, projection, dlogits, hidden, "dH")
+        made[f"filter/{name}/dW"] = functools.partial(_filtered, projection, dlogits, hidden, "dW")
+    return made
+
+
+def _filtered(projection: Projection, dlogits: torch.Tensor, hidden: torch.Tensor, product: str) -> None:
+    tiles = DeviceTiles.__new__(DeviceTiles)
+    tiles._projection, tiles._dlogits, tiles._tile = projection, dlogits, 64 if dlogits.dtype == FP32 else 128
+    tiles._flags = torch.ones(-(-64 // tiles._tile), 256 // tiles._tile, dtype=torch.uint8)
+    if product == "dH":
+        tiles.hidden()
+    else:
+        tiles.weight(torch.empty(256, 64), slice(0, 256), hidden, first=True)
 
 
 SWEEPS = ("statistics", "sums", "gradient")
@@ -141,6 +205,8 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "self_evolution/fp32": (_sweeps("self_evolution", FP32), SWEEPS),
         "generalized_jsd/bf16": (_sweeps("generalized_jsd", BF16), ("sums", "gradient")),
         "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
+        "reverse_kd/bf16": (_sweeps("reverse_kd", BF16), ("gradient",)),
+        "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("statistics", "gradient")),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
         "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),
@@ -242,15 +308,11 @@ def divert_launches() -> list[Any]:
     return compiled
 
 
-def find_cuobjdump() -> str | None:
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
-
-
 def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     found: dict[str, Any] = {
         "vector_loads": "ld.global.v4" in ptx,
+        "wgmma": next(iter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\w+)\.", ptx)), None),
         "products": next((name for name in ("tcgen05", "wgmma", "mma.sync") if name in ptx), None),
         "async_copies": "cp.async.cg.shared.global" in ptx,  # of 16 bytes; narrower ones are cp.async.ca
     }
@@ -275,14 +337,32 @@ def amd_usage(kernel: Any) -> dict[str, Any]:
     }
 
 
-def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown)."""
+def loop_counts(kernel: Any, bytes_read: int) -> list[dict[str, Any]]:
+    """What each main loop of a compiled kernel does, by :func:`tests.sass.per_element`."""
+    nvdisasm = sass.find_tool("nvdisasm")
+    if nvdisasm is None:
+        return []
+    loops = sass.main_loops(sass.disassemble(kernel.asm["cubin"], nvdisasm))
+    return [sass.per_element(loop, bytes_read) for loop in loops]
+
+
+def all_cases() -> dict[str, Callable[[], None]]:
+    return cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
+
+
+def measure(targets: list[str], *, fast: bool = False) -> Iterator[dict[str, Any]]:
+    """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown).
+
+    ``loops`` holds the counts of the cases in COUNTED. ``fast`` takes only the cases of :data:`FAST`.
+    """
     compiled = divert_launches()
-    cuobjdump = find_cuobjdump()
+    cuobjdump = sass.find_tool("cuobjdump")
     for index, target in enumerate(targets):
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
-        for name, launch in (cases() | streaming_cases() | sharded_cases()).items():  # tiles depend on the target
+        for name, launch in all_cases().items():  # tiles depend on the target
+            if fast and not FAST.fullmatch(name):
+                continue
             compiled.clear()
             try:
                 launch()
@@ -293,23 +373,45 @@ def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
                 usage = nvidia_usage(kernel, cuobjdump) if nvidia else amd_usage(kernel)
                 part = kernel.name.removesuffix("_kernel")
                 case = name if len(compiled) == 1 or name.endswith(f"/{part}") else f"{name}/{part}"
+                if target == COUNTED_ON and case in COUNTED:
+                    usage["loops"] = loop_counts(kernel, COUNTED[case])
                 yield {"target": target, "case": case} | usage
 
 
 def write_budget() -> None:
     """All cases of all targets, a line each."""
-    table: dict[str, dict[str, dict[str, int]]] = {}
+    table: dict[str, dict[str, dict[str, Any]]] = {}
     for kernel in measure(list(TARGETS)):
         entry = {key: kernel[key] for key in ("registers", "stack", "spills")}
+        if "loops" in kernel:
+            entry["instructions"] = [loop["instructions"] for loop in kernel["loops"]]
         table.setdefault(kernel["case"], {})[kernel["target"]] = entry
     lines = ",\n".join(f"    {json.dumps(case)}: {json.dumps(entry)}" for case, entry in table.items())
     version = json.dumps(triton.__version__)
     BUDGET.write_text(f'{{\n  "triton": {version},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
 
 
+def print_counts(chosen: list[str]) -> None:
+    """A JSON object a main loop of each case, ``NAME`` or ``NAME=BYTES``."""
+    compiled = divert_launches()
+    triton.runtime.driver.set_active(Offline(0, TARGETS[COUNTED_ON]))
+    launches = cases() | streaming_cases() | sharded_cases()
+    for case in chosen:
+        name, _, size = (case, "", "") if case in launches else case.rpartition("=")
+        compiled.clear()
+        launches[name]()
+        for kernel in compiled:
+            registers = nvidia_usage(kernel, sass.find_tool("cuobjdump")).get("registers")
+            for loop in loop_counts(kernel, int(size or COUNTED.get(name, 8))):
+                print(json.dumps({"case": name, "kernel": kernel.name, "registers": registers} | loop), flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         write_budget()
+    elif sys.argv[1:2] == ["--counts"]:
+        print_counts(sys.argv[2:] or list(COUNTED))
     else:
-        for kernel in measure(sys.argv[1:] or list(TARGETS)):
-            print(json.dumps(kernel), flush=True)
+        named = [argument for argument in sys.argv[1:] if argument != "--fast"]
+        for kernel in measure(named or list(TARGETS), fast="--fast" in sys.argv):
+            print(json.dumps(kernel | {"triton": triton.__version__}), flush=True)

@@ -27,6 +27,10 @@ def _table(divergence: str) -> str:
     return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
 
+def _groups(case: str) -> str:
+    return f"test_gradient_groups.py::test_any_grouping_gives_the_same[{case}]"
+
+
 def _emulated(objective: str) -> str:
     return f"test_cuda_row.py::test_logits[{objective}-fp32]"
 
@@ -41,6 +45,8 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
 
 _DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
+_FILTER, _FILTER_TRITON = "fused_kd/engine/tile_filter.py", "fused_kd/engine/tile_filter_triton.py"
+_HEAD, _PLAN = "fused_kd/engine/head_gradient.py", "fused_kd/engine/plan.py"
 _TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch_math.py"
 _SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded_row.py", "fused_kd/rows/sharded_columns.py"
@@ -50,6 +56,11 @@ _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
+_TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton_math.py", "fused_kd/rows/sharded_triton.py"
+_LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
+_STREAMING, _STREAMING_SWEEPS = "fused_kd/engine/streaming.py", "fused_kd/engine/streaming_sweeps.py"
+_STREAMING_KERNELS = "fused_kd/engine/streaming_kernels.py"
+_STREAMING_GRADIENT = "fused_kd/engine/streaming_gradient.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
 
 MUTATIONS = [
@@ -125,7 +136,8 @@ MUTATIONS = [
         (_logits("triton", "no_evo"),),
     ),
     Mutation(
-        "triton: maximum not subtracted", _TRITON_SWEEPS, "tl.exp(z - z_max) * inv_total", "tl.exp(z) * inv_total",
+        "triton: maximum not subtracted", _TRITON_SWEEPS,
+        "tl.exp2(exponent(z, LOG2_E, z_max)) * inv_total", "tl.exp2(z * LOG2_E) * inv_total",
         ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
     ),
     Mutation(
@@ -134,7 +146,9 @@ MUTATIONS = [
     ),
     Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
     Mutation(
-        "triton: token weights missing", _TRITON_SWEEPS, "gradient * (slope * weight), mask=mask", "gradient * slope, mask=mask",
+        "triton: token weights missing", _TRITON_SWEEPS,
+        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
+        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * slope)",
         ("test_stress.py::test_rows_left_out_and_weighted[dense-triton]",),
     ),
     Mutation(
@@ -145,6 +159,40 @@ MUTATIONS = [
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
         ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
     ),
+    Mutation(
+        "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
+        "tl.sum(z_sum * tl.exp2(z_max - top), axis=0)", "tl.sum(z_sum, axis=0)",
+        ("test_triton_row.py::test_any_vocabulary[1025-sft]",),
+    ),
+    Mutation(
+        "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
+        "moved(kl_sum, t_sum, s_max - s_top, t_max - t_top)", "kl_sum * tl.exp2(t_max - t_top)",
+        ("test_triton_row.py::test_any_vocabulary[1025-forward_kd]",),
+    ),
+    Mutation(
+        "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        of_h", "if whole > V:\n        of_h",
+        ("test_triton_row.py::test_rows_of_wider_buffers[77-reverse_kd]",),
+    ),
+    Mutation(
+        "triton: the last whole block left out", _TRITON_SWEEPS, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
+        ("test_triton_row.py::test_any_vocabulary[2048-forward_kd]",),
+    ),
+    Mutation(
+        "triton: written beyond the row", _TRITON_SWEEPS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
+        ("test_triton_row.py::test_rows_of_wider_buffers[77-forward_kd]",),
+    ),
+    Mutation(
+        "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
+        ("test_triton_row.py::test_temperature[2.0-reverse_kd]",),
+    ),
+    Mutation(
+        "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",
+        ("test_triton_row.py::test_ratios_and_logarithms_keep_relative_precision",),
+    ),
+    Mutation(
+        "sharded triton: statistics left in powers of 2", _SHARDED_TRITON, "x[:, :, column] *= LN_2", "x[:, :, column] *= 1.0",
+        (_slices("no_evo", "dense", "triton"),),
+    ),
     # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
     Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
@@ -153,35 +201,82 @@ MUTATIONS = [
         "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("test_cuda_row.py::test_rows_beyond_2_31_elements[dense]",),
     ),
     Mutation(
+        "cuda: the next row in this row's place", _CUDA, "rows->turn = next_turn(rows);", "",
+        ("test_cuda_row.py::test_asking_ahead_changes_nothing[room ahead-5-fp32]",),
+    ),
+    Mutation(
         "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
         ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
     ),
     # the engine
     Mutation(
-        "engine: weight gradient starts from what was there", _ENGINE, "first=span is spans[0]", "first=False",
+        "engine: weight gradient starts from what was there", _HEAD, "first=self._first)", "first=False)",
         ("test_loss.py::test_uninitialised_memory_is_never_read",),
     ),
     Mutation(
-        "engine: weight gradient of the last chunk alone", _ENGINE, "first=span is spans[0]", "first=True",
+        "engine: weight gradient of the last chunk alone", _HEAD, "first=self._first)", "first=True)",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
     Mutation(
-        "engine: bias gradient of the last chunk alone", _ENGINE, "d_bias[:V] += dlogits.sum(", "d_bias[:V] = dlogits.sum(",
+        "engine: bias gradient of the last chunk alone", _HEAD, "[: self._vocab] += dlogits.sum(", "[: self._vocab] = dlogits.sum(",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
-    Mutation("engine: scaled twice", _ENGINE, "gradient.mul_(scale).to(", "gradient.mul_(scale * scale).to(", (_budget("sft"),)),
+    Mutation("engine: scaled twice", _HEAD, "gradient.mul_(self._scale)", "gradient.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
         "engine: ignored tokens computed", _ENGINE, "(labels != ignore_index).nonzero()", "(labels == labels).nonzero()",
         ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
     ),
-    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = gradient", "result.d_source[span] = gradient", (_budget("sft"),)),
+    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = head", "result.d_source[first:last] = head", (_budget("sft"),)),
     Mutation(
         "engine: another chunk's hard tokens", _ENGINE, "else hard[span]", "else hard[: span.stop - span.start]",
         ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
     ),
     Mutation(
-        "engine: padding's weight gradient not cleared", _ENGINE, "full[vocab:].zero_()", "pass",
+        "engine: padding's weight gradient not cleared", _HEAD, "self._d_weight[self._vocab :].zero_()", "pass",
         ("test_stress.py::test_uninitialised_memory_is_never_read_with_a_top_k_teacher[bucket-torch]",),
+    ),
+    # groups of chunks, as on a GPU
+    Mutation(
+        "groups: every chunk's dlogits in the same place", _ENGINE, "slice(span.start - first, span.stop - first)",
+        "slice(0, span.stop - span.start)", (_groups("no_evo-groups-bf16"),),
+    ),
+    Mutation("groups: the first chunk's tokens alone", _ENGINE, "hidden = side_s.operand(tokens)", "pass", (_groups("no_evo-groups-bf16"),)),
+    Mutation(
+        "groups: the factor twice", _HEAD, "elif not self._scaled and not self._at_once", "elif not self._at_once",
+        (_groups("no_evo-groups-bf16"), "test_gradient_groups.py::test_budget_of_groups[no_evo-bf16]"),
+    ),
+    Mutation(
+        "groups: the factor missing in slabs", _HEAD, "total if self._scaled else total.mul_(self._scale)", "total",
+        ("test_gradient_groups.py::test_weights_in_another_dtype_than_the_gemm_s",),
+    ),
+    Mutation(
+        "groups: the last slab left out", _HEAD, "range(0, self._vocab, step)", "range(0, self._vocab - step, step)",
+        ("test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
+    ),
+    Mutation(
+        "filter: token weights ignored", _FILTER, "(eps * factors[rows].abs()).unsqueeze(1)", "eps",
+        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+    ),
+    Mutation(
+        "filter: columns of a slab not moved", _FILTER, "part - columns.start, product", "part, product",
+        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+    ),
+    Mutation(
+        "filter: a NaN left out", _FILTER_TRITON, "~((x < threshold[:, None]) | (x == 0.0))", "x >= threshold[:, None]",
+        ("test_tile_filter.py::test_nan_is_never_left_out[device]",),
+    ),
+    Mutation(
+        "filter: flags of other columns", _FILTER_TRITON, "slice(columns.start // self._tile,", "slice(0,",
+        ("test_tile_filter.py::test_products_of_what_is_left[device]",),
+    ),
+    Mutation(
+        "hand-over: every program the same blocks", "fused_kd/engine/hand_over.py",
+        "tl.program_id(0).to(tl.int64) * BLOCK", "tl.cast(0, tl.int64)",
+        ("test_hand_over.py::test_every_element_once",),
+    ),
+    Mutation(
+        "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
+        ("test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
     ),
     # top-k teachers
     Mutation(
@@ -236,6 +331,34 @@ MUTATIONS = [
     Mutation(
         "native: uniform tail of another row", _NATIVE_CALL, "c->lists.rest[row]", "c->lists.rest[0]",
         ("test_top_k.py::test_matrix[no_evo-far-uniform-native]",),
+    ),
+    # the streaming engine
+    Mutation(
+        "streaming: a short last group takes tiles of another", _STREAMING_KERNELS, "part = place // size", "part = place // GROUP",
+        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+    ),
+    Mutation(
+        "streaming: groups overlap", _STREAMING_KERNELS, "started // (GROUP * parts) * GROUP", "started // (GROUP * parts)",
+        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+    ),
+    Mutation(
+        "streaming: a tile's flag at another's place", _STREAMING_GRADIENT,
+        "flags_ptr + block * tl.num_programs(1) + part", "flags_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
+        ("test_streaming.py::test_filter_skips_tiles_within_its_bound[sft-fp32]",),
+    ),
+    Mutation(
+        "streaming: a split of another kernel's tiles", _STREAMING_SWEEPS,
+        "_cdiv(_cdiv(self._vocab, tiles.columns), splits)", "_cdiv(_cdiv(self._vocab, tiles.columns), splits + 1)",
+        ("test_streaming.py::test_heads[skew-fp32-far]",),
+    ),
+    Mutation(
+        "streaming: joined dH of the last slab alone", _STREAMING,
+        "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
+        ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
+    ),
+    Mutation(
+        "streaming: joined dH not scaled", _STREAMING, "d_source.copy_(self._finished(source_sum))", "d_source.copy_(source_sum)",
+        ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
     ),
     # autograd and options
     Mutation(

@@ -12,16 +12,18 @@ import torch
 import fused_kd as fk
 from fused_kd.engine import chunked
 from fused_kd.engine.plan import Plan
+from fused_kd.forecast import chunked_plan
+from fused_kd.tuning import tuned
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import report
-from bench.counts import count_chunked, gemm_flops, planned
+from bench.counts import count_chunked, gemm_flops, gemm_products, planned
 from bench.floor import Floor
 from bench.implementations import IMPLEMENTATIONS, preferred_chunk
 from bench.inputs import cut_top_k, make_inputs
 from bench.samples import rates
-from bench.shapes import Shape, Variant
+from bench.shapes import GPU_SHAPES, Shape, Variant
 from bench.tally import measured_flops, row_scratch_bytes
 
 from .test_bench import CPU, HEADER, WIDE, case
@@ -78,7 +80,7 @@ def test_products_with_an_fp32_result_are_measured():
 
 
 def test_counts_by_hand():
-    shape, plan = Shape("by hand", N=10, H_s=2, H_t=3, V=7), Plan(chunk=4, workspace=99)
+    shape, plan = Shape("by hand", N=10, H_s=2, H_t=3, V=7), Plan(chunk=4, workspace=99, group=4)
     easy = count_chunked(shape, torch.float32, plan)
     assert easy.flops == {"student_logits": 280, "teacher_logits": 420, "d_hidden": 280, "d_weight": 280}
     assert easy.gemm_bytes == {
@@ -88,7 +90,7 @@ def test_counts_by_hand():
         "d_weight": 4 * (70 + 20 + 5 * 14),  # written thrice, read twice
     }
     assert (easy.row_specials, easy.row_bytes_once, easy.row_bytes_swept) == (2 * 70, 12 * 70, 20 * 70)
-    assert (easy.chunk, easy.workspace_bytes) == (4, 99)
+    assert (easy.chunk, easy.group, easy.workspace_bytes) == (4, 4, 99)
 
     half = count_chunked(shape, torch.float32, plan, valid=0.5, hard=1.0)
     assert half.gemm_bytes["d_weight"] == 4 * (35 + 10 + 3 * 14)
@@ -101,13 +103,68 @@ def test_counts_by_hand():
     assert lists.flops.keys() == lists.gemm_bytes.keys() == {"student_logits", "d_hidden", "d_weight"}
     assert (lists.row_specials, lists.row_bytes_once, lists.row_bytes_swept) == (70, 8 * 70, 12 * 70)
 
-    gpu = count_chunked(shape, torch.bfloat16, plan, recomputes=True, on_host=False)
+    gpu = count_chunked(shape, torch.bfloat16, plan, recomputes=True)
     assert gpu.gemm_bytes["student_logits"] == 2 * (20 + 3 * 14) + 4 * 70
-    assert gpu.gemm_bytes["d_weight"] == 2 * (70 + 20) + 4 * 5 * 14 + (8 + 6 + 4) * 14
+    assert gpu.gemm_bytes["d_weight"] == 2 * (70 + 20) + 4 * 5 * 14 + 6 * 14  # rounded
     assert gpu.row_bytes_once == 10 * 70
+    half = count_chunked(shape, torch.float16, plan)
+    assert half.gemm_bytes["d_weight"] == gpu.gemm_bytes["d_weight"] + 8 * 14  # scaled
     cpu = count_chunked(shape, torch.bfloat16, plan, upcasts=True)
     assert cpu.gemm_bytes["student_logits"] == 4 * 20 + 10 * 3 * 14 + 12 * 70
     assert cpu.gemm_bytes["d_weight"] == 4 * (70 + 20) + 4 * 5 * 14 + 6 * 14
+
+
+def test_groups_by_hand():
+    """Chunks of 3, 3, 1 and 3 tokens, in groups of 7 and 3; then all in one, its dW in slabs of 3, 3 and 1 rows."""
+    shape = Shape("by hand", N=10, H_s=2, H_t=3, V=7)
+    several = Plan(chunk=3, workspace=0, group=7)
+    found = count_chunked(shape, torch.bfloat16, several)
+    assert found.gemm_bytes == {
+        "student_logits": 2 * (20 + 4 * 14) + 4 * 70,
+        "teacher_logits": 2 * (30 + 4 * 21) + 4 * 70,
+        "d_hidden": 2 * (70 + 2 * 14) + 4 * 20,
+        "d_weight": 2 * (70 + 20) + 4 * 3 * 14 + 6 * 14,  # written twice, read once, rounded
+    }
+    products = gemm_products(shape, torch.bfloat16, several)
+    assert products["student_logits"].results == [(3, 7), (3, 7), (1, 7), (3, 7)]
+    assert products["d_hidden"].results == [(7, 2), (3, 2)] and products["d_weight"].results == [(7, 2), (7, 2)]
+    assert products["d_weight"].written == 4 * 14
+    at_once = Plan(chunk=3, workspace=0, group=10)
+    for dtype, extra in ((torch.bfloat16, 2), (torch.float16, 4 + 6 + 8), (torch.float32, 4)):
+        found = count_chunked(shape, dtype, at_once).gemm_bytes
+        assert found["d_weight"] == dtype.itemsize * (70 + 20) + extra * 14
+        assert found["d_hidden"] == dtype.itemsize * (70 + 14) + 4 * 20
+    assert count_chunked(shape, torch.bfloat16, at_once, upcasts=True).gemm_bytes["d_weight"] == 4 * 90 + (4 + 6) * 14
+
+
+def test_slabs_are_those_of_the_engine(monkeypatch):
+    shape = Shape("by hand", N=10, H_s=2, H_t=3, V=7)
+    monkeypatch.setattr("fused_kd.engine.gemm.SLAB_BYTES", 4 * 2 * 3)
+    plan = Plan(chunk=3, workspace=0, group=10)
+    product = gemm_products(shape, torch.bfloat16, plan, slabs=True)["d_weight"]
+    assert product == (2 * (70 + 3 * 20), 0, [(3, 2), (3, 2), (1, 2)])
+    assert count_chunked(shape, torch.bfloat16, plan).gemm_bytes["d_weight"] == product.read + 2 * 14
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=lambda shape: shape.name)
+def test_counts_at_real_shapes(shape, grouped):
+    """bf16 on a GPU: at A one group and 63 slabs of 2048 rows, at B two groups; else four chunks of 2048 tokens."""
+    N, H, H_t, V = shape[1:]
+    with tuned(gradient_groups=grouped):
+        plan = chunked_plan(
+            N, H, H_t, V, dtype=torch.bfloat16, device=torch.device("cuda"), upcast=False
+        )  # fmt: skip
+    found = count_chunked(shape, torch.bfloat16, plan)
+    m, k = ((8, 1) if shape.name == "A" else (8, 2)) if grouped else (4, 4)
+    assert (found.chunk, found.group) == (N // m, N // k)
+    sums = 2 * V * H if k == 1 else (4 * (2 * k - 1) + 6) * V * H
+    assert found.gemm_bytes == {
+        "student_logits": 2 * (N * H + m * V * H) + 4 * N * V,
+        "teacher_logits": 2 * (N * H_t + m * V * H_t) + 4 * N * V,
+        "d_hidden": 2 * (N * V + k * V * H) + 4 * N * H,
+        "d_weight": 2 * (N * V + (63 if k == 1 else 1) * N * H) + sums,
+    }
 
 
 @pytest.mark.parametrize("name", ["fused_kd", *TOP_K])

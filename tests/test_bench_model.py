@@ -18,10 +18,11 @@ from bench.counts import Plan, count_chunked, planned
 from bench.counts_streaming import FIELDS, count_streaming
 from bench.implementations import IMPLEMENTATIONS
 from bench.inputs import make_inputs
-from bench.machine import assumed_machine, measure_machine
+from bench.machine import measure_machine
 from bench.model import best_chunk, best_for, compare, predict
 from bench.shapes import GPU_SHAPES, Shape
 from bench.tally import measured_flops
+from fused_kd.tuning import tuned
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
@@ -29,6 +30,7 @@ SMALL = Shape("small", N=10, H_s=2, H_t=3, V=7)
 WIDE = Shape("wide", N=300, H_s=8, H_t=10, V=150)
 A, B = (next(shape for shape in GPU_SHAPES if shape.name == name) for name in "AB")
 H200 = {"gemm_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12}
+FURTHER = {**H200, "multiprocessors": 132, "clock_hz": 1.83e9}
 UNIT = {"gemm_flops_per_s": 10.0, "copy_bytes_per_s": 5.0}
 
 
@@ -66,20 +68,34 @@ def test_bf16_on_a_gpu_by_hand():
     found = predict(A, BF16, H200, on_host=False, hard=0.25)
     nV, VH = 8192 * 128256, 128256 * 4096
     rate, bandwidth = 790e12, 4.3e12
-    assert found.chunk == 2048
+    assert (found.chunk, found.group) == (1024, 8192)
     assert found.parts["d_weight"] == pytest.approx(2 * nV * 4096 / rate)
-    additions = 3 * 8 * VH  # by the last three of four chunks
-    passes = (8 + 6 + 4) * VH  # scaled in fp32, rounded, and the factor of the backward pass
-    assert found.parts["traffic"] == pytest.approx((additions + passes) / bandwidth)
+    rounded = 2 * VH  # a slab at a time, from the cache
+    assert found.parts["traffic"] == pytest.approx(rounded / bandwidth)
     assert found.parts["row"] == pytest.approx((2.25 * 8 + 2) * nV / bandwidth)
     floor = 2 * nV * (3 * 4096 + 5120) / rate
     assert found.floor_seconds == pytest.approx(floor)
-    assert found.seconds == pytest.approx(floor + (additions + passes + (2.25 * 8 + 2) * nV) / bandwidth)
-    per_token = 16 + 2 * 4 * 128256 + 8 * (4096 + 5120) + 2 * 128256
-    assert found.workspace_bytes == 2048 * per_token + 4 * VH
+    assert found.seconds == pytest.approx(floor + (rounded + (2.25 * 8 + 2) * nV) / bandwidth)
+    of_chunk, of_group = 16 + 2 * 4 * 128256 + 8 * 5120, 2 * 128256 + 8 * 4096
+    assert found.workspace_bytes == 1024 * of_chunk + 8192 * of_group + (32 << 20)
     on_chip = predict(A, BF16, H200, on_host=False, hard=0.25, backend="cuda")
     assert on_chip.parts["row"] == pytest.approx((8 + 2) * nV / bandwidth)
     assert on_chip.seconds - on_chip.parts["row"] == pytest.approx(found.seconds - found.parts["row"])
+    with tuned(gradient_groups=False):
+        before = predict(A, BF16, H200, on_host=False, hard=0.25)
+    assert before.chunk == before.group == 2048
+    assert before.parts["traffic"] == pytest.approx((3 * 8 + 6) * VH / bandwidth)  # three additions, rounded
+    assert before.workspace_bytes == 2048 * (of_chunk + of_group) + 4 * VH + (32 << 20)
+    assert before.floor_seconds == found.floor_seconds
+
+
+def test_several_groups_by_hand():
+    """Shape B, two groups of 4096 tokens: dW written twice, read once, rounded; fp16 is scaled, too."""
+    VH = 151936 * 896
+    for dtype, passes in ((BF16, 6), (torch.float16, 6 + 8)):
+        found = predict(B, dtype, H200, on_host=False)
+        assert (found.chunk, found.group) == (1024, 4096)
+        assert found.parts["traffic"] == pytest.approx((8 + passes) * VH / 4.3e12)
 
 
 def test_bf16_on_a_cpu_is_upcast():
@@ -94,9 +110,11 @@ def test_bf16_on_a_cpu_is_upcast():
 
 
 def test_addition_to_dw_costs_what_was_seen():
-    """10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py)."""
-    for shape, share in ((A, 0.147), (B, 0.09)):
-        at = [predict(shape, BF16, H200, on_host=False, chunk=chunk) for chunk in (1024, 8192)]
+    """10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py), against one chunk and its bf16 dW."""
+    for shape, share in ((A, 0.159), (B, 0.096)):
+        with tuned(gradient_groups=False):
+            at = [predict(shape, BF16, H200, on_host=False, chunk=chunk) for chunk in (1024, 8192)]
+        assert [found.group for found in at] == [1024, 8192]
         assert (at[0].seconds - at[1].seconds) / at[1].floor_seconds == pytest.approx(share, abs=0.005)
 
 
@@ -120,23 +138,36 @@ def test_streaming_by_hand():
 
 
 def test_streaming_bytes_by_hand():
-    """8 MiB of bf16 dlogits of all tokens are 512 columns, 32 MiB of fp32 dH and what it is rounded to 1024 tokens."""
+    """32 MiB of bf16 dlogits of all tokens and fp32 dW are 1024 columns; of fp32 dH and its rounding, 1024 tokens.
+
+    132 tiles of 128 x 128 at a time: 11 blocks of tokens beside 12 of columns, or all 8 of a chunk beside 16, or 16
+    beside the 8 of 1024 columns; the sums' are of 64 tokens.
+    """
     counts = count_streaming(A, BF16, hard=0.5)
-    m, s = 8192 // 1024, math.ceil(128256 / 512)
-    assert (counts.plan.tokens, counts.plan.late_columns) == (1024, 512)
+    m, s = 8192 // 1024, math.ceil(128256 / 1024)
+    assert (counts.plan.tokens, counts.plan.columns, counts.plan.late_columns) == (1024, 4096, 1024)
     assert counts.gemm_bytes == {
-        "statistics": 2 * (8192 + 128256) * 9216,
-        "sums": 2 * (4096 + 128256) * 9216,
-        "dlogits": 2 * (8192 + m * 128256) * 9216,
-        "dlogits_again": 2 * (s * 8192 + 128256) * 9216,
+        "statistics": 2 * (8192 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
+        "sums": 2 * (4096 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
+        "dlogits": 2 * m * (1024 * (2 * 31 + 1) + 128256) * 9216,
+        "dlogits_again": 2 * (s * 8192 + 128000 * 4 + 256) * 9216,  # the last slab is two tiles wide: 64 blocks
         "d_hidden": 2 * m * 128256 * 4096 + 4 * 8192 * 4096,
         "d_weight": 2 * s * 8192 * 4096 + 2 * 128256 * 4096,
     }
-    assert counts.traffic == 4 * 128256 * 4096
+    assert counts.traffic == 0
+    joined = count_streaming(A, BF16, memory_budget=1 << 30)
+    s = math.ceil(128256 / 4096)
+    assert joined.plan.together and joined.plan.late_columns == 4096
+    # The last of 32 slabs is 10 tiles wide: 13 blocks.
+    assert joined.gemm_bytes["dlogits"] == 2 * (8192 * (3 * 31 + 1) + 126976 * 6 + 1280 * 5) * 9216
+    assert joined.gemm_bytes["dlogits_again"] == 0
+    assert joined.gemm_bytes["d_weight"] == 2 * s * 8192 * 4096 + 2 * 128256 * 4096
+    assert joined.traffic == 8 * (s - 1) * 8192 * 4096
+    assert joined.flops | {"dlogits_again": counts.flops["dlogits_again"]} == count_streaming(A, BF16).flops
     single = count_streaming(A, FP32)
     m = math.ceil(8192 / single.plan.tokens)
     assert single.gemm_bytes["d_weight"] == 4 * 8192 * 4096 + 4 * 128256 * 4096
-    assert single.traffic == (8 + 8 * (m - 1)) * 128256 * 4096
+    assert single.traffic == 8 * (m - 1) * 128256 * 4096
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -189,7 +220,7 @@ def test_what_costs_and_what_spares():
     alone = predict(A, BF16, H200, on_host=False, teacher=False)
     assert listed.seconds == alone.seconds < easy.seconds and "teacher_logits" not in listed.parts
     per_token = 64 * (64 + 2)
-    assert listed.workspace_bytes - alone.workspace_bytes == 2048 * per_token
+    assert listed.workspace_bytes - alone.workspace_bytes == 1024 * per_token
     slower = predict(A, BF16, {**H200, "copy_bytes_per_s": 2e12}, on_host=False)
     assert slower.seconds > easy.seconds
     assert slower.floor_seconds == easy.floor_seconds
@@ -200,7 +231,7 @@ def test_what_costs_and_what_spares():
 def test_memory_is_the_planners(name, dtype):
     inputs = IMPLEMENTATIONS[name].prepare(make_inputs(WIDE, CPU, dtype))
     found = predict(WIDE, dtype, UNIT, on_host=True, top_k=inputs.top_k is not None)
-    assert (found.chunk, found.workspace_bytes) == planned(inputs)
+    assert (found.chunk, found.workspace_bytes, found.group) == planned(inputs)
 
 
 def test_budget_is_kept():
@@ -236,34 +267,6 @@ def test_best_chunk_by_brute_force(budget, within, bandwidth):
         assert found.chunk == 77
 
 
-def test_expected_floors_are_the_designs():
-    """Section 8: at N=8192 and 790 TFLOP/s, 46.3 ms at A and 19.8 ms at B."""
-    rows = {(row["gpu"], row["shape"], row["tokens"]): row for row in model.expected()}
-    assert len(rows) == 4 * 2 * 2
-    for shape, floor in ((A, 46.3), (B, 19.8)):
-        easy, hard = (rows["H200", str(shape), tokens] for tokens in ("easy", "hard"))
-        assert easy["floor_ms"] == hard["floor_ms"] == pytest.approx(floor, rel=0.01)
-        assert easy["floor_ms"] + easy["row_ms"] < easy["total_ms"] < hard["total_ms"] < 1.5 * floor
-        assert easy["ratio"] == pytest.approx(easy["total_ms"] / easy["floor_ms"])
-        assert easy["chunk"] == 2048
-        order = [rows[gpu, str(shape), "easy"]["total_ms"] for gpu in ("B200", "H200", "H100 SXM", "A100-80G SXM")]
-        assert order == sorted(order)
-    assert rows["H200", str(A), "easy"]["workspace_gb"] == pytest.approx(4.88, abs=0.005)
-    assert assumed_machine("H200") == pytest.approx(H200)
-    assert assumed_machine("A100-80G SXM")["gemm_flops_per_s"] == pytest.approx(312e12 * 790 / 989.4)
-    with pytest.raises(ValueError, match=r"gpu must be one of A100-80G SXM, .* got 'V100'"):
-        assumed_machine("V100")
-
-
-def test_expected_table_says_that_it_is_predicted():
-    text = model.markdown_expected()
-    assert text.startswith("**Predicted, not measured**")
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 16 and len({line.count("|") for line in lines}) == 1
-    assert "| H200 | A (8192, 4096, 5120, 128256) | easy | 46.3 | 4.4 | 55.8 | 1.21 | 4.88 | 2048 |" in lines
-    assert all(gpu in text and peak.source in text for gpu, peak in machine.GPUS.items())
-
-
 COUNTS = {  # by hand: SMALL in chunks of 4
     "chunk": 4,
     "flops": {"student_logits": 280, "teacher_logits": 420, "d_hidden": 280, "d_weight": 280},
@@ -289,7 +292,7 @@ def test_compare_by_hand():
     floor = (4 * (20 + 14 + 70) * 3 + 4 * (30 + 21 + 70)) / 5
     assert found == pytest.approx(
         {
-            "chunk": 4,
+            "chunk": 4, "group": 4,
             "predicted_seconds": seconds, "measured_seconds": 900.0, "seconds_error": seconds / 900 - 1,
             "predicted_floor_seconds": floor, "measured_floor_seconds": 300.0, "floor_seconds_error": floor / 300 - 1,
             "predicted_ratio": seconds / floor, "measured_ratio": 3.0, "ratio_error": seconds / floor / 3 - 1,
@@ -304,21 +307,26 @@ def test_compare_by_hand():
     assert other["memory_error"] == 1.0
 
 
-def test_compare_is_what_predict_says():
+@pytest.mark.parametrize("numbers", [H200, FURTHER], ids=["two", "further"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_compare_is_what_predict_says(numbers, grouped):
+    """Of the plan that the row holds, whatever plans would be made here."""
     options = {"on_host": False, "hard": 0.5, "valid": 0.5}
+    half = A._replace(N=4096)
     for name, backend in (("fused_kd", None), ("fused_kd cuda", "cuda")):
-        said = predict(A, BF16, H200, backend=backend, **options)
-        half = A._replace(N=4096)
-        plan = Plan(said.chunk, said.workspace_bytes)
-        counts = count_chunked(half, BF16, plan, hard=0.5, on_host=False, recomputes=True)._asdict()
+        with tuned(gradient_groups=grouped):
+            said = predict(A, BF16, numbers, backend=backend, **options)
+        plan = Plan(said.chunk, said.workspace_bytes, said.group)
+        counts = count_chunked(half, BF16, plan, hard=0.5, recomputes=True)._asdict()
         row = {"shape": A._asdict(), "implementation": name, "dtype": "bfloat16", "device": "cuda", "counts": counts}
-        found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), H200)
+        found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
         assert found["predicted_seconds"] == pytest.approx(said.seconds)
+        assert (found["chunk"], found["group"]) == ((1024, 4096) if grouped else (2048, 2048))
         assert found["predicted_floor_seconds"] == pytest.approx(said.floor_seconds)
     row |= {"implementation": "fused_kd streaming", "counts": {"flops": {"student_logits": 1, "teacher_logits": 1}}}
-    found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), H200)
-    assert found["parts"] == predict(A, BF16, H200, engine="streaming", **options).parts
-    assert best_for(measured_row(**row), H200, 0.03) is None
+    found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
+    assert found["parts"] == predict(A, BF16, numbers, engine="streaming", **options).parts
+    assert best_for(measured_row(**row), numbers, 0.03) is None
 
 
 @pytest.mark.parametrize(
@@ -407,7 +415,11 @@ def test_command_line(capsys):
     text = capsys.readouterr().out
     assert text.startswith("predicted, not measured\n")
     assert f"{1e3 * found.seconds:.3f} ms   {found.ratio:.3f} of the floor, 46.304 ms" in text
-    assert "4.879 GB   2048 tokens a chunk" in text and "8192 tokens a chunk, 13.212 GB" in text
+    assert "3.496 GB   1024 tokens a chunk, 8192 a group\n" in text and "the planner's plan is 0.0 % slower" in text
+    further = ["--multiprocessors", "132", "--clock-ghz", "1.83", "--backend", "cuda"]
+    assert model.main([*SIZES, *RATES, "--hard", "1", *further]) == 0
+    found = predict(A, BF16, FURTHER, on_host=False, hard=1.0, backend="cuda")
+    assert f"{1e3 * found.seconds:.3f} ms   {found.ratio:.3f} of the floor" in capsys.readouterr().out
     assert model.main([*SIZES, *RATES, "--memory-budget-gb", "3", "--valid", "0.5"]) == 0
     capped = predict(A, BF16, H200, on_host=False, valid=0.5, memory_budget=3 * 10**9)
     assert f"{capped.workspace_bytes / 1e9:.3f} GB   {capped.chunk} tokens a chunk" in capsys.readouterr().out
@@ -429,7 +441,8 @@ def test_command_line(capsys):
         ([*SIZES, *RATES, "--valid", "0"], "argument --valid: must be in (0, 1], got '0'"),
         ([*SIZES, *RATES, "--valid", "nan"], "argument --valid: must be in (0, 1], got 'nan'"),
         ([*SIZES, *RATES, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        ([*SIZES, *RATES, "--memory-budget-gb", "0.1"], "memory_budget must be at least 2102702608 bytes"),
+        ([*SIZES, *RATES, "--memory-budget-gb", "0.1"], "memory_budget must be at least 2136257040 bytes"),
+        ([*SIZES, *RATES, "--multiprocessors", "0"], "argument --multiprocessors: must be an integer of at least 1"),
         (["--hard", "0.5"], "sizes must be the four integers N H_s H_t V where options are given, got none"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 
 import fused_kd as fk
 from fused_kd import rows
+from fused_kd.engine import dispatch
 from fused_kd.rows import cuda_build, cuda_row, top_k_cuda
 from fused_kd.rows.build_cache import CACHE_VARIABLE
 from fused_kd.rows.cuda_build import CudaRowError
@@ -78,9 +79,78 @@ def test_none_keeps_preferring_triton(monkeypatch):
     assert rows.choose_backend("cuda", GPU) == "cuda"
 
 
+@pytest.fixture
+def cuda_first(monkeypatch):
+    """As if the CUDA row had been measured to be the faster one on sm_90, and every GPU were one."""
+    monkeypatch.setattr(rows, "CUDA_FIRST", frozenset({(9, 0)}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(rows, "_installed", lambda package: True)
+    rows._cuda_or_triton.cache_clear()
+    yield
+    rows._cuda_or_triton.cache_clear()
+
+
+def test_none_can_prefer_cuda_by_one_line(cuda_first, monkeypatch):
+    assert rows.choose_backend(None, GPU) == rows.CUDA_OR_TRITON
+    assert rows.choose_backend("triton", GPU) == "triton"
+    assert dispatch.choose_engine(None, None, "kl", 0.0, GPU, sharded=True) == ("chunked", "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert rows.choose_backend(None, GPU) == "triton"
+    monkeypatch.setattr(rows, "_installed", lambda package: package != "triton")
+    assert rows.choose_backend(None, GPU) == "torch"
+
+
+def test_the_choice_is_a_constant_to_torch_compile(cuda_first):
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + len(rows.choose_backend(None, GPU))
+
+    assert chosen(torch.zeros(())) == len(rows.CUDA_OR_TRITON)
+
+
+class Inputs:
+    """What the choice between rows looks at."""
+
+    def __init__(self, V: int) -> None:
+        self.student = SimpleNamespace(raw=torch.empty(1, V, device="meta"))
+        self.teacher = None
+
+
+def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):
+    """Packages missing; a kernel that can not be loaded, asked for once; more columns than int32 counts."""
+    pytest.importorskip("triton")
+    from fused_kd.rows import triton_row
+
+    ran = []
+    monkeypatch.setattr(triton_row, "row", lambda inputs, outputs: ran.append("triton"))
+    monkeypatch.setattr(cuda_row, "row", lambda inputs, outputs: ran.append("cuda"))
+
+    def refuse(*_):
+        raise CudaRowError("not here")
+
+    monkeypatch.setattr(cuda_build, "require", refuse)
+    rows.get_row(rows.CUDA_OR_TRITON)(Inputs(5), None)
+    assert ran == ["triton"]
+    with pytest.raises(CudaRowError, match="not here"):
+        rows.get_row("cuda")
+
+    monkeypatch.setattr(cuda_build, "require", lambda: None)
+    rows._cuda_or_triton.cache_clear()
+    for V in (5, cuda_build.LARGEST_VOCAB, cuda_build.LARGEST_VOCAB + 1):
+        rows.get_row(rows.CUDA_OR_TRITON)(Inputs(V), None)
+    assert ran[1:] == ["cuda", "cuda", "triton"]
+
+    tried = []
+    monkeypatch.setattr(cuda_row, "row", lambda inputs, outputs: tried.append(1) or refuse())
+    rows._cuda_or_triton.cache_clear()
+    for _ in range(3):
+        rows.get_row(rows.CUDA_OR_TRITON)(Inputs(5), None)
+    assert ran[4:] == ["triton"] * 3 and tried == [1]
+
+
 MACROS = (
     *((f"FKD_{name}", 0) for name in ("DIVERGENCE", "MIXTURE", "KL_AT_ONE", "ADAPTIVE", "MIXED", "HARD_LABEL")),
-    *((f"FKD_{name}", 0) for name in ("GATED", "COLD", "STUDENT", "DLOGITS", "LISTED", "SHAPED")),
+    *((f"FKD_{name}", 0) for name in ("GATED", "COLD", "STUDENT", "DLOGITS", "LISTED", "SHAPED", "WHOLE")),
     *(("FKD_FREE", 1), ("FKD_TEACHER", -1), ("FKD_VECTOR", 1), ("FKD_WIDTH", 4), ("FKD_THREADS", 128)),
 )
 
@@ -174,13 +244,13 @@ def test_a_binary_that_the_driver_refuses_is_compiled_here(monkeypatch):
         def get_kernel(self, name: str) -> str:
             if self.code == b"carried":
                 raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
-            return name
+            return self.code.decode()
 
     core = SimpleNamespace(ObjectCode=SimpleNamespace(from_cubin=lambda code, name: Refused(code)))
     monkeypatch.setattr(cuda_build, "_core", lambda: core)
-    monkeypatch.setattr(cuda_build, "cubin", lambda *_, fresh=False: b"own" if fresh else b"carried")
+    monkeypatch.setattr(cuda_build, "cubin", lambda *_, fresh: b"own")
     cuda_build._loaded.cache_clear()
-    assert cuda_build._loaded("fkd_row", MACROS, "sm_90a").code == b"own"
+    assert cuda_build._kernel("fkd_row", MACROS, "sm_90a", b"carried") == "own"
     cuda_build._loaded.cache_clear()
 
 
@@ -211,11 +281,12 @@ def test_both_languages_agree_on_the_arguments(kernel, types):
 
 def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
     """On a stand-in for cuda-core and the driver: which calls are made, in what terms."""
-    launched, attributes = [], []
+    launched, attributes, modes = [], [], ["global"]
 
     class Occupancy:
         def max_active_clusters(self, config, *, stream):
             assert config == {"grid": 1, "cluster": 8, "block": 512, "shmem_size": 4096} and stream == "legacy"
+            assert modes[-1] == "relaxed"
             return 3
 
         def max_active_blocks_per_multiprocessor(self, threads, shared_bytes):
@@ -233,6 +304,8 @@ def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
     driver = SimpleNamespace(
         cuDeviceGet=lambda index: (0, index),
         cuKernelSetAttribute=lambda *given: attributes.append(given) or (0,),
+        cuThreadExchangeStreamCaptureMode=lambda mode: (0, modes.append(mode) or modes[-2]),
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"),
         CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most"),
     )
     monkeypatch.setattr(cuda_build, "_core", lambda: core)
@@ -254,7 +327,7 @@ def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
         assert config == {"grid": grid, "block": threads, "shmem_size": 4096}
         assert arguments[:2] == [x.data_ptr(), 0]
         assert isinstance(arguments[2], ctypes.c_int64) and arguments[2].value == 7 and arguments[3].value == 0.5
-        assert attributes[-1] == ("most", 4096, "handle", 0)
+        assert attributes[-1] == ("most", 4096, "handle", 0) and modes[-1] == "global"
     cuda_build._prepared.cache_clear()
     cuda_build._loaded.cache_clear()
 

@@ -15,7 +15,7 @@ from fused_kd.rows.base import RowOutputs
 
 from . import cuda_emulator
 from .cuda_emulator import Fault, emulated, needs_cpp_compiler
-from .test_cuda_row import call
+from .test_cuda_row import DEVICES, call
 from .test_native_row import check, make, oracle
 
 pytestmark = needs_cpp_compiler
@@ -57,9 +57,11 @@ FAULTS = {
         "cuda_sums.h", "    block_barrier();\n", "    if (thread_index() > 0) block_barrier();\n", "not all threads",
     ),
     "a write beyond the row": ("cuda_slots.h", "column + FKD_WIDTH <= rows->V", "column < rows->V", "outside of"),
-    "a read beyond the row": ("cuda_slots.h", "if (left >= FKD_WIDTH)", "if (left > 0)", "outside of"),
+    "a read beyond the row": (
+        "cuda_slots.h", "if (!FKD_VECTOR || column + FKD_WIDTH <= V) {", "if (column < V) {", "outside of",
+    ),
     "a slot beyond shared memory": (
-        "cuda_slots.h", "return rows->teacher_at + slot *", "return rows->teacher_at + (slot + 1) *", "shared memory",
+        "cuda_slots.h", "rows->teacher_at + place_of(", "rows->teacher_at + FKD_WARP * place_of(", "shared memory",
     ),
 }  # fmt: skip
 
@@ -73,8 +75,53 @@ def test_a_fault_is_found_whatever_the_schedule(name, plant):
 
 
 def test_a_missing_wait_leaves_nan(plant):
-    plant("kd_row.cu", "if (group < FKD_GROUPS) copies_wait(FKD_GROUPS - 1 - group);", "")
+    plant("kd_row.cu", "if (group < FKD_GROUPS) group_wait(rows, group);", "")
     assert on_aligned_rows().loss.isnan().all()
+
+
+# The next row's first slots, asked for beside the row: what is planted where.
+AHEAD = {
+    "no wait for them": ("cuda_slots.h", "copies_wait<2 * FKD_GROUPS - 1>();", ";"),
+    "a wait for one group less of them": ("cuda_slots.h", "<2 * FKD_GROUPS - 1>", "<2 * FKD_GROUPS>"),
+    "a wait for one group less of the others": ("cuda_slots.h", "<FKD_GROUPS - 1>", "<FKD_GROUPS>"),
+    "in the place of the row under way": (
+        "kd_row.cu", "if (slot < ahead) request_slot(rows, &begin, slot, next_turn(rows))",
+        "if (slot < ahead) request_slot(rows, &begin, slot, rows->turn)",
+    ),
+    "never the other place's turn": ("kd_row.cu", "rows->turn = next_turn(rows);", ""),
+    "a row beyond the last": ("kd_row.cu", "next < call->C ? rows->ahead : 0", "rows->ahead"),
+    "of another row": (
+        "kd_row.cu", "begin_of(rows, next);\n    const int ahead", "begin_of(rows, 0);\n    const int ahead",
+    ),
+    "one slot of the others left out": (
+        "kd_row.cu", "? rows->ahead : rows->resident;", "? rows->ahead + 1 : rows->resident;",
+    ),
+    "copied over what is still to be read": (
+        "kd_row.cu",
+        "gradient_slot(call, norms, gradient, form, slot, true);\n            if (slot >= first) request_slot("
+        "rows, &begin, slot, next_turn(rows));",
+        "if (slot >= first) request_slot(rows, &begin, slot, next_turn(rows));\n            gradient_slot("
+        "call, norms, gradient, form, slot, true);",
+    ),
+    "a group that is not committed": (
+        "kd_row.cu", "if (group < FKD_GROUPS) copies_commit();", "if (group > 0) copies_commit();",
+    ),
+}  # fmt: skip
+
+
+def rows_in_turn() -> None:
+    """Five rows for two clusters of a GPU with room for the next row's first slots."""
+    data = make(5, 517)
+    for objective in (fk.SelfEvolution(gamma=1.0), fk.SkewTeacher(lam=0.3)):
+        check(call(*data, objective), oracle(*data, objective))
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_a_fault_in_asking_ahead_is_found(name, plant, emulated):
+    emulated(device=DEVICES["room ahead"])
+    plant(*AHEAD[name])
+    with pytest.raises(AssertionError):
+        rows_in_turn()
 
 
 def battery() -> None:
@@ -90,12 +137,14 @@ def battery() -> None:
 WRONG = {
     "ranking ignored": ("kd_row.cu", "call->given ? global_read1", "false ? global_read1"),
     "token weights missing": ("kd_row.cu", "call->weights ? as_float", "false ? as_float"),
-    "the same row again": ("kd_row.cu", "begin = begin_of(rows, next)", "begin = begin_of(rows, norms->row)"),
+    "the same row again": (
+        "kd_row.cu", "begin_of(rows, next);\n    const int first", "begin_of(rows, norms->row);\n    const int first",
+    ),
     "the label's share twice": ("cuda_divergence.h", "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q"),
-    "row's end not masked": ("cuda_slots.h", "x[i] = OUTSIDE;", "x[i] = 0.0f;"),
+    "row's end not masked": ("cuda_slots.h", "z_s[i] = OUTSIDE;", "z_s[i] = 0.0f;"),
     "one block of the cluster": ("cuda_sums.h", "block < cluster_size()", "block < 1"),
     "sums of other maxima": ("cuda_sums.h", "x[S_SUM] *= exp2_fast(s * k);", ""),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -108,3 +157,5 @@ def test_a_wrong_formula_fails_the_oracle(name, plant):
 def test_without_a_fault_the_same_calls_pass(emulated):
     assert on_aligned_rows().loss.isfinite().all()
     battery()
+    emulated(device=DEVICES["room ahead"])
+    rows_in_turn()

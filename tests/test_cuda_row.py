@@ -10,9 +10,10 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.objectives import Objective, RowSpec
-from fused_kd.rows import cuda_row
+from fused_kd.rows import cuda_build, cuda_row
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda_row import Device
+from fused_kd.tuning import tuned
 
 from . import cuda_emulator, test_extremes, test_stress
 from .budget import check_budget
@@ -29,13 +30,16 @@ ALL = [objective for objective in OBJECTIVES if not objective.kind.ranked]
 NAMES = [objective.name for objective in OBJECTIVES]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# A cluster of two blocks that hold all of a row of 517, of four, one block with a part of it, and one with nothing.
+# A cluster of two blocks that hold all of a row of 517, of four, one block with a part of it, and one with nothing; two
+# blocks with room for some or all of the next row.
 DEVICES = {
     "whole": SMALL,
     "cluster of 4": Device(4, 1400, 2800 + 2048, 4, (8, 8, 8)),
     "part": Device(2, 1400, 2048, 4, (8, 8, 8)),
     "no cluster": Device(1, 1400, 2048, 4, (8, 16, 16)),
     "nothing": Device(1, 400, 2048, 4, (8, 8, 8)),
+    "room ahead": Device(2, 4096, 5120, 4, (8, 8, 8)),
+    "room for all": Device(2, 5120, 6144, 4, (8, 8, 8)),
 }
 
 
@@ -124,7 +128,7 @@ def test_any_part_of_a_row_may_be_resident(objective, device, emulated):
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 31, 32, 33, 64, 65, 255, 1030])
-@pytest.mark.parametrize("device", ["whole", "part"])
+@pytest.mark.parametrize("device", ["whole", "part", "room ahead"])
 def test_any_vocabulary(V, device, emulated):
     emulated(device=DEVICES[device])
     data = make(4, V)
@@ -151,6 +155,36 @@ def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objecti
     assert in_place.dlogits is z
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device, ahead", [("whole", 0), ("part", 0), ("room ahead", 5), ("room for all", 9)])
+def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated):
+    """Bit by bit, with rows left out in between, a gradient and without one, and more or fewer rows than clusters."""
+    emulated(device=DEVICES[device])
+    assert cuda_row.cut_rows(517, 4, 8, DEVICES[device], True).ahead == ahead
+    z, z_t, labels = make(7, 517)
+    z, labels[3] = z.to(dtype), -100
+    for C in (1, 2, 7):
+        data = z[:C], z_t[:C], labels[:C], fk.SelfEvolution(gamma=1.0)
+        with tuned(cuda_prefetch=False):
+            plain = call(*data), call(*data, gradient=False)
+        for a, b in zip(plain, (call(*data), call(*data, gradient=False)), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+
+
+def test_room_ahead_on_gpus():
+    """What is idle beside a row holds the next one's first slots; blocks that share a multiprocessor keep to theirs."""
+    hopper = Device(8, 232_448, 233_472)
+    cuts = {V: cuda_row.cut_rows(V, 4, 8, hopper, True) for V in (32_000, 128_256, 151_936, 227_000, 262_144)}
+    assert [(cut.resident, cut.ahead, cut.whole) for cut in cuts.values()] == [
+        (8, 0, True), (8, 6, True), (10, 4, True), (14, 0, True), (14, 0, False),
+    ]  # fmt: skip
+    for V, cut in cuts.items():
+        before = cuda_row.cut_rows(V, 4, 8, hopper, False)
+        assert before == cut._replace(ahead=0, shared_bytes=cut.shared_bytes - cut.ahead * 16384)
+        alone = 2 * (before.shared_bytes + 1024) > hopper.multiprocessor_bytes
+        assert alone or cut == before, "more memory of a block would be one block less of a multiprocessor"
+
+
 def test_warps_of_32_and_a_cluster_of_8(emulated, monkeypatch):
     """The GPU's own numbers, which the other tests scale down to save threads."""
     library = cuda_emulator.build(flags=("-DFKD_WARP=32",))
@@ -171,12 +205,12 @@ def test_rows_that_a_gpu_holds_whole():
     for gpu, device in gpus.items():
         for V in (1, 517, 32_000, 50_257, 128_256, 151_936, 201_088, 227_000, 262_144):
             for width, column_bytes in ((4, 8), (8, 4), (4, 6), (4, 4)):
-                cut = cuda_row.cut_rows(V, width, column_bytes, device)
+                cut = cuda_row.cut_rows(V, width, column_bytes, device, True)
                 assert cut.shared_bytes <= device.block_bytes and cut.cluster <= device.largest_cluster
                 whole = cut.resident * cut.cluster * cut.threads * width >= V
                 assert whole or gpu != "H100, H200, B200" or V == 262_144
                 assert cut.resident > 0
-    assert cuda_row.cut_rows(128_256, 4, 8, gpus["H100, H200, B200"]).cluster == 8
+    assert cuda_row.cut_rows(128_256, 4, 8, gpus["H100, H200, B200"], True).cluster == 8
 
 
 # ---- what a row promises
@@ -221,6 +255,34 @@ def test_dtypes_are_independent_and_rounded_once(student, teacher, V, emulated):
     z = z.clone()
     in_place = call(z, z_t, labels, objective, dlogits=z)
     assert relative(in_place.dlogits, exact.dlogits) < {FP32: 1e-6, BF16: 2**-8, FP16: 2**-11}[student]
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32, BF16), (FP32, FP32, FP32), (BF16, BF16, BF16), (BF16, FP32, BF16)])
+@pytest.mark.parametrize("V", [511, 513, 515, 575])
+def test_padded_rows_of_odd_vocabularies_move_16_bytes_at_a_time(V, dtypes, emulated, monkeypatch):
+    """Rows that begin at multiples of 64 elements; what lies between them is NaN, never read, and stays as it is."""
+    launches, launch = [], cuda_build.launch
+    monkeypatch.setattr(cuda_build, "launch", lambda where, call: launches.append(call) or launch(where, call))
+    objective, (z, z_t, labels) = fk.SelfEvolution(gamma=1.0), make(5, V)
+
+    def padded(x: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer = torch.full((len(x), -(-V // 64) * 64), math.nan, dtype=dtype)
+        buffer[:, :V] = x
+        return buffer[:, :V]
+
+    student, teacher, gradient = dtypes
+    z, z_t = padded(z, student), padded(z_t, teacher)
+    expected = oracle(z.float(), z_t.float(), labels, objective)
+    for device in ("whole", "part", "room ahead"):
+        emulated(device=DEVICES[device])
+        out = padded(torch.full(z.shape, math.nan), gradient)
+        check(call(z, z_t, labels, objective, dlogits=out), expected, 2e-6 if gradient == FP32 else 2**-8)
+        for x in (z, z_t, out):
+            assert x._base is not None and x._base[:, V:].isnan().all()
+    in_place = padded(z, student)
+    check(call(in_place, z_t, labels, objective, dlogits=in_place), expected, 2e-6 if student == FP32 else 2**-8)
+    assert in_place._base is not None and in_place._base[:, V:].isnan().all()
+    assert [dict(x.macros)["FKD_VECTOR"] for x in launches] == [1] * 4
 
 
 def test_strided_inputs_and_outputs(emulated):

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.integrations.transformers import hidden_states, lm_head_of
+
+from . import interpreter
 
 pytest.importorskip("liger_kernel", reason="needs the package that the page compares with")
 pytest.importorskip("transformers")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # noqa: E402
 from liger_kernel.transformers import (  # noqa: E402
@@ -28,6 +29,8 @@ from liger_kernel.transformers import (  # noqa: E402
     LigerFusedLinearJSD,
     LigerFusedLinearKLDivLoss,
 )
+
+from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 
 from .training.tiny import rows, tiny  # noqa: E402
 

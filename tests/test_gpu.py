@@ -11,7 +11,8 @@ import fused_kd as fk
 from fused_kd import rows
 from fused_kd.objectives import RowSpec
 from fused_kd.reference import reference_rows
-from fused_kd.rows import Logits, RowInputs, RowOutputs
+from fused_kd.rows import Logits, RowInputs, RowOutputs, cuda_build
+from fused_kd.tuning import tuned
 
 from .problems import OBJECTIVES, gradients, problem, relative
 from .test_sharded_row import allowed, in_turns, inputs_of, whole
@@ -138,9 +139,15 @@ def test_memory_stays_within_the_budget():
     budget = 128 << 20
     criterion = fk.KDLoss(fk.SelfEvolution(), memory_budget=budget).cuda()
     teacher = fk.LMHead(hidden.detach(), weight.detach())
+
+    def step() -> None:
+        criterion(fk.LMHead(hidden, weight), teacher, labels).backward()
+
+    step()  # compiles, and lets the BLAS take its own workspace
+    hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    criterion(fk.LMHead(hidden, weight), teacher, labels).backward()
+    step()
     results = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight))
     # The rounded weight gradient exists beside its fp32 accumulator for a moment: that is a result, not workspace.
     assert torch.cuda.max_memory_allocated() - before <= budget + results + (4 << 20)
@@ -221,6 +228,49 @@ def test_cuda_row_at_real_vocabularies(objective, dtype, out, V):
 def test_cuda_row_at_small_shapes(objective, V, stride):
     """Also for compute-sanitizer, see CONTRIBUTING.md: rows of one block and of a cluster, aligned and not."""
     check_cuda_row(5, V, objective, torch.float32, torch.bfloat16, stride)
+
+
+def cuda_row_call(C: int, V: int) -> tuple[RowInputs, RowOutputs]:
+    """Far and near rows, some left out; outputs start as NaN."""
+    g = torch.Generator("cuda").manual_seed(0)
+    z, z_t = (torch.randn(C, V, device="cuda", generator=g) for _ in range(2))
+    labels = torch.randint(V, (C,), device="cuda", generator=g)
+    labels[C // 2] = -1
+    objective, nan = fk.SelfEvolution(gamma=9.0), torch.full((2, C), math.nan, device="cuda")
+    scalars = torch.tensor(objective.scalars(), device="cuda")
+    sides = Logits(z, 1.0, None, False), Logits(z_t, 1.0, None, False)
+    gradient = torch.full((C, V), math.nan, device="cuda", dtype=torch.bfloat16)
+    outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device="cuda"), gradient)
+    return RowInputs(*sides, labels, None, scalars, objective.spec, False), outputs
+
+
+@needs_cuda_core
+@pytest.mark.parametrize("V", [128256, 151936])
+def test_cuda_row_asking_ahead_changes_nothing(V):
+    """Bit by bit, of many rows a cluster: a copy that is not waited for would show."""
+    with tuned(cuda_prefetch=False):
+        inputs, plain = cuda_row_call(200, V)
+        rows.get_row("cuda")(inputs, plain)
+    for _ in range(5):
+        inputs, outputs = cuda_row_call(200, V)
+        rows.get_row("cuda")(inputs, outputs)
+        assert all(torch.equal(a, b) for a, b in zip(plain, outputs, strict=True))
+
+
+@needs_cuda_core
+def test_cuda_row_may_load_its_kernel_while_a_graph_is_captured():
+    row = rows.get_row("cuda")
+    inputs, outputs = cuda_row_call(5, 33000)
+    row(inputs, outputs)
+    expected = [x.clone() for x in outputs]
+    cuda_build._prepared.cache_clear()
+    cuda_build._loaded.cache_clear()
+    inputs, outputs = cuda_row_call(5, 33000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        row(inputs, outputs)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
 
 
 @needs_cuda_core

@@ -52,7 +52,7 @@ def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, 
     call(objective, dtype, top_k, memory_budget=memory_budget)
     asked = {"dtype": dtype, "objective": objective, "top_k": top_k, "memory_budget": memory_budget}
     found = plan_for(N, H_S, H_T, V, **asked)
-    assert plans == [(found.chunk, found.workspace)] * 2
+    assert plans == [(found.chunk, found.workspace, found.group)] * 2
     assert (found.engine, found.chunks) == ("chunked", -(-N // found.chunk))
     if memory_budget is not None and dtype != torch.float32:
         assert found.chunks > 1 and found.workspace <= memory_budget
@@ -78,7 +78,7 @@ def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, objective):
     (plan,) = caught.value.args
     found = plan_for(N, H_S, H_T, V, dtype=dtype, objective=objective, engine="streaming")
     assert (found.engine, found.backend) == ("streaming", "triton")
-    assert (found.chunk, found.workspace) == (plan.tokens, plan.workspace)
+    assert (found.chunk, found.group, found.workspace) == (plan.tokens, None, plan.workspace)
 
 
 def test_least_budget_is_the_least():
@@ -96,15 +96,23 @@ def test_known_shapes_on_a_gpu():
     pytest.importorskip("triton")
     asked = {"dtype": torch.bfloat16, "device": "cuda"}
     free = plan_for(8192, 4096, 5120, 128256, **asked)
-    assert (free.engine, free.backend, free.chunk, free.chunks) == ("chunked", "triton", 2048, 4)
-    # Two fp32 chunks of logits and one of bf16 dlogits, the fp32 dW, hidden states and vectors.
-    assert free.workspace == 2048 * ((4 + 4 + 2) * 128256 + 8 * (4096 + 5120) + 16) + 4 * 4096 * 128256
+    assert (free.engine, free.backend, free.chunk, free.chunks, free.group) == ("chunked", "triton", 1024, 8, 8192)
+    # Two fp32 chunks of logits, bf16 dlogits of all tokens, hidden states and vectors, a slab of dW.
+    of_group = 2 * 128256 + 8 * 4096
+    assert free.workspace == 1024 * (8 * 128256 + 8 * 5120 + 16) + 8192 * of_group + (32 << 20)
     assert free.flops == 2 * 8192 * 128256 * (3 * 4096 + 5120) and free.gemms == 4
     assert free.gradients == 2 * 4096 * (8192 + 128256)
     assert free.eager_logits == 2 * 2 * 8192 * 128256
     tight = plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1 << 30)
-    assert tight.engine == "streaming" and tight.workspace == pytest.approx(46e6, rel=0.01)
-    assert str(free.workspace - 2047 * (10 * 128256 + 8 * 9216 + 16)) in " ".join(tight.notes)
+    assert (tight.engine, tight.chunk) == ("streaming", 8192) and tight.workspace == pytest.approx(270e6, rel=0.01)
+    tighter = plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1 << 27)
+    assert (tighter.engine, tighter.chunk) == ("streaming", 1024) and tighter.workspace == pytest.approx(44e6, rel=0.01)
+    least = 8 * 128256 + 8 * 5120 + 16 + of_group + 4 * 4096 * 128256 + (32 << 20)  # a token, and the fp32 dW
+    assert str(least) in " ".join(tight.notes)
+    # Several groups where one would take more than chunks of 2048 tokens and an fp32 dW.
+    many = plan_for(16384, 4096, 5120, 128256, **asked)
+    before = 2048 * (10 * 128256 + 8 * 9216 + 16) + 4 * 4096 * 128256 + (32 << 20)
+    assert many.group == 5462 and many.chunks == 3 * 6 and many.workspace <= before
     with pytest.raises(ValueError, match="engine='streaming' would need"):
         plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1000)
 
@@ -156,8 +164,20 @@ def test_command_prints_the_plan(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= info.WIDTH
     assert f"  chunk      {expected.chunk} tokens, {expected.chunks} of them" in lines
+    assert expected.group == expected.chunk
     assert any(line.startswith(f"  workspace  {expected.workspace} bytes (") for line in lines)
     assert any(line.startswith("  backend torch ") and "yes" in line for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for the GPU that is there")
+def test_command_prints_the_group(capsys):
+    arguments = ["--shape", "8192", "896", "3584", "151936", "--dtype", "bf16", "--device", "cuda"]
+    for budget, line in (
+        ([], "  chunk      1024 tokens, 8 of them; those of 4096 share the gradients' GEMMs"),
+        (["--memory-budget", "1GiB"], "  chunk      316 tokens, 26 of them"),
+    ):
+        assert info.main([*arguments, *budget]) == 0
+        assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("value, size", [("2GiB", 2 << 30), ("1.5 mb", 1_500_000), ("4096", 4096)])

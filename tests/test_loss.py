@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
-from fused_kd.engine import chunked, dispatch, ops
+from fused_kd.engine import buffers, dispatch, head_gradient, ops
 from fused_kd.reference import reference_kd_loss
 
 from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
@@ -298,8 +298,8 @@ def test_uninitialised_memory_is_never_read(backend, monkeypatch):
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(float("nan") if dtype.is_floating_point else True)
 
-    monkeypatch.setattr(chunked, "empty", poisoned)
-    monkeypatch.setattr(torch_math, "empty", poisoned)
+    for module in (buffers, head_gradient, torch_math):
+        monkeypatch.setattr(module, "empty", poisoned)
     monkeypatch.setattr(native_row, "empty", poisoned)
     for objective in OBJECTIVES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from . import interpreter
 from .mutations import MUTATIONS, Mutation
 
 pytest.importorskip("triton", reason="some faults are in the Triton row")
+pytestmark = pytest.mark.skipif(interpreter.obstacle() is not None, reason=interpreter.NEEDED)
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS_FAILED = 1  # pytest's exit code; others mean that tests were not found or could not start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -12,34 +13,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
+from fused_kd.tuning import tuned
 
-from .budget import check_budget
+from . import interpreter
+from .budget import ROUNDING, check_budget
 from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
 from .test_error_budget import LOSS_SCALE
 
-pytest.importorskip("triton", reason="the streaming engine needs triton")
+triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
-from fused_kd.engine import gemm, streaming, streaming_plan, streaming_sweeps  # noqa: E402
-from fused_kd.engine.chunked import Side, Wanted  # noqa: E402
-from fused_kd.engine.streaming_plan import Plan, Tiles, plan_streaming  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from fused_kd.engine import streaming, streaming_plan, streaming_sweeps  # noqa: E402
+from fused_kd.engine.streaming_kernels import placed  # noqa: E402
+from fused_kd.engine.streaming_plan import KernelTiles, Plan, Tiles, plan_streaming  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 STREAMED = [objective for objective in OBJECTIVES if objective.name != "adaptive_kl"]
 STREAMED_NAMES = [name for name in NAMES if name != "adaptive_kl"]
 SMALL = Tiles(16, 64, 32, 4, 2)
+SMALL_TILES = KernelTiles(SMALL, Tiles(16, 32, 32, 4, 2), SMALL)
 TIGHT = 3e-6
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of tokens, three tiles of columns, two splits, a tile a slab; uninitialised memory is poison."""
-    monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: SMALL)
+    monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: SMALL_TILES)
     monkeypatch.setattr(streaming_plan, "PROGRAMS", 4)
-    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
+    monkeypatch.setattr(streaming_plan, "MULTIPROCESSORS", 4)
+    monkeypatch.setattr(streaming_plan, "LEAST_SPLITS", 2)
+    monkeypatch.setattr(streaming_plan, "GROUP", 1)
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES", "DEFAULT_BYTES"):
         monkeypatch.setattr(streaming_plan, name, 1)
     for module in (streaming, streaming_sweeps):
         monkeypatch.setattr(module, "empty", poisoned)
@@ -61,7 +70,7 @@ def run(p: Problem, objective, **options) -> tuple[fk.KDOutput, list[Tensor]]:
 @pytest.fixture
 def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of tokens, one slab: programs and launches are what costs time in the interpreter."""
-    monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: Tiles(32, 64, 32, 4, 2))
+    monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: KernelTiles(*[Tiles(32, 64, 32, 4, 2)] * 3))
     for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
         monkeypatch.setattr(streaming_plan, name, 1 << 20)
 
@@ -189,6 +198,82 @@ def test_what_is_not_wanted_is_not_made(dtype):
         refs = [g for i, g in enumerate((dh, dw, db)) if i not in frozen]
         for g, r in zip(gradients(out.loss, kept), refs, strict=True):
             assert relative(g, r) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@triton.jit
+def number_kernel(out_ptr, GROUP: tl.constexpr):
+    block, part = placed(GROUP)
+    started = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out_ptr + started, block * tl.num_programs(1) + part)
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, 4])
+@pytest.mark.parametrize("blocks, parts", [(7, 5), (4, 3), (2, 6), (1, 1)])
+def test_every_tile_is_made_once_group_after_group(blocks, parts, group):
+    out = torch.full((blocks * parts,), -1, dtype=torch.int32, device=DEVICE)
+    number_kernel[(blocks, parts)](out, group)
+    assert sorted(out.tolist()) == list(range(blocks * parts))
+    groups = [number // parts // (group or blocks) for number in out.tolist()]
+    assert groups == sorted(groups)
+
+
+@pytest.mark.parametrize("blocks_in_a_group", [0, 1])
+def test_the_order_of_programs_changes_nothing(blocks_in_a_group, monkeypatch):
+    p = make(dtype=torch.bfloat16, bias=True)
+    (a, grads_a) = run(p, fk.SelfEvolution(gamma=1.0))
+    monkeypatch.setattr(streaming_plan, "GROUP", blocks_in_a_group)
+    with tuned(streaming_grouped=False) if blocks_in_a_group else contextlib.nullcontext():
+        (b, grads_b) = run(p, fk.SelfEvolution(gamma=1.0))
+    for x, y in zip((*a, *grads_a), (*b, *grads_b), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """dH and a low-precision dW from the same dlogits, still a tile a slab; the plans that were made."""
+    monkeypatch.setattr(streaming_plan, "DEFAULT_BYTES", 1 << 30)
+    monkeypatch.setattr(streaming_plan, "JOINT_BYTES", 1)
+    monkeypatch.setattr(streaming_plan, "LEAST_JOINT_COLUMNS", 1)
+    made: list[Plan] = []
+    monkeypatch.setattr(streaming, "plan_streaming", lambda *a: made.append(plan_streaming(*a)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("objective", [fk.SFT(), fk.SelfEvolution(gamma=1.0), fk.SkewTeacher()], ids=lambda x: x.name)
+def test_both_gradients_from_the_same_dlogits(objective, together):
+    p = make(dtype=torch.bfloat16, bias=True)
+    weights = torch.rand(26, device=DEVICE)
+    out, grads = run(p, objective, token_weights=weights)
+    assert [plan.together for plan in together] == [True]
+    expected, refs = oracle64(p, objective, token_weights=weights)
+    assert relative(out.loss, expected.loss) < 1e-6
+    assert max(relative(g, r) for g, r in zip(grads, refs, strict=True)) < ROUNDING[torch.bfloat16]
+    assert grads[0][p.labels == -100].abs().sum() == 0
+    for frozen in (0, 1):  # with one gradient there is nothing to join
+        leaves = [x.detach().requires_grad_(i != frozen) for i, x in enumerate(p.leaves)]
+        alone = fk.kd_loss(
+            fk.LMHead(*leaves), p.teacher(), p.labels, objective, engine="streaming", token_weights=weights
+        )
+        kept = gradients(alone.loss, [x for x in leaves if x.requires_grad])
+        others = [g for i, g in enumerate(grads) if i != frozen]
+        assert max(relative(g, r) for g, r in zip(kept, others, strict=True)) < ROUNDING[torch.bfloat16]
+    assert [plan.together for plan in together] == [True, False, False]
+
+
+def test_both_gradients_from_the_same_dlogits_where_labels_are_on_the_device(together, monkeypatch):
+    p = make(dtype=torch.bfloat16, bias=True)
+    _, refs = run(p, fk.Skew())
+    monkeypatch.setattr(streaming, "valid_tokens", lambda labels, *_: (None, torch.where(labels == -100, -1, labels)))
+    _, grads = run(p, fk.Skew())
+    assert all(plan.together for plan in together)
+    for g, r in zip(grads, refs, strict=True):
+        assert torch.equal(g, r)
+
+
+def test_the_filter_takes_each_gradient_apart(together):
+    p = make(dtype=torch.bfloat16)
+    run(p, fk.Skew(), grad_filter_eps=1e-30)
+    assert not together[0].together
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -319,31 +404,6 @@ def test_compiled_step():
 # Memory and selection.
 
 
-def plan_of(
-    N: int, H: int, V: int, dtype: torch.dtype, budget: int | None = None, wanted: Wanted | None = None
-) -> Plan:
-    """The plan of a call with these shapes on a GPU."""
-    student = Side(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, H), (V, H))), None, 1.0, None)
-    labels = torch.empty(N, dtype=torch.int64, device="meta")
-    scalars = torch.empty(5, device="meta")
-    sweeps = streaming_sweeps.Sweeps(student, student, None, labels, scalars, fk.SelfEvolution().spec, False, V, None)
-    assert student.weight is not None
-    head = streaming._Head(student, student.weight, None, wanted or Wanted(True, True, False))
-    return plan_streaming(streaming._sizes(sweeps, head, N, V, True), sweeps.tiles, budget)
-
-
-def test_memory_at_full_size(monkeypatch):
-    """Under 64 MB where one set of fp32 logits alone would be 4.2 GB."""
-    monkeypatch.undo()
-    monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert plan_of(8192, 4096, 128256, dtype).workspace < 64e6
-        assert plan_of(8192, 896, 151936, dtype).workspace < 64e6
-    base, longer = (plan_of(N, 4096, 128256, torch.float32).workspace for N in (8192, 65536))
-    assert longer - base < 1000 * (65536 - 8192)  # bytes a token
-    assert plan_of(8192, 4096, 128256, torch.bfloat16, budget=16 << 20).workspace <= 16 << 20
-
-
 class Allocations(TorchDispatchMode):
     """The largest tensor made inside, results included."""
 
@@ -360,14 +420,18 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_workspace_is_what_the_plan_says(monkeypatch):
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "together"])
+def test_workspace_is_what_the_plan_says(joined, monkeypatch, request):
     """With both passes of the backward: seen by torch's own profiler and by the largest tensor, a slab, never C x V."""
     from torch.profiler import ProfilerActivity, profile
 
     if not INTERPRETED:
         pytest.skip("test_gpu.py measures the device's memory")
-    plans = []
-    monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
+    if joined:
+        plans = request.getfixturevalue("together")
+    else:
+        plans = []
+        monkeypatch.setattr(streaming, "plan_streaming", lambda *a: plans.append(plan_streaming(*a)) or plans[-1])
     p = make(N=48, V=500, dtype=torch.bfloat16)
     with Allocations() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run(p, fk.SelfEvolution(gamma=1.0))
@@ -378,6 +442,7 @@ def test_workspace_is_what_the_plan_says(monkeypatch):
             live += event.nbytes()
             peak = max(peak, live)
     (plan,) = plans
+    assert plan.together == joined
     assert plan.workspace / 4 < peak <= plan.workspace + results
     assert seen.largest <= p.weight.nbytes < 16 * 500 * 4
 
@@ -413,7 +478,6 @@ def test_a_budget_too_small_for_the_chunked_engine_selects_streaming(monkeypatch
             {"engine": "streaming", "backend": "torch"},
         ),
         (ValueError, "can not run AdaptiveKL", {"engine": "streaming", "objective": fk.AdaptiveKL()}),
-        (ValueError, "grad_filter_eps=0.001 needs engine='streaming', got engine=None", {"grad_filter_eps": 1e-3}),
         (ValueError, "grad_filter_eps must be at least 0, got -1", {"grad_filter_eps": -1, "engine": "streaming"}),
         (ValueError, "grad_filter_eps must be a finite number, got nan", {"grad_filter_eps": float("nan")}),
     ],

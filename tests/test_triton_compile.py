@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def test_streaming_tiles_are_tensor_core_products_fed_by_asynchronous_copies(tar
     assert len(tiles) == len(SWEEPS)
     product = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[target]
     assert all(kernel["products"] == product and kernel["async_copies"] for kernel in tiles)
+    if target == "sm_90":  # half of a tile of 128 x 128, or of 64 x 128
+        shapes = {kernel["case"].rpartition("/")[2]: kernel["wgmma"] for kernel in tiles}
+        assert shapes == {"statistics": "m64n128k16", "sums": "m64n64k16", "gradient": "m64n128k16"}
 
 
 @pytest.mark.parametrize("target", CHOSEN)
@@ -87,6 +91,63 @@ def test_registers_stay_within_the_table(target: str) -> None:
     assert used.keys() == budget.keys(), remedy
     above = {case: f"{n}, was {budget[case]}" for case, n in used.items() if n > budget[case]}
     assert not above, remedy
+
+
+def test_instructions_of_the_main_loops_stay_within_the_table() -> None:
+    """By element, in each main loop of some rows. Another number of loops is to be seen in the table's diff too."""
+    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"kernel_budget.json is of triton {table['triton']}, this is {triton.__version__}")
+    budget = {
+        case: row["sm_90"]["instructions"] for case, row in table["kernels"].items() if "instructions" in row["sm_90"]
+    }
+    used = {
+        kernel["case"]: [loop["instructions"] for loop in kernel["loops"]]
+        for kernel in measured("sm_90")
+        if kernel.get("loops")
+    }
+    if not used:
+        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    remedy = "if it is meant, run: python -m tests.compile_kernels --write"
+    assert {case: len(loops) for case, loops in used.items()} == {case: len(n) for case, n in budget.items()}, remedy
+    above = {
+        case: f"{loops}, was {budget[case]}"
+        for case, loops in used.items()
+        if any(n > allowed for n, allowed in zip(loops, budget[case], strict=True))
+    }
+    assert not above, remedy
+
+
+def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
+    """Also where the vocabulary is odd, if only the rows' stride is not; where that is odd too, nothing is wide."""
+    counted = {kernel["case"]: kernel["loops"] for kernel in measured("sm_90") if kernel.get("loops")}
+    if not counted:
+        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    assert {"self_evolution/in_place", "self_evolution/padded", "self_evolution/odd"} <= counted.keys()
+    for case, loops in counted.items():
+        assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
+        widths = {int(width) for loop in loops for width in (*loop["loads"], *loop["stores"])}
+        assert widths == ({2, 4} if case == "self_evolution/odd" else {16}), case
+
+
+def test_fast_cases_have_every_kernel_and_divergence() -> None:
+    from .compile_kernels import FAST
+
+    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
+    fast = [case for case in table["kernels"] if FAST.fullmatch(case)]
+
+    def kernels(cases: Iterable[str]) -> set[tuple[str, str]]:
+        parts = [case.split("/") for case in cases]
+        return {("row", "") if part[0] in OBJECTIVES else (part[0], part[-1]) for part in parts}
+
+    def divergences(cases: Iterable[str]) -> set[str | None]:
+        return {
+            OBJECTIVES[name].kind.divergence for name in (case.split("/")[0] for case in cases) if name in OBJECTIVES
+        }
+
+    assert kernels(fast) == kernels(table["kernels"])
+    assert divergences(fast) == divergences(table["kernels"])
+    assert len(fast) < len(table["kernels"]) * 0.6
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -25,19 +25,22 @@ from fused_kd.objectives import (
 from fused_kd.reference import reference_rows
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 
+from . import interpreter
 from .problems import eager_rows
 
 pytest.importorskip("triton", reason="the Triton row needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+    pytest.skip(interpreter.NEEDED, allow_module_level=True)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from fused_kd.rows import triton_math, triton_row  # noqa: E402
+from fused_kd.tuning import current, tuned  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+BLOCK = current().row_block
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 ALL = [cls() for cls in OBJECTIVES.values() if not cls.kind.ranked]
 LOSS_BUDGET = 1e-6
@@ -74,11 +77,14 @@ def call(
     in_place: bool = False,
     gradient: bool = True,
     spec: RowSpec | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss, difficulty, is_hard and dlogits on the CPU; outputs start as NaN (is_hard as True)."""
+    """Loss, difficulty, is_hard and dlogits on the CPU; outputs start as NaN (is_hard as True).
+
+    ``in_place`` in a copy, ``overwrite`` in ``z_s`` itself."""
     spec = spec or objective.spec
     C, V = z_s.shape
-    z_s = (z_s.clone() if in_place else z_s).to(DEVICE)
+    z_s = (z_s.clone() if in_place and not overwrite else z_s).to(DEVICE)
     if in_place:
         dlogits = z_s
     elif gradient and dlogits is None:
@@ -161,7 +167,7 @@ def test_within_the_error_of_eager_pytorch(objective: Objective, std: float, dis
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
-@pytest.mark.parametrize("V", [1, 3, 127, 1025, triton_row.BLOCK, 2 * triton_row.BLOCK + 1])
+@pytest.mark.parametrize("V", [1, 3, 127, 1025, BLOCK, 2 * BLOCK + 1])
 def test_any_vocabulary(objective: Objective, V: int) -> None:
     z_s, z_t, labels = make(3, V, distance=None)
     labels[-1] = V - 1
@@ -253,6 +259,104 @@ def test_strided_inputs_and_outputs() -> None:
             assert base[:, V:].isnan().all(), "written beyond the row"
 
 
+def padded(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``x`` in the first columns of rows of whole 64, NaN in the others."""
+    C, V = x.shape
+    wider = torch.full((C, -(-V // 64) * 64), math.nan, dtype=dtype, device=DEVICE)
+    wider[:, :V] = x.to(DEVICE)
+    return wider[:, :V]
+
+
+def padding(view: Tensor) -> Tensor:
+    assert view._base is not None
+    return view._base[:, view.shape[1] :]
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("V", [77, 2 * BLOCK + 337])
+def test_rows_of_wider_buffers(objective: Objective, V: int) -> None:
+    """As vectors want odd vocabularies: what lies between the rows is neither used nor changed."""
+    z_s, z_t, labels = make(3, V, distance=None)
+    labels[1] = V - 1
+    expected = oracle(z_s, z_t, labels, objective)
+    student, teacher = padded(z_s), padded(z_t)
+    assert triton_row.launch_constants(False, student)["PACK"] == 4
+    for dtype, budget in ((torch.float32, GRADIENT_BUDGET), (torch.bfloat16, BF16_BUDGET)):
+        out = padded(torch.full((3, V), math.nan), dtype)
+        check(call(student, teacher, labels, objective, dlogits=out), expected, budget)
+        assert padding(out).isnan().all()
+    check(call(student, teacher, labels, objective, in_place=True, overwrite=True), expected)
+    assert padding(student).isnan().all() and padding(teacher).isnan().all()
+
+
+def test_ignored_rows_of_wider_buffers() -> None:
+    z_s, z_t, labels = make(2, 2 * BLOCK + 5)
+    labels[0] = -100
+    student = padded(z_s)
+    gradient = call(student, padded(z_t), labels, SelfEvolution(), in_place=True, overwrite=True)[3]
+    assert gradient is not None and not gradient[0].any() and gradient[1].all()
+    assert padding(student).isnan().all()
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("T", [1.0, 1.5])
+def test_lanes_of_any_height(objective: Objective, T: float) -> None:
+    """Each of a program's threads has its own maxima: far apart, rising late, or of nothing but excluded tokens."""
+    V = 3 * BLOCK + 21
+    z_s, z_t, labels = make(3, V, distance=None)
+    lane = torch.arange(V) // 4 % 256
+    heights = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)) * 3
+    block = torch.arange(V) // BLOCK
+    z_s += heights[0, lane] + (lane % 3 == 0) * block
+    z_t += heights[1, lane] - (lane % 5 == 0) * block
+    out = (lane % 7 == 2) | (lane % 11 == block)
+    z_s[:, out] = z_t[:, out] = -math.inf
+    kept = ~out
+    place = kept.cumsum(0) - 1
+    labels = kept.nonzero()[torch.tensor([3, 500, -1])].squeeze(1)
+    expected = oracle(z_s[:, kept], z_t[:, kept], place[labels], objective, T=T)
+    loss, difficulty, hard, gradient = call(z_s, z_t, labels, objective, T=T)
+    assert gradient is not None
+    check((loss, difficulty, hard, gradient[:, kept]), expected)
+    assert not gradient[:, out].any()
+
+
+@pytest.mark.parametrize(("block", "threads"), [(1024, 128), (1024, 512), (4096, 512)])
+@pytest.mark.parametrize("objective", [SFT(), SelfEvolution(), OBJECTIVES["generalized_jsd"]()], ids=lambda o: o.name)
+def test_other_blocks_and_threads(objective: Objective, block: int, threads: int) -> None:
+    data = make(3, 4500, distance=None)
+    with tuned(row_block=block, row_threads=threads):
+        check(call(*data, objective, T=1.5), oracle(*data, objective, T=1.5))
+
+
+@triton.jit
+def _ratio_kernel(x_ptr, y_ptr, ratio_ptr, log_ptr, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    x = tl.load(x_ptr + lanes)
+    y = tl.load(y_ptr + lanes)
+    root = tl.rsqrt(y)
+    tl.store(ratio_ptr + lanes, triton_math.quotient(x, y, root * root))
+    tl.store(log_ptr + lanes, triton_math.log_positive(x))
+
+
+def test_ratios_and_logarithms_keep_relative_precision() -> None:
+    """Also near 1, where near teachers have all of theirs, and at both ends of what a row can ask for."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat(
+        [
+            torch.logspace(-30, 7, 2048),
+            1 + torch.randn(2048, generator=generator) * 10.0 ** -torch.arange(1, 9).repeat(256),
+        ]
+    )
+    y = x[torch.randperm(4096, generator=generator)].clamp(max=2.0)
+    ratio, log = torch.full_like(x, math.nan, device=DEVICE), torch.full_like(x, math.nan, device=DEVICE)
+    _ratio_kernel[(1,)](x.to(DEVICE), y.to(DEVICE), ratio, log, N=4096)
+    exact = x.double().log()
+    near = (log.cpu().double() - exact).abs() <= 2.5e-7 * exact.abs()
+    assert near.all(), x[~near]
+    assert ((ratio.cpu().double() * y / x - 1).abs() <= 1.3e-7).all()
+
+
 def test_vectors_must_be_contiguous() -> None:
     z = torch.zeros(2, 4, device=DEVICE)
     inputs = RowInputs(
@@ -341,9 +445,9 @@ def test_offsets_of_the_logits_do_not_matter(objective: Objective) -> None:
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
 def test_excluded_tokens(objective: Objective) -> None:
     """-inf on both sides, also over whole blocks, changes nothing; an excluded target costs inf."""
-    V = 3 * triton_row.BLOCK
+    V = 3 * BLOCK
     z_s, z_t, labels = make(3, V, distance=None)
-    kept = slice(triton_row.BLOCK + 5, 2 * triton_row.BLOCK - 3)
+    kept = slice(BLOCK + 5, 2 * BLOCK - 3)
     for z in (z_s, z_t):
         z[:, : kept.start] = z[:, kept.stop :] = -math.inf
     labels = labels % (kept.stop - kept.start)
@@ -402,7 +506,7 @@ def test_scalars_are_read_at_run_time() -> None:
         SelfEvolution(lam=0.8, beta=0.1, gamma=5.0),
     ):
         check(call(*data, objective), oracle(*data, objective))
-    constants = triton_row.row_constants(SelfEvolution.kind, False, False)
+    constants = triton_row.formula_constants(SelfEvolution.kind, False)
     assert not {0.2, 0.9, 0.8, 0.1} & set(constants.values())
 
 

@@ -1,7 +1,9 @@
-"""The chunked engine: logits of C tokens, their row, and the gradients' GEMMs, then the next C tokens.
+"""The chunked engine: logits of C tokens and their row, chunk after chunk; gradients after every group of chunks.
 
 Gradients are made in the forward, so nothing is computed twice: three student GEMMs and one teacher GEMM, fewer where
-something is frozen. Ignored tokens are dropped before any GEMM where the labels are on the host.
+something is frozen. Ignored tokens are dropped before any GEMM where the labels are on the host. Where low-precision
+dlogits have a buffer of their own, those of several chunks share the gradients' GEMMs, see :mod:`.head_gradient`; how
+many is bounded in bytes, so that memory does not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from torch import Tensor
 from ..objectives import RowSpec, Scalars
 from ..rows import Logits, Row, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
-from ..workspace import empty
+from ..tuning import current
+from .buffers import Buffers, row_stride
 from .gemm import SLAB_BYTES, Projection
-from .plan import Plan, plan_chunks, preferred_chunk
+from .head_gradient import HeadGradient, carries_scale, gradient_dtype
+from .plan import Plan, Workspace, plan_chunks, preferred_chunk
+from .tile_filter import host_bytes
 
 
 class Side(NamedTuple):
@@ -57,11 +62,6 @@ class Result(NamedTuple):
     d_bias: Tensor | None
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp16 gradients wait in fp32 for the loss scale, which comes with the backward pass; else they would underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def run(
     student: Side,
     teacher: Side | TopKSide | None,
@@ -78,6 +78,7 @@ def run(
     dtype: torch.dtype | None,
     memory_budget: int | None,
     wanted: Wanted,
+    grad_filter_eps: float = 0.0,
 ) -> Result:
     """Losses of all tokens and the wanted gradients.
 
@@ -89,6 +90,7 @@ def run(
         scalars: (5,) fp32, see :class:`fused_kd.objectives.Scalars`.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
+        grad_filter_eps: see :mod:`.tile_filter`.
     """
     device = student.source.device
     N = student.source.shape[0]
@@ -100,49 +102,58 @@ def run(
     side_s = LogitSource(student, vocab, dtype)
     side_t = LogitSource(teacher, vocab, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
-    chunk = plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device).chunk
+    planned = plan(n, side_s, side_t, vocab, with_gradient, wanted, memory_budget, device, filtered=grad_filter_eps > 0)
 
     result = allocate(student, N, index is not None, wanted)
-    d_weight = accumulator(student.weight, wanted.weight, vocab)
-    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
-    buffers = Buffers(chunk, vocab, device)
-    spans = [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+    row_weights = weights_of_rows(weights, scale, N, with_gradient and carries_scale(side_s.projection))
+    whole = planned.group >= n
+    head = head_gradient(student, side_s, scale, wanted, whole=whole, grad_filter_eps=grad_filter_eps)
+    buffers = Buffers(planned, vocab, device)
     chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab)
+    groups = planned.groups(n)
     hard = None
     if spec.ranked:
+        spans = [span for group in groups for span in group]
         hard = largest(_difficulties(chunks, spans, labels, scalars, row, buffers), labels, scalars)
-        spans.reverse()  # the logits of the last chunk are still there
-    for span in spans:
-        tokens, hidden, raw_s, teacher_rows = chunks[span]
-        row_weights = weights_of_rows(weights, scale, tokens, span, with_gradient and student.weight is None)
-        out = None
-        if with_gradient:
-            out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
-        loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
-        rows = RowOutputs(loss, difficulty, is_hard, out)
-        given = None if hard is None else hard[span]
-        row(RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, spec, cold_labels, given), rows)
-        record(result, tokens, rows, bad[span], sparse_logits=student.weight is None and index is not None)
-        if out is None or hidden is None or side_s.projection is None:
+        groups = [group[::-1] for group in groups[::-1]]  # the logits of the last chunk are still there
+    for group in groups:
+        first, last = min(span.start for span in group), max(span.stop for span in group)
+        for span in group:
+            tokens, hidden, raw_s, teacher_rows = chunks[span]
+            out = None
+            if with_gradient:
+                place = slice(span.start - first, span.stop - first)
+                out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers, place)
+            loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
+            rows = RowOutputs(loss, difficulty, is_hard, out)
+            of_rows = None if row_weights is None else row_weights[tokens]
+            given = None if hard is None else hard[span]
+            row(RowInputs(raw_s, teacher_rows, labels[span], of_rows, scalars, spec, cold_labels, given), rows)
+            record(result, tokens, rows, bad[span], sparse_logits=student.weight is None and index is not None)
+        if head is None or out is None or hidden is None:
             continue
-        if result.d_source is not None:
-            gradient = side_s.projection.hidden_gradient(out)
-            result.d_source[tokens] = gradient.mul_(scale).to(result.d_source.dtype)
-        add_head_gradient(d_weight, d_bias, out, hidden, scale, first=span is spans[0])
-    return finish(result, student, side_s, d_weight, d_bias, scale, n)
+        if len(group) > 1:
+            tokens = slice(first, last) if index is None else index[first:last]
+            hidden = side_s.operand(tokens)
+            out = buffers.dlogits(out.dtype, slice(0, last - first))
+        factors = None if row_weights is None else row_weights[tokens]
+        d_hidden = head.add(out, hidden, factors, want_hidden=result.d_source is not None)
+        if d_hidden is not None and result.d_source is not None:
+            result.d_source[tokens] = d_hidden.to(result.d_source.dtype)
+    if head is None:
+        return result
+    d_weight, d_bias = head.finished()
+    return result._replace(d_weight=d_weight, d_bias=d_bias)
 
 
 VECTORS = (("loss", torch.float32), ("difficulty", torch.float32), ("is_hard", torch.bool))
 
 
-def weights_of_rows(
-    weights: Tensor | None, scale: Tensor, tokens: slice | Tensor, span: slice, scaled: bool
-) -> Tensor | None:
-    """The row's weights of some tokens; ``scaled`` where no GEMM follows that would take the factor."""
-    rows = None if weights is None else weights[tokens]
+def weights_of_rows(weights: Tensor | None, scale: Tensor, N: int, scaled: bool) -> Tensor | None:
+    """The row's weights of all tokens; ``scaled`` where it applies the factor of all gradients."""
     if not scaled:
-        return rows
-    return scale.expand(span.stop - span.start) if rows is None else rows * scale
+        return weights
+    return (scale.expand(N) if weights is None else weights * scale).contiguous()
 
 
 def record(result: Result, tokens: slice | Tensor, rows: RowOutputs, bad: Tensor, *, sparse_logits: bool) -> None:
@@ -152,37 +163,6 @@ def record(result: Result, tokens: slice | Tensor, rows: RowOutputs, bad: Tensor
     result.is_hard[tokens] = rows.is_hard
     if sparse_logits and rows.dlogits is not None and result.d_source is not None:
         result.d_source[:, : rows.dlogits.shape[1]][tokens] = rows.dlogits
-
-
-def add_head_gradient(
-    d_weight: Tensor | None, d_bias: Tensor | None, dlogits: Tensor, hidden: Tensor, scale: Tensor, *, first: bool
-) -> None:
-    """Add a chunk's part to the first rows of the accumulators; ``first`` overwrites the weight's."""
-    V = dlogits.shape[1]
-    if d_weight is not None:
-        # In fp32 the factor rides on the small operand; rounding it there would cost digits otherwise.
-        operand = hidden * scale if hidden.dtype == torch.float32 else hidden
-        Projection.accumulate(d_weight[:V], dlogits, operand, first=first)
-    if d_bias is not None:
-        d_bias[:V] += dlogits.sum(0, dtype=torch.float32)
-
-
-class Buffers:
-    """Chunk-sized buffers, allocated once and reused by every chunk."""
-
-    def __init__(self, C: int, V: int, device: torch.device) -> None:
-        self._C, self._V, self._device = C, V, device
-        self._held: dict[str, Tensor] = {}
-
-    def matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
-        if name not in self._held:
-            self._held[name] = empty((self._C, self._V), dtype, self._device)
-        return self._held[name][:rows]
-
-    def vector(self, name: str, dtype: torch.dtype, span: slice) -> Tensor:
-        if name not in self._held:
-            self._held[name] = empty((self._C,), dtype, self._device)
-        return self._held[name][: span.stop - span.start]
 
 
 class LogitSource:
@@ -204,9 +184,14 @@ class LogitSource:
         if self.projection is None:
             return None, Logits(source, *self._template)
         hidden = self.projection.operand(source)
-        raw = buffers.matrix(name, torch.float32, hidden.shape[0])
+        raw = buffers.logits(name, hidden.shape[0])
         self.projection.logits(hidden, raw)
         return hidden, Logits(raw, *self._template)
+
+    def operand(self, tokens: slice | Tensor) -> Tensor:
+        """The GEMM operand of some tokens."""
+        assert self.projection is not None
+        return self.projection.operand(self.source[tokens])
 
 
 class Chunks:
@@ -298,44 +283,59 @@ def plan(
     wanted: Wanted,
     memory_budget: int | None,
     device: torch.device,
+    *,
+    filtered: bool = False,
 ) -> Plan:
-    """Chunk and workspace for n valid tokens, from what the sides' tensors are, not what is in them."""
-    per_token, fixed = workspace_bytes(student, teacher, vocab, with_gradient, wanted)
+    """Chunk, group and workspace for n valid tokens, from what the sides' tensors are, not what is in them."""
+    workspace = workspace_bytes(student, teacher, vocab, with_gradient, wanted, row_stride(vocab, device.type))
+    if filtered and device.type == "cpu":
+        workspace = workspace._replace(fixed=workspace.fixed + host_bytes(vocab))
     return plan_chunks(
         n,
-        bytes_per_token=per_token,
-        fixed_bytes=fixed,
-        preferred=preferred_chunk(device.type, per_token),
+        workspace=workspace,
+        preferred=preferred_chunk(device.type, workspace.token + workspace.grouped),
         memory_budget=memory_budget,
+        grouped=current().device_chunk if current().gradient_groups and workspace.grouped else 0,
     )
 
 
 def workspace_bytes(
-    student: LogitSource, teacher: LogitSource | TopKSide | None, vocab: int, with_gradient: bool, wanted: Wanted
-) -> tuple[int, int]:
-    """Bytes for each token of a chunk, and those that do not grow with it, with ``vocab`` columns a side."""
-    per_token, fixed = 16, 0
+    student: LogitSource,
+    teacher: LogitSource | TopKSide | None,
+    vocab: int,
+    with_gradient: bool,
+    wanted: Wanted,
+    stride: int,
+) -> Workspace:
+    """With ``vocab`` columns a side in rows of ``stride``."""
+    token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
     for side in (student, teacher):
         if side is None:
             continue
         if isinstance(side, TopKSide):  # sorted entries, and categories with their gradient
-            per_token += 64 * (side.indices.shape[1] + 2)
+            token += 64 * (side.indices.shape[1] + 2)
             continue
         if side.projection is None:
-            per_token += vocab * side.source.element_size()  # gathered when tokens are dropped
+            token += vocab * side.source.element_size()  # gathered when tokens are dropped
             continue
-        per_token += 4 * vocab + 8 * side.source.shape[1]
+        token += 4 * stride + 8 * side.source.shape[1]
+        fixed += side.projection.copied_bytes
         if side.projection.upcast:
-            fixed = max(fixed, SLAB_BYTES)
+            slab = SLAB_BYTES
     projection = student.projection
     if with_gradient and projection is None:
-        per_token += vocab * student.source.element_size()
+        token += vocab * student.source.element_size()
     if with_gradient and projection is not None:
-        if projection.gradient_dtype != torch.float32:
-            per_token += 2 * vocab
+        H, dtype = projection.weight.shape[1], projection.gradient_dtype
+        if dtype != torch.float32:
+            # The student's hidden states and their gradient are the group's.
+            token, grouped = token - 8 * H, dtype.itemsize * stride + 8 * H
         if wanted.weight and projection.weight.dtype != torch.float32:
-            fixed += 4 * vocab * projection.weight.shape[1]
-    return per_token, fixed
+            if gradient_dtype(projection.weight.dtype) == torch.float32:  # fp16's is held to the end
+                fixed += 4 * vocab * H
+            else:
+                accumulator, slab = 4 * vocab * H, SLAB_BYTES
+    return Workspace(token, grouped, accumulator, fixed + slab)
 
 
 def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
@@ -355,12 +355,22 @@ def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
     )
 
 
-def accumulator(weight: Tensor | None, wanted: bool, vocab: int) -> Tensor | None:
-    if weight is None or not wanted:
+def head_gradient(
+    student: Side,
+    side: LogitSource,
+    scale: Tensor,
+    wanted: Wanted,
+    *,
+    whole: bool,
+    grad_filter_eps: float = 0.0,
+) -> HeadGradient | None:
+    """None where the student is given as logits, or nothing of its head or hidden states is wanted."""
+    if student.weight is None or side.projection is None or not any(wanted):
         return None
-    full = empty(tuple(weight.shape), torch.float32, weight.device, result=True)
-    full[vocab:].zero_()
-    return full
+    return HeadGradient(
+        student.weight, student.bias, side.projection, scale,
+        want_weight=wanted.weight, want_bias=wanted.bias, whole=whole, grad_filter_eps=grad_filter_eps,
+    )  # fmt: skip
 
 
 def gradient_buffer(
@@ -370,33 +380,14 @@ def gradient_buffer(
     d_source: Tensor | None,
     tokens: slice | Tensor,
     buffers: Buffers,
+    place: slice,
 ) -> Tensor:
-    """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow."""
+    """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow; else
+    into a chunk's ``place`` among those of its group."""
     if side.projection is not None:
         dtype = side.projection.gradient_dtype
-        return raw if dtype == torch.float32 else buffers.matrix("dlogits", dtype, raw.shape[0])
+        return raw if dtype == torch.float32 else buffers.dlogits(dtype, place)
     assert d_source is not None
     if isinstance(tokens, slice):
         return d_source[tokens, : raw.shape[1]]
-    return buffers.matrix("dlogits", d_source.dtype, raw.shape[0])
-
-
-def finish(
-    result: Result,
-    student: Side,
-    side: LogitSource,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    scale: Tensor,
-    n: int,
-) -> Result:
-    """Scale and round the accumulated gradients."""
-    if d_weight is not None and student.weight is not None and side.projection is not None:
-        if n == 0:
-            d_weight.zero_()
-        elif side.projection.gradient_dtype != torch.float32:
-            d_weight.mul_(scale)
-        d_weight = d_weight.to(gradient_dtype(student.weight.dtype))
-    if d_bias is not None and student.bias is not None:
-        d_bias = d_bias.mul_(scale).to(gradient_dtype(student.bias.dtype))
-    return result._replace(d_weight=d_weight, d_bias=d_bias)
+    return buffers.dlogits(d_source.dtype, place)

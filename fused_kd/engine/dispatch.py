@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..divergences import DIVERGENCES
-from ..rows import choose_backend, get_row
+from ..rows import CUDA_OR_TRITON, choose_backend, get_row
 from ..rows.base import Shards
 from . import chunked
 from .plan import BudgetTooSmall
@@ -33,14 +33,17 @@ def choose_engine(
     """
     if sharded:
         return "chunked", _sharded_backend(engine, backend, divergence, grad_filter_eps, device, top_k)
-    if grad_filter_eps > 0 and engine != "streaming":
-        raise ValueError(f"grad_filter_eps={grad_filter_eps!r} needs engine='streaming', got engine={engine!r}")
     if engine == "streaming":
         obstacle = _streaming_obstacle(backend, divergence, top_k, device)
         if obstacle is not None:
             raise ValueError(obstacle)
         return "streaming", "triton"
     chosen = choose_backend(backend, device)
+    if grad_filter_eps > 0 and device.type != "cpu":
+        try:  # its kernels are Triton's, whatever the row's
+            choose_backend("triton", device)
+        except ValueError as error:
+            raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
     if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
         return AUTO, chosen
     return "chunked", chosen
@@ -64,7 +67,7 @@ def _sharded_backend(
     fits = not top_k and not (divergence is not None and DIVERGENCES[divergence].adaptive)
     if backend == "triton" and not fits:
         raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")
-    return "triton" if choose_backend(backend, device) == "triton" and fits else "torch"
+    return "triton" if choose_backend(backend, device) in ("triton", CUDA_OR_TRITON) and fits else "torch"
 
 
 def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
@@ -106,7 +109,7 @@ def run(
 
         return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
     try:
-        return chunked.run(student, teacher, *args, row=get_row(backend), **options)
+        return chunked.run(student, teacher, *args, row=get_row(backend), grad_filter_eps=grad_filter_eps, **options)
     except BudgetTooSmall as error:
         if engine != AUTO or isinstance(teacher, chunked.TopKSide):
             raise
@@ -114,6 +117,6 @@ def run(
     from . import streaming
 
     try:
-        return streaming.run(student, teacher, *args, **options)
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
     except BudgetTooSmall as error:
         raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None

@@ -29,6 +29,14 @@ def slab_rows(V: int, H: int) -> int:
     return max(1, min(V, SLAB_BYTES // (4 * H)))
 
 
+def wide_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out (+)= a @ b`` of low-precision operands, in fp32 throughout; where :func:`has_fp32_output`."""
+    if add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+
+
 class Projection:
     """``hidden @ weight.T + bias`` and its two gradients, with operands rounded to ``dtype`` first."""
 
@@ -37,6 +45,8 @@ class Projection:
         self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device)
         # What autocast does; on the upcast path it is done slab by slab.
         self.weight = weight.detach() if self.upcast else weight.detach().to(dtype)
+        # The weight's, where it had to be cast as a whole.
+        self.copied_bytes = 0 if self.upcast or weight.dtype == dtype else self.weight.numel() * dtype.itemsize
         self.bias = None if bias is None else bias.detach().to(dtype).float().clamp(min=LOG_ZERO)
 
     @property
@@ -61,7 +71,7 @@ class Projection:
             for rows, slab in self._slabs():
                 out[:, rows] = hidden @ slab.t()
         else:
-            torch.ops.aten.mm.dtype_out(hidden, self.weight.t(), torch.float32, out=out)
+            wide_product(hidden, self.weight.t(), out)
         if self.bias is not None:
             out.add_(self.bias)
 
@@ -76,18 +86,17 @@ class Projection:
             for rows, slab in self._slabs():
                 out.addmm_(dlogits[:, rows], slab)
             return out
-        product: Tensor = torch.ops.aten.mm.dtype(dlogits, self.weight, torch.float32)
-        return product
+        out = torch.empty(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
+        wide_product(dlogits, self.weight, out)
+        return out
 
     @staticmethod
     def accumulate(out: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
         """``out (V, H) += dlogits.T @ hidden`` in fp32; ``first`` overwrites instead."""
         if dlogits.dtype == torch.float32:
             out.addmm_(dlogits.t(), hidden, beta=0.0 if first else 1.0)
-        elif first:
-            torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, torch.float32, out=out)
         else:
-            torch.ops.aten.addmm.dtype_out(out, dlogits.t(), hidden, torch.float32, out=out)
+            wide_product(dlogits.t(), hidden, out, add=not first)
 
     def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
         V, H = self.weight.shape

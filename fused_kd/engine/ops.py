@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..objectives import RowSpec
+from ..rows import _installed
 from ..rows.base import Shards
-from .chunked import Result, Side, TopKSide, Wanted, gradient_dtype
+from .chunked import Result, Side, TopKSide, Wanted
 from .dispatch import run as run
+from .head_gradient import gradient_dtype
 
 
 class Options(NamedTuple):
@@ -291,7 +293,13 @@ class KDFunction(torch.autograd.Function):
 
 
 def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    # A pass over a weight-sized gradient is worth a look at the factor where looking is free.
-    if factor is not None and not (factor.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1.0):
+    """A pass over a weight-sized gradient is worth a look at the factor; on a GPU only a kernel may look."""
+    if factor is None or (factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0):
+        return gradient.to(dtype)
+    if factor.numel() == 1 and factor.device.type == "cuda" and gradient.is_contiguous() and _installed("triton"):
+        from .hand_over import scale_in_place
+
+        scale_in_place(gradient, factor)
+    else:
         gradient.mul_(factor)
     return gradient.to(dtype)

@@ -1,11 +1,11 @@
-"""How many tokens a chunk holds."""
+"""How many tokens a chunk holds, and of how many the logit gradients wait for one product."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Smallest chunks that keep the GEMMs near their peak: below them the read-modify-write of the fp32 weight gradient
-# shows (10-16 % at 1024 tokens on a GPU), above them only memory grows.
+# On a GPU where every chunk adds to the weight gradient: below it the read-modify-write shows (10-16 % at 1024 tokens),
+# above it only memory grows.
 DEVICE_CHUNK = 2048
 # A CPU's GEMM repacks the weights for every chunk, 5 % of its time at 512 tokens, 12 % at 256.
 CPU_CHUNK = 512
@@ -13,7 +13,7 @@ CPU_LOGIT_BYTES = 256 << 20
 
 
 def preferred_chunk(device_type: str, logit_bytes_per_token: int) -> int:
-    """Tokens a chunk should hold where no budget says otherwise."""
+    """Tokens a chunk should hold where no budget says otherwise and each chunk adds to the weight gradient."""
     if device_type != "cpu":
         return DEVICE_CHUNK
     return max(128, min(CPU_CHUNK, CPU_LOGIT_BYTES // max(1, logit_bytes_per_token)))
@@ -29,33 +29,97 @@ class BudgetTooSmall(ValueError):
         self.minimum = minimum
 
 
+class Workspace(NamedTuple):
+    """Bytes of workspace.
+
+    ``token`` of each token of a chunk (its logits above all), ``grouped`` of each token of a group (its dlogits, where
+    they have a buffer of their own), ``accumulator`` of the fp32 weight gradient that chunks or groups add to,
+    ``fixed`` of what depends on none of them.
+    """
+
+    token: int
+    grouped: int = 0
+    accumulator: int = 0
+    fixed: int = 0
+
+    def of(self, chunk: int, group: int, whole: bool) -> int:
+        """Bytes at these sizes; ``whole``: one group holds all tokens, so that nothing is added up."""
+        return self.fixed + chunk * self.token + group * self.grouped + (0 if whole else self.accumulator)
+
+
 class Plan(NamedTuple):
-    """``chunk`` tokens at a time; ``workspace`` bytes beyond inputs, results and their gradients."""
+    """``chunk`` tokens of logits at a time; ``workspace`` bytes beyond inputs, results and their gradients; the dlogits
+    of ``group`` tokens wait for the gradients' GEMMs."""
 
     chunk: int
     workspace: int
+    group: int
+
+    def groups(self, N: int) -> list[list[slice]]:
+        """The chunks of N tokens, group by group."""
+        return [
+            [slice(at, min(at + self.chunk, first + self.group, N)) for at in range(first, last, self.chunk)]
+            for first in range(0, N, self.group)
+            for last in [min(first + self.group, N)]
+        ]
 
 
-def plan_chunks(N: int, *, bytes_per_token: int, fixed_bytes: int, preferred: int, memory_budget: int | None) -> Plan:
-    """Choose a chunk for ``N`` tokens.
+def plan_chunks(N: int, *, workspace: Workspace, preferred: int, memory_budget: int | None, grouped: int = 0) -> Plan:
+    """Choose a chunk and a group for ``N`` tokens.
 
     Args:
         N: tokens to process.
-        bytes_per_token: workspace that grows with the chunk (its logits above all).
-        fixed_bytes: workspace that does not (fp32 accumulators, upcast slabs).
-        preferred: chunk wanted where memory allows.
+        workspace: what they take.
+        preferred: chunk wanted where memory allows and every chunk is a group.
         memory_budget: bytes that the workspace may take, or None.
+        grouped: where positive, groups may hold several chunks of at most so many tokens: all tokens where that takes
+            no more than chunks of ``preferred`` tokens and an accumulator would (or ``memory_budget``), so that memory
+            does not grow with N; else as many as that allows.
 
     Raises:
         BudgetTooSmall: where not even one token fits ``memory_budget``.
     """
-    chunk = min(preferred, max(N, 1))
+    N = max(N, 1)
+    added = _added(N, workspace, preferred, memory_budget)
+    if not grouped:
+        if added is None:
+            assert memory_budget is not None
+            raise BudgetTooSmall(workspace.of(1, 1, False), "one token at a time", memory_budget)
+        return added
+    chunk = min(grouped, preferred, N)
+    limit = workspace.of(preferred, preferred, False) if memory_budget is None else memory_budget
+    whole = (limit - workspace.of(0, N, True)) // workspace.token
+    if whole >= chunk:
+        return _even(N, chunk, N, workspace)
+    group = (limit - workspace.of(chunk, 0, False)) // workspace.grouped
+    if group > chunk:
+        return _even(N, chunk, group, workspace)
+    if added is not None:
+        return added
+    assert memory_budget is not None
+    if whole < 1:
+        least = min(workspace.of(1, 1, False), workspace.of(1, N, True))
+        raise BudgetTooSmall(least, "one token at a time", memory_budget)
+    return _even(N, whole, N, workspace)
+
+
+def _added(N: int, workspace: Workspace, preferred: int, memory_budget: int | None) -> Plan | None:
+    """Every chunk a group; None where no token fits."""
+    chunk = min(preferred, N)
     if memory_budget is not None:
-        affordable = (memory_budget - fixed_bytes) // bytes_per_token
-        if affordable < 1:
-            raise BudgetTooSmall(fixed_bytes + bytes_per_token, "one token at a time", memory_budget)
-        chunk = min(chunk, affordable)
-    # Equal chunks: a short last one wastes a full pass over the weights.
-    count = -(-max(N, 1) // chunk)
-    chunk = -(-max(N, 1) // count)
-    return Plan(chunk, fixed_bytes + chunk * bytes_per_token)
+        chunk = min(chunk, (memory_budget - workspace.of(0, 0, False)) // (workspace.token + workspace.grouped))
+    if chunk < 1:
+        return None
+    chunk = _equal(N, chunk)
+    return Plan(chunk, workspace.of(chunk, chunk, False), chunk)
+
+
+def _even(N: int, chunk: int, group: int, workspace: Workspace) -> Plan:
+    group = _equal(N, group)
+    chunk = _equal(group, chunk)
+    return Plan(chunk, workspace.of(chunk, group, group >= N), group)
+
+
+def _equal(size: int, most: int) -> int:
+    """The size of equal pieces of at most ``most``: a short last one wastes a full pass over the weights."""
+    return -(-size // -(-size // min(most, size)))

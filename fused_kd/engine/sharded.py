@@ -17,20 +17,18 @@ from ..objectives import RowSpec
 from ..rows import RowInputs, RowOutputs
 from ..rows.base import Shards
 from ..rows.sharded_row import Messages
+from .buffers import Buffers, row_stride
 from .chunked import (
     VECTORS,
-    Buffers,
     Chunks,
     LogitSource,
     Result,
     Side,
     TopKSide,
     Wanted,
-    accumulator,
-    add_head_gradient,
     allocate,
-    finish,
     gradient_buffer,
+    head_gradient,
     largest,
     record,
     valid_tokens,
@@ -38,6 +36,7 @@ from .chunked import (
     workspace_bytes,
 )
 from .exchange import Exchange, Gathering
+from .head_gradient import carries_scale
 from .plan import Plan, plan_chunks, preferred_chunk
 
 LANES = 2
@@ -81,28 +80,29 @@ def run(
     side_t = LogitSource(teacher, V, dtype) if isinstance(teacher, Side) else teacher
     with_gradient = any(wanted)
     plan = _plan(n, side_s, side_t, shards, spec, with_gradient, wanted, memory_budget, device)
-    spans = [slice(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
+    spans = [span for group in plan.groups(n) for span in group]
 
     result = allocate(student, N, index is not None, wanted)
-    d_weight = accumulator(student.weight, wanted.weight, V)
-    d_bias = torch.zeros(student.bias.shape, device=device) if wanted.bias and student.bias is not None else None
+    row_weights = weights_of_rows(weights, scale, N, with_gradient and carries_scale(side_s.projection))
+    head = head_gradient(student, side_s, scale, wanted, whole=len(spans) == 1)
     exchange = Exchange(shards.group)
-    lanes = [Buffers(plan.chunk, V, device) for _ in range(min(LANES, max(len(spans), 1)))]
+    lanes = [Buffers(plan, V, device) for _ in range(min(LANES, max(len(spans), 1)))]
     chunks = [Chunks(side_s, side_t, labels, bad, index, lane, shards.vocab) for lane in lanes]
     lane_of = {span.start: i % len(lanes) for i, span in enumerate(spans)}
 
     def begin(span: slice, given: Tensor | None, difficulty_only: bool) -> _UnderWay:
         lane, buffers = chunks[lane_of[span.start]], lanes[lane_of[span.start]]
         tokens, hidden, raw_s, teacher_rows = lane[span]
-        row_weights = weights_of_rows(weights, scale, tokens, span, with_gradient and student.weight is None)
+        of_rows = None if row_weights is None else row_weights[tokens]
         out = None
         if with_gradient and not difficulty_only:
-            out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers)
+            place = slice(0, span.stop - span.start)
+            out = gradient_buffer(student, side_s, raw_s.raw, result.d_source, tokens, buffers, place)
         loss, difficulty, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
         outputs = RowOutputs(loss, difficulty, is_hard, out)
         use = RowSpec("kl", mixed=True) if difficulty_only else spec
         cold = cold_labels and not difficulty_only
-        inputs = RowInputs(raw_s, teacher_rows, labels[span], row_weights, scalars, use, cold, given)
+        inputs = RowInputs(raw_s, teacher_rows, labels[span], of_rows, scalars, use, cold, given)
         messages = row(inputs, outputs, shards)
         return _UnderWay(span, tokens, hidden, outputs, messages, exchange.gather(next(messages)))
 
@@ -120,23 +120,23 @@ def run(
         assert result.d_source is not None
         result.d_source[tokens] = summed.wait().to(result.d_source.dtype)
 
-    first = True
     for chunk in _two_at_a_time(spans, lambda span: begin(span, None if hard is None else hard[span], False), exchange):
         tokens, hidden, out = chunk.tokens, chunk.hidden, chunk.outputs.dlogits
         sparse_logits = student.weight is None and index is not None
         record(result, tokens, chunk.outputs, bad[chunk.span], sparse_logits=sparse_logits)
-        if out is None or hidden is None or side_s.projection is None:
+        if head is None or out is None or hidden is None:
             continue
-        if result.d_source is not None:
-            gradient = side_s.projection.hidden_gradient(out).mul_(scale)
+        gradient = head.add(out, hidden, None, want_hidden=result.d_source is not None)
+        if gradient is not None:
             sums.append((tokens, exchange.sum(gradient) if sum_hidden else Gathering(gradient, None)))
-        add_head_gradient(d_weight, d_bias, out, hidden, scale, first=first)
-        first = False
         if len(sums) > 1:
             keep_hidden()
     while sums:
         keep_hidden()
-    return finish(result, student, side_s, d_weight, d_bias, scale, n)
+    if head is None:
+        return result
+    d_weight, d_bias = head.finished()
+    return result._replace(d_weight=d_weight, d_bias=d_bias)
 
 
 class _UnderWay(NamedTuple):
@@ -195,13 +195,13 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     """The same on all ranks: from the widest slice, whatever this rank's."""
-    per_token, fixed = workspace_bytes(student, teacher, shards.widest, with_gradient, wanted)
-    per_token += 128 * len(shards.sizes)
+    stride = row_stride(shards.widest, device.type)
+    workspace = workspace_bytes(student, teacher, shards.widest, with_gradient, wanted, stride)
+    token = workspace.token + 128 * len(shards.sizes)
     if with_gradient and student.projection is not None:
-        per_token += 4 * student.source.shape[1]  # being added up
-    preferred = preferred_chunk(device.type, per_token)
+        token += 4 * student.source.shape[1]  # being added up
+    preferred = preferred_chunk(device.type, token + workspace.grouped)
     if spec.divergence is not None and DIVERGENCES[spec.divergence].adaptive:
-        per_token += 8 * shards.widest
-    return plan_chunks(
-        n, bytes_per_token=LANES * per_token, fixed_bytes=fixed, preferred=preferred, memory_budget=memory_budget
-    )
+        token += 8 * shards.widest
+    workspace = workspace._replace(token=LANES * token, grouped=LANES * workspace.grouped)
+    return plan_chunks(n, workspace=workspace, preferred=preferred, memory_budget=memory_budget)

@@ -15,16 +15,22 @@ step                                   streaming     where                   chu
 1. statistics                          1 + 1         all                     1 + 1
 2. sums                                x + x         mixtures, hard rows     0
 3. dlogits, dH and an fp32 dW          1 + 1         fp32 (or fp16) weights  0
-3. dlogits, for dH and for dW apart    2 + 2         bf16 weights            0
+3. dlogits, for dH and dW together     1 + 1         bf16 weights, 4 N H     0
+                                                     bytes to spare
+3. dlogits, for dH and for dW apart    2 + 2         bf16 weights otherwise  0
 gradient GEMMs                         1 + 1 (dH, dW)                        1 + 1
 ====================================== ============= ======================= ==================
 
-A low-precision dW cannot be its own fp32 accumulator, so its slabs run over all tokens at once while dH's run over the
-whole vocabulary: two orders, two recomputations. What is not wanted costs nothing.
+A low-precision dW cannot be its own fp32 accumulator, so its slabs run over all tokens at once. dH takes part where
+memory has room for the fp32 sums of all tokens: within 60 MB without a ``memory_budget`` (29 MB at N=8192, H=896), else
+within that. Where it has not, dH's slabs run over the whole vocabulary, a chunk of tokens at a time: two orders, two
+recomputations. What is not wanted costs nothing.
 
-Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, 32 N a split of the
-vocabulary, dlogits slabs of at most 8 MiB (or N x 128 entries), and the fp32 sums of a chunk of dH or a slab of dW,
-at most 32 and 16 MiB. At N=8192, H=4096, V=128256 in bf16 that is under 48 MB. Where a device has no product of
+Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, and the largest of three
+that follow each other: 32 N a split of the vocabulary (12 splits and more); for dH alone, dlogits of at most 8 MiB and
+the fp32 sums of a chunk, at most 32 MiB; for a low-precision dW, dlogits of all tokens and its fp32 sums, at most
+32 MiB (or a tile of columns), together with dH 4 N H more, and at most 128 MiB where a budget allows. At N=8192,
+H=4096, V=128256 in bf16 that is under 44 MB, or 270 MB for a third fewer products. Where a device has no product of
 low-precision operands with an fp32 result, fp32 copies of a slab's operands come on top.
 
 Deterministic: no atomics, and every sum is taken in a fixed order. Nothing waits for the device.
@@ -40,8 +46,9 @@ from torch import Tensor
 
 from ..objectives import RowSpec
 from ..workspace import empty
-from .chunked import Result, Side, Wanted, allocate, gradient_dtype, valid_tokens
+from .chunked import Result, Side, Wanted, allocate, valid_tokens
 from .gemm import Projection
+from .head_gradient import gradient_dtype
 from .streaming_plan import Plan, Sizes, plan_streaming
 from .streaming_sweeps import Sweeps
 
@@ -85,7 +92,8 @@ def run(
     bad, labels = ~in_range, torch.where(in_range, labels, -1)
     sweeps = Sweeps(student, teacher, index, labels, scalars, spec, cold_labels, vocab, dtype)
     head = None if student.weight is None else _Head(student, student.weight, dtype, wanted)
-    plan = plan_streaming(_sizes(sweeps, head, N, vocab, spec.gated), sweeps.tiles, memory_budget)
+    sizes = _sizes(sweeps, head, N, vocab, spec.gated)._replace(joinable=grad_filter_eps == 0.0)
+    plan = plan_streaming(sizes, sweeps.tiles, memory_budget)
     result = allocate(student, N, index is not None, wanted)
     # Triton launches on the current device, whatever the tensors' own.
     with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
@@ -161,11 +169,11 @@ class _Backward:
         if head.wanted.bias and head.bias is not None:
             d_bias = torch.zeros(head.bias.shape, device=device)
         if self._sweeps.n > 0:
-            if head.early:
+            if head.early and not self._plan.together:
                 early = (d_weight, d_bias) if not head.late else (None, None)
                 self._over_tokens(result.d_source, *early)
             if head.late and d_weight is not None:
-                self._over_columns(d_weight, d_bias)
+                self._over_columns(result.d_source if self._plan.together else None, d_weight, d_bias)
         if d_bias is not None and head.bias is not None:
             d_bias = self._finished(d_bias).to(gradient_dtype(head.bias.dtype))
         return result._replace(d_weight=d_weight, d_bias=d_bias)
@@ -196,14 +204,18 @@ class _Backward:
         if d_weight is not None:
             self._finished(d_weight[: self._vocab])
 
-    def _over_columns(self, d_weight: Tensor, d_bias: Tensor | None) -> None:
-        """Slabs of columns outside, all tokens inside: a low-precision dW is summed in fp32 and rounded once."""
+    def _over_columns(self, d_source: Tensor | None, d_weight: Tensor, d_bias: Tensor | None) -> None:
+        """Slabs of columns outside, all tokens inside: a low-precision dW is summed in fp32 and rounded once.
+
+        With ``d_source`` dH is summed beside it, over all columns.
+        """
         sweeps, head, plan = self._sweeps, self._head, self._plan
         device, (N, H) = head.source.device, head.source.shape
         # By token, so that the hidden states need no gathering. Rows of ignored tokens are never written.
         make = empty if self._filters else torch.zeros
         dlogits = make((N, plan.late_columns), dtype=head.dlogits_dtype, device=device)
         slab_sum = empty((plan.late_columns, H), torch.float32, device)
+        source_sum = None if d_source is None else empty((N, H), torch.float32, device)
         for columns in _slices(self._vocab, plan.late_columns):
             width = columns.stop - columns.start
             out, total = dlogits[:, :width], slab_sum[:width]
@@ -217,8 +229,12 @@ class _Backward:
                     hidden = head.operand(head.source[part])
                     self._add_transposed(total, out[part], hidden, None, None, first=part.start == 0)
             d_weight[columns] = self._finished(total)
+            if source_sum is not None:
+                self._add(source_sum, out, head.weight_operand(columns), None, first=columns.start == 0)
             if d_bias is not None:
                 d_bias[columns] = out.sum(0, dtype=torch.float32)
+        if d_source is not None and source_sum is not None:
+            d_source.copy_(self._finished(source_sum))
 
     @property
     def _filters(self) -> bool:
@@ -261,6 +277,7 @@ def _sizes(sweeps: Sweeps, head: _Head | None, N: int, vocab: int, gated: bool) 
         return sizes
     return sizes._replace(
         H=head.source.shape[1],
+        H_t=sweeps.teacher_units,
         dlogits=head.dlogits_dtype.itemsize,
         gathered=head.source.element_size() + head.copied,
         copied=head.copied,

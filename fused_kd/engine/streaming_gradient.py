@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_math import arguments
-from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, row_terms, tile
+from ..rows.triton_math import LOG2_E, arguments, exponent
+from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, placed, row_terms, tile
 
 
 @triton.jit(do_not_specialize=["first_position", "last_position", "n"])
@@ -46,38 +46,32 @@ def gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A tile of ``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times d final / d raw and the row's weight."""
     count = tl.load(count_ptr)
-    first = first_position + tl.program_id(0) * BM
+    block, part = placed(GROUP)
+    first = first_position + block * BM
     positions = first + tl.arange(0, BM)
-    start = first_column + tl.program_id(1) * BN
+    start = first_column + part * BN
     columns = start + tl.arange(0, BN)
     valid = positions < tl.minimum(count, last_position)
     held = tl.minimum(positions, tl.maximum(count, 1) - 1)
     tokens = tl.load(tokens_ptr + held)
-    if BY_TOKEN:
-        rows = tokens.to(tl.int64)
-        stored = valid
-    else:
-        rows = (positions - first_position).to(tl.int64)
-        stored = positions < last_position
-    out = out_ptr + rows[:, None] * out_stride + (columns - first_column)[None, :]
-    stored = stored[:, None] & (columns < last_column)[None, :]
-    flag = 0
+    gradient = tl.zeros((BM, BN), tl.float32)
     if first < count:
         labels = tl.load(labels_ptr + held).to(tl.int32)
         at_label = columns[None, :] == labels[:, None]
         z_s, slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         if not TEACHER:
-            q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
+            q = _cold(z_s, norms_ptr, held, n)
             gradient = q - tl.where(at_label, 1.0, 0.0)
         else:
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
             target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
             beta = target[1]
             ce_share = 1.0 - target[0]
-            share = target[2]
+            share = 1.0 / tl.load(scalars_ptr + 3)
             if not MIXED:
                 share *= target[0]
             if PURE:
@@ -95,21 +89,34 @@ def gradient_kernel(
                 gradient = share * tl.where(chosen[:, None], own, easy)
             if HARD_LABEL:
                 if COLD:
-                    q = tl.exp(z_s - norm(norms_ptr, COLD_MAX, held, n)) * norm(norms_ptr, COLD_INV, held, n)
+                    q = _cold(z_s, norms_ptr, held, n)
                 gradient += ce_share * (q - tl.where(at_label, 1.0, 0.0))
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
-        if flags_ptr is not None:
-            # Compared so that a NaN, too, keeps its tile.
-            kept = stored & ~(tl.abs(gradient) < threshold)
-            flag = tl.max(kept.to(tl.int32))
-            gradient = tl.where(flag > 0, gradient, 0.0)
-        if weights_ptr is not None:
-            gradient *= tl.load(weights_ptr + held)[:, None]
-        tl.store(out, gradient, mask=stored)
+    # Places are worked out here, not before the products, which need the registers.
+    if BY_TOKEN:
+        rows = tokens.to(tl.int64)
+        stored = valid
     else:
-        tl.store(out, tl.zeros((BM, BN), tl.float32), mask=stored)
+        rows = (positions - first_position).to(tl.int64)
+        stored = positions < last_position
+    out = out_ptr + rows[:, None] * out_stride + (columns - first_column)[None, :]
+    stored = stored[:, None] & (columns < last_column)[None, :]
     if flags_ptr is not None:
-        tl.store(flags_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), flag)
+        # Compared so that a NaN, too, keeps its tile.
+        kept = stored & ~(tl.abs(gradient) < threshold)
+        flag = tl.max(kept.to(tl.int32))
+        gradient = tl.where(flag > 0, gradient, 0.0)
+        tl.store(flags_ptr + block * tl.num_programs(1) + part, flag)
+    if weights_ptr is not None:
+        gradient *= tl.load(weights_ptr + held)[:, None]
+    tl.store(out, gradient, mask=stored)
+
+
+@triton.jit
+def _cold(z_s, norms_ptr, held, n):
+    """q at temperature 1."""
+    a_s = exponent(z_s, LOG2_E, norm(norms_ptr, COLD_MAX, held, n))
+    return tl.exp2(a_s) * norm(norms_ptr, COLD_INV, held, n)
 
 
 @triton.jit

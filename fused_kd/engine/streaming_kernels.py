@@ -15,7 +15,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_math import OUTSIDE, arguments, final_logits, label_terms, log_off_label, store_loss
+from ..rows.triton_math import (
+    LN_2,
+    LOG2_E,
+    OUTSIDE,
+    arguments,
+    exponent,
+    exponent_scale,
+    final_logits,
+    label_terms,
+    log_off_label,
+    moved,
+    store_loss,
+)
 
 # What a split of the vocabulary says of a token: (splits, FIELDS, n) fp32. Maxima are those before the temperature.
 _S_MAX = tl.constexpr(0)
@@ -35,7 +47,7 @@ _NORM_T_MAX = tl.constexpr(2)
 _NORM_T_INV = tl.constexpr(3)
 _NORM_LOG_RATIO = tl.constexpr(4)
 _LABEL_D = tl.constexpr(5)
-COLD_MAX = tl.constexpr(6)
+COLD_MAX = tl.constexpr(6)  # in powers of 2, as are the other two
 COLD_INV = tl.constexpr(7)
 _BASE = tl.constexpr(8)  # the part of the loss that no sum over h gives
 G_TOTAL = tl.constexpr(9)
@@ -62,9 +74,11 @@ def statistics_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Maxima, sums of exponentials, ``KL(p||q)`` and the label's logits over a split of the vocabulary."""
-    first = tl.program_id(0) * BM
+    block, split = placed(GROUP)
+    first = block * BM
     count = tl.load(count_ptr)
     if first >= count:
         return
@@ -72,8 +86,7 @@ def statistics_kernel(
     held = tl.minimum(positions, count - 1)
     tokens = tl.load(tokens_ptr + held)
     labels = tl.load(labels_ptr + held).to(tl.int32)
-    inv_T = 1.0 / tl.load(scalars_ptr + 3)
-    split = tl.program_id(1)
+    k = exponent_scale(scalars_ptr)
 
     s_max = tl.full((BM,), OUTSIDE, tl.float32)
     t_max = tl.full((BM,), OUTSIDE, tl.float32)
@@ -92,18 +105,20 @@ def statistics_kernel(
         s_label += tl.sum(tl.where(at_label, z_s, 0.0), axis=1)
         new_s = tl.maximum(s_max, tl.max(z_s, axis=1))
         if COLD or not TEACHER:
-            cold_sum = cold_sum * tl.exp(s_max - new_s) + tl.sum(tl.exp(z_s - new_s[:, None]), axis=1)
+            cold_max = new_s * LOG2_E
+            cold = tl.exp2(exponent(z_s, LOG2_E, cold_max[:, None]))
+            cold_sum = cold_sum * tl.exp2(s_max * LOG2_E - cold_max) + tl.sum(cold, axis=1)
         if TEACHER:
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
-            s_step = s_max * inv_T - new_s * inv_T
-            t_step = t_max * inv_T - new_t * inv_T
-            a_s = z_s * inv_T - (new_s * inv_T)[:, None]
-            a_t = z_t * inv_T - (new_t * inv_T)[:, None]
-            e_t = tl.exp(a_t)
-            kl = _moved(kl, t_sum, s_step, t_step) + tl.sum(e_t * (a_t - a_s), axis=1)
-            t_sum = t_sum * tl.exp(t_step) + tl.sum(e_t, axis=1)
-            s_sum = s_sum * tl.exp(s_step) + tl.sum(tl.exp(a_s), axis=1)
+            s_step = s_max * k - new_s * k
+            t_step = t_max * k - new_t * k
+            a_s = exponent(z_s, k, (new_s * k)[:, None])
+            a_t = exponent(z_t, k, (new_t * k)[:, None])
+            e_t = tl.exp2(a_t)
+            kl = moved(kl, t_sum, s_step, t_step) + tl.sum(e_t * (a_t - a_s), axis=1)
+            t_sum = t_sum * tl.exp2(t_step) + tl.sum(e_t, axis=1)
+            s_sum = s_sum * tl.exp2(s_step) + tl.sum(tl.exp2(a_s), axis=1)
             t_max = new_t
         s_max = new_s
 
@@ -145,7 +160,7 @@ def combine_kernel(
     valid = positions < count
     lam = tl.load(scalars_ptr)
     gamma = tl.load(scalars_ptr + 2)
-    inv_T = 1.0 / tl.load(scalars_ptr + 3)
+    k = exponent_scale(scalars_ptr)
     s_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
     t_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
     s_sum = tl.zeros((BLOCK,), tl.float32)
@@ -161,7 +176,9 @@ def combine_kernel(
         s_label += tl.load(part + _S_LABEL * n, mask=valid, other=0.0)
         if COLD or not TEACHER:
             part_cold = tl.load(part + _COLD_SUM * n, mask=valid, other=1.0)
-            cold_sum = cold_sum * tl.exp(s_max - new_s) + part_cold * tl.exp(part_s - new_s)
+            cold_max = new_s * LOG2_E
+            cold_sum = cold_sum * tl.exp2(s_max * LOG2_E - cold_max)
+            cold_sum += part_cold * tl.exp2(part_s * LOG2_E - cold_max)
         if TEACHER:
             t_label += tl.load(part + _T_LABEL * n, mask=valid, other=0.0)
             part_t = tl.load(part + _T_MAX * n, mask=valid, other=0.0)
@@ -169,29 +186,29 @@ def combine_kernel(
             part_t_sum = tl.load(part + _T_SUM * n, mask=valid, other=1.0)
             part_kl = tl.load(part + _KL * n, mask=valid, other=0.0)
             new_t = tl.maximum(t_max, part_t)
-            s_step = s_max * inv_T - new_s * inv_T
-            t_step = t_max * inv_T - new_t * inv_T
-            part_s_step = part_s * inv_T - new_s * inv_T
-            part_t_step = part_t * inv_T - new_t * inv_T
-            kl = _moved(kl, t_sum, s_step, t_step) + _moved(part_kl, part_t_sum, part_s_step, part_t_step)
-            t_sum = t_sum * tl.exp(t_step) + part_t_sum * tl.exp(part_t_step)
-            s_sum = s_sum * tl.exp(s_step) + part_s_sum * tl.exp(part_s_step)
+            s_step = s_max * k - new_s * k
+            t_step = t_max * k - new_t * k
+            part_s_step = part_s * k - new_s * k
+            part_t_step = part_t * k - new_t * k
+            kl = moved(kl, t_sum, s_step, t_step) + moved(part_kl, part_t_sum, part_s_step, part_t_step)
+            t_sum = t_sum * tl.exp2(t_step) + part_t_sum * tl.exp2(part_t_step)
+            s_sum = s_sum * tl.exp2(s_step) + part_s_sum * tl.exp2(part_s_step)
             t_max = new_t
         s_max = new_s
 
     norms = norms_ptr + positions
     ce = 0.0
     if COLD or not TEACHER:
-        ce = tl.log(cold_sum) - (s_label - s_max)
-        tl.store(norms + COLD_MAX * n, s_max, mask=valid)
+        ce = tl.log(cold_sum) - exponent(s_label, LOG2_E, s_max * LOG2_E) * LN_2
+        tl.store(norms + COLD_MAX * n, s_max * LOG2_E, mask=valid)
         tl.store(norms + COLD_INV * n, 1.0 / cold_sum, mask=valid)
     if TEACHER:
         s_log = tl.log(s_sum)
         t_log = tl.log(t_sum)
-        kl = kl / t_sum - (t_log - s_log)
+        kl = (kl / t_sum) * LN_2 - (t_log - s_log)
         kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
-        label_log_q = (s_label * inv_T - s_max * inv_T) - s_log
-        label_log_p = (t_label * inv_T - t_max * inv_T) - t_log
+        label_log_q = exponent(s_label, k, s_max * k) * LN_2 - s_log
+        label_log_p = exponent(t_label, k, t_max * k) * LN_2 - t_log
         difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
         if not COLD:
             ce = -label_log_q
@@ -201,9 +218,9 @@ def combine_kernel(
         loss = difficulty
         if not MIXED:
             loss = lam * kl + base
-        tl.store(norms + _NORM_S_MAX * n, s_max * inv_T, mask=valid)
+        tl.store(norms + _NORM_S_MAX * n, s_max * k, mask=valid)
         tl.store(norms + _NORM_S_INV * n, 1.0 / s_sum, mask=valid)
-        tl.store(norms + _NORM_T_MAX * n, t_max * inv_T, mask=valid)
+        tl.store(norms + _NORM_T_MAX * n, t_max * k, mask=valid)
         tl.store(norms + _NORM_T_INV * n, 1.0 / t_sum, mask=valid)
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
         tl.store(norms + _LABEL_D * n, label_log_t - label_log_q, mask=valid)
@@ -244,9 +261,11 @@ def sums_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """``sum h`` and ``sum g`` of the chosen rows over a split of the vocabulary."""
-    first = tl.program_id(0) * BM
+    block, split = placed(GROUP)
+    first = block * BM
     count = tl.load(chosen_count_ptr)
     if first >= count:
         return
@@ -256,7 +275,6 @@ def sums_kernel(
     labels = tl.load(labels_ptr + positions).to(tl.int32)
     beta = tl.load(scalars_ptr + 1)
     target, norms = row_terms(norms_ptr, scalars_ptr, positions, n)
-    split = tl.program_id(1)
 
     h_sum = tl.zeros((BM,), tl.float32)
     g_sum = tl.zeros((BM,), tl.float32)
@@ -306,6 +324,27 @@ def sums_combine_kernel(
 
 
 @triton.jit
+def placed(GROUP: tl.constexpr):
+    """The program's place in a grid (blocks of tokens, parts of the vocabulary).
+
+    Programs start in the order of their numbers, blocks first. Here GROUP blocks go through all parts before the next
+    do, so that those that run together share both hidden states and weights in the L2 cache. GROUP 0: as they start.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    if GROUP > 0:
+        blocks = tl.num_programs(0)
+        parts = tl.num_programs(1)
+        started = part * blocks + block
+        first = started // (GROUP * parts) * GROUP
+        size = tl.minimum(blocks - first, GROUP)
+        place = started - first * parts
+        block = first + place % size
+        part = place // size
+    return block, part
+
+
+@triton.jit
 def tile(
     side,
     tokens,
@@ -350,12 +389,6 @@ def tile(
 
 
 @triton.jit
-def _moved(kl, t_sum, s_step, t_step):
-    """``sum e_t * ((z_t - t_max) - (z_s - s_max))`` for maxima that have grown by minus the steps."""
-    return tl.exp(t_step) * (kl + t_sum * (t_step - s_step))
-
-
-@triton.jit
 def norm(norms_ptr, field: tl.constexpr, positions, n):
     return tl.load(norms_ptr + field * n + positions)[:, None]
 
@@ -365,7 +398,7 @@ def row_terms(norms_ptr, scalars_ptr, positions, n):
     """``target`` and ``norms`` of triton_math.arguments, as columns."""
     lam = tl.load(scalars_ptr)
     label_d = norm(norms_ptr, _LABEL_D, positions, n)
-    target = (lam, tl.load(scalars_ptr + 1), 1.0 / tl.load(scalars_ptr + 3), log_off_label(lam), label_d)
+    target = (lam, tl.load(scalars_ptr + 1), exponent_scale(scalars_ptr), log_off_label(lam), label_d)
     s_max, s_inv = norm(norms_ptr, _NORM_S_MAX, positions, n), norm(norms_ptr, _NORM_S_INV, positions, n)
     t_max, t_inv = norm(norms_ptr, _NORM_T_MAX, positions, n), norm(norms_ptr, _NORM_T_INV, positions, n)
     return target, (s_max, s_inv, t_max, t_inv, norm(norms_ptr, _NORM_LOG_RATIO, positions, n))

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec, Scalars
 from ..rows.triton_row import formula_constants
+from ..tuning import current
 from ..workspace import empty
 from . import streaming_plan
 from .chunked import Result, Side, largest
 from .streaming_gradient import flagged_product_kernel, gradient_kernel
 from .streaming_kernels import FIELDS, NORMS, combine_kernel, statistics_kernel, sums_combine_kernel, sums_kernel
-from .streaming_plan import Plan
+from .streaming_plan import Plan, Tiles
 
 # Tokens of a program that combines the splits: no more than a few such programs, so small ones.
 COMBINE_BLOCK = 128
@@ -33,7 +34,7 @@ class Sweeps:
     Attributes:
         n: positions, those of the valid tokens first.
         tokens: (n,) which token is at a position.
-        tiles: what the kernels are compiled for.
+        tiles: what each kernel is compiled for.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Sweeps:
         sides = [student] if teacher is None else [student, teacher]
         operands = [None if side.weight is None else dtype or side.source.dtype for side in sides]
         capped = any(side.softcap is not None for side in sides)
-        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, target=_target())
+        plain = all(_plain(side, operand) for side, operand in zip(sides, operands, strict=True))
+        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, plain=plain, target=_target())
         self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
         self._norms = empty((NORMS, self.n), torch.float32, labels.device)
         self._chosen: Tensor | None = None
@@ -66,14 +68,8 @@ class Sweeps:
             "ROUND_S": _TYPES[operands[0] or torch.float32],
             "ROUND_T": _TYPES[operands[-1] or torch.float32],
             "UPCAST": _INTERPRET,
-            "BM": self.tiles.tokens,
-            "BN": self.tiles.columns,
-            "BK": self.tiles.units,
-            "num_warps": self.tiles.warps,
-            "num_stages": self.tiles.stages,
+            "GROUP": streaming_plan.GROUP if current().streaming_grouped else 0,
         }
-        if self.tiles.registers is not None:
-            self._constants["maxnreg"] = self.tiles.registers
 
     @property
     def fields(self) -> int:
@@ -82,6 +78,11 @@ class Sweeps:
     @property
     def needs_sums(self) -> bool:
         return self._divergence is not None and not self._divergence.free
+
+    @property
+    def teacher_units(self) -> int:
+        """The teacher's hidden size, 0 without a teacher's head."""
+        return 0 if self._teacher is None else int(self._teacher[7])
 
     def measure(self, plan: Plan, result: Result, bad: Tensor) -> None:
         """Fill ``loss`` (NaN where ``bad``), ``difficulty`` and ``is_hard``, and keep the norms for the gradient."""
@@ -104,12 +105,13 @@ class Sweeps:
 
     def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
         partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
-        statistics_kernel[(self._blocks(self.n), splits)](
+        tiles = self.tiles.statistics
+        statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
-            self.n, self._vocab, self._span(splits),
-            TEACHER=self._teacher is not None, COLD=self._formulas["COLD"], **self._constants,
+            self.n, self._vocab, self._span(splits, tiles),
+            TEACHER=self._teacher is not None, COLD=self._formulas["COLD"], **self._constants, **_of(tiles),
         )  # fmt: skip
-        combine_kernel[(triton.cdiv(self.n, COMBINE_BLOCK),)](
+        combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
             partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
             TEACHER=self._teacher is not None, BLOCK=COMBINE_BLOCK,
             **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD"),
@@ -118,12 +120,13 @@ class Sweeps:
     def _sums(self, splits: int, chosen: Tensor, loss: Tensor) -> None:
         order, count = _front(chosen)
         partials = empty((splits, 2, self.n), torch.float32, chosen.device)
-        sums_kernel[(self._blocks(self.n), splits)](
+        tiles = self.tiles.sums
+        sums_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars, partials,
-            self.n, self._vocab, self._span(splits),
-            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED"), **self._constants,
+            self.n, self._vocab, self._span(splits, tiles),
+            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED"), **self._constants, **_of(tiles),
         )  # fmt: skip
-        sums_combine_kernel[(triton.cdiv(self.n, COMBINE_BLOCK),)](
+        sums_combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
             partials, order, count, self._norms, self._scalars, loss, self.n, splits,
             MIXED=self._spec.mixed, BLOCK=COMBINE_BLOCK,
         )  # fmt: skip
@@ -145,19 +148,19 @@ class Sweeps:
         those of ignored tokens stay as they are. ``flags``, from :meth:`flags`, asks for the filter.
         """
         pure = not self.needs_sums or not (self._formulas["GATED"] or self._formulas["KL_AT_ONE"])
-        gradient_kernel[(self._blocks(positions.stop - positions.start), self._tiles_of(columns))](
+        gradient_kernel[self._grid(positions, columns)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._norms,
             None if pure or self._chosen is None else self._chosen.view(torch.uint8), weights, self._scalars,
             out, out.stride(0), flags, threshold,
             positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
             TEACHER=self._teacher is not None, BY_TOKEN=by_token, PURE=pure,
-            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD"), **self._constants,
+            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD"),
+            **self._constants, **_of(self.tiles.gradient),
         )  # fmt: skip
 
     def flags(self, positions: slice, columns: slice) -> Tensor:
         """Room for a flag for each tile of :meth:`gradient`."""
-        shape = (self._blocks(positions.stop - positions.start), self._tiles_of(columns))
-        return empty(shape, torch.uint8, self._labels.device)
+        return empty(self._grid(positions, columns), torch.uint8, self._labels.device)
 
     def flagged_product(
         self,
@@ -172,26 +175,26 @@ class Sweeps:
         transposed: bool = False,
     ) -> None:
         """``out (+)= dlogits @ other``, or ``dlogits.T @ other[tokens]``, without the tiles whose flags are 0."""
-        BI, BC = self.tiles.tokens, self.tiles.columns
+        tiles = self.tiles.gradient
+        BI, BC = tiles.tokens, tiles.columns
         if transposed:
             dlogits, flags, BI, BC = dlogits.t(), flags.t(), BC, BI
         (I, K), J = dlogits.shape, out.shape[1]  # noqa: E741
-        flagged_product_kernel[(flags.shape[0], triton.cdiv(J, self.tiles.columns))](
+        flagged_product_kernel[(flags.shape[0], _cdiv(J, tiles.columns))](
             dlogits, other, tokens, flags, out, (I, J, K), dlogits.stride(), other.stride(), flags.stride(),
-            ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=self.tiles.columns, BC=BC, num_warps=self.tiles.warps,
+            ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=tiles.columns, BC=BC, num_warps=tiles.warps,
         )  # fmt: skip
 
     def _scalar(self, name: str) -> Tensor:
         return self._scalars[Scalars._fields.index(name)]
 
-    def _blocks(self, positions: int) -> int:
-        return int(-(-positions // self.tiles.tokens))
+    def _grid(self, positions: slice, columns: slice) -> tuple[int, int]:
+        """Of :meth:`gradient`."""
+        tiles = self.tiles.gradient
+        return _cdiv(positions.stop - positions.start, tiles.tokens), _cdiv(columns.stop - columns.start, tiles.columns)
 
-    def _tiles_of(self, columns: slice) -> int:
-        return int(-(-(columns.stop - columns.start) // self.tiles.columns))
-
-    def _span(self, splits: int) -> int:
-        return -(-self._tiles_of(slice(0, self._vocab)) // splits) * self.tiles.columns
+    def _span(self, splits: int, tiles: Tiles) -> int:
+        return _cdiv(_cdiv(self._vocab, tiles.columns), splits) * tiles.columns
 
 
 def _side(side: Side, vocab: int) -> tuple[Any, ...]:
@@ -205,6 +208,16 @@ def _side(side: Side, vocab: int) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _plain(side: Side, operand: torch.dtype | None) -> bool:
+    """As :func:`.streaming_plan.choose_tiles` has it."""
+    if side.weight is None or side.bias is not None or side.source.shape[1] % streaming_plan.ALIGNED:
+        return False
+    return all(
+        x.dtype == operand and x.stride(1) == 1 and x.stride(0) % streaming_plan.ALIGNED == 0
+        for x in (side.source, side.weight)
+    )
+
+
 def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Positions with those where ``mask`` holds first, each part in order; and how many they are, as int32."""
     count = mask.sum(dtype=torch.int32)
@@ -214,7 +227,23 @@ def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _target() -> str:
-    return "cuda" if _INTERPRET else triton.runtime.driver.active.get_current_target().backend
+    if _INTERPRET:
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _of(tiles: Tiles) -> dict[str, int]:
+    """A kernel's compile-time sizes."""
+    made = {
+        "BM": tiles.tokens, "BN": tiles.columns, "BK": tiles.units, "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }  # fmt: skip
+    return made if tiles.registers is None else made | {"maxnreg": tiles.registers}
+
+
+def _cdiv(size: int, step: int) -> int:
+    return -(-size // step)
 
 
 def _only(constants: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -6,9 +6,11 @@ headers but csrc's own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "_csrc"
 SOURCES = {"fkd_row": "kd_row.cu", "fkd_condense": "kd_top_k.cu", "fkd_expand": "kd_top_k.cu"}
 INSTEAD = "or use backend='triton'"
 PORTABLE_CLUSTER = 8
+# Rows in the int32 arithmetic of columns, a tile beyond their end included.
+LARGEST_VOCAB = 2**30
 OPTIONS: dict[str, Any] = {
     "std": "c++17",
     "device_as_default_execution_space": True,  # of the functions that csrc shares with the row for CPUs
@@ -119,23 +123,24 @@ def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where:
     """The loaded kernel, and how many of its clusters the GPU holds at a time."""
     core, driver = _core(), importlib.import_module("cuda.bindings.driver")
     major, minor = torch.cuda.get_device_capability(where)
+    arch = architecture(major, minor)
+    code = cubin(kernel, macros, arch)
     try:
-        loaded = _loaded(kernel, macros, architecture(major, minor)).get_kernel(kernel)
-        _, current = driver.cuDeviceGet(torch.cuda.current_device())
-        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(most, cut.shared_bytes, loaded.handle, current)
-        if int(status) != 0:
-            raise RuntimeError(f"{status.name}: {cut.shared_bytes} bytes of shared memory")
-        if cut.cluster > 1:
-            config = _config(core, cut, 1)
-            clusters = loaded.occupancy.max_active_clusters(config, stream=core.LEGACY_DEFAULT_STREAM)
-        else:
-            blocks = loaded.occupancy.max_active_blocks_per_multiprocessor(cut.threads, cut.shared_bytes)
-            clusters = blocks * torch.cuda.get_device_properties(where).multi_processor_count
+        with _apart_from_captures(driver):
+            loaded = _kernel(kernel, macros, arch, code)
+            _, current = driver.cuDeviceGet(torch.cuda.current_device())
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (status,) = driver.cuKernelSetAttribute(most, cut.shared_bytes, loaded.handle, current)
+            if int(status) != 0:
+                raise RuntimeError(f"{status.name}: {cut.shared_bytes} bytes of shared memory")
+            if cut.cluster > 1:
+                config = _config(core, cut, 1)
+                clusters = loaded.occupancy.max_active_clusters(config, stream=core.LEGACY_DEFAULT_STREAM)
+            else:
+                blocks = loaded.occupancy.max_active_blocks_per_multiprocessor(cut.threads, cut.shared_bytes)
+                clusters = blocks * torch.cuda.get_device_properties(where).multi_processor_count
         if clusters < 1:  # a slice of a GPU
             raise RuntimeError(f"no room for a cluster of {cut.cluster} blocks")
-    except CudaRowError:
-        raise
     except Exception as error:  # cuda-core's own, and an old driver's
         raise CudaRowError(
             f"backend='cuda' cannot load its kernel ({type(error).__name__}: {error}); a driver older than NVRTC "
@@ -145,15 +150,27 @@ def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where:
 
 
 @functools.lru_cache(maxsize=1024)
-def _loaded(kernel: str, macros: tuple[tuple[str, int], ...], arch: str) -> Any:
-    """The loaded binary; compiled here where the driver refuses the one in the cache, which may be of a newer NVRTC."""
-    core = _core()
-    code = core.ObjectCode.from_cubin(cubin(kernel, macros, arch), name=kernel)
+def _loaded(kernel: str, code: bytes) -> Any:
+    return _core().ObjectCode.from_cubin(code, name=kernel)
+
+
+def _kernel(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, code: bytes) -> Any:
+    """The loaded kernel; compiled here where the driver refuses ``code``, which another machine may have made."""
     try:
-        code.get_kernel(kernel)
+        return _loaded(kernel, code).get_kernel(kernel)
     except Exception:  # cuda-core's own
-        code = core.ObjectCode.from_cubin(cubin(kernel, macros, arch, fresh=True), name=kernel)
-    return code
+        return _loaded(kernel, cubin(kernel, macros, arch, fresh=True)).get_kernel(kernel)
+
+
+@contextlib.contextmanager
+def _apart_from_captures(driver: ModuleType) -> Iterator[None]:
+    """Lets this thread load a kernel and ask about it while a CUDA graph is captured: neither is work of a stream."""
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def architecture(major: int, minor: int) -> str:

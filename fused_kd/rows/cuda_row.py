@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuning
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
 from . import cuda_build
@@ -22,8 +23,6 @@ from .base import Logits, RowInputs, RowOutputs, Sparse
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TEACHER = -1
 _DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
-# Rows in the int32 arithmetic of columns, a tile beyond their end included.
-LARGEST_VOCAB = 2**30
 # Of shared memory, which the system takes for every block.
 RESERVED_BYTES = 1024
 
@@ -40,12 +39,18 @@ class Device(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a row lies in a cluster: ``resident`` slots of each thread stay in ``shared_bytes`` of a block."""
+    """How a row lies in a cluster: ``resident`` slots of each thread stay in ``shared_bytes`` of a block.
+
+    With room for another ``ahead`` slots, in which the next row's first ones arrive meanwhile. ``whole``: none of a
+    row's slots is left out.
+    """
 
     cluster: int
     threads: int
     resident: int
     shared_bytes: int
+    ahead: int = 0
+    whole: bool = False
 
 
 class Launch(NamedTuple):
@@ -85,8 +90,9 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
     C, V = inputs.student.raw.shape
-    if V > LARGEST_VOCAB:
-        raise ValueError(f"backend='cuda' takes vocabularies up to {LARGEST_VOCAB}, got {V}; use backend='triton'")
+    if V > cuda_build.LARGEST_VOCAB:
+        most = cuda_build.LARGEST_VOCAB
+        raise ValueError(f"backend='cuda' takes vocabularies up to {most}, got {V}; use backend='triton'")
     if C == 0:
         return
     student = inputs.student._replace(raw=unit_stride(inputs.student.raw))
@@ -121,7 +127,7 @@ def plan(inputs: RowInputs, outputs: RowOutputs, device: Device) -> Launch:
     streams = [*sides[: 1 if listed else None], *([] if dlogits is None else [dlogits])]
     width = 16 // max(x.element_size() for x in sides + streams)
     shaped = any(x.scale != 1.0 or x.softcap is not None for x in (student, teacher) if x is not None)
-    cut = cut_rows(V, width, sum(x.element_size() for x in sides), device)
+    cut = cut_rows(V, width, sum(x.element_size() for x in sides), device, tuning.current().cuda_prefetch)
     macros = formula_macros(spec, inputs.cold_labels) | {
         "FKD_STUDENT": DTYPES[student.raw.dtype],
         "FKD_TEACHER": NO_TEACHER if teacher is None else DTYPES[teacher.raw.dtype],
@@ -131,12 +137,13 @@ def plan(inputs: RowInputs, outputs: RowOutputs, device: Device) -> Launch:
         "FKD_VECTOR": int(all(aligned(x, width) for x in streams)),
         "FKD_SHAPED": int(shaped),
         "FKD_THREADS": cut.threads,
+        "FKD_WHOLE": int(cut.whole),
     }
     arguments = (
         *side_arguments(student),
         *(side_arguments(teacher) if teacher is not None else (None, 0, 1.0, 0.0)),
         *(dlogits, 0 if dlogits is None else row_bytes(dlogits)),
-        *(entries, rest, 0 if entries is None else entries.shape[1], C, V, cut.resident),
+        *(entries, rest, 0 if entries is None else entries.shape[1], C, V, cut.resident, cut.ahead),
         *(inputs.labels, inputs.weights, inputs.scalars, inputs.hard),
         *(outputs.loss, outputs.difficulty, outputs.is_hard),
     )
@@ -162,27 +169,29 @@ def formula_macros(spec: RowSpec, cold_labels: bool) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def cut_rows(V: int, width: int, column_bytes: int, device: Device) -> Cut:
+def cut_rows(V: int, width: int, column_bytes: int, device: Device, prefetch: bool) -> Cut:
     """The smallest cluster of which two blocks fit a multiprocessor, so that one computes while the other waits for
-    memory; else the largest, with as much of the row as fits."""
+    memory; else the largest, with as much of the row as fits. What a block then has to itself and does not need holds,
+    with ``prefetch``, the next row's first slots."""
     few, shared, alone = device.threads
 
-    def cut(cluster: int, threads: int) -> tuple[Cut, bool]:
+    def cut(cluster: int, threads: int, *, prefetch: bool = False) -> Cut:
         area = records_bytes(threads, device)
         slot = threads * width * column_bytes
-        slots = -(-V // (threads * width * cluster))
-        resident = min(slots, (device.block_bytes - area) // slot)
-        return Cut(cluster, threads, resident, area + resident * slot), resident == slots
+        slots, room = -(-V // (threads * width * cluster)), (device.block_bytes - area) // slot
+        resident = min(slots, room)
+        ahead = min(resident, room - resident) if prefetch else 0
+        return Cut(cluster, threads, resident, area + (resident + ahead) * slot, ahead, resident == slots)
 
     if 8 * few * width >= V:
-        return cut(1, few)[0]
+        return cut(1, few)
     cluster = 1
     while cluster <= device.largest_cluster:
-        found, whole = cut(cluster, shared)
-        if whole and 2 * (found.shared_bytes + RESERVED_BYTES) <= device.multiprocessor_bytes:
+        found = cut(cluster, shared)
+        if found.whole and 2 * (found.shared_bytes + RESERVED_BYTES) <= device.multiprocessor_bytes:
             return found
         cluster *= 2
-    return cut(device.largest_cluster, alone)[0]
+    return cut(device.largest_cluster, alone, prefetch=prefetch)
 
 
 def records_bytes(threads: int, device: Device) -> int:
@@ -210,4 +219,4 @@ def side_arguments(x: Logits) -> tuple[Tensor, int, float, float]:
 I32, I64, F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 POINTER = int
 _SIDE = (POINTER, I64, F32, F32)
-ROW_TYPES = (*_SIDE, *_SIDE, POINTER, I64, POINTER, POINTER, I32, I64, I32, I32, *[POINTER] * 7)
+ROW_TYPES = (*_SIDE, *_SIDE, POINTER, I64, POINTER, POINTER, I32, I64, I32, I32, I32, *[POINTER] * 7)

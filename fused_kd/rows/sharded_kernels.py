@@ -9,8 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import log_off_label
-from .triton_sweeps import logits, sweep_both, sweep_student, sweep_sums, write_gradient, write_label_gradient
+from .triton_math import LOG2_E, exponent, exponent_scale, log_off_label
+from .triton_sweeps import (
+    logits,
+    sweep_both,
+    sweep_student,
+    sweep_sums,
+    write_gradient,
+    write_label_gradient,
+    write_zeros,
+)
 
 STATISTICS = tl.constexpr(10)
 KNOWN = tl.constexpr(8)
@@ -22,7 +30,7 @@ def statistics_kernel(
     teacher_ptr,  # the same or None
     labels_ptr,  # (C,) ids of the whole vocabulary
     scalars_ptr,
-    out_ptr,  # (C, STATISTICS), as sharded_row lays them out
+    out_ptr,  # (C, STATISTICS), as sharded_row lays them out, but for what sharded_triton turns into it
     first,  # the slice's first id
     V,
     student_stride,
@@ -33,6 +41,8 @@ def statistics_kernel(
     teacher_cap,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = _own_label(tl.load(labels_ptr + row), first, V)
@@ -41,25 +51,27 @@ def statistics_kernel(
     student = (student_row, student_scale, student_cap)
     label_z = tl.where(label >= 0, logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
     if teacher_ptr is None:
-        s_max, s_sum = sweep_student(student, V, BLOCK)
-        tl.store(out + 2, label_z)
+        k = tl.cast(LOG2_E, tl.float32)
+        s_max, s_total = sweep_student(student, V, BLOCK, LANES, PACK)
     else:
-        inv_T = 1.0 / tl.load(scalars_ptr + 3)
+        k = exponent_scale(scalars_ptr)
         teacher_row = teacher_ptr + row * teacher_stride
         teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_max, cold_sum = sweep_both(student, teacher, V, inv_T, COLD, BLOCK)
+        s_max, s_total, t_max, t_total, kl_total, cold_max, cold_total = sweep_both(
+            student, teacher, V, k, COLD, BLOCK, LANES, PACK
+        )
         label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
-        tl.store(out + 2, label_z * inv_T)
         tl.store(out + 3, t_max)
-        tl.store(out + 4, tl.sum(t_sum, axis=0))
-        tl.store(out + 5, tl.sum(kl_sum, axis=0))
-        tl.store(out + 6, label_t * inv_T)
+        tl.store(out + 4, t_total)
+        tl.store(out + 5, kl_total)
+        tl.store(out + 6, exponent(label_t, k, t_max))
         if COLD:
             tl.store(out + 7, cold_max)
-            tl.store(out + 8, tl.sum(cold_sum, axis=0))
+            tl.store(out + 8, cold_total)
             tl.store(out + 9, label_z)
     tl.store(out, s_max)
-    tl.store(out + 1, tl.sum(s_sum, axis=0))
+    tl.store(out + 1, s_total)
+    tl.store(out + 2, exponent(label_z, k, s_max))
 
 
 @triton.jit
@@ -93,9 +105,7 @@ def sums_kernel(
         student = (student_ptr + row * student_stride, student_scale, student_cap)
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
         target, norms, _cold = _known(known_ptr, scalars_ptr, row)
-        h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
-        h_total = tl.sum(h_sum, axis=0)
-        g_total = tl.sum(g_sum, axis=0)
+        h_total, g_total = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
     tl.store(out_ptr + row * 2, h_total)
     tl.store(out_ptr + row * 2 + 1, g_total)
 
@@ -131,10 +141,8 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     given = tl.load(labels_ptr + row)
     dlogits_row = dlogits_ptr + row * dlogits_stride
-    lanes = tl.arange(0, BLOCK)
     if given < 0:
-        for start in range(0, V, BLOCK):
-            tl.store(dlogits_row + start + lanes, 0.0, mask=start + lanes < V)
+        write_zeros(dlogits_row, V, BLOCK)
         return
     label = _own_label(given, first, V)
     student = (student_ptr + row * student_stride, student_scale, student_cap)
@@ -143,14 +151,14 @@ def gradient_kernel(
         write_label_gradient(student, dlogits_row, V, row, label, norms[0], norms[1], weights_ptr, BLOCK)
     else:
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
-        lam, _beta, inv_T, _off, _d = target
+        lam = target[0]
         ce_weight = 0.0
         if HARD_LABEL:
             ce_weight = 1.0 - lam
         share = lam
         if MIXED:
             share = 1.0
-        shares = (share * inv_T, ce_weight)
+        shares = (share / tl.load(scalars_ptr + 3), ce_weight)
         use = 0
         if use_ptr is not None:
             use = tl.load(use_ptr + row).to(tl.int32)
@@ -178,6 +186,7 @@ def _known(known_ptr, scalars_ptr, row):
     """``target``, ``norms`` and ``cold`` of a row, as the functions of the whole row's kernel take them."""
     at = known_ptr + row * KNOWN
     lam = tl.load(scalars_ptr)
-    target = (lam, tl.load(scalars_ptr + 1), 1.0 / tl.load(scalars_ptr + 3), log_off_label(lam), tl.load(at + 5))
+    k = exponent_scale(scalars_ptr)
+    target = (lam, tl.load(scalars_ptr + 1), k, log_off_label(lam), tl.load(at + 5))
     norms = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
     return target, norms, (tl.load(at + 6), tl.load(at + 7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from .base import Logits, RowInputs, RowOutputs, Shards
 from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
 from .sharded_row import Joined, Messages, SweptRow
 from .torch_math import TINY, label_target
-from .triton_row import THREADS, guard, row_constants, unit_stride, warp_size
+from .triton_row import formula_constants, guard, is_heavy, launch_constants, shape_of, unit_stride
+
+LN_2 = math.log(2.0)
+# Statistics that the kernel counts in powers of 2: maxima, the expectation, and the label's, from its slice's maximum.
+_BINARY = (0, 2, 3, 5, 6, 7)
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
@@ -26,18 +31,19 @@ class TritonRow(SweptRow):
         self.student = unit_stride(inputs.student.raw)
         self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options: tuple[Any, ...] = (student.scale, student.softcap, 1.0, None)
+        options: tuple[float | None, ...] = (*shape_of(student), None, None)
         capped = student.softcap is not None
         if isinstance(teacher, Logits):
             self.teacher = unit_stride(teacher.raw)
-            options = (student.scale, student.softcap, teacher.scale, teacher.softcap)
+            options = (*shape_of(student), *shape_of(teacher))
             capped = capped or teacher.softcap is not None
         self.options = options
-        made = row_constants(inputs.spec, inputs.cold_labels, capped)
-        self.made = made
+        self.made = formula_constants(inputs.spec, inputs.cold_labels)
         self.labels = inputs.labels.contiguous()
         self.scalars = inputs.scalars.contiguous()
-        self.launch = {"num_warps": THREADS // warp_size()}
+        launch = launch_constants(is_heavy(inputs.spec, capped), self.student, self.teacher)
+        self.lanes = {name: launch.pop(name) for name in ("LANES", "PACK")}
+        self.launch = launch
 
     @property
     def _strides(self) -> tuple[int, int]:
@@ -48,18 +54,25 @@ class TritonRow(SweptRow):
         with guard(self.labels.device):
             statistics_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
-                *self._strides, *self.options, COLD=self.made["COLD"], BLOCK=self.made["BLOCK"], **self.launch,
+                *self._strides, *self.options, COLD=self.made["COLD"], **self.lanes, **self.launch,
             )  # fmt: skip
         return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
 
     def _join(self, x: Tensor) -> Joined:
+        x = x.clone()
+        x[:, :, 2] += x[:, :, 0]
+        if self.teacher is not None:
+            x[:, :, 6] += x[:, :, 3]
+        for column in _BINARY:
+            if column < x.shape[2]:
+                x[:, :, column] *= LN_2
         of = super()._join(x)
         label_d = torch.zeros_like(of.top)
         if self.teacher is not None:
             label_d = label_target(of.log_p_y, self.s.lam).clamp(min=TINY).log() - of.log_q_y
         columns = (
-            of.top, (-of.log_sum).exp(), of.top_t, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum, label_d,
-            of.cold_top, (-of.cold_log_sum).exp(),
+            of.top / LN_2, (-of.log_sum).exp(), of.top_t / LN_2, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
+            label_d, of.cold_top / LN_2, (-of.cold_log_sum).exp(),
         )  # fmt: skip
         self.known = torch.cat(columns, 1).float()
         return of
@@ -71,7 +84,7 @@ class TritonRow(SweptRow):
             sums_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, self.known, use.view(torch.uint8), message,
                 self.shards.start, self.shards.size, *self._strides, *self.options, self.made["h"], self.made["g"],
-                self.made["MIXTURE"], self.made["MIXED"], self.made["BLOCK"], **self.launch,
+                self.made["MIXTURE"], self.made["MIXED"], **self.launch,
             )  # fmt: skip
         return message
 
@@ -89,7 +102,7 @@ class TritonRow(SweptRow):
                 self.scalars, self.known, None if use is None else use.view(torch.uint8),
                 None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
                 out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
-                self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["BLOCK"], **self.launch,
+                self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], **self.launch,
             )  # fmt: skip
         if out is not given:
             given.copy_(out)

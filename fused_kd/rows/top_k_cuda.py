@@ -87,11 +87,13 @@ def _launch(
         "FKD_TEACHER": NO_TEACHER,
         "FKD_DLOGITS": DTYPES[streams[-1].dtype],
         "FKD_LISTED": 0,
+        "FKD_WHOLE": 0,
         "FKD_WIDTH": width,
         "FKD_VECTOR": int(all(aligned(x, width) for x in streams)),
         "FKD_SHAPED": int(inputs.student.scale != 1.0 or inputs.student.softcap is not None),
         "FKD_THREADS": threads,
         "FKD_COLD": int(inputs.cold_labels),
+        "FKD_EXPAND": int(kernel == "fkd_expand"),
     }
     cut = Cut(1, threads, 0, records_bytes(threads, device))
     return Launch(kernel, tuple(sorted(macros.items())), cut, raw.shape[0], arguments, types)

@@ -1,7 +1,7 @@
 """Triton sweeps of :mod:`fused_kd.rows.top_k`: two kernels, a program per row.
 
-Entries are ascending, so that a block of the vocabulary finds its own between two counts, and compares itself with
-each of them: K + 1 comparisons of a block in a sweep, not of the row.
+Entries are ascending, so that a block of the vocabulary takes them from where the one before has stopped, and compares
+itself with each of its own: K + 1 comparisons of a block in a sweep, not of the row.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton.language as tl
 
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
-from .triton_row import BLOCK, THREADS, guard, unit_stride, warp_size
-from .triton_sweeps import logits, logits_and_slope
+from .triton_math import LN_2, LOG2_E, exponent, exponent_scale
+from .triton_row import guard, launch_constants, shape_of, unit_stride
+from .triton_sweeps import add_exponentials, by_lane, lane_max, logits, store_block, student_block, write_zeros
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
@@ -29,6 +30,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
         return
     V, K1 = student.raw.shape[1], teacher.indices.shape[1]
     small = categories(teacher, inputs.labels)
+    scale, cap = shape_of(student)
     raw, labels = unit_stride(student.raw), inputs.labels.contiguous()
     origin = torch.empty(C, device=labels.device)
     cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
@@ -36,13 +38,11 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
         "K1": K1,
         "V": V,
         "student_stride": raw.stride(0),
-        "student_scale": student.scale,
-        "student_cap": student.softcap,
+        "student_scale": scale,
+        "student_cap": cap,
         "COLD": inputs.cold_labels,
-        "BLOCK": BLOCK // 2,
         "BLOCK_K": triton.next_power_of_2(K1),
-        "num_warps": THREADS // warp_size(),
-    }
+    } | launch_constants(True, raw)
     with guard(labels.device):
         condense_kernel[(C,)](
             raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest, **common
@@ -76,43 +76,74 @@ def condense_kernel(
     student_scale,
     student_cap,
     COLD: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(scalars_ptr + 3)
-    inv_T = 1.0 / temperature
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
-    top = tl.cast(_LOG_ZERO, tl.float32)
-    z_sum = tl.zeros((BLOCK,), tl.float32)
-    cold_sum = tl.zeros((BLOCK,), tl.float32)
-    first = 0
+    k = exponent_scale(scalars_ptr)
+    top = tl.full((LANES,), _LOG_ZERO, tl.float32)
+    z_max = top * k
+    cold_max = top * LOG2_E
+    z_sum = tl.zeros((LANES,), tl.float32)
+    cold_sum = tl.zeros((LANES,), tl.float32)
+    student = (student_row, student_scale, student_cap)
     if tl.load(labels_ptr + row) >= 0:
-        for start in range(0, V, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            z = logits(student_row, offsets, offsets < V, student_scale, student_cap)
-            last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
-            for j in range(first, last):
-                z = tl.where(offsets == tl.load(indices_row + j), -float("inf"), z)
-            first = last
-            new_top = tl.maximum(top, tl.max(z, axis=0))
+        first = 0
+        whole = V // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            z, first = _rest(student, indices_row, start, None, first, K1, V, BLOCK, LANES, PACK)
+            top = tl.maximum(top, lane_max(z))
+            z_max, z_sum = add_exponentials(z, k, z_max, z_sum)
             if COLD:
-                cold_sum = cold_sum * tl.exp(top - new_top) + tl.exp(z - new_top)
-            z_sum = z_sum * tl.exp((top - new_top) * inv_T) + tl.exp((z - new_top) * inv_T)
-            top = new_top
+                cold_max, cold_sum = add_exponentials(z, LOG2_E, cold_max, cold_sum)
+        if whole < V:
+            z, first = _rest(student, indices_row, whole, V, first, K1, V, BLOCK, LANES, PACK)
+            top = tl.maximum(top, lane_max(z))
+            z_max, z_sum = add_exponentials(z, k, z_max, z_sum)
+            if COLD:
+                cold_max, cold_sum = add_exponentials(z, LOG2_E, cold_max, cold_sum)
     # Not before: they would hold registers through the sweep.
     entry_z = logits(student_row, entries, entries < V, student_scale, student_cap)
-    origin = tl.maximum(top, tl.max(entry_z, axis=0))
+    rest = tl.max(top, axis=0)
+    origin = tl.maximum(rest, tl.max(entry_z, axis=0))
     categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
     entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
-    tl.store(categories_row + K1, (top - origin) + tl.log(tl.sum(z_sum, axis=0)) * temperature)
+    tl.store(categories_row + K1, (rest - origin) + _log_sum(rest, k, z_max, z_sum) * temperature)
     if COLD:
-        tl.store(cold_ptr + row, (top - origin) + tl.log(tl.sum(cold_sum, axis=0)))
+        tl.store(cold_ptr + row, (rest - origin) + _log_sum(rest, LOG2_E, cold_max, cold_sum))
+
+
+@triton.jit
+def _rest(student, indices_row, start, end, first, K1, V, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
+    """A block's logits, -inf where listed, as :func:`fused_kd.rows.triton_sweeps.by_lane`; and the next entry."""
+    z, _slope, offsets = student_block(student, start, end, BLOCK)
+    entry = _entry(indices_row, first, K1, V)
+    while entry < tl.minimum(start + BLOCK, V):
+        z = tl.where(offsets == entry, -float("inf"), z)
+        first += 1
+        entry = _entry(indices_row, first, K1, V)
+    return by_lane(z, LANES, PACK), first
+
+
+@triton.jit
+def _entry(indices_row, i, K1, V):
+    return tl.load(indices_row + i, mask=i < K1, other=V).to(tl.int32)
+
+
+@triton.jit
+def _log_sum(top, k, z_max, z_sum):
+    """The logarithm of the lanes' sums together, over the largest logit."""
+    over = tl.max(z_max, axis=0)
+    return tl.log(tl.sum(z_sum * tl.exp2(z_max - over), axis=0)) - exponent(top, k, over) * LN_2
 
 
 @triton.jit
@@ -135,33 +166,67 @@ def expand_kernel(
     student_scale,
     student_cap,
     COLD: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    inv_T = 1.0 / tl.load(scalars_ptr + 3)
-    student_row = student_ptr + row * student_stride
-    indices_row = indices_ptr + row * K1
-    lanes_k = tl.arange(0, BLOCK_K)
-    entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
+    k = exponent_scale(scalars_ptr)
+    student = (student_ptr + row * student_stride, student_scale, student_cap)
+    dlogits_row = dlogits_ptr + row * dlogits_stride
+    if tl.load(labels_ptr + row) < 0:
+        write_zeros(dlogits_row, V, BLOCK)
+        return
     origin = tl.load(origin_ptr + row)
     rest = tl.load(categories_ptr + row * (K1 + 1) + K1)
     rest_gradient = tl.load(rest_gradient_ptr + row)
-    ignored = tl.load(labels_ptr + row) < 0
+    entries = (indices_ptr + row * K1, entry_gradient_ptr + row * K1)
+    cold = (0.0, 0.0)
+    if COLD:
+        cold = (tl.load(cold_ptr + row), tl.load(cold_gradient_ptr + row))
     first = 0
-    for start in range(0, V, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        mask = offsets < V
-        z, slope = logits_and_slope(student_row, offsets, mask, student_scale, student_cap)
-        # At most 1 on unlisted entries; listed ones, replaced below, must not overflow.
-        gradient = rest_gradient * tl.exp(tl.minimum(((z - origin) - rest) * inv_T, 0.0))
-        if COLD:
-            cold = tl.minimum((z - origin) - tl.load(cold_ptr + row), 0.0)
-            gradient += tl.load(cold_gradient_ptr + row) * tl.exp(cold)
-        last = tl.sum((entries < tl.minimum(start + BLOCK, V)).to(tl.int32), axis=0)
-        for j in range(first, last):
-            own = tl.load(entry_gradient_ptr + row * K1 + j)
-            gradient = tl.where(offsets == tl.load(indices_row + j), own, gradient)
-        first = last
-        gradient = tl.where(ignored, 0.0, gradient * slope)
-        tl.store(dlogits_ptr + row * dlogits_stride + offsets, gradient, mask=mask)
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        first = _expand(
+            student, entries, dlogits_row, start, None, first, K1, V, origin, k, rest, rest_gradient, cold, COLD, BLOCK
+        )
+    if whole < V:
+        _expand(
+            student, entries, dlogits_row, whole, V, first, K1, V, origin, k, rest, rest_gradient, cold, COLD, BLOCK
+        )
+
+
+@triton.jit
+def _expand(
+    student,
+    entries,
+    dlogits_row,
+    start,
+    end,
+    first,
+    K1,
+    V,
+    origin,
+    k,
+    rest,
+    rest_gradient,
+    cold,
+    COLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes a block's gradient; the next entry."""
+    indices_row, entry_gradient = entries
+    z, slope, offsets = student_block(student, start, end, BLOCK)
+    # At most 1 on unlisted entries; listed ones, replaced below, must not overflow.
+    gradient = rest_gradient * tl.exp2(tl.minimum(((z - origin) - rest) * k, 0.0))
+    if COLD:
+        cold_rest, cold_gradient = cold
+        gradient += cold_gradient * tl.exp2(tl.minimum(((z - origin) - cold_rest) * LOG2_E, 0.0))
+    entry = _entry(indices_row, first, K1, V)
+    while entry < tl.minimum(start + BLOCK, V):
+        gradient = tl.where(offsets == entry, tl.load(entry_gradient + first), gradient)
+        first += 1
+        entry = _entry(indices_row, first, K1, V)
+    store_block(dlogits_row, offsets, end, gradient * slope)
+    return first

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
+from ..tuning import current
 from .base import Logits, RowInputs, RowOutputs, Sparse
 from .triton_kernel import row_kernel
-
-# 2048 elements are 8 per thread: whole 16-byte loads in any dtype, 16 KB of fp32 in flight per program, and
-# at 64 registers four programs on a multiprocessor, which hide each other's latency and barriers.
-BLOCK = 2048
-THREADS = 256
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
@@ -73,23 +69,39 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             student_raw.stride(0),
             0 if teacher_raw is None else teacher_raw.stride(0),
             0 if dlogits is None else dlogits.stride(0),
-            student.scale,
-            student.softcap,
-            1.0 if teacher is None else teacher.scale,
-            None if teacher is None else teacher.softcap,
-            **row_constants(inputs.spec, inputs.cold_labels, capped),
-            num_warps=THREADS // warp_size(),
+            *shape_of(student),
+            *shape_of(teacher),
+            **formula_constants(inputs.spec, inputs.cold_labels),
+            **launch_constants(
+                is_heavy(inputs.spec, capped), student_raw, None if entries is not None else teacher_raw, dlogits
+            ),
         )
     if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
         outputs.dlogits.copy_(dlogits)
 
 
-@functools.cache
-def row_constants(spec: RowSpec, cold_labels: bool, capped: bool) -> dict[str, Any]:
-    """What the kernel is compiled for, besides dtypes, alignment, softcaps and which pointers are None."""
-    # A tanh and two ratios need registers too: with whole blocks some targets would spill.
-    heavy = capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
-    return formula_constants(spec, cold_labels) | {"BLOCK": BLOCK // 2 if heavy else BLOCK}
+def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
+    """A side's scale and softcap as the kernels take them: None where there is nothing to compute."""
+    return (None, None) if side is None else (None if side.scale == 1.0 else side.scale, side.softcap)
+
+
+def is_heavy(spec: RowSpec, capped: bool) -> bool:
+    """A tanh and two ratios need registers too: with whole blocks some targets would spill."""
+    return capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
+
+
+def launch_constants(heavy: bool, *raw: Tensor | None) -> dict[str, int]:
+    """A program's columns at once, its threads, and how many neighbouring columns of these logits one of them takes."""
+    tuning = current()
+    block = tuning.row_block // 2 if heavy else tuning.row_block
+    # As Triton decides, for all together: of unaligned rows a thread takes every LANES-th column.
+    widths = [16 // x.element_size() for x in raw if x is not None and _aligned(x)]
+    pack = min(max(widths, default=1), block // tuning.row_threads)
+    return {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
 @functools.cache

@@ -50,12 +50,13 @@ extern "C" const char *emulate_row(const Grid *grid, const Macros *chosen, const
                                    float student_scale, float student_cap, const void *teacher, int64_t teacher_stride,
                                    float teacher_scale, float teacher_cap, void *dlogits, int64_t dlogits_stride,
                                    const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V,
-                                   int32_t resident, const int64_t *labels, const float *weights, const float *scalars,
-                                   const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
+                                   int32_t resident, int32_t ahead, const int64_t *labels, const float *weights,
+                                   const float *scalars, const uint8_t *given, float *loss, float *difficulty,
+                                   uint8_t *is_hard) {
     return run(grid, chosen, [=] {
         fkd_row(student, student_stride, student_scale, student_cap, teacher, teacher_stride, teacher_scale,
-                teacher_cap, dlogits, dlogits_stride, entries, rest, K, C, V, resident, labels, weights, scalars, given, loss,
-                difficulty, is_hard);
+                teacher_cap, dlogits, dlogits_stride, entries, rest, K, C, V, resident, ahead, labels, weights, scalars,
+                given, loss, difficulty, is_hard);
     });
 }
 

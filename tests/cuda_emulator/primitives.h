@@ -21,7 +21,7 @@
 
 struct Macros {  // mirrored by tests/cuda_emulator/__init__.py
     int32_t threads, width, vector, shaped, student, teacher, dlogits, listed, divergence;
-    int32_t is_free, mixture, kl_at_one, adaptive, mixed, hard_label, gated, cold;
+    int32_t is_free, mixture, kl_at_one, adaptive, mixed, hard_label, gated, cold, whole;
 };
 static Macros macros;
 
@@ -43,6 +43,7 @@ static Macros macros;
 #define FKD_HARD_LABEL macros.hard_label
 #define FKD_GATED macros.gated
 #define FKD_COLD macros.cold
+#define FKD_WHOLE macros.whole
 
 #define FKD_KERNEL static
 #define FKD_INLINE static inline
@@ -270,6 +271,7 @@ template <typename T> static void global_write(void *x, T value) {
     if (allowed(x, sizeof value, sizeof value, true)) memcpy(x, &value, sizeof value);
 }
 
+FKD_INLINE void kept(const char **) {}
 FKD_INLINE uint4 global_read16(const void *x) { return global_read<uint4>(x); }
 FKD_INLINE uint2 global_read8(const void *x) { return global_read<uint2>(x); }
 FKD_INLINE uint32_t global_read4(const void *x) { return global_read<uint32_t>(x); }
@@ -296,8 +298,7 @@ FKD_INLINE void copies_commit() {
     me->open.clear();
 }
 
-FKD_INLINE void copies_wait(int newest) {
-    if (newest < 0 || newest > 7) report("a wait for all but %d groups", newest);
+template <int newest> FKD_INLINE void copies_wait() {
     while ((int)me->copies.size() > newest) {
         for (const Copy &copy : me->copies.front()) {
             if (!touch(me->block, copy.offset, copy.size, true, "copy")) continue;

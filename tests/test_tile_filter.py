@@ -1,0 +1,177 @@
+"""Gradient GEMMs of the chunked engine that leave out negligible tiles: within the bound, and really left out."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_kd as fk
+from fused_kd.engine import chunked, head_gradient, tile_filter
+from fused_kd.engine.gemm import Projection
+from fused_kd.engine.plan import Plan
+from fused_kd.engine.tile_filter import HostTiles
+
+from .problems import CPU_BACKENDS, gradients, problem, relative
+from .test_gradient_groups import Device
+
+EPS = 1e-4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+
+
+def peaked(dtype: torch.dtype = torch.float32, N: int = 29):
+    """A bias leaves tokens from 64 on so little probability that their tiles are negligible."""
+    p = problem(N, V=300, std=2.0, near=True, bias=True, dtype=dtype)
+    p.labels[p.labels >= 64] = 5
+    with torch.no_grad():
+        p.bias[64:] = -30.0
+    return p.student(), fk.LMHead(p.hidden_t, p.weight_t, p.bias.detach()), p
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Columns that the host's blocks of tokens were left with."""
+    seen: list[int] = []
+    init = HostTiles.__init__
+
+    def record(self, *arguments) -> None:
+        init(self, *arguments)
+        seen.extend(len(columns) for _, columns in self._blocks)
+
+    monkeypatch.setattr(HostTiles, "__init__", record)
+    return seen
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("objective", [fk.SFT(), fk.SelfEvolution(gamma=0.5), fk.Skew()], ids=lambda o: o.name)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_within_the_bound_and_left_out(objective, dtype, weighted, backend, kept):
+    student, teacher, p = peaked(dtype)
+    valid = p.labels != -100
+    weights = torch.linspace(0, 3, len(p.labels)) if weighted else None
+    options = {"backend": backend, "token_weights": weights}
+    exact = fk.kd_loss(student, teacher, p.labels, objective, **options)
+    dh, dw, db = (g.double() for g in gradients(exact.loss, p.leaves))
+    assert not kept
+    filtered = fk.kd_loss(student, teacher, p.labels, objective, grad_filter_eps=EPS, **options)
+    dh_f, dw_f, db_f = (g.double() for g in gradients(filtered.loss, p.leaves))
+    assert torch.equal(filtered.loss, exact.loss) and torch.equal(db_f, db)
+    assert kept and all(n <= 64 for n in kept)
+    assert dw_f[64:].abs().sum() == 0 < dw[64:].abs().sum()  # left out, and not by being zero anyway
+    factor = (valid.double() if weights is None else weights * valid) / (
+        valid.sum() if weights is None else (weights * valid).sum()
+    )
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    bound_h = EPS * factor * p.weight.double().norm(dim=1).sum()
+    bound_w = EPS * (factor * p.hidden.double().norm(dim=1)).sum()
+    assert ((dh_f - dh).norm(dim=1) <= bound_h + rounding * dh.norm(dim=1)).all()
+    assert ((dw_f - dw).norm(dim=1) <= bound_w + rounding * dw.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_leaves_nothing_out_is_exact(dtype, kept, monkeypatch):
+    """More tokens than a block of the host holds, several chunks, padding in the vocabulary."""
+    p = problem(300, dtype=dtype, bias=True, ignored=0.1)
+    monkeypatch.setattr(chunked, "preferred_chunk", lambda *_: 200)
+    options = {"vocab_size": 400}
+    p.labels[p.labels >= 400] = 3
+    refs = gradients(fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew(), **options).loss, p.leaves)
+    found = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew(), grad_filter_eps=1e-30, **options).loss
+    for g, r in zip(gradients(found, p.leaves), refs, strict=True):
+        assert relative(g, r) < (1e-6 if dtype == torch.float32 else 2e-3)
+    assert len(kept) > 2 and all(n > 390 for n in kept)
+
+
+def tiles(dlogits: Tensor, weight: Tensor, factors: Tensor | None, eps: float, place: str):
+    if place == "host":
+        return HostTiles(Projection(weight, None, weight.dtype), dlogits, factors, eps)
+    from fused_kd.engine.tile_filter_triton import DeviceTiles
+
+    return DeviceTiles(Projection(weight, None, weight.dtype), dlogits, factors, eps)
+
+
+@pytest.mark.parametrize("place", ["host", pytest.param("device", marks=needs_interpreter)])
+def test_products_of_what_is_left(place):
+    """Both ways against the dense product of dlogits with the negligible tiles zeroed by hand."""
+    g = torch.Generator().manual_seed(0)
+    G, V, H, tile = 150, 300, 20, 128 if place == "host" else 64
+    dlogits = torch.randn(G, V, generator=g) * 1e-6
+    dlogits[3, 70:90] = dlogits[149, 299] = 1.0
+    factors = torch.rand(G, generator=g) + 0.5
+    dlogits[140] = 1e-2
+    factors[140] = 1e5  # large by its factor alone
+    dlogits[3, 10] = 2e-4  # the only entry of its tile that is not
+    factors[3] = 1.0
+    weight, hidden = torch.randn(V, H, generator=g), torch.randn(G, H, generator=g)
+    left = torch.zeros_like(dlogits)
+    width = 1 if place == "host" else tile
+    for rows in torch.arange(G).split(tile):
+        for columns in torch.arange(V).split(width):
+            inside = dlogits[rows][:, columns]
+            if (inside.abs() >= EPS * factors[rows].unsqueeze(1)).any():
+                left[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = inside
+    assert 0 < left.count_nonzero() < dlogits.count_nonzero()
+    found = tiles(dlogits, weight, factors, EPS, place)
+    assert relative(found.hidden(), left @ weight) < 1e-6
+    whole = torch.full((V, H), math.nan)
+    found.weight(whole, slice(0, V), hidden, first=True)
+    assert relative(whole, left.t() @ hidden) < 1e-6
+    part = torch.ones(V - 128, H)
+    found.weight(part, slice(128, V), hidden, first=False)
+    assert relative(part - 1, left[:, 128:].t() @ hidden) < 1e-5
+
+
+def test_the_host_gathers_a_slab_at_a_time(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    dlogits, weight, hidden = (torch.randn(*size, generator=g) for size in ((150, 300), (300, 20), (150, 20)))
+    monkeypatch.setattr(tile_filter, "slab_rows", lambda V, H: 70)
+    found = tiles(dlogits, weight, None, EPS, "host")
+    assert relative(found.hidden(), dlogits @ weight) < 1e-6
+    whole = torch.full((300, 20), math.nan)
+    found.weight(whole, slice(0, 300), hidden, first=True)
+    assert relative(whole, dlogits.t() @ hidden) < 1e-6
+
+
+@pytest.mark.parametrize("place", ["host", pytest.param("device", marks=needs_interpreter)])
+def test_nan_is_never_left_out(place):
+    dlogits, weight = torch.zeros(5, 200), torch.ones(200, 3)
+    dlogits[2, 150] = math.nan
+    found = tiles(dlogits, weight, torch.zeros(5), EPS, place).hidden()
+    assert found[2].isnan().all() and (found[[0, 1, 3, 4]] == 0).all()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("group", [29, 16], ids=["whole", "groups"])
+def test_the_engine_of_a_gpu(group, monkeypatch):
+    """Kernels in place of the host's blocks, fp16 dlogits in padded rows, slabs of the weight gradient."""
+    from fused_kd.engine.tile_filter_triton import DeviceTiles
+
+    Device(monkeypatch)
+    monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: Plan(8, 0, group))
+    monkeypatch.setattr(head_gradient, "slab_rows", lambda V, H: 128)
+    monkeypatch.setattr(head_gradient, "tiles_of", DeviceTiles)
+    flags = []
+    init = DeviceTiles.__init__
+    monkeypatch.setattr(DeviceTiles, "__init__", lambda self, *a: (init(self, *a), flags.append(self._flags))[0])
+    student, teacher, p = peaked(torch.float16)
+    exact = gradients(fk.kd_loss(student, teacher, p.labels, fk.Skew()).loss, p.leaves)
+    found = gradients(fk.kd_loss(student, teacher, p.labels, fk.Skew(), grad_filter_eps=EPS).loss, p.leaves)
+    assert 0 < torch.cat([f.flatten() for f in flags]).float().mean() < 1
+    n = (p.labels != -100).sum()
+    bound = EPS / n * p.weight.double().norm(dim=1).sum() + 2e-3 * exact[0].double().norm(dim=1)
+    assert ((found[0].double() - exact[0].double()).norm(dim=1) <= bound).all()
+    assert relative(found[1][:64], exact[1][:64]) < 2e-3 and not found[1][128:].any()
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch):
+    from fused_kd import rows
+    from fused_kd.engine.dispatch import choose_engine
+
+    monkeypatch.setattr(rows, "_installed", lambda package: False)
+    with pytest.raises(ValueError, match=r"grad_filter_eps=0.001 must be 0 here: .* the package triton"):
+        choose_engine(None, None, "kl", 1e-3, torch.device("cuda"))
