@@ -16,7 +16,7 @@ from fused_kd.engine.plan import BudgetTooSmall, Plan, Workspace, plan_chunks
 from fused_kd.tuning import tuned
 
 from .budget import check_budget
-from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, gradients, problem, relative, rows_for
+from .problems import NAMES, OBJECTIVES, gradients, needs_compiler, problem, relative, rows_for
 
 BF16, FP16 = torch.bfloat16, torch.float16
 A = {"H_s": 4096, "H_t": 5120, "V": 128256}
@@ -61,7 +61,8 @@ def run(p, objective, backend, **options):
     return out, gradients(out.loss, p.leaves)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+# Triton's interpreter truncates to bf16 where a GPU rounds.
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_budget_with_all_tokens_in_one_group(objective, dtype, backend, device):
