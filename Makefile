@@ -1,5 +1,5 @@
 # make demo: distil a tiny translation model.  make test: the test suite; make test-all: kernels for every GPU too.
-# make docs: docs/api.md from the code.  Each sets up .venv first.
+# make docs: docs/api.md from the code.  Each sets up .venv first; make gpu alone does not.
 # make compat: kernels and tests with every Triton, the oldest NVRTC, and the oldest and newest torch that are supported;
 # downloads about 10 GB into build/ (20 GB unpacked) the first time.  make compat-fast: with the oldest Triton, for sm_90.
 PYTHON ?= python3
@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 # Small operations: threads that wait for each other cost more than they give.
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
+# Of make gpu: where its results go, and how long it may take.
+OUT ?= build/gpu
+MINUTES ?= 6
 
 .PHONY: demo demo-quick test test-all compat compat-fast lint types docs gpu bench clean
 
@@ -40,8 +43,9 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(PY) docs/api.py
 
-gpu: $(STAMP)
-	$(PY) -m bench run --device cuda
+# From a plain checkout, with the Python that is given: no network, no .venv, nothing installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m bench gpu --out $(OUT) --minutes $(MINUTES)
 
 bench: $(STAMP)
 	$(PY) -m bench run --device cpu

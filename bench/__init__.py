@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench.cpu`` and ``python -m bench.gpu``, from the repository's root."""
+"""Benchmarks: ``python -m bench run`` on a CPU, ``python -m bench gpu`` on an NVIDIA GPU, from the root."""

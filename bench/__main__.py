@@ -1,4 +1,4 @@
-"""``python -m bench run | report FILE | compare BEFORE AFTER | model``: how much memory, how fast, how exact."""
+"""``python -m bench run | gpu | report FILE | compare BEFORE AFTER | model``: how much memory, how fast, how exact."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import json
 import sys
 from pathlib import Path
 
-from . import compare, model, run
-from .report import write_report
+from . import gpu
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:  # the others import torch, which a run on a GPU leaves to its stages
+        parser = argparse.ArgumentParser(
+            prog="python -m bench gpu", description=gpu.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        gpu.add_arguments(parser)
+        return gpu.main(parser.parse_args(arguments[1:]))
+    from . import compare, model, run
+    from .report import write_report
+
     if arguments[:1] == ["model"]:
         return model.main(arguments[1:]) or 0
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -27,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     comparison.add_argument(
         "--limit", type=float, default=1.1, help="the largest ratio of time or memory that is none (default 1.1)"
     )
+    commands.add_parser("gpu", help="ten minutes on a machine with an NVIDIA GPU (--help says more)", add_help=False)
     commands.add_parser("model", help="what the performance model predicts (--help says how to ask)", add_help=False)
     args = parser.parse_args(arguments)
     if args.command == "run":

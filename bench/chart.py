@@ -8,7 +8,7 @@ from typing import Any
 
 from .implementation import GROUPS
 from .samples import ratios
-from .tables import is_alone, memory_of, variant_of
+from .tables import memory_of, variant_of
 
 MAIN = "self-evolution"
 
@@ -31,7 +31,7 @@ def _bars(data: dict[str, Any], path: Path, groups: list[str], labels: str) -> N
 
     panels: dict[tuple, list[dict[str, Any]]] = {}
     for row in data["rows"]:
-        if row["status"] == "ok" and row["purpose"] == "table" and row["group"] in groups and not is_alone(row):
+        if row["status"] == "ok" and row["purpose"] == "table" and row["group"] in groups:
             panels.setdefault((row["group"], *row["shape"].values()), []).append(row)
     if not panels:
         return

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .samples import ratios
 from .store import row_key
-from .tables import error_of, fixed, is_alone, median, memory_of, table, variant_of
+from .tables import error_of, fixed, median, memory_of, table, variant_of
 
 # A digit more or less of an error that is rounding alone says nothing.
 ERROR_LIMIT = 2.0
@@ -48,10 +48,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], limit: float) -> list
 def _change(old: dict[str, Any], new: dict[str, Any], limit: float) -> Change:
     if new["status"] != "ok":
         return Change(new, None, None, None, (f"{new['status']}: {new['reason']}",))
-    if is_alone(old):
-        olds, news = ratios(old, "row", "copy"), ratios(new, "row", "copy")
-    else:
-        olds, news = ratios(old), ratios(new)
+    olds, news = ratios(old), ratios(new)
     time = _over(median(news), median(olds))
     memory, error = _over(memory_of(new), memory_of(old)), _over(error_of(new, "d_hidden"), error_of(old, "d_hidden"))
     worse = []

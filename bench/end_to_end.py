@@ -19,7 +19,6 @@ from . import environment
 from .architectures import ARCHITECTURES, Architecture, suite
 from .inputs import BETA, LAM
 from .largest import Search
-from .plans import unsupported
 from .progress import progress
 from .runner import LEAST_SECONDS, Deadline
 from .store import json_safe
@@ -233,10 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.quick and named:
         parser.error("--quick has a pair of its own: leave out --architecture")
     devices = {a.device for a in named if a.device is not None}
-    device: str = args.device or (devices.pop() if len(devices) == 1 else "cpu" if unsupported() else "cuda")
+    here = "cpu" if environment.unsupported() else "cuda"
+    device: str = args.device or (devices.pop() if len(devices) == 1 else here)
     if misplaced := [a.name for a in named if a.device not in (device, None)]:
         parser.error(f"--architecture {misplaced[0]} is not for --device {device}")
-    if device == "cuda" and (reason := unsupported()):
+    if device == "cuda" and (reason := environment.unsupported()):
         print(f"bench.end_to_end: {reason}", file=sys.stderr)
         return 2
     environment.use_threads(1 if args.quick and device == "cpu" else None)

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
 
 from fused_kd.info import processor
 
@@ -22,8 +23,8 @@ PACKAGES = (
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
 MEASURED = (
     "accuracy", "architectures", "bandwidth", "counts", "counts_streaming", "eager", "end_to_end", "floor", "fused",
-    "implementation", "implementations", "inputs", "largest", "machine", "measure", "peers", "suite", "tally", "trial",
-    "worker",
+    "implementation", "implementations", "inputs", "largest", "machine", "measure", "peers", "stages", "suite", "tally",
+    "trial", "worker",
 )  # fmt: skip
 SOURCES = (
     "fused_kd/*.py", "fused_kd/engine/*.py", "fused_kd/rows/*.py", "csrc/*", *(f"bench/{name}.py" for name in MEASURED),
@@ -52,6 +53,23 @@ def hardware(device: str) -> dict:
             ),
         }
     return found
+
+
+def smi() -> str | None:
+    """Clocks, temperature, power and memory in use of the GPUs at this moment; None without nvidia-smi."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used,clocks_throttle_reasons.active"
+    return _first_line("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def unsupported() -> str | None:
+    """Why nothing of a GPU can be measured here, in one line, or None."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "no NVIDIA GPU is available to torch"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"needs an NVIDIA GPU of sm_80 or later, found {torch.cuda.get_device_name()}"
+    if torch.__version__ < TorchVersion("2.8"):
+        return f"needs torch >= 2.8, found {torch.__version__}"
+    return None
 
 
 def machine(found: dict) -> str:

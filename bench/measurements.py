@@ -9,9 +9,7 @@ from .implementation import GROUPS
 from .samples import rates, ratios
 from .tables import (
     error_of,
-    fixed,
     giga,
-    is_alone,
     judged,
     median,
     memory_of,
@@ -67,7 +65,7 @@ def targets(data: dict[str, Any]) -> str:
 
 def steps(data: dict[str, Any]) -> str:
     """A table for each group of implementations that compute the same."""
-    rows = [r for r in data["rows"] if r["purpose"] == "table" and not is_alone(r)]
+    rows = [r for r in data["rows"] if r["purpose"] == "table"]
     parts = []
     for group, formula in GROUPS.items():
         if here := [r for r in rows if r["group"] == group]:
@@ -117,7 +115,7 @@ def work(data: dict[str, Any]) -> str:
     """FLOPs and bytes, counted and measured, and the rates that follow."""
     lines = []
     for row in data["rows"]:
-        if is_alone(row) or row["status"] != "ok" or "counts" not in row or row["purpose"] != "table":
+        if row["status"] != "ok" or "counts" not in row or row["purpose"] != "table":
             continue
         counts, rate = row["counts"], rates(row)
         swept = [f"{1e-9 * counts[k]:.2f}" for k in ("row_bytes_once", "row_bytes_swept") if k in counts]
@@ -145,37 +143,5 @@ def work(data: dict[str, Any]) -> str:
         "GFLOP/s", "share of the floor's", "GEMMs' GB counted", "row's GB counted, once - swept", "GB/s",
         "row's special functions counted, 1e9", "workspace counted, GB", "row's scratch measured, GB",
         "peak measured, GB",
-    ]  # fmt: skip
-    return table(head, lines) if lines else ""
-
-
-def bandwidth(data: dict[str, Any]) -> str:
-    """Rows alone, against a copy of device memory in the same run."""
-    lines = []
-    for row in filter(is_alone, data["rows"]):
-        lead = [
-            f"{row['chunk']} x {row['shape']['V']}",
-            row["tokens"],
-            row["implementation"].removeprefix("row: "),
-        ]
-        if row["status"] != "ok":
-            lines.append([*lead, f"{row['status']}: {row['reason']}", *[""] * 4])
-            continue
-        seconds, copy = (statistics.median(row["seconds"][k]) for k in ("row", "copy"))
-        rate = row["copy_bytes"] / copy
-        once, swept = row["row_bytes_once"] / seconds, row["row_bytes_swept"] / seconds
-        lines.append(
-            [
-                *lead,
-                f"{1e3 * seconds:.3f}",
-                f"{once / 1e9:.0f}",
-                percent(once / rate),
-                percent(swept / rate),
-                fixed(rate / 1e9, 0),
-            ]
-        )
-    head = [
-        "chunk", "tokens", "row", "ms", "GB/s (each logit read once)", "share of the copy",
-        "share, every sweep counted", "copy GB/s",
     ]  # fmt: skip
     return table(head, lines) if lines else ""

@@ -41,22 +41,18 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def markdown(data: dict[str, Any]) -> str:
     """The whole report of one results file."""
-    on_gpu = data["settings"]["device"] == "cuda"
     sections = {
         "Where fused_kd stands": standing.verdict(data),
-        "Targets": "" if on_gpu else measurements.targets(data),
+        "Targets": measurements.targets(data),
         "Forward + backward": measurements.steps(data),
-        "The row alone, against a copy of device memory": measurements.bandwidth(data),
         "Scaling": scaling.markdown(data),
         "A training step, end to end": end_to_end.markdown(data["end_to_end"]) if data.get("end_to_end") else "",
         "Work, counted beside measured": measurements.work(data),
         "The performance model, beside what was measured": model.markdown(data),
-        "Expected on GPUs": "" if on_gpu else model.markdown_expected(),
+        "Expected on GPUs": model.markdown_expected(),
         "How it was measured": _method(data),
     }
     parts = [f"# fused_kd, {data['suite']} suite: {_machine(data['hardware'])}", _about(data)]
-    if on_gpu:
-        parts.append(_tests(data.get("tests")))
     for title, text in sections.items():
         if text:
             parts += [f"## {title}", text]
@@ -87,16 +83,6 @@ def _about(data: dict[str, Any]) -> str:
         f"- {settings['dtype']}, {settings['rounds']} rounds",
     ]
     return "\n".join(lines)
-
-
-def _tests(tests: dict[str, Any] | None) -> str:
-    if tests is None:
-        return "Tests marked gpu: not run."
-    if "passed" not in tests:
-        return f"Tests marked gpu: {tests['status']}, {tests['reason']}."
-    counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "errors", "skipped"))
-    failing = "".join(f"\n- failing: `{name}`" for name in tests["failing"])
-    return f"Tests marked gpu: {counts}.{failing}"
 
 
 def write_report(path: Path) -> str:

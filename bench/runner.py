@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,9 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from .environment import ROOT
+from .process import kill, why
 from .store import Store, row_key
 from .worker import Case
 
@@ -88,62 +87,13 @@ def run_batch(cases: list[Case], store: Store, limit: float) -> None:
                     _collect(lines, store, delivered)
                 late = process.poll() is None
             finally:
-                _kill(process)
+                kill(process)
             _collect(lines, store, delivered)
-        reason = f"stopped after {limit:.0f} s" if late else _why(process.returncode, log_path.read_text())
+        reason = f"stopped after {limit:.0f} s" if late else why(process.returncode, log_path.read_text())
         for case in cases:
             for variant, key in zip(case.variants, case.row_keys(), strict=True):
                 if key not in delivered:
                     store.add(case.row(variant, status="skipped" if late else "failed", reason=reason))
-
-
-def run_tests(limit: float) -> dict[str, Any]:
-    """Counts of the tests marked ``gpu``; failures are reported, not raised."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}", "tests"]
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        with Path(folder, "log").open("w+") as log:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-            try:
-                process.wait(timeout=limit)
-                late = False
-            except subprocess.TimeoutExpired:
-                late = True
-            finally:
-                _kill(process)
-            log.seek(0)
-            text = log.read()
-        if late:
-            return {"status": "skipped", "reason": f"stopped after {limit:.0f} s", "tail": text[-2000:]}
-        if not report.exists():
-            return {"status": "failed", "reason": _why(process.returncode, text), "tail": text[-2000:]}
-        return _counts(report.read_text()) | {"tail": text[-2000:]}
-
-
-def _counts(xml: str) -> dict[str, Any]:
-    from xml.etree import ElementTree
-
-    root = ElementTree.fromstring(xml)
-    suites = list(root.iter("testsuite"))
-    total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    broken = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in root.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {
-        "status": "failed" if broken else "ok",
-        "passed": total - failures - errors - skipped,
-        "failed": failures,
-        "errors": errors,
-        "skipped": skipped,
-        "failing": broken,
-    }
 
 
 def _collect(lines: TextIO, store: Store, delivered: set[tuple]) -> None:
@@ -156,18 +106,3 @@ def _collect(lines: TextIO, store: Store, delivered: set[tuple]) -> None:
         row = json.loads(line)
         delivered.add(row_key(row))
         store.add(row)
-
-
-def _why(code: int, log: str) -> str:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "no output"
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name} (out of memory?): {last}"
-    return f"exit code {code}: {last}"
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """End the process and the compilers that it may have started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

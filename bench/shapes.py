@@ -59,19 +59,14 @@ CPU_SHAPES = (
 )
 # The peers', whose objectives have no gate.
 CPU_PEER_SHAPE = Shape("32k-512", 512, 256, 512, 32000)
-# Student and teacher of Llama 3 (8B head, a 13B-sized teacher), Qwen 2.5 (0.5B, 7B), Llama 2 (7B, 13B), Llama 3
-# (1B, 8B) and Gemma 3 (1B, 12B).
+# Student and teacher of Llama 3 (8B head, a 13B-sized teacher), Qwen 2.5 (0.5B, 7B) and GPT-2 (small, XL), whose
+# vocabulary is odd.
 GPU_SHAPES = (
     Shape("A", 8192, 4096, 5120, 128256),
     Shape("B", 8192, 896, 3584, 151936),
 )
-MORE_GPU_SHAPES = (
-    Shape("llama-2", 8192, 4096, 5120, 32000),
-    Shape("llama-3-1b", 8192, 2048, 4096, 128256),
-    Shape("gemma-3", 8192, 1152, 3840, 262144),
-)
-# Of these the row alone, beside GPU_SHAPES.
-ROW_SHAPES = (Shape("C", 8192, 2048, 4096, 32000),)
+ODD_SHAPE = Shape("odd", 8192, 768, 1600, 50257)
+REHEARSAL_SHAPES = (Shape("A", 64, 32, 48, 1024), Shape("B", 64, 16, 32, 1504), Shape("odd", 64, 16, 24, 517))
 QUICK_SHAPES = (Shape("tiny", 96, 32, 48, 1000),)
 
 
@@ -84,10 +79,6 @@ def _curve(name: str, base: Shape, **values: tuple[int, ...]) -> tuple[Shape, ..
 CPU_CURVES = {
     "N": _curve("N", Shape("", 0, 128, 256, 32000), N=(256, 1024, 4096)),
     "V": _curve("V", Shape("", 256, 128, 256, 0), V=tuple(VOCABULARIES[name] for name in ("32k", "128k", "262k"))),
-}
-GPU_CURVES = {
-    "N": _curve("N", Shape("", 0, 2048, 4096, 128256), N=(512, 2048, 8192, 16384)),
-    "V": _curve("V", Shape("", 4096, 2048, 4096, 0), V=tuple(VOCABULARIES.values())),
 }
 QUICK_CURVES = {
     "N": _curve("N", Shape("", 0, 16, 24, 500), N=(16, 64)),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .measure import Calls, seconds_of
-from .plans import default_plan
+from .plans import cpu_plan
 from .store import json_safe
 from .worker import Case, row
 
@@ -22,7 +22,7 @@ _kept: dict[tuple, Any] = {}
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     texts = metafunc.config.getoption("--case")
-    cases = [Case.from_json(text) for text in texts] if texts else default_plan()
+    cases = [Case.from_json(text) for text in texts] if texts else cpu_plan()
     params = [(case, variant) for case in cases for variant in case.variants]
     ids = [f"{case.shape.name}-{case.implementation}-{variant}".replace(" ", "_") for case, variant in params]
     metafunc.parametrize(("case", "variant"), params, ids=ids)

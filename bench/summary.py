@@ -9,7 +9,7 @@ from typing import Any
 from .environment import ROOT
 from .implementation import GROUPS
 from .samples import ratios
-from .tables import error_of, fixed, is_alone, median, memory_of, scientific, table
+from .tables import error_of, fixed, median, memory_of, scientific, table
 
 README = ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -19,7 +19,7 @@ def summary(data: dict[str, Any]) -> str:
     """A line for each implementation at each shape; several variants are separated by slashes."""
     rows = [
         r for r in data["rows"]
-        if r["purpose"] == "table" and not is_alone(r) and r["status"] == "ok"
+        if r["purpose"] == "table" and r["status"] == "ok"
         and r["valid"] == 1.0 and r["teacher"] == "near" and r["chunk"] is None
     ]  # fmt: skip
     lines = []

@@ -32,11 +32,6 @@ def error_of(row: dict[str, Any], name: str) -> float | None:
     return float(row["error"][name]) if "error" in row else None
 
 
-def is_alone(row: dict[str, Any]) -> bool:
-    """Of a row implementation alone."""
-    return row["implementation"].startswith("row: ")
-
-
 def over(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 

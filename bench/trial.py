@@ -25,7 +25,7 @@ from .architectures import Architecture
 from .eager import self_evolution
 from .inputs import BETA, IGNORE, LAM
 from .measure import peak_memory, seconds_of
-from .runner import _why
+from .process import why
 from .worker import guarded
 
 WAYS = ("fused_kd", "torch.compile", "eager")
@@ -180,7 +180,7 @@ def run_trial(trial: Trial, limit: float) -> dict[str, Any]:
             return found
         except EOFError:
             process.join()
-            return {"status": "failed", "reason": _why(process.exitcode, log.read_text())}
+            return {"status": "failed", "reason": why(process.exitcode, log.read_text())}
         finally:
             with contextlib.suppress(ProcessLookupError):  # with the compilers that it may have started
                 os.killpg(process.pid, signal.SIGKILL)

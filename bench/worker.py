@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.rows import choose_backend
-
 from .accuracy import relative_errors
-from .bandwidth import measure_row
 from .floor import Floor
 from .implementations import IMPLEMENTATIONS, Implementation, preferred_chunk
 from .inputs import Inputs, make_inputs
@@ -23,13 +20,12 @@ from .measure import Calls, Flush, Sampler, interleaved, peak_memory
 from .shapes import Shape, Variant
 from .tally import measured_flops, row_scratch_bytes
 
-ROW_PREFIX = "row: "
 MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """``implementation`` is a key of IMPLEMENTATIONS, or ``row: <backend>`` for a row implementation alone.
+    """``implementation`` is a key of IMPLEMENTATIONS.
 
     As many ``rounds`` as fit ``seconds``, but three. Errors are those of the first ``error_tokens`` tokens.
     ``purpose`` says what the row is for: "table", or the curve ("N", "V", "valid") it is a point of.
@@ -48,12 +44,6 @@ class Case:
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, or None."""
-        if self.implementation.startswith(ROW_PREFIX):
-            try:
-                choose_backend(self.implementation.removeprefix(ROW_PREFIX), torch.device(self.device))
-            except ValueError as error:
-                return str(error)
-            return None
         known = IMPLEMENTATIONS.get(self.implementation)
         return known.missing(self.device) if known else None
 
@@ -108,13 +98,6 @@ def row(
 
 def _row(case: Case, variant: Variant, sampler: Sampler, inputs: Inputs | None) -> dict[str, Any]:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
-    if case.implementation.startswith(ROW_PREFIX):
-        backend = case.implementation.removeprefix(ROW_PREFIX)
-        (found,) = measure_row(
-            backend, variant.chunk or case.shape.N, case.shape.V, device, dtype, [variant.tokens], case.rounds
-        )
-        del found["tokens"]
-        return {"row": case.row(variant, status="ok", **found), "inputs": None}
     implementation = IMPLEMENTATIONS[case.implementation]
     if inputs is None:
         inputs = implementation.prepare(make_inputs(case.shape, device, dtype, teacher=variant.teacher))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 AFFECTS = ("row", "step", "streaming")
 """What a field may change: a row alone, a step of the chunked engine, a step of the streaming one."""
@@ -54,11 +54,11 @@ def current() -> Tuning:
 
 
 @contextlib.contextmanager
-def tuned(**changes: object) -> Iterator[Tuning]:
+def tuned(**changes: Any) -> Iterator[Tuning]:
     """Other choices for a while, in this process: ``with tuned(field=value): ...``."""
     global _current
     before = _current
-    _current = replace(before, **changes)  # type: ignore[arg-type]
+    _current = replace(before, **changes)
     try:
         yield _current
     finally:

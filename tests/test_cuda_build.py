@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -165,6 +166,92 @@ def test_a_binary_is_compiled_once(nvrtc, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"another"  # nowhere to keep it
+
+
+def test_a_binary_of_another_nvrtc_is_found(nvrtc, monkeypatch, tmp_path):
+    """Carried from a machine with a newer one; who made it is written in the entry."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"binary")
+    cuda_build.cubin("fkd_row", MACROS, "sm_90a")
+    (path,) = tmp_path.glob("*.cubin")
+    assert json.loads(path.read_bytes().split(b"\n")[0])["nvrtc"] == ".".join(map(str, nvrtc))
+    monkeypatch.setattr(cuda_build, "_nvrtc_version", lambda: (12, 8))
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"another")
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"binary"
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a", fresh=True) == b"another"
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"another"
+
+
+def truncate(path, other):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path, other):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def head_alone(path, other):
+    path.write_bytes(path.read_bytes().split(b"\n")[0])
+
+
+def of_another_gpu(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+def empty(path, other):
+    path.write_bytes(b"")
+
+
+def bare(path, other):
+    """As they were kept before they had a head."""
+    path.write_bytes(path.read_bytes().split(b"\n", 1)[1])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, head_alone, of_another_gpu, empty, bare])
+def test_a_damaged_binary_is_compiled_again(damage, nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cuda_build, "_compile", lambda source, macros, arch: f"binary for {arch}".encode())
+    paths = []
+    for arch in ("sm_90a", "sm_80"):
+        cuda_build.cubin("fkd_row", MACROS, arch)
+        paths += set(tmp_path.glob("*.cubin")) - set(paths)
+    damage(*paths)
+    compiled = []
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: compiled.append(1) or b"good")
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"good" and compiled == [1]
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"good" and compiled == [1]
+    assert not list(tmp_path.glob("new-*"))
+
+
+def test_a_binary_of_other_sources_is_not_used(nvrtc, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"old")
+    cuda_build.cubin("fkd_row", MACROS, "sm_90a")
+    monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"new")
+    monkeypatch.setattr(cuda_build, "c_table", lambda: "another table\n")
+    assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"new"
+
+
+def test_a_binary_that_the_driver_refuses_is_compiled_here(monkeypatch):
+    """One from the cache may be newer than the driver."""
+
+    class Refused:
+        def __init__(self, code: bytes) -> None:
+            self.code = code
+
+        def get_kernel(self, name: str) -> str:
+            if self.code == b"carried":
+                raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+            return self.code.decode()
+
+    core = SimpleNamespace(ObjectCode=SimpleNamespace(from_cubin=lambda code, name: Refused(code)))
+    monkeypatch.setattr(cuda_build, "_core", lambda: core)
+    monkeypatch.setattr(cuda_build, "cubin", lambda *_, fresh: b"own")
+    cuda_build._loaded.cache_clear()
+    assert cuda_build._kernel("fkd_row", MACROS, "sm_90a", b"carried") == "own"
+    cuda_build._loaded.cache_clear()
 
 
 def test_what_nvrtc_says_is_passed_on(nvrtc, monkeypatch, tmp_path):

@@ -1,9 +1,12 @@
-"""Where compiled rows are kept for later processes."""
+"""Where compiled rows are kept for later processes, on this machine or another."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 CACHE_VARIABLE = "FUSED_KD_CACHE"
@@ -20,3 +23,29 @@ def cache_folder() -> Path | None:
             return folder
     except OSError:
         return None
+
+
+def keep(path: Path, key: str, data: bytes, about: Mapping[str, str]) -> None:
+    """Write an entry, whole or not at all, whoever else writes the same: a line of JSON that says what it is (``about``
+    with it), then ``data``."""
+    head = {"key": _digest(key.encode()), "size": len(data), "sha256": _digest(data), **about}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="new-", delete=False) as file:
+        file.write(json.dumps(head).encode() + b"\n" + data)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+def kept(path: Path, key: str) -> bytes | None:
+    """The data of an entry; None where there is none, or it is damaged, cut short, or of another ``key``."""
+    try:
+        head, _, data = path.read_bytes().partition(b"\n")
+        found = json.loads(head)
+        sound = (found["key"], found["size"], found["sha256"]) == (_digest(key.encode()), len(data), _digest(data))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return data if sound else None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .build_cache import cache_folder
+from .build_cache import cache_folder, keep, kept
 from .expressions import c_table
 
 if TYPE_CHECKING:
@@ -31,6 +30,11 @@ INSTEAD = "or use backend='triton'"
 PORTABLE_CLUSTER = 8
 # Rows in the int32 arithmetic of columns, a tile beyond their end included.
 LARGEST_VOCAB = 2**30
+OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "device_as_default_execution_space": True,  # of the functions that csrc shares with the row for CPUs
+    "disable_warnings": True,  # of branches that a macro makes unreachable
+}
 
 
 class CudaRowError(ValueError):
@@ -119,10 +123,11 @@ def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where:
     """The loaded kernel, and how many of its clusters the GPU holds at a time."""
     core, driver = _core(), importlib.import_module("cuda.bindings.driver")
     major, minor = torch.cuda.get_device_capability(where)
-    code = cubin(kernel, macros, architecture(major, minor))
+    arch = architecture(major, minor)
+    code = cubin(kernel, macros, arch)
     try:
         with _apart_from_captures(driver):
-            loaded = _loaded(kernel, code).get_kernel(kernel)
+            loaded = _kernel(kernel, macros, arch, code)
             _, current = driver.cuDeviceGet(torch.cuda.current_device())
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             (status,) = driver.cuKernelSetAttribute(most, cut.shared_bytes, loaded.handle, current)
@@ -149,6 +154,14 @@ def _loaded(kernel: str, code: bytes) -> Any:
     return _core().ObjectCode.from_cubin(code, name=kernel)
 
 
+def _kernel(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, code: bytes) -> Any:
+    """The loaded kernel; compiled here where the driver refuses ``code``, which another machine may have made."""
+    try:
+        return _loaded(kernel, code).get_kernel(kernel)
+    except Exception:  # cuda-core's own
+        return _loaded(kernel, cubin(kernel, macros, arch, fresh=True)).get_kernel(kernel)
+
+
 @contextlib.contextmanager
 def _apart_from_captures(driver: ModuleType) -> Iterator[None]:
     """Lets this thread load a kernel and ask about it while a CUDA graph is captured: neither is work of a stream."""
@@ -165,41 +178,38 @@ def architecture(major: int, minor: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
-def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str) -> bytes:
+def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, *, fresh: bool = False) -> bytes:
     """The binary of a kernel of :data:`SOURCES`, from the cache where a process has compiled it before.
+
+    An entry is known by the sources, ``macros`` and ``arch``, not by the NVRTC that made it: it may come from another
+    machine. One that is damaged is compiled again.
 
     Args:
         kernel: its name.
         macros: what it is compiled for, see ``csrc/cuda_slots.h`` and the sources.
         arch: such as "sm_90a"; the GPU need not be present.
+        fresh: compile whatever the cache holds.
 
     Raises:
         CudaRowError: where NVRTC is missing or fails.
     """
     source = c_table() + f'#include "{SOURCES[kernel]}"\n'
     files = [FOLDER / SOURCES[kernel], *sorted(FOLDER.glob("*.h"))]
-    key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(_nvrtc_version())])
+    key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(OPTIONS)])
     folder = cache_folder()
     path = None if folder is None else folder / f"{kernel}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
-    if path is not None and path.exists():
-        return path.read_bytes()
-    code = _compile(source, macros, arch)
-    if path is not None:
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(path)  # whole or not at all, whoever else compiles the same
+    code = None if path is None or fresh else kept(path, key)
+    if code is None:
+        code = _compile(source, macros, arch)
+        if path is not None:
+            keep(path, key, code, {"arch": arch, "nvrtc": ".".join(map(str, _nvrtc_version()))})
     return code
 
 
 def _compile(source: str, macros: tuple[tuple[str, int], ...], arch: str) -> bytes:
     core = _core()
     options = core.ProgramOptions(
-        arch=arch,
-        std="c++17",
-        include_path=str(FOLDER),
-        define_macro=[(name, str(value)) for name, value in macros],
-        device_as_default_execution_space=True,  # of the functions that csrc shares with the row for CPUs
-        disable_warnings=True,  # of branches that a macro makes unreachable
+        arch=arch, include_path=str(FOLDER), define_macro=[(name, str(value)) for name, value in macros], **OPTIONS
     )
     try:
         return bytes(core.Program(source, code_type="c++", options=options).compile("cubin").code)

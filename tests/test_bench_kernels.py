@@ -1,0 +1,157 @@
+"""Compiled kernels to bring along: made without a GPU, found again elsewhere, never run when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import kernels  # noqa: E402
+from bench.offline import offline  # noqa: E402
+
+
+def entry(folder: Path, where: str = "/elsewhere") -> Path:
+    """A kernel of Triton's cache, as it was written in another place."""
+    kernel = folder / "triton" / "ABC"
+    kernel.mkdir(parents=True)
+    for name in ("k.cubin", "k.json"):
+        (kernel / name).write_bytes(name.encode())
+    paths = {name: f"{where}/triton/ABC/{name}" for name in ("k.cubin", "k.json")}
+    (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
+    return kernel
+
+
+def test_entries_are_rewritten_for_where_they_are(tmp_path):
+    kernel = entry(tmp_path)
+    kernels.seal(tmp_path)
+    assert kernels.adopt(tmp_path) == 1
+    paths = json.loads((kernel / "__grp__k.json").read_text())["child_paths"]
+    assert paths == {name: str(kernel / name) for name in ("k.cubin", "k.json")}
+    assert kernels.adopt(tmp_path) == 1
+
+
+def flip(kernel: Path) -> None:
+    (kernel / "k.cubin").write_bytes(b"k.cubim")
+
+
+def truncate(kernel: Path) -> None:
+    (kernel / "k.cubin").write_bytes(b"k.cub")
+
+
+def remove(kernel: Path) -> None:
+    (kernel / "k.json").unlink()
+
+
+def unsealed(kernel: Path) -> None:
+    (kernel / "k.cubin.sum").unlink()
+
+
+def torn_group(kernel: Path) -> None:
+    group = kernel / "__grp__k.json"
+    group.write_text(group.read_text()[:-9])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove, unsealed, torn_group])
+def test_damaged_entries_are_taken_out(damage, tmp_path):
+    kernel = entry(tmp_path)
+    kernels.seal(tmp_path)
+    damage(kernel)
+    assert kernels.adopt(tmp_path) == 0
+    assert not list(kernel.glob("__grp__*"))
+
+
+def test_what_was_made_here_since_is_kept(tmp_path):
+    kernel = entry(tmp_path, str(tmp_path.resolve()))
+    assert kernels.adopt(tmp_path) == 1
+    flip(kernel)
+    kernels.seal(tmp_path)
+    truncate(kernel)
+    assert kernels.adopt(tmp_path) == 0
+
+
+def test_bad_arguments(monkeypatch):
+    with pytest.raises(ValueError, match=r"arch must be one of .*sm_90.*, got 'sm_70'"), offline("sm_70"):
+        pass
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"), offline("sm_90"):
+        pass
+
+
+ONE_STEP = """
+import json, sys
+import torch
+from bench.offline import CUDA, offline
+import fused_kd as fk
+with offline("sm_90") as counts:
+    for backend in sys.argv[1:]:
+        h, w = (torch.empty(n, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for n in (32, 992))
+        labels = torch.zeros(32, dtype=torch.int64, device="cuda")
+        criterion = fk.KDLoss(fk.SelfEvolution(), backend=backend).cuda()
+        criterion(fk.LMHead(h, w), fk.LMHead(h.detach(), w.detach()), labels).backward()
+        assert h.grad.device == CUDA and h.grad.shape == h.shape and w.grad.dtype == torch.bfloat16
+print(json.dumps(counts))
+"""
+
+
+def one_step(folder: Path, *backends: str) -> dict[str, int]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "triton"), "FUSED_KD_CACHE": str(folder / "cuda")}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_STEP, *backends], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_second_process_elsewhere_compiles_nothing(tmp_path):
+    pytest.importorskip("triton")
+    backends = ["triton"]
+    try:
+        from fused_kd.rows import cuda_build
+
+        cuda_build._nvrtc_version()
+        backends.append("cuda")
+    except ValueError:
+        pass
+    first = one_step(tmp_path / "made", *backends)
+    assert first["triton compiled"] >= 1 and ("cuda" not in backends or first["cuda compiled"] >= 1)
+    kernels.seal(tmp_path / "made")
+    shutil.move(tmp_path / "made", tmp_path / "carried")
+    assert kernels.adopt(tmp_path / "carried") == first["triton compiled"]
+    second = one_step(tmp_path / "carried", *backends)
+    assert not second.get("triton compiled") and not second.get("cuda compiled")
+    assert second["triton found"] == first["triton compiled"]
+    assert second.get("cuda found", 0) == first.get("cuda compiled", 0)
+
+
+def test_keys_of_another_build_need_the_same_sources(tmp_path):
+    triton = pytest.importorskip("triton")
+    (tmp_path / "triton").mkdir()
+    with pytest.raises(ValueError, match=f"is not as in triton {triton.__version__}"):
+        kernels.use_key_of(tmp_path)
+
+
+def test_the_key_of_another_build_holds_its_library(tmp_path, monkeypatch):
+    """As a wheel for another Python: the same sources, another libtriton."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime import cache
+
+    source = Path(triton.__file__).parent
+    for part in kernels.PARTS:
+        target = tmp_path / "triton" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source / part)
+    (tmp_path / "triton" / "_C").mkdir()
+    (tmp_path / "triton" / "_C" / "libtriton.so").write_bytes(b"another build")
+    own = cache.triton_key()
+    monkeypatch.setattr(cache, "triton_key", lambda: own)
+    kernels.use_key_of(tmp_path)
+    assert cache.triton_key() != own and len(cache.triton_key()) == len(own)
