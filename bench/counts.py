@@ -39,8 +39,8 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.gemm import has_fp32_output, slab_rows
-from fused_kd.engine.head_gradient import gradient_dtype
+from fused_kd.engine.gemm import has_fp32_output
+from fused_kd.engine.head_gradient import gradient_dtype, weight_slab
 from fused_kd.engine.plan import Plan
 from fused_kd.forecast import chunked_plan
 
@@ -109,7 +109,7 @@ def gemm_products(
         read = operand * n * hidden + weight * len(chunks) * V * hidden
         return Product(read, result * nV, [(size, V) for size in chunks])
 
-    step = slab_rows(V, H) if slabs else V
+    step = weight_slab(V, H) if slabs else V
     pieces = [(min(step, V - start), H) for start in range(0, V, step)]
     d_hidden = Product(operand * nV + weight * len(groups) * V * H, 4 * n * H, [(sum(group), H) for group in groups])
     read = operand * (nV + len(pieces) * n * H)

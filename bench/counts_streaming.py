@@ -38,13 +38,13 @@ from fused_kd.engine.head_gradient import gradient_dtype
 from fused_kd.engine.streaming_plan import (
     ALIGNED,
     GROUP,
-    MULTIPROCESSORS,
     Plan,
     Sizes,
     Tiles,
     choose_tiles,
     plan_streaming,
 )
+from fused_kd.engine.waves import MULTIPROCESSORS
 
 from .counts import gemm_flops
 from .shapes import Shape

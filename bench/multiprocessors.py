@@ -1,10 +1,12 @@
 """What a GPU's multiprocessors add to its two numbers: waves of tiles, and the row's instructions.
 
-A GEMM's result is made in tiles of :data:`TILE`, one a multiprocessor at a time, and the last wave takes as long as a
-full one. The row is arithmetic as well as memory: a multiprocessor issues :data:`ISSUED` instructions of threads a
-clock and does :data:`SPECIAL` special functions (CUDA C++ programming guide, arithmetic instructions of 9.0). Each
-sweep takes the longest of its bytes, instructions and special functions. A row that stays on chip reads the next one's
-logits in its first and last sweep, but not in the sums between. No kernel issues at every clock: these are least times.
+A GEMM's result is made in tiles, one a multiprocessor at a time, and the last wave takes as long as a full one; smaller
+tiles, or a long inner dimension split over several, would lose less where tiles are few. The row is arithmetic as well
+as memory: a multiprocessor issues :data:`ISSUED` instructions of threads a clock and does :data:`SPECIAL` special
+functions (CUDA C++ programming guide, arithmetic instructions of 9.0). Each sweep takes the longest of its bytes,
+instructions and special functions. A row that stays on chip reads the next one's logits in its first and last sweep;
+what it asks for ahead, so that memory works in the sums between, is not counted. No kernel issues at every clock: these
+are least times.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# What BLAS libraries prefer on Hopper, either way round. Smaller tiles, or a long inner dimension split over several,
-# would lose less where tiles are few.
-TILE = (128, 256)
+from fused_kd.engine.waves import GEMM_TILE
+
 ISSUED = 4 * 32
 SPECIAL = 16
 
@@ -36,12 +37,11 @@ class RowCost(NamedTuple):
     on_chip: bool
 
 
-# Counted from sm_90 machine code of SelfEvolution on fp32 logits. Of the CUDA row only the sums' instructions were
-# counted (61 to 65); its statistics and gradient are taken to need as many as Triton's. csrc/kd_row.cu counts its
-# special functions.
+# Counted from sm_90 machine code of SelfEvolution on fp32 logits with bf16 gradients: Triton's are the main loops of
+# tests/kernel_budget.json; the CUDA row's what a thread executes, with what it asks for ahead.
 ROW_COSTS = {
-    "triton": RowCost(Sweep(39, 2.25), Sweep(68, 4), Sweep(44.5, 3), Sweep(31, 2), on_chip=False),
-    "cuda": RowCost(Sweep(39, 2.5), Sweep(63, 3), Sweep(44.5, 0), Sweep(31, 2), on_chip=True),
+    "triton": RowCost(Sweep(17.4, 2.25), Sweep(45.8, 3), Sweep(29.6, 3), Sweep(19.1, 2), on_chip=False),
+    "cuda": RowCost(Sweep(29.7, 2.5), Sweep(49.8, 3), Sweep(15.8, 0), Sweep(26.5, 2), on_chip=True),
 }
 
 
@@ -49,8 +49,8 @@ def waste(results: Iterable[tuple[int, int]], multiprocessors: int) -> float:
     """Time over that of full waves without a margin, at least 1, of GEMMs with results of these (rows, columns)."""
     made = useful = 0
     for rows, columns in results:
-        tiles = min(-(-rows // a) * -(-columns // b) for a, b in (TILE, TILE[::-1]))
-        made += -(-tiles // multiprocessors) * multiprocessors * TILE[0] * TILE[1]
+        tiles = min(-(-rows // a) * -(-columns // b) for a, b in (GEMM_TILE, GEMM_TILE[::-1]))
+        made += -(-tiles // multiprocessors) * multiprocessors * GEMM_TILE[0] * GEMM_TILE[1]
         useful += rows * columns
     return made / useful
 

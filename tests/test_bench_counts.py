@@ -139,7 +139,7 @@ def test_groups_by_hand():
 
 def test_slabs_are_those_of_the_engine(monkeypatch):
     shape = Shape("by hand", N=10, H_s=2, H_t=3, V=7)
-    monkeypatch.setattr("fused_kd.engine.gemm.SLAB_BYTES", 4 * 2 * 3)
+    monkeypatch.setattr("bench.counts.weight_slab", lambda V, H: 3)
     plan = Plan(chunk=3, workspace=0, group=10)
     product = gemm_products(shape, torch.bfloat16, plan, slabs=True)["d_weight"]
     assert product == (2 * (70 + 3 * 20), 0, [(3, 2), (3, 2), (1, 2)])

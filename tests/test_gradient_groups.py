@@ -115,7 +115,7 @@ def test_one_group_adds_nothing_up_and_makes_each_gradient_once(device):
 def test_slabs_of_the_weight_gradient_cover_it(device, monkeypatch):
     p = problem(30, H=24, V=517, dtype=BF16, bias=True)
     whole = run(p, fk.NoEvo(), "torch")[1]
-    monkeypatch.setattr(head_gradient, "slab_rows", lambda V, H: 100)
+    monkeypatch.setattr(head_gradient, "weight_slab", lambda V, H: 100)
     assert all(torch.equal(a, b) for a, b in zip(run(p, fk.NoEvo(), "torch")[1], whole, strict=True))
 
 
@@ -206,3 +206,11 @@ def test_any_plan_covers_the_tokens_within_its_limit(N, token, grouped, accumula
     for group in plan.groups(N):
         assert sum(span.stop - span.start for span in group) <= plan.group
         assert all(span.stop - span.start <= plan.chunk for span in group)
+
+
+@pytest.mark.parametrize(
+    "V, H, rows", [(128256, 4096, 2048), (151936, 896, 8448), (1000, 64, 1000), (151643, 70000, 128)]
+)
+def test_slabs_are_whole_tiles_in_whole_waves(V, H, rows):
+    """At H = 896 two waves of 132 tiles; 9362 rows, which 32 MiB would hold, take three."""
+    assert head_gradient.weight_slab(V, H) == rows

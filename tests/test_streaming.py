@@ -27,7 +27,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
 
 import triton.language as tl  # noqa: E402
 
-from fused_kd.engine import streaming, streaming_plan, streaming_sweeps  # noqa: E402
+from fused_kd.engine import streaming, streaming_plan, streaming_sweeps, waves  # noqa: E402
 from fused_kd.engine.streaming_kernels import placed  # noqa: E402
 from fused_kd.engine.streaming_plan import KernelTiles, Plan, Tiles, plan_streaming  # noqa: E402
 
@@ -45,7 +45,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of tokens, three tiles of columns, two splits, a tile a slab; uninitialised memory is poison."""
     monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: SMALL_TILES)
     monkeypatch.setattr(streaming_plan, "PROGRAMS", 4)
-    monkeypatch.setattr(streaming_plan, "MULTIPROCESSORS", 4)
+    for module in (waves, streaming_plan):
+        monkeypatch.setattr(module, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(streaming_plan, "LEAST_SPLITS", 2)
     monkeypatch.setattr(streaming_plan, "GROUP", 1)
     for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES", "DEFAULT_BYTES"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engine import gemm, streaming_plan
+from fused_kd.engine import gemm, streaming_plan, waves
 from fused_kd.engine.chunked import Side, Wanted
 from fused_kd.engine.streaming_plan import Plan, plan_streaming
 from fused_kd.tuning import tuned
@@ -60,9 +60,9 @@ def test_slabs_fill_whole_waves(fp32_output):
         if not plan.together:
             grids += [(plan.tokens // 128) * (plan.columns // 128), (plan.tokens // 128) * (H // 256)]
         assert min(grid / (132 * -(-grid // 132)) for grid in grids) > 0.85, (N, H, plan)
-    assert streaming_plan._fitting(1000, 128, 5000, lambda size: 1 + (size > 640)) == 640  # two waves for little more
-    assert streaming_plan._fitting(1000, 128, 5000, lambda size: size) == 896  # the larger of equals
-    assert streaming_plan._fitting(1000, 128, 70, lambda size: 1) == 70
+    assert waves.fitting(1000, 128, 5000, lambda size: 1 + (size > 640)) == 640  # two waves for little more
+    assert waves.fitting(1000, 128, 5000, lambda size: size) == 896  # the larger of equals
+    assert waves.fitting(1000, 128, 70, lambda size: 1) == 70
 
 
 def test_one_pass_where_memory_allows(fp32_output):

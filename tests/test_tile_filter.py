@@ -153,7 +153,7 @@ def test_the_engine_of_a_gpu(group, monkeypatch):
 
     Device(monkeypatch)
     monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: Plan(8, 0, group))
-    monkeypatch.setattr(head_gradient, "slab_rows", lambda V, H: 128)
+    monkeypatch.setattr(head_gradient, "SLAB_BYTES", 4 * 24 * 128)
     monkeypatch.setattr(head_gradient, "tiles_of", DeviceTiles)
     flags = []
     init = DeviceTiles.__init__

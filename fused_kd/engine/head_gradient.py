@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..workspace import empty
-from .gemm import Projection, slab_rows
-from .tile_filter import Dense, Products, tiles_of
+from .gemm import SLAB_BYTES, Projection
+from .tile_filter import TILE, Dense, Products, tiles_of
+from .waves import fitting, gemm_waves
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,6 +29,11 @@ def carries_scale(projection: Projection | None) -> bool:
     fp32's; fp16's would underflow. fp32 ones leave it to the smaller operands of the GEMMs, a rounding less.
     """
     return projection is None or projection.gradient_dtype == torch.bfloat16
+
+
+def weight_slab(V: int, H: int) -> int:
+    """Vocabulary rows of dW at a time on their way to a low precision: whole tiles in whole waves, in the cache."""
+    return fitting(SLAB_BYTES // (4 * H), TILE, V, lambda rows: gemm_waves(rows, H))
 
 
 class HeadGradient:
@@ -97,7 +103,7 @@ class HeadGradient:
         return d_hidden
 
     def _round_by_slabs(self, products: Products, out: Tensor, hidden: Tensor) -> None:
-        step = slab_rows(*out.shape)
+        step = weight_slab(*out.shape)
         slab = empty((step, out.shape[1]), torch.float32, out.device)
         for start in range(0, self._vocab, step):
             rows = slice(start, min(start + step, self._vocab))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ..tuning import current
 from .plan import BudgetTooSmall
+from .waves import GEMM_TILE, MULTIPROCESSORS, fitting, gemm_waves, waves
 
-# An H100's, H200's near kin: by how many tiles at a time waves are counted. Other current GPUs have 108 to 304.
-MULTIPROCESSORS = 132
 # Blocks of tokens whose programs run at about the same time, each beside as many parts of the vocabulary as fill the
 # device: 11 x 12 tiles at a time read 11 blocks' hidden states and 12 parts' weights, 64 x 2 tiles 66 of the two.
 GROUP = 11
 # Splits of the vocabulary at the least, for that; and programs, which a few blocks of tokens make by more splits.
 LEAST_SPLITS = 12
 PROGRAMS = 512
-# A tile of the GEMM behind dH and dW, as BLAS libraries choose it on an H100.
-GEMM_TILE = (128, 256)
 
 # dlogits on their way to dH: small enough to stay in the L2 cache (40-50 MB on an A100 or H100), large enough for GEMMs
 # near their peak.
@@ -176,11 +172,11 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
     if sizes.early:
         # dH, what it is rounded to, and the hidden states of a chunk.
         per_token = H * (8 + (sizes.gathered if sizes.early_weight else 0))
-        tokens = _fitting((CHUNK_BYTES >> halvings) // per_token, BM, n, lambda rows: _gemm_waves(rows, H))
+        tokens = fitting((CHUNK_BYTES >> halvings) // per_token, BM, n, lambda rows: gemm_waves(rows, H))
     if sizes.early and joint is None:
         per_column = tokens * sizes.dlogits + H * sizes.copied
         blocks = -(-tokens // BM)
-        columns = _fitting((SLAB_BYTES >> halvings) // per_column, BN, V, lambda c: _waves(blocks * -(-c // BN)))
+        columns = fitting((SLAB_BYTES >> halvings) // per_column, BN, V, lambda c: waves(blocks * -(-c // BN)))
         early = tokens * per_token + columns * per_column
     if sizes.late:
         per_column = N * sizes.dlogits + H * (4 + sizes.copied)
@@ -188,14 +184,14 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
 
         def work(width: int) -> int:
             """In FLOPs a multiprocessor: tiles of both sides, at half of a GEMM's speed; dW's GEMM; adding to dH."""
-            logits = _waves(blocks * -(-width // BN)) * BM * BN * 4 * (H + sizes.H_t)
-            d_weight = _gemm_waves(width, H) * GEMM_TILE[0] * GEMM_TILE[1] * 2 * N
+            logits = waves(blocks * -(-width // BN)) * BM * BN * 4 * (H + sizes.H_t)
+            d_weight = gemm_waves(width, H) * GEMM_TILE[0] * GEMM_TILE[1] * 2 * N
             adding = 0 if joint is None else 8 * N * H * FLOPS_A_BYTE // MULTIPROCESSORS
             return logits + d_weight + adding
 
         fixed = tokens * H * sizes.copied + (0 if joint is None else 4 * N * H)
         slab = LATE_BYTES >> halvings if joint is None else min(JOINT_BYTES, joint - TOKEN_BYTES * N - fixed)
-        late_columns = _fitting(slab // per_column, BN, V, work)
+        late_columns = fitting(slab // per_column, BN, V, work)
         late = late_columns * per_column + fixed
         if joint is not None and not sizes.copied:
             tokens = n
@@ -207,25 +203,5 @@ def _splits(n: int, V: int, tiles: Tiles, halvings: int, times: int = 1) -> int:
     """Of the vocabulary for n tokens: the fewest of those that take the least time, a tile at a time."""
     blocks, most = -(-n // tiles.tokens), -(-V // tiles.columns)
     least = max(LEAST_SPLITS, PROGRAMS // blocks)
-    splits = min(range(least, least + LEAST_SPLITS), key=lambda splits: _waves(blocks * splits) * -(-most // splits))
+    splits = min(range(least, least + LEAST_SPLITS), key=lambda splits: waves(blocks * splits) * -(-most // splits))
     return min(most, max(1, times * splits >> halvings))
-
-
-def _waves(programs: int) -> int:
-    return -(-programs // MULTIPROCESSORS)
-
-
-def _gemm_waves(rows: int, H: int) -> int:
-    """Of a GEMM with a result (rows, H)."""
-    return _waves(-(-rows // GEMM_TILE[0]) * -(-H // GEMM_TILE[1]))
-
-
-def _fitting(affordable: int, of: int, limit: int, work: Callable[[int], float]) -> int:
-    """A multiple of ``of`` up to ``affordable``, at least one and at most ``limit``: that of the least work an entry.
-
-    Whole waves of tiles win, then the larger. Twice a size never takes more than twice its work: halves need no look.
-    """
-    most = min(max(of, affordable // of * of), limit)
-    sizes = [most, *range(most // of * of, most // 2, -of)]
-    best: int = min(sizes, key=lambda size: work(size) / size)
-    return best

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .gemm import SLAB_BYTES, Projection, slab_rows
 
+# Tokens and columns of a tile on a GPU.
+TILE = 128
 # Fewer tokens leave out more, but make smaller products.
 HOST_TOKENS = 128
 

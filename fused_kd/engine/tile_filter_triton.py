@@ -11,10 +11,11 @@ from ..rows.triton_row import guard, warp_size
 from ..workspace import empty
 from .gemm import Projection
 from .streaming_gradient import flagged_product_kernel
+from .tile_filter import TILE
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # fp32 products, on the ordinary cores, hold their operands in registers.
-TILE, FP32_TILE, THREADS = 128, 64, 256
+FP32_TILE, THREADS = TILE // 2, 256
 
 
 @triton.jit(do_not_specialize=["G"])
