@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 
 from fused_kd.engine.gemm import has_fp32_output
-from fused_kd.engine.head_gradient import gradient_dtype, weight_slab
+from fused_kd.engine.head_gradient import gradient_dtype, made_at_once, weight_slab
 from fused_kd.engine.plan import Plan
 from fused_kd.forecast import chunked_plan
 
@@ -85,7 +85,7 @@ def row_bytes(elements: int, written: int, sides: int = 2, sweeps: float = 1.0) 
 
 def in_slabs(dtype: torch.dtype, plan: Plan, n: int, upcasts: bool) -> bool:
     """Whether dW is made at once, rounded slab by slab."""
-    return plan.group >= n and gradient_dtype(dtype) != torch.float32 and not upcasts
+    return made_at_once(dtype, whole=plan.group >= n, upcast=upcasts)
 
 
 def gemm_products(

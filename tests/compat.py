@@ -207,8 +207,8 @@ def torch_environment(folder: Path, requirements: tuple[str, ...]) -> str:
     python, ready = folder / "bin" / "python", folder / ".ready"
     if not ready.exists():
         print(
-            f"downloading {' '.join(requirements)} and what they need, about 3 GB (6 GB unpacked; with CPU builds, as "
-            f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has them, 0.5 GB), into {folder}",
+            f"downloading {' '.join(requirements)} and what they need, about 3 GB (6 GB unpacked; 0.5 GB where "
+            f"PIP_EXTRA_INDEX_URL names an index with CPU builds), into {folder}",
             flush=True,
         )
         run([sys.executable, "-m", "venv", str(folder)])

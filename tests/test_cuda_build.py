@@ -42,7 +42,7 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(rows, "_installed", lambda package: package != "cuda.core")
+    monkeypatch.setattr(rows, "installed", lambda package: package != "cuda.core")
     with pytest.raises(ValueError, match=r"cuda-core, which is not installed: pip install 'fused_kd\[cuda\]'"):
         rows.choose_backend("cuda", GPU)
 
@@ -74,7 +74,7 @@ def test_gpus_get_their_own_binary(monkeypatch, major, minor, arch, cluster):
 
 
 def test_none_keeps_preferring_triton(monkeypatch):
-    monkeypatch.setattr(rows, "_installed", lambda package: True)
+    monkeypatch.setattr(rows, "installed", lambda package: True)
     assert rows.choose_backend(None, GPU) == "triton"
     assert rows.choose_backend("cuda", GPU) == "cuda"
 
@@ -84,7 +84,7 @@ def cuda_first(monkeypatch):
     """As if the CUDA row had been measured to be the faster one on sm_90, and every GPU were one."""
     monkeypatch.setattr(rows, "CUDA_FIRST", frozenset({(9, 0)}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(rows, "_installed", lambda package: True)
+    monkeypatch.setattr(rows, "installed", lambda package: True)
     rows._cuda_or_triton.cache_clear()
     yield
     rows._cuda_or_triton.cache_clear()
@@ -96,7 +96,7 @@ def test_none_can_prefer_cuda_by_one_line(cuda_first, monkeypatch):
     assert dispatch.choose_engine(None, None, "kl", 0.0, GPU, sharded=True) == ("chunked", "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert rows.choose_backend(None, GPU) == "triton"
-    monkeypatch.setattr(rows, "_installed", lambda package: package != "triton")
+    monkeypatch.setattr(rows, "installed", lambda package: package != "triton")
     assert rows.choose_backend(None, GPU) == "torch"
 
 

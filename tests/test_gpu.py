@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-needs_cuda_core = pytest.mark.skipif(not rows._installed("cuda.core"), reason="needs the extra cuda")
+needs_cuda_core = pytest.mark.skipif(not rows.installed("cuda.core"), reason="needs the extra cuda")
 CUDA_ROW = pytest.param("cuda", marks=needs_cuda_core)
 
 

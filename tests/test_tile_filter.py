@@ -172,6 +172,6 @@ def test_a_gpu_without_triton_is_told(monkeypatch):
     from fused_kd import rows
     from fused_kd.engine.dispatch import choose_engine
 
-    monkeypatch.setattr(rows, "_installed", lambda package: False)
+    monkeypatch.setattr(rows, "installed", lambda package: False)
     with pytest.raises(ValueError, match=r"grad_filter_eps=0.001 must be 0 here: .* the package triton"):
         choose_engine(None, None, "kl", 1e-3, torch.device("cuda"))

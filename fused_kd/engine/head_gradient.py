@@ -36,6 +36,11 @@ def weight_slab(V: int, H: int) -> int:
     return fitting(SLAB_BYTES // (4 * H), TILE, V, lambda rows: gemm_waves(rows, H))
 
 
+def made_at_once(weight: torch.dtype, *, whole: bool, upcast: bool) -> bool:
+    """Whether dW of this dtype is made once, by slabs, instead of being added up in fp32 and rounded at the end."""
+    return whole and not upcast and gradient_dtype(weight) != torch.float32
+
+
 class HeadGradient:
     """dW and db, one group of tokens after the other; and dH of a group.
 
@@ -62,8 +67,7 @@ class HeadGradient:
         self._weight, self._bias, self._projection, self._scale = weight, bias, projection, scale
         self._vocab = projection.weight.shape[0]
         self._scaled = carries_scale(projection)
-        self._rounds = gradient_dtype(weight.dtype) != torch.float32
-        self._at_once = whole and self._rounds and not projection.upcast
+        self._at_once = made_at_once(weight.dtype, whole=whole, upcast=projection.upcast)
         self._d_weight = self._d_bias = None
         if want_weight:
             dtype = gradient_dtype(weight.dtype) if self._at_once else torch.float32

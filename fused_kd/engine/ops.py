@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import RowSpec
-from ..rows import _installed
+from ..rows import installed
 from ..rows.base import Shards
 from .chunked import Result, Side, TopKSide, Wanted
 from .dispatch import run as run
@@ -296,7 +296,7 @@ def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype)
     """A pass over a weight-sized gradient is worth a look at the factor; on a GPU only a kernel may look."""
     if factor is None or (factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient.to(dtype)
-    if factor.numel() == 1 and factor.device.type == "cuda" and gradient.is_contiguous() and _installed("triton"):
+    if factor.numel() == 1 and factor.device.type == "cuda" and gradient.is_contiguous() and installed("triton"):
         from .hand_over import scale_in_place
 
         scale_in_place(gradient, factor)

@@ -28,7 +28,7 @@ CUDA_OR_TRITON = "cuda or triton"
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
     """Name of the row implementation for :func:`get_row`; an explicit one is used or refused, never replaced."""
-    has_triton = _installed("triton")
+    has_triton = installed("triton")
     if backend is None:
         if device.type == "cpu":
             return NATIVE_OR_TORCH
@@ -50,7 +50,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
             raise ValueError(
                 f"backend='cuda' needs tensors on an NVIDIA GPU, got tensors on {device}; use backend='torch'"
             )
-        if not _installed("cuda.core"):
+        if not installed("cuda.core"):
             raise ValueError(
                 "backend='cuda' needs the package cuda-core, which is not installed: pip install 'fused_kd[cuda]', "
                 "or use backend='triton'"
@@ -76,7 +76,7 @@ def _cuda_first(device: torch.device) -> bool:
 
 
 @_constant_to_compile
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     """Whether a package can be imported. A constant to torch.compile: Dynamo of torch 2.11 refuses ``find_spec``."""
     try:
         return importlib.util.find_spec(package) is not None

@@ -115,7 +115,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     monkeypatch.setattr(cuda_build, "device", lambda which: limits["device"])
     monkeypatch.setattr(cuda_build, "launch", lambda where, call: run(call, limits["clusters"]))
     monkeypatch.setattr("fused_kd.rows.on_nvidia", lambda device: True)
-    monkeypatch.setattr("fused_kd.rows._installed", lambda package: True)
+    monkeypatch.setattr("fused_kd.rows.installed", lambda package: True)
     yield limits.update
 
 
