@@ -40,7 +40,7 @@ from typing import NamedTuple
 import torch
 
 from fused_kd.engine.gemm import has_fp32_output
-from fused_kd.engine.head_gradient import gradient_dtype, made_at_once, weight_slab
+from fused_kd.engine.head_gradient import made_at_once, weight_slab
 from fused_kd.engine.plan import Plan
 from fused_kd.forecast import chunked_plan
 
