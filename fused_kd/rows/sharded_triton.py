@@ -27,7 +27,7 @@ class TritonRow(SweptRow):
         self.student = unit_stride(inputs.student.raw)
         self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options = (*shape_of(student), None, None)
+        options = (*shape_of(student), *shape_of(None))
         capped = student.softcap is not None
         if isinstance(teacher, Logits):
             self.teacher = unit_stride(teacher.raw)
