@@ -16,7 +16,6 @@
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { FKD_DIVERGENCES(FKD_NAME) };
 
-#define FKD_DIFFERENCES (!FKD_MIXTURE)  // whether h and g may read d
 
 // Sweep 2 leaves q and g in the slots of fp32 logits; a softcap's slope and another temperature need the logit itself.
 #define FKD_KEEPS (FKD_STUDENT == FP32 && FKD_TEACHER == FP32 && !FKD_SHAPED && !FKD_COLD)
@@ -77,7 +76,7 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        slot_logits(rows, norms->row, slot, is_resident(rows, slot), FKD_DIFFERENCES, false, z_s, slope, z_t);
+        slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, z_s, slope, z_t);
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             float q, h, g;
@@ -103,7 +102,7 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
         FKD_UNROLL for (int j = 0; j < 7; j++) sums[j] = 0.0f;
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-            slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, false, z_s, slope, z_t);
+            slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, z_s, slope, z_t);
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
                 FKD_UNROLL for (int j = 0; j < 7; j++)
@@ -121,7 +120,7 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
     sums[0] = sums[1] = 0.0f;
     FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
         float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-        slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, false, z_s, slope, z_t);
+        slot_logits(rows, norms->row, slot, is_resident(rows, slot), false, z_s, slope, z_t);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
             const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));

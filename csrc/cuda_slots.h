@@ -243,10 +243,10 @@ FKD_INLINE void request_slots(const Rows *rows, int64_t row, int turn, int first
 
 // ---- logits
 
-// The final logit before the temperature, and d final / d raw. -inf becomes LOG_ZERO where `bounded`, which differences
-// of logits need; its exponential is 0 either way.
-FKD_INLINE float final_logit(const Side *side, float raw, bool bounded, float *slope) {
-    const float z = bounded || FKD_SHAPED ? max_or_nan(raw, LOG_ZERO) : raw;
+// The final logit before the temperature, and d final / d raw. -inf becomes LOG_ZERO, as in the maxima: a row may have
+// nothing else.
+FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
+    const float z = max_or_nan(raw, LOG_ZERO);
     if (!FKD_SHAPED) return z;
     *slope = side->scale;
     if (side->cap == 0.0f) return z * side->scale;
@@ -256,8 +256,8 @@ FKD_INLINE float final_logit(const Side *side, float raw, bool bounded, float *s
     return capped;
 }
 
-FKD_INLINE void final_logits(const Side *side, bool bounded, float *x, float *slope) {
-    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], bounded, &slope[i]);
+FKD_INLINE void final_logits(const Side *side, float *x, float *slope) {
+    FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) x[i] = final_logit(side, x[i], &slope[i]);
 }
 
 FKD_INLINE int64_t entry(const Rows *rows, int64_t row, int i) {
@@ -307,18 +307,18 @@ FKD_INLINE void raw_teacher(const Rows *rows, int64_t row, int slot, bool reside
 }
 
 // A slot's final logits, of the teacher where there is one. `first_time` fills a listed teacher's slots.
-FKD_INLINE void slot_logits(const Rows *rows, int64_t row, int slot, bool resident, bool bounded, bool first_time,
-                            float *z_s, float *slope, float *z_t) {
+FKD_INLINE void slot_logits(const Rows *rows, int64_t row, int slot, bool resident, bool first_time, float *z_s,
+                            float *slope, float *z_t) {
     const int column = column_of(rows, slot);
     if (resident)
         read_slot(FKD_STUDENT, student_slot(rows, slot, rows->turn), z_s);
     else
         read_row(FKD_STUDENT, rows->student.data + row * rows->student.stride, column, rows->V, z_s);
-    final_logits(&rows->student, bounded, z_s, slope);
+    final_logits(&rows->student, z_s, slope);
     if (FKD_TEACHER >= 0) {
         float unused[FKD_MOST];
         raw_teacher(rows, row, slot, resident, first_time, z_t);
-        final_logits(&rows->teacher, bounded, z_t, unused);
+        final_logits(&rows->teacher, z_t, unused);
     }
     if (column + (FKD_WIDTH - 1) * FKD_STEP < rows->V) return;
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {

@@ -65,7 +65,7 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, f
         const int end = group < FKD_GROUPS ? group_end(rows, group) : rows->slots;
         FKD_ROLLED for (; slot < end; slot++) {
             float z_s[FKD_MOST], z_t[FKD_MOST], slope[FKD_MOST];
-            slot_logits(rows, norms->row, slot, is_resident(rows, slot), true, true, z_s, slope, z_t);
+            slot_logits(rows, norms->row, slot, is_resident(rows, slot), true, z_s, slope, z_t);
             const int label = element_of(column_of(rows, slot), norms->label);
             if (label >= 0 && label < FKD_WIDTH) {
                 FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
@@ -109,8 +109,8 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
         write_row(rows, norms->row, column_of(rows, slot), x);
         return;
     }
-    const bool with_teacher = FKD_TEACHER >= 0, bounded = form != LINEAR && FKD_DIFFERENCES;
-    slot_logits(rows, norms->row, slot, resident, bounded, false, z_s, slope, z_t);
+    const bool with_teacher = FKD_TEACHER >= 0;
+    slot_logits(rows, norms->row, slot, resident, false, z_s, slope, z_t);
     FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
         float x;
         if (form == LINEAR) {

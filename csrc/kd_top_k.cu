@@ -43,7 +43,7 @@ FKD_INLINE float entry_logit(const TopK *call, int64_t row, int i) {
     const Side *side = &rows->student;
     const char *at = side->data + row * side->stride + column * size_of(FKD_STUDENT);
     float slope;
-    return final_logit(side, from_bits(FKD_STUDENT, read_element(FKD_STUDENT, at)), true, &slope);
+    return final_logit(side, from_bits(FKD_STUDENT, read_element(FKD_STUDENT, at)), &slope);
 }
 
 #if !defined(FKD_EXPAND) || !FKD_EXPAND
@@ -63,7 +63,7 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
         const int slots = ignored(&call, row) ? 0 : rows->slots;
         FKD_ROLLED for (int slot = 0; slot < slots; slot++) {
             float z[FKD_MOST], slope[FKD_MOST];
-            slot_logits(rows, row, slot, false, true, false, z, slope, z);
+            slot_logits(rows, row, slot, false, false, z, slope, z);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
                 if (entry_of(rows, row, column_of(rows, slot), i, &next) >= 0) z[i] = OUTSIDE;
@@ -112,7 +112,7 @@ FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float sc
         FKD_ROLLED for (int slot = 0; slot < rows->slots; slot++) {
             const int column = column_of(rows, slot);
             float z[FKD_MOST], slope[FKD_MOST];
-            slot_logits(rows, row, slot, false, true, false, z, slope, z);
+            slot_logits(rows, row, slot, false, false, z, slope, z);
             int next;
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
                 // At most 1 on unlisted entries; listed ones, replaced below, must not overflow.

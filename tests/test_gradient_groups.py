@@ -162,17 +162,38 @@ def at(N: int, H_s: int, H_t: int, V: int, dtype=BF16, memory_budget=None):
 def test_plans_at_real_shapes(shape):
     """8192 tokens share one product where that takes less than chunks of 2048 and an fp32 accumulator did."""
     V, H_s, H = shape["V"], shape["H_s"], shape["H_s"] + shape["H_t"]
-    before = 2048 * (16 + 10 * V + 8 * H) + 4 * V * H_s + (32 << 20)
+    before = 2048 * (16 + 10 * V + 8 * H + 2 * H_s) + 4 * V * H_s + (32 << 20)
     found = at(8192, **shape)
     assert found.chunk == 1024 and found.group in (8192, 4096)
     whole = found.group == 8192
     assert found.workspace <= before
-    expected = 1024 * (16 + 8 * V + 8 * shape["H_t"]) + found.group * (2 * V + 8 * H_s) + (32 << 20)
+    expected = 1024 * (16 + 8 * V + 2 * H_s + 8 * shape["H_t"]) + found.group * (2 * V + 8 * H_s) + (32 << 20)
     assert found.workspace == expected + (0 if whole else 4 * V * H_s)
     assert whole == (shape is A)
     assert all(at(N, **shape).workspace <= before for N in (1, 2048, 4096, 16384, 131072))
     with tuned(gradient_groups=False):
         assert at(8192, **shape) == (2048, before, 2048)
+
+
+def test_memory_under_autocast_goes_by_the_weight_s_own_dtype(monkeypatch):
+    """An fp32 dW is a result, not workspace; an fp16 one is held in fp32 whatever the group; a bf16 one may be rounded.
+
+    A copy of the weight counts for as many columns as were said, so that ranks with slices of other widths agree.
+    """
+    monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
+    wanted = chunked.Wanted(source=True, weight=True, bias=False)
+
+    def workspace(weight: torch.dtype, operands: torch.dtype, columns: int = 600) -> Workspace:
+        hidden, head = torch.empty(5, 40, dtype=weight), torch.empty(512, 40, dtype=weight)
+        side = chunked.LogitSource(chunked.Side(hidden, head, None, 1.0, None), 512, operands)
+        return chunked.workspace_bytes(side, None, columns, True, wanted, 640)
+
+    accumulator, slab, copy = 4 * 600 * 40, 32 << 20, 2 * 600 * 40
+    assert workspace(torch.float32, BF16)[2:] == (0, copy)
+    assert workspace(FP16, BF16)[2:] == (0, accumulator + copy)
+    assert workspace(BF16, FP16)[2:] == (accumulator, slab + copy)
+    assert workspace(BF16, BF16)[2:] == (accumulator, slab)
+    assert workspace(torch.float32, torch.float32)[2:] == (0, 0)
 
 
 def test_fp32_and_tight_budgets_group_nothing():

@@ -54,3 +54,26 @@ def test_a_factor_of_one_writes_nothing(monkeypatch):
 
 def test_nothing_to_scale():
     hand_over.scale_in_place(torch.empty(0, 7), torch.tensor(2.0))
+
+
+def test_only_where_triton_works_and_is_not_refused(monkeypatch):
+    from fused_kd.engine import ops
+
+    gpu = torch.device("cuda")
+    hand_over.works.cache_clear()
+    assert not ops._by_kernel(torch.device("cpu"), "triton") and not ops._by_kernel(gpu, "torch")
+    monkeypatch.setattr(hand_over, "works", lambda device: False)
+    assert not ops._by_kernel(gpu, "triton")
+    monkeypatch.setattr(hand_over, "works", lambda device: True)
+    assert ops._by_kernel(gpu, "triton") and ops._by_kernel(gpu, "cuda")
+    monkeypatch.setattr(ops, "installed", lambda package: False)
+    assert not ops._by_kernel(gpu, "triton")
+
+
+def test_what_cannot_be_launched_does_not_work(monkeypatch):
+    hand_over.works.cache_clear()
+    assert hand_over.works(torch.device("cpu"))
+    hand_over.works.cache_clear()
+    monkeypatch.setattr(hand_over, "scale_kernel", None)
+    assert not hand_over.works(torch.device("cpu"))
+    hand_over.works.cache_clear()

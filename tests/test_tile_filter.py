@@ -175,3 +175,36 @@ def test_a_gpu_without_triton_is_told(monkeypatch):
     monkeypatch.setattr(rows, "installed", lambda package: False)
     with pytest.raises(ValueError, match=r"grad_filter_eps=0.001 must be 0 here: .* the package triton"):
         choose_engine(None, None, "kl", 1e-3, torch.device("cuda"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("H", [24, 40])
+def test_slabs_begin_where_tiles_do(H, monkeypatch):
+    """One group, low-precision weights, a hidden size whose slab is no multiple of a tile."""
+    from fused_kd.engine.tile_filter_triton import DeviceTiles
+
+    g = torch.Generator().manual_seed(0)
+    dlogits, hidden = (torch.randn(*size, generator=g).to(torch.float16) for size in ((30, 700), (30, H)))
+    weight = torch.randn(700, H, generator=g).to(torch.bfloat16)
+    monkeypatch.setattr(head_gradient, "SLAB_BYTES", 4 * H * 300)
+    monkeypatch.setattr(head_gradient, "tiles_of", DeviceTiles)
+    projection = Projection(weight, None, torch.float16)
+    projection.upcast = False
+    made = head_gradient.HeadGradient(
+        weight, None, projection, torch.tensor(0.5), want_weight=True, want_bias=False, whole=True, grad_filter_eps=1e-6
+    )
+    made.add(dlogits, hidden, None, want_hidden=False)
+    d_weight, _ = made.finished()
+    assert relative(d_weight, 0.5 * (dlogits.float().t() @ hidden.float())) < 4e-3
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_another_default_dtype_changes_nothing(eps):
+    student, teacher, p = peaked()
+    expected = gradients(fk.kd_loss(student, teacher, p.labels, fk.Skew(), grad_filter_eps=eps).loss, p.leaves)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = gradients(fk.kd_loss(student, teacher, p.labels, fk.Skew(), grad_filter_eps=eps).loss, p.leaves)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))

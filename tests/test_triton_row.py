@@ -317,7 +317,12 @@ def test_lanes_of_any_height(objective: Objective, T: float) -> None:
     expected = oracle(z_s[:, kept], z_t[:, kept], place[labels], objective, T=T)
     loss, difficulty, hard, gradient = call(z_s, z_t, labels, objective, T=T)
     assert gradient is not None
-    check((loss, difficulty, hard, gradient[:, kept]), expected)
+    budget = GRADIENT_BUDGET
+    if T == 1.0:  # such rows ask for digits that eager PyTorch does not have either
+        z = z_s[:, kept].clone().requires_grad_()
+        eager = eager_rows(z, z_t[:, kept], place[labels], objective)
+        budget = max(budget, error(torch.autograd.grad(eager.sum(), z)[0], expected[3]))
+    check((loss, difficulty, hard, gradient[:, kept]), expected, budget)
     assert not gradient[:, out].any()
 
 

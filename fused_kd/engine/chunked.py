@@ -238,7 +238,7 @@ def _difficulties(
     chunks: Chunks, spans: list[slice], labels: Tensor, scalars: Tensor, row: Row, buffers: Buffers
 ) -> Tensor:
     """``KL(yt||q)`` of every token."""
-    difficulty = torch.zeros(labels.shape[0], device=labels.device)
+    difficulty = torch.zeros(labels.shape[0], dtype=torch.float32, device=labels.device)
     for span in spans:
         _, _, raw_s, teacher = chunks[span]
         unused, found, is_hard = (buffers.vector(name, dtype, span) for name, dtype in VECTORS)
@@ -319,7 +319,8 @@ def workspace_bytes(
             token += vocab * side.source.element_size()  # gathered when tokens are dropped
             continue
         token += 4 * stride + 8 * side.source.shape[1]
-        fixed += side.projection.copied_bytes
+        if side.projection.copied:
+            fixed += vocab * side.source.shape[1] * side.projection.dtype.itemsize
         if side.projection.upcast:
             slab = SLAB_BYTES
     projection = student.projection
@@ -328,10 +329,10 @@ def workspace_bytes(
     if with_gradient and projection is not None:
         H, dtype = projection.weight.shape[1], projection.gradient_dtype
         if dtype != torch.float32:
-            # The student's hidden states and their gradient are the group's.
-            token, grouped = token - 8 * H, dtype.itemsize * stride + 8 * H
-        if wanted.weight and projection.weight.dtype != torch.float32:
-            if gradient_dtype(projection.weight.dtype) == torch.float32:  # fp16's is held to the end
+            # The student's hidden states, once more than a chunk's, and their gradient are the group's.
+            token, grouped = token - 6 * H, dtype.itemsize * stride + 8 * H
+        if wanted.weight and projection.weight_dtype != torch.float32:
+            if gradient_dtype(projection.weight_dtype) == torch.float32:  # fp16's is held to the end
                 fixed += 4 * vocab * H
             else:
                 accumulator, slab = 4 * vocab * H, SLAB_BYTES
@@ -346,8 +347,8 @@ def allocate(student: Side, N: int, sparse: bool, wanted: Wanted) -> Result:
         make = torch.zeros if sparse or student.weight is None else torch.empty
         d_source = make(student.source.shape, dtype=gradient_dtype(student.source.dtype), device=device)
     return Result(
-        torch.zeros(N, device=device),
-        torch.zeros(N, device=device),
+        torch.zeros(N, dtype=torch.float32, device=device),
+        torch.zeros(N, dtype=torch.float32, device=device),
         torch.zeros(N, dtype=torch.bool, device=device),
         d_source,
         None,

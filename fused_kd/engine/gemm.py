@@ -45,8 +45,9 @@ class Projection:
         self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device)
         # What autocast does; on the upcast path it is done slab by slab.
         self.weight = weight.detach() if self.upcast else weight.detach().to(dtype)
-        # The weight's, where it had to be cast as a whole.
-        self.copied_bytes = 0 if self.upcast or weight.dtype == dtype else self.weight.numel() * dtype.itemsize
+        # The weight's own dtype, and whether there is a copy of it in that of the GEMMs.
+        self.weight_dtype = weight.dtype
+        self.copied = self.weight.dtype != weight.dtype
         self.bias = None if bias is None else bias.detach().to(dtype).float().clamp(min=LOG_ZERO)
 
     @property
@@ -78,15 +79,15 @@ class Projection:
     def hidden_gradient(self, dlogits: Tensor) -> Tensor:
         """(C, V) → (C, H) fp32; zeros of a rank without columns, for which not every GEMM is defined."""
         if not dlogits.shape[1]:
-            return torch.zeros(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
+            return torch.zeros(dlogits.shape[0], self.weight.shape[1], dtype=torch.float32, device=dlogits.device)
         if self.dtype == torch.float32:
             return _product(dlogits, self.weight)
         if self.upcast:
-            out = torch.zeros(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
+            out = torch.zeros(dlogits.shape[0], self.weight.shape[1], dtype=torch.float32, device=dlogits.device)
             for rows, slab in self._slabs():
                 out.addmm_(dlogits[:, rows], slab)
             return out
-        out = torch.empty(dlogits.shape[0], self.weight.shape[1], device=dlogits.device)
+        out = torch.empty(dlogits.shape[0], self.weight.shape[1], dtype=torch.float32, device=dlogits.device)
         wide_product(dlogits, self.weight, out)
         return out
 

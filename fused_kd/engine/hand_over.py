@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +25,16 @@ def scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
             offsets = start + tl.arange(0, BLOCK)
             x = tl.load(gradient_ptr + offsets, mask=offsets < count, other=0.0)
             tl.store(gradient_ptr + offsets, x.to(tl.float32) * factor, mask=offsets < count)
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether Triton can launch anything there: it may be installed without a compiler, or beside another GPU."""
+    try:
+        scale_in_place(torch.ones(1, device=device), torch.ones((), device=device))
+    except Exception:  # Triton's own, of any kind
+        return False
+    return True
 
 
 def scale_in_place(gradient: Tensor, factor: Tensor) -> None:

@@ -74,7 +74,7 @@ class HeadGradient:
             self._d_weight = empty(tuple(weight.shape), dtype, weight.device, result=True)
             self._d_weight[self._vocab :].zero_()
         if want_bias and bias is not None:
-            self._d_bias = torch.zeros(bias.shape, device=weight.device)
+            self._d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=weight.device)
         self._eps = grad_filter_eps
         self._first = True
 

@@ -285,21 +285,31 @@ class KDFunction(torch.autograd.Function):
                 weights = upstream if token_weights is None else upstream * token_weights
                 factor = None
             gradients = torch.ops.fused_kd.kd(*args, weights, scale, scalars, *ctx.wanted, *ctx.options)[3:]
+        backend = Options(*ctx.options).backend
         scaled = (
-            _scale_in_place(gradient, factor, dtype) if wanted else None
+            _scale_in_place(gradient, factor, dtype, backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
         )
         return (*scaled, *none[3:])
 
 
-def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scale_in_place(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
     """A pass over a weight-sized gradient is worth a look at the factor; on a GPU only a kernel may look."""
     if factor is None or (factor.numel() == 1 and factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient.to(dtype)
-    if factor.numel() == 1 and factor.device.type == "cuda" and gradient.is_contiguous() and installed("triton"):
+    if factor.numel() == 1 and gradient.is_contiguous() and _by_kernel(factor.device, backend):
         from .hand_over import scale_in_place
 
         scale_in_place(gradient, factor)
     else:
         gradient.mul_(factor)
     return gradient.to(dtype)
+
+
+def _by_kernel(device: torch.device, backend: str) -> bool:
+    """Triton is there and may be used: ``backend="torch"`` says no."""
+    if device.type != "cuda" or backend == "torch" or not installed("triton"):
+        return False
+    from .hand_over import works
+
+    return works(device)

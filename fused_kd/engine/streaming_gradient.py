@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_math import LOG2_E, arguments, exponent
+from ..rows.triton_math import LOG2_E, arguments, exponent, inverse_temperature
 from .streaming_kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, placed, row_terms, tile
 
 
@@ -71,7 +71,7 @@ def gradient_kernel(
             target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
             beta = target[1]
             ce_share = 1.0 - target[0]
-            share = 1.0 / tl.load(scalars_ptr + 3)
+            share = inverse_temperature(scalars_ptr)
             if not MIXED:
                 share *= target[0]
             if PURE:
@@ -153,7 +153,7 @@ def flagged_product_kernel(
                 other=0.0,
             )
             b = tl.load(
-                b_ptr + rows[:, None] * b_strides[0] + j[None, :] * b_strides[1],
+                b_ptr + rows[:, None] * b_strides[0] + j.to(tl.int64)[None, :] * b_strides[1],
                 mask=(k < K)[:, None] & (j < J)[None, :],
                 other=0.0,
             )

@@ -72,7 +72,7 @@ class HostTiles:
     def hidden(self) -> Tensor:
         projection = self._projection
         V, H = projection.weight.shape
-        out = torch.zeros(len(self._dlogits), H)
+        out = torch.zeros(len(self._dlogits), H, dtype=torch.float32, device=self._dlogits.device)
         for rows, kept in self._blocks:
             for columns in kept.split(slab_rows(V, H)):
                 weight = projection.weight[columns].to(projection.dtype).to(self._dlogits.dtype)

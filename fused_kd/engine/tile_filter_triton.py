@@ -61,17 +61,18 @@ class DeviceTiles:
 
     def hidden(self) -> Tensor:
         weight = self._projection.weight
-        out = torch.empty(len(self._dlogits), weight.shape[1], device=self._dlogits.device)
-        self._product(out, self._dlogits, weight, self._flags, add=False)
+        shape = len(self._dlogits), weight.shape[1]
+        out = torch.empty(shape, dtype=torch.float32, device=self._dlogits.device)
+        self._product(out, self._dlogits, weight, self._flags, self._projection.dtype, add=False)
         return out
 
     def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
         assert columns.start % self._tile == 0, "columns must begin where a tile does"
         tiles = slice(columns.start // self._tile, triton.cdiv(columns.stop, self._tile))
         flags = self._flags[:, tiles].t()
-        self._product(out, self._dlogits[:, columns].t(), hidden, flags, add=not first)
+        self._product(out, self._dlogits[:, columns].t(), hidden, flags, hidden.dtype, add=not first)
 
-    def _product(self, out: Tensor, a: Tensor, b: Tensor, flags: Tensor, *, add: bool) -> None:
+    def _product(self, out: Tensor, a: Tensor, b: Tensor, flags: Tensor, dtype: torch.dtype, *, add: bool) -> None:
         """``out (+)= a @ b``, without the tiles of ``a`` whose flags are 0."""
         (I, K), J, tile = a.shape, out.shape[1], self._tile  # noqa: E741
         if not out.numel():
@@ -79,5 +80,5 @@ class DeviceTiles:
         with guard(out.device):
             flagged_product_kernel[(flags.shape[0], triton.cdiv(J, tile))](
                 a, b, None, flags, out, (I, J, K), a.stride(), b.stride(), flags.stride(),
-                ADD=add, ROUND=_TYPES[a.dtype], BI=tile, BJ=tile, BC=tile, num_warps=THREADS // warp_size(),
+                ADD=add, ROUND=_TYPES[dtype], BI=tile, BJ=tile, BC=tile, num_warps=THREADS // warp_size(),
             )  # fmt: skip

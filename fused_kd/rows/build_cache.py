@@ -27,13 +27,19 @@ def cache_folder() -> Path | None:
 
 def keep(path: Path, key: str, data: bytes, about: Mapping[str, str]) -> None:
     """Write an entry, whole or not at all, whoever else writes the same: a line of JSON that says what it is (``about``
-    with it), then ``data``."""
+    with it), then ``data``. Where the disk does not take it, nothing is kept."""
     head = {"key": _digest(key.encode()), "size": len(data), "sha256": _digest(data), **about}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix="new-", delete=False) as file:
-        file.write(json.dumps(head).encode() + b"\n" + data)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    new = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="new-", delete=False) as file:
+            new = Path(file.name)
+            file.write(json.dumps(head).encode() + b"\n" + data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        if new is not None:
+            new.unlink(missing_ok=True)
 
 
 def kept(path: Path, key: str) -> bytes | None:

@@ -130,9 +130,11 @@ def _prepared(kernel: str, macros: tuple[tuple[str, int], ...], cut: Cut, where:
             loaded = _kernel(kernel, macros, arch, code)
             _, current = driver.cuDeviceGet(torch.cuda.current_device())
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (status,) = driver.cuKernelSetAttribute(most, cut.shared_bytes, loaded.handle, current)
+            # All that a block may have: other cuts launch the same kernel.
+            allowed = device(where).block_bytes
+            (status,) = driver.cuKernelSetAttribute(most, allowed, loaded.handle, current)
             if int(status) != 0:
-                raise RuntimeError(f"{status.name}: {cut.shared_bytes} bytes of shared memory")
+                raise RuntimeError(f"{status.name}: {allowed} bytes of shared memory")
             if cut.cluster > 1:
                 config = _config(core, cut, 1)
                 clusters = loaded.occupancy.max_active_clusters(config, stream=core.LEGACY_DEFAULT_STREAM)

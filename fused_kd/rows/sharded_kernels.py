@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import exponent_scale, log_off_label
+from .triton_math import exponent_scale, inverse_temperature, log_off_label
 from .triton_sweeps import (
     logits,
     sweep_both,
@@ -157,7 +157,7 @@ def gradient_kernel(
         share = lam
         if MIXED:
             share = 1.0
-        shares = (share / tl.load(scalars_ptr + 3), ce_weight)
+        shares = (share * inverse_temperature(scalars_ptr), ce_weight)
         use = 0
         if use_ptr is not None:
             use = tl.load(use_ptr + row).to(tl.int32)

@@ -27,7 +27,7 @@ class TritonRow(SweptRow):
         self.student = unit_stride(inputs.student.raw)
         self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options: tuple[float | None, ...] = (*shape_of(student), None, None)
+        options = (*shape_of(student), *shape_of(None))
         capped = student.softcap is not None
         if isinstance(teacher, Logits):
             self.teacher = unit_stride(teacher.raw)
@@ -55,8 +55,9 @@ class TritonRow(SweptRow):
         return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
 
     def _join(self, x: Tensor) -> Joined:
-        x, T = x.clone(), self.scalars[3].to(torch.float64)
+        x, T = x.clone(), torch.ones_like(x[0, 0, 0])
         if self.teacher is not None:
+            T = self.scalars[3].to(torch.float64)
             for column in (0, 2, 3, 6):  # logits
                 x[:, :, column] /= T
             x[:, :, 5] *= math.log(2.0)

@@ -38,6 +38,7 @@ from .triton_math import (
     exponent,
     exponent_scale,
     first_entry,
+    inverse_temperature,
     label_terms,
     log_off_label,
     store_loss,
@@ -114,31 +115,43 @@ def row_kernel(
         dlogits_row = dlogits_ptr + row * dlogits_stride
 
     if teacher_ptr is None:
-        loss = _cross_entropy(student, dlogits_row, V, row, label, weights_ptr, BLOCK, LANES, PACK)
-        store_loss(difficulty_ptr + row, loss)
+        _cross_entropy(
+            student, dlogits_row, V, row, label, weights_ptr, loss_ptr, difficulty_ptr, BLOCK, LANES, PACK
+        )  # fmt: skip
         tl.store(hard_ptr + row, 0)
     else:
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, entries_ptr, rest_ptr, row, K)
-        loss = _distill(
-            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, difficulty_ptr, hard_ptr,
+        _distill(
+            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, loss_ptr, difficulty_ptr, hard_ptr,
             given_ptr, h, g, free_g, FREE, MIXTURE, KL_AT_ONE, ADAPTIVE, MIXED, HARD_LABEL, GATED, COLD,
             BLOCK, LANES, PACK,
         )  # fmt: skip
-    store_loss(loss_ptr + row, loss)
 
 
 @triton.jit
 def _cross_entropy(
-    student, dlogits_row, V, row, label, weights_ptr, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr
+    student,
+    dlogits_row,
+    V,
+    row,
+    label,
+    weights_ptr,
+    loss_ptr,
+    difficulty_ptr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
 ):
-    """``-log q_y``, and its gradient in ``dlogits_row`` unless that is None."""
+    """Stores ``-log q_y``, and its gradient in ``dlogits_row`` unless that is None."""
     student_row, scale, cap = student
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z = logits(student_row, label, label < V, scale, cap)
     z_max, total = sweep_student(student, V, BLOCK, LANES, PACK)
+    loss = tl.log(total) - (label_z - z_max)
+    store_loss(loss_ptr + row, loss)
+    store_loss(difficulty_ptr + row, loss)
     if dlogits_row is not None:
         write_label_gradient(student, dlogits_row, V, row, label, z_max, 1.0 / total, weights_ptr, BLOCK)
-    return tl.log(total) - (label_z - z_max)
 
 
 @triton.jit
@@ -151,6 +164,7 @@ def _distill(
     label,
     weights_ptr,
     scalars_ptr,
+    loss_ptr,
     difficulty_ptr,
     hard_ptr,
     given_ptr,
@@ -169,11 +183,11 @@ def _distill(
     LANES: tl.constexpr,  # the program's threads
     PACK: tl.constexpr,  # neighbouring columns that one of them loads
 ):
-    """The loss with a teacher; stores difficulty, hardness and, given a ``dlogits_row``, the gradient."""
+    """Stores loss, difficulty, hardness and, given a ``dlogits_row``, the gradient with a teacher."""
     lam = tl.load(scalars_ptr)
     beta = tl.load(scalars_ptr + 1)
     gamma = tl.load(scalars_ptr + 2)
-    inv_T = 1.0 / tl.load(scalars_ptr + 3)
+    inv_T = inverse_temperature(scalars_ptr)
     k = exponent_scale(scalars_ptr)
     student_row, student_scale, student_cap = student
 
@@ -213,6 +227,7 @@ def _distill(
         loss = difficulty
     else:
         loss = lam * kl + ce_weight * ce
+    store_loss(loss_ptr + row, loss)  # rows that take sweep 2 store another
 
     target = (lam, beta, k, log_off_label(lam), label_log_t - label_log_q)
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
@@ -236,7 +251,7 @@ def _distill(
                 beta = _head_share(student, teacher, V, norms, k, fraction, BLOCK)
                 target = (lam, beta, k, log_off_label(lam), label_log_t - label_log_q)
             h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
-            loss = share * h_sum + ce_weight * ce
+            store_loss(loss_ptr + row, share * h_sum + ce_weight * ce)
             if dlogits_row is not None:
                 write_gradient(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
@@ -248,7 +263,6 @@ def _distill(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
                     weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
                 )  # fmt: skip
-    return loss
 
 
 @triton.jit

@@ -14,7 +14,9 @@ from .base import EXCLUDED, LOG_ZERO
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 _EXCLUDED = tl.constexpr(EXCLUDED)
 # Beyond the row's end: below LOG_ZERO, to lose even against excluded tokens; still finite when divided by T.
-OUTSIDE = tl.constexpr(-1e33)
+OUTSIDE = tl.constexpr(-2e30)
+# Of 1 / T: beyond it, differences of OUTSIDE would overflow.
+COLDEST = tl.constexpr(1e8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
@@ -50,7 +52,12 @@ def log_off_label(lam):
 @triton.jit
 def exponent_scale(scalars_ptr):
     """``k`` of a row's scalars."""
-    return (1.0 / tl.load(scalars_ptr + 3)) * LOG2_E
+    return inverse_temperature(scalars_ptr) * LOG2_E
+
+
+@triton.jit
+def inverse_temperature(scalars_ptr):
+    return tl.minimum(1.0 / tl.load(scalars_ptr + 3), COLDEST)
 
 
 @triton.jit

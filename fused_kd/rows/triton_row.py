@@ -97,7 +97,11 @@ def launch_constants(heavy: bool, *raw: Tensor | None) -> dict[str, int]:
     # As Triton decides, for all together: of unaligned rows a thread takes every LANES-th column.
     widths = [16 // x.element_size() for x in raw if x is not None and _aligned(x)]
     pack = min(max(widths, default=1), block // tuning.row_threads)
-    return {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
+    made = {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
+    if _on_nvidia() and all(x.element_size() == 2 for x in raw if x is not None):
+        # Left to itself, ptxas takes 80 for 16-bit logits; at 64, 1024 threads share a multiprocessor.
+        made["maxnreg"] = 64
+    return made
 
 
 def _aligned(x: Tensor) -> bool:
@@ -130,6 +134,10 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def warp_size() -> int:
     return 32 if _INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def _on_nvidia() -> bool:
+    return not _INTERPRET and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def unit_stride(x: Tensor) -> Tensor:
