@@ -15,7 +15,8 @@ from torch.torch_version import TorchVersion
 
 from fused_kd.info import processor
 
-ROOT = Path(__file__).resolve().parent.parent
+from .process import ROOT
+
 PACKAGES = (
     "torch", "triton", "transformers", "pytest-benchmark", "liger-kernel", "trl", "cut-cross-entropy",
     "fla-core",

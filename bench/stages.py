@@ -24,8 +24,8 @@ from .implementations import GROUPS, IMPLEMENTATIONS, OURS
 from .inputs import Inputs, make_inputs
 from .lines import Lines
 from .measure import Calls, Flush, interleaved
+from .process import BROKEN, NO_GPU, device_works
 from .shapes import GPU_SHAPES, ODD_SHAPE, REHEARSAL_SHAPES, Shape, Variant
-from .share import BROKEN, device_works
 from .worker import Case, guarded
 from .worker import row as row_of
 
@@ -101,7 +101,7 @@ def run_stage(name: str, out: Path, *, rehearse: bool, cache: Path | None = None
 def _environment(out: Path, rehearse: bool, cache: Path | None) -> int:
     if not rehearse and (reason := environment.unsupported()):
         print(f"no stage can run: {reason}", flush=True)
-        return 2
+        return NO_GPU
     device = "cpu" if rehearse else "cuda"
     source = environment.source()
     fields: dict[str, Any] = {"hardware": environment.hardware(device), "versions": environment.versions()}

@@ -24,7 +24,7 @@ from bench.bandwidth import RowProblem  # noqa: E402
 from bench.gpu import Stage  # noqa: E402
 from bench.gpu_tests import run_tests  # noqa: E402
 from bench.lines import Lines, append, read  # noqa: E402
-from bench.share import BROKEN  # noqa: E402
+from bench.process import BROKEN  # noqa: E402
 from bench.stages import run_stage  # noqa: E402
 
 TESTS = """
@@ -293,6 +293,13 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
         "bench gpu: no stage can run: no NVIDIA GPU is available to torch"
     ]  # fmt: skip
     assert not (tmp_path / "gpu.jsonl").exists()
+
+
+def test_it_needs_no_pytest():
+    """Which is optional where a GPU is."""
+    script = "import sys; sys.modules['pytest'] = None; import bench.__main__, bench.stages, bench.model, bench.run"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
