@@ -19,14 +19,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from .checkout import checkout
+from .gpu_tests import TEST_SECONDS
 from .lines import Lines, read
 from .process import BROKEN, NO_GPU, ROOT, kill, start, why
 
 MINUTES = 6.0
 # Less is not worth the start of a process.
 LEAST_SECONDS = 12.0
-# Kept back for the tables.
-SPARE_SECONDS = 5.0
+# Kept back for the tables, which take torch for the performance model.
+SPARE_SECONDS = 10.0
 # Of a stage whose rows keep losing the GPU's context.
 MOST_RESTARTS = 4
 
@@ -41,7 +43,7 @@ class Stage(NamedTuple):
 FIRST = Stage("environment", 60)
 STAGES = (
     Stage("machine", 40),
-    Stage("tests", 150),
+    Stage("tests", TEST_SECONDS + 20),
     Stage("sanitizer", 50),
     Stage("gemms:A", 40),
     Stage("gemms:B", 40),
@@ -58,7 +60,8 @@ STAGES = (
     Stage("ncu:cuda", 45),
 )
 PEER_SECONDS = 60.0
-AGAINST = ("against:theirs:1", "against:ours:1", "against:theirs:2", "against:ours:2")
+# Turns of another checkout and this one.
+AGAINST = ("theirs:1", "ours:1", "theirs:2", "ours:2")
 AGAINST_SECONDS = 50.0
 
 
@@ -88,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
         print(f"bench gpu: --minutes must be above 0, got {args.minutes}", file=sys.stderr)
         return 2
-    names = [*(stage.name for stage in STAGES), *AGAINST, "peers:", FIRST.name]
+    names = [*(stage.name for stage in STAGES), "against", "peers:", FIRST.name]
     known = {name for s in names for name in (s, s.split(":")[0])}
     if unknown := [name for name in args.only or () if name not in known and not name.startswith("peers:")]:
         print(f"bench gpu: --only knows no {', '.join(unknown)}; stages: {', '.join(sorted(known))}", file=sys.stderr)
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     results = out / "gpu.jsonl"
     if args.fresh:
-        for path in (results, *(out / "tests").glob("*.jsonl")):
+        for path in (results, *(out / "tests").glob("*/*.jsonl")):
             path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment.pop("TRITON_INTERPRET", None)
@@ -124,13 +127,13 @@ def run(args: argparse.Namespace) -> int:
     tree = []
     if args.against:
         try:
-            tree = ["--tree", str(_checkout(args.against, out))]
-        except (OSError, subprocess.SubprocessError) as error:
+            other = checkout(args.against, out)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"bench gpu: --against {args.against}: {error}", file=sys.stderr)
             return 2
-        stages[_index(stages, "streaming:A") : _index(stages, "streaming:A")] = [
-            Stage(name, AGAINST_SECONDS) for name in AGAINST
-        ]
+        tree = ["--tree", str(other.folder)]
+        place = next(i for i, stage in enumerate(stages) if stage.name == "streaming:A")
+        stages[place:place] = [Stage(f"against:{other.name}:{turn}", AGAINST_SECONDS) for turn in AGAINST]
     todo = [
         (stage, [*command, *(tree if ":theirs:" in stage.name else []), "--stage", stage.name])
         for stage in stages
@@ -221,18 +224,3 @@ def report(out: Path) -> int:
     print(short(rows))
     print(f"{out / 'report.md'}")
     return int(failed(rows))
-
-
-def _index(stages: list[Stage], name: str) -> int:
-    return next(i for i, stage in enumerate(stages) if stage.name == name)
-
-
-def _checkout(what: str, out: Path) -> Path:
-    """A folder as it is; a commit unpacked into the run's folder."""
-    if Path(what).is_dir():
-        return Path(what).resolve()
-    archive = subprocess.run(["git", "archive", what], cwd=ROOT, capture_output=True, check=True).stdout
-    target = out / "against"
-    target.mkdir(exist_ok=True)
-    subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
-    return target

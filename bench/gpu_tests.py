@@ -15,6 +15,8 @@ from .lines import append, read
 from .process import ROOT, kill, start, why
 
 PROCESSES = 12
+# For all of them, and for one.
+TEST_SECONDS = 130.0
 EACH_SECONDS = 60.0
 # Starts of one share: more often than so it is the share that is broken.
 MOST_STARTS = 10

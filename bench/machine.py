@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -125,6 +126,16 @@ def assumed_machine(gpu: str) -> dict[str, float]:
     return found
 
 
+def options(found: Mapping[str, float], dtype: str) -> str:
+    """What ``python -m bench model`` takes them by."""
+    parts = [f"--gemm-tflops {found[GEMM] / 1e12:.4g}", f"--bandwidth-gb {found[COPY] / 1e9:.4g}", f"--dtype {dtype}"]
+    if MULTIPROCESSORS in found:
+        parts.append(f"--multiprocessors {found[MULTIPROCESSORS]:.0f}")
+    if CLOCK in found:
+        parts.append(f"--clock-ghz {found[CLOCK] / 1e9:.4g}")
+    return " ".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The numbers of this machine.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -134,13 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.machine: --device cuda needs an NVIDIA GPU", file=sys.stderr)
         return 2
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    found = measure_machine(args.device, getattr(torch, dtype))
-    options = [f"--gemm-tflops {found[GEMM] / 1e12:.4g}", f"--bandwidth-gb {found[COPY] / 1e9:.4g}", f"--dtype {dtype}"]
-    if MULTIPROCESSORS in found:
-        options.append(f"--multiprocessors {found[MULTIPROCESSORS]:.0f}")
-    if CLOCK in found:
-        options.append(f"--clock-ghz {found[CLOCK] / 1e9:.4g}")
-    print(*options)
+    print(options(measure_machine(args.device, getattr(torch, dtype)), dtype))
     return 0
 
 

@@ -1,0 +1,64 @@
+"""Which code a measurement is of: a digest of its files; another checkout to compare with, by its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .process import ROOT
+
+LIBRARY = ("fused_kd/*.py", "fused_kd/engine/*.py", "fused_kd/rows/*.py", "csrc/*")
+IMPORT_SECONDS = 60.0
+
+
+class Checkout(NamedTuple):
+    """``name``: a commit's first digits, or the digest of a folder's library."""
+
+    name: str
+    folder: Path
+
+
+def digest(root: Path, patterns: Iterable[str]) -> str:
+    """Of the files that the patterns find, and of their names."""
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            if path.is_file():
+                found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def checkout(what: str, out: Path) -> Checkout:
+    """A folder as it is; a commit of this repository unpacked into ``out/against/<commit>``.
+
+    Raises:
+        ValueError: where it is neither, or this bench cannot import what it needs from it; in one line.
+    """
+    if Path(what).is_dir():
+        folder = Path(what).resolve()
+        found = Checkout(digest(folder, LIBRARY), folder)
+    else:
+        commit = _git("rev-parse", "--verify", "--quiet", f"{what}^{{commit}}").decode().strip()[:12]
+        if not commit:
+            raise ValueError("no folder, and no commit of this repository")
+        found = Checkout(commit, out / "against" / commit)
+        found.folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["tar", "-x", "-C", str(found.folder)], input=_git("archive", commit), check=True)
+    if not (found.folder / "fused_kd" / "__init__.py").is_file():
+        raise ValueError("it has no fused_kd")
+    script = f"import sys; sys.path.insert(0, {str(found.folder)!r}); import bench.stages"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=IMPORT_SECONDS
+    )  # fmt: skip
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise ValueError(f"it lacks what this bench imports: {last}")
+    return found
+
+
+def _git(*command: str) -> bytes:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True).stdout
