@@ -13,6 +13,15 @@ from .process import ROOT
 
 LIBRARY = ("fused_kd/*.py", "fused_kd/engine/*.py", "fused_kd/rows/*.py", "csrc/*")
 IMPORT_SECONDS = 60.0
+# An editable installation would lend the modules that a checkout lacks.
+_TRY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import bench.stages
+for name, module in sorted(sys.modules.items()):
+    if name.split(".")[0] == "fused_kd" and not (module.__file__ or "").startswith(sys.argv[1]):
+        raise ImportError(f"no module named {name!r} in it")
+"""
 
 
 class Checkout(NamedTuple):
@@ -50,10 +59,8 @@ def checkout(what: str, out: Path) -> Checkout:
         subprocess.run(["tar", "-x", "-C", str(found.folder)], input=_git("archive", commit), check=True)
     if not (found.folder / "fused_kd" / "__init__.py").is_file():
         raise ValueError("it has no fused_kd")
-    script = f"import sys; sys.path.insert(0, {str(found.folder)!r}); import bench.stages"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=IMPORT_SECONDS
-    )  # fmt: skip
+    command = [sys.executable, "-c", _TRY, str(found.folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["?"])[-1]
         raise ValueError(f"it lacks what this bench imports: {last}")

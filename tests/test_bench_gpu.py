@@ -203,9 +203,7 @@ def test_another_checkout_is_known_by_its_content(tmp_path):
     with pytest.raises(ValueError, match="no fused_kd"):
         checkout(str(package.parent), tmp_path)
     (package / "__init__.py").write_text("")
-    with pytest.raises(
-        ValueError, match=r"it lacks what this bench imports: ModuleNotFoundError: .*fused_kd\."
-    ) as error:
+    with pytest.raises(ValueError, match=r"it lacks what this bench imports: \w+Error: .*fused_kd\.") as error:
         checkout(str(package.parent), tmp_path)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no commit"):
