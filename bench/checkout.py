@@ -16,6 +16,7 @@ IMPORT_SECONDS = 60.0
 # An editable installation would lend the modules that a checkout lacks.
 _TRY = """
 import sys
+import bench  # this one, and then the other fused_kd
 sys.path.insert(0, sys.argv[1])
 import bench.stages
 for name, module in sorted(sys.modules.items()):

@@ -132,7 +132,8 @@ def _machine(run: Run) -> None:
     run.measure("copy", {"copy": lambda: target.copy_(source)}, {"bytes": 2 * source.nbytes})
     a, b = (torch.randn(m, m, device=run.device).to(run.dtype) for _ in range(2))
     run.measure(f"gemm {m}", {"gemm": lambda: a @ b}, {"flops": 2 * m**3})
-    run.put("numbers", lambda: {"machine": measure_machine(run.device, run.dtype), "dtype": str(run.dtype)})
+    numbers = partial(measure_machine, run.device, run.dtype, shrink=16 if run.rehearse else 1)
+    run.put("numbers", lambda: {"machine": numbers(), "dtype": str(run.dtype)})
 
 
 def _one_row(run: Run, backend: str) -> None:
