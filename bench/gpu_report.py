@@ -184,11 +184,12 @@ def _steps(rows: list[Row], brief: bool = False, machine: dict[str, float] | Non
         if not brief:
             half = seconds.get("half_ignored")
             cells += [milliseconds(half) if half else "", milliseconds(floor) if floor else ""]
-            model = compare(row, machine) if machine else None
+        if machine:
+            model = compare(row, machine)
             cells += [fixed(1 + model["seconds_error"] if model else None)]
         cells += [size(memory_of(row)), scientific(error_of(row, "d_hidden")), scientific(error_of(row, "d_weight"))]
         lines.append(cells)
-    more = [] if brief else ["half ignored, ms", "GEMMs, ms", "predicted / measured"]
+    more = [] if brief else ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
     head = ["", "variant", "step, ms", "share of the GEMMs'", *more, "GB over results", "dH error", "dW error"]
     return table(head, lines) if lines else ""
 
