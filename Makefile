@@ -48,7 +48,7 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m bench gpu --out $(OUT) --minutes $(MINUTES)
 
 bench: $(STAMP)
-	$(PY) -m bench run --device cpu
+	$(PY) -m bench run
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     comparison.add_argument(
         "--limit", type=float, default=1.1, help="the largest ratio of time or memory that is none (default 1.1)"
     )
-    commands.add_parser("gpu", help="ten minutes on a machine with an NVIDIA GPU (--help says more)", add_help=False)
+    commands.add_parser("gpu", help="tests and measurements on an NVIDIA GPU (--help says more)", add_help=False)
     commands.add_parser("model", help="what the performance model predicts (--help says how to ask)", add_help=False)
     args = parser.parse_args(arguments)
     if args.command == "run":

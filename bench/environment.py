@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,7 +14,9 @@ from torch.torch_version import TorchVersion
 
 from fused_kd.info import processor
 
-ROOT = Path(__file__).resolve().parent.parent
+from .checkout import LIBRARY, digest
+from .process import ROOT
+
 PACKAGES = (
     "torch", "triton", "transformers", "pytest-benchmark", "liger-kernel", "trl", "cut-cross-entropy",
     "fla-core",
@@ -23,12 +24,12 @@ PACKAGES = (
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
 MEASURED = (
     "accuracy", "architectures", "bandwidth", "counts", "counts_streaming", "eager", "end_to_end", "floor", "fused",
-    "implementation", "implementations", "inputs", "largest", "machine", "measure", "peers", "stages", "suite", "tally",
-    "trial", "worker",
+    "implementation", "implementations", "inputs", "largest", "machine", "measure", "peers", "suite", "tally", "trial",
+    "worker",
 )  # fmt: skip
-SOURCES = (
-    "fused_kd/*.py", "fused_kd/engine/*.py", "fused_kd/rows/*.py", "csrc/*", *(f"bench/{name}.py" for name in MEASURED),
-)  # fmt: skip
+SOURCES = (*LIBRARY, *(f"bench/{name}.py" for name in MEASURED))
+# What the results of a run on a GPU depend on besides.
+GPU_SOURCES = ("bench/stages.py", "bench/stage_tools.py", "tests/**/*.py")
 
 
 def hardware(device: str) -> dict:
@@ -101,19 +102,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def source() -> dict[str, str | bool | None]:
+def source(*more: str) -> dict[str, str | bool | None]:
     """``commit``, whether tracked or new files differ from it (``dirty``), and a ``digest`` of the measured
-    code."""
-    digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(ROOT.glob(pattern)):
-            if path.is_file():
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    code and of the files that the patterns ``more`` find."""
     changes = _run("git", "status", "--porcelain")
     return {
         "commit": _first_line("git", "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes.strip()),
-        "digest": digest.hexdigest()[:16],
+        "digest": digest(ROOT, (*SOURCES, *more)),
     }
 
 

@@ -1,4 +1,5 @@
-"""``python -m bench gpu --out FOLDER``: what ten minutes on a machine with an NVIDIA GPU can tell, first things first.
+"""``python -m bench gpu --out FOLDER``: what a machine with an NVIDIA GPU can tell in six minutes (--minutes), first
+things first.
 
 Each stage is a process with a limit of its own, whose results are lines of FOLDER/gpu.jsonl, each on the disk before
 the next is measured. A run that is cut keeps them; the next one in the same folder goes on from there, and measures
@@ -18,20 +19,18 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from .gpu_tests import ROOT
+from .checkout import checkout
+from .gpu_tests import TEST_SECONDS
 from .lines import Lines, read
-from .process import kill, start, why
-from .share import BROKEN
+from .process import BROKEN, NO_GPU, ROOT, kill, start, why
 
 MINUTES = 6.0
 # Less is not worth the start of a process.
 LEAST_SECONDS = 12.0
-# Kept back for the tables.
-SPARE_SECONDS = 5.0
+# Kept back for the tables, which take torch for the performance model.
+SPARE_SECONDS = 10.0
 # Of a stage whose rows keep losing the GPU's context.
-MOST_STARTS = 4
-# What a stage says where there is no GPU: nothing else can be done.
-NO_GPU = 2
+MOST_RESTARTS = 4
 
 
 class Stage(NamedTuple):
@@ -44,7 +43,7 @@ class Stage(NamedTuple):
 FIRST = Stage("environment", 60)
 STAGES = (
     Stage("machine", 40),
-    Stage("tests", 150),
+    Stage("tests", TEST_SECONDS + 20),
     Stage("sanitizer", 50),
     Stage("gemms:A", 40),
     Stage("gemms:B", 40),
@@ -61,7 +60,8 @@ STAGES = (
     Stage("ncu:cuda", 45),
 )
 PEER_SECONDS = 60.0
-AGAINST = ("against:theirs:1", "against:ours:1", "against:theirs:2", "against:ours:2")
+# Turns of another checkout and this one.
+AGAINST = ("theirs:1", "ours:1", "theirs:2", "ours:2")
 AGAINST_SECONDS = 50.0
 
 
@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"the whole run's limit (default {MINUTES:g})")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages, as steps:A or, for all of a kind, steps")
     parser.add_argument("--against", metavar="COMMIT_OR_FOLDER", help="steps of another checkout too, in turns")
-    parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="compiled kernels, of `python -m fused_kd.kernels`"
-    )
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="compiled kernels, of `python -m bench.kernels`")
     parser.add_argument("--fresh", action="store_true", help="measure again what the folder has")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -93,7 +91,8 @@ def main(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
         print(f"bench gpu: --minutes must be above 0, got {args.minutes}", file=sys.stderr)
         return 2
-    known = {name for s in (*_names(()), *AGAINST, "peers:", FIRST.name) for name in (s, s.split(":")[0])}
+    names = [*(stage.name for stage in STAGES), "against", "peers:", FIRST.name]
+    known = {name for s in names for name in (s, s.split(":")[0])}
     if unknown := [name for name in args.only or () if name not in known and not name.startswith("peers:")]:
         print(f"bench gpu: --only knows no {', '.join(unknown)}; stages: {', '.join(sorted(known))}", file=sys.stderr)
         return 2
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     results = out / "gpu.jsonl"
     if args.fresh:
-        for path in (results, *(out / "tests").glob("*.jsonl")):
+        for path in (results, *(out / "tests").glob("*/*.jsonl")):
             path.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment.pop("TRITON_INTERPRET", None)
@@ -128,13 +127,13 @@ def run(args: argparse.Namespace) -> int:
     tree = []
     if args.against:
         try:
-            tree = ["--tree", str(_checkout(args.against, out))]
-        except (OSError, subprocess.SubprocessError) as error:
+            other = checkout(args.against, out)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"bench gpu: --against {args.against}: {error}", file=sys.stderr)
             return 2
-        stages[_index(stages, "streaming:A") : _index(stages, "streaming:A")] = [
-            Stage(name, AGAINST_SECONDS) for name in AGAINST
-        ]
+        tree = ["--tree", str(other.folder)]
+        place = next(i for i, stage in enumerate(stages) if stage.name == "streaming:A")
+        stages[place:place] = [Stage(f"against:{other.name}:{turn}", AGAINST_SECONDS) for turn in AGAINST]
     todo = [
         (stage, [*command, *(tree if ":theirs:" in stage.name else []), "--stage", stage.name])
         for stage in stages
@@ -171,7 +170,7 @@ def run_stages(
             if number + 1 < len(todo):
                 waiting.append(prepare(todo[number + 1][1], _log(logs, todo[number + 1][0]), environment))
             code, reason = in_time(process, seconds, log)
-            for _ in range(MOST_STARTS):
+            for _ in range(MOST_RESTARTS):
                 left = began + seconds - time.monotonic()
                 if code == BROKEN and left > 0:  # goes on with the rows after the one that cost the GPU's context
                     code, reason = in_time(prepare(command, log, environment), left, log)
@@ -225,22 +224,3 @@ def report(out: Path) -> int:
     print(short(rows))
     print(f"{out / 'report.md'}")
     return int(failed(rows))
-
-
-def _names(peers: tuple[str, ...]) -> list[str]:
-    return [stage.name for stage in STAGES] + [f"peers:{name}" for name in peers]
-
-
-def _index(stages: list[Stage], name: str) -> int:
-    return next(i for i, stage in enumerate(stages) if stage.name == name)
-
-
-def _checkout(what: str, out: Path) -> Path:
-    """A folder as it is; a commit unpacked into the run's folder."""
-    if Path(what).is_dir():
-        return Path(what).resolve()
-    archive = subprocess.run(["git", "archive", what], cwd=ROOT, capture_output=True, check=True).stdout
-    target = out / "against"
-    target.mkdir(exist_ok=True)
-    subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
-    return target

@@ -12,8 +12,6 @@ Row = dict[str, Any]
 
 # The CUDA row needs another package and another compiler than everything else: it must earn them.
 CUDA_GAIN = 1.15
-# A smaller chunk is worth so much time.
-CHUNK_LOSS = 1.02
 # A choice is changed for no less.
 GAIN = 0.98
 PLACES = [f"{shape} {tokens}" for shape in "AB" for tokens in ("easy", "hard")]
@@ -21,7 +19,7 @@ PLACES = [f"{shape} {tokens}" for shape in "AB" for tokens in ("easy", "hard")]
 
 def suggestions(found: list[Row]) -> list[str]:
     """A sentence a choice; what was not measured says so."""
-    return [row_backend(found), *(chunk(found, backend) for backend in ("triton", "cuda")), *fields(found)]
+    return [row_backend(found), *fields(found)]
 
 
 def row_backend(found: list[Row]) -> str:
@@ -36,26 +34,6 @@ def row_backend(found: list[Row]) -> str:
     chosen = "cuda" if clean and min(x for x in gains.values() if x is not None) >= CUDA_GAIN else "triton"
     listed = ", ".join(f"{place} {gain:.2f}" for place, gain in gains.items())
     return f"row backend: {chosen} (triton / cuda: {listed}; tests {tests.get('status', 'not run')}; rule: {rule})"
-
-
-def chunk(found: list[Row], backend: str) -> str:
-    """The smallest chunk that costs little more than the best of them at every shape, over the floor beside it."""
-    rule = f"the smallest within {CHUNK_LOSS:g} of the best at A and B"
-    times: dict[str, dict[int, float]] = {}
-    for row in found:
-        over = _median(ratios(row)) if row["stage"].startswith("steps:") else None
-        if over is not None and row["implementation"] == f"fused_kd {backend}" and row["tokens"] == "easy":
-            tokens = row["chunk"] or row.get("counts", {}).get("chunk")
-            if tokens:
-                times.setdefault(row["stage"], {})[tokens] = over
-    common = set.intersection(*map(set, times.values())) if len(times) == 2 else set()
-    if not common:
-        return f"chunk, {backend} row: not measured ({rule})"
-    worst = {size: max(of[size] / min(of.values()) for of in times.values()) for size in sorted(common)}
-    within = [size for size, loss in worst.items() if loss <= CHUNK_LOSS]
-    best = within[0] if within else min(worst, key=lambda size: worst[size])
-    listed = ", ".join(f"{size} {loss:.3f}" for size, loss in worst.items())
-    return f"chunk, {backend} row: {best} (loss against the best: {listed}; rule: {rule})"
 
 
 def fields(found: list[Row]) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from .gpu_choices import suggestions
+from .machine import options
+from .prediction import compare
 from .samples import ratios
 from .tables import error_of, fixed, memory_of, scientific, size, table
 
@@ -33,9 +35,9 @@ def markdown(rows: list[Row]) -> str:
         "The machine": _rates(of.get("machine", [])),
         "GEMMs": _gemms(of),
         "The row alone, against a copy of device memory": _rows(of.get("rows", [])),
-        "Steps": _steps(_of_kinds(of, "steps", "streaming")),
+        "Steps": _steps(_of_kinds(of, "steps", "streaming"), machine=_machine(of)),
         "Another checkout": _against(of),
-        "Old against new": _choices(of),
+        "Choices against their defaults": _choices(of),
         "Peers": _steps(_of_kinds(of, "peers")),
         "A step's kernels": _profile(of.get("profile", [])),
         "What did not run": _reasons(found),
@@ -104,6 +106,7 @@ def _about(of: dict[str, list[Row]]) -> str:
             f"- driver {hardware.get('driver')}; at most {hardware.get('clocks_and_power')}; at first {about['now']}",
             f"- {versions}",
             f"- commit {commit}, code {about['code']}",
+            f"- {about.get('cache', 'no')} compiled kernels of Triton brought along",
         ]
     )  # fmt: skip
 
@@ -124,13 +127,20 @@ def milliseconds(samples: list[float]) -> str:
 
 
 def _rates(rows: list[Row]) -> str:
-    lines = []
+    lines, more = [], ""
     for row in rows:
         if "seconds" in row:
             (samples,) = row["seconds"].values()
             work, unit = (row["flops"], "TFLOP/s") if "flops" in row else (row["bytes"], "TB/s")
             lines.append([row["key"], milliseconds(samples), f"{work / statistics.median(samples) / 1e12:.3f} {unit}"])
-    return table(["", "ms", "rate"], lines) if lines else ""
+        elif "machine" in row:
+            more = f"For `python -m bench model`: `{options(row['machine'], row['dtype'].removeprefix('torch.'))}`."
+    return "\n\n".join(filter(None, [table(["", "ms", "rate"], lines) if lines else "", more]))
+
+
+def _machine(of: dict[str, list[Row]]) -> dict[str, float] | None:
+    """What the performance model predicts from, as measured here."""
+    return next((row["machine"] for row in of.get("machine", []) if "machine" in row), None)
 
 
 def _gemms(of: dict[str, list[Row]]) -> str:
@@ -158,7 +168,7 @@ def _rows(rows: list[Row]) -> str:
     return table(["shape, tokens", "row", "ms", "GB/s", "of the copy's"], lines) if lines else ""
 
 
-def _steps(rows: list[Row], brief: bool = False) -> str:
+def _steps(rows: list[Row], brief: bool = False, machine: dict[str, float] | None = None) -> str:
     lines = []
     for row in rows:
         if "step" not in row.get("seconds", {}):
@@ -174,25 +184,28 @@ def _steps(rows: list[Row], brief: bool = False) -> str:
         if not brief:
             half = seconds.get("half_ignored")
             cells += [milliseconds(half) if half else "", milliseconds(floor) if floor else ""]
+        if machine:
+            model = compare(row, machine)
+            cells += [fixed(1 + model["seconds_error"] if model else None)]
         cells += [size(memory_of(row)), scientific(error_of(row, "d_hidden")), scientific(error_of(row, "d_weight"))]
         lines.append(cells)
-    more = [] if brief else ["half ignored, ms", "GEMMs, ms"]
+    more = [] if brief else ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
     head = ["", "variant", "step, ms", "share of the GEMMs'", *more, "GB over results", "dH error", "dW error"]
     return table(head, lines) if lines else ""
 
 
 def _against(of: dict[str, list[Row]]) -> str:
-    """Both processes of each checkout, side by side."""
-    samples: dict[str, dict[str, list[float]]] = {}
+    """Both processes of each checkout, side by side with ours in the same turns."""
+    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in _of_kinds(of, "against"):
         if "step" in row.get("seconds", {}):
-            whose = row["stage"].split(":")[1]
-            samples.setdefault(row["key"], {}).setdefault(whose, []).extend(row["seconds"]["step"])
+            _, other, whose, _ = row["stage"].split(":")
+            samples.setdefault((other, row["key"]), {}).setdefault(whose, []).extend(row["seconds"]["step"])
     lines = [
-        [key, *(milliseconds(x[w]) for w in ("theirs", "ours")), fixed(_median_over(x["ours"], x["theirs"]), 3)]
-        for key, x in samples.items() if len(x) == 2
+        [other, key, *(milliseconds(x[w]) for w in ("theirs", "ours")), fixed(_median_over(x["ours"], x["theirs"]), 3)]
+        for (other, key), x in samples.items() if len(x) == 2
     ]  # fmt: skip
-    return table(["", "theirs, ms", "ours, ms", "ours / theirs"], lines) if lines else ""
+    return table(["other", "", "theirs, ms", "ours, ms", "ours / theirs"], lines) if lines else ""
 
 
 def _median_over(a: list[float], b: list[float]) -> float:

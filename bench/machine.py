@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,13 @@ CPU_COPY_BYTES = 512 << 20
 CUDA_COPY_BYTES = 2 << 30
 
 
-def measure_machine(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
+def measure_machine(device: torch.device | str, dtype: torch.dtype, shrink: int = 1) -> dict[str, float]:
     """``gemm_flops_per_s`` and ``copy_bytes_per_s`` of a CPU or CUDA device, in about three seconds.
 
     Medians of a logits GEMM with an fp32 result (on a CPU with fp32 operands, which low-precision ones are upcast to)
     and of a copy, whose bytes are read and written. The two take turns, in the caller's threads. Of a CUDA device also
-    ``multiprocessors`` and, where PyTorch knows it, ``clock_hz``, the highest that it may run at.
+    ``multiprocessors`` and, where PyTorch knows it, ``clock_hz``, the highest that it may run at. ``shrink`` divides
+    every size and the time, to try it out.
 
     Raises:
         ValueError: for another device or dtype.
@@ -49,18 +51,18 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype) -> dict[str,
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     on_host = device.type == "cpu"
     operands = torch.float32 if on_host else dtype
-    n, H, V = CPU_GEMM if on_host else CUDA_GEMM
+    n, H, V = (size // shrink for size in (CPU_GEMM if on_host else CUDA_GEMM))
     # Random digits: power, and with it the clock, depends on them.
     hidden, weight = (torch.randn(size, H, device=device).to(operands) for size in (n, V))
     logits = torch.zeros(n, V, device=device)
-    source = torch.ones((CPU_COPY_BYTES if on_host else CUDA_COPY_BYTES) // 4, device=device)
+    source = torch.ones((CPU_COPY_BYTES if on_host else CUDA_COPY_BYTES) // (4 * shrink), device=device)
     target = torch.zeros_like(source)
     work = {GEMM: 2 * n * H * V, COPY: 2 * source.nbytes}
     calls: Calls = {GEMM: lambda: _gemm(hidden, weight.t(), logits), COPY: lambda: target.copy_(source)}
     flush = Flush(device)
     seconds: dict[str, list[float]] = {GEMM: [], COPY: []}
     interleaved(calls, 1, flush)
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + SECONDS / shrink
     while len(seconds[GEMM]) < MIN_ROUNDS or time.monotonic() < end:
         for name, (sample,) in interleaved(calls, 1, flush).items():
             seconds[name].append(sample)
@@ -125,6 +127,16 @@ def assumed_machine(gpu: str) -> dict[str, float]:
     return found
 
 
+def options(found: Mapping[str, float], dtype: str) -> str:
+    """What ``python -m bench model`` takes them by."""
+    parts = [f"--gemm-tflops {found[GEMM] / 1e12:.4g}", f"--bandwidth-gb {found[COPY] / 1e9:.4g}", f"--dtype {dtype}"]
+    if MULTIPROCESSORS in found:
+        parts.append(f"--multiprocessors {found[MULTIPROCESSORS]:.0f}")
+    if CLOCK in found:
+        parts.append(f"--clock-ghz {found[CLOCK] / 1e9:.4g}")
+    return " ".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The numbers of this machine.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -134,13 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.machine: --device cuda needs an NVIDIA GPU", file=sys.stderr)
         return 2
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    found = measure_machine(args.device, getattr(torch, dtype))
-    options = [f"--gemm-tflops {found[GEMM] / 1e12:.4g}", f"--bandwidth-gb {found[COPY] / 1e9:.4g}", f"--dtype {dtype}"]
-    if MULTIPROCESSORS in found:
-        options.append(f"--multiprocessors {found[MULTIPROCESSORS]:.0f}")
-    if CLOCK in found:
-        options.append(f"--clock-ghz {found[CLOCK] / 1e9:.4g}")
-    print(*options)
+    print(options(measure_machine(args.device, getattr(torch, dtype)), dtype))
     return 0
 
 

@@ -107,8 +107,7 @@ _ERRORS = ("loss", "d_hidden", "d_weight")
 
 def command(row: dict[str, Any]) -> str:
     """What measures a row again."""
-    device = " --device cpu" if row["device"] == "cpu" else ""
-    return f'`python -m bench run --trial{device} --shapes {row["shape"]["name"]} --only "{row["implementation"]}"`'
+    return f'`python -m bench run --trial --shapes {row["shape"]["name"]} --only "{row["implementation"]}"`'
 
 
 def work(data: dict[str, Any]) -> str:

@@ -10,6 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+# The exit code after which a new process must go on: this one's GPU context is lost.
+BROKEN = 70
+# What a stage of a run on a GPU ends with where there is none: nothing else can be done.
+NO_GPU = 2
+
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -60,3 +66,15 @@ def why(code: int, log: str) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name} (out of memory?): {last}"
     return f"exit code {code}: {last}"
+
+
+def device_works() -> bool:
+    """False where an illegal access has made every later call of this process fail."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

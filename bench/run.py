@@ -26,7 +26,6 @@ SPARE_SECONDS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="a GPU is measured by `python -m bench gpu`")
     parser.add_argument("--quick", action="store_true", help="everything at tiny shapes: does it work?")
     parser.add_argument("--trial", action="store_true", help="into build/bench/ instead of bench/results/, and anew")
     parser.add_argument("--fresh", action="store_true", help="measure finished cases again")

@@ -26,8 +26,7 @@ class Variant(NamedTuple):
     """What is measured at one shape.
 
     ``tokens``: which are hard. ``valid``: the share that is not ignored. ``teacher``: near the student (it agrees, but
-    not quite) or far (independent of it). ``chunk``: fused_kd's preferred chunk (None: the planner's); for a row alone,
-    the rows of its chunk.
+    not quite) or far (independent of it). ``chunk``: fused_kd's preferred chunk (None: the planner's).
     """
 
     tokens: str = "mixed"

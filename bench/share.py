@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from .lines import append, read
+from .process import BROKEN, device_works
 
-# The exit code after which a new process must go on: this one's GPU context is lost.
-BROKEN = 70
 PARTS = ("others", "cuda row", "all")
 
 
@@ -85,15 +83,3 @@ class _Share:
         append(self.lines, row)
         if self.outcome == "failed" and not device_works():
             os._exit(BROKEN)
-
-
-def device_works() -> bool:
-    """False where an illegal access has made every later call of this process fail."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,21 +13,21 @@ import torch
 
 from fused_kd.tuning import Alternative, alternatives, tuned
 
-from . import environment, gpu_tests
+from . import environment, stage_tools
 from .bandwidth import GAMMAS, RowProblem
 from .floor import _gemm
 from .implementation import Step
 from .implementations import GROUPS, IMPLEMENTATIONS, OURS
 from .inputs import Inputs, make_inputs
 from .lines import Lines
+from .machine import measure_machine
 from .measure import Calls, Flush, interleaved
+from .process import BROKEN, NO_GPU, device_works
 from .shapes import GPU_SHAPES, ODD_SHAPE, REHEARSAL_SHAPES, Shape, Variant
-from .share import BROKEN, device_works
 from .worker import Case, guarded
 from .worker import row as row_of
 
 EASY, HARD, MIXED = Variant("easy"), Variant("hard"), Variant()
-CHUNKS = (512, 2048, 4096)
 GEMM_TOKENS = (1024, 2048, 4096, 8192)
 ROW_TOKENS = 2048
 BACKENDS = ("triton", "cuda")
@@ -101,9 +98,9 @@ def run_stage(name: str, out: Path, *, rehearse: bool, cache: Path | None = None
 def _environment(out: Path, rehearse: bool, cache: Path | None) -> int:
     if not rehearse and (reason := environment.unsupported()):
         print(f"no stage can run: {reason}", flush=True)
-        return 2
+        return NO_GPU
     device = "cpu" if rehearse else "cuda"
-    source = environment.source()
+    source = environment.source(*environment.GPU_SOURCES)
     fields: dict[str, Any] = {"hardware": environment.hardware(device), "versions": environment.versions()}
     fields |= {"source": source, "now": environment.smi(), "peers": peers_in_order()}
     if cache is not None:
@@ -135,58 +132,8 @@ def _machine(run: Run) -> None:
     run.measure("copy", {"copy": lambda: target.copy_(source)}, {"bytes": 2 * source.nbytes})
     a, b = (torch.randn(m, m, device=run.device).to(run.dtype) for _ in range(2))
     run.measure(f"gemm {m}", {"gemm": lambda: a @ b}, {"flops": 2 * m**3})
-
-
-def _tests(run: Run) -> int:
-    if importlib.util.find_spec("pytest") is None:
-        run.add("tests", "missing", reason="pytest is not installed")
-        return 0
-    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
-    found = gpu_tests.run_tests(
-        run.out / "tests",
-        130.0,
-        select=select,
-        processes=2 if run.rehearse else gpu_tests.PROCESSES,
-        tell=partial(print, flush=True),
-    )
-    clean = not found["failing"] and not found["errors"] and not found["not reached"]
-    run.add("tests", "ok" if clean else "failed", reason=_first(found), **found)
-    print(_first(found))
-    return int(not clean)
-
-
-def _first(found: dict[str, Any]) -> str:
-    bad = [f"{name}: {reason}" for name, reason in found["failing"].items()] + found["errors"]
-    return bad[0][:300] if bad else f"{found['not reached']} not reached" if found["not reached"] else ""
-
-
-def _tool(run: Run, name: str, options: list[str], command: list[str], log: str) -> None:
-    """A tool of the CUDA toolkit around a command of Python's, where it is on the PATH."""
-    path = shutil.which(name)
-    if path is None:
-        run.add(name, "missing", reason=f"{name} is not on the PATH")
-        return
-    done = subprocess.run([path, *options, sys.executable, *command], capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    (run.out / log).write_text(text)
-    said = [line for line in text.splitlines() if line.startswith(("=====", "==ERROR"))]
-    reason = "" if done.returncode == 0 else (said or text.strip().splitlines() or ["?"])[-1][:300]
-    run.add(name, "failed" if reason else "ok", reason=reason, file=log, last=said[-1:])
-
-
-def _sanitizer(run: Run) -> None:
-    share = ["-p", "bench.share", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
-    (run.out / "sanitizer").mkdir(exist_ok=True)
-    pytest = ["-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-k", "cuda_row and small", "-p", "no:cacheprovider"]
-    _tool(run, "compute-sanitizer", ["--tool", "memcheck", "--error-exitcode", "3"], [*pytest, *share], "sanitizer.log")
-
-
-def _ncu(run: Run, backend: str) -> None:
-    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
-    options = [text for section in sections for text in ("--section", section)]
-    options += ["--kernel-name", "regex:row", "--launch-count", "1"]
-    command = ["-m", "bench", "gpu", "--out", str(run.out), "--stage", f"one-row:{backend}"]
-    _tool(run, "ncu", options, command, f"ncu-{backend}.log")
+    numbers = partial(measure_machine, run.device, run.dtype, shrink=16 if run.rehearse else 1)
+    run.put("numbers", lambda: {"machine": numbers(), "dtype": str(run.dtype)})
 
 
 def _one_row(run: Run, backend: str) -> None:
@@ -270,13 +217,11 @@ def _rows(run: Run) -> None:
 def _steps(run: Run, name: str) -> None:
     shape = run.shapes[name]
     ways = [f"fused_kd {backend}" for backend in run.backends]
-    chunks = tuple(Variant(chunk=chunk) for chunk in ((8,) if run.rehearse else CHUNKS))
     errors = min(shape.N, 256)
-    order = [(way, variant, errors) for variant in (EASY, HARD, MIXED) for way in ways]
-    order += [(way, variant._replace(tokens="easy"), 0) for variant in chunks for way in ways]
     inputs: Inputs | None = None
-    for way, variant, tokens in order:
-        inputs = _case(run, f"{way} {variant}", run.case(shape, way, error_tokens=tokens), variant, inputs)
+    for variant in (EASY, HARD, MIXED):
+        for way in ways:
+            inputs = _case(run, f"{way} {variant}", run.case(shape, way, error_tokens=errors), variant, inputs)
 
 
 def _case(run: Run, key: str, case: Case, variant: Variant, inputs: Inputs | None) -> Inputs | None:
@@ -392,8 +337,8 @@ def _peers(run: Run, name: str) -> None:
 
 STAGES: dict[str, Callable[..., int | None]] = {
     "machine": _machine,
-    "tests": _tests,
-    "sanitizer": _sanitizer,
+    "tests": stage_tools.tests,
+    "sanitizer": stage_tools.sanitizer,
     "gemms": _gemms,
     "rows": _rows,
     "steps": _steps,
@@ -401,7 +346,7 @@ STAGES: dict[str, Callable[..., int | None]] = {
     "streaming": _streaming,
     "choices": _choices,
     "profile": _profile,
-    "ncu": _ncu,
+    "ncu": stage_tools.ncu,
     "one-row": _one_row,
     "peers": _peers,
 }

@@ -28,7 +28,8 @@ class Case:
     """``implementation`` is a key of IMPLEMENTATIONS.
 
     As many ``rounds`` as fit ``seconds``, but three. Errors are those of the first ``error_tokens`` tokens.
-    ``purpose`` says what the row is for: "table", or the curve ("N", "V", "valid") it is a point of.
+    ``purpose`` says what the row is for: "table", the curve ("N", "V", "valid") it is a point of, or "against":
+    a comparison of two checkouts.
     """
 
     shape: Shape

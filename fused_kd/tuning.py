@@ -37,7 +37,7 @@ class Tuning:
     """
 
     gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
-    device_chunk: int = field(default=1024, metadata={"others": (512, 2048), "affects": ("step",)})
+    device_chunk: int = field(default=1024, metadata={"others": (512, 2048, 4096), "affects": ("step",)})
     row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
     row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
     cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
@@ -66,12 +66,11 @@ def tuned(**changes: Any) -> Iterator[Tuning]:
 
 
 class Alternative(NamedTuple):
-    """Another ``value`` of the field ``name`` than its ``default``, and what it ``affects``."""
+    """Another ``value`` of the field ``name`` than its ``default``."""
 
     name: str
     default: object
     value: object
-    affects: tuple[str, ...]
 
 
 def alternatives(affects: str, of: type = Tuning) -> list[Alternative]:
@@ -88,5 +87,5 @@ def alternatives(affects: str, of: type = Tuning) -> list[Alternative]:
         if not others or not what or not set(what) <= set(AFFECTS) or choice.default in others:
             raise ValueError(f"{of.__name__}.{choice.name} must name its others and what it affects in its metadata")
         if affects in what:
-            found += [Alternative(choice.name, choice.default, other, tuple(what)) for other in others]
+            found += [Alternative(choice.name, choice.default, other) for other in others]
     return found

@@ -52,7 +52,7 @@ QUICK = ("fused_kd", "fused_kd top-k 64", "eager", "torch.compile")
 def quick(tmp_path_factory) -> Path:
     """The folder of one ``python -m bench run --quick``, of some implementations."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench", "run", "--quick", "--device", "cpu", "--only", *QUICK]
+    command = [sys.executable, "-m", "bench", "run", "--quick", "--only", *QUICK]
     done = subprocess.run([*command, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (folder / "cpu-quick.md").read_text().strip() in done.stdout
@@ -133,7 +133,7 @@ def test_printed_command_measures_that_row_again(quick, tmp_path):
     text = (quick / "cpu-quick.md").read_text()
     commands = [line for line in text.splitlines() if "| eager |" in line and "bench run --trial" in line]
     command = commands[0].split("`")[1]
-    assert command == 'python -m bench run --trial --device cpu --shapes tiny --only "eager"'
+    assert command == 'python -m bench run --trial --shapes tiny --only "eager"'
     for planned in (cpu_plan(), quick_plan()):
         here = bench_run.chosen(planned, [planned[0].shape.name], ["eager"], None)
         assert {(c.shape.name, c.implementation) for c in here} == {(planned[0].shape.name, "eager")}
@@ -279,7 +279,7 @@ def test_late_and_broken_workers_are_rows_that_say_so(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux only")
 def test_no_worker_outlives_a_killed_run(tmp_path):
     psutil = pytest.importorskip("psutil")
-    command = [sys.executable, "-m", "bench", "run", "--quick", "--device", "cpu", "--only", "eager"]
+    command = [sys.executable, "-m", "bench", "run", "--quick", "--only", "eager"]
     command += ["--rounds", "1000000"]
     run = subprocess.Popen([*command, "--output", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     workers: list = []
@@ -349,7 +349,7 @@ def test_choosing_cases():
 def test_bad_arguments_of_a_run(arguments, message, capsys):
     from bench.__main__ import main
 
-    assert main(["run", "--quick", "--device", "cpu", *arguments]) == 2
+    assert main(["run", "--quick", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench import gpu, gpu_choices, gpu_report, measure  # noqa: E402
 from bench.bandwidth import RowProblem  # noqa: E402
+from bench.checkout import LIBRARY, checkout, digest  # noqa: E402
 from bench.gpu import Stage  # noqa: E402
 from bench.gpu_tests import run_tests  # noqa: E402
 from bench.lines import Lines, append, read  # noqa: E402
-from bench.share import BROKEN  # noqa: E402
+from bench.process import BROKEN  # noqa: E402
 from bench.stages import run_stage  # noqa: E402
 
 TESTS = """
@@ -187,9 +188,40 @@ def test_the_report_needs_nothing_but_the_lines(rehearsal, tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     assert text == (rehearsal / "report.md").read_text()
     assert "A fused_kd torch" in text and "row backend: not measured" in text
+    steps = text.split("## Steps")[1].split("##")[0].strip().splitlines()
+    column = [cell.strip() for cell in steps[0].split("|")].index("predicted / measured")
+    assert len(steps) == 8 and all(float(line.split("|")[column]) > 0 for line in steps[2:])
+    assert "`--gemm-tflops" in text and "- no compiled kernels" in text
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
     assert gpu.report(tmp_path / "nowhere") == 2
+
+
+def test_another_checkout_is_known_by_its_content(tmp_path):
+    package = tmp_path / "other" / "fused_kd"
+    package.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no fused_kd"):
+        checkout(str(package.parent), tmp_path)
+    (package / "__init__.py").write_text("")
+    with pytest.raises(ValueError, match=r"it lacks what this bench imports: \w+Error: .*fused_kd\.") as error:
+        checkout(str(package.parent), tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no commit"):
+        checkout("no-such-commit", tmp_path)
+    before = digest(package.parent, LIBRARY)
+    (package / "__init__.py").write_text("x = 1")
+    assert digest(package.parent, LIBRARY) != before
+
+
+def test_two_other_checkouts_are_not_mixed():
+    rows = [
+        {"stage": f"against:{other}:{whose}:{turn}", "key": "A", "seconds": {"step": [seconds]}}
+        for other, seconds in (("abc", 2.0), ("def", 4.0))
+        for whose, factor in (("theirs", 1), ("ours", 0.5))
+        for turn, seconds in ((1, seconds * factor), (2, seconds * factor))
+    ]
+    text = gpu_report._against(gpu_report._by_stage(rows))
+    assert "| abc | A | 2000.000" in text and "| def | A | 4000.000" in text and text.count("| 0.500 |") == 2
 
 
 def test_rows_of_other_code_do_not_count():
@@ -218,20 +250,6 @@ def test_the_cuda_row_must_earn_its_place():
     broken[0]["status"] = "failed"
     assert gpu_choices.row_backend(broken).startswith("row backend: triton")
     assert gpu_choices.row_backend(row_times(1.5, 1.0)[:-1]).startswith("row backend: not measured")
-
-
-def steps(shape: str, times: dict[int, float]) -> list[dict]:
-    return [
-        {"stage": f"steps:{shape}", "implementation": "fused_kd triton", "tokens": "easy", "chunk": size,
-         "seconds": {"step": [seconds] * 2, "floor": [1.0, 1.0]}}
-        for size, seconds in times.items()
-    ]  # fmt: skip
-
-
-def test_the_smallest_chunk_that_costs_nothing():
-    found = steps("A", {1024: 1.3, 2048: 1.21, 4096: 1.2}) + steps("B", {1024: 1.5, 2048: 1.4, 4096: 1.4})
-    assert gpu_choices.chunk(found, "triton").startswith("chunk, triton row: 2048")
-    assert gpu_choices.chunk(found[:3], "triton").startswith("chunk, triton row: not measured")
 
 
 def choice(ratio: list[float], what: str = "A easy") -> dict:
@@ -295,6 +313,13 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     assert not (tmp_path / "gpu.jsonl").exists()
 
 
+def test_it_needs_no_pytest():
+    """Which is optional where a GPU is."""
+    script = "import sys; sys.modules['pytest'] = None; import bench.__main__, bench.stages, bench.model, bench.run"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--minutes", "0"], "--minutes must be above 0"), (["--only", "stpes"], "--only knows no stpes")],
@@ -311,7 +336,7 @@ def test_a_field_s_alternatives_are_timed_in_turns(tmp_path, monkeypatch):
     from fused_kd.tuning import Alternative
 
     run = stages.Run("choices:row", tmp_path, True, "code")
-    alternative = Alternative("fast", True, False, ("row",))
+    alternative = Alternative("fast", True, False)
     seen = []
     monkeypatch.setattr(stages, "tuned", lambda **changes: __import__("contextlib").nullcontext(seen.append(changes)))
     stages._compare(run, "A easy", lambda: None, [alternative], lambda: None)
