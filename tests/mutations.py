@@ -183,7 +183,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
-        ("test_triton_row.py::test_temperature[2.0-reverse_kd]",),
+        ("test_triton_row.py::test_temperature[reverse_kd-2.0]",),
     ),
     Mutation(
         "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",

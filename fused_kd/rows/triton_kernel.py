@@ -12,17 +12,17 @@ logits, gradient in place):
 =================================  =============  =======================  =======================  ======
 row                                1. statistics  2. sums                  3. gradient              in all
 =================================  =============  =======================  =======================  ======
-cross-entropy alone                1 exp [7]      -                        1 exp [10]               2
-``KL(t||q)``; easy rows of a gate  2 exp [16]     -                        2 exp [17]               4
-reverse KL                         2 exp [16]     1 exp [11]               1 exp [20]               4
-skewed KL; hard rows of a gate     2 exp [16]     2 exp, 1 rsqrt [44]      2 exp, 1 rsqrt [27]      8
-generalised JSD                    2 exp [19]     2 exp, 1 rsqrt [62]      2 exp, 1 rsqrt [41]      8
+cross-entropy alone                1 exp [8]      -                        1 exp [10]               2
+``KL(t||q)``; easy rows of a gate  2 exp [18]     -                        2 exp [19]               4
+reverse KL                         2 exp [18]     1 exp [12]               1 exp [21]               4
+skewed KL; hard rows of a gate     2 exp [18]     2 exp, 1 rsqrt [46]      2 exp, 1 rsqrt [30]      8
+generalised JSD                    2 exp [20]     2 exp, 1 rsqrt [64]      2 exp, 1 rsqrt [43]      8
 =================================  =============  =======================  =======================  ======
 
 A cross-entropy at another temperature adds 1 exp to sweeps 1 and 3, a softcap 1 exp and 1 division per sweep
 and capped side. NVIDIA's special-function units do exponentials of 2 and reciprocal roots, 16 a clock and
-multiprocessor; the logarithm is plain arithmetic. At 128 instructions a clock and multiprocessor, 44 of them for 8
-bytes read are 23 bytes a clock, where the memory of an H100 gives 14. In the loops no thread waits for another: each
+multiprocessor; the logarithm is plain arithmetic. At 128 instructions a clock and multiprocessor, 46 of them for 8
+bytes read are 22 bytes a clock, where the memory of an H100 gives 14. In the loops no thread waits for another: each
 has its own maxima and sums until the row's end.
 """
 
