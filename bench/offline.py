@@ -35,7 +35,9 @@ class _OnGpu(TorchFunctionMode):
             return True
         if func in (torch.Tensor.cuda, torch.Tensor.cpu):
             return args[0]
-        args, kwargs = tuple(map(_on_cpu, args)), {k: _on_cpu(v) for k, v in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if not str(func).startswith("fused_kd."):  # in whose arguments "cuda" is a backend
+            args, kwargs = tuple(map(_on_cpu, args)), {k: _on_cpu(v) for k, v in kwargs.items()}
         return _product(name, args, kwargs) if name in PRODUCTS else func(*args, **kwargs)
 
 
