@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import statistics
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ __all__ = [
     "Best", "Prediction", "best_chunk", "compare", "expected", "markdown", "markdown_expected", "predict", "spared",
 ]  # fmt: skip
 
+RESULTS = Path(__file__).parent / "results"
 # What a smaller chunk may cost, of the fastest one's time.
 WITHIN = 0.03
 KINDS = ("predicted", "measured")
@@ -55,16 +59,18 @@ HOPPER = ("H100 SXM", "H200")
 def expected() -> list[dict[str, Any]]:
     """fused_kd in bf16 at the shapes A and B on each of :data:`bench.machine.GPUS`, by their data sheets.
 
-    A row for each of :data:`WAYS` and easy or hard tokens; the CUDA row on Hopper alone.
+    A row for each of :data:`WAYS` and easy or hard tokens; the CUDA row on Hopper alone, streaming where the speed of
+    the L2 cache, which bounds it, is known.
     """
     rows = []
     for gpu in GPUS:
+        machine = assumed_machine(gpu)
         for shape in GPU_SHAPES:
             for way, options in WAYS.items():
-                if way == "CUDA row" and gpu not in HOPPER:
+                if (way == "CUDA row" and gpu not in HOPPER) or (way == "streaming" and CACHE not in machine):
                     continue
                 for tokens, hard in TOKENS.items():
-                    found = predict(shape, torch.bfloat16, assumed_machine(gpu), on_host=False, hard=hard, **options)
+                    found = predict(shape, torch.bfloat16, machine, on_host=False, hard=hard, **options)
                     rows.append(
                         {
                             "gpu": gpu,
@@ -142,8 +148,8 @@ where multiprocessors and clock are known, so not for a B200. Workspace and plan
 
 {table(head, lines)}
 
-What a step no longer takes, easy tokens, Triton row, milliseconds. The least certain is dH at B, 3 of the last
-change's: a library that cuts long products in pieces loses less to half-filled waves.
+What a step no longer takes, easy tokens, Triton row, milliseconds. Least certain are the last change's at B: 3 of them
+are dH's half-filled waves, of which a library that cuts long products in pieces loses fewer.
 
 {table(["GPU", "shape (N, H_s, H_t, V)", *names.values()], less)}
 
@@ -191,6 +197,33 @@ def markdown(data: Mapping[str, Any]) -> str:
 
 def _plan(chunk: int, group: int) -> str:
     return f"{chunk}" if group == chunk else f"{chunk} ({group})"
+
+
+def markdown_errors(folder: Path = RESULTS) -> str:
+    """How far off the model was, of each results file under ``folder`` that has something to compare."""
+    lines = []
+    for path in sorted(folder.glob("*/*.json")):
+        data = json.loads(path.read_text())
+        machine, rows = data.get("machine"), data.get("rows", [])
+        found = [errors for row in rows if machine and (errors := compare(row, machine)) is not None]
+        if found:
+            about = [str(path.relative_to(folder)), data["settings"]["device"], str(len(found))]
+            lines.append(about + [_spread(found, name) for name in ("seconds", "ratio", "memory")])
+    if not lines:
+        return "Nothing was measured that could say how far off this is."
+    gpu = any(line[1] == "cuda" for line in lines)
+    head = ["results", "device", "rows", "time", "time / floor", "workspace"]
+    return (
+        "Errors where there is a measurement, predicted / measured - 1, median and range"
+        f"{'' if gpu else '; none is of a GPU yet'}:\n\n{table(head, lines)}"
+    )
+
+
+def _spread(found: list[dict[str, Any]], name: str) -> str:
+    errors = [each[f"{name}_error"] for each in found if each[f"{name}_error"] is not None]
+    if not errors:
+        return ""
+    return f"{_signed(statistics.median(errors))} ({_signed(min(errors))} to {_signed(max(errors))})"
 
 
 def _signed(share: float | None) -> str:
@@ -248,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.sizes:
         if vars(args) != vars(parser.parse_args([])):
             parser.error("sizes must be the four integers N H_s H_t V where options are given, got none")
-        print(markdown_expected())
+        print(markdown_expected(), markdown_errors(), sep="\n\n")
         return 0
     if len(args.sizes) != 4:
         parser.error(f"sizes must be the four integers N H_s H_t V, got {len(args.sizes)}")

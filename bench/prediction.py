@@ -16,7 +16,7 @@ memory   the plan's workspace + the gradients of hidden states and weight
 ======== ====================================================================================
 
 The addition to dW counts as traffic because GPUs lose 10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py): hidden
-behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 14 % at the
+behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 15 % at the
 shape A of bench/shapes.py and 9 % at B on an H200. If a GPU hides it better, predictions are too high by that.
 
 Three further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what

@@ -206,7 +206,7 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "generalized_jsd/bf16": (_sweeps("generalized_jsd", BF16), ("sums", "gradient")),
         "sft/bf16": (_sweeps("sft", BF16), ("statistics",)),
         "reverse_kd/bf16": (_sweeps("reverse_kd", BF16), ("gradient",)),
-        "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("statistics", "gradient")),
+        "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("gradient",)),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
         "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -242,7 +243,8 @@ def test_budget_is_kept():
     with pytest.raises(ValueError, match=r"memory_budget must be at least 1\d{3} bytes .* got 1000"):
         predict(WIDE, FP32, UNIT, on_host=True, memory_budget=1000)
     streaming = [
-        predict(A, BF16, H200, on_host=False, engine="streaming", memory_budget=budget) for budget in (None, 2 * 10**7)
+        predict(A, BF16, FURTHER, on_host=False, engine="streaming", memory_budget=budget)
+        for budget in (None, 2 * 10**7)
     ]
     assert streaming[1].workspace_bytes <= 2e7 < streaming[0].workspace_bytes
     assert streaming[1].seconds > streaming[0].seconds
@@ -369,6 +371,23 @@ def test_table_beside_the_measurements():
     assert model.markdown({"rows": data["rows"]}) == model.markdown({**data, "rows": []}) == ""
 
 
+def test_errors_of_results_files(tmp_path):
+    assert model.markdown_errors(tmp_path).startswith("Nothing was measured")
+    half = 637.6 / 1200 - 1
+    rows = [measured_row(), measured_row(seconds={"step": [1200.0]}), measured_row(implementation="eager")]
+    for name, device in (("one", "cpu"), ("two", "cuda"), ("three", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        machine = {} if device is None else {"machine": UNIT}
+        (folder / "x.json").write_text(json.dumps({**machine, "rows": rows, "settings": {"device": device}}))
+        text = model.markdown_errors(tmp_path)
+        assert ("none is of a GPU" in text) == (name == "one")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 2  # nothing is known of the third's machine
+    ends = f"-38.0 % ({100 * half:+.1f} % to -29.2 %) | -38.6 % (-38.6 % to -38.6 %) | +12.0 % (+12.0 % to +12.0 %) |"
+    assert lines[2] == f"| one/x.json | cpu | 2 | {ends}"
+
+
 BAD = [
     ({"valid": 0.0}, r"valid must be in \(0, 1\].*10 tokens, got 0.0"),
     ({"valid": 0.01}, r"valid must .*leave one of 10 tokens, got 0.01"),
@@ -409,7 +428,7 @@ RATES = ["--gemm-tflops", "790", "--bandwidth-gb", "4300"]
 
 def test_command_line(capsys):
     assert model.main([]) == 0
-    assert capsys.readouterr().out.strip() == model.markdown_expected()
+    assert capsys.readouterr().out.strip() == f"{model.markdown_expected()}\n\n{model.markdown_errors()}"
     assert model.main([*SIZES, *RATES, "--hard", "1"]) == 0
     found = predict(A, BF16, H200, on_host=False, hard=1.0)
     text = capsys.readouterr().out

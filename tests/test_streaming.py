@@ -524,11 +524,18 @@ def flags(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "objective, dtype",
-    [(fk.SFT(), torch.float32), (fk.SelfEvolution(gamma=0.5), torch.float32), (fk.Skew(), torch.bfloat16)],
-    ids=["sft-fp32", "self_evolution-fp32", "skew-bf16"],
+    "objective, dtype, slab_bytes",
+    [
+        (fk.SFT(), torch.float32, 1),
+        (fk.SFT(), torch.float32, 1 << 20),  # more than one tile each way
+        (fk.SelfEvolution(gamma=0.5), torch.float32, 1),
+        (fk.Skew(), torch.bfloat16, 1),
+    ],
+    ids=["sft-fp32", "sft-fp32-one_slab", "self_evolution-fp32", "skew-bf16"],
 )
-def test_filter_skips_tiles_within_its_bound(objective, dtype, flags):
+def test_filter_skips_tiles_within_its_bound(objective, dtype, slab_bytes, flags, monkeypatch):
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
+        monkeypatch.setattr(streaming_plan, name, slab_bytes)
     eps = 1e-4
     student, teacher, p = peaked(dtype)
     exact = fk.kd_loss(student, teacher, p.labels, objective, engine="streaming")

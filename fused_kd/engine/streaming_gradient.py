@@ -108,7 +108,7 @@ def gradient_kernel(
         gradient = tl.where(flag > 0, gradient, 0.0)
         tl.store(flags_ptr + block * tl.num_programs(1) + part, flag)
     if weights_ptr is not None:
-        gradient *= tl.load(weights_ptr + held)[:, None]
+        gradient *= tl.load(weights_ptr + held, mask=valid, other=0.0)[:, None]
     tl.store(out, gradient, mask=stored)
 
 

@@ -41,13 +41,13 @@ _KL = tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 
 # What later sweeps must know of a token: (NORMS, n) fp32.
-_NORM_S_MAX = tl.constexpr(0)  # with temperature, as are the next four: the norms of triton_math.arguments
+_NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of triton_math.arguments
 _NORM_S_INV = tl.constexpr(1)
 _NORM_T_MAX = tl.constexpr(2)
 _NORM_T_INV = tl.constexpr(3)
 _NORM_LOG_RATIO = tl.constexpr(4)
 _LABEL_D = tl.constexpr(5)
-COLD_MAX = tl.constexpr(6)  # in powers of 2, as are the other two
+COLD_MAX = tl.constexpr(6)
 COLD_INV = tl.constexpr(7)
 _BASE = tl.constexpr(8)  # the part of the loss that no sum over h gives
 G_TOTAL = tl.constexpr(9)
@@ -105,16 +105,15 @@ def statistics_kernel(
         s_label += tl.sum(tl.where(at_label, z_s, 0.0), axis=1)
         new_s = tl.maximum(s_max, tl.max(z_s, axis=1))
         if COLD or not TEACHER:
-            cold_max = new_s * LOG2_E
-            cold = tl.exp2(exponent(z_s, LOG2_E, cold_max[:, None]))
-            cold_sum = cold_sum * tl.exp2(s_max * LOG2_E - cold_max) + tl.sum(cold, axis=1)
+            cold = tl.exp2(exponent(z_s, LOG2_E, new_s[:, None]))
+            cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, new_s)) + tl.sum(cold, axis=1)
         if TEACHER:
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
-            s_step = s_max * k - new_s * k
-            t_step = t_max * k - new_t * k
-            a_s = exponent(z_s, k, (new_s * k)[:, None])
-            a_t = exponent(z_t, k, (new_t * k)[:, None])
+            s_step = exponent(s_max, k, new_s)
+            t_step = exponent(t_max, k, new_t)
+            a_s = exponent(z_s, k, new_s[:, None])
+            a_t = exponent(z_t, k, new_t[:, None])
             e_t = tl.exp2(a_t)
             kl = moved(kl, t_sum, s_step, t_step) + tl.sum(e_t * (a_t - a_s), axis=1)
             t_sum = t_sum * tl.exp2(t_step) + tl.sum(e_t, axis=1)
@@ -176,9 +175,8 @@ def combine_kernel(
         s_label += tl.load(part + _S_LABEL * n, mask=valid, other=0.0)
         if COLD or not TEACHER:
             part_cold = tl.load(part + _COLD_SUM * n, mask=valid, other=1.0)
-            cold_max = new_s * LOG2_E
-            cold_sum = cold_sum * tl.exp2(s_max * LOG2_E - cold_max)
-            cold_sum += part_cold * tl.exp2(part_s * LOG2_E - cold_max)
+            cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, new_s))
+            cold_sum += part_cold * tl.exp2(exponent(part_s, LOG2_E, new_s))
         if TEACHER:
             t_label += tl.load(part + _T_LABEL * n, mask=valid, other=0.0)
             part_t = tl.load(part + _T_MAX * n, mask=valid, other=0.0)
@@ -186,10 +184,10 @@ def combine_kernel(
             part_t_sum = tl.load(part + _T_SUM * n, mask=valid, other=1.0)
             part_kl = tl.load(part + _KL * n, mask=valid, other=0.0)
             new_t = tl.maximum(t_max, part_t)
-            s_step = s_max * k - new_s * k
-            t_step = t_max * k - new_t * k
-            part_s_step = part_s * k - new_s * k
-            part_t_step = part_t * k - new_t * k
+            s_step = exponent(s_max, k, new_s)
+            t_step = exponent(t_max, k, new_t)
+            part_s_step = exponent(part_s, k, new_s)
+            part_t_step = exponent(part_t, k, new_t)
             kl = moved(kl, t_sum, s_step, t_step) + moved(part_kl, part_t_sum, part_s_step, part_t_step)
             t_sum = t_sum * tl.exp2(t_step) + part_t_sum * tl.exp2(part_t_step)
             s_sum = s_sum * tl.exp2(s_step) + part_s_sum * tl.exp2(part_s_step)
@@ -199,16 +197,16 @@ def combine_kernel(
     norms = norms_ptr + positions
     ce = 0.0
     if COLD or not TEACHER:
-        ce = tl.log(cold_sum) - exponent(s_label, LOG2_E, s_max * LOG2_E) * LN_2
-        tl.store(norms + COLD_MAX * n, s_max * LOG2_E, mask=valid)
+        ce = tl.log(cold_sum) - (s_label - s_max)
+        tl.store(norms + COLD_MAX * n, s_max, mask=valid)
         tl.store(norms + COLD_INV * n, 1.0 / cold_sum, mask=valid)
     if TEACHER:
         s_log = tl.log(s_sum)
         t_log = tl.log(t_sum)
         kl = (kl / t_sum) * LN_2 - (t_log - s_log)
         kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
-        label_log_q = exponent(s_label, k, s_max * k) * LN_2 - s_log
-        label_log_p = exponent(t_label, k, t_max * k) * LN_2 - t_log
+        label_log_q = exponent(s_label, k, s_max) * LN_2 - s_log
+        label_log_p = exponent(t_label, k, t_max) * LN_2 - t_log
         difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
         if not COLD:
             ce = -label_log_q
@@ -218,9 +216,9 @@ def combine_kernel(
         loss = difficulty
         if not MIXED:
             loss = lam * kl + base
-        tl.store(norms + _NORM_S_MAX * n, s_max * k, mask=valid)
+        tl.store(norms + _NORM_S_MAX * n, s_max, mask=valid)
         tl.store(norms + _NORM_S_INV * n, 1.0 / s_sum, mask=valid)
-        tl.store(norms + _NORM_T_MAX * n, t_max * k, mask=valid)
+        tl.store(norms + _NORM_T_MAX * n, t_max, mask=valid)
         tl.store(norms + _NORM_T_INV * n, 1.0 / t_sum, mask=valid)
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
         tl.store(norms + _LABEL_D * n, label_log_t - label_log_q, mask=valid)

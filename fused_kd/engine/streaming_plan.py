@@ -226,6 +226,6 @@ def _fitting(affordable: int, of: int, limit: int, work: Callable[[int], float])
     Whole waves of tiles win, then the larger. Twice a size never takes more than twice its work: halves need no look.
     """
     most = min(max(of, affordable // of * of), limit)
-    sizes: list[int] = [most, *range(most // of * of, most // 2, -of)]
+    sizes = [most, *range(most // of * of, most // 2, -of)]
     best: int = min(sizes, key=lambda size: work(size) / size)
     return best

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import LOG2_E, exponent, exponent_scale, log_off_label
+from .triton_math import exponent_scale, log_off_label
 from .triton_sweeps import (
     logits,
     sweep_both,
@@ -30,7 +30,7 @@ def statistics_kernel(
     teacher_ptr,  # the same or None
     labels_ptr,  # (C,) ids of the whole vocabulary
     scalars_ptr,
-    out_ptr,  # (C, STATISTICS), as sharded_row lays them out, but for what sharded_triton turns into it
+    out_ptr,  # (C, STATISTICS), as sharded_row lays them out; logits before the temperature, KL's in powers of 2
     first,  # the slice's first id
     V,
     student_stride,
@@ -51,27 +51,26 @@ def statistics_kernel(
     student = (student_row, student_scale, student_cap)
     label_z = tl.where(label >= 0, logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
     if teacher_ptr is None:
-        k = tl.cast(LOG2_E, tl.float32)
         s_max, s_total = sweep_student(student, V, BLOCK, LANES, PACK)
     else:
         k = exponent_scale(scalars_ptr)
         teacher_row = teacher_ptr + row * teacher_stride
         teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
-        s_max, s_total, t_max, t_total, kl_total, cold_max, cold_total = sweep_both(
+        s_max, s_total, t_max, t_total, kl_total, cold_total = sweep_both(
             student, teacher, V, k, COLD, BLOCK, LANES, PACK
         )
         label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
         tl.store(out + 3, t_max)
         tl.store(out + 4, t_total)
         tl.store(out + 5, kl_total)
-        tl.store(out + 6, exponent(label_t, k, t_max))
+        tl.store(out + 6, label_t)
         if COLD:
-            tl.store(out + 7, cold_max)
+            tl.store(out + 7, s_max)
             tl.store(out + 8, cold_total)
             tl.store(out + 9, label_z)
     tl.store(out, s_max)
     tl.store(out + 1, s_total)
-    tl.store(out + 2, exponent(label_z, k, s_max))
+    tl.store(out + 2, label_z)
 
 
 @triton.jit

@@ -15,10 +15,6 @@ from .sharded_row import Joined, Messages, SweptRow
 from .torch_math import TINY, label_target
 from .triton_row import formula_constants, guard, is_heavy, launch_constants, shape_of, unit_stride
 
-LN_2 = math.log(2.0)
-# Statistics that the kernel counts in powers of 2: maxima, the expectation, and the label's, from its slice's maximum.
-_BINARY = (0, 2, 3, 5, 6, 7)
-
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
     """As :func:`fused_kd.rows.sharded_row.row`."""
@@ -59,20 +55,18 @@ class TritonRow(SweptRow):
         return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
 
     def _join(self, x: Tensor) -> Joined:
-        x = x.clone()
-        x[:, :, 2] += x[:, :, 0]
+        x, T = x.clone(), self.scalars[3].to(torch.float64)
         if self.teacher is not None:
-            x[:, :, 6] += x[:, :, 3]
-        for column in _BINARY:
-            if column < x.shape[2]:
-                x[:, :, column] *= LN_2
+            for column in (0, 2, 3, 6):  # logits
+                x[:, :, column] /= T
+            x[:, :, 5] *= math.log(2.0)
         of = super()._join(x)
         label_d = torch.zeros_like(of.top)
         if self.teacher is not None:
             label_d = label_target(of.log_p_y, self.s.lam).clamp(min=TINY).log() - of.log_q_y
         columns = (
-            of.top / LN_2, (-of.log_sum).exp(), of.top_t / LN_2, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
-            label_d, of.cold_top / LN_2, (-of.cold_log_sum).exp(),
+            of.top * T, (-of.log_sum).exp(), of.top_t * T, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
+            label_d, of.cold_top, (-of.cold_log_sum).exp(),
         )  # fmt: skip
         self.known = torch.cat(columns, 1).float()
         return of

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from .base import LOG_ZERO, RowInputs, RowOutputs, Sparse
 from .top_k import DenseRow, categories, category_rows
-from .triton_math import LN_2, LOG2_E, exponent, exponent_scale
+from .triton_math import LOG2_E, exponent, exponent_scale
 from .triton_row import guard, launch_constants, shape_of, unit_stride
-from .triton_sweeps import add_exponentials, by_lane, lane_max, logits, store_block, student_block, write_zeros
+from .triton_sweeps import add_exponentials, by_lane, logits, store_block, student_block, write_zeros
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
@@ -89,8 +89,6 @@ def condense_kernel(
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     k = exponent_scale(scalars_ptr)
     top = tl.full((LANES,), _LOG_ZERO, tl.float32)
-    z_max = top * k
-    cold_max = top * LOG2_E
     z_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
     student = (student_row, student_scale, student_cap)
@@ -99,16 +97,14 @@ def condense_kernel(
         whole = V // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             z, first = _rest(student, indices_row, start, None, first, K1, V, BLOCK, LANES, PACK)
-            top = tl.maximum(top, lane_max(z))
-            z_max, z_sum = add_exponentials(z, k, z_max, z_sum)
             if COLD:
-                cold_max, cold_sum = add_exponentials(z, LOG2_E, cold_max, cold_sum)
+                _new, cold_sum = add_exponentials(z, LOG2_E, top, cold_sum)
+            top, z_sum = add_exponentials(z, k, top, z_sum)
         if whole < V:
             z, first = _rest(student, indices_row, whole, V, first, K1, V, BLOCK, LANES, PACK)
-            top = tl.maximum(top, lane_max(z))
-            z_max, z_sum = add_exponentials(z, k, z_max, z_sum)
             if COLD:
-                cold_max, cold_sum = add_exponentials(z, LOG2_E, cold_max, cold_sum)
+                _new, cold_sum = add_exponentials(z, LOG2_E, top, cold_sum)
+            top, z_sum = add_exponentials(z, k, top, z_sum)
     # Not before: they would hold registers through the sweep.
     entry_z = logits(student_row, entries, entries < V, student_scale, student_cap)
     rest = tl.max(top, axis=0)
@@ -117,9 +113,9 @@ def condense_kernel(
     tl.store(origin_ptr + row, origin)
     entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
-    tl.store(categories_row + K1, (rest - origin) + _log_sum(rest, k, z_max, z_sum) * temperature)
+    tl.store(categories_row + K1, (rest - origin) + _log_sum(rest, k, top, z_sum) * temperature)
     if COLD:
-        tl.store(cold_ptr + row, (rest - origin) + _log_sum(rest, LOG2_E, cold_max, cold_sum))
+        tl.store(cold_ptr + row, (rest - origin) + _log_sum(rest, LOG2_E, top, cold_sum))
 
 
 @triton.jit
@@ -142,8 +138,7 @@ def _entry(indices_row, i, K1, V):
 @triton.jit
 def _log_sum(top, k, z_max, z_sum):
     """The logarithm of the lanes' sums together, over the largest logit."""
-    over = tl.max(z_max, axis=0)
-    return tl.log(tl.sum(z_sum * tl.exp2(z_max - over), axis=0)) - exponent(top, k, over) * LN_2
+    return tl.log(tl.sum(z_sum * tl.exp2(exponent(z_max, k, top)), axis=0))
 
 
 @triton.jit

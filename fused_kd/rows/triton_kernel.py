@@ -34,7 +34,6 @@ import triton.language as tl
 from .base import LOG_ZERO
 from .triton_math import (
     LN_2,
-    LOG2_E,
     TINY,
     exponent,
     exponent_scale,
@@ -139,7 +138,7 @@ def _cross_entropy(
     z_max, total = sweep_student(student, V, BLOCK, LANES, PACK)
     if dlogits_row is not None:
         write_label_gradient(student, dlogits_row, V, row, label, z_max, 1.0 / total, weights_ptr, BLOCK)
-    return tl.log(total) - exponent(label_z, LOG2_E, z_max) * LN_2
+    return tl.log(total) - (label_z - z_max)
 
 
 @triton.jit
@@ -181,16 +180,14 @@ def _distill(
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z_s = logits(student_row, label, label < V, student_scale, student_cap)
     label_z_t = _teacher_label_logit(teacher, label, V)
-    s_max, s_total, t_max, t_total, kl_total, cold_max, cold_total = sweep_both(
-        student, teacher, V, k, COLD, BLOCK, LANES, PACK
-    )
+    s_max, s_total, t_max, t_total, kl_total, cold_total = sweep_both(student, teacher, V, k, COLD, BLOCK, LANES, PACK)
     s_log = tl.log(s_total)
     t_log = tl.log(t_total)
     kl = (kl_total / t_total) * LN_2 - (t_log - s_log)
     kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
 
-    label_log_q = exponent(label_z_s, k, s_max) * LN_2 - s_log
-    label_log_p = exponent(label_z_t, k, t_max) * LN_2 - t_log
+    label_log_q = (label_z_s - s_max) * inv_T - s_log
+    label_log_p = (label_z_t - t_max) * inv_T - t_log
     difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
     hard = False
     if GATED:
@@ -206,7 +203,7 @@ def _distill(
     ce = -label_log_q
     if COLD:
         cold_inv = 1.0 / cold_total
-        ce = tl.log(cold_total) - exponent(label_z_s, LOG2_E, cold_max) * LN_2
+        ce = tl.log(cold_total) - (label_z_s - s_max)
     share = lam
     ce_weight = 0.0
     if HARD_LABEL:
@@ -219,7 +216,7 @@ def _distill(
 
     target = (lam, beta, k, log_off_label(lam), label_log_t - label_log_q)
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
-    cold = (cold_max, cold_inv)
+    cold = (s_max, cold_inv)
     shares = (share * inv_T, ce_weight)
     if FREE:
         if dlogits_row is not None:

@@ -1,8 +1,7 @@
 """The arithmetic of a row in Triton, elementwise, for blocks of any shape: what every kernel shares.
 
-Exponents count in powers of 2, which is what GPUs raise: ``k`` is ``log2(e) / T``, maxima are logits times ``k``, and
-``exponent`` is fused, so that a large offset of the logits costs no digits. Log-probabilities, ``d`` and losses are
-natural.
+Exponents count in powers of 2, which is what GPUs raise: ``k`` is ``log2(e) / T``. Maxima are logits, and subtracted
+first, so that a large offset of the logits costs no digits. Log-probabilities, ``d`` and losses are natural.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ def exponent_scale(scalars_ptr):
 
 @triton.jit
 def exponent(z, k, z_max):
-    """``z / T`` in powers of 2 over the maximum's, ``z_max``."""
-    return tl.fma(z, k, -z_max)
+    """Of ``exp((z - z_max) / T)``. Not fused: the rounding of ``z_max * k`` has no bound where tokens are excluded."""
+    return (z - z_max) * k
 
 
 @triton.jit

@@ -20,7 +20,7 @@ _LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 @triton.jit
 def sweep_student(student, V, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
-    """The maximum at temperature 1, and the sum of exponentials over it."""
+    """The maximum, and the sum of exponentials over it at temperature 1."""
     z_max = tl.full((LANES,), OUTSIDE, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
     whole = V // BLOCK * BLOCK
@@ -29,7 +29,7 @@ def sweep_student(student, V, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl
     if whole < V:
         z_max, z_sum = _add_student(student, whole, V, z_max, z_sum, BLOCK, LANES, PACK)
     top = tl.max(z_max, axis=0)
-    return top, tl.sum(z_sum * tl.exp2(z_max - top), axis=0)
+    return top, tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)
 
 
 @triton.jit
@@ -46,14 +46,13 @@ def sweep_both(
     exponents, and the student's at temperature 1."""
     s_max = tl.full((LANES,), OUTSIDE, tl.float32)
     t_max = tl.full((LANES,), OUTSIDE, tl.float32)
-    cold_max = tl.full((LANES,), OUTSIDE, tl.float32)
     s_sum = tl.zeros((LANES,), tl.float32)
     t_sum = tl.zeros((LANES,), tl.float32)
     kl_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_max, cold_sum = _add_both(
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
             student,
             teacher,
             start,
@@ -64,7 +63,6 @@ def sweep_both(
             t_max,
             t_sum,
             kl_sum,
-            cold_max,
             cold_sum,
             COLD,
             BLOCK,
@@ -72,7 +70,7 @@ def sweep_both(
             PACK,
         )
     if whole < V:
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_max, cold_sum = _add_both(
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
             student,
             teacher,
             whole,
@@ -83,7 +81,6 @@ def sweep_both(
             t_max,
             t_sum,
             kl_sum,
-            cold_max,
             cold_sum,
             COLD,
             BLOCK,
@@ -92,16 +89,14 @@ def sweep_both(
         )
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
-    kl_sum = moved(kl_sum, t_sum, s_max - s_top, t_max - t_top)
-    t_sum = t_sum * tl.exp2(t_max - t_top)
-    s_sum = s_sum * tl.exp2(s_max - s_top)
-    cold_top = tl.cast(OUTSIDE, tl.float32)
-    if COLD:
-        cold_top = tl.max(cold_max, axis=0)
-        cold_sum = cold_sum * tl.exp2(cold_max - cold_top)
+    s_step = exponent(s_max, k, s_top)
+    t_step = exponent(t_max, k, t_top)
+    kl_sum = moved(kl_sum, t_sum, s_step, t_step)
+    t_sum = t_sum * tl.exp2(t_step)
+    s_sum = s_sum * tl.exp2(s_step)
+    cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, s_top))
     return (
-        s_top, tl.sum(s_sum, axis=0), t_top, tl.sum(t_sum, axis=0), tl.sum(kl_sum, axis=0),
-        cold_top, tl.sum(cold_sum, axis=0),
+        s_top, tl.sum(s_sum, axis=0), t_top, tl.sum(t_sum, axis=0), tl.sum(kl_sum, axis=0), tl.sum(cold_sum, axis=0),
     )  # fmt: skip
 
 
@@ -117,7 +112,6 @@ def _add_both(
     t_max,
     t_sum,
     kl_sum,
-    cold_max,
     cold_sum,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -129,28 +123,29 @@ def _add_both(
     z_s = by_lane(z_s, LANES, PACK)
     z_t = by_lane(z_t, LANES, PACK)
     if COLD:
-        cold_max, cold_sum = add_exponentials(z_s, LOG2_E, cold_max, cold_sum)
-    new_s = tl.maximum(s_max, lane_max(z_s) * k)
-    new_t = tl.maximum(t_max, lane_max(z_t) * k)
+        _new, cold_sum = add_exponentials(z_s, LOG2_E, s_max, cold_sum)
+    new_s = tl.maximum(s_max, lane_max(z_s))
+    new_t = tl.maximum(t_max, lane_max(z_t))
     a_s = exponent(z_s, k, new_s[None, :, None])
     a_t = exponent(z_t, k, new_t[None, :, None])
     e_t = tl.exp2(a_t)
-    s_step = s_max - new_s
-    t_step = t_max - new_t
+    s_step = exponent(s_max, k, new_s)
+    t_step = exponent(t_max, k, new_t)
     shrink = tl.exp2(t_step)
     t_sum = t_sum * shrink
     # From the maxima, so offsets of the logits cost no digits.
     kl_sum = kl_sum * shrink + t_sum * (t_step - s_step) + lane_sum(e_t * (a_t - a_s))
     t_sum = t_sum + lane_sum(e_t)
     s_sum = s_sum * tl.exp2(s_step) + lane_sum(tl.exp2(a_s))
-    return new_s, s_sum, new_t, t_sum, kl_sum, cold_max, cold_sum
+    return new_s, s_sum, new_t, t_sum, kl_sum, cold_sum
 
 
 @triton.jit
 def add_exponentials(z, k, z_max, z_sum):
-    """The lanes' maxima times k, and sums of exponentials over them, with those of (GROUPS, LANES, PACK) logits."""
-    new_max = tl.maximum(z_max, lane_max(z) * k)
-    return new_max, z_sum * tl.exp2(z_max - new_max) + lane_sum(tl.exp2(exponent(z, k, new_max[None, :, None])))
+    """The lanes' maxima, and sums of exponentials over them, with those of (GROUPS, LANES, PACK) logits."""
+    new_max = tl.maximum(z_max, lane_max(z))
+    z_sum = z_sum * tl.exp2(exponent(z_max, k, new_max))
+    return new_max, z_sum + lane_sum(tl.exp2(exponent(z, k, new_max[None, :, None])))
 
 
 @triton.jit
