@@ -118,7 +118,12 @@ def _pretend_gpu(patch: Callable[..., Any], capability: tuple[int, int]) -> None
         patch(torch.cuda, name, lambda *_: 0)
     patch(torch.cuda, "is_available", lambda: True)
     patch(torch.cuda, "get_device_capability", lambda *_: capability)
-    patch(torch, "Generator", lambda device=None: generator())
+
+    class Generator:  # a class: annotations name it
+        def __new__(cls, device: Any = None) -> Any:
+            return generator()
+
+    patch(torch, "Generator", Generator)
 
 
 def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], counts: Counter[str]) -> None:
