@@ -35,7 +35,9 @@ class _OnGpu(TorchFunctionMode):
             return True
         if func in (torch.Tensor.cuda, torch.Tensor.cpu):
             return args[0]
-        args, kwargs = tuple(map(_on_cpu, args)), {k: _on_cpu(v) for k, v in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if not str(func).startswith("fused_kd."):  # in whose arguments "cuda" is a backend
+            args, kwargs = tuple(map(_on_cpu, args)), {k: _on_cpu(v) for k, v in kwargs.items()}
         return _product(name, args, kwargs) if name in PRODUCTS else func(*args, **kwargs)
 
 
@@ -116,7 +118,12 @@ def _pretend_gpu(patch: Callable[..., Any], capability: tuple[int, int]) -> None
         patch(torch.cuda, name, lambda *_: 0)
     patch(torch.cuda, "is_available", lambda: True)
     patch(torch.cuda, "get_device_capability", lambda *_: capability)
-    patch(torch, "Generator", lambda device=None: generator())
+
+    class Generator:  # a class: annotations name it
+        def __new__(cls, device: Any = None) -> Any:
+            return generator()
+
+    patch(torch, "Generator", Generator)
 
 
 def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], counts: Counter[str]) -> None:
