@@ -107,7 +107,8 @@ def test_known_shapes_on_a_gpu():
     assert (tight.engine, tight.chunk) == ("streaming", 8192) and tight.workspace == pytest.approx(270e6, rel=0.01)
     tighter = plan_for(8192, 4096, 5120, 128256, **asked, memory_budget=1 << 27)
     assert (tighter.engine, tighter.chunk) == ("streaming", 1024) and tighter.workspace == pytest.approx(44e6, rel=0.01)
-    least = 8 * 128256 + 8 * 5120 + 2 * 4096 + 16 + of_group + 4 * 4096 * 128256 + (32 << 20)  # a token, and the fp32 dW
+    # A token, and the fp32 dW.
+    least = 8 * 128256 + 8 * 5120 + 2 * 4096 + 16 + of_group + 4 * 4096 * 128256 + (32 << 20)
     assert str(least) in " ".join(tight.notes)
     # Several groups where one would take more than chunks of 2048 tokens and an fp32 dW.
     many = plan_for(16384, 4096, 5120, 128256, **asked)
