@@ -208,6 +208,10 @@ MUTATIONS = [
         "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
         ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
     ),
+    Mutation(
+        "cuda: -inf in the sweeps after the maxima", _CUDA_SLOTS, "max_or_nan(raw, LOG_ZERO)", "raw",
+        ("test_cuda_row.py::test_rows_of_excluded_tokens_alone_are_uniform[sft]",),
+    ),
     # the engine
     Mutation(
         "engine: weight gradient starts from what was there", _HEAD, "first=self._first)", "first=False)",

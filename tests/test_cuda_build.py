@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 import fused_kd as fk
 from fused_kd import rows
 from fused_kd.engine import dispatch
-from fused_kd.rows import cuda_build, cuda_row, top_k_cuda
+from fused_kd.rows import build_cache, cuda_build, cuda_row, top_k_cuda
 from fused_kd.rows.build_cache import CACHE_VARIABLE
 from fused_kd.rows.cuda_build import CudaRowError
 
@@ -316,6 +318,7 @@ def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(multi_processor_count=5))
+    monkeypatch.setattr(cuda_build, "device", lambda where: SimpleNamespace(block_bytes=232448))
     x = torch.zeros(3)
     types = (int, int, ctypes.c_int64, ctypes.c_float)
     for cluster, threads, rows_, grid in ((8, 512, 100, 3), (8, 512, 2, 2), (1, 128, 100, 10)):
@@ -327,9 +330,19 @@ def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
         assert config == {"grid": grid, "block": threads, "shmem_size": 4096}
         assert arguments[:2] == [x.data_ptr(), 0]
         assert isinstance(arguments[2], ctypes.c_int64) and arguments[2].value == 7 and arguments[3].value == 0.5
-        assert attributes[-1] == ("most", 4096, "handle", 0) and modes[-1] == "global"
+        # All that a block may have, whatever this cut takes: another may launch the same kernel.
+        assert attributes[-1] == ("most", 232448, "handle", 0) and modes[-1] == "global"
     cuda_build._prepared.cache_clear()
     cuda_build._loaded.cache_clear()
+
+
+def test_a_full_disk_keeps_nothing_and_stops_nothing(monkeypatch, tmp_path):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    build_cache.keep(tmp_path / "entry", "key", b"data", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_source_is_shipped():

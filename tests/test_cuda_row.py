@@ -331,6 +331,18 @@ def test_excluded_tokens_and_large_offsets(objective, emulated):
     assert not call(wide, wide_t, labels + kept.start, objective, T=1e-9).loss.isnan().any()
 
 
+@pytest.mark.parametrize("objective", [fk.SFT(), fk.NoEvo(), fk.Skew()], ids=lambda o: o.name)
+def test_rows_of_excluded_tokens_alone_are_uniform(objective, emulated):
+    """As the other rows have it: -inf everywhere is the same as any other number everywhere."""
+    z, z_t, labels = make(3, 67)
+    z[1], z_t[2] = -math.inf, -math.inf
+    actual = call(z, z_t, labels, objective)
+    z[1], z_t[2] = 0.0, 0.0
+    expected = call(z, z_t, labels, objective)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("case", test_extremes.CASES)
 def test_extreme_logits(case, emulated):
     for objective in OBJECTIVES:

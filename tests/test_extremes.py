@@ -109,3 +109,12 @@ def test_no_nan_from_low_precision_underflow(objective, backend):
     out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
     assert torch.isfinite(out.loss)
     assert all(torch.isfinite(g).all() for g in gradients(out.loss * 1024, p.leaves))
+
+
+@pytest.mark.parametrize("objective", [fk.NoEvo(), fk.ReverseKD(), fk.SkewForward()], ids=lambda o: o.name)
+def test_a_temperature_near_zero(objective, backend):
+    p = problem(N=5, V=67)
+    out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, temperature=1e-6, backend=backend)
+    expected = reference_kd_loss(p.student(), p.teacher(), p.labels, objective, temperature=1e-6)
+    assert relative(out.loss, expected.loss) < 1e-5
+    assert all(g.isfinite().all() for g in gradients(out.loss, p.leaves))
