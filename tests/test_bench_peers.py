@@ -210,7 +210,7 @@ def test_plan_counted_without_a_teacher_is_the_one_that_runs(monkeypatch):
         with preferred_chunk(chunk):
             run(implementation, inputs, gamma, inputs.labels)
             counts = implementation.work(SHAPE, inputs, 0.0)
-            assert seen[-1] == seen[-2] == (counts["chunk"], counts["workspace_bytes"])
+            assert seen[-1] == seen[-2] == (counts["chunk"], counts["workspace_bytes"], counts["group"])
     assert [plan.chunk for plan in seen] == [12, 12, 4, 4]
 
 
