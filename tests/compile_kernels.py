@@ -76,6 +76,7 @@ FAST = re.compile(
     r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
     r"|self_evolution/(loss|V=1)|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
     r"|top_k/K=64/bf16.*"
+    r"|hand_over/.*|filter/bf16/.*"
     r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
     r"|sharded/(sft|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
 )
