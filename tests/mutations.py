@@ -225,12 +225,12 @@ MUTATIONS = [
         "engine: bias gradient of the last chunk alone", _HEAD, "[: self._vocab] += dlogits.sum(", "[: self._vocab] = dlogits.sum(",
         ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
     ),
-    Mutation("engine: scaled twice", _HEAD, "gradient.mul_(self._scale)", "gradient.mul_(self._scale * self._scale)", (_budget("sft"),)),
+    Mutation("engine: scaled twice", _HEAD, "d_hidden.mul_(self._scale)", "d_hidden.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
         "engine: ignored tokens computed", _ENGINE, "(labels != ignore_index).nonzero()", "(labels == labels).nonzero()",
         ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
     ),
-    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = head", "result.d_source[first:last] = head", (_budget("sft"),)),
+    Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = d_hidden", "result.d_source[first:last] = d_hidden", (_budget("sft"),)),
     Mutation(
         "engine: another chunk's hard tokens", _ENGINE, "else hard[span]", "else hard[: span.stop - span.start]",
         ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
@@ -266,7 +266,7 @@ MUTATIONS = [
         ("test_tile_filter.py::test_products_of_what_is_left[host]",),
     ),
     Mutation(
-        "filter: a NaN left out", _FILTER_TRITON, "~((x < threshold[:, None]) | (x == 0.0))", "x >= threshold[:, None]",
+        "filter: a NaN left out", _FILTER_TRITON, "~((x < threshold[:, None]) | (x == 0.0))", "(x >= threshold[:, None]) & (x != 0.0)",
         ("test_tile_filter.py::test_nan_is_never_left_out[device]",),
     ),
     Mutation(
