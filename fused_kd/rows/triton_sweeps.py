@@ -53,40 +53,12 @@ def sweep_both(
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
-            student,
-            teacher,
-            start,
-            None,
-            k,
-            s_max,
-            s_sum,
-            t_max,
-            t_sum,
-            kl_sum,
-            cold_sum,
-            COLD,
-            BLOCK,
-            LANES,
-            PACK,
-        )
+            student, teacher, start, None, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, COLD, BLOCK, LANES, PACK
+        )  # fmt: skip
     if whole < V:
         s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
-            student,
-            teacher,
-            whole,
-            V,
-            k,
-            s_max,
-            s_sum,
-            t_max,
-            t_sum,
-            kl_sum,
-            cold_sum,
-            COLD,
-            BLOCK,
-            LANES,
-            PACK,
-        )
+            student, teacher, whole, V, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, COLD, BLOCK, LANES, PACK
+        )  # fmt: skip
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
     s_step = exponent(s_max, k, s_top)
