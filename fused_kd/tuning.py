@@ -4,9 +4,11 @@ Each field's default is what counted bytes and instructions favour; the other va
 benchmark compares them in one process by :func:`tuned`. Not part of the public interface: once a card has decided, the
 field goes, with the way that lost.
 
-A field says in its metadata what to compare it with, and which measurements it can change::
+A field's metadata name the values to compare and the measurements that it can change::
 
     field(default=True, metadata={"others": (False,), "affects": ("row", "step")})
+
+Fields of the CUDA row begin with ``cuda``.
 """
 
 from __future__ import annotations

@@ -73,7 +73,11 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             *shape_of(teacher),
             **formula_constants(inputs.spec, inputs.cold_labels),
             **launch_constants(
-                is_heavy(inputs.spec, capped), student_raw, None if entries is not None else teacher_raw, dlogits
+                is_heavy(inputs.spec, capped),
+                student_raw,
+                None if entries is not None else teacher_raw,
+                dlogits,
+                adaptive=DIVERGENCES[inputs.spec.divergence or "kl"].adaptive,
             ),
         )
     if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
@@ -90,16 +94,19 @@ def is_heavy(spec: RowSpec, capped: bool) -> bool:
     return capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
 
 
-def launch_constants(heavy: bool, *raw: Tensor | None) -> dict[str, int]:
+def launch_constants(
+    heavy: bool, student: Tensor, teacher: Tensor | None = None, dlogits: Tensor | None = None, adaptive: bool = False
+) -> dict[str, int]:
     """A program's columns at once, its threads, and how many neighbouring columns of these logits one of them takes."""
     tuning = current()
     block = tuning.row_block // 2 if heavy else tuning.row_block
     # As Triton decides, for all together: of unaligned rows a thread takes every LANES-th column.
-    widths = [16 // x.element_size() for x in raw if x is not None and _aligned(x)]
+    widths = [16 // x.element_size() for x in (student, teacher, dlogits) if x is not None and _aligned(x)]
     pack = min(max(widths, default=1), block // tuning.row_threads)
     made = {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
-    if _on_nvidia() and all(x.element_size() == 2 for x in raw if x is not None):
-        # Left to itself, ptxas takes 80 for 16-bit logits; at 64, 1024 threads share a multiprocessor.
+    if _on_nvidia() and (adaptive or any(x.element_size() == 2 for x in (student, teacher) if x is not None)):
+        # Left to itself, ptxas takes 80 for 16-bit logits, and spills at 48 what the adaptive divergence needs; at 64,
+        # 1024 threads share a multiprocessor.
         made["maxnreg"] = 64
     return made
 
