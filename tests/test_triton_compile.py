@@ -63,8 +63,9 @@ def test_compiles_without_spills(target: str) -> None:
     assert {f"streaming/self_evolution/{dtype}/{sweep}" for dtype in ("bf16", "fp32") for sweep in SWEEPS} <= cases
     assert all(kernel["registers"] > 0 for kernel in kernels)
     assert {k["case"]: (k["stack"], k["spills"]) for k in kernels if k["stack"] or k["spills"]} == {}
-    # AMD's scalar registers may be parked in lanes of vector registers: moves, no memory, no matter beside products.
-    assert all(kernel["case"].startswith("streaming/") for kernel in kernels if kernel["parked"])
+    # AMD's scalar registers may be parked in lanes of vector registers: moves, no memory, no matter beside products or
+    # in a kernel without a loop.
+    assert all(kernel["case"].startswith(("streaming/", "filter/")) for kernel in kernels if kernel["parked"])
 
 
 @pytest.mark.parametrize("target", NVIDIA)
