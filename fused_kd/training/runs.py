@@ -5,18 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    if os.name == "nt":  # no handle for reading can do that there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the whole new one."""
+    """Write atomically: a reader sees the old file or the whole new one, after a power failure too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,8 +52,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """The file's value, or None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The file's value, or None where there is no file, or, with a warning, one that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        warnings.warn(f"{path} is damaged and taken as missing: {error}", stacklevel=2)
+        return None
 
 
 def fingerprint_file(path: Path) -> str:
@@ -46,19 +67,6 @@ def fingerprint_file(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a Trainer that was written to its end; a kill may leave a torn one behind."""
-    found = [(int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
-    for _, path in sorted(found, reverse=True):
-        try:
-            read = read_json(path / "trainer_state.json")  # the Trainer writes it last
-        except json.JSONDecodeError:
-            continue
-        if read is not None:
-            return path
-    return None
 
 
 class Run:

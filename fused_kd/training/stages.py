@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from transformers import TrainingArguments
 
 from fused_kd.training.averaging import Average
+from fused_kd.training.checkpoints import MANIFEST, fault_of, seal
 from fused_kd.training.data.pairs import Pair
 from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate
 from fused_kd.training.evaluation.evaluate import translate
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
 from fused_kd.training.progress import show_bar
-from fused_kd.training.runs import Run, last_checkpoint, read_json, write_json, write_lines
+from fused_kd.training.runs import Run, flush, read_json, write_json, write_lines
 from fused_kd.training.specs import ObjectiveSpec
 from fused_kd.training.trainer import KDTrainer
 
@@ -94,7 +96,7 @@ def train_stage(
         raise ValueError(f"{name}: select='best' needs validation rows")
     with run.lock(name):
         record = read_json(folder / "training.json")
-        if record is not None:
+        if record is not None and not _damaged(folder / "model"):
             return cast(dict[str, Any], record)
         checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing}
         # shares of the training; the best checkpoint must be among the saved
@@ -149,8 +151,7 @@ def train_stage(
             processing_class=tokenizer,
         )
         show_bar(trainer, name)
-        checkpoint = last_checkpoint(folder / "checkpoints")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
         _save_whole(trainer, tokenizer, folder / "model")
         record = {
             "objective": repr(spec.objective),
@@ -213,6 +214,14 @@ def translate_stage(
         return scores
 
 
+def _damaged(model: Path) -> bool:
+    """Whether a finished model, if it is there, is no longer as it was saved."""
+    fault = fault_of(model) if (model / MANIFEST).is_file() else None
+    if fault is not None:
+        warnings.warn(f"{model} {fault}: trained again", stacklevel=2)
+    return fault is not None
+
+
 def _save_whole(trainer: KDTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     partial = folder.with_name("model.partial")
     if trainer.is_world_process_zero():
@@ -222,5 +231,7 @@ def _save_whole(trainer: KDTrainer, tokenizer: PreTrainedTokenizerBase, folder: 
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True)
+        seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        flush(folder.parent)

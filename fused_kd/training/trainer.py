@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 import fused_kd as fk
 from fused_kd.integrations.bodies import labels_need_shift
@@ -16,6 +16,7 @@ from fused_kd.integrations.mixin import KDLossMixin, as_objective
 from fused_kd.objectives import Objective
 from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
 from fused_kd.training.beta_schedule import BetaSchedule
+from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.distributed import CachedTeacher
 from fused_kd.training.metrics import RunningMetrics
 from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
@@ -24,7 +25,7 @@ DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8
 
 
-class KDTrainer(KDLossMixin, Trainer):
+class KDTrainer(KDLossMixin, WholeCheckpoints):
     """Trains ``model`` (the student) towards ``teacher`` with a fused loss; everything else is the Trainer's.
 
     Batches need ``input_ids`` and ``labels`` (batch, length), labels unshifted with -100 where there is no loss,
@@ -192,9 +193,7 @@ class KDTrainer(KDLossMixin, Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.metrics.collect(self.accelerator)
-        # trainer_state.json is written next and makes the checkpoint count: all ranks must have written their parts
-        self.accelerator.wait_for_everyone()
+        self.metrics.collect(self.accelerator)  # trainer_state.json, with these in it, is written next
 
     def _warn_if_starved(self) -> None:
         """Warn once when the hard fraction stayed high for 5 % of the training and at least 20 steps."""

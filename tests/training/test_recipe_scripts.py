@@ -89,9 +89,18 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
     with pytest.raises(KeyboardInterrupt):
         train("self_evolution_quantile", tmp_path / "cut", *pair)
     monkeypatch.setattr(KDTrainer, "training_step", step)
-    train("self_evolution_quantile", tmp_path / "cut", *pair)
+    newest = max((tmp_path / "cut" / "train" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    (newest / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match=r"lacks optimizer\.pt: passed over"):
+        train("self_evolution_quantile", tmp_path / "cut", *pair)
     ours, theirs = (weights(tmp_path / name / "train" / "model") for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finished = tmp_path / "cut" / "train" / "model" / "model.safetensors"
+    finished.write_bytes(finished.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="instead of .*: trained again"):
+        train("self_evolution_quantile", tmp_path / "cut", *pair)
+    again = weights(tmp_path / "cut" / "train" / "model")
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
     models = [str(teacher), str(tmp_path / "whole" / "train" / "model")]
     command = [*models, "--data", "builtin", "--directions", "en-de", "de-en", "--limit", "3", "--prompt", "tiny",

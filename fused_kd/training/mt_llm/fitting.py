@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.mt_llm.stacked import load_trained, save_trained
 from fused_kd.training.progress import show_bar
-from fused_kd.training.runs import last_checkpoint, read_json, write_json
+from fused_kd.training.runs import read_json, write_json
 from fused_kd.training.sampling import LengthGroupedEpochs
 
 TRAINED = "trained.safetensors"
@@ -100,7 +101,7 @@ class Pad:
         return batch
 
 
-class ModuleTrainer(Trainer):
+class ModuleTrainer(WholeCheckpoints):
     """Trains a module whose ``forward(**batch)`` gives ``loss``, the batch's mean, and scalars to log.
 
     A checkpoint has the trained tensors, not the frozen ones. The order of the rows is a function of seed and epoch.
@@ -208,8 +209,7 @@ def fit(
     arguments.gradient_accumulation_steps = max(settings.batch // per_step, 1)
     trainer = ModuleTrainer(model=module, args=arguments, train_dataset=rows, data_collator=collate)
     show_bar(trainer, title)
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     record = {
         "settings": asdict(settings),
         "seed": seed,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_kd.training.config import build
 from fused_kd.training.lora import LoRA, with_adapters
-from fused_kd.training.runs import write_json
+from fused_kd.training.runs import flush, write_json
 
 WEIGHTS = "stacked.safetensors"
 SETTINGS = "stacked.json"
@@ -237,6 +237,7 @@ def save_trained(model: nn.Module, file: Path) -> None:
 
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     save_file({name: p.detach().cpu().contiguous() for name, p in trained_tensors(model).items()}, partial)
+    flush(partial)
     os.replace(partial, file)
 
 

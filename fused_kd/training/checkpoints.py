@@ -1,0 +1,112 @@
+"""Whole folders: a manifest with every file's size, written last, when all of them are on disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from fused_kd.training.runs import flush, read_json, write_json
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal(folder: Path) -> None:
+    """Put all that is in a folder on disk, and then its manifest: from now on it counts as whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    found = sorted(folder.rglob("*"))
+    for path in (*found, folder):
+        flush(path)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found if path.is_file()}
+    write_json(folder / MANIFEST, {"files": sizes})
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a folder is not what :func:`seal` saw, or None where it is."""
+    manifest = read_json(folder / MANIFEST)
+    sizes = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(sizes, dict) or not sizes:
+        return f"has no {MANIFEST} that can be read, which is written last"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"lacks {name}"
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size} bytes of {name} instead of {size}"
+    return None
+
+
+def last_checkpoint(folder: Path, *, set_aside: bool = False) -> Path | None:
+    """The newest whole checkpoint of a training, whose best one, where it names one, is whole too.
+
+    Warns of each newer one that is not; ``set_aside`` renames these to ``damaged-checkpoint-STEP``.
+    """
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        fault = fault_of(path) or _fault_of_best(path)
+        if fault is None:
+            return path
+        warnings.warn(f"{path} {fault}: passed over for the checkpoint before it", stacklevel=2)
+        if set_aside:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    return None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    best = (read_json(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+    if best is None or Path(best).name == checkpoint.name:
+        return None
+    fault = fault_of(checkpoint.with_name(Path(best).name))
+    return fault and f"needs the best one, {Path(best).name}, which {fault}"
+
+
+class WholeCheckpoints(Trainer):
+    """A Trainer that seals its checkpoints and resumes from whole ones alone."""
+
+    def last_checkpoint(self) -> str | None:
+        """Path of the newest whole checkpoint, or None; those that are not whole are set aside.
+
+        All processes of a distributed run call this.
+        """
+        with self.accelerator.main_process_first():
+            found = last_checkpoint(Path(str(self.args.output_dir)), set_aside=self.is_world_process_zero())
+        return None if found is None else str(found)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; True takes the newest whole checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is not whole, or, for True, there is none that is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.last_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: there is no whole checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint and (fault := fault_of(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} {fault}: give a whole one, or, if you know "
+                "that another trainer wrote it to its end, call fused_kd.training.checkpoints.seal(Path(...)) on it"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            seal(folder)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if fault := fault_of(best):
+            raise ValueError(f"the best checkpoint {best} {fault}: the same command trains it again")
+        super()._load_best_model()

@@ -1,0 +1,179 @@
+"""A training ends in the same weights whatever became of its newest checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import fused_kd as fk
+from fused_kd.training import checkpoints
+from fused_kd.training.checkpoints import MANIFEST, fault_of, last_checkpoint, seal
+from fused_kd.training.data.prompts import Collator
+from fused_kd.training.trainer import KDTrainer
+from tests.training.tiny import rows, tiny
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "removed": lambda path: path.unlink(),
+}
+
+
+def training(folder: Path, **options: object) -> KDTrainer:
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="cosine",
+        save_steps=2, save_total_limit=2, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    data = {"train_dataset": rows(12), "eval_dataset": rows(4, seed=9), "data_collator": Collator(0)}
+    made = KDTrainer(tiny(8, seed=1, attention_dropout=0.2), tiny(8, seed=2), fk.NoEvo(), args=arguments, **data)
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return made
+
+
+def weights(run: KDTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in run.model.named_parameters()}
+
+
+def cut(run: KDTrainer, step: int) -> None:
+    """Train until ``step``'s checkpoint is written."""
+
+    class Kill(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    run.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    run = training(tmp_path_factory.mktemp("whole"))
+    run.train()
+    return weights(run)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupted")
+    cut(training(folder), 4)
+    return folder
+
+
+def assert_ends_the_same(folder: Path, whole: dict[str, torch.Tensor], start: int) -> None:
+    torch.manual_seed(99)  # another process would start elsewhere
+    run = training(folder)
+    checkpoint = run.last_checkpoint()
+    assert (0 if checkpoint is None else int(checkpoint.split("-")[-1])) == start
+    run.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
+
+
+def test_any_file_of_the_newest(interrupted: Path, tmp_path: Path) -> None:
+    names = [path.name for path in (interrupted / "checkpoint-4").iterdir()]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < set(names)
+    for name in names:
+        for kind, damage in DAMAGE.items():
+            folder = tmp_path / f"{name}-{kind}"
+            shutil.copytree(interrupted, folder)
+            damage(folder / "checkpoint-4" / name)
+            with pytest.warns(UserWarning, match=rf"checkpoint-4 .*{name}.*: passed over for the checkpoint before it"):
+                assert last_checkpoint(folder) == folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "name,damage", [("optimizer.pt", "removed"), ("model.safetensors", "emptied"), ("rng_state.pth", "truncated")]
+)
+def test_the_same_weights(interrupted: Path, whole: dict, tmp_path: Path, name: str, damage: str) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    DAMAGE[damage](tmp_path / "run" / "checkpoint-4" / name)
+    with pytest.warns(UserWarning, match=rf"checkpoint-4 .*{name}"):
+        assert_ends_the_same(tmp_path / "run", whole, start=2)
+    assert fault_of(tmp_path / "run" / "checkpoint-4") is None, "written again"
+
+
+def test_all_torn_starts_again(interrupted: Path, whole: dict, tmp_path: Path) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("[]")
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="trainer_state.json instead of"):
+        assert_ends_the_same(tmp_path / "run", whole, start=0)
+
+
+@pytest.mark.parametrize("at", [0, 5, -1])
+def test_killed_while_sealing(whole: dict, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call writes checkpoint-2 to its end; of the second, none, some or all but the manifest."""
+    real, seen = checkpoints.seal, []
+
+    def killed(folder: Path) -> None:
+        if not folder.name.endswith("-4"):
+            return real(folder)
+
+        def flush(path: Path) -> None:
+            seen.append(path)
+            if len(seen) == 1 + at or (at == -1 and path == folder):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoints, "flush", flush)
+        real(folder)
+
+    monkeypatch.setattr(checkpoints, "seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path).train()
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=f"checkpoint-4 has no {MANIFEST}"):
+        assert_ends_the_same(tmp_path, whole, start=2)
+
+
+def test_the_best_must_be_whole_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation loss that grows makes the first checkpoint the best one."""
+
+    def worse(self: KDTrainer, *args: object, **kwargs: object) -> dict[str, float]:
+        metrics = {"eval_loss": float(self.state.global_step)}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(KDTrainer, "evaluate", worse)
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    run = training(tmp_path / "whole", greater_is_better=False, **best)
+    run.train()
+    wanted = weights(run)
+    cut(training(tmp_path / "cut", greater_is_better=False, **best), 4)
+    (tmp_path / "cut" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
+    again = training(tmp_path / "cut", greater_is_better=False, **best)
+    with pytest.warns(UserWarning, match="checkpoint-4 needs the best one, checkpoint-2, which has 0 bytes of model"):
+        again.train(resume_from_checkpoint=again.last_checkpoint())
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(again).items())
+
+
+def test_resume_names_what_is_wrong(interrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+        training(tmp_path).train(resume_from_checkpoint=True)
+    shutil.copytree(interrupted, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4' lacks optimizer\.pt: give a whole one, or"):
+        training(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_last_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "none") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    for name in ("checkpoint-9", "checkpoint-10"):
+        seal(tmp_path / name)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / MANIFEST).write_text("[" * 100_000)
+    with pytest.warns(UserWarning, match=f"checkpoint-10 has no {MANIFEST}"):
+        assert last_checkpoint(tmp_path, set_aside=True) == tmp_path / "checkpoint-9"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-9", "checkpoint-best", "damaged-checkpoint-10",
+    ]  # fmt: skip
