@@ -27,9 +27,9 @@ from fused_kd.training.data.noise import misalign
 from fused_kd.training.data.pairs import load_pairs
 from fused_kd.training.data.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs, training_texts
 from fused_kd.training.plots import write_plots
-from fused_kd.training.presets import PRESETS, load_model, shared_tokenizer, threads_for
+from fused_kd.training.presets import PRESETS, load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.report import collect, results_table
-from fused_kd.training.runs import Run, write_json
+from fused_kd.training.runs import Run, fingerprint, write_json
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
 
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not 0 < args.kd_size < len(train):
         limits = f"[1, {len(train) - 1}] for {len(train)} training pairs"
         raise SystemExit(f"--kd-size must be in {limits}, got {args.kd_size}")
+    run.bind(data=fingerprint([train, test]), teacher=model_content(args.teacher), student=model_content(args.student))
     template = get_prompt(args.prompt)
     texts = training_texts(template, {args.direction: train})
     with run.lock("tokenizer"):

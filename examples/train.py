@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -25,13 +26,13 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging
 
-from fused_kd.training.cache.teacher_cache import TeacherCache
+from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_rows, read_index
 from fused_kd.training.config import load_config
 from fused_kd.training.data.prompts import render_sample, training_texts
 from fused_kd.training.evaluation.difficulty import with_quantile_gamma
-from fused_kd.training.presets import load_model, shared_tokenizer, threads_for
+from fused_kd.training.presets import load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.recipe import Recipe
-from fused_kd.training.runs import Run
+from fused_kd.training.runs import Run, fingerprint
 from fused_kd.training.stages import train_stage
 
 
@@ -67,6 +68,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         tokenizer = shared_tokenizer(recipe.models, run.stage("tokenizer"), texts, recipe.vocab)
     rows = recipe.training_rows(tokenizer, train)
     valid = recipe.rows(tokenizer, recipe.pairs("valid", recipe.valid_limit)) if recipe.select == "best" else None
+    if state.is_main_process:
+        run.bind(data=fingerprint_rows(rows), student=model_content(recipe.student))
+        if valid is not None:
+            run.bind(validation=fingerprint_rows(valid))
+        if recipe.cached_teacher is not None and recipe.needs_teacher:
+            run.bind(teacher=fingerprint(read_index(Path(recipe.cached_teacher))))
+        elif recipe.needs_teacher:
+            run.bind(teacher=model_content(str(recipe.teacher)))
     console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
     console.print(
         f"global batch {recipe.global_batch} = {state.num_processes} processes x {settings.batch_size} sentences x "

@@ -7,6 +7,7 @@ stale is taken for it, and both stay side by side.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,8 +74,8 @@ class Pipeline:
             work: writes its results into the folder. After a kill it is called again and finds what it had written.
             settings: everything else that the result depends on; dataclasses and JSON values.
             needs: stages whose results it reads.
-            files: files, or folders of files, that it reads; by content, wherever they lie. Where there is none of
-                that name (a preset, a hub name) the name itself counts.
+            files: files, folders of files, or prefixes of parallel text, that it reads; by content, wherever they
+                lie. Where there is none of that name (a preset, a hub name) the name itself counts.
 
         Raises:
             TypeError: settings that are not JSON. ValueError: a title that cannot begin a folder's name.
@@ -162,9 +163,15 @@ def _plain(value: Any) -> Any:
 
 
 def _content(file: str | Path) -> str:
-    path = Path(file)
-    if not path.exists():
+    path = Path(file).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+    elif path.exists():
+        found = [path]
+    else:  # a prefix of parallel text, or of nothing here
+        found = sorted(p for p in path.parent.glob(f"{glob.escape(path.name)}.*") if p.is_file())
+    if not found:
         return f"name:{file}"
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    parts = [f"{part.relative_to(path).as_posix()} {fingerprint_file(part)}" for part in found]
+    folder = path if path.exists() else path.parent
+    parts = [f"{part.relative_to(folder).as_posix()} {fingerprint_file(part)}" for part in found]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fused_kd.training.runs import fingerprint, fingerprint_file
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,6 +86,25 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, str(name_or_path))
     return tokenizer
+
+
+def model_content(name_or_path: str | Path) -> str:
+    """What a model's name stands for now: the SHA-256 of a folder's files, or a hub name with its commit.
+
+    Of a folder, the files directly in it count, without hidden ones and ``*.md``.
+
+    Raises:
+        ValueError: as :func:`load_model`.
+    """
+    name, folder = str(name_or_path), Path(name_or_path)
+    if name in PRESETS:
+        return name
+    if folder.is_dir():
+        files = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".md" and path.name[0] != ".")
+        return "sha256:" + fingerprint({path.name: fingerprint_file(path) for path in files})
+    from transformers import AutoConfig
+
+    return f"{name}@{_pretrained(AutoConfig, name)._commit_hash}"
 
 
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model") -> None:

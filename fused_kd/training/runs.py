@@ -69,6 +69,12 @@ def fingerprint_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value; what JSON does not know goes by its text."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 class Run:
     """A folder with one sub-folder a stage, bound to the arguments that it was first made with.
 
@@ -90,8 +96,28 @@ class Run:
                 "give another folder, or repeat the old arguments to go on"
             )
 
+    def bind(self, **contents: str) -> None:
+        """Bind the folder to what lies behind names among its arguments, each by a fingerprint.
+
+        Raises:
+            ValueError: the folder was made with another content of one of them.
+        """
+        for name, value in contents.items():
+            path = self.folder / "content" / f"{name}.json"
+            known = read_json(path)
+            if known is None and _is_main():
+                write_json(path, value)
+            elif known is not None and known != value:
+                raise ValueError(
+                    f"output={str(self.folder)!r} was made with another {name}: its content is {value[:60]} now, "
+                    f"it was {known[:60]}: give another folder, or put back what was there"
+                )
+
     def stage(self, name: str) -> Path:
-        """The folder of a stage."""
+        """The folder of a stage. Raises ``ValueError`` where the name leads out of the run's."""
+        parts = Path(name).parts
+        if not parts or ".." in parts or Path(name).is_absolute():
+            raise ValueError(f"{name!r} names no folder within output={str(self.folder)!r}")
         return self.folder / name
 
     @contextmanager

@@ -80,6 +80,30 @@ def test_trials_and_their_order(tmp_path: Path) -> None:
     assert [jobs[name].needs for name in ("clean/sft/seed0", "fresh/no_evo/seed0")] == [("student",), ("teacher",)]
 
 
+def test_another_content_behind_the_same_names(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def begin(word: str) -> None:
+        rows = ({"en": f"A {word} {n}.", "de": f"Ein Hund {n}."} for n in range(600))
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        next(Grid(experiment(data=str(data)), METHODS, tmp_path / "run").work(tell=stop))
+
+    for word in ("dog", "dog"):
+        with pytest.raises(KeyboardInterrupt):
+            begin(word)
+    with pytest.raises(ValueError, match="was made with another train"):
+        begin("cat")
+
+
+@pytest.mark.parametrize("name", ["..", "../up", "a/b", "."])
+def test_conditions_are_names(name: str) -> None:
+    with pytest.raises(ValueError, match="conditions must have names of letters"):
+        experiment(conditions={name: PLAN["conditions"]["clean"]}, sweeps=[])
+
+
 def test_every_stage_starts_and_sees_what_it_should(grid: Grid) -> None:
     student, teacher = (grid.model(name).state_dict() for name in ("student", "teacher"))
     assert record(grid, "teacher")["sentences"] == 120 and record(grid, "student")["sentences"] == 2 * (60 - 8)

@@ -79,6 +79,16 @@ def test_files_count_by_content(tmp_path):
     assert names[0] == names[1] and len(set(names)) == 4
 
 
+def test_a_prefix_of_parallel_text_counts_by_content(tmp_path):
+    text = tmp_path / "corpus.en"
+    text.write_text("one")
+    names = []
+    for content in ("one", "two", "one"):
+        text.write_text(content)
+        names.append(chain(tmp_path / "run", [], corpus=tmp_path / "corpus")[1].name)
+    assert names[0] == names[2] != names[1]
+
+
 def test_a_stage_that_died_is_begun_and_done_again(tmp_path):
     tries: list[int] = []
 

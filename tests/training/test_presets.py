@@ -168,6 +168,20 @@ def test_run_refuses_other_arguments(tmp_path: Path) -> None:
         Run(tmp_path / "run", {"lr": 0.2, "objective": ["sft"], "limit": 5})
 
 
+def test_run_refuses_another_content(tmp_path: Path) -> None:
+    Run(tmp_path, {}).bind(data="one", teacher="two")
+    run = Run(tmp_path, {})
+    run.bind(data="one", student="three")
+    with pytest.raises(ValueError, match="was made with another teacher: its content is four now, it was two"):
+        run.bind(teacher="four")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/../../b", "/tmp"])
+def test_stages_stay_within_their_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="names no folder within output="):
+        Run(tmp_path, {}).stage(name)
+
+
 def test_json_survives_a_kill(tmp_path: Path) -> None:
     write_json(tmp_path / "a" / "value.json", {"x": "ü"})
     assert read_json(tmp_path / "a" / "value.json") == {"x": "ü"} and read_json(tmp_path / "none.json") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fused_kd.training.trainer import KDTrainer
 
@@ -110,6 +111,56 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
     assert set(results[models[1]]["de-en"]["p"]) == {"bleu", "chrf"} and not results[models[0]]["de-en"]["p"]
     saved = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert saved == json.loads(json.dumps(results)) == json.loads(json.dumps(script("evaluate").main(command)))
+
+
+def test_another_model_at_the_same_path(teacher: Path, tmp_path: Path) -> None:
+    """What is kept by a model's path is kept by its content."""
+    model = tmp_path / "model"
+    shutil.copytree(teacher, model)
+    data = tmp_path / "test.jsonl"
+    data.write_text(json.dumps({"en": "A dog.", "de": "Ein Hund."}) + "\n")
+
+    def evaluate() -> dict:
+        command = [str(model), "--data", str(data), "--directions", "en-de", "--prompt", "tiny"]
+        return script("evaluate").main([*command, "--max-new-tokens", "4", "--output", str(tmp_path / "eval")])
+
+    def kept() -> set[str]:
+        return {path.name for path in (tmp_path / "eval").glob("*en-de*")}
+
+    evaluate()
+    before = kept()
+    evaluate()
+    (model / "README.md").write_text("Mine.")
+    evaluate()
+    assert kept() == before and len(before) == 1
+    names = load_file(model / "model.safetensors")
+    save_file({name: value + 0.1 for name, value in names.items()}, model / "model.safetensors", {"format": "pt"})
+    evaluate()
+    assert len(kept()) == 2, "another model"
+    data.write_text(json.dumps({"en": "A dog.", "de": "Der Hund."}) + "\n")
+    evaluate()
+    assert len(kept()) == 3, "another reference"
+    with pytest.raises(ValueError, match=r"models must have a name for a folder, got '\.\.'"):
+        script("evaluate").main(
+            ["..", "--data", str(data), "--directions", "en-de", "--output", str(tmp_path / "eval")]
+        )
+
+
+def test_another_content_at_the_same_path_is_refused(teacher: Path, tmp_path: Path) -> None:
+    model, tasks = tmp_path / "model", tmp_path / "train.json"
+    shutil.copytree(teacher, model)
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "one"}] * 3))
+    pair = (f"teacher={model}", f"student={teacher}", "epochs=1", f"instructions={tasks}")
+    train("no_evo", tmp_path / "run", *pair)
+    train("no_evo", tmp_path / "run", *pair)
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "two"}] * 3))
+    with pytest.raises(ValueError, match="was made with another data: its content is"):
+        train("no_evo", tmp_path / "run", *pair)
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "one"}] * 3))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match="was made with another teacher: its content is sha256:"):
+        train("no_evo", tmp_path / "run", *pair)
 
 
 def test_packing_and_instructions(teacher: Path, tmp_path: Path) -> None:

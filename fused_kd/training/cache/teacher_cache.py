@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from fused_kd.inputs import TAILS
 from fused_kd.training.cache.codes import decode
 from fused_kd.training.data.prompts import LABEL_PAD, PromptTemplate, get_prompt
-from fused_kd.training.runs import fingerprint_file
+from fused_kd.training.runs import fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,7 +230,7 @@ def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of which token has which id."""
-    return _fingerprint(sorted(tokenizer.get_vocab().items()))
+    return fingerprint(sorted(tokenizer.get_vocab().items()))
 
 
 def fingerprint_rows(rows: Rows) -> str:
@@ -247,7 +247,7 @@ def fingerprint_rows(rows: Rows) -> str:
 
 def fingerprint_template(template: PromptTemplate | str) -> str:
     """SHA-256 of the template's text; its name does not matter."""
-    return _fingerprint(get_prompt(template).template)
+    return fingerprint(get_prompt(template).template)
 
 
 def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
@@ -263,9 +263,4 @@ def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
         seen.add((tensor.data_ptr(), tensor.shape))
         for part in tensor.detach().reshape(-1).split(1 << 26):
             digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
-    return {"teacher_config": _fingerprint(config), "teacher_weights": digest.hexdigest()}
-
-
-def _fingerprint(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"teacher_config": fingerprint(config), "teacher_weights": digest.hexdigest()}

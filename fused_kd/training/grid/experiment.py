@@ -23,8 +23,8 @@ from fused_kd.training.data.noise import misalign
 from fused_kd.training.data.pairs import Pair, load_directions
 from fused_kd.training.data.prompts import PairDataset, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.evaluation.difficulty import with_quantile_gamma
-from fused_kd.training.presets import load_model, shared_tokenizer
-from fused_kd.training.runs import Run
+from fused_kd.training.presets import load_model, model_content, shared_tokenizer
+from fused_kd.training.runs import Run, fingerprint
 from fused_kd.training.sharing import share
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stages import Settings, train_stage, translate_stage
@@ -125,6 +125,9 @@ class Experiment:
     cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"
 
     def __post_init__(self) -> None:
+        for name in self.conditions:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"conditions must have names of letters, digits, - and _, got {name!r}")
         for sweep in self.sweeps:
             if sweep.condition not in self.conditions:
                 raise ValueError(
@@ -225,6 +228,9 @@ class Grid:
     def work(self, tell: Callable[[Job, int, int], None] = lambda job, done, total: None) -> Iterator[Job]:
         """Do what is left, yielding each job that this process finished; returns when all are done."""
         jobs = {job.name: job for job in self.jobs()}
+        e = self.experiment
+        self.run.bind(teacher=model_content(e.teacher.model), student=model_content(e.student.model))
+        _ = self.train, self.tests
 
         def do(job: Job) -> None:
             tell(job, sum(map(self.done, jobs)), len(jobs))
@@ -248,18 +254,23 @@ class Grid:
         if most >= min(map(len, pairs.values())):
             shortest = min(map(len, pairs.values()))
             raise ValueError(f"sentences must be below the {shortest} training pairs of a direction, got {most}")
+        self.run.bind(train=fingerprint(pairs))
         return pairs
 
     @cached_property
     def tests(self) -> dict[str, list[Pair]]:
         """The test set of each direction."""
         e = self.experiment
-        return load_directions(e.data, e.test, e.directions, limit=e.test_limit)
+        pairs = load_directions(e.data, e.test, e.directions, limit=e.test_limit)
+        self.run.bind(test=fingerprint(pairs))
+        return pairs
 
     @cached_property
     def valid(self) -> PairDataset:
         e = self.experiment
-        return self._rows(load_directions(e.data, e.valid, e.directions, limit=e.valid_limit))
+        pairs = load_directions(e.data, e.valid, e.directions, limit=e.valid_limit)
+        self.run.bind(valid=fingerprint(pairs))
+        return self._rows(pairs)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -270,8 +281,9 @@ class Grid:
 
     def model(self, name: str, seed: int = 0) -> Any:
         """A stage's model, or a fresh one by preset, path or hub name."""
-        own = self.run.stage(name) / "model"
-        return load_model(own if own.is_dir() else name, self.tokenizer, seed, dtype=torch.float32)
+        own = name in {"teacher", "student", *(trial.name for trial in self.trials)}
+        where = self.run.stage(name) / "model" if own else name
+        return load_model(where, self.tokenizer, seed, dtype=torch.float32)
 
     def distillation_rows(self, condition: str, seed: int) -> PairDataset:
         c = self.experiment.conditions[condition]
