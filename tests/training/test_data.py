@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_kd.training.data import reading
 from fused_kd.training.data.pairs import (
     Pair,
     find_split,
@@ -102,6 +103,68 @@ def test_bad_row_in_an_array_names_its_line(tmp_path: Path) -> None:
             load_pairs(str(path), "train", "en-de", skip_bad=True)
 
 
+def test_an_array_and_more_is_refused(tmp_path: Path) -> None:
+    """Not one row of several, nor the first of several arrays."""
+    row = '{"en": "a", "de": "b"}'
+    for text, line in ((f"[{row}]\n[{row}]", 2), (f"[{row}] {row}", 1), (f"[]\n\n{row}", 3), (f"\n[{row}]\n]", 3)):
+        path = write(tmp_path / "train.json", text)
+        with pytest.raises(ValueError, match=f"line {line}: expected nothing after the array"):
+            load_pairs(str(path), "train", "en-de", skip_bad=True)
+    path = write(tmp_path / "train.json", f"\n [{row}\n,\t{row} ] \n\n")
+    assert load_pairs(str(path), "train", "en-de") == [Pair("a", "b")] * 2
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_arrays_across_the_blocks_they_are_read_in(tmp_path: Path, indent: int | None) -> None:
+    rows = [{"en": "a " * (7 * n % 501) + "x", "de": "ü\n" * (n % 90) + "y"} for n in range(700)]
+    rows.append({"en": "long " * 40_000, "de": "y"})
+    path = write(tmp_path / "train.json", json.dumps(rows, indent=indent, ensure_ascii=False))
+    assert path.stat().st_size > 500_000
+    expected = [Pair(" ".join(row["en"].split()), " ".join(row["de"].split())) for row in rows]
+    assert load_pairs(str(path), "train", "en-de") == expected
+    rows[650] = {}
+    write(path, json.dumps(rows, indent=indent, ensure_ascii=False))
+    line = 1 if indent is None else 2 + 4 * 650
+    with pytest.raises(ValueError, match=f"line {line}: no text for the language 'en'"):
+        load_pairs(str(path), "train", "en-de")
+
+
+BAD_ROWS = {
+    "deep": (b'{"en": ' + b"[" * 100_000, "nested too deeply"),
+    "huge": (b'{"en": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+    "bytes": (b'{"en": "\xff", "de": "b"}', "not UTF-8: byte 0xff"),
+    "surrogate": (rb'{"en": "\ud83d", "de": "b"}', "a lone surrogate 0xd83d"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_is_skipped_or_named(tmp_path: Path, bad: str) -> None:
+    text, message = BAD_ROWS[bad]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(rb'{"en": "\ud83d\ude00", "de": "b"}' + b"\n" + text + b'\n{"en": "c", "de": "d"}\n')
+    with pytest.raises(ValueError, match=f"line 2: .*{message}"):
+        load_pairs(str(path), "train", "en-de")
+    with pytest.warns(UserWarning, match=rf"skipped 1 bad rows of 3; the first: .*line 2: .*{message}"):
+        assert load_pairs(str(path), "train", "en-de", skip_bad=True) == [Pair("\U0001f600", "b"), Pair("c", "d")]
+    if bad in ("bytes", "surrogate"):  # where an array's item ends can be seen
+        path.write_bytes(b'[{"en": "a", "de": "b"},\n' + text + b"]")
+        with pytest.warns(UserWarning, match=rf"skipped 1 bad rows of 2; the first: .*line 2: .*{message}"):
+            assert load_pairs(str(path), "train", "en-de", skip_bad=True) == [Pair("a", "b")]
+    else:
+        path.write_bytes(b"[\n" + text + b"]")
+        with pytest.raises(ValueError, match="line 2: not a JSON array: "):
+            load_pairs(str(path), "train", "en-de", skip_bad=True)
+
+
+def test_memory_does_not_follow_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_LONGEST", 1 << 17)
+    for start in (b'{"en": "', b'[{"en": "'):
+        path = tmp_path / "train.json.gz"
+        path.write_bytes(gzip.compress(start + b"a" * (1 << 20) + b'", "de": "b"}', 1))
+        with pytest.raises(ValueError, match=r"a line of at most 131072 characters|not a JSON array: Unterminated"):
+            load_pairs(str(path), "train", "en-de", skip_bad=True)
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl.gz", lines(ROWS))
     whole = path.read_bytes()
@@ -111,7 +174,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             load_pairs(str(path), "train", "en-de")
     latin = tmp_path / "test.jsonl"
     latin.write_bytes('{"en": "a", "de": "ü"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"test\.jsonl cannot be read"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: not UTF-8: byte 0xfc"):
         load_pairs(str(latin), "test", "en-de")
 
 

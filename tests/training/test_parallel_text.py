@@ -99,5 +99,9 @@ def test_text_without_its_other_side(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of parallel text the path without the language"):
         load_pairs(str(tmp_path / "train.en"), "train", "en-de")
     (tmp_path / "train.de").write_bytes("ü".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"train\.de cannot be read"):
+    with pytest.raises(ValueError, match=r"train\.de, line 1: not UTF-8: byte 0xfc"):
         load_pairs(str(tmp_path), "train", "en-de")
+    (tmp_path / "train.en").write_text("a\nb\n")
+    (tmp_path / "train.de").write_bytes("ü\n".encode("latin-1") + b"c\n")
+    with pytest.warns(UserWarning, match=r"skipped 1 bad rows of 2; the first: .*train\.de, line 1: not UTF-8"):
+        assert load_pairs(str(tmp_path), "train", "en-de", skip_bad=True) == [Pair("b", "c")]

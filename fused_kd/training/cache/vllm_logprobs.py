@@ -9,8 +9,8 @@ the position before. The token itself is always listed, beyond the k largest whe
 from __future__ import annotations
 
 import gzip
-import json
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ import numpy as np
 from fused_kd.training.cache.teacher_cache import Rows, TeacherCache, target_positions
 from fused_kd.training.cache.writer import write_lists
 from fused_kd.training.data.prompts import PromptTemplate, get_prompt
+from fused_kd.training.data.reading import json_value
 from fused_kd.training.runs import fingerprint_file
 
 if TYPE_CHECKING:
@@ -54,15 +55,14 @@ def read_prompt_logprobs(path: str | Path) -> Iterator[PromptLogprobs]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    if not first:
-                        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-                    value = json.loads(line + file.read())  # one value on many lines
+                value = json_value(line)
+                if isinstance(value, ValueError) and first:
+                    value = json_value(line + file.read())  # one value on many lines
+                if isinstance(value, ValueError):
+                    raise ValueError(f"{path}, line {number}: {value}")
                 first = False
                 yield from _rows_of(value, f"{path}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from fused_kd.training.cycle_distill.settings import CycleDistill
 from fused_kd.training.data.pairs import Pair, load_pairs, parse_direction
+from fused_kd.training.data.reading import text_fault, text_lines
 from fused_kd.training.data.sources import SUFFIXES, read_rows, select
 from fused_kd.training.runs import read_lines, write_lines
 
@@ -71,16 +71,16 @@ def collect_texts(config: CycleDistill) -> Texts:
 def load_sentences(source: str, language: str, limit: int) -> list[str]:
     """At most ``limit`` sentences of a text file (one a line, plain or ``.gz``), of JSON or of a hub data set.
 
-    Rows of the latter two have a column of the language's code or "text". Empty lines are left out.
+    Rows of the latter two have a column of the language's code or "text". Empty lines and those that
+    are not UTF-8 are left out.
 
     Raises:
         ValueError: nothing there, a row without text.
     """
     path = Path(source).expanduser()
     if path.is_file() and not path.name.endswith(SUFFIXES):
-        opener: Any = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            found = list(islice(filter(None, (" ".join(line.split()) for line in file)), limit))
+        lines = (" ".join(line.split()) for line in text_lines(path) if text_fault(line) is None)
+        found = list(islice(filter(None, lines), limit))
         if not found:
             raise ValueError(f"monolingual={source!r} has no text")
         return found

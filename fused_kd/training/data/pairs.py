@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_kd.training.data.sources import BUILTIN, Row, canonical_split, check_request, find_file, read_rows, select
+from fused_kd.training.data.reading import Row
+from fused_kd.training.data.sources import BUILTIN, canonical_split, check_request, find_file, read_rows, select
 
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",

@@ -7,18 +7,16 @@ the other.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
+
+from fused_kd.training.data.reading import Row, aligned_rows, json_rows
 
 BUILTIN = "builtin"
 SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json")
@@ -33,13 +31,6 @@ _NAMED_DIRECTION = re.compile(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})(?=$|[._])")
 _HELD_OUT = 50
 
 Item = TypeVar("Item")
-
-
-class Row(NamedTuple):
-    """What was read (a `json.JSONDecodeError` for a broken line), and where."""
-
-    place: str
-    value: Any
 
 
 def read_rows(
@@ -96,7 +87,7 @@ def select(
     items: list[Item] = []
     complaints: list[str] = []
     for place, value in rows:
-        item = f"not JSON: {value}" if isinstance(value, json.JSONDecodeError) else parse(value)
+        item = str(value) if isinstance(value, ValueError) else parse(value)
         if not isinstance(item, str):
             items.append(item)
         elif skip_bad:
@@ -181,8 +172,8 @@ def find_file(directory: Path, split: str, languages: tuple[str, str] | None = N
 def file_rows(path: Path, languages: tuple[str, str] | None) -> Iterator[Row]:
     """All rows of a JSON file, or, in `languages`, of the text with that prefix."""
     if languages is not None and not path.name.endswith(SUFFIXES):
-        return _text_rows(text_paths(path, languages), languages)
-    return _json_rows(path)
+        return aligned_rows(text_paths(path, languages), languages)
+    return json_rows(path)
 
 
 def text_paths(prefix: Path, languages: tuple[str, str]) -> tuple[Path, Path]:
@@ -265,77 +256,3 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
         raise ValueError(f"split={split!r}: {source} has {', '.join(map(str, known))}")
     rows = datasets.load_dataset(name, config or None, split=actual)
     return (Row(f"{source} ({actual}), row {number}", row) for number, row in enumerate(rows))
-
-
-@contextmanager
-def _reading(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _text_rows(paths: tuple[Path, Path], languages: tuple[str, str]) -> Iterator[Row]:
-    # a missing line anywhere shifts all that follow: nothing may be taken before both are counted
-    (fewer, shorter), (more, longer) = sorted((sum(1 for _ in _lines(path)), path) for path in paths)
-    if fewer != more:
-        raise ValueError(
-            f"{longer}, line {fewer + 1}: {shorter} has no such line; expected as many lines in both, "
-            f"got {more} and {fewer}"
-        )
-    for number, texts in enumerate(zip(*map(_lines, paths), strict=True), start=1):
-        blamed = paths[0] if not texts[0].strip() or texts[1].strip() else paths[1]
-        yield Row(f"{blamed}, line {number}", dict(zip(languages, texts, strict=True)))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    # a lone carriage return is white space within a line, as it is for wc and paste
-    with _reading(path, newline="\n") as file:
-        yield from file
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    with _reading(path) as file:
-        lines = enumerate(file, start=1)
-        first = next(((number, line) for number, line in lines if line.strip()), None)
-        if first is None:
-            return
-        number, head = first
-        if head.lstrip().startswith("["):
-            yield from _array_rows(path, "\n" * (number - 1) + head + file.read())
-        else:
-            yield from _line_rows(path, chain([first], lines))
-
-
-def _line_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            value = error
-        yield Row(f"{path}, line {number}", value)
-
-
-def _array_rows(path: Path, text: str) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
-    gap = re.compile(r"\s*")
-    position = gap.match(text, gap.match(text).end() + 1).end()  # type: ignore[union-attr]
-    line, counted = 1, 0
-    closed = text[position : position + 1] == "]"
-    while not closed:
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not a JSON array: {error.msg}") from error
-        yield Row(f"{path}, line {line}", value)
-        position = gap.match(text, position).end()  # type: ignore[union-attr]
-        closed = text[position : position + 1] == "]"
-        if not closed and text[position : position + 1] != ",":
-            line += text.count("\n", counted, position)
-            raise ValueError(f"{path}, line {line}: not a JSON array: expected ',' or ']' after a row")
-        position = gap.match(text, position + 1).end()  # type: ignore[union-attr]

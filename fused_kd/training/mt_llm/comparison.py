@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_kd.training.data.reading import sound
 from fused_kd.training.data.sources import file_rows
 from fused_kd.training.mt_llm.evaluation import accuracies, retrieval_at_1
 from fused_kd.training.mt_llm.fitting import TRAINED
@@ -80,7 +81,7 @@ def retrieve(materials: Materials, seed: int, adapted: Path) -> dict[str, dict[s
     path = materials.task / "retrieval.jsonl"
     if not path.is_file():
         return {}
-    rows = [row.value for row in file_rows(path, None)]
+    rows = [row.value for row in sound(file_rows(path, None))]
     texts = {name: [row[name] for row in rows] for name in ("en", *materials.config.languages)}
     found: dict[str, dict[str, float]] = {}
     for title, folder in (("before stage 1", adapted / BEFORE), ("after stage 1", adapted)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_kd.training.data.prompts import PairDataset
+from fused_kd.training.data.reading import sound
 from fused_kd.training.data.sources import file_rows, find_file
 from fused_kd.training.mt_llm.adaptation import Adaptation, TextPairs, fit_projection, unexplained, variance_of
 from fused_kd.training.mt_llm.captions_task import write_task
@@ -119,7 +120,7 @@ class Experiment:
 
     def _captions(self) -> list[dict[str, str]]:
         c = self.config
-        rows = [row.value for row in file_rows(find_file(Path(str(c.data)).expanduser(), "train"), None)]
+        rows = [row.value for row in sound(file_rows(find_file(Path(str(c.data)).expanduser(), "train"), None))]
         return rows[: c.limit]
 
     def _train_mt(self, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.training.data.reading import sound
 from fused_kd.training.data.sources import file_rows, read_rows
 from fused_kd.training.mt_llm.config import MTLLM, Arm
 from fused_kd.training.mt_llm.evaluation import embed
@@ -69,7 +70,7 @@ class Materials:
 
     def items(self, name: str) -> tuple[list[str], list[str]]:
         """Texts and labels of one of the task's files."""
-        rows = [row.value for row in file_rows(self.task / f"{name}.jsonl", None)]
+        rows = [row.value for row in sound(file_rows(self.task / f"{name}.jsonl", None))]
         return [str(row["text"]) for row in rows], [str(row["label"]) for row in rows]
 
     @cached_property
