@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.runs import fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: 
 
 def _pretrained(loader: Any, name: str, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(name, **options)
+        return load_pretrained(loader, name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "

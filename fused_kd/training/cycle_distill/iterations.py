@@ -9,6 +9,7 @@ from typing import Any
 
 from fused_kd.training.cycle_distill.settings import CycleDistill
 from fused_kd.training.cycle_distill.stages import CycleStages
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.pipeline import Stage
 from fused_kd.training.runs import read_json
 
@@ -141,7 +142,7 @@ class Cycle:
         if self.config.pretrain is None:
             tokenizer = self.stages.tokenizer
             try:
-                AutoConfig.from_pretrained(self.config.model)
+                load_pretrained(AutoConfig, self.config.model)
             except (OSError, ValueError) as error:
                 raise ValueError(f"model={self.config.model!r} has no configuration: {error}") from error
             if tokenizer.eos_token_id is None:

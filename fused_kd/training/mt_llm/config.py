@@ -157,8 +157,8 @@ class MTLLM:
             except ImportError as error:
                 raise ImportError("llm_adapters need the 'peft' package: install fused_kd[lora]") from error
             try:
-                from_pretrained(PeftConfig, adapter)
-            except ValueError as error:
+                PeftConfig.from_pretrained(adapter)
+            except (OSError, ValueError, TypeError) as error:
                 wrong.append(f"llm_adapters: {error}")
         return wrong
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_kd.training.config import build
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.lora import LoRA, with_adapters
 from fused_kd.training.runs import flush, write_json
 
@@ -215,9 +216,9 @@ def load_body(name: str, *, adapters: Sequence[str] = (), dtype: Any = "auto") -
 
 
 def from_pretrained(loader: Any, name: str, **options: Any) -> Any:
-    """``loader.from_pretrained``, whose many ways to fail become one ``ValueError``."""
+    """:func:`load_pretrained`, whose many ways to fail become one ``ValueError``."""
     try:
-        return loader.from_pretrained(name, **options)
+        return load_pretrained(loader, name, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from fused_kd.training.data.pairs import parse_direction
 from fused_kd.training.generation import Decoding
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.presets import PRESETS
 from fused_kd.training.sdrrl.code_switch import check_share
 from fused_kd.training.sdrrl.quality import COMET_KIWI, Quality
@@ -218,7 +219,7 @@ def _known(name: str) -> bool:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(name)
+        load_pretrained(AutoConfig, name)
     except (OSError, ValueError):
         return False
     return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fused_kd.training.data.prompts import get_prompt
 from fused_kd.training.generation import Decoding, generate_to
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.presets import language_id
 from fused_kd.training.runs import Run, read_lines, write_lines
 from fused_kd.training.sdrrl.code_switch import WORD, in_case_of
@@ -132,8 +133,8 @@ class Seq2SeqTranslator:
 
         codes = [self._code(language) for language in (source, target)]
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, src_lang=codes[0])
-            model: Any = AutoModelForSeq2SeqLM.from_pretrained(self.name, dtype="auto")
+            tokenizer = load_pretrained(AutoTokenizer, self.name, src_lang=codes[0])
+            model: Any = load_pretrained(AutoModelForSeq2SeqLM, self.name, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"translator.model={self.name!r} is neither a folder nor a hub name that gives a translation model "
