@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_LARGEST = 1 << 16  # characters of a file
+_MOST = 10_000  # values of a file
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def load_config(cls: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
@@ -18,28 +26,31 @@ def load_config(cls: type[T], files: Sequence[str | Path], overrides: Sequence[s
     Values in overrides are YAML: ``seed=1``, ``directions=[de-en,en-de]``, ``lora=null``.
 
     Raises:
-        ValueError: a file that cannot be read or is no mapping, an unknown or missing key, a value of the wrong type;
+        ValueError: a file that cannot be read or is no mapping, of more than 64 Ki characters or, with what
+            aliases repeat, 10,000 values, or with a key twice; an unknown or missing key, a value of the wrong type;
             the message names the key, the value and where it came from. Also whatever the dataclass itself checks.
     """
-    import yaml
-
     merged: dict[str, Any] = {}
     origin = ", ".join(map(str, files)) or "no files"
     for file in files:
         try:
-            value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            with open(file, encoding="utf-8") as opened:
+                text = opened.read(_LARGEST + 1)
+            if len(text) > _LARGEST:
+                raise ValueError(f"more than {_LARGEST} characters")
+            value = _read_yaml(text)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as YAML: {error}") from error
         if not isinstance(value, dict):
-            raise ValueError(f"{file}: expected a mapping of keys to values, got {value!r}")
+            raise ValueError(f"{file}: expected a mapping of keys to values, got {_SHORT.repr(value)}")
         _merge(merged, value)
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
             raise ValueError(f"override {text!r}: expected key=value")
         try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            nested: Any = _read_yaml(value)
+        except ValueError as error:
             raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
         for key in reversed(path.split(".")):
             nested = {key: nested}
@@ -70,6 +81,60 @@ def build(cls: type[T], values: dict[str, Any], origin: str = "") -> T:
     return cls(**converted)
 
 
+def _read_yaml(text: str) -> Any:
+    """The value of a YAML text, without objects that occur twice.
+
+    Raises:
+        ValueError: not YAML, a key twice, aliases that make a small text a large value, or an endless one.
+    """
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return _unshared(loader.construct_document(node))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(root: Any) -> None:
+    """Raise for what no reader of the file could see: a key that overrides another, a value that explodes."""
+    import yaml
+
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST + 1  # while it is counted: a value within itself
+            children = []
+            if isinstance(node, yaml.MappingNode):
+                keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+                if twice := [key for key, count in keys.items() if count > 1]:
+                    raise ValueError(f"the key {twice[0]!r} is there twice{node.start_mark}")
+                children = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                children = node.value
+            sizes[id(node)] = min(1 + sum(map(size, children)), _MOST + 1)
+        return sizes[id(node)]
+
+    if size(root) > _MOST:
+        raise ValueError(f"more than {_MOST} values, with those that aliases repeat")
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places share an object, so that a change in one is none in another."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -87,7 +152,7 @@ def _convert(value: Any, hint: Any, name: str, where: str) -> Any:
         if converted is not None:
             return converted
     shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ValueError(f"{name} must be {shown}, got {value!r}{where}")
+    raise ValueError(f"{name} must be {shown}, got {_SHORT.repr(value)}{where}")
 
 
 def _as(value: Any, kind: Any, name: str, where: str) -> Any:
@@ -101,13 +166,12 @@ def _as(value: Any, kind: Any, name: str, where: str) -> Any:
         return {str(key): _convert(item, arguments[1], f"{name}.{key}", where) for key, item in value.items()}
     if origin is typing.Literal:
         return value if value in arguments else None
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML reads 2e-5 as text
-        try:
-            return float(value)
-        except ValueError:
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML reads 2e-5 as text
+            number = float(value)
+        except (ValueError, OverflowError):
             return None
+        return number if math.isfinite(number) else None
     if kind in (int, str, bool) and type(value) is kind:
         return value
     return None

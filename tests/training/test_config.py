@@ -35,6 +35,12 @@ class Outer:
     table: dict[str, Inner] | None = None
 
 
+@dataclass(frozen=True)
+class Pair:
+    left: Inner
+    right: Inner
+
+
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
@@ -63,13 +69,46 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path: Path) -> None:
         ("name: x", ["maybe=[1"], "the value is not YAML"),
         ("- 1", [], "expected a mapping"),
         ("a: [", [], "cannot be read as YAML"),
+        ("a: " + "[\n" * 3000, [], r"a\.yaml cannot be read as YAML: nested too deeply"),
+        ("a: 2021-13-45", [], r"a\.yaml cannot be read as YAML: month must be"),
+        ("a: " + "1" * 5000, [], r"a\.yaml cannot be read as YAML: Exceeds the limit"),
+        ("&a [*a]", [], "more than 10000 values"),
+        ("name: x\nname: y", [], "the key 'name' is there twice"),
+        ("#" * 300_000, [], "more than 65536 characters"),
+        ("name: x", ["values=[.nan]"], r"values\[0\] must be float, got nan"),
+        ("name: x", ["values=[1e999]"], r"values\[0\] must be float, got '1e999'"),
+        ("name: x", ["values=" + "[\n" * 3000], "the value is not YAML: nested too deeply"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_errors_name_the_key(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(Outer, [write(tmp_path, "a.yaml", text)], overrides)
     with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read"):
         load_config(Outer, [tmp_path / "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("key", ["name", "maybe", "values", "inner", "unknown", "<<"])
+def test_aliases_cannot_explode(tmp_path: Path, key: str) -> None:
+    bomb = "\n".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 10))
+    if key == "<<":
+        bomb = "\n".join(f"x{n}: &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 9)}]}}" for n in range(1, 10))
+    start = "x0: &x0 {a: 1}" if key == "<<" else "x0: &x0 [lol]"
+    path = write(tmp_path, "a.yaml", f"{start}\n{bomb}\n{key}: *x9\n")
+    with pytest.raises(ValueError, match=r"a\.yaml cannot be read as YAML: more than 10000 values") as raised:
+        load_config(Outer, [path])
+    assert len(str(raised.value)) < 500
+    wide = write(tmp_path, "b.yaml", f"a: &a [{'x, ' * 900}]\n{key}: [*a, *a, *a, *a, *a, *a, *a, *a]\n")
+    with pytest.raises(ValueError) as raised:
+        load_config(Outer, [wide])
+    assert len(str(raised.value)) < 1000
+
+
+def test_an_override_changes_one_place(tmp_path: Path) -> None:
+    """Also where an alias stands for the same mapping in another."""
+    path = write(tmp_path, "a.yaml", "left: &x {depth: 1}\nright: *x\n")
+    made = load_config(Pair, [path], ["left.depth=5"])
+    assert (made.left.depth, made.right.depth) == (5, 1)
 
 
 def test_paper_configs_have_the_paper_s_values() -> None:
