@@ -26,7 +26,8 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging
 
-from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_rows, read_index
+from fused_kd.training.cache.index import read_index
+from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_rows
 from fused_kd.training.config import load_config
 from fused_kd.training.data.prompts import render_sample, training_texts
 from fused_kd.training.evaluation.difficulty import with_quantile_gamma

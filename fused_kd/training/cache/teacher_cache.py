@@ -12,7 +12,6 @@ and ``shards/*.safetensors``, a fixed number of rows each, with the arrays
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,13 @@ from torch.utils.data import Dataset
 
 from fused_kd.inputs import TAILS
 from fused_kd.training.cache.codes import decode
+from fused_kd.training.cache.index import INDEX, read_index, shard_count, shard_fault, shard_name
 from fused_kd.training.data.prompts import LABEL_PAD, PromptTemplate, get_prompt
-from fused_kd.training.runs import fingerprint, fingerprint_file
+from fused_kd.training.runs import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = "fused_kd teacher cache 1"
-INDEX = "index.json"
 # what says where a config came from, and nothing about the function that the model computes
 _CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 PARTS = {
@@ -62,8 +60,8 @@ class TeacherCache:
         fingerprints: SHA-256 of each part in ``PARTS``; None where it is not known. about: names for people.
 
     Raises:
-        ValueError: no cache there, an unfinished one, a shard that is missing, truncated or corrupted (by name), an
-            unknown tail.
+        ValueError: no cache there, an unfinished one, an index that says what cannot be, a shard that is missing,
+            truncated, corrupted or of another form (by name), an unknown tail.
     """
 
     def __init__(self, folder: str | Path, tail: str = "renormalize", *, verify: bool = True) -> None:
@@ -79,14 +77,14 @@ class TeacherCache:
         self.fingerprints: dict[str, str | None] = index["fingerprints"]
         self.about: dict[str, Any] = index["about"]
         self._rows, self._shard_rows = int(index["rows"]), int(index["shard_rows"])
-        wanted = [shard_name(number) for number in range(-(-self._rows // self._shard_rows))]
-        if [shard["file"] for shard in self._shards] != wanted:
+        files = [shard["file"] for shard in self._shards]
+        if len(files) != shard_count(index) or files != [shard_name(number) for number in range(len(files))]:
             raise ValueError(
-                f"the teacher cache in {self.folder} is not finished ({len(self._shards)} of {len(wanted)} shards): "
+                f"the teacher cache in {self.folder} is not finished ({len(files)} of {shard_count(index)} shards): "
                 "run the command that makes it again"
             )
         for shard in self._shards:
-            fault = shard_fault(self.folder, shard, checksum=verify)
+            fault = shard_fault(self.folder, index, shard, checksum=verify)
             if fault is not None:
                 raise ValueError(
                     f"the teacher cache in {self.folder} is damaged: {shard['file']} {fault}; run the command that "
@@ -104,7 +102,8 @@ class TeacherCache:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The lists of one row: log-probabilities (n, k) float32, largest first, and ids (n, k) int64.
 
-        n is the number of positions with a valid next label. Entries left out are -inf.
+        n is the number of positions with a valid next label. Entries left out are -inf. Raises ``ValueError`` for
+        what no writer writes: an id outside the vocabulary, a log-probability above 0 or NaN.
         """
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
@@ -119,7 +118,13 @@ class TeacherCache:
         if tokens.start == tokens.stop:
             return torch.empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64)
         arrays = {name: handle.get_slice(name)[tokens] for name in handle.keys() if name != "offsets"}  # noqa: SIM118
-        return torch.from_numpy(decode(arrays)), torch.from_numpy(arrays["indices"].astype(np.int64))
+        log_probs, ids = decode(arrays), arrays["indices"].astype(np.int64)
+        if not ((ids >= 0) & (ids < self.vocab_size)).all() or not (log_probs <= 0).all():
+            raise ValueError(
+                f"row {index} of the teacher cache in {self.folder}: expected ids below {self.vocab_size} and "
+                f"log-probabilities of at most 0, got {ids.min()} to {ids.max()} and {log_probs.max()}"
+            )
+        return torch.from_numpy(log_probs), torch.from_numpy(ids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
@@ -189,38 +194,6 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     def __repr__(self) -> str:
         return f"CachedRows({self.dataset!r}, {self.cache!r})"
-
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """What ``index.json`` says, finished or not; None where there is none. Raises ``ValueError`` if it is no index."""
-    path = folder / INDEX
-    if not path.is_file():
-        return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise ValueError(f"{path}: expected the format {FORMAT!r}, got {found!r}")
-    return index
-
-
-def shard_name(number: int) -> str:
-    return f"shards/{number:05d}.safetensors"
-
-
-def shard_fault(folder: Path, shard: Mapping[str, Any], *, checksum: bool) -> str | None:
-    """What is wrong with a shard's file, or None."""
-    path = folder / shard["file"]
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return f"has {size} bytes instead of {shard['bytes']}"
-    if checksum and fingerprint_file(path) != shard["sha256"]:
-        return "differs from its checksum"
-    return None
 
 
 def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:

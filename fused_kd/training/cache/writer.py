@@ -16,22 +16,18 @@ from fused_kd import LMHead
 from fused_kd.engine.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.training.cache.codes import DTYPES, encode, id_dtype, mass
+from fused_kd.training.cache.index import FORMAT, INDEX, read_index, shard_fault, shard_name
 from fused_kd.training.cache.teacher_cache import (
-    FORMAT,
-    INDEX,
     Rows,
     TeacherCache,
     fingerprint_rows,
     fingerprint_teacher,
     fingerprint_template,
     fingerprint_tokenizer,
-    read_index,
-    shard_fault,
-    shard_name,
     target_positions,
 )
 from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt
-from fused_kd.training.runs import Run, write_json
+from fused_kd.training.runs import Run, flush, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +138,9 @@ def write_lists(
         index = read_index(run.folder) or {
             "format": FORMAT, **settings, "fingerprints": fingerprints, "about": dict(about), "shards": [],
         }  # fmt: skip
-        finished = {s["file"]: s for s in index["shards"] if shard_fault(run.folder, s, checksum=True) is None}
+        if other := [name for name, value in settings.items() if index[name] != value]:
+            raise ValueError(f"{run.folder / INDEX} is damaged: its {', '.join(other)} differ from arguments.json's")
+        finished = {s["file"]: s for s in index["shards"] if shard_fault(run.folder, index, s, checksum=True) is None}
         with tqdm(total=len(data), desc="teacher cache", unit="row", disable=not progress) as bar:
             for start in range(0, len(data), shard_rows):
                 stop, name = min(start + shard_rows, len(data)), shard_name(start // shard_rows)
@@ -193,6 +191,7 @@ def _write_shard(
     content = save({"offsets": offsets, "indices": indices, **arrays})
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
+    flush(partial)
     os.replace(partial, path)
     return {
         "file": f"{path.parent.name}/{path.name}",

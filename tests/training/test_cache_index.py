@@ -1,0 +1,93 @@
+"""A cache's index and shards that no writer wrote: an error at opening, whatever they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file
+
+from fused_kd.training.cache.teacher_cache import TeacherCache
+
+from .caching import write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    write(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_rows": 0}, "shard_rows must be an int of at least 1, got 0"),
+        ({"rows": 10**12}, r"00002\.safetensors must have rows=4, got 2"),
+        ({"rows": 10**12, "shards": []}, r"is not finished \(0 of 250000000000 shards\)"),
+        ({"rows": 10**30}, "rows must be an int of at least 1, got 1000"),
+        ({"rows": 9}, r"00002\.safetensors must have rows=1, got 2"),
+        ({"rows": True}, "rows must be an int of at least 1, got True"),
+        ({"k": 4}, r"00000\.safetensors has the arrays .*\[13, 5\].*, expected .*\[13, 4\]"),
+        ({"k": 60}, "k=60 must be at most vocab_size=53"),
+        ({"vocab_size": 10**6}, "has the arrays .*'U16'.*, expected .*'I32'"),
+        ({"dtype": "8bit"}, "has the arrays .*log_probs.*, expected .*codes"),
+        ({"dtype": ["fp16"]}, "dtype must be one of 'fp16', '8bit', 'fp32', got"),
+        ({"shards": {}}, "shards must be a list"),
+        ({"shards": [3]}, "shards must be objects, got 3"),
+        ({"shards": [{"file": "../../../etc/passwd"}]}, r"shards must be named shards/00000\.safetensors and so on"),
+        ({"fingerprints": None}, "fingerprints must be a dict, got None"),
+        ({"fingerprints": {"data": 3}}, "fingerprints must be texts or null, got 3 for 'data'"),
+        *(({name: None}, f"{name} must be") for name in ("rows", "shard_rows", "k", "vocab_size", "dtype", "about")),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_index_that_cannot_be(finished: Path, tmp_path: Path, change: dict, message: str) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | change))
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=message):
+            TeacherCache(folder, verify=verify)
+
+
+@pytest.mark.parametrize("name", ["rows", "tokens", "bytes", "sha256", "mass_sum", "mass_min"])
+def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    index = json.loads((folder / "index.json").read_text())
+    del index["shards"][1][name]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index\.json is damaged: shards/00001\.safetensors.*{name}"):
+        TeacherCache(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("offsets", lambda a: a[::-1].copy(), "offsets that do not rise from 0"),
+        ("offsets", lambda a: a + 1, "offsets that do not rise from 0"),
+        ("offsets", lambda a: a.astype("int32"), "has the arrays .*'I32'"),
+        ("indices", lambda a: a[:-1].copy(), "has the arrays"),
+        ("indices", lambda a: a + 50, "row 9 of the teacher cache in .*: expected ids below 53"),
+        ("log_probs", lambda a: a * float("nan"), "row 9 .*log-probabilities of at most 0, got .* nan"),
+        ("log_probs", lambda a: a + 9, "row 9 .*log-probabilities of at most 0"),
+        ("more", lambda a: a, "has the arrays .*more"),
+    ],
+)
+def test_a_shard_that_cannot_be(finished: Path, tmp_path: Path, name: str, change, message: str) -> None:
+    """With a size and a checksum that fit it."""
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    file, index = folder / "shards" / "00002.safetensors", json.loads((folder / "index.json").read_text())
+    arrays = load_file(file)
+    arrays[name] = change(arrays.get(name, arrays["offsets"]))
+    save_file(arrays, file)
+    index["shards"][2] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        TeacherCache(folder)[9]
