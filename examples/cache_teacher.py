@@ -18,7 +18,6 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
@@ -26,6 +25,7 @@ from fused_kd.training.cache.codes import DTYPES
 from fused_kd.training.cache.teacher_cache import TeacherCache, target_positions
 from fused_kd.training.cache.vllm_logprobs import convert_vllm
 from fused_kd.training.cache.writer import write_cache
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.data.noise import misalign
 from fused_kd.training.data.pairs import load_pairs
 from fused_kd.training.data.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> TeacherCache:
         raise SystemExit(f"--teacher {args.teacher} has random weights: give a trained model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
 
     tokenizer = load_tokenizer(args.teacher)
     parts = {}
@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> TeacherCache:
             raise SystemExit(f"--kd-size must be in [1, {len(pairs)}] for {len(pairs)} pairs, got {args.kd_size}")
         pairs = misalign(pairs[-args.kd_size :] if args.kd_size else pairs, args.kd_noise, args.seed)
         parts[direction] = tokenize_pairs(tokenizer, args.prompt, pairs, direction, args.max_length)
-        console.print(f"{direction}: {parts[direction]}", highlight=False)
+        console.print(f"{direction}: {parts[direction]}")
     rows = concatenate(list(parts.values()))
-    console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
+    console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
 
     how = {"k": args.k, "template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows}
     if args.from_vllm:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     for token, log_probs, indices in list(zip(tokens, *cache[0], strict=True))[:5]:
         listed = zip(log_probs.exp()[:5], indices[:5], strict=True)
         entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed]
-        console.print(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}", highlight=False, markup=False)
+        console.print(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
     table = Table(title=str(cache.folder))
     for column in ("directions", "rows", "tokens", "k", "dtype", "bytes/token", "mass", "least"):
         table.add_column(column, justify="left" if column == "directions" else "right", overflow="fold")
@@ -102,4 +102,4 @@ def main(argv: list[str] | None = None) -> TeacherCache:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,9 +22,9 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.config import load_config
 from fused_kd.training.cycle_distill.iterations import Cycle
 from fused_kd.training.cycle_distill.report import describe, metrics, results_table, write_plot
@@ -57,24 +57,25 @@ def main(argv: list[str] | None = None) -> dict | None:
     config = load_config(CycleDistill, files, overrides)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     if (threads := threads_for([config.model])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     cycle = Cycle(config, args.output)
     if args.plan:
         for state, name in cycle.plan():
-            console.print(f"{state:7} {name}", highlight=False)
+            console.print(f"{state:7} {name}")
+    cycle.check()
+    if args.plan:
         return None
 
-    cycle.check()
     shown = cycle.stages.rows(cycle.stages.real_pairs or cycle.stages.texts.valid[:1])[0]
-    console.print("a row:", render_sample(cycle.stages.tokenizer, shown), highlight=False, markup=False)
+    console.print("a row:", render_sample(cycle.stages.tokenizer, shown))
 
     with helpers(__file__, argv, args.jobs, Path(args.output), helper=args.worker) as check:
         for stage in cycle.work(tell=lambda stage: console.rule(stage.name)):
             check()
             for each in cycle.scored_by(stage):
-                console.print(describe(cycle, each), highlight=False, markup=False)
+                console.print(describe(cycle, each))
     if args.worker:
         return None
     found = metrics(cycle)
@@ -86,4 +87,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

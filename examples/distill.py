@@ -18,11 +18,11 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import fused_kd as fk
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.data.noise import misalign
 from fused_kd.training.data.pairs import load_pairs
 from fused_kd.training.data.prompts import PROMPTS, get_prompt, render_sample, tokenize_pairs, training_texts
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     if threads := args.threads or threads_for([args.teacher, args.student]):
         torch.set_num_threads(threads)
     free = ("output", "only", "threads", "preset", "objective")
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
                 if not trained[needed].is_dir():
                     raise SystemExit(f"--only {name}: run {needed} first")
         rows = tokenize_pairs(tokenizer, template, pairs, args.direction, args.max_length)
-        console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
+        console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}")
         start = {"teacher": args.teacher, "student": args.student}.get(name, trained["student"])
         seed = args.seed + (name == "student")
         student = lambda start=start, seed=seed: model(start, seed)  # noqa: E731
@@ -161,4 +161,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,12 +21,12 @@ from pathlib import Path
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fused_kd.training.cache.teacher_cache import fingerprint_template
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.data.pairs import Pair, load_pairs
 from fused_kd.training.data.prompts import PROMPTS, get_prompt
 from fused_kd.training.evaluation.comet import comet_scores
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     tests = {d: load_pairs(args.data, args.split, d, limit=args.limit) for d in args.directions}
     names = list(dict.fromkeys([*args.models, *filter(None, [args.similar_to])]))
     pipeline = Pipeline(args.output)
@@ -138,4 +138,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

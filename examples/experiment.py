@@ -19,9 +19,9 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.config import load_config
 from fused_kd.training.grid.collect import collect_results
 from fused_kd.training.grid.experiment import Experiment, Grid, Job, load_methods
@@ -55,11 +55,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     logging.disable_progress_bar()
     if threads := args.threads or threads_for([experiment.teacher.model, experiment.student.model]):
         torch.set_num_threads(threads)
-    console = Console()
+    console = make_console()
     grid = Grid(experiment, load_methods(args.methods), args.output)
     if args.plan:
         for job in grid.jobs():
-            console.print(f"{'done   ' if grid.done(job.name) else 'to do  '} {job.name}", highlight=False)
+            console.print(f"{'done   ' if grid.done(job.name) else 'to do  '} {job.name}")
+        grid.check()
         return None
 
     def tell(job: Job, done: int, total: int) -> None:
@@ -80,4 +81,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from transformers.utils import logging
 
 import fused_kd as fk
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.data.pairs import load_pairs
 from fused_kd.training.data.prompts import PROMPTS, tokenize_pairs
 from fused_kd.training.evaluation.token_view import checkpoint_labels, token_difficulties
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse_arguments(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = make_console()
     objective = parse_objective(args.objective).objective
     pairs = load_pairs(args.data, args.split, args.direction, limit=max(args.ids) if args.ids else args.limit)
     if args.ids:
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> Path:
     teacher = load_model(args.teacher, tokenizer, seed=0).to(device)
     views = []
     labels = checkpoint_labels(args.student)
-    for path, label in track(list(zip(args.student, labels, strict=True)), "checkpoints", console=Console(stderr=True)):
+    for path, label in track(
+        list(zip(args.student, labels, strict=True)), "checkpoints", console=make_console(stderr=True)
+    ):
         student = load_model(path, tokenizer, seed=0).to(device)
         views += token_difficulties(
             student, teacher, rows, tokenizer, objective, checkpoint=label, titles=titles, batch_size=args.batch
@@ -82,9 +84,9 @@ def main(argv: list[str] | None = None) -> Path:
     write_text(output, render_html(views, teacher=args.teacher, scale_max=args.scale_max))
     if args.terminal:
         console.print(render_terminal(views, scale_max=args.scale_max))
-    console.print(f"{len(views)} sentences of {len(labels)} checkpoints are in {output}", highlight=False, markup=False)
+    console.print(f"{len(views)} sentences of {len(labels)} checkpoints are in {output}")
     return output
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

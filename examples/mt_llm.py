@@ -20,9 +20,9 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from rich.console import Console
 from transformers.utils import logging
 
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.config import load_config
 from fused_kd.training.mt_llm.config import MTLLM
 from fused_kd.training.mt_llm.experiment import Experiment
@@ -50,15 +50,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse_arguments(argv)
     config = load_config(MTLLM, [CONFIGS / f"{args.preset}.yaml"], args.overrides)
-    console = Console()
+    console = make_console()
     missing = config.missing_inputs()
     experiment = Experiment(config, args.output)
     if args.plan:
         lines = [f"{state:6} {name}" for state, name in experiment.pipeline.plan()]
-        console.print("\n".join(lines + [f"not at hand: {text}" for text in missing]), highlight=False, markup=False)
-        return None
+        console.print("\n".join(lines))
     if missing:
         raise ValueError("not at hand:\n" + "\n".join(missing))
+    if args.plan:
+        return None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tiny = [] if isinstance(config.llm, str) else [config.llm.model]
@@ -79,4 +80,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

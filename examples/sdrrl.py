@@ -23,9 +23,9 @@ if not sys.stderr.isatty():
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
 from transformers.utils import logging
 
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.config import load_config
 from fused_kd.training.pipeline import Stage
 from fused_kd.training.presets import threads_for
@@ -62,16 +62,15 @@ def main(argv: list[str] | None = None) -> dict | None:
     if (threads := threads_for([recipe.model, str(recipe.translator.model)])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    console = Console(quiet=not state.is_main_process)
+    console = make_console(quiet=not state.is_main_process)
     study = Study(recipe, args.output, state.num_processes)
     if args.plan:
         for number, (condition, name) in enumerate(study.p.plan(), start=1):
-            console.print(f"{number:3d}  {condition:<5s}  {name}", highlight=False)
-        if missing := recipe.missing():
-            console.print("[red]not there:[/red] " + ", ".join(missing))
-        return None
+            console.print(f"{number:3d}  {condition:<5s}  {name}")
     if missing := recipe.missing():
-        raise SystemExit(f"not there: {', '.join(missing)}; give each as key=PATH")
+        raise ValueError(f"not there: {', '.join(missing)}; give each as key=PATH")
+    if args.plan:
+        return None
 
     begun = time.perf_counter()
 
@@ -94,4 +93,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,11 +23,11 @@ if not sys.stderr.isatty():
 import torch
 import yaml
 from accelerate import PartialState
-from rich.console import Console
 from transformers.utils import logging
 
 from fused_kd.training.cache.index import read_index
 from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_rows
+from fused_kd.training.command import make_console, run_script
 from fused_kd.training.config import load_config
 from fused_kd.training.data.prompts import render_sample, training_texts
 from fused_kd.training.evaluation.difficulty import with_quantile_gamma
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     files = [text for text in args.config if "=" not in text]
     recipe = load_config(Recipe, files, [text for text in args.config if "=" in text])
     state = PartialState(cpu=not torch.accelerator.is_available())
-    console = Console(quiet=not state.is_main_process)
+    console = make_console(quiet=not state.is_main_process)
     if args.show:
-        console.print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True), highlight=False)
+        console.print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
         return None
     settings = recipe.settings(state.num_processes)
     if recipe.cached_teacher is not None and recipe.gamma_quantile is not None:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             run.bind(teacher=fingerprint(read_index(Path(recipe.cached_teacher))))
         elif recipe.needs_teacher:
             run.bind(teacher=model_content(str(recipe.teacher)))
-    console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}", highlight=False, markup=False)
+    console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}")
     console.print(
         f"global batch {recipe.global_batch} = {state.num_processes} processes x {settings.batch_size} sentences x "
         f"{settings.accumulation} steps"
@@ -105,4 +105,4 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from fused_kd.training.runs import flush, read_json, write_json
@@ -67,6 +68,22 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     return fault and f"needs the best one, {Path(best).name}, which {fault}"
 
 
+def check_room(folder: Path, model: torch.nn.Module) -> None:
+    """Raise ``ValueError`` unless a disk has room for two of a model's checkpoints with AdamW's state.
+
+    What lies in ``folder`` already counts as room, as it will be replaced. An adapted model keeps its adapters alone.
+    """
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    kept = trained if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 2 * (kept + 2 * trained)
+    old = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free + old < needed:
+        raise ValueError(
+            f"output: two checkpoints take {needed / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB free"
+        )
+
+
 class WholeCheckpoints(Trainer):
     """A Trainer that seals its checkpoints and resumes from whole ones alone."""
 
@@ -100,7 +117,14 @@ class WholeCheckpoints(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / MANIFEST).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            free = shutil.disk_usage(folder.parent).free
+            raise OSError(
+                f"{folder} could not be written, with {free} bytes free there ({type(error).__name__}: {error}); the "
+                "same command goes on from the checkpoint before it"
+            ) from error
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             seal(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``ValueError`` where nothing can be written: no permission, a full disk, a file of that name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"output={str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,11 +91,14 @@ class Run:
     """A folder with one sub-folder a stage, bound to the arguments that it was first made with.
 
     Raises:
-        ValueError: the folder was made with other arguments; the message lists what differs.
+        ValueError: the folder was made with other arguments; the message lists what differs. Or nothing can be written
+            there.
     """
 
     def __init__(self, folder: str | Path, arguments: dict[str, Any]) -> None:
         self.folder = Path(folder)
+        if _is_main():
+            check_writable(self.folder)
         arguments = json.loads(json.dumps(arguments))
         known = read_json(self.folder / "arguments.json")
         if known is None and _is_main():
@@ -144,6 +159,8 @@ class Run:
                     return
                 print(f"{name}: waiting for another process that works on it")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # a file system without locks
+                warnings.warn(f"{name} cannot be locked ({error}): only one process may work on it", stacklevel=3)
             yield True
 
 

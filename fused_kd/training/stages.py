@@ -14,7 +14,8 @@ import torch
 from transformers import TrainingArguments
 
 from fused_kd.training.averaging import Average
-from fused_kd.training.checkpoints import MANIFEST, fault_of, seal
+from fused_kd.training.checkpoints import MANIFEST, check_room, fault_of, seal
+from fused_kd.training.command import stoppable
 from fused_kd.training.data.pairs import Pair
 from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate
 from fused_kd.training.evaluation.evaluate import translate
@@ -85,7 +86,8 @@ def train_stage(
     process of a distributed run calls this. Returns the stage's record: sizes, seconds, log history.
 
     Raises:
-        ValueError: "best" without validation rows, or no teacher for an objective that needs one.
+        ValueError: "best" without validation rows, no teacher for an objective that needs one, or too little room on
+            the disk.
     """
     folder = run.stage(name)
     needed = spec.objective.spec.divergence is not None
@@ -133,6 +135,8 @@ def train_stage(
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
         model = student()
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds none of them
+        if arguments.world_size == 1:
+            check_room(folder / "checkpoints", model)
         padded = Collator(tokenizer.pad_token_id)
         collator = PackingCollator() if settings.packing else padded  # type: ignore[no-untyped-call]
         trainer = KDTrainer(
@@ -151,7 +155,8 @@ def train_stage(
             processing_class=tokenizer,
         )
         show_bar(trainer, name)
-        trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+        with stoppable(trainer):
+            trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
         _save_whole(trainer, tokenizer, folder / "model")
         record = {
             "objective": repr(spec.objective),

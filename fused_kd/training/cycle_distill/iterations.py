@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fused_kd.training.cycle_distill.settings import CycleDistill
 from fused_kd.training.cycle_distill.stages import CycleStages
+from fused_kd.training.cycle_distill.texts import collect_texts
 from fused_kd.training.loading import load_pretrained
 from fused_kd.training.pipeline import Stage
 from fused_kd.training.runs import read_json
@@ -131,8 +131,8 @@ class Cycle:
         """Of each stage "done", "begun" or "to do", and its name; a variant that stops early leaves some undone."""
         return self.stages.pipeline.plan()
 
-    def check(self) -> Any:
-        """Find what is missing before any work: texts, the base's tokenizer and config.
+    def check(self) -> None:
+        """Find what is missing, without any work: texts, the base's tokenizer and config.
 
         Raises:
             ValueError: no such file, split, model or hub name; the message names it.
@@ -147,4 +147,5 @@ class Cycle:
                 raise ValueError(f"model={self.config.model!r} has no configuration: {error}") from error
             if tokenizer.eos_token_id is None:
                 raise ValueError(f"model={self.config.model!r}: its tokenizer has no EOS token")
-        return self.stages.texts
+        if not self.stages.texts_stage.done:
+            collect_texts(self.config)

@@ -228,9 +228,7 @@ class Grid:
     def work(self, tell: Callable[[Job, int, int], None] = lambda job, done, total: None) -> Iterator[Job]:
         """Do what is left, yielding each job that this process finished; returns when all are done."""
         jobs = {job.name: job for job in self.jobs()}
-        e = self.experiment
-        self.run.bind(teacher=model_content(e.teacher.model), student=model_content(e.student.model))
-        _ = self.train, self.tests
+        self.check()
 
         def do(job: Job) -> None:
             tell(job, sum(map(self.done, jobs)), len(jobs))
@@ -245,6 +243,12 @@ class Grid:
             needs=lambda job: [jobs[name] for name in job.needs],
             do=do,
         )
+
+    def check(self) -> None:
+        """Raise ``ValueError`` unless data and models are there, and those that the folder was made with."""
+        e = self.experiment
+        self.run.bind(teacher=model_content(e.teacher.model), student=model_content(e.student.model))
+        _ = self.train, self.tests
 
     @cached_property
     def train(self) -> dict[str, list[Pair]]:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
 from fused_kd.training.checkpoints import WholeCheckpoints
+from fused_kd.training.command import stoppable
 from fused_kd.training.mt_llm.stacked import load_trained, save_trained
 from fused_kd.training.progress import show_bar
 from fused_kd.training.runs import read_json, write_json
@@ -209,7 +210,8 @@ def fit(
     arguments.gradient_accumulation_steps = max(settings.batch // per_step, 1)
     trainer = ModuleTrainer(model=module, args=arguments, train_dataset=rows, data_collator=collate)
     show_bar(trainer, title)
-    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+    with stoppable(trainer):
+        trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     record = {
         "settings": asdict(settings),
         "seed": seed,
