@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig
 
 from fused_kd.integrations.trl import GKDTrainer
+from fused_kd.training.loading import load_pretrained
 from fused_kd.training.specs import parse_objective
 
 
@@ -44,14 +45,14 @@ def main(argv: list[str] | None = None) -> GKDTrainer:
     args = parse_arguments(argv)
     more = {key: literal(value) for key, _, value in (item.partition("=") for item in args.set)}
     config = GKDConfig(args.output, lmbda=args.lmbda, **more)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in (args.student, args.teacher))
+    student, teacher = (load_pretrained(AutoModelForCausalLM, name) for name in (args.student, args.teacher))
     trainer = GKDTrainer(
         student,
         teacher,
         config,
         objective=parse_objective(args.objective).objective,
         train_dataset=load_dataset("json", data_files=args.data, split="train"),
-        processing_class=AutoTokenizer.from_pretrained(args.student, padding_side="left"),
+        processing_class=load_pretrained(AutoTokenizer, args.student, padding_side="left"),
     )
     trainer.train()
     trainer.save_model(args.output)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -91,3 +95,34 @@ def test_a_shard_that_cannot_be(finished: Path, tmp_path: Path, name: str, chang
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
         TeacherCache(folder)[9]
+
+
+NASTY = [None, True, -1, 0, 1.5, 10**30, float("inf"), "", "\ud800", "../x", [], [None], {}, {"k": 1}]
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def test_any_entry_gives_an_error_or_the_right_lists(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    text, whole = (folder / "index.json").read_text(), TeacherCache(finished)
+    refused = 0
+    for path, value in product(places(json.loads(text)), NASTY):
+        index = entry = json.loads(text)
+        for key in path[:-1]:
+            entry = entry[key]
+        entry[path[-1]] = value
+        (folder / "index.json").write_text(json.dumps(index))
+        try:
+            cache = TeacherCache(folder, verify=False)
+        except ValueError as error:
+            refused += 1
+            assert str(folder) in str(error) and len(str(error)) < 1000
+            continue
+        assert (cache.k, cache.vocab_size, len(cache), cache.tokens) == (5, 53, 10, whole.tokens), (path, value)
+        assert all(torch.equal(cache[row][1], whole[row][1]) for row in range(10))
+    assert refused > 300
