@@ -61,7 +61,10 @@ def last_checkpoint(folder: Path, *, set_aside: bool = False) -> Path | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    best = (read_json(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+    state = read_json(checkpoint / "trainer_state.json")
+    if not isinstance(state, dict):
+        return "has no trainer_state.json that can be read"
+    best = state.get("best_model_checkpoint")
     if best is None or Path(best).name == checkpoint.name:
         return None
     fault = fault_of(checkpoint.with_name(Path(best).name))
@@ -77,11 +80,17 @@ def check_room(folder: Path, model: torch.nn.Module) -> None:
     kept = trained if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
     needed = 2 * (kept + 2 * trained)
     old = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    free = _free(folder)
     if free + old < needed:
         raise ValueError(
             f"output: two checkpoints take {needed / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB free"
         )
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk where a folder is or will be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 class WholeCheckpoints(Trainer):
@@ -120,7 +129,7 @@ class WholeCheckpoints(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            free = shutil.disk_usage(folder.parent).free
+            free = _free(folder)
             raise OSError(
                 f"{folder} could not be written, with {free} bytes free there ({type(error).__name__}: {error}); the "
                 "same command goes on from the checkpoint before it"

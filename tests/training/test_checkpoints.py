@@ -167,7 +167,7 @@ def test_last_checkpoint(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "none") is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(name)
+        (tmp_path / name / "trainer_state.json").write_text("{}")
     for name in ("checkpoint-9", "checkpoint-10"):
         seal(tmp_path / name)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
