@@ -10,6 +10,7 @@ import torch
 import fused_kd as fk
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
+from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
@@ -67,10 +68,12 @@ class KDLossMixin(Trainer):
             need a head without one.
         args: the Trainer's arguments. ``label_smoothing_factor`` must be 0.
         *trainer_args: further positional arguments of the Trainer.
-        teacher: another model of the same kind on the same vocabulary; it is frozen, put into eval mode, and moved to
-            the training's device or sharded as the student is (FSDP2, ZeRO-3). Or a cache: any object with ``tail``
-            and no ``forward``; then batches also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64),
-            (batch, length, K), aligned with the hidden states. None for objectives without a teacher (SFT).
+        teacher: another model of the same kind on the same vocabulary; it is frozen, kept in eval mode, and moved to
+            the training's device or sharded as the student is (FSDP2, ZeRO-3). A PEFT model may be its own teacher:
+            give it, its base, or with ``peft_config`` the model itself, and the teacher is the student with its
+            adapters off, without a second copy. Or a cache: any object with ``tail`` and no ``forward``; then batches
+            also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64), (batch, length, K), aligned with
+            the hidden states. None for objectives without a teacher (SFT).
         objective: one of ``fused_kd``'s objectives, or its name.
         criterion: in place of ``objective``: a :class:`fused_kd.KDLoss`, whose options are used too. ``shift`` is
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
@@ -79,8 +82,9 @@ class KDLossMixin(Trainer):
         **kwargs: those of the Trainer. ``compute_metrics`` needs ``predict_with_generate``.
 
     Raises:
-        ValueError: no teacher where the objective needs one, the teacher is the student or of another kind, unequal
-            vocabularies, a model that transforms its logits in an unknown way, an option that cannot be honoured.
+        ValueError: no teacher where the objective needs one, a teacher that shares what the student trains or of
+            another kind, unequal vocabularies, a model that transforms its logits in an unknown way, an option that
+            cannot be honoured.
         TypeError: a wrong type of objective, a head that :func:`fused_kd.integrations.transformers.lm_head_of`
             refuses.
     """
@@ -110,12 +114,10 @@ class KDLossMixin(Trainer):
             teacher = None
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
-        elif teacher is model:
-            raise ValueError("teacher must be another model than the student: it is frozen")
         self.cache: Any = teacher if is_cached(teacher) else None
         self.teacher: Any = cast(Any, None if self.cache is not None else teacher)
         _check_arguments(args, kwargs)
-        if isinstance(model, torch.nn.Module):
+        if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             self._take_models(model, vocab_size, kwargs.get("processing_class"))
         prepare_arguments(args)
         super().__init__(model, args, *trainer_args, **kwargs)
@@ -124,7 +126,10 @@ class KDLossMixin(Trainer):
         _check_arguments(self.args, {})
         prepare_arguments(self.args)
         student: Any = self.model
-        models: list[Any] = [student] if self.teacher is None else [student, self.teacher]
+        if self.train_dataset is not None:
+            check_trainable(student)
+        alone = self.teacher is None or isinstance(self.teacher, AdaptersOff)
+        models: list[Any] = [student] if alone else [student, self.teacher]
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, models[0], sized)
         sharded = shards_weights(self.accelerator)
@@ -149,6 +154,9 @@ class KDLossMixin(Trainer):
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
+        if is_own_base(student, self.teacher):
+            self.teacher = AdaptersOff(student)
+        check_pair(student, self.teacher)
         for each in (student, self.teacher):
             if each is not None:
                 check_head_module(each, plain=not self.adapted_heads)
@@ -223,7 +231,7 @@ class KDLossMixin(Trainer):
             return loss_of_heads(model, self.teacher, inputs, loss, ranks=ranks, cached=cached)
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
-        if self.teacher is not None:
+        if self.teacher is not None and not isinstance(self.teacher, AdaptersOff):
             self.teacher = shard_teacher(self.teacher, self.accelerator)
             check_lm_head(self.teacher)
         check_lm_head(model)

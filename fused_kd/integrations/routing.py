@@ -13,6 +13,7 @@ import torch
 from fused_kd import KDOutput, LMHead, TopK
 from fused_kd.integrations.bodies import hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
+from fused_kd.integrations.pair import AdaptersOff
 from fused_kd.integrations.weights import is_quantised, rows_of
 
 if TYPE_CHECKING:
@@ -67,15 +68,17 @@ def loss_of_heads(
     """``ranks`` times the loss of two routed models on the same inputs, for the backward; and ``loss``'s own result.
 
     The student's loss is made inside its head module's call, that inside the teacher's: there both heads are whole,
-    whatever shards them. The teacher's hooks see no graph. Without a ``teacher``, ``loss`` is given ``cached``.
+    whatever shards them. The teacher's hooks see no graph, and it is in eval mode. Of :class:`AdaptersOff` the states
+    are made first, and its head is that of the student. Without a ``teacher``, ``loss`` is given ``cached``.
     """
     out: list[KDOutput] = []
     returned: list[dict[str, torch.Tensor]] = []
     gradients = torch.is_grad_enabled()
 
-    def student(head_t: LMHead | TopK | None) -> dict[str, torch.Tensor]:
+    def student(head_t: LMHead | TopK | None, states_t: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         def routed(head: LMHead) -> dict[str, torch.Tensor]:
-            out.append(loss(head, head_t))
+            own = head_t if states_t is None else cast(AdaptersOff, teacher).head(states_t)
+            out.append(loss(head, own))
             return {"loss": out[0].loss * ranks}
 
         with torch.set_grad_enabled(gradients):
@@ -84,7 +87,13 @@ def loss_of_heads(
 
     if teacher is None:
         student(cached)
+    elif isinstance(teacher, AdaptersOff):
+        states: list[torch.Tensor] = []
+        with torch.no_grad(), teacher.active():
+            model(**inputs, head_loss=lambda head: states.append(head.hidden) or {})  # type: ignore[func-returns-value]
+        student(None, states[0])
     else:
+        teacher.eval()
         with torch.no_grad():
             teacher(**inputs, head_loss=student)
     made = returned[0]["loss"]

@@ -26,6 +26,7 @@ except ImportError as error:
 
 import fused_kd as fk
 from fused_kd.integrations.mixin import as_objective
+from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
 from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
     check_head_module,
@@ -58,7 +59,8 @@ class FusedLoss(Trainer):
 
     Args:
         model, teacher_model, args, ...: as for TRL's trainer of the same name. With vocabularies padded to unequal
-            sizes, models and not names.
+            sizes, models and not names. A PEFT model may be its own teacher (not under DeepSpeed): give it, its base,
+            or with ``peft_config`` the model itself, and the teacher is the student with its adapters off.
         objective: one of ``fused_kd``'s objectives, or its name. None (default): ``GeneralizedJSD`` with ``args.beta``,
             TRL's own divergence (0: KL(p||q), 1: KL(q||p), p the teacher). The label of an objective with one is the
             token of the completion, on-policy the student's own sample.
@@ -71,9 +73,9 @@ class FusedLoss(Trainer):
 
     Raises:
         ValueError: unequal vocabularies without a tokenizer, a head that does more than weight, bias, scale and
-            softcap, the teacher is the student, ``compute_metrics`` (there are no logits to pass to it), an objective
-            that ranks the tokens of a step that is made of several micro-batches, FSDP1, vLLM with a student whose
-            padded columns are cut.
+            softcap, a teacher that shares what the student trains, ``compute_metrics`` (there are no logits to pass to
+            it), an objective that ranks the tokens of a step that is made of several micro-batches, FSDP1, vLLM with a
+            student whose padded columns are cut.
         TypeError: a wrong type of objective, a quantised head or one with an adapter.
     """
 
@@ -100,8 +102,6 @@ class FusedLoss(Trainer):
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
-        if teacher_model is model and not isinstance(model, str):
-            raise ValueError("teacher_model must be another model than the student")
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
         self.loss_temperature = temperature
@@ -117,9 +117,20 @@ class FusedLoss(Trainer):
         for each in (model, teacher_model):
             if not isinstance(each, str):
                 check_head_module(each, plain=True)
+        if is_own_base(model, teacher_model):
+            teacher_model = AdaptersOff(model)
+        elif not isinstance(model, str) and not isinstance(teacher_model, str) and not trainer_args.get("peft_config"):
+            check_pair(model, teacher_model)
         with _one_vocab_size(model, teacher_model):
             super().__init__(model, teacher_model, args, *positional, **trainer_args)
-        student, teacher = self._bare(self.model), self._bare(self.teacher_model)
+        student: Any = self._bare(self.model)
+        teacher: Any = self._bare(self.teacher_model)
+        if is_own_base(student, teacher):  # adapters that the Trainer put on it
+            self.teacher_model = teacher = AdaptersOff(student)
+        if isinstance(teacher, AdaptersOff) and self.is_deepspeed_enabled:
+            raise ValueError("teacher_model must be another model than the student under DeepSpeed, or use KDTrainer")
+        check_pair(student, teacher)
+        check_trainable(student)
         self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
         self._sample_within(self.vocab_size, student, teacher)
         for each in (student, teacher):

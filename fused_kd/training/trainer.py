@@ -39,11 +39,12 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     Args:
         model: any Hugging Face causal LM, or a PEFT model with adapters on its body.
-        teacher: another causal LM on the same vocabulary; it is frozen, put into eval mode, and moved to the
-            training's device or sharded as the student is (FSDP2, ZeRO-3). Or a cache: any object with ``tail`` and
-            no ``forward``; then batches also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64),
-            (batch, length, K), where position i has the distribution of token i + 1. None for objectives without
-            a teacher (SFT).
+        teacher: another causal LM on the same vocabulary; it is frozen, kept in eval mode, and moved to the training's
+            device or sharded as the student is (FSDP2, ZeRO-3). A PEFT model may be its own teacher: give it, or its
+            base, and the teacher is the student with its adapters off, without a second copy. Or a cache: any object
+            with ``tail`` and no ``forward``; then batches also hold ``teacher_log_probs`` (float) and
+            ``teacher_indices`` (int64), (batch, length, K), where position i has the distribution of token i + 1. None
+            for objectives without a teacher (SFT).
         objective: one of ``fused_kd``'s objectives, or its name. ``SelfEvolutionTopK`` ranks the tokens of the whole
             optimizer step; with accumulation or several processes a first pass without gradients finds the limit.
         temperature: default 1.
@@ -59,9 +60,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         ...).
 
     Raises:
-        ValueError: no teacher where the objective needs one, the teacher is the student, unequal
-            vocabularies, a model that transforms its logits in an unknown way, an option that this trainer
-            cannot honour (``compute_metrics``, ``label_smoothing_factor``, FSDP1, tensor or context parallelism).
+        ValueError: no teacher where the objective needs one, a teacher that shares what the student trains, unequal
+            vocabularies, a model that transforms its logits in an unknown way, an option that this trainer cannot
+            honour (``compute_metrics``, ``label_smoothing_factor``, FSDP1, tensor or context parallelism).
         TypeError: a wrong type of objective, a head with an adapter, or one quantised by others than bitsandbytes and
             torchao.
     """

@@ -177,6 +177,8 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
             parameter.data.zero_()
     if case.get("lora"):
         student = with_lora(student)
+    if case.get("own_base"):
+        teacher = student
     snapshots = Snapshots(engine)
     trainer = (Killed if "kill" in case else KDTrainer)(
         student,

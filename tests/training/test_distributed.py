@@ -45,6 +45,13 @@ CASES: list[dict[str, Any]] = [
         "arguments": {**ACCUMULATED, "gradient_checkpointing": True},
     },
     {
+        "name": "own base",
+        "lora": True,
+        "own_base": True,
+        "objective": ["forward_kd", {}],
+        "arguments": {**ACCUMULATED, "gradient_checkpointing": True},
+    },
+    {
         "name": "cached",
         "cached": True,
         "objective": ["self_evolution_top_k", {"fraction": 0.3}],
@@ -70,7 +77,7 @@ LONG: dict[str, Any] = {
 
 
 def missing(engine: str = "", case: str = "") -> str | None:
-    for key, package in (("zero3", "deepspeed"), ("lora", "peft")):
+    for key, package in (("zero3", "deepspeed"), ("lora", "peft"), ("own base", "peft")):
         if key in (engine, case) and importlib.util.find_spec(package) is None:
             return package
     return None
