@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import DataCollatorWithFlattening
 
 import fused_kd as fk
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
+from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.loss import LossOptions
@@ -148,6 +150,7 @@ class KDLossMixin(Trainer):
                 self._move_model_to_device(self.teacher, self.args.device)
             for each in models:
                 check_lm_head(each)
+        self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
         self._step_gamma: float | None = None
         self._evaluated = torch.zeros(2)
@@ -223,6 +226,8 @@ class KDLossMixin(Trainer):
 
         if not self._models_checked:
             self._check_sharded(model)
+        if not self._packing_checked and self.shift:
+            self._check_packing(model, inputs)
         cached = None
         if self.cache is not None and objective.spec.divergence is not None:
             cached = top_k_of(lists, self.cache)
@@ -236,6 +241,16 @@ class KDLossMixin(Trainer):
             check_lm_head(self.teacher)
         check_lm_head(model)
         self._models_checked = True
+
+    def _check_packing(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Before the first packed batch: both models must keep its rows apart."""
+        if not is_packed(inputs) and not isinstance(self.data_collator, DataCollatorWithFlattening):
+            return
+        models = [model] if self.teacher is None or isinstance(self.teacher, AdaptersOff) else [model, self.teacher]
+        with self.accelerator.autocast():
+            for each in models:
+                check_packed(each, inputs)
+        self._packing_checked = True
 
     def _unranked(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Objective:
         """The objective; one that ranks tokens of several calls becomes a threshold on their difficulties.
@@ -323,6 +338,7 @@ class KDLossMixin(Trainer):
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        check_mask(inputs)
         # on the host, labels tell which tokens to drop without a synchronisation
         kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
         # DeepSpeed's way with inputs would round these

@@ -16,8 +16,10 @@ class PackingCollator(DataCollatorWithFlattening):
 
     Returns ``input_ids``, ``labels`` and ``position_ids`` (1, tokens of all rows), and ``teacher_log_probs`` and
     ``teacher_indices`` (1, tokens, K) for rows that have them. Positions start anew in each row; from them and from
-    the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the rows apart. The first
-    label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds FlashAttention's row limits.
+    the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the rows apart; a trainer of
+    this library tries both models with the first batch and refuses one that does not (Falcon, Bloom, Mamba, ...). The
+    first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds FlashAttention's row
+    limits.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:

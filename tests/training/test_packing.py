@@ -11,6 +11,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
+from fused_kd.integrations.packed import check_mask, check_packed  # noqa: E402
+from fused_kd.integrations.transformers import route_head_loss  # noqa: E402
 from fused_kd.training.data.prompts import Collator  # noqa: E402
 from fused_kd.training.packing import PackingCollator  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
@@ -59,10 +61,66 @@ def test_packed_equals_padded(tmp_path: Path, options: dict) -> None:
         assert (packed[name] - value).norm() / value.norm() <= 1e-6, name
 
 
-def test_rows_that_see_each_other_would_show(tmp_path: Path) -> None:
-    _, expected = train(tmp_path, Collator(0))
-    _, losses = train(tmp_path, PackingCollator(return_position_ids=False))
-    assert abs(losses[0] - expected[0]) > 1e-3 * expected[0]
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, state_size=4
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+FAMILIES = {"Llama": True, "GPT2": True, "Falcon": False, "Bloom": False, "Mamba": False, "OPT": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family, apart", FAMILIES.items(), ids=FAMILIES)
+def test_a_model_that_mixes_packed_rows_is_found(family: str, apart: bool, dtype: torch.dtype) -> None:
+    """fp32 and bf16 alike, with the small weights of an untrained model."""
+    model = model_of(family, dtype).train()
+    route_head_loss(model)
+    inputs = PackingCollator()(rows(3))
+    if apart:
+        check_packed(model, inputs)
+    else:
+        with pytest.raises(ValueError, match=f"{family}ForCausalLM must keep packed rows apart, but .* change by"):
+            check_packed(model, inputs)
+    assert model.training
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_either_model_is_refused_before_the_first_step(tmp_path: Path, side: str) -> None:
+    models = {"student": tiny(16, seed=1), "teacher": tiny(24, seed=2), side: model_of("Falcon")}
+    run = KDTrainer(
+        models["student"],
+        models["teacher"],
+        "forward_kd",
+        args=transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True),
+        train_dataset=rows(4),
+        eval_dataset=rows(4),
+        data_collator=PackingCollator(),
+    )
+    for start in (run.train, run.evaluate):
+        with pytest.raises(ValueError, match="FalconForCausalLM must keep packed rows apart"):
+            start()
+    run.data_collator = Collator(0)
+    run.train()
+
+
+def test_rows_without_limits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM must keep packed rows apart"):
+        train(tmp_path, PackingCollator(return_position_ids=False))
+
+
+def test_a_mask_over_packed_rows_is_refused(tmp_path: Path) -> None:
+    class Masked(PackingCollator):
+        def __call__(self, *args: object, **options: object) -> dict:
+            batch = super().__call__(*args, **options)
+            return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    with pytest.raises(ValueError, match=r"attention_mask and position_ids that begin anew at token \d+ of row 0"):
+        train(tmp_path, Masked())
+    # positions that begin anew in the padding are those of generation
+    check_mask({"attention_mask": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1]])})
 
 
 def test_layout() -> None:
