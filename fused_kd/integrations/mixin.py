@@ -16,7 +16,7 @@ from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable,
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
-from fused_kd.training.averaging import count_targets
+from fused_kd.training.averaging import count_targets, without_first_targets
 from fused_kd.training.data.prompts import LABEL_PAD
 from fused_kd.training.distributed import (
     TEACHER_COLUMNS,
@@ -284,6 +284,8 @@ class KDLossMixin(Trainer):
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one optimizer step, and what its loss is averaged over on all processes, at least 1."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.shift:
+            batches = [without_first_targets(batch) for batch in batches]
         self._step_batches, self._step_gamma = batches, None
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
@@ -298,6 +300,8 @@ class KDLossMixin(Trainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The mean loss of one batch, never logits; of a Seq2SeqTrainer that generates, the tokens and labels too."""
         generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        if self.shift:
+            inputs = without_first_targets(inputs)
         labels, loss = inputs.get("labels"), None
         if labels is not None or not generates:
             with torch.no_grad():

@@ -16,6 +16,25 @@ def count_targets(labels: torch.Tensor) -> torch.Tensor:
     return (labels[..., 1:] != LABEL_PAD).sum()
 
 
+def without_first_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with label -100 at each row's first token: what stands before it, padding or another row, predicts
+    nothing.
+
+    Rows begin where the ``attention_mask`` does, and in a batch without one where the ``position_ids`` are 0; both
+    (batch, length) as the ``labels``, or they are not looked at.
+    """
+    labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    if labels is None or labels.dim() != 2:
+        return batch
+    if mask is not None and mask.shape == labels.shape:
+        first = mask.bool() & ~torch.nn.functional.pad(mask.bool(), (1, -1))
+    elif mask is None and positions is not None and positions.shape == labels.shape:
+        first = positions == 0
+    else:
+        return batch
+    return {**batch, "labels": labels.masked_fill(first.to(labels.device), LABEL_PAD)}
+
+
 def sequence_weights(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, length) fp32: 1/n where one of the n targets of a sequence is predicted, else 0; summed, the sequences.
 

@@ -86,9 +86,9 @@ class Cache:
 
 
 @torch.no_grad()
-def with_top_k(data: list[dict[str, list[int]]], count: int = 8) -> list[dict[str, Any]]:
+def with_top_k(data: list[dict[str, list[int]]], count: int = 8, teacher: Any = None) -> list[dict[str, Any]]:
     """The rows with the teacher's top entries for each label with loss."""
-    teacher = tiny(24, seed=2).eval()
+    teacher = (teacher or tiny(24, seed=2)).eval()
     made = []
     for row in data:
         targets = torch.tensor(row["labels"])[1:] != -100

@@ -9,10 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import fused_kd as fk
-from fused_kd.training.averaging import denominator, sequence_weights
+from fused_kd.training.averaging import denominator, sequence_weights, without_first_targets
 from fused_kd.training.data.prompts import Collator
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.trainer import KDTrainer
+from tests.training.distributed_worker import Cache, with_top_k
 
 ROWS = [
     {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]},
@@ -73,6 +74,55 @@ def test_a_step_is_that_of_the_mean_over_sequences(tmp_path: Path, collator) -> 
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
         error = (ours - (theirs - 0.5 * theirs.grad)).norm() / (0.5 * theirs.grad).norm().clamp(min=1e-12)
         assert error < 1e-4, name
+
+
+class Left:
+    """As a collator of transformers pads: every label is kept."""
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = Collator(0, side="left")(rows)
+        for labels, row in zip(batch["labels"], rows, strict=True):
+            labels[-len(row["labels"]) :] = torch.tensor(row["labels"])
+        return batch
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["online", "cached"])
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
+def test_padding_on_the_left_predicts_nothing(tmp_path: Path, average: str, cached: bool) -> None:
+    """Rows whose whole text has loss: loss, evaluation and step are those of padding on the right."""
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
+    if cached:
+        data = with_top_k(data, teacher=model(1))
+    runs = []
+    for collator in (Collator(0), Collator(0, side="left"), Left()):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=4, optim="sgd", learning_rate=0.5,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        run = KDTrainer(
+            model(0), Cache() if cached else model(1), fk.ForwardKD(), average=average, args=arguments,
+            train_dataset=data, eval_dataset=data, data_collator=collator,
+        )  # fmt: skip
+        evaluated = run.evaluate()["eval_loss"]
+        run.train()
+        logged = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
+        runs.append((evaluated, logged, run.model.lm_head.weight.detach()))
+    for evaluated, logged, weight in runs[1:]:
+        assert (evaluated, logged) == pytest.approx(runs[0][:2], rel=1e-6)
+        torch.testing.assert_close(weight, runs[0][2])
+
+
+def test_first_tokens_by_mask_or_position() -> None:
+    labels = torch.arange(1, 9).reshape(2, 4)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    for given in (mask, mask.bool()):
+        kept = given.clone()
+        masked = without_first_targets({"labels": labels, "attention_mask": given})["labels"]
+        assert masked.tolist() == [[1, 2, -100, 4], [-100, 6, 7, 8]] and torch.equal(given, kept)
+    positions = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 2]])
+    masked = without_first_targets({"labels": labels, "position_ids": positions})["labels"]
+    assert masked.tolist() == [[-100, 2, -100, 4], [-100, -100, 7, 8]]
+    assert without_first_targets({"labels": labels})["labels"] is labels
 
 
 def test_unknown_averages(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_collator(side: str, multiple: int | None, length: int) -> None:
     for name, fill, values in (
         ("input_ids", 9, [[5, 6, 7], [8]]),
         ("attention_mask", 0, [[1, 1, 1], [1]]),
-        ("labels", -100, [[-100, 6, 7], [8]]),
+        ("labels", -100, [[-100, 6, 7], [8 if side == "right" else -100]]),
     ):
         pads = [[fill] * (length - len(row)) for row in values]
         expected = [r + p if side == "right" else p + r for r, p in zip(values, pads, strict=True)]

@@ -260,7 +260,8 @@ class Collator:
         pad_token_id: fills ``input_ids``.
         label_pad: fills ``labels``; default -100.
         pad_to_multiple_of: round the length up to a multiple; None (default) pads to the longest row.
-        side: where the padding goes, ``"right"`` (default) or ``"left"``.
+        side: where the padding goes, ``"right"`` (default) or ``"left"``; there a row's first label becomes
+            ``label_pad``, as the padding before it predicts nothing.
 
     Returns on call:
         ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with a cached teacher's
@@ -305,6 +306,8 @@ class Collator:
             input_ids[number, span] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             attention_mask[number, span] = 1
             labels[number, span] = torch.as_tensor(row["labels"], dtype=torch.int64)
+            if self.side == "left" and count:
+                labels[number, length - count] = self.label_pad
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if any("teacher_log_probs" in row for row in rows):
             batch |= self._teacher_lists(rows, length)
