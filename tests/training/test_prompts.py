@@ -19,6 +19,7 @@ from fused_kd.training.data.prompts import (
     get_prompt,
     render_sample,
     tokenize_pairs,
+    tokenize_texts,
 )
 
 from .byte_level import make_tokenizer
@@ -72,6 +73,34 @@ def test_mask_is_exact(name: str, options: dict) -> None:
     assert tokenizer.decode(row["input_ids"][count:-1]) == PAIR.target
     text = tokenizer.decode(prompt, skip_special_tokens=True)
     assert text == PROMPTS[name].render(PAIR.source, "en-de")
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"bos": False}, {"closing_eos": True}])
+def test_text_of_a_chat_template_is_not_marked_twice(options: dict) -> None:
+    """The ids of the template itself: one BOS, and the ends of turns, that of the last one too."""
+    tokenizer = make_tokenizer(TEXTS, **options)
+    tokenizer.chat_template = TEMPLATE
+    chat = [{"role": "user", "content": PAIR.source}, {"role": "assistant", "content": PAIR.target}]
+    for messages, generation in ((chat[:1], True), (chat[:1], False), (chat, False)):
+        made = [
+            tokenizer.apply_chat_template(messages, add_generation_prompt=generation, tokenize=tokenize)
+            for tokenize in (False, True)
+        ]
+        ids = made[1]["input_ids"]
+        assert encode_prompts(tokenizer, [made[0]]) == [ids]
+        assert ids[0] == 1 and 1 not in ids[1:] and (ids[-1] == 2) is not generation
+    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+    (row,) = tokenize_texts(tokenizer, [prompt], [f"{PAIR.target}</s>"], 512).rows
+    assert row["input_ids"] == tokenizer.apply_chat_template(chat, add_generation_prompt=False)["input_ids"]
+    # other text is marked as before
+    front = [1] if options.get("bos", True) else []
+    assert encode_prompts(tokenizer, ["", "cat"])[0] == front and encode_prompts(tokenizer, ["cat"])[0][-1] != 2
 
 
 def test_truncation_drops_from_the_end_of_the_response(tokenizer: PreTrainedTokenizerFast) -> None:

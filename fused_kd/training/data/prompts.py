@@ -2,7 +2,8 @@
 
 A row is ``prompt tokens + response tokens + EOS``. Prompt and response are tokenised apart, never as one
 string, so no token straddles the boundary: the mask is exact, and a prompt alone (as in generation) has the
-very tokens it had in training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt.
+very tokens it had in training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt. Text of a
+chat template, which has its own BOS and ends of turns, gets no second BOS or EOS, and keeps those ends.
 """
 
 from __future__ import annotations
@@ -98,12 +99,30 @@ def get_prompt(name: str | PromptTemplate) -> PromptTemplate:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts: with BOS where the tokenizer adds one, never with a closing EOS."""
+    """Token ids of rendered prompts: with BOS where the tokenizer adds one, never with an EOS that it adds.
+
+    Special tokens written out in a prompt, as by a chat template, stay; one that begins with BOS gets no other.
+    """
     if not prompts:
         return []
-    rows = tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [row[:-1] if row and row[-1] == eos else row for row in rows]
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    front, back = _added_tokens(tokenizer, prompts)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    without_bos = [token for token in front if token != bos]
+    back = back[:-1] if back[-1:] == [eos] else back
+    return [(without_bos if bos is not None and row[:1] == [bos] else front) + row + back for row in rows]
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    special = set(tokenizer.all_special_ids)
+    for text in texts:  # the first that is more than special tokens
+        alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not special.issuperset(alone):
+            break
+    whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+    start = max(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
+    return whole[:start], whole[start + len(alone) :]
 
 
 def encode_pair(
@@ -190,7 +209,7 @@ def tokenize_texts(
     skip_long: bool = True,
     items: Sequence[Any] | None = None,
 ) -> PairDataset:
-    """`tokenize_pairs` for any task: rendered prompts, each with its response.
+    """`tokenize_pairs` for any task: rendered prompts, each with its response, which may end in EOS already.
 
     ``items`` stand for the prompts in errors; default: the prompts themselves.
     """
@@ -205,7 +224,8 @@ def tokenize_texts(
     encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
     named = prompts if items is None else items
     for item, prompt, response in zip(named, encode_prompts(tokenizer, prompts), encoded, strict=True):
-        response = [*response, eos][: max(max_length - len(prompt), 0)]
+        whole = response if response[-1:] == [eos] else [*response, eos]
+        response = whole[: max(max_length - len(prompt), 0)]
         if response:
             rows.append({"input_ids": prompt + response, "labels": [LABEL_PAD] * len(prompt) + response})
         elif not skip_long:
