@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -41,3 +43,22 @@ def with_adapters(model: nn.Module, lora: LoRA | None, task_type: str | None = N
         task_type=task_type,
     )
     return get_peft_model(model, config)
+
+
+def load_adapters(model: Any, name: str | Path) -> Any:
+    """``model`` as a PEFT model with the adapters of a folder or hub name.
+
+    Raises:
+        ValueError: tensors of the adapters are missing. ImportError: no peft.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("adapters need the 'peft' package: install fused_kd[lora]") from error
+    missing = "Found missing adapter keys"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", missing)
+            return PeftModel.from_pretrained(model, str(name))
+    except UserWarning as error:
+        raise ValueError(f"the adapters of {str(name)!r} must be whole: {str(error)[:500]}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fused_kd.training.loading import load_pretrained
+from fused_kd.training.loading import IncompleteModelError, load_pretrained
 from fused_kd.training.runs import fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def load_model(
         dtype: of a loaded model; default ``"auto"``, that of its files. Presets are float32.
 
     Raises:
-        ValueError: an unknown name, another tokenizer, too small a vocabulary.
+        ValueError: an unknown name, another tokenizer, too small a vocabulary, tensors that are missing or of another
+            shape, a model that needs code of its own.
     """
     name = str(name_or_path)
     if name in PRESETS:
@@ -210,6 +211,8 @@ def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: 
 def _pretrained(loader: Any, name: str, **options: Any) -> Any:
     try:
         return load_pretrained(loader, name, **options)
+    except IncompleteModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "

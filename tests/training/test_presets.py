@@ -215,3 +215,68 @@ def test_shared_tokenizer(tokenizer, tmp_path: Path) -> None:
     assert shared_tokenizer(["tiny-teacher", paths[0]], tmp_path, [], 0).get_vocab() == first.get_vocab()
     with pytest.raises(ValueError, match="student and teacher must share one tokenizer"):
         shared_tokenizer(paths, tmp_path, [], 0)
+
+
+def without(folder: Path, change) -> Path:
+    """The model in ``folder`` after a change of its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*model.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def drop(part: str):
+    def change(tensors: dict) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change
+
+
+def reshape(tensors: dict) -> None:
+    tensors["model.norm.weight"] = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("layers.1"), r"9 missing \(model.layers.1.input_layernorm.weight, .*, \.\.\.\)"),
+        (drop("embed_tokens"), r"2 missing \(lm_head.weight, model.embed_tokens.weight"),
+        (reshape, r"1 of another shape \(model.norm.weight: \(3,\), not \(64,\)\)"),
+    ],
+    ids=["missing", "tied", "shape"],
+)
+def test_files_that_lack_tensors_are_refused(tmp_path: Path, tokenizer, change, message: str) -> None:
+    load_model("tiny-student", tokenizer, 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load_model(tmp_path, tokenizer, 0)
+    with pytest.raises(ValueError, match=f"must hold every tensor of LlamaForCausalLM: {message}"):
+        load_model(without(tmp_path, change), tokenizer, 0)
+
+
+def test_code_of_a_folder_is_not_run(tmp_path: Path, tokenizer) -> None:
+    load_model("tiny-student", tokenizer, 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(
+        tmp_path / "config.json",
+        {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(tmp_path, tokenizer, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapters_that_lack_tensors_are_refused(tmp_path: Path, tokenizer) -> None:
+    pytest.importorskip("peft")
+    from fused_kd.training.lora import LoRA, load_adapters, with_adapters
+
+    with_adapters(load_model("tiny-student", tokenizer, 0), LoRA(), "CAUSAL_LM").save_pretrained(tmp_path)
+    load_adapters(load_model("tiny-student", tokenizer, 0), tmp_path)
+    without(tmp_path, drop("layers.1"))
+    with pytest.raises(ValueError, match=r"the adapters of .* must be whole: Found missing adapter keys.*layers.1"):
+        load_adapters(load_model("tiny-student", tokenizer, 0), tmp_path)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from fused_kd.training.lora import load_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the base with the adapters of that folder added, whole or not at all."""
-    from peft import PeftModel
-
     dtype = base.dtype
-    adapted: Any = PeftModel.from_pretrained(base.to(torch.float32), str(adapters))  # type: ignore[arg-type]
-    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    merged = load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)

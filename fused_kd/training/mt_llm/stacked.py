@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_kd.training.config import build
 from fused_kd.training.loading import load_pretrained
-from fused_kd.training.lora import LoRA, with_adapters
+from fused_kd.training.lora import LoRA, load_adapters, with_adapters
 from fused_kd.training.runs import flush, write_json
 
 WEIGHTS = "stacked.safetensors"
@@ -207,11 +207,7 @@ def load_body(name: str, *, adapters: Sequence[str] = (), dtype: Any = "auto") -
     body = from_pretrained(AutoModel, name, dtype=dtype)
     body.config.use_cache = False  # nothing is generated
     for adapter in adapters:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ImportError("llm_adapters need the 'peft' package: install fused_kd[lora]") from error
-        body = PeftModel.from_pretrained(body, adapter).merge_and_unload()
+        body = load_adapters(body, adapter).merge_and_unload()
     return body
 
 
