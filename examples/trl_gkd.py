@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import ast
 
+import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig
 
 from fused_kd.integrations.trl import GKDTrainer
-from fused_kd.training.loading import load_pretrained
+from fused_kd.training.presets import load_model, load_tokenizer
 from fused_kd.training.specs import parse_objective
 
 
@@ -45,14 +45,18 @@ def main(argv: list[str] | None = None) -> GKDTrainer:
     args = parse_arguments(argv)
     more = {key: literal(value) for key, _, value in (item.partition("=") for item in args.set)}
     config = GKDConfig(args.output, lmbda=args.lmbda, **more)
-    student, teacher = (load_pretrained(AutoModelForCausalLM, name) for name in (args.student, args.teacher))
+    tokenizer = load_tokenizer(args.student)
+    tokenizer.padding_side = "left"
+    # the student's weights are trained in float32, whatever its files hold; bf16=True computes in bf16
+    student = load_model(args.student, tokenizer, 0, dtype=torch.float32)
+    teacher = load_model(args.teacher, tokenizer, 0)
     trainer = GKDTrainer(
         student,
         teacher,
         config,
         objective=parse_objective(args.objective).objective,
         train_dataset=load_dataset("json", data_files=args.data, split="train"),
-        processing_class=load_pretrained(AutoTokenizer, args.student, padding_side="left"),
+        processing_class=tokenizer,
     )
     trainer.train()
     trainer.save_model(args.output)

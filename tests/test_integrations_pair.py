@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_a_teacher_that_would_drift_is_refused(tmp_path: Path) -> None:
     second = peft.PeftModel(first.get_base_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]), "other")
     with pytest.raises(ValueError, match=r"student and teacher share .*lora_A"):
         check_pair(first, second)
+
+
+@pytest.mark.parametrize("name", ["trainer", "mixin", "gkd"])
+def test_lost_updates_of_half_precision_are_counted(tmp_path: Path, name: str) -> None:
+    """The share is that of the weights which such a step of AdamW leaves as they are."""
+    vocab = 61 if name in ("trainer", "mixin") else 45
+    student, teacher = tiny(16, 1, vocab=vocab).bfloat16(), tiny(24, 2, vocab=vocab)
+    steps = {value: value.detach() + 1e-4 == value for value in student.parameters()}
+    share = sum(int(lost.sum()) for lost in steps.values()) / sum(lost.numel() for lost in steps.values())
+    assert 0.2 < share < 0.99
+    with pytest.warns(UserWarning, match=r"trained weights are bfloat16 without float32 masters: a step") as caught:
+        TRAINERS[name](tmp_path, student, teacher, learning_rate=1e-4)
+    text = next(str(each.message) for each in caught if "masters" in str(each.message))
+    assert f"leaves {share:.1%} of them as they are" in text
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*masters")
+        TRAINERS[name](tmp_path, student.float(), teacher.bfloat16(), learning_rate=1e-4)
+        frozen = adapted(tiny(16, 1, vocab=vocab).bfloat16())  # whose adapters PEFT makes in float32
+        TRAINERS[name](tmp_path, frozen, teacher, learning_rate=1e-4)
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_models_by_name_and_the_example(tmp_path: Path, monkeypatch: pytest.Monk
     names = [str(tmp_path / name) for name in ("student", "teacher")]
     for model, name in zip(pair(), names, strict=True):
         model.save_pretrained(name)
-    tokenizer().save_pretrained(names[0])
+        tokenizer().save_pretrained(name)
     dialogues().to_json(tmp_path / "chats.jsonl")
     # all rows at once, whatever their order
     fields = {**COMMON, "per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}

@@ -13,6 +13,7 @@ from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
+from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
@@ -130,6 +131,7 @@ class KDLossMixin(Trainer):
         student: Any = self.model
         if self.train_dataset is not None:
             check_trainable(student)
+            warn_of_lost_updates(student, self.args, self.accelerator)
         alone = self.teacher is None or isinstance(self.teacher, AdaptersOff)
         models: list[Any] = [student] if alone else [student, self.teacher]
         sized = self.train_dataset is None or has_rows(self.train_dataset)

@@ -27,6 +27,7 @@ except ImportError as error:
 import fused_kd as fk
 from fused_kd.integrations.mixin import as_objective
 from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
+from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
     check_head_module,
@@ -131,6 +132,7 @@ class FusedLoss(Trainer):
             raise ValueError("teacher_model must be another model than the student under DeepSpeed, or use KDTrainer")
         check_pair(student, teacher)
         check_trainable(student)
+        warn_of_lost_updates(student, self.args, self.accelerator)
         self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
         self._sample_within(self.vocab_size, student, teacher)
         for each in (student, teacher):

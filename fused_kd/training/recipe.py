@@ -46,6 +46,8 @@ class Recipe:
         skip_bad: leave out bad rows, with a warning that counts them, instead of stopping at the first.
         vocab: tokens of the tokenizer trained where both models are presets.
         attn_implementation: "sdpa", "flash_attention_2" (extra ``flash``), ...; None lets transformers choose.
+        dtype: of loaded models, "auto" that of their files; a student whose trained weights are in half precision is
+            trained in float32, and ``bf16`` computes in bf16.
         cache_tail: what a cached teacher's list says of the other tokens.
     """
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import TrainingArguments
 
+from fused_kd.integrations.precision import low_precision_parameters
 from fused_kd.training.averaging import Average
 from fused_kd.training.checkpoints import MANIFEST, check_room, fault_of, seal
 from fused_kd.training.command import stoppable
@@ -80,7 +81,8 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train and save a student under ``run.stage(name) / "model"``; what is done already is not done again.
 
-    ``student`` and ``teacher`` make the models, and are not called where they are not needed; a teacher may be a
+    ``student`` and ``teacher`` make the models, and are not called where they are not needed. A student whose trained
+    weights are in half precision is trained in float32 (``settings.bf16`` computes in bf16). A teacher may be a
     ``TeacherCache`` whose lists ``rows`` carry, and None where the objective has no use for it. ``valid`` is for
     ``settings.select`` "best". An interrupted training goes on from its last whole checkpoint (20 a training). Every
     process of a distributed run calls this. Returns the stage's record: sizes, seconds, log history.
@@ -134,6 +136,8 @@ def train_stage(
         )
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
         model = student()
+        if low_precision_parameters(model) and not getattr(model, "is_quantized", False):
+            model = model.float()  # else most updates would round to nothing
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds none of them
         if arguments.world_size == 1:
             check_room(folder / "checkpoints", model)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fused_kd.training.presets import load_model, load_tokenizer
 from fused_kd.training.trainer import KDTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -175,6 +176,24 @@ def test_packing_and_instructions(teacher: Path, tmp_path: Path) -> None:
     apart = sum(float((a[name] - b[name]).norm() ** 2) for name in a) ** 0.5
     # Adam divides by a gradient's size: rounding in a tiny one moves its weight
     assert moved > 0.1 and apart < 1e-2 * moved
+
+
+@pytest.mark.parametrize("changes", [(), ("bf16=true", "dtype=bfloat16")], ids=["auto", "bf16"])
+def test_a_student_in_half_precision_is_trained_in_float32(teacher: Path, tmp_path: Path, changes: tuple) -> None:
+    """At a late training's learning rate nearly every weight moves; of bf16 weights few would."""
+    half = tmp_path / "half"
+    load_model(teacher, load_tokenizer(teacher), 0, dtype=torch.bfloat16).save_pretrained(half)
+    load_tokenizer(teacher).save_pretrained(half)
+    train(
+        "no_evo", tmp_path / "out", f"teacher={half}", f"student={half}", "learning_rate=2e-5", "epochs=1", "warmup=0",
+        *changes,
+    )  # fmt: skip
+    start, end = weights(half), weights(tmp_path / "out" / "train" / "model")
+    assert {value.dtype for value in start.values()} == {torch.bfloat16}
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    body = [name for name in start if "layers" in name]
+    moved = sum(int((end[name] != start[name].float()).sum()) for name in body)
+    assert moved > 0.95 * sum(start[name].numel() for name in body)
 
 
 def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
