@@ -317,6 +317,46 @@ def test_sft_trainer_of_trl(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_another_loss_of_trl_is_refused(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+
+    class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
+        pass
+
+    args = arguments(tmp_path, kind=trl.SFTConfig, bf16=False, loss_type="dft")
+    with pytest.raises(ValueError, match="loss_type must be 'nll', got 'dft': the objective is the loss"):
+        KDSFTTrainer(tiny(16, 1), args, teacher=tiny(24, 2), objective=OBJECTIVE)
+    # SFTTrainer turns the router's loss on by itself
+    import tests.test_integrations_trl as trl_tests
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=45, num_hidden_layers=1, num_local_experts=2, **sizes)
+    data = {"train_dataset": trl_tests.dialogues(), "processing_class": trl_tests.tokenizer()}
+    for options in ({}, {"router_aux_loss_coef": 0.0}):
+        args = arguments(tmp_path, kind=trl.SFTConfig, bf16=False, **options)
+        student, teacher = (transformers.MixtralForCausalLM(config) for _ in range(2))
+        given = {"teacher": teacher, "objective": OBJECTIVE, **data}
+        if options:
+            assert KDSFTTrainer(student, args, **given)
+            continue
+        with pytest.raises(ValueError, match=r"output_router_logits must be False.*router_aux_loss_coef=0.0"):
+            KDSFTTrainer(student, args, **given)
+
+
+def test_a_teacher_in_train_mode_does_not_stay_so(tmp_path: Path) -> None:
+    """Its dropout is off in every forward, whatever was called on it or a part of it."""
+    student, teacher = tiny(16, 1), tiny(24, 2, attention_dropout=0.5)
+    run = quiet(
+        KDTrainer(student, arguments(tmp_path), teacher=teacher, objective=OBJECTIVE, eval_dataset=causal_rows(4),
+                  data_collator=collator())
+    )  # fmt: skip
+    expected = run.evaluate()["eval_loss"]
+    for part in (teacher, teacher.model.layers[0].self_attn):
+        part.train()
+        assert run.evaluate()["eval_loss"] == expected
+        assert not any(module.training for module in teacher.modules())
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     student, teacher = tiny(8, 1), tiny(8, 2)
     bart = encoder_decoder("bart", 16, 1)

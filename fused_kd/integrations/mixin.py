@@ -129,6 +129,12 @@ class KDLossMixin(Trainer):
         _check_arguments(self.args, {})
         prepare_arguments(self.args)
         student: Any = self.model
+        # some Trainers set it
+        if getattr(student.config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                "config.output_router_logits must be False: the router's auxiliary loss is not added (TRL's SFTConfig: "
+                "router_aux_loss_coef=0.0)"
+            )
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
@@ -172,8 +178,6 @@ class KDLossMixin(Trainer):
             raise ValueError(
                 f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
             )
-        if getattr(student.config.get_text_config(), "output_router_logits", False):
-            raise ValueError("config.output_router_logits must be False: the router's auxiliary loss is not added")
 
     def current_objective(self) -> Objective:
         """The objective of the current step; to be overridden for one that changes."""
@@ -396,6 +400,9 @@ def _check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> 
         raise ValueError(
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective sets the target"
         )
+    loss_type = getattr(args, "loss_type", None)  # of TRL's configurations
+    if loss_type not in (None, "nll"):
+        raise ValueError(f"loss_type must be 'nll', got {loss_type!r}: the objective is the loss")
     liger = args.liger_kernel_config or {}
     if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
         raise ValueError(
