@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_kd.training.cache.codes import decode, encode, id_dtype
-from fused_kd.training.data.prompts import encode_prompts
+from fused_kd.training.data.prompts import encode_prompts, padding_id
 from fused_kd.training.runs import Run, write_text
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _batches(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    pad = padding_id(tokenizer)
 
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList

@@ -18,7 +18,7 @@ from fused_kd.training.averaging import Average
 from fused_kd.training.checkpoints import MANIFEST, check_room, fault_of, seal
 from fused_kd.training.command import stoppable
 from fused_kd.training.data.pairs import Pair
-from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate
+from fused_kd.training.data.prompts import Collator, PairDataset, PromptTemplate, padding_id
 from fused_kd.training.evaluation.evaluate import translate
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
@@ -141,7 +141,7 @@ def train_stage(
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 holds none of them
         if arguments.world_size == 1:
             check_room(folder / "checkpoints", model)
-        padded = Collator(tokenizer.pad_token_id)
+        padded = Collator(padding_id(tokenizer))
         collator = PackingCollator() if settings.packing else padded  # type: ignore[no-untyped-call]
         trainer = KDTrainer(
             model,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fused_kd.training.generation import generate
 from fused_kd.training.presets import load_model, load_tokenizer
 from fused_kd.training.trainer import KDTrainer
 
@@ -194,6 +195,24 @@ def test_a_student_in_half_precision_is_trained_in_float32(teacher: Path, tmp_pa
     body = [name for name in start if "layers" in name]
     moved = sum(int((end[name] != start[name].float()).sum()) for name in body)
     assert moved > 0.95 * sum(start[name].numel() for name in body)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_tokenizer_without_padding_token(teacher: Path, tmp_path: Path, packing: str) -> None:
+    """As Llama 2's: the same weights as with one, and translations."""
+    bare = tmp_path / "bare"
+    tokenizer = load_tokenizer(teacher)
+    load_model(teacher, tokenizer, 0).save_pretrained(bare)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(bare)
+    assert load_tokenizer(bare).pad_token_id is None
+    changes = (f"packing={packing}", "epochs=1")
+    for name, models in (("with", teacher), ("without", bare)):
+        train("self_evolution_quantile", tmp_path / name, f"teacher={models}", f"student={models}", *changes)
+    expected, found = (weights(tmp_path / name / "train" / "model") for name in ("with", "without"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    kept = tmp_path / "without" / "train" / "model"
+    assert generate(load_model(kept, load_tokenizer(kept), 0), load_tokenizer(kept), ["en: a", "en: a cat"])
 
 
 def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:

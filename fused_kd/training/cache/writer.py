@@ -26,7 +26,7 @@ from fused_kd.training.cache.teacher_cache import (
     fingerprint_tokenizer,
     target_positions,
 )
-from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt
+from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt, padding_id
 from fused_kd.training.runs import Run, flush, write_json
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ def write_cache(
     if width < vocab_size:
         raise ValueError(f"the teacher's head has {width} rows, fewer than the {vocab_size} tokens of the tokenizer")
     check_lm_head(teacher)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    source = _teacher_lists(teacher, rows, k, vocab_size, pad, batch_size, memory)
+    source = _teacher_lists(teacher, rows, k, vocab_size, padding_id(tokenizer), batch_size, memory)
     about = {
         "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
         "revision": getattr(teacher.config, "_commit_hash", None),

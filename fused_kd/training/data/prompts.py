@@ -113,6 +113,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return [(without_bos if bos is not None and row[:1] == [bos] else front) + row + back for row in rows]
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills batches: the padding token, else EOS, else 0. It is masked and has no loss: any will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in ids if token is not None))
+
+
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
     special = set(tokenizer.all_special_ids)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import fused_kd as fk
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.objectives import Objective
-from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset
+from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def difficulties(
     """
     for model in (student, teacher):
         model.eval()
-    collate: Any = Collator(tokenizer.pad_token_id)
+    collate: Any = Collator(padding_id(tokenizer))
     found = []
     for batch in DataLoader(rows, batch_size, collate_fn=collate):
         labels = batch.pop("labels")

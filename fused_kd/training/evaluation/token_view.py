@@ -14,7 +14,7 @@ import fused_kd as fk
 from fused_kd.engine.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.objectives import Objective
-from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset
+from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset, padding_id
 from fused_kd.training.trainer import DEFAULT_GAMMA
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def token_difficulties(
     if not len(labels):
         raise ValueError("rows have no token with a label: expected labels other than -100 after the first token")
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    heads = [_head(model, made, Collator(pad or 0), batch_size) for model in (student, teacher)]
+    heads = [_head(model, made, Collator(padding_id(tokenizer)), batch_size) for model in (student, teacher)]
     sizes = {head.vocab for head in heads}
     vocab = len(tokenizer) if len(sizes) > 1 else sizes.pop()
     out = fk.kd_loss(heads[0], heads[1], labels, objective, reduction="none", vocab_size=vocab, validate=True)

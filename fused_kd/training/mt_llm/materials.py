@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd.training.data.prompts import padding_id
 from fused_kd.training.data.reading import sound
 from fused_kd.training.data.sources import file_rows, read_rows
 from fused_kd.training.mt_llm.config import MTLLM, Arm
@@ -48,11 +49,9 @@ class Materials:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
 
     def tokenizer(self, kind: str) -> Any:
-        """``"mt"``'s or ``"llm"``'s, which need not both be there yet; where one has no padding token, its EOS pads."""
+        """``"mt"``'s or ``"llm"``'s, which need not both be there yet."""
         if kind not in self._tokenizers:
             tokenizer = load_tokenizer(self.mt if kind == "mt" else self.llm)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
             tokenizer.padding_side = "right"
             self._tokenizers[kind] = tokenizer
         return self._tokenizers[kind]
@@ -66,7 +65,7 @@ class Materials:
         return ids
 
     def pad_id(self, kind: str) -> int:
-        return int(self.tokenizer(kind).pad_token_id)
+        return padding_id(self.tokenizer(kind))
 
     def items(self, name: str) -> tuple[list[str], list[str]]:
         """Texts and labels of one of the task's files."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fused_kd.training.data.prompts import padding_id
 from fused_kd.training.presets import language_id
 
 
@@ -57,7 +58,7 @@ def translate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         longest = max(len(ids[index]) for index in batch)
-        padded = [[*ids[index], *[tokenizer.pad_token_id] * (longest - len(ids[index]))] for index in batch]
+        padded = [[*ids[index], *[padding_id(tokenizer)] * (longest - len(ids[index]))] for index in batch]
         mask = [[1] * len(ids[index]) + [0] * (longest - len(ids[index])) for index in batch]
         with torch.no_grad():
             output = model.generate(

@@ -108,10 +108,7 @@ class Workshop:
 
     def tokenizer(self, name: str) -> Any:
         """That of a model by name: the study's own where it is a preset."""
-        found = load_tokenizer(self.tokens.folder if self.tokens is not None and name in PRESETS else name)
-        if found.pad_token is None:  # padding carries no loss and is masked: any token will do
-            found.pad_token = found.eos_token
-        return found
+        return load_tokenizer(self.tokens.folder if self.tokens is not None and name in PRESETS else name)
 
     def model(self, name: str, stage: Stage | None, seed: int = 0) -> Any:
         """The model that a stage trained; without one the named model as it is, or a preset's random weights."""
