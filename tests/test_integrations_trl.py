@@ -279,6 +279,18 @@ def test_distillation_run(tmp_path: Path) -> None:
     assert {name for name, _ in runs[0].written} == {"student"}
 
 
+def test_kernels_of_liger_leave_the_loss_alone(tmp_path: Path) -> None:
+    """Its fused cross entropy replaces the model's forward when training starts; the others need a GPU."""
+    pytest.importorskip("liger_kernel")
+    names = ("rope", "rms_norm", "swiglu", "cross_entropy")
+    kernels = {**dict.fromkeys(names, False), "fused_linear_cross_entropy": True}
+    runs = []
+    for extra in ({}, {"use_liger_kernel": True, "liger_kernel_config": kernels}):
+        args = arguments(trl.DistillationConfig, tmp_path, max_completion_length=4, max_steps=1, **extra)
+        runs.append(train(ours.DistillationTrainer, args, prompts()))
+    assert losses(runs[1]) == losses(runs[0])
+
+
 def test_defaults_of_trl(tmp_path: Path) -> None:
     """bf16 autocast and gradient checkpointing."""
     full = train(ours.GKDTrainer, arguments(gkd.GKDConfig, tmp_path, lmbda=0.0, max_steps=2), dialogues())

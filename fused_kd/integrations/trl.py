@@ -137,6 +137,10 @@ class FusedLoss(Trainer):
         self._sample_within(self.vocab_size, student, teacher)
         for each in (student, teacher):
             route_head_loss(each)
+        if self.args.use_liger_kernel:
+            # its other kernels stay; this one would put another forward in place of the routed one
+            liger = {**(self.args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+            self.args.liger_kernel_config = liger
         self._check_settings()
         # a sharded model is whole only when it runs
         self._heads_checked = self.is_deepspeed_enabled or self.is_fsdp_enabled
