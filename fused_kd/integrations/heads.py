@@ -86,6 +86,12 @@ def common_vocab_size(
                 "the shared tokenizer as processing_class, to cut both heads to the common tokens"
             )
         vocab_size = len(tokenizer)
+        if vocab_size > min(heads):
+            raise ValueError(
+                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}, and the tokenizer {vocab_size} "
+                f"tokens: those from {min(heads)} on (added to one model?) are unknown to the other. Give "
+                f"vocab_size={min(heads)} to leave them out, if no label has one, or resize the other model"
+            )
     if not 1 <= vocab_size <= min(heads):
         raise ValueError(f"vocab_size must be in [1, {min(heads)}] for heads of {heads}, got {vocab_size}")
     return vocab_size

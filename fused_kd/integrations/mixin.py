@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
 
 import fused_kd as fk
+from fused_kd.integrations.arguments import as_criterion, check_arguments, check_teacher, check_tokenizers
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
@@ -39,13 +40,6 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 else:
     Trainer = object  # the class that the mixin is put before brings its own
-
-# what must not be given, and why
-_REFUSED = {
-    "model_init": "the model that the Trainer is given is the one that is prepared",
-    "compute_loss_func": "the objective is the loss",
-    "preprocess_logits_for_metrics": "evaluation computes no logits",
-}
 
 
 class KDLossMixin(Trainer):
@@ -108,7 +102,7 @@ class KDLossMixin(Trainer):
         vocab_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        criterion = _as_criterion(objective, criterion)
+        criterion = as_criterion(objective, criterion)
         self.objective: Objective = criterion.objective
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
@@ -119,14 +113,18 @@ class KDLossMixin(Trainer):
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
         self.teacher: Any = cast(Any, None if self.cache is not None else teacher)
-        _check_arguments(args, kwargs)
+        check_arguments(args, kwargs)
+        if model is None:
+            raise ValueError("model must be given, got None")
+        if self.cache is None and teacher is not None:
+            check_teacher(teacher)
         if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             self._take_models(model, vocab_size, kwargs.get("processing_class"))
         prepare_arguments(args)
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.model is not model:  # loaded, or wrapped into adapters, by the Trainer
             self._take_models(self.model, vocab_size, self.processing_class)
-        _check_arguments(self.args, {})
+        check_arguments(self.args, {})
         prepare_arguments(self.args)
         student: Any = self.model
         # some Trainers set it
@@ -140,6 +138,8 @@ class KDLossMixin(Trainer):
             warn_of_lost_updates(student, self.args, self.accelerator)
         alone = self.teacher is None or isinstance(self.teacher, AdaptersOff)
         models: list[Any] = [student] if alone else [student, self.teacher]
+        if not alone:
+            check_tokenizers(student, self.teacher, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, models[0], sized)
         sharded = shards_weights(self.accelerator)
@@ -195,8 +195,7 @@ class KDLossMixin(Trainer):
         With ``num_items_in_batch``, the tokens of the step on all processes, the loss is this micro-batch's share
         times the number of processes, over which the engines average gradients.
         """
-        if "labels" not in inputs:
-            raise ValueError(f"batch must have labels, got {', '.join(sorted(inputs))}")
+        _check_labels(inputs)
         objective = self._unranked(model, inputs)
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks)
@@ -289,7 +288,16 @@ class KDLossMixin(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one optimizer step, and what its loss is averaged over on all processes, at least 1."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:
+            if self.data_collator is not default_data_collator and not isinstance(
+                self.data_collator, DataCollatorWithPadding
+            ):
+                raise
+            raise ValueError(f"data_collator must be given for these rows: {_COLLATOR} ({error})") from error
+        for batch in batches:
+            _check_labels(batch)
         if self.shift:
             batches = [without_first_targets(batch) for batch in batches]
         self._step_batches, self._step_gamma = batches, None
@@ -361,51 +369,9 @@ class KDLossMixin(Trainer):
         self._signature_columns = list(dict.fromkeys([*columns, *TEACHER_COLUMNS]))  # type: ignore[assignment]
 
 
-def _as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None) -> fk.KDLoss:
-    if (objective is None) == (criterion is None):
-        raise ValueError("one of objective and criterion must be given")
-    if criterion is None:
-        return fk.KDLoss(as_objective(objective))
-    if not isinstance(criterion, fk.KDLoss):
-        raise TypeError(f"criterion must be a fused_kd.KDLoss, got {criterion!r}")
-    for name, allowed in (("reduction", "mean"), ("ignore_index", LABEL_PAD)):
-        if getattr(criterion, name) != allowed:
-            raise ValueError(f"criterion must have {name}={allowed!r}, got {getattr(criterion, name)!r}")
-    return criterion
+_COLLATOR = "fused_kd.training.data.prompts.Collator pads input_ids and labels"
 
 
-def as_objective(objective: Any) -> Objective:
-    """An objective from itself or its name; ``ValueError`` for an unknown name, ``TypeError`` for anything else."""
-    if isinstance(objective, str):
-        if objective not in fk.OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(fk.OBJECTIVES)}, got {objective!r}")
-        return fk.OBJECTIVES[objective]()
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fused_kd objective or its name, got {objective!r}")
-    return objective
-
-
-def _check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> None:
-    for name, reason in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} must be None: {reason}")
-    if kwargs.get("compute_metrics") is not None and not getattr(args, "predict_with_generate", False):
-        raise ValueError(
-            "compute_metrics must be None: evaluation computes no logits to pass to it; score generated text, "
-            "with Seq2SeqTrainer's predict_with_generate or fused_kd.training.evaluation.evaluate"
-        )
-    if args is None:
-        return
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective sets the target"
-        )
-    loss_type = getattr(args, "loss_type", None)  # of TRL's configurations
-    if loss_type not in (None, "nll"):
-        raise ValueError(f"loss_type must be 'nll', got {loss_type!r}: the objective is the loss")
-    liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
-        raise ValueError(
-            "use_liger_kernel must be False or liger_kernel_config have fused_linear_cross_entropy=False: that kernel "
-            "replaces the model's forward when the training starts"
-        )
+def _check_labels(batch: dict[str, Any]) -> None:
+    if "labels" not in batch:
+        raise ValueError(f"batch must have labels, got {', '.join(sorted(batch))}: {_COLLATOR}")

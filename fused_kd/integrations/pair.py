@@ -88,7 +88,7 @@ def is_own_base(student: Any, teacher: Any) -> bool:
 
 
 def check_pair(student: Any, teacher: Any) -> None:
-    """Raise ``ValueError`` if the student trains what is the teacher's too.
+    """Raise ``ValueError`` if the student trains what is the teacher's too, or a model has a tuned prompt.
 
     Shared memory counts, whatever objects hold it. Frozen parameters may be shared.
 
@@ -96,6 +96,13 @@ def check_pair(student: Any, teacher: Any) -> None:
         student: a model.
         teacher: another model, :class:`AdaptersOff`, or None.
     """
+    for name, model in (("model", student), ("teacher", teacher)):
+        config: Any = getattr(model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
+            raise ValueError(
+                f"{name} must not have a tuned prompt ({config.peft_type.value}): its virtual tokens come before the "
+                "rows, whose labels do not have them; use LoRA or prefix tuning"
+            )
     if teacher is None:
         return
     if teacher is student:

@@ -25,7 +25,7 @@ except ImportError as error:
     ) from error
 
 import fused_kd as fk
-from fused_kd.integrations.mixin import as_objective
+from fused_kd.integrations.arguments import as_objective, check_tokenizers
 from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import loss_of_heads
@@ -131,6 +131,8 @@ class FusedLoss(Trainer):
         if isinstance(teacher, AdaptersOff) and self.is_deepspeed_enabled:
             raise ValueError("teacher_model must be another model than the student under DeepSpeed, or use KDTrainer")
         check_pair(student, teacher)
+        if not isinstance(teacher, AdaptersOff):
+            check_tokenizers(student, teacher, self.processing_class)
         check_trainable(student)
         warn_of_lost_updates(student, self.args, self.accelerator)
         self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)

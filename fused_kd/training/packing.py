@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithFlattening
 
-from fused_kd.training.data.prompts import Collator
+from fused_kd.training.data.prompts import Collator, check_rows
 from fused_kd.training.distributed import TEACHER_COLUMNS
 
 
@@ -23,6 +23,7 @@ class PackingCollator(DataCollatorWithFlattening):
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
+        check_rows(features, ("input_ids",))
         batch: dict[str, Any] = super().__call__(features, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if "teacher_log_probs" in features[0]:
             apart = [Collator(0)([row]) for row in features]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
 import fused_kd as fk
+from fused_kd.integrations.arguments import as_objective
 from fused_kd.integrations.bodies import labels_need_shift
-from fused_kd.integrations.mixin import KDLossMixin, as_objective
+from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.objectives import Objective
 from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
 from fused_kd.training.beta_schedule import BetaSchedule
@@ -72,7 +74,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         teacher: PreTrainedModel | CachedTeacher | None = None,
         objective: Objective | str = "self_evolution",
         *,
@@ -91,7 +93,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         objective = as_objective(objective)
         if beta_schedule is not None and not hasattr(objective, "beta"):
             raise ValueError(f"beta_schedule needs an objective with a beta, got {objective!r}")
-        if not labels_need_shift(model):
+        if isinstance(model, (str, Path)):
+            raise TypeError(f"model must be a model, got {model!r}: load it (AutoModelForCausalLM.from_pretrained)")
+        if model is not None and not labels_need_shift(model):
             raise ValueError(
                 f"model must be a causal LM, {type(model).__name__} is an encoder-decoder: put KDLossMixin before "
                 "transformers.Seq2SeqTrainer"

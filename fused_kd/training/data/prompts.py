@@ -278,6 +278,20 @@ def training_texts(template: PromptTemplate, pairs: Mapping[str, Sequence[Pair]]
             yield pair.target
 
 
+def check_rows(rows: Sequence[Any], needed: Sequence[str] = ("input_ids", "labels")) -> None:
+    """Raise unless each row is a dict of what is ``needed``, with as many ``labels`` as ``input_ids``."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"rows[{number}] must be a dict of input_ids and labels, got {type(row).__name__}")
+        if any(name not in row for name in needed):
+            raise ValueError(f"rows[{number}] must have {' and '.join(needed)}, got {', '.join(row) or 'nothing'}")
+        if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
+            raise ValueError(
+                f"rows[{number}] must have as many labels as input_ids, got {len(row['labels'])} and "
+                f"{len(row['input_ids'])}: a label for each token, -100 where there is no loss"
+            )
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads rows to one length.
@@ -297,7 +311,9 @@ class Collator:
         ids 0 to K - 1, all alike.
 
     Raises:
-        ValueError: an unknown side, a negative pad id, an empty batch, lists in some rows only or of several K, more or
+        TypeError: a row that is no dict.
+        ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
+            ``labels``, lists in some rows only or of several K, more or
             fewer of them than labels.
     """
 
@@ -319,6 +335,7 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         if not rows:
             raise ValueError("the batch is empty: expected at least one row")
+        check_rows(rows)
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple

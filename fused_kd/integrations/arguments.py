@@ -1,0 +1,132 @@
+"""What a trainer with a fused loss takes, and what is wrong with other arguments."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fused_kd as fk
+from fused_kd.integrations.bodies import without_adapters
+from fused_kd.objectives import Objective
+from fused_kd.training.data.prompts import LABEL_PAD
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# what must not be given, and why
+_REFUSED = {
+    "model_init": "the model that the Trainer is given is the one that is prepared",
+    "compute_loss_func": "the objective is the loss",
+    "preprocess_logits_for_metrics": "evaluation computes no logits",
+}
+
+
+def as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None) -> fk.KDLoss:
+    if (objective is None) == (criterion is None):
+        raise ValueError("one of objective and criterion must be given")
+    if criterion is None:
+        return fk.KDLoss(as_objective(objective))
+    if not isinstance(criterion, fk.KDLoss):
+        raise TypeError(f"criterion must be a fused_kd.KDLoss, got {criterion!r}")
+    for name, allowed in (("reduction", "mean"), ("ignore_index", LABEL_PAD)):
+        if getattr(criterion, name) != allowed:
+            raise ValueError(f"criterion must have {name}={allowed!r}, got {getattr(criterion, name)!r}")
+    return criterion
+
+
+def as_objective(objective: Any) -> Objective:
+    """An objective from itself or its name; ``ValueError`` for an unknown name, ``TypeError`` for anything else."""
+    if isinstance(objective, str):
+        if objective not in fk.OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(fk.OBJECTIVES)}, got {objective!r}")
+        return fk.OBJECTIVES[objective]()
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a fused_kd objective or its name, got {objective!r}")
+    return objective
+
+
+def check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} must be None: {reason}")
+    if kwargs.get("compute_metrics") is not None and not getattr(args, "predict_with_generate", False):
+        raise ValueError(
+            "compute_metrics must be None: evaluation computes no logits to pass to it; score generated text, "
+            "with Seq2SeqTrainer's predict_with_generate or fused_kd.training.evaluation.evaluate"
+        )
+    if args is None:
+        return
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: the objective sets the target"
+        )
+    loss_type = getattr(args, "loss_type", None)  # of TRL's configurations
+    if loss_type not in (None, "nll"):
+        raise ValueError(f"loss_type must be 'nll', got {loss_type!r}: the objective is the loss")
+    liger = args.liger_kernel_config or {}
+    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_liger_kernel must be False or liger_kernel_config have fused_linear_cross_entropy=False: that kernel "
+            "replaces the model's forward when the training starts"
+        )
+
+
+def check_teacher(teacher: Any) -> None:
+    """Raise ``TypeError`` for a teacher that is no model, saying what to do with what it is."""
+    if isinstance(teacher, torch.nn.Module):
+        return
+    got = type(teacher).__name__
+    hint = "an object with tail and no forward is taken as a cache"
+    if isinstance(teacher, (str, Path)):
+        got, hint = repr(str(teacher)), "load it (AutoModelForCausalLM.from_pretrained), or open a cache (TeacherCache)"
+    elif isinstance(teacher, (list, tuple)):
+        got, hint = (
+            f"{got} of {len(teacher)}",
+            "a trainer has one teacher; train with one that averages several, or with fused_kd.kd_loss yourself",
+        )
+    elif hasattr(teacher, "output_dir"):
+        hint = "the teacher comes before it, or give the arguments by name: args=..."
+    raise TypeError(f"teacher must be a model or a cache of one, got {got}: {hint}")
+
+
+def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:
+    """Raise ``ValueError`` where the teacher's files have another tokenizer than the student's, warn where a few tokens
+    differ: distillation goes by id.
+
+    The student's is ``processing_class``, else that of its files; tokens that only one of them has do not count, and
+    models without files at hand are not looked at.
+    """
+    ours = getattr(processing_class, "tokenizer", processing_class)
+    ours = ours if hasattr(ours, "get_vocab") else _saved_tokenizer(student)
+    theirs = None if ours is None else _saved_tokenizer(teacher)
+    if ours is None or theirs is None:
+        return
+    first, second = ({index: token for token, index in each.get_vocab().items()} for each in (ours, theirs))
+    common = first.keys() & second.keys()
+    differing = sorted(index for index in common if first[index] != second[index])
+    if not differing:
+        return
+    shown = ", ".join(f"{index}: {first[index]!r} and {second[index]!r}" for index in differing[:3])
+    told = (
+        f"the tokenizers of student and teacher must be one, {len(differing)} of {len(common)} ids are other tokens "
+        f"({shown})"
+    )
+    if len(differing) > 0.01 * len(common):
+        raise ValueError(told)
+    warnings.warn(told, stacklevel=4)
+
+
+def _saved_tokenizer(model: Any) -> Any:
+    """The tokenizer beside a model's files, or None."""
+    from transformers import AutoTokenizer
+
+    name = getattr(without_adapters(model).config, "_name_or_path", "")
+    if not name or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        return None
