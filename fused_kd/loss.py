@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from .amounts import weights_and_scale
 from .divergences import DIVERGENCES
 from .engine.dispatch import ENGINES, choose_engine
 from .engine.ops import KDFunction, Options
-from .inputs import LMHead, TopK, check_float_tensor, check_number
+from .inputs import LMHead, TopK, check_number
 from .objectives import OBJECTIVES, Objective
+from .sides import autocast_dtype, check_alike, common_vocab, flatten, refuse_dtensors, shifted
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -184,9 +185,11 @@ class KDLoss(nn.Module):
                 a :class:`TopK` instead. The teacher is a constant; ``SFT`` takes None.
             labels: (...) int64 or int32 in [0, V) or ``ignore_index``, on the student's device or on the CPU. Labels
                 on the CPU let ignored tokens be dropped before any GEMM without waiting for an accelerator.
-            token_weights: (...) non-negative factors of the tokens' losses, constants.
+            token_weights: (...) finite factors of at least 0 of the tokens' losses, constants; those of ignored tokens
+                are not read.
             num_items: denominator in place of the valid tokens of this call (all micro-batches, all ranks), for
-                ``reduction="mean"``.
+                ``reduction="mean"``; positive. Like ``token_weights``, what is out of range raises with tensors on the
+                CPU or ``validate=True``; elsewhere the loss is NaN.
 
         Raises:
             ValueError, TypeError: for tensors that do not fit, or a ``memory_budget`` that no plan fits.
@@ -206,13 +209,13 @@ class KDLoss(nn.Module):
         spec = self._spec
         sum_hidden, shards = True, None
         if self._group is None:
-            _refuse_dtensors(student, teacher)
+            refuse_dtensors(student, teacher)
         else:
             from .parallel import divide, local_side
 
             student, sum_hidden = local_side("student", student, self._group)
             teacher, _ = local_side("teacher", teacher, self._group)
-        side_s = _flatten("student", student)
+        side_s = flatten("student", student)
         if spec.divergence is None:
             side_t = None
         elif teacher is None:
@@ -220,18 +223,18 @@ class KDLoss(nn.Module):
                 f"teacher must be an LMHead, logits or a TopK for {type(self._objective).__name__}, got None"
             )
         else:
-            side_t = _flatten("teacher", teacher)
+            side_t = flatten("teacher", teacher)
             if isinstance(teacher, TopK):
                 self._check_top_k(teacher)
         if self._group is None:
-            vocab = _vocab(side_s, side_t, self.vocab_size)
+            vocab = common_vocab(side_s, side_t, self.vocab_size)
         else:
             assert side_s.vocab is not None
             local_t = None if side_t is None else side_t.vocab
             shards = divide(self._group, side_s.vocab, local_t, self.vocab_size)
             vocab = shards.vocab
         shape = side_s.shape
-        _check_alike(side_s, side_t, labels, token_weights)
+        check_alike(side_s, side_t, labels, token_weights)
         device = side_s.source.device
         engine, backend = choose_engine(
             self.engine,
@@ -243,12 +246,19 @@ class KDLoss(nn.Module):
             sharded=shards is not None,
         )
 
-        labels = _shifted(labels, self.ignore_index) if self.shift else labels
+        labels = shifted(labels, self.ignore_index) if self.shift else labels
         flat_labels = labels.reshape(-1)
-        weights = None
         if token_weights is not None:
-            weights = token_weights.to(device, torch.float32).reshape(-1)
-        scale = self._scale(flat_labels, weights, num_items, device)
+            token_weights = token_weights.reshape(-1)
+        weights, scale = weights_and_scale(
+            flat_labels,
+            token_weights,
+            num_items,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            validate=self.validate,
+            device=device,
+        )
         scalars = self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
         options = Options(
             *spec,
@@ -261,7 +271,7 @@ class KDLoss(nn.Module):
             vocab=vocab,
             ignore_index=self.ignore_index,
             backend=backend,
-            dtype=_autocast_dtype(device, side_s, side_t),
+            dtype=autocast_dtype(device, side_s, side_t),
             memory_budget=-1 if self.memory_budget is None else self.memory_budget,
             validate=self.validate,
             engine=engine,
@@ -301,30 +311,6 @@ class KDLoss(nn.Module):
                 f"{self.temperature}; use tail='renormalize'"
             )
 
-    def _scale(
-        self, labels: Tensor, weights: Tensor | None, num_items: float | Tensor | None, device: torch.device
-    ) -> Tensor:
-        """1 / denominator as a 0-d tensor on the device; 0 for an empty mean."""
-        if self.reduction != "mean":
-            if num_items is not None:
-                raise ValueError(f"num_items needs reduction='mean', got reduction={self.reduction!r}")
-            return torch.ones((), device=device)
-        if num_items is None:
-            valid = labels != self.ignore_index
-            count = valid.sum() if weights is None else (weights * valid.to(device, non_blocking=True)).sum()
-        elif isinstance(num_items, Tensor):
-            if num_items.numel() != 1:
-                raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
-            count = num_items.detach().reshape(())
-        else:
-            if isinstance(num_items, bool) or not isinstance(num_items, Real):
-                raise TypeError(f"num_items must be a positive number or a tensor, got {num_items!r}")
-            if not num_items > 0:
-                raise ValueError(f"num_items must be positive, got {num_items!r}")
-            return torch.full((), 1.0 / num_items, device=device)
-        count = count.to(device, torch.float32, non_blocking=True)
-        return torch.where(count > 0, 1.0 / count, 0.0)
-
 
 def kd_loss(
     student: LMHead | Tensor,
@@ -353,102 +339,5 @@ def kd_loss(
 _CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
 
 
-class _FlatSide(NamedTuple):
-    source: Tensor  # (N, H) or (N, V)
-    weight: Tensor | None
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float
-    vocab: int | None  # None where the side does not know
-    shape: torch.Size
-    indices: Tensor | None = None
-
-
-def _flatten(name: str, side: LMHead | TopK | Tensor) -> _FlatSide:
-    if isinstance(side, TopK) and name == "teacher":
-        source, indices = (x.reshape(-1, x.shape[-1]) for x in (side.log_probs, side.indices))
-        return _FlatSide(source, None, None, 1.0, 0.0, None, side.log_probs.shape[:-1], indices)
-    if isinstance(side, LMHead):
-        source = side.hidden.reshape(-1, side.hidden.shape[-1])
-        extras = (float(side.logit_scale), float(side.softcap or 0.0), side.vocab, side.leading_shape)
-        return _FlatSide(source, side.weight, side.bias, *extras)
-    if not isinstance(side, Tensor):
-        allowed = "an LMHead, a TopK or a tensor of logits" if name == "teacher" else "an LMHead or a tensor of logits"
-        raise TypeError(f"{name} must be {allowed}, got {type(side).__name__}")
-    check_float_tensor(name, side)
-    if side.dim() < 2 or side.shape[-1] < 1:
-        raise ValueError(f"{name} logits must have shape (..., V), got {tuple(side.shape)}")
-    return _FlatSide(side.reshape(-1, side.shape[-1]), None, None, 1.0, 0.0, side.shape[-1], side.shape[:-1])
-
-
-def _refuse_dtensors(*sides: LMHead | TopK | Tensor | None) -> None:
-    for side in sides:
-        for x in (side.hidden, side.weight) if isinstance(side, LMHead) else (side,):
-            if type(x).__name__ == "DTensor":
-                raise ValueError("student and teacher may hold DTensors only with tp_group, the mesh they lie on")
-
-
 def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
-
-
-def _vocab(student: _FlatSide, teacher: _FlatSide | None, vocab_size: int | None) -> int:
-    sizes = [side.vocab for side in (student, teacher) if side is not None and side.vocab is not None]
-    if vocab_size is not None:
-        if vocab_size > min(sizes):
-            raise ValueError(f"vocab_size must be at most {min(sizes)}, the smaller vocabulary, got {vocab_size}")
-        return vocab_size
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"student and teacher have unequal vocabularies, {sizes[0]} and {sizes[1]}; if one is padded, pass "
-            "vocab_size (the tokenizer's size) to cut both"
-        )
-    return sizes[0]
-
-
-def _check_alike(student: _FlatSide, teacher: _FlatSide | None, labels: Tensor, token_weights: Tensor | None) -> None:
-    device = student.source.device
-    if teacher is not None:
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teacher must hold the student's tokens, shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
-            )
-        if teacher.source.device != device:
-            raise ValueError(f"teacher is on {teacher.source.device}, student on {device}; they must share one device")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    if labels.shape != student.shape:
-        raise ValueError(f"labels must have the tokens' shape {tuple(student.shape)}, got {tuple(labels.shape)}")
-    if labels.device != device and labels.device.type != "cpu":
-        raise ValueError(f"labels must be on the student's device {device} or on the CPU, got {labels.device}")
-    if token_weights is None:
-        return
-    if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
-        raise TypeError("token_weights must be a floating-point tensor")
-    if token_weights.shape != student.shape:
-        raise ValueError(
-            f"token_weights must have the tokens' shape {tuple(student.shape)}, got {tuple(token_weights.shape)}"
-        )
-    if token_weights.requires_grad:
-        raise ValueError("token_weights must be constants, got a tensor that requires grad; detach it")
-
-
-def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    if labels.dim() == 0:
-        raise ValueError("shift=True needs labels with a sequence dimension")
-    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
-
-
-def _autocast_dtype(device: torch.device, student: _FlatSide, teacher: _FlatSide | None) -> torch.dtype | None:
-    """The dtype of GEMM operands under autocast, else None; without autocast a head's tensors must agree."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    for name, side in (("student", student), ("teacher", teacher)):
-        if side is not None and side.weight is not None and side.weight.dtype != side.source.dtype:
-            raise TypeError(
-                f"{name} hidden is {side.source.dtype} and weight {side.weight.dtype}; outside autocast they must "
-                "have one dtype"
-            )
-    return None

@@ -43,7 +43,7 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
-_DIVERGENCES, _LOSS = "fused_kd/divergences.py", "fused_kd/loss.py"
+_DIVERGENCES, _AMOUNTS, _SIDES = "fused_kd/divergences.py", "fused_kd/amounts.py", "fused_kd/sides.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _FILTER, _FILTER_TRITON = "fused_kd/engine/tile_filter.py", "fused_kd/engine/tile_filter_triton.py"
 _HEAD, _PLAN = "fused_kd/engine/head_gradient.py", "fused_kd/engine/plan.py"
@@ -374,15 +374,19 @@ MUTATIONS = [
         ("test_loss.py::test_double_backward_is_refused",),
     ),
     Mutation(
-        "loss: num_items ignored", _LOSS, "1.0 / num_items, device", "1.0 / labels.numel(), device",
+        "loss: num_items ignored", _AMOUNTS, "1.0 / float(num_items)", "1.0 / labels.numel()",
         ("test_loss.py::test_num_items_makes_accumulation_exact",),
     ),
     Mutation(
-        "loss: shifted by two", _LOSS, "labels[..., 1:], torch.full_like(labels[..., :1]",
+        "loss: shifted by two", _SIDES, "labels[..., 1:], torch.full_like(labels[..., :1]",
         "labels[..., 2:], torch.full_like(labels[..., :2]", ("test_loss.py::test_shift_aligns_next_token_labels",),
     ),
     Mutation(
-        "loss: weighted mean by the count", _LOSS, "(weights * valid.to(device, non_blocking=True)).sum()", "valid.sum()",
+        "loss: weighted mean by the count", _AMOUNTS, "total = weights.sum()", "total = valid.sum()",
         ("test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
+    ),
+    Mutation(
+        "loss: weights of ignored tokens are read", _AMOUNTS, "torch.where(valid.to(device, non_blocking=True), torch", "torch.where(fits, torch",
+        ("test_amounts.py::test_weights_of_ignored_tokens_are_not_read",),
     ),
 ]  # fmt: skip

@@ -69,7 +69,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (ValueError, "token_weights must have the tokens' shape (5,), got (4,)", lambda: call(token_weights=torch.ones(4))),
         (TypeError, "token_weights must be a floating-point tensor", lambda: call(token_weights=torch.ones(5).int())),
         (ValueError, "token_weights must be constants", lambda: call(token_weights=torch.ones(5, requires_grad=True))),
-        (ValueError, "num_items must be positive, got 0", lambda: call(num_items=0)),
+        (ValueError, "num_items must be positive, a number in [1e-37, 1e+37], got 0", lambda: call(num_items=0)),
         (TypeError, "num_items must be a positive number", lambda: call(num_items="3")),
         (ValueError, "num_items needs reduction='mean', got reduction='sum'", lambda: call(num_items=3, reduction="sum")),
         (TypeError, "unexpected keyword argument 'tempreature'", lambda: call(tempreature=2.0)),

@@ -213,6 +213,11 @@ def _check_losses(result: Result) -> None:
         )
 
 
+def _weighted(loss: Tensor, weights: Tensor) -> Tensor:
+    """Products, in which weight 0 leaves nothing of an infinite loss."""
+    return torch.where(weights == 0, 0.0, loss * weights)
+
+
 class KDFunction(torch.autograd.Function):
     """``(loss, difficulty, is_hard)`` from tensors; the gradients come ready-made from the forward.
 
@@ -247,15 +252,15 @@ class KDFunction(torch.autograd.Function):
             *args, token_weights, scale, scalars, *now, *options
         )
         if per_token:
-            loss = loss if token_weights is None else loss * token_weights
+            loss = loss if token_weights is None else _weighted(loss, token_weights)
         else:
-            loss = (loss.sum() if token_weights is None else loss.dot(token_weights)) * scale
+            loss = (loss if token_weights is None else _weighted(loss, token_weights)).sum() * scale
         ctx.wanted, ctx.per_token, ctx.options = wanted, per_token, options
         ctx.dtypes = tuple(None if x is None else x.dtype for x in args[:3])
         ctx.traced = torch.compiler.is_compiling() and not later
         ctx.ready = None
         if ctx.traced:  # a traced backward cannot hand over, it only multiplies
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(*gradients, labels)
         elif any(wanted):
             ctx.ready = None if later else gradients
             # The scalars may be annealed in place before the backward runs.
@@ -272,10 +277,13 @@ class KDFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("fused_kd losses have no second derivative: create_graph=True is not supported")
         upstream = upstream.float()
+        if ctx.per_token:  # what is done with an ignored token's 0 is not ours
+            labels = ctx.saved_tensors[-1 if ctx.traced else 7].to(upstream.device, non_blocking=True)
+            upstream = torch.where(labels == Options(*ctx.options).ignore_index, 0.0, upstream)
         factor: Tensor | None = upstream.unsqueeze(1) if ctx.per_token else upstream
         if ctx.traced:
             scale = torch.ops.fused_kd.scale_gradient
-            saved = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+            saved = zip(ctx.saved_tensors[:3], ctx.wanted, ctx.dtypes, strict=True)
             return (*(scale(g, factor, dtype) if wanted else None for g, wanted, dtype in saved), *none[3:])
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
