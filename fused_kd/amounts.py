@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .inputs import check_dense
+
 # One over a denominator must be a normal fp32 number too.
 LEAST, MOST = 1e-37, 1e37
 _DENOMINATOR = f"a number in [{LEAST:g}, {MOST:g}]"
@@ -37,6 +39,7 @@ def weights_and_scale(
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items needs reduction='mean', got reduction={reduction!r}")
     if isinstance(num_items, Tensor):
+        check_dense("num_items", num_items)
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
         if num_items.dtype == torch.bool or num_items.is_complex():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Logits of a size up to 1e4 stay far from fp32's end, and their losses from what stands for infinity.
+LARGEST = 1e12
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +24,9 @@ class LMHead:
         hidden: (..., H) last hidden states, float32, bfloat16 or float16.
         weight: (V, H) lm_head weight in ``hidden``'s dtype (any of the three under autocast).
         bias: (V,) or None.
-        logit_scale: finite factor on the logits (Cohere's ``logit_scale``; the inverse of Granite's divisor).
-        softcap: positive cap of the logits (Gemma's ``final_logit_softcapping``) or None.
+        logit_scale: factor on the logits in [-1e12, 1e12] (Cohere's ``logit_scale``; the inverse of Granite's
+            divisor).
+        softcap: cap of the logits (Gemma's ``final_logit_softcapping``), in [1e-12, 1e12], or None.
 
     Raises:
         TypeError: for a tensor that is not one, or not of a supported dtype.
@@ -47,8 +49,8 @@ class LMHead:
                 f"hidden must have shape (..., H) with weight's H={self.weight.shape[1]}, "
                 f"got {tuple(self.hidden.shape)}"
             )
-        if self.weight.shape[0] < 1:
-            raise ValueError(f"weight must have at least one row (V >= 1), got {tuple(self.weight.shape)}")
+        if min(self.weight.shape) < 1:
+            raise ValueError(f"weight must have at least one row and column, got {tuple(self.weight.shape)}")
         if self.weight.device != self.hidden.device:
             raise ValueError(f"weight is on {self.weight.device}, hidden on {self.hidden.device}; they must share one")
         if self.bias is not None:
@@ -129,6 +131,7 @@ class TopK:
         if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
             kind = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
             raise TypeError(f"indices must be an int64 or int32 tensor, got {kind}")
+        check_dense("indices", self.indices)
         if self.log_probs.dim() < 1 or self.log_probs.shape[-1] < 1:
             raise ValueError(f"log_probs must have shape (..., K) with K >= 1, got {tuple(self.log_probs.shape)}")
         if self.indices.shape != self.log_probs.shape:
@@ -147,16 +150,25 @@ class TopK:
         return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r})"
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    """Refuse what is not one array of numbers: sparse, nested and oneDNN's own tensors."""
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got one that is {kind}")
+
+
 def check_float_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+    check_dense(name, value)
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> None:
-    allowed = "a finite positive number" if positive else "a finite number"
+    """A number that fp32 kernels can multiply logits by, and divide them if it is positive."""
+    low = 1 / LARGEST if positive else -LARGEST
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise TypeError(f"{name} must be a number in [{low:g}, {LARGEST:g}], got {value!r}")
+    if not low <= value <= LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} must be in [{low:g}, {LARGEST:g}], got {value!r}")

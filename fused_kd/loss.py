@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .amounts import weights_and_scale
 from .divergences import DIVERGENCES
-from .engine.dispatch import ENGINES, choose_engine
+from .engine.dispatch import choose_engine
 from .engine.ops import KDFunction, Options
-from .inputs import LMHead, TopK, check_number
+from .inputs import LMHead, TopK
 from .objectives import OBJECTIVES, Objective
+from .options import LossOptions, checked_option
 from .sides import autocast_dtype, check_alike, common_vocab, flatten, refuse_dtensors, shifted
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class KDOutput(NamedTuple):
@@ -29,22 +28,6 @@ class KDOutput(NamedTuple):
     is_hard: Tensor
 
 
-class LossOptions(TypedDict, total=False):
-    """Keyword options of :class:`KDLoss`, accepted by :func:`kd_loss` too."""
-
-    ignore_index: int
-    reduction: str
-    temperature: float
-    vocab_size: int | None
-    shift: bool
-    memory_budget: int | None
-    backend: str | None
-    validate: bool
-    engine: str | None
-    grad_filter_eps: float
-    tp_group: Any
-
-
 class KDLoss(nn.Module):
     """Distillation loss from hidden states and lm_head weights, without logits in memory.
 
@@ -54,12 +37,12 @@ class KDLoss(nn.Module):
 
     Args:
         objective: what to minimise, e.g. :class:`fused_kd.SelfEvolution`. Assign a new one of the same class at any
-            time (annealing): nothing is compiled again.
+            time (annealing): nothing is compiled again. The options may be assigned too, and are checked then as here.
         ignore_index: label of tokens that take no part.
         reduction: "mean" over valid tokens (with ``token_weights``: weighted mean), "sum", or "none".
-        temperature: T > 0. Every distribution is softmax(logits / T), except the student's in a separate hard-label
-            term (``SFT``, ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``), which stays at temperature 1. The loss is
-            not multiplied by T**2.
+        temperature: T in [1e-12, 1e12]. Every distribution is softmax(logits / T), except the student's in a separate
+            hard-label term (``SFT``, ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``), which stays at temperature 1. The
+            loss is not multiplied by T**2.
         vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies).
         shift: the labels are the input tokens: position i predicts label i + 1. Nothing but the labels is copied.
         memory_budget: bytes the workspace may take beyond inputs, results and their gradients; None lets the planner
@@ -107,49 +90,43 @@ class KDLoss(nn.Module):
         super().__init__()
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be one of {', '.join(sorted(_CLASSES))}, got {objective!r}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-        check_number("temperature", temperature, positive=True)
-        for name, value in (("vocab_size", vocab_size), ("memory_budget", memory_budget)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} must be a positive integer or None, got {value!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-        if engine is not None and engine not in ENGINES:
-            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-        check_number("grad_filter_eps", grad_filter_eps)
-        if grad_filter_eps < 0:
-            raise ValueError(f"grad_filter_eps must be at least 0, got {grad_filter_eps!r}")
         self.ignore_index = ignore_index
         self.reduction = reduction
-        self.temperature = float(temperature)
+        self.temperature = temperature
         self.vocab_size = vocab_size
         self.shift = shift
         self.memory_budget = memory_budget
         self.backend = backend
         self.validate = validate
         self.engine = engine
-        self.grad_filter_eps = float(grad_filter_eps)
-        self.tp_group, self._group = tp_group, None
-        if tp_group is not None:
-            from .parallel import group_of
-
-            self._group = group_of(tp_group)
+        self.grad_filter_eps = grad_filter_eps
+        self.tp_group = tp_group
         self._objective = objective
         self._spec = objective.spec
         # On the device and read by kernels there: annealing neither recompiles nor synchronises.
-        values = torch.tensor(objective.scalars(self.temperature), dtype=torch.float32)
-        self.register_buffer("scalars", values, persistent=False)
+        self.register_buffer("scalars", self._scalars(), persistent=False)
+
+    def _scalars(self, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(self._objective.scalars(self.temperature), dtype=torch.float32, device=device)
+
+    def _write_scalars(self) -> None:
+        for i, value in enumerate(self._objective.scalars(self.temperature)):
+            self.scalars[i].fill_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KDLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # model.half() moves the loss along, but its scalars stay exact.
-        if self.scalars.dtype != torch.float32:
-            values = self._objective.scalars(self.temperature)
-            self.scalars = torch.tensor(values, dtype=torch.float32, device=self.scalars.device)
+        # model.half() moves the loss along, to_empty() from the meta device too, but its scalars stay exact.
+        self.scalars = self._scalars(self.scalars.device)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LossOptions.__annotations__:
+            value = checked_option(name, value)
+        if name == "tp_group":
+            self._group = None if value is None else _group_of(value)
+        super().__setattr__(name, value)
+        if name == "temperature" and "scalars" in self._buffers:
+            self._write_scalars()
 
     @property
     def objective(self) -> Objective:
@@ -161,8 +138,7 @@ class KDLoss(nn.Module):
             raise TypeError(f"objective must stay a {type(self._objective).__name__}, got {objective!r}")
         self._objective = objective
         self._spec = objective.spec
-        for i, value in enumerate(objective.scalars(self.temperature)):
-            self.scalars[i].fill_(value)
+        self._write_scalars()
 
     def extra_repr(self) -> str:
         shown = {k: getattr(self, k) for k in LossOptions.__annotations__}
@@ -246,6 +222,7 @@ class KDLoss(nn.Module):
             sharded=shards is not None,
         )
 
+        labels = labels.long()
         labels = shifted(labels, self.ignore_index) if self.shift else labels
         flat_labels = labels.reshape(-1)
         if token_weights is not None:
@@ -259,6 +236,8 @@ class KDLoss(nn.Module):
             validate=self.validate,
             device=device,
         )
+        if self.scalars.is_meta and device.type != "meta":  # built there, and never emptied onto a device
+            self.scalars = self._scalars(device)
         scalars = self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
         options = Options(
             *spec,
@@ -272,7 +251,7 @@ class KDLoss(nn.Module):
             ignore_index=self.ignore_index,
             backend=backend,
             dtype=autocast_dtype(device, side_s, side_t),
-            memory_budget=-1 if self.memory_budget is None else self.memory_budget,
+            memory_budget=-1 if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
             validate=self.validate,
             engine=engine,
             grad_filter_eps=self.grad_filter_eps,
@@ -337,6 +316,12 @@ def kd_loss(
 
 
 _CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
+
+
+def _group_of(tp_group: Any) -> Any:
+    from .parallel import group_of
+
+    return group_of(tp_group)
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import LMHead, TopK, check_float_tensor
+from .inputs import LMHead, TopK, check_dense, check_float_tensor
 
 
 class FlatSide(NamedTuple):
@@ -72,6 +72,7 @@ def check_alike(student: FlatSide, teacher: FlatSide | None, labels: Tensor, tok
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    check_dense("labels", labels)
     if labels.shape != student.shape:
         raise ValueError(f"labels must have the tokens' shape {tuple(student.shape)}, got {tuple(labels.shape)}")
     if labels.device != device and labels.device.type != "cpu":
@@ -80,6 +81,7 @@ def check_alike(student: FlatSide, teacher: FlatSide | None, labels: Tensor, tok
         return
     if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
         raise TypeError("token_weights must be a floating-point tensor")
+    check_dense("token_weights", token_weights)
     if token_weights.shape != student.shape:
         raise ValueError(
             f"token_weights must have the tokens' shape {tuple(student.shape)}, got {tuple(token_weights.shape)}"

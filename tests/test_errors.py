@@ -13,6 +13,7 @@ from .problems import problem
 
 H, W, H_T, W_T = torch.randn(5, 4), torch.randn(9, 4), torch.randn(5, 6), torch.randn(9, 6)
 LABELS = torch.tensor([0, 1, -100, 8, 3])
+NESTED = torch.nested.nested_tensor([H[:2], H])
 
 
 def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
@@ -36,18 +37,34 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (TypeError, "hidden must be float32, bfloat16 or float16, got torch.float64", lambda: fk.LMHead(H.double(), W)),
         (ValueError, "weight must have shape (V, H), got (9,)", lambda: fk.LMHead(H, W[:, 0])),
         (ValueError, "hidden must have shape (..., H) with weight's H=6, got (5, 4)", lambda: fk.LMHead(H, W_T)),
-        (ValueError, "weight must have at least one row", lambda: fk.LMHead(H, W[:0])),
+        (ValueError, "weight must have at least one row and column, got (0, 4)", lambda: fk.LMHead(H, W[:0])),
+        (ValueError, "weight must have at least one row and column, got (9, 0)", lambda: fk.LMHead(H[:, :0], W[:, :0])),
+        (TypeError, "weight must be a dense tensor, got one that is torch.sparse_coo", lambda: fk.LMHead(H, W.to_sparse())),
+        (TypeError, "hidden must be a dense tensor, got one that is torch._mkldnn", lambda: fk.LMHead(H.to_mkldnn(), W)),
+        (TypeError, "hidden must be a dense tensor, got one that is nested", lambda: fk.LMHead(NESTED, W)),
+        (TypeError, "student must be a dense tensor, got one that is torch.sparse_csr", lambda: call(student=H.to_sparse_csr())),
+        (TypeError, "labels must be a dense tensor, got one that is torch.sparse_coo", lambda: call(labels=LABELS.to_sparse())),
+        (TypeError, "indices must be a dense tensor, got one that is torch.sparse_coo", lambda: fk.TopK(H, LABELS.to_sparse())),
         (ValueError, "bias must have shape (V,) = (9,), got (8,)", lambda: fk.LMHead(H, W, torch.zeros(8))),
         (ValueError, "weight is on meta, hidden on cpu", lambda: fk.LMHead(H, W.to("meta"))),
-        (ValueError, "logit_scale must be a finite number, got inf", lambda: fk.LMHead(H, W, logit_scale=float("inf"))),
-        (ValueError, "softcap must be a finite positive number, got 0.0", lambda: fk.LMHead(H, W, softcap=0.0)),
+        (ValueError, "logit_scale must be in [-1e+12, 1e+12], got inf", lambda: fk.LMHead(H, W, logit_scale=float("inf"))),
+        (ValueError, "softcap must be in [1e-12, 1e+12], got 0.0", lambda: fk.LMHead(H, W, softcap=0.0)),
         # options
         (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'", lambda: call(reduction="avg")),
-        (ValueError, "temperature must be a finite positive number, got 0", lambda: call(temperature=0)),
+        (ValueError, "temperature must be in [1e-12, 1e+12], got 0", lambda: call(temperature=0)),
+        (ValueError, "temperature must be in [1e-12, 1e+12], got 1e-39", lambda: call(temperature=1e-39)),
+        (ValueError, "temperature must be in [1e-12, 1e+12], got 1000", lambda: call(temperature=10**400)),
+        (ValueError, "softcap must be in [1e-12, 1e+12], got 1e+300", lambda: fk.LMHead(H, W, softcap=1e300)),
+        (ValueError, "softcap must be in [1e-12, 1e+12], got 1e-46", lambda: fk.LMHead(H, W, softcap=1e-46)),
+        (ValueError, "logit_scale must be in [-1e+12, 1e+12], got 1e+38", lambda: fk.LMHead(H, W, logit_scale=1e38)),
+        (TypeError, "shift must be True or False, got 'no'", lambda: fk.KDLoss(fk.SFT(), shift="no")),
+        (TypeError, "validate must be True or False, got 1", lambda: fk.KDLoss(fk.SFT(), validate=1)),
+        (ValueError, "ignore_index must be a 64-bit integer, got 9223372036854775808", lambda: call(ignore_index=2**63)),
+        (ValueError, "grad_filter_eps must be at least 0, got -1", lambda: call(grad_filter_eps=-1)),
         (ValueError, "vocab_size must be a positive integer or None, got 0", lambda: call(vocab_size=0)),
         (TypeError, "memory_budget must be a positive integer or None, got 1.5", lambda: call(memory_budget=1.5)),
         (TypeError, "ignore_index must be an integer, got None", lambda: call(ignore_index=None)),
-        (ValueError, "backend must be None or one of 'torch', 'triton', 'cuda', 'native', got 'jax'", lambda: call(backend="jax")),
+        (ValueError, "backend must be None or one of 'torch', 'triton', 'cuda', 'native', got 'gpu'", lambda: fk.KDLoss(fk.SFT(), backend="gpu")),
         (ValueError, "vocab_size must be at most 9, the smaller vocabulary, got 10", lambda: call(vocab_size=10)),
         (ValueError, "memory_budget must be at least", lambda: call(memory_budget=10)),
         # inputs that do not fit each other
