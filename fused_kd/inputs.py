@@ -118,8 +118,8 @@ class TopK:
 
     Raises:
         TypeError, ValueError: for tensors or names that do not fit. Ids out of range or listed twice and log-probs
-            that are NaN or above 0 raise when the loss is called with tensors on the CPU or ``validate=True``;
-            elsewhere the loss of such a token is NaN.
+            that are NaN or above 0 by more than rounding explains, 1e-4 ("renormalize": +inf), raise when the loss is
+            called with tensors on the CPU or ``validate=True``; elsewhere the loss of such a token is NaN.
     """
 
     log_probs: Tensor

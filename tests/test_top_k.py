@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
+from fused_kd.rows.top_k import sparse_teacher
 
 from .problems import CPU_BACKENDS, OBJECTIVES, Problem, _Head, gradients, problem, relative, rows_for
 
@@ -227,7 +228,8 @@ def test_errors_of_the_lists(error, message, make):
     ("indices must be in [0, 9) where log_probs is not -inf, got 9 at token 1", None, [[0, 1], [9, 1], [0, 1]], fk.NoEvo(), {}),
     ("indices of a token must differ, got 4 twice at token 2", None, [[0, 1], [0, 1], [4, 4]], fk.NoEvo(), {}),
     ("log_probs must be at most 0 and not NaN, got 0.5 at token 0", [[0.5, -1.0]] * 3, None, fk.NoEvo(), {"tail": "bucket"}),
-    ("log_probs must be at most 0 and not NaN, got nan at token 0", [[math.nan, -1.0]] * 3, None, fk.NoEvo(), {}),
+    ("log_probs must be finite or -inf, got nan at token 0", [[math.nan, -1.0]] * 3, None, fk.NoEvo(), {}),
+    ("log_probs must be finite or -inf, got inf at token 0", [[math.inf, -1.0]] * 3, None, fk.NoEvo(), {}),
     ("tail must be 'uniform' or 'bucket' for ReverseKD", None, None, fk.ReverseKD(), {}),
     ("temperature must be 1 with tail='bucket'", None, None, fk.NoEvo(), {"tail": "bucket", "temperature": 2.0}),
     ("teacher must hold the student's tokens, shape (3,), got (2,)", [[-1.0, -2.0]] * 2, [[0, 1]] * 2, fk.NoEvo(), {}),
@@ -243,6 +245,23 @@ def test_errors_of_the_loss(message, log_probs, indices, objective, options):
         fk.kd_loss(torch.randn(3, 9), teacher, torch.tensor([0, 1, 2]), objective, **options)
     options["tail"] = tail
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("tail", ["uniform", "bucket"])
+def test_a_log_probability_of_one_rounded_up_is_one(tail):
+    z, y = torch.randn(3, 9), torch.tensor([0, 1, 8])
+    found, exact = (
+        fk.kd_loss(z, fk.TopK(torch.tensor([[value, -18.0]] * 3), INDICES, tail), y, fk.ForwardKD(), reduction="none")
+        for value in (1e-7, 0.0)
+    )
+    assert relative(found.loss, exact.loss) < 1e-6
+
+
+@pytest.mark.parametrize("tail, value", [("uniform", 0.5), ("bucket", 0.5), ("renormalize", math.inf)])
+def test_where_looking_would_wait_such_a_list_is_malformed(tail, value):
+    values = LOG_PROBS.clone()
+    values[1, 0] = value
+    assert sparse_teacher(values, INDICES, torch.tensor([0, 1, 2]), 9, tail)[1].tolist() == [False, True, False]
 
 
 def test_a_top_k_student_is_refused():

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..objectives import RowSpec
 from ..rows import installed
 from ..rows.base import Shards
+from ..rows.top_k import out_of_range
 from .chunked import Result, Side, TopKSide, Wanted
 from .dispatch import run as run
 from .head_gradient import gradient_dtype
@@ -172,13 +173,12 @@ def check_top_k(teacher: TopKSide, labels: Tensor, vocab: int, ignore_index: int
     values, indices = teacher.log_probs, teacher.indices
     valid = (labels != ignore_index).to(values.device).unsqueeze(1)
     listed = (values != -math.inf) & valid
-    # Rounded to bf16, the logarithm of a probability near 1 may not pass 0, but logits and probabilities do.
-    positive = listed & (values.isnan() | (values > 0)) if teacher.tail != "renormalize" else listed & values.isnan()
-    if bool(positive.any()):
-        token, k = positive.nonzero()[0].tolist()
+    wrong = listed & out_of_range(values, teacher.tail)
+    if bool(wrong.any()):
+        token, k = wrong.nonzero()[0].tolist()
+        allowed = "finite or -inf" if teacher.tail == "renormalize" else "at most 0 and not NaN"
         raise ValueError(
-            f"log_probs must be at most 0 and not NaN, got {float(values[token, k])} at token {token} "
-            "(of the flattened tokens)"
+            f"log_probs must be {allowed}, got {float(values[token, k])} at token {token} (of the flattened tokens)"
         )
     empty = valid.squeeze(1) & ~listed.any(1)
     if teacher.tail == "renormalize" and bool(empty.any()):

@@ -27,6 +27,8 @@ DenseRow = Callable[[RowInputs, RowOutputs], None]
 # The sweeps below come back to a block, which should still be in the last-level cache.
 BLOCK_BYTES = 8 << 20
 DEVICE_BLOCK_BYTES = 256 << 20
+# By how much the logarithm of a probability near 1 may pass 0.
+ROUNDING = 1e-4
 
 
 def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, tail: str) -> tuple[Sparse, Tensor]:
@@ -41,7 +43,7 @@ def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, t
     values, entries = log_probs.float(), indices.long()
     wanted = ~(values == -torch.inf)  # a NaN is somebody's value
     listed = wanted & (entries >= 0) & (entries < V)
-    bad = (wanted & ~listed).any(1) | values.isnan().any(1)
+    bad = (wanted & ~listed).any(1) | out_of_range(values, tail).any(1)
     y = labels.unsqueeze(1)
     own = torch.where((listed & (entries == y)).any(1, keepdim=True) | (y < 0), V, y)
     entries, order = torch.cat([entries.where(listed, V), own], 1).sort(1)
@@ -58,6 +60,11 @@ def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, t
         values = torch.where((entries == y) & (values == -torch.inf), each.log().unsqueeze(1).float(), values)
         rest = (each if tail == "uniform" else each * (V - (entries < V).sum(1))).log().float()
     return Sparse(entries, values, rest, tail), bad & (labels >= 0)
+
+
+def out_of_range(log_probs: Tensor, tail: str) -> Tensor:
+    """Which values are no log-probabilities; with "renormalize" they may be logits."""
+    return ~(log_probs < torch.inf if tail == "renormalize" else log_probs <= ROUNDING)
 
 
 class Categories(NamedTuple):

@@ -60,6 +60,11 @@ def test_codes_at_a_realistic_size() -> None:
         assert np.abs(np.exp(stored) - np.exp(exact)).sum(1).max() / 2 < moved
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "8bit", "fp32"])
+def test_a_log_probability_of_one_rounded_up(dtype: str) -> None:
+    assert (decode(encode(np.array([[1e-7, -np.inf]], dtype=np.float32), dtype)) <= 0).all()
+
+
 def test_bad_lists() -> None:
     for values in ([[0.1]], [[math.nan]], [[-math.inf]], [[-0.1, -0.2]]):
         with pytest.raises(ValueError, match="log_probs of token 0 must be at most 0"):

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fused_kd.rows.top_k import ROUNDING
+
 DTYPES = ("fp16", "8bit", "fp32")
 LEFT_OUT = 255
 _LEVELS = 254
@@ -40,11 +42,12 @@ def encode(log_probs: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """The arrays that stand for ``log_probs`` (N, K) float32, -inf for entries left out; :func:`decode` reads them.
 
     Raises:
-        ValueError: an unknown dtype, a NaN, a log-probability above 0, a token without entries or whose entries add up
-            to more than rounding explains.
+        ValueError: an unknown dtype, a NaN, a log-probability above 0 or entries that add up to more than 1, beyond
+            what rounding explains, a token without entries.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+    log_probs = np.where(log_probs <= ROUNDING, np.minimum(log_probs, 0), log_probs)
     total = mass(log_probs)
     wrong = ~(total <= 1 + _EXCESS) | (log_probs > 0).any(1) | (total == 0)
     if wrong.any():
