@@ -86,8 +86,8 @@ def _torch() -> str:
 def _native() -> str:
     compiler = native_build.find_compiler()
     native_build.thread_pool()
-    library = native_build.load()
-    return f"on CPUs; compiled by {shlex.join(compiler)} into {library._name}"
+    native_build.load()
+    return f"on CPUs; compiled by {shlex.join(compiler)} into {cache_folder() or 'memory'}"
 
 
 def _triton() -> str:

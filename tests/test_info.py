@@ -212,7 +212,8 @@ def test_compiled_row_is_where_it_says():
     available, details = info.backends()["backend native"]
     if not available:
         pytest.skip(details)
-    assert os.path.exists(details.split(" into ")[1])
+    kept = details.split(" into ")[1]
+    assert kept == "memory" or os.path.isdir(kept)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why there is no GPU")

@@ -100,7 +100,7 @@ def test_wheel_works_alone(built, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"in {site / 'fused_kd'}" in result.stdout
     if "backend native" in result.stdout:
-        assert len(list(cache.glob("kd_row-*.so"))) == 1
+        assert len(list(cache.glob("kd_row-*.library"))) == 1
 
 
 def load(path: str) -> Any:

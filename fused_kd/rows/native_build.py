@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from .build_cache import CACHE_VARIABLE as CACHE_VARIABLE
-from .build_cache import cache_folder
+from .build_cache import cache_folder, keep, kept
 from .expressions import c_table
 
 SOURCE = Path(__file__).resolve().parents[1] / "_csrc" / "kd_row.c"
@@ -27,6 +29,8 @@ FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp-simd"]
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 MACHINE_FLAG = "-march=native" if platform.machine() in ("x86_64", "i686") else "-mcpu=native"
 INSTEAD = "or use backend='torch'"
+# Some 3 seconds are usual; a machine may be busy, a wrapper may ask a server that does not answer.
+COMPILE_SECONDS, VERSION_SECONDS = 300.0, 60.0
 
 
 class NativeRowError(ValueError):
@@ -41,29 +45,40 @@ def load() -> ctypes.CDLL:
         NativeRowError: where platform or compiler do not fit or the compiler fails.
     """
     compiler = find_compiler()
-    header = c_table()
-    source = "".join(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
-    flags = [*FLAGS, MACHINE_FLAG]
-    key = "\0".join([header, source, *compiler, *flags, _version(compiler), _processor(), *platform.libc_ver()])
-    name = f"kd_row-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    folder = cache_folder()
-    if folder is not None:
-        library = folder / name
-        if not library.exists():
-            _compile(compiler, flags, header, folder, library)
-        return _open(library)
-    # Nobody else's folder: code that others could replace must not be loaded.
-    with tempfile.TemporaryDirectory(prefix="fused_kd-") as private:
-        library = Path(private) / name
-        _compile(compiler, flags, header, library.parent, library)
-        return _open(library)
+    try:
+        header = c_table()
+        source = "".join(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
+        flags = [*FLAGS, MACHINE_FLAG]
+        version = _version(compiler)
+        key = "\0".join([header, source, *compiler, *flags, version, _processor(), *platform.libc_ver()])
+        folder = cache_folder()
+        path = None if folder is None else folder / f"kd_row-{hashlib.sha256(key.encode()).hexdigest()[:24]}.library"
+        code = None if path is None else kept(path, key)
+        if code is not None:
+            with contextlib.suppress(OSError, AttributeError):
+                return _opened(code, folder)
+        code = _compile(compiler, flags, header)
+        library = _opened(code, folder)
+        if path is not None:
+            keep(path, key, code, {"compiler": version.partition("\n")[0]})
+        return library
+    except (OSError, AttributeError) as error:
+        raise NativeRowError(
+            f"backend='native' cannot be built or loaded ({type(error).__name__}: {error}); see whether there is room "
+            f"in {os.environ.get('TMPDIR', '/tmp')} {INSTEAD}"
+        ) from error
 
 
 def find_compiler() -> list[str]:
     """The compiler's command line: ``$CC``, else cc, gcc or clang, whichever is found first."""
     if sys.platform != "linux":
         raise NativeRowError(f"backend='native' runs on Linux only, not on {sys.platform}; use backend='torch'")
-    chosen = shlex.split(os.environ.get("CC", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise NativeRowError(
+            f"backend='native' cannot read CC={os.environ['CC']!r} ({error}); fix CC {INSTEAD}"
+        ) from None
     if chosen:
         if shutil.which(chosen[0]) is None:
             raise NativeRowError(
@@ -76,32 +91,73 @@ def find_compiler() -> list[str]:
     raise NativeRowError(f"backend='native' needs a C compiler; install gcc or clang, set CC, {INSTEAD}")
 
 
-def _compile(compiler: list[str], flags: list[str], header: str, folder: Path, library: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as build:
-        table, output = Path(build) / "table.h", Path(build) / library.name
+def _compile(compiler: list[str], flags: list[str], header: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="fused_kd-") as build:
+        table, output = Path(build) / "table.h", Path(build) / "kd_row.so"
         table.write_text(header)
         command = [*compiler, *flags, "-include", str(table), str(SOURCE), "-o", str(output), "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0 or not output.exists():
-            message = (result.stderr or result.stdout).strip()
-            raise NativeRowError(f"backend='native' failed to compile ({shlex.join(command)}): {message} -- {INSTEAD}")
-        output.replace(library)  # whole or not at all, whoever else compiles the same
+        status, printed = _run(command, COMPILE_SECONDS)
+        if status != 0 or not output.exists():
+            raise NativeRowError(
+                f"backend='native' failed to compile ({shlex.join(command)}): {printed.strip()} -- {INSTEAD}"
+            )
+        return output.read_bytes()
 
 
-def _open(library: Path) -> ctypes.CDLL:
+def _opened(code: bytes, folder: Path | None) -> ctypes.CDLL:
+    """The library from a file of this process alone, which nobody can change or cut short under it."""
     try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NativeRowError(f"backend='native' cannot load {library} ({error}); delete it {INSTEAD}") from error
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as private:
+            path = Path(private) / "kd_row.so"
+            path.write_bytes(code)
+            library = ctypes.CDLL(str(path))
+    except OSError:
+        if folder is None:
+            raise
+        return _opened(code, None)
+    library.fkd_scratch.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    library.fkd_scratch.restype = ctypes.c_int64
+    library.fkd_row.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.fkd_row.restype = None
+    return library
 
 
 def _version(compiler: list[str]) -> str:
-    try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+    status, printed = _run([*compiler, "--version"], VERSION_SECONDS)
+    if status != 0:
         raise NativeRowError(
-            f"backend='native' cannot run {shlex.join(compiler)!r} ({error}); fix CC {INSTEAD}"
+            f"backend='native' cannot run {shlex.join(compiler)!r} (exit status {status}); fix CC {INSTEAD}"
+        )
+    return printed
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """Exit status and output. A compiler is ended with all that it has started when its time is over."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise NativeRowError(
+            f"backend='native' cannot run {shlex.join(command)!r} ({error}); fix CC {INSTEAD}"
         ) from error
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise NativeRowError(
+            f"backend='native': {shlex.join(command)} did not end in {seconds:g} seconds; fix CC {INSTEAD}"
+        ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, printed
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     for name, vector in (("loss", outputs.loss), ("difficulty", outputs.difficulty), ("is_hard", outputs.is_hard)):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
-    library, pool = _library(), native_build.thread_pool()
+    library, pool = native_build.load(), native_build.thread_pool()
     C, V = inputs.student.raw.shape
     if C == 0:
         return
@@ -135,18 +134,8 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
 
 def prepare() -> None:
     """Compile, or raise ``NativeRowError`` (a ``ValueError``) where there is no compiler, or it fails."""
-    _library()
+    native_build.load()
     native_build.thread_pool()
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = native_build.load()
-    library.fkd_scratch.argtypes = (ctypes.c_int64, ctypes.c_int64)
-    library.fkd_scratch.restype = ctypes.c_int64
-    library.fkd_row.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
-    library.fkd_row.restype = None
-    return library
 
 
 def _logits(logits: Logits) -> _Logits:
