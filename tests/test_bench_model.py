@@ -232,7 +232,7 @@ def test_what_costs_and_what_spares():
 def test_memory_is_the_planners(name, dtype):
     inputs = IMPLEMENTATIONS[name].prepare(make_inputs(WIDE, CPU, dtype))
     found = predict(WIDE, dtype, UNIT, on_host=True, top_k=inputs.top_k is not None)
-    assert (found.chunk, found.workspace_bytes, found.group) == planned(inputs)
+    assert (found.chunk, found.workspace_bytes, found.group) == planned(inputs)[:3]
 
 
 def test_budget_is_kept():

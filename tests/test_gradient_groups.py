@@ -172,7 +172,7 @@ def test_plans_at_real_shapes(shape):
     assert whole == (shape is A)
     assert all(at(N, **shape).workspace <= before for N in (1, 2048, 4096, 16384, 131072))
     with tuned(gradient_groups=False):
-        assert at(8192, **shape) == (2048, before, 2048)
+        assert at(8192, **shape)[:3] == (2048, before, 2048)
 
 
 def test_memory_under_autocast_goes_by_the_weight_s_own_dtype(monkeypatch):

@@ -52,7 +52,7 @@ def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, 
     call(objective, dtype, top_k, memory_budget=memory_budget)
     asked = {"dtype": dtype, "objective": objective, "top_k": top_k, "memory_budget": memory_budget}
     found = plan_for(N, H_S, H_T, V, **asked)
-    assert plans == [(found.chunk, found.workspace, found.group)] * 2
+    assert [plan[:3] for plan in plans] == [(found.chunk, found.workspace, found.group)] * 2
     assert (found.engine, found.chunks) == ("chunked", -(-N // found.chunk))
     if memory_budget is not None and dtype != torch.float32:
         assert found.chunks > 1 and found.workspace <= memory_budget

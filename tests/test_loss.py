@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
-from fused_kd.engine import buffers, dispatch, head_gradient, ops
+from fused_kd.engine import buffers, dispatch, gemm, head_gradient, ops
+from fused_kd.engine.plan import rounded_rows
 from fused_kd.reference import reference_kd_loss
 
 from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
@@ -256,7 +257,8 @@ class CountGemms(TorchDispatchMode):
 
 def problem_flops(p, parts: str) -> int:
     n, (V, H), H_t = int((p.labels != -100).sum()), p.weight.shape, p.hidden_t.shape[1]
-    each = {"zs": n * V * H, "zt": n * V * H_t, "dh": n * V * H, "dw": n * V * H}
+    rows = rounded_rows(n) if gemm._HAS_ONEDNN else n
+    each = {"zs": n * V * H, "zt": n * V * H_t, "dh": rows * V * H, "dw": n * V * H}
     return sum(each[part] for part in parts.split())
 
 

@@ -20,7 +20,8 @@ class Buffers:
         self._held: dict[str, Tensor] = {}
 
     def logits(self, name: str, rows: int) -> Tensor:
-        return self._matrix(name, torch.float32, self._plan.chunk)[:rows]
+        most = max(self._plan.rows, self._plan.chunk) if name == "student" else self._plan.chunk
+        return self._matrix(name, torch.float32, most)[:rows]
 
     def dlogits(self, dtype: torch.dtype, rows: slice) -> Tensor:
         return self._matrix("dlogits", dtype, self._plan.group)[rows]

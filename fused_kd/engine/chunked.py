@@ -290,12 +290,14 @@ def plan(
     workspace = workspace_bytes(student, teacher, vocab, with_gradient, wanted, row_stride(vocab, device.type))
     if filtered and device.type == "cpu":
         workspace = workspace._replace(fixed=workspace.fixed + host_bytes(vocab))
+    projection = student.projection
     return plan_chunks(
         n,
         workspace=workspace,
         preferred=preferred_chunk(device.type, workspace.token + workspace.grouped),
         memory_budget=memory_budget,
         grouped=current().device_chunk if current().gradient_groups and workspace.grouped else 0,
+        rounded=device.type == "cpu" and wanted.source and projection is not None and not projection.upcast,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rows.base import LOG_ZERO
+from .plan import rounded_rows
 
 SLAB_BYTES = 32 << 20
 NARROW = 32
@@ -116,9 +117,21 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     narrow = min(a.shape[0], b.shape[1]) < NARROW
     if a.device.type == "cpu" and _HAS_ONEDNN and (narrow or _HAS_AVX512):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return out
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_with_rows_behind(a), b.t(), None, "none", [], "")
+        return out[: a.shape[0]]
     return a @ b
+
+
+def _with_rows_behind(a: Tensor) -> Tensor:
+    """``a`` and, where its buffer has room, what lies behind it, up to :func:`rounded_rows`.
+
+    oneDNN keeps about 0.7 MB for each shape that it has seen, and how many tokens are valid differs from step to step.
+    """
+    rows, (stride, unit) = rounded_rows(a.shape[0]), a.stride()
+    room = a.untyped_storage().nbytes() // a.element_size() - a.storage_offset()
+    if unit != 1 or stride < a.shape[1] or (rows - 1) * stride + a.shape[1] > room:
+        return a
+    return a.as_strided((rows, a.shape[1]), a.stride())
 
 
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -49,11 +49,13 @@ class Workspace(NamedTuple):
 
 class Plan(NamedTuple):
     """``chunk`` tokens of logits at a time; ``workspace`` bytes beyond inputs, results and their gradients; the dlogits
-    of ``group`` tokens wait for the gradients' GEMMs."""
+    of ``group`` tokens wait for the gradients' GEMMs. The student's buffer has ``rows`` where they are more than a
+    chunk's."""
 
     chunk: int
     workspace: int
     group: int
+    rows: int = 0
 
     def groups(self, N: int) -> list[list[slice]]:
         """The chunks of N tokens, group by group."""
@@ -64,7 +66,21 @@ class Plan(NamedTuple):
         ]
 
 
-def plan_chunks(N: int, *, workspace: Workspace, preferred: int, memory_budget: int | None, grouped: int = 0) -> Plan:
+def rounded_rows(rows: int) -> int:
+    """Few different numbers, each at most an eighth above ``rows``."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+def plan_chunks(
+    N: int,
+    *,
+    workspace: Workspace,
+    preferred: int,
+    memory_budget: int | None,
+    grouped: int = 0,
+    rounded: bool = False,
+) -> Plan:
     """Choose a chunk and a group for ``N`` tokens.
 
     Args:
@@ -75,6 +91,7 @@ def plan_chunks(N: int, *, workspace: Workspace, preferred: int, memory_budget: 
         grouped: where positive, groups may hold several chunks of at most so many tokens: all tokens where that takes
             no more than chunks of ``preferred`` tokens and an accumulator would (or ``memory_budget``), so that memory
             does not grow with N; else as many as that allows.
+        rounded: where memory allows, leave room in the student's buffer for :func:`rounded_rows` of a chunk.
 
     Raises:
         BudgetTooSmall: where not even one token fits ``memory_budget``.
@@ -85,6 +102,10 @@ def plan_chunks(N: int, *, workspace: Workspace, preferred: int, memory_budget: 
         if added is None:
             assert memory_budget is not None
             raise BudgetTooSmall(workspace.of(1, 1, False), "one token at a time", memory_budget)
+        rows = rounded_rows(added.chunk)
+        needed = workspace.of(rows, rows, False)
+        if rounded and (memory_budget is None or needed <= memory_budget):
+            return added._replace(workspace=needed, rows=rows)
         return added
     chunk = min(grouped, preferred, N)
     limit = workspace.of(preferred, preferred, False) if memory_budget is None else memory_budget
