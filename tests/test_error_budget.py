@@ -1,4 +1,4 @@
-"""Every objective, backend, input form and dtype against the float64 oracle, no worse than eager PyTorch."""
+"""Every objective, backend, input form and dtype against the float64 oracle, no worse than rounding makes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import fused_kd as fk
 
-from .budget import ROUNDING, check_budget
+from .budget import LIMIT, ROUNDING, UNIT, _rounded, check_budget, rounding_cost
 from .problems import NAMES, OBJECTIVES, Problem, gradients, needs_compiler, oracle64, problem, relative, rows_for
 
 CUDA = torch.cuda.is_available()
@@ -136,3 +136,14 @@ def test_the_budget_catches_wrong_gradients(mutation, leaf):
             grads[leaf] = grads[leaf] * mutation
             with pytest.raises(AssertionError, match=("dH", "dW")[leaf]):
                 check_budget(p, objective, out, grads)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_the_budget_catches_sixteen_times_the_rounding(objective):
+    """As of logits in TF32, or of a long sum in fp32 one term after the other."""
+    p = problem(std=4.0, near=True)
+    exact = _rounded(p, objective, 0.0, torch.Generator())
+    coarse = _rounded(p, objective, 16 * UNIT, torch.Generator().manual_seed(99))
+    cost = rounding_cost(p, objective)
+    for name in ("dH", "dW"):
+        assert relative(coarse[name], exact[name]) > max(ROUNDING[torch.float32], LIMIT * cost[name])
