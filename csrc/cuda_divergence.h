@@ -2,7 +2,7 @@
 // adaptive one.
 //
 // FKD_DIVERGENCES(X) comes from fused_kd/divergences.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s,
-// log_s and beta. FKD_DIVERGENCE is a position in that list; FKD_MIXTURE, FKD_MIXED, FKD_HARD_LABEL and FKD_COLD say
+// log_s, beta and alpha. FKD_DIVERGENCE is a position in that list; FKD_MIXTURE, FKD_MIXED, FKD_HARD_LABEL and FKD_COLD say
 // what the divergence reads and what else the loss has.
 #pragma once
 
@@ -25,7 +25,9 @@ typedef struct {
     int64_t row;
     int label;        // -1: beyond the row
     float k;          // turns logits into exponents of 2
-    float lam, beta;  // beta: the objective's, or of an adaptive divergence this row's
+    float lam, rest;    // rest: 1 - lam
+    float beta, alpha;  // the objective's, or of an adaptive divergence this row's
+    float bound;        // the teacher's logits below it are those of excluded tokens
     float s_max, t_max;
     Pair s_norm, t_norm, cold_norm;  // exponentials to probabilities; the teacher's times lam in a mixed target
     float offset, label_d;           // log t - log q is the exponents' difference and offset; at the label label_d
@@ -33,7 +35,7 @@ typedef struct {
 } Norms;
 
 FKD_INLINE void formulas(int divergence, float t, float q, float d, float r, float log_r, float s, float log_s,
-                         float beta, float *h, float *g) {
+                         float beta, float alpha, float *h, float *g) {
 #define FKD_CASE(name, H, G) \
     case FKD_##name:         \
         *h = (H);            \
@@ -48,20 +50,23 @@ FKD_INLINE void evaluate(const Norms *norms, float z_s, float z_t, bool at_label
     *q = times(exp2_fast(a_s), norms->s_norm);
     float t = times(exp2_fast(a_t), norms->t_norm), d = (a_t - a_s) * LN_2 + norms->offset;
     if (FKD_MIXED && at_label) {
-        t += 1.0f - norms->lam;
+        t += norms->rest;
         d = norms->label_d;
     }
+    if (FKD_EXCLUDES && z_t < norms->bound) d = 1.0f;  // as if the token were left out of KL(q||t)
     float r = t, log_r = d, s = *q, log_s = d;
     if (FKD_MIXTURE) {
         t += TINY;
         s += TINY;
-        const float m = fmaf(norms->beta, s, fmaf(-norms->beta, t, t));  // without the rounding of 1 - beta
+        // beta * s + alpha * t from the side with the larger share, whose rounding would be that of all of them.
+        const bool larger = norms->beta >= 0.5f;
+        const float m = fmaf(larger ? norms->alpha : -norms->beta, t - s, larger ? s : t);
         r = quotient(t, m);
         log_r = log_positive(r);
         s = quotient(s, m);
         log_s = log_positive(s);
     }
-    formulas(FKD_DIVERGENCE, t, *q, d, r, log_r, s, log_s, norms->beta, h, g);
+    formulas(FKD_DIVERGENCE, t, *q, d, r, log_r, s, log_s, norms->beta, norms->alpha, h, g);
 }
 
 // The gradient in a logit: (share / T) * (g - q * sum g) and the hard label's. Only the first cancels.
@@ -92,9 +97,10 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
     }
 }
 
-// The share of sum |p - q| in the head of p, its most probable entries up to `fraction` of the mass and the top.
+// The shares of sum |p - q| in the head of p, its most probable entries up to `fraction` of the mass and the top, and in
+// the rest.
 // Finds the largest probability left out three bits at a time: floats of [0, 1] order as their bits do, in 30.
-FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction, int *phase) {
+FKD_INLINE void head_share(const Rows *rows, Norms *norms, float fraction, int *phase) {
     int left_out = 0;
     float sums[FKD_RECORD];
     Pair totals[FKD_RECORD];
@@ -125,11 +131,13 @@ FKD_INLINE float head_share(const Rows *rows, const Norms *norms, float fraction
             const float p = times(exp2_fast((z_t[i] - norms->t_max) * norms->k), norms->t_norm);
             const float error = fabsf(p - times(exp2_fast((z_s[i] - norms->s_max) * norms->k), norms->s_norm));
             const int bits = (int)as_bits(p);
-            sums[1] += error;
-            sums[0] += bits > left_out || bits == top_bits ? error : 0.0f;
+            const bool inside = bits > left_out || bits == top_bits;
+            sums[0] += inside ? error : 0.0f;
+            sums[1] += inside ? 0.0f : error;
         }
     }
     reduce(sums, totals, 2, false, 0.0f, phase);
-    const float all = whole(totals[1]);
-    return all == 0.0f ? 0.5f : quotient(whole(totals[0]), all);
+    const float head = whole(totals[0]), tail = whole(totals[1]), all = head + tail;
+    norms->beta = all == 0.0f ? 0.5f : quotient(head, all);
+    norms->alpha = all == 0.0f ? 0.5f : quotient(tail, all);
 }

@@ -9,7 +9,9 @@
 
 #define LOG_ZERO (-1e30f)    // stands for log 0
 #define OUTSIDE (-2e30f)     // beyond the row: loses even against excluded tokens
-#define EXCLUDED 1e18f       // losses beyond it are infinite
+#define EXCLUDED (-1e18f)    // logits below it, before the temperature, are those of excluded tokens
+#define LOG_LEAST (-87.3365448f)  // smaller log-probabilities are log 0 where the other side excludes
+#define INFINITE as_float(0x7f800000u)
 #define TINY 1e-30f          // keeps ratios of two underflowed probabilities defined
 #define COLDEST 1e8f         // of 1 / T: beyond it, differences of LOG_ZERO would overflow
 #define LOG2_E 1.44269504f
@@ -75,7 +77,8 @@ FKD_INLINE float log_or_tiny(float x) { return log_positive(x > TINY ? x : TINY)
 
 FKD_INLINE float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 
-FKD_INLINE float loss_value(float loss) { return loss > EXCLUDED ? as_float(0x7f800000u) : loss; }
+// A factor of what may be infinite: nothing of it is nothing.
+FKD_INLINE float weighed(float weight, float x) { return weight == 0.0f && x == INFINITE ? 0.0f : weight * x; }
 
 FKD_INLINE float at_least_zero(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 

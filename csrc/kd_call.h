@@ -9,8 +9,7 @@
 #error "build through fused_kd.rows.native_build, which defines FKD_DIVERGENCES"
 #endif
 
-static const double EXCLUDED = 1e18;  // losses beyond it are infinite
-static const float TINY = 1e-30f;     // keeps ratios of two underflowed probabilities defined
+static const float TINY = 1e-30f;      // keeps ratios of two underflowed probabilities defined
 
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
@@ -32,9 +31,9 @@ typedef struct {  // mirrored by fused_kd/rows/native_row.py
     int64_t dlogits_stride;
     int32_t dlogits_dtype;
     int32_t divergence;
-    int32_t free, mixture, reads_d, kl_at_one, adaptive;  // of the divergence, see fused_kd.divergences.Divergence
+    int32_t free, mixture, reads_d, kl_at_one, adaptive, everywhere;  // of the divergence, see fused_kd.divergences.Divergence
     int32_t mixed, hard_label, gated, cold;
-    float lam, beta, gamma, temperature, fraction;
+    float lam, beta, gamma, temperature, fraction, rest, alpha, log_lam;  // of fused_kd.objectives.Scalars
     const int64_t *labels;  // (C,)
     const float *weights;   // (C,) or NULL
     const uint8_t *given;   // (C,) which rows are hard, or NULL
@@ -48,8 +47,9 @@ typedef struct {
     int64_t row, label, blocks;
     Softmax student, teacher, cold;
     double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
-    double label_d;  // log(target / student) of the label where its target is mixed
-    float beta;      // the objective's, or of an adaptive divergence this row's
+    double label_d;     // log(target / student) of the label where its target is mixed
+    float beta, alpha;  // the objective's, or of an adaptive divergence this row's
+    bool student_above, teacher_above;  // 0, in tokens that the other side excludes
 } Row;
 
 static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }

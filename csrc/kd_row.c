@@ -9,7 +9,7 @@
 // Rows of a top-k teacher are condensed to a short dense row between sweep 1 and 3.
 //
 // FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native_build.py: X(name, h, g) with C
-// expressions over t, q, d, r, log_r, s, log_s and beta.
+// expressions over t, q, d, r, log_r, s, log_s, beta and alpha.
 //
 // Sums run in fp32 within a block and in double beyond it. NaN logits become NaN losses: comparisons are written so
 // that NaN falls through, and nothing here may be compiled with -ffast-math.

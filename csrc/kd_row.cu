@@ -23,8 +23,8 @@
 // another temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side. By its data sheet, an H200
 // does 7 to 9 in the time that it takes for the bytes of an element with fp32 logits, 4 to 5 with bf16 ones.
 //
-// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE and FKD_ADAPTIVE of the
-// divergence, FKD_GATED.
+// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE, FKD_ADAPTIVE and FKD_EVERYWHERE
+// of the divergence, FKD_GATED, FKD_EXCLUDES (logits may be -inf).
 //
 // NaN logits become NaN losses: comparisons are written so that NaN falls through.
 
@@ -49,16 +49,18 @@ FKD_INLINE int64_t label_of(const Call *call, int64_t row) {
 
 FKD_INLINE bool first_of_cluster() { return cluster_rank() == 0 && thread_index() == 0; }
 
-FKD_INLINE void store_loss(float *x, int64_t row, float loss) { global_write4(x + row, as_bits(loss_value(loss))); }
+FKD_INLINE void store_loss(float *x, int64_t row, float loss) { global_write4(x + row, as_bits(loss)); }
 
 // ---- sweep 1
 
-// Asks for the first slots of row `next` (unless it is C) beside this one's.
-FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, float *sums) {
+// Asks for the first slots of row `next` (unless it is C) beside this one's. `over` (2,): the largest logits of the
+// student and the teacher where the other excludes a token.
+FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, float *sums, float *over) {
     const Rows *rows = &call->rows;
     const Begin begin = begin_of(rows, next);
     const int ahead = next < call->C ? rows->ahead : 0;
     no_statistics(sums);
+    over[0] = over[1] = OUTSIDE;
     int slot = 0;
     FKD_ROLLED for (int group = 0; group < FKD_GROUPS + !FKD_WHOLE; group++) {  // the last: what does not fit
         if (group < FKD_GROUPS) group_wait(rows, group);
@@ -72,6 +74,12 @@ FKD_INLINE void statistics(const Call *call, const Norms *norms, int64_t next, f
                     if (label != i) continue;
                     sums[LABEL_S] = z_s[i];
                     if (FKD_TEACHER >= 0) sums[LABEL_T] = z_t[i];
+                }
+            }
+            if (FKD_EXCLUDES) {
+                FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
+                    if (z_t[i] < EXCLUDED) over[0] = fmaxf(over[0], z_s[i]);
+                    if (z_s[i] < EXCLUDED) over[1] = fmaxf(over[1], z_t[i]);
                 }
             }
             add_slot(sums, z_s, z_t, norms->k);
@@ -167,7 +175,7 @@ FKD_INLINE Gradient linear_gradient(const Norms *norms, const Pair *totals, floa
     gradient.t = inverse(totals[T_SUM - FKD_MAXIMA], weight * target);
     gradient.cold = norms->cold_norm;
     if (FKD_COLD) gradient.cold = inverse(totals[COLD - FKD_MAXIMA], weight * norms->labels);
-    gradient.at_label = weight * (norms->labels + (FKD_MIXED ? norms->divergence * (1.0f - norms->lam) : 0.0f));
+    gradient.at_label = weight * (norms->labels + (FKD_MIXED ? norms->divergence * norms->rest : 0.0f));
     gradient.g_total = 0.0f;
     gradient.weight = weight;
     return gradient;
@@ -180,8 +188,18 @@ FKD_INLINE void finish_row(const Call *call, const Norms *norms, const Gradient 
         request_slots(&call->rows, next, next_turn(&call->rows), call->rows.ahead, call->rows.resident);
 }
 
+// -log of the label's probability; infinite where the label is excluded and not all of the row.
+FKD_INLINE float cross_entropy(float label_z, float top, float log_total, float inv_T) {
+    return label_z < EXCLUDED && top >= EXCLUDED ? INFINITE : log_total - (label_z - top) * inv_T;
+}
+
+// Whether the largest of a side's logits where the other excludes a token, if it excludes but some, is above log 0.
+FKD_INLINE bool above_zero(float z, float top, float log_total, float inv_T, float other_top) {
+    return (z - top) * inv_T - log_total > LOG_LEAST && other_top >= EXCLUDED;
+}
+
 FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *sums, const Pair *totals, int64_t next) {
-    const float loss = log_of(totals[0]) - (sums[LABEL_S] - sums[S_MAX]);
+    const float loss = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(totals[0]), 1.0f);
     if (first_of_cluster()) {
         store_loss(call->loss, norms->row, loss);
         store_loss(call->difficulty, norms->row, loss);
@@ -193,41 +211,54 @@ FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *s
     finish_row(call, norms, &gradient, LINEAR, next);
 }
 
-FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float *sums, Pair *totals, int64_t next,
-                              int *phase) {
-    const float lam = norms->lam, log_lam = log_or_tiny(lam);
+FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float *sums, const float *over, Pair *totals,
+                              int64_t next, int *phase) {
+    const float lam = norms->lam, rest = norms->rest, log_lam = scalar(call, 7);
     const Pair s_total = totals[S_SUM - FKD_MAXIMA], t_total = totals[T_SUM - FKD_MAXIMA];
     const Pair s_norm = inverse(s_total, 1.0f), t_norm = inverse(t_total, 1.0f);
     // One logarithm of the ratio: two would each be rounded at their own size.
     const float log_ratio = log_positive(times(t_total.high, s_norm) + t_total.low * s_norm.high);
-    const float kl = at_least_zero(times(whole(totals[KL - FKD_MAXIMA]), t_norm) * LN_2 - log_ratio);
+    float kl = at_least_zero(times(whole(totals[KL - FKD_MAXIMA]), t_norm) * LN_2 - log_ratio);
+    bool student_above = false, teacher_above = false;
+    if (FKD_EXCLUDES) {
+        student_above = above_zero(over[0], sums[S_MAX], log_of(s_total), inv_T, sums[T_MAX]);
+        teacher_above = above_zero(over[1], sums[T_MAX], log_of(t_total), inv_T, sums[S_MAX]);
+        if (teacher_above) kl = INFINITE;
+        norms->bound = sums[T_MAX] >= EXCLUDED ? EXCLUDED : -INFINITE;
+    }
     const float label_s = sums[LABEL_S] - sums[S_MAX], label_t = sums[LABEL_T] - sums[T_MAX];
     const float log_q = label_s * inv_T - log_of(s_total), log_p = label_t * inv_T - log_of(t_total);
-    const float p = exp_fast(log_p), t = lam * p + (1.0f - lam), log_t = log_or_tiny(t);
-    const float difficulty =
-        at_least_zero(lam * (kl - p * (log_p - log_q)) + lam * log_lam * (1.0f - p) + t * (log_t - log_q));
+    const float p = exp_fast(log_p), t = lam * p + rest, log_t = log_or_tiny(t);
+    float ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(s_total), inv_T);
+    float difficulty = at_least_zero(weighed(lam, kl - p * (log_p - log_q)) + lam * log_lam * (1.0f - p) +
+                                     t * (log_t - log_q));
+    if (rest > 0.0f && ce == INFINITE) difficulty = INFINITE;
     bool hard = false;
     if (FKD_GATED)
-        hard = call->given ? global_read1(call->given + norms->row) != 0 : loss_value(difficulty) > scalar(call, 2);
+        hard = call->given ? global_read1(call->given + norms->row) != 0 : difficulty > scalar(call, 2);
 
     const float share = FKD_MIXED ? 1.0f : lam;
     norms->divergence = share * inv_T;
-    norms->labels = FKD_HARD_LABEL ? 1.0f - lam : 0.0f;
+    norms->labels = FKD_HARD_LABEL ? rest : 0.0f;
     norms->s_norm = s_norm;
     norms->t_norm = FKD_MIXED ? inverse(t_total, lam) : t_norm;
-    norms->offset = FKD_MIXED ? (lam > 0.0f ? log_lam : LOG_ZERO) - log_ratio : -log_ratio;
+    norms->offset = FKD_MIXED ? log_lam - log_ratio : -log_ratio;
     norms->label_d = log_t - log_q;
-    const float ce = FKD_COLD ? log_of(totals[COLD - FKD_MAXIMA]) - label_s : -log_q;
+    if (FKD_COLD) ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(totals[COLD - FKD_MAXIMA]), 1.0f);
     if (FKD_COLD) norms->cold_norm = inverse(totals[COLD - FKD_MAXIMA], 1.0f);
-    float loss = FKD_MIXED ? difficulty : share * kl + norms->labels * ce;
+    const float of_label = weighed(norms->labels, ce);
+    float loss = FKD_MIXED ? difficulty : weighed(share, kl) + of_label;
     Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
     Form form = LINEAR;
-    if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->beta < 1.0f) && (!FKD_GATED || hard)) {
-        if (FKD_ADAPTIVE) norms->beta = head_share(&call->rows, norms, scalar(call, 4), phase);
+    if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->alpha > 0.0f) && (!FKD_GATED || hard)) {
+        if (FKD_ADAPTIVE) {
+            head_share(&call->rows, norms, scalar(call, 4), phase);
+            student_above = (student_above && scalar(call, 4) < 1.0f) || (teacher_above && norms->beta > 0.0f);
+        }
         form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
         divergence_sums(&call->rows, norms, form == KEPT, sums);
         reduce(sums, totals, 2, false, 0.0f, phase);
-        loss = share * whole(totals[0]) + norms->labels * ce;
+        loss = weighed(share, FKD_EVERYWHERE && student_above ? INFINITE : whole(totals[0])) + of_label;
         gradient.g_total = whole(totals[1]);
     }
     if (first_of_cluster()) {
@@ -289,18 +320,23 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
         norms.row = row;
         norms.label = label < V ? (int)label : -1;
         norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, 3));
-        float sums[FKD_RECORD];
+        float sums[FKD_RECORD], over[FKD_RECORD];
         Pair totals[FKD_RECORD];
-        statistics(&call, &norms, next, sums);
+        statistics(&call, &norms, next, sums, over);
+        if (FKD_EXCLUDES) {
+            FKD_UNROLL for (int i = 2; i < FKD_RECORD; i++) over[i] = i < FKD_MAXIMA ? OUTSIDE : 0.0f;
+            reduce(over, totals, FKD_RECORD, true, norms.k, &phase);
+        }
         reduce(sums, totals, FKD_RECORD, true, norms.k, &phase);
         norms.s_max = sums[S_MAX], norms.t_max = sums[T_MAX];
         norms.s_norm = norms.t_norm = norms.cold_norm = pair(0.0f, 0.0f);
-        norms.lam = norms.beta = norms.offset = norms.label_d = 0.0f;
+        norms.lam = norms.rest = norms.beta = norms.alpha = norms.bound = norms.offset = norms.label_d = 0.0f;
         if (FKD_TEACHER < 0) {
             cross_entropy_row(&call, &norms, sums, totals, next);
         } else {
             norms.lam = scalar(&call, 0), norms.beta = scalar(&call, 1);
-            distilled_row(&call, &norms, inv_T, sums, totals, next, &phase);
+            norms.rest = scalar(&call, 5), norms.alpha = scalar(&call, 6);
+            distilled_row(&call, &norms, inv_T, sums, over, totals, next, &phase);
         }
         row = next;
         rows->turn = next_turn(rows);

@@ -4,7 +4,9 @@
 #include "kd_math.h"
 
 #define BLOCK 1024
-static const float LOG_ZERO = -1e30f;  // stands for log 0
+static const float LOG_ZERO = -1e30f;        // stands for log 0
+static const float EXCLUDED = -1e18f;        // logits below it, before the temperature, are those of excluded tokens
+static const double LOG_LEAST = -87.33654475;  // smaller log-probabilities are log 0 where the other side excludes
 
 enum Dtype { FP32, BF16, FP16 };
 
@@ -12,7 +14,7 @@ typedef struct {
     const void *data;  // (C, V), unit stride along V
     int64_t stride;    // elements from row to row
     int32_t dtype;
-    int32_t finite;  // no value is -inf
+    int32_t finite;  // no token is excluded
     float scale;
     float softcap;  // 0: none
 } Logits;

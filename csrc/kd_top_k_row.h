@@ -65,7 +65,7 @@ static Call categories_call(const Row *r, const Categories *small, const int64_t
     Call call = *c;
     call.C = 1;
     call.V = K + 1;
-    call.student = (Logits){.data = small->student, .finite = true, .scale = 1.0f};
+    call.student = (Logits){.data = small->student, .scale = 1.0f};
     call.teacher = (Logits){.data = small->teacher, .scale = 1.0f};
     call.lists = (Lists){0};
     call.dlogits = c->dlogits ? small->gradient : NULL;
@@ -82,7 +82,7 @@ static Call categories_call(const Row *r, const Categories *small, const int64_t
 
 // The label's cross-entropy at temperature 1: the two temperatures see two rests, so it is a row of its own.
 static void add_cold_cross_entropy(const Row *r, const Categories *small, Call call) {
-    const float share = 1.0f - r->call->lam;
+    const float share = r->call->rest;
     float loss, difficulty;
     uint8_t is_hard;
     call.student.data = small->cold;
@@ -91,7 +91,7 @@ static void add_cold_cross_entropy(const Row *r, const Categories *small, Call c
     Row row = new_row(&call, small->scratch);
     row.label = *call.labels;
     cross_entropy_row(&row);
-    r->call->loss[r->row] += share * loss;
+    r->call->loss[r->row] += (float)weighed(share, loss);
     if (!r->call->dlogits) return;
     for (int64_t j = 0; j <= r->call->lists.K; j++) small->cold_gradient[j] *= share;
     for (int64_t j = 0; j < r->call->lists.K; j++) small->gradient[j] += small->cold_gradient[j];

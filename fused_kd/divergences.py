@@ -7,7 +7,7 @@ A divergence between a constant target ``t`` and the student ``q = softmax(z)`` 
 
 so a row of any backend needs nothing but ``h`` and ``g``. They are written with operators only, each as one
 ``return``, because the same functions run on tensors (torch), inside kernels (Triton, passed as ``constexpr``) and as
-text (C). Their arguments, per vocabulary entry, with the mixture ``m = beta * q + (1 - beta) * t``:
+text (C). Their arguments, per vocabulary entry, with the mixture ``m = beta * q + alpha * t``:
 
 ====== ===========================================================
 t      target probability
@@ -18,10 +18,12 @@ log_r  ``log r``
 s      ``q / m``
 log_s  ``log s``
 beta   the student's share of the mixture, or a weight of the row
+alpha  ``1 - beta``, which is not formed from it: where it is small, it would lose its digits
 ====== ===========================================================
 
 Callers pass finite numbers: where ``t`` (or ``q``) is 0 its logarithm is replaced by any finite one, so that
-``0 * log 0 = 0``. A multiple of ``q`` may be left out of ``g``: it cancels in ``dz``.
+``0 * log 0 = 0``; what is infinite about a sum, rows know from what the sides exclude. A multiple of ``q`` may be left
+out of ``g``: it cancels in ``dz``.
 """
 
 from __future__ import annotations
@@ -31,60 +33,60 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def kl_h(t, q, d, r, log_r, s, log_s, beta):
+def kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):
     return t * d
 
 
-def kl_g(t, q, d, r, log_r, s, log_s, beta):
+def kl_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return -t
 
 
-def reverse_kl_h(t, q, d, r, log_r, s, log_s, beta):
+def reverse_kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):
     return -q * d
 
 
-def reverse_kl_g(t, q, d, r, log_r, s, log_s, beta):
+def reverse_kl_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return -q * d
 
 
-def skew_kl_h(t, q, d, r, log_r, s, log_s, beta):
+def skew_kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):
     return t * log_r
 
 
-def skew_kl_g(t, q, d, r, log_r, s, log_s, beta):
+def skew_kl_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return -beta * q * r
 
 
-def skew_reverse_kl_h(t, q, d, r, log_r, s, log_s, beta):
+def skew_reverse_kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):
     return q * log_s
 
 
-def skew_reverse_kl_g(t, q, d, r, log_r, s, log_s, beta):
+def skew_reverse_kl_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return q * (log_s - beta * s)
 
 
-def jsd_h(t, q, d, r, log_r, s, log_s, beta):
-    return (1 - beta) * (t * log_r) + beta * (q * log_s)
+def jsd_h(t, q, d, r, log_r, s, log_s, beta, alpha):
+    return alpha * (t * log_r) + beta * (q * log_s)
 
 
-def jsd_g(t, q, d, r, log_r, s, log_s, beta):
+def jsd_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return beta * (q * log_s)
 
 
-def total_variation_h(t, q, d, r, log_r, s, log_s, beta):
+def total_variation_h(t, q, d, r, log_r, s, log_s, beta, alpha):
     return ((q > t) * (q - t) + (t > q) * (t - q)) / 2
 
 
-def total_variation_g(t, q, d, r, log_r, s, log_s, beta):
+def total_variation_g(t, q, d, r, log_r, s, log_s, beta, alpha):
     return ((q > t) * q - (t > q) * q) / 2
 
 
-def adaptive_kl_h(t, q, d, r, log_r, s, log_s, beta):
-    return (beta * t - (1 - beta) * q) * d
+def adaptive_kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):
+    return (beta * t - alpha * q) * d
 
 
-def adaptive_kl_g(t, q, d, r, log_r, s, log_s, beta):
-    return -beta * t - (1 - beta) * (q * d)
+def adaptive_kl_g(t, q, d, r, log_r, s, log_s, beta, alpha):
+    return -beta * t - alpha * (q * d)
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ class TopK:
     - ``tail="uniform"``: ``p_v`` on L and ``m / (V - |L|)`` on each other entry.
     - ``tail="bucket"``: ``p_v`` on L and ``m`` on all other entries together, as one category. Divergences are taken
       between distributions over |L| + 1 categories, the student's last being ``1 - sum_L q_v``: how the student
-      spreads it is its own affair. A label outside L is taken out of the bucket, with the share
-      ``p_y = m / (V - |L|)``, so that ``yt = (1 - lam) * onehot(y) + lam * p`` still asks for the label.
+      spreads it is its own affair. Where the objective reads the label (``ForwardKD``, ``ReverseKD``, ``NoEvo``,
+      ``Skew``, ``SkewTeacher``, ``SelfEvolution``, ``SelfEvolutionTopK``), one outside L is taken out of the bucket,
+      with the share ``p_y = m / (V - |L|)``, so that ``yt = (1 - lam) * onehot(y) + lam * p`` still asks for it.
 
     Temperatures other than 1 flatten the listed log-probabilities like logits, which says nothing of the tail: they
     need "renormalize".

@@ -158,7 +158,8 @@ class KDLoss(nn.Module):
 
         Args:
             student, teacher: :class:`LMHead`, or logits (..., V) in float32, bfloat16 or float16; the teacher may be
-                a :class:`TopK` instead. The teacher is a constant; ``SFT`` takes None.
+                a :class:`TopK` instead. The teacher is a constant; ``SFT`` takes None. A logit of -inf excludes its
+                token, see ``docs/excluded_tokens.md``.
             labels: (...) int64 or int32 in [0, V) or ``ignore_index``, on the student's device or on the CPU. Labels
                 on the CPU let ignored tokens be dropped before any GEMM without waiting for an accelerator.
             token_weights: (...) finite factors of at least 0 of the tokens' losses, constants; those of ignored tokens

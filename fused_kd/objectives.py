@@ -30,15 +30,30 @@ class RowSpec(NamedTuple):
     gated: bool = False
     ranked: bool = False
 
+    @property
+    def reads_label(self) -> bool:
+        return self.mixed or self.hard_label
+
 
 class Scalars(NamedTuple):
-    """Run-time scalars of a row, in the order in which kernels read them: host numbers, or 0-d tensors on a device."""
+    """Run-time scalars of a row, in the order in which kernels read them: host numbers, or 0-d tensors on a device.
+
+    ``rest`` is ``1 - lam`` and ``alpha`` is ``1 - beta``: formed from fp32 numbers near 1 they would lose their digits.
+    ``log_lam`` is ``log lam``, and :data:`LOG_ZERO` where ``lam`` is 0.
+    """
 
     lam: float | Tensor
     beta: float | Tensor
     gamma: float | Tensor
     temperature: float | Tensor
     fraction: float | Tensor
+    rest: float | Tensor
+    alpha: float | Tensor
+    log_lam: float | Tensor
+
+
+LOG_ZERO = -1e30
+"""Stands for log 0 and for logits of -inf: ``exp`` of it is 0, differences of it are 0, products with 0 are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +80,16 @@ class Objective:
 
     def scalars(self, temperature: float = 1.0) -> Scalars:
         """Values for the row; a scalar that the objective does not have gets its neutral value."""
+        lam, beta = getattr(self, "lam", 1.0), getattr(self, "beta", 1.0)
         return Scalars(
-            lam=getattr(self, "lam", 1.0),
-            beta=getattr(self, "beta", 1.0),
+            lam=lam,
+            beta=beta,
             gamma=getattr(self, "gamma", math.inf),
             temperature=temperature,
             fraction=getattr(self, "fraction", 1.0),
+            rest=1.0 - lam,
+            alpha=1.0 - beta,
+            log_lam=math.log(lam) if lam > 0.0 else LOG_ZERO,
         )
 
 
@@ -234,7 +253,7 @@ class GeneralizedJSD(Objective):
         return RowSpec({0.0: "kl", 1.0: "reverse_kl"}[self.beta]) if self.beta in (0.0, 1.0) else self.kind
 
     def scalars(self, temperature: float = 1.0) -> Scalars:
-        return super().scalars(temperature)._replace(beta=1.0 - self.beta)
+        return super().scalars(temperature)._replace(beta=1.0 - self.beta, alpha=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +272,7 @@ class SkewForward(Objective):
     kind: ClassVar[RowSpec] = RowSpec("skew_kl")
 
     def scalars(self, temperature: float = 1.0) -> Scalars:
-        return super().scalars(temperature)._replace(beta=1.0 - self.alpha)
+        return super().scalars(temperature)._replace(beta=1.0 - self.alpha, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +295,7 @@ class SkewReverse(Objective):
         return RowSpec("reverse_kl") if self.alpha == 0.0 else self.kind
 
     def scalars(self, temperature: float = 1.0) -> Scalars:
-        return super().scalars(temperature)._replace(beta=self.alpha)
+        return super().scalars(temperature)._replace(beta=self.alpha, alpha=1.0 - self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

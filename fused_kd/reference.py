@@ -32,6 +32,10 @@ from .objectives import (
 
 # Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
 _LOG_ZERO = -1e30
+# Log-probabilities below it are those of excluded tokens.
+_EXCLUDED = -1e18
+# Smaller probabilities are 0 where the other side excludes the token.
+_LEAST = 2.0**-126
 
 
 def full_logits(source: LMHead | Tensor) -> Tensor:
@@ -46,7 +50,26 @@ def full_logits(source: LMHead | Tensor) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+    """``KL(a||b)`` of a constant ``a``; where it is infinite its gradient is that of what is finite."""
+    return _or_infinite((log_a.exp() * (log_a - log_b)).sum(-1), log_a, log_b)
+
+
+def _kl_of_student(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``KL(q||p)``; where it is infinite its gradient is that of the tokens that ``p`` does not exclude."""
+    finite = (log_q.exp() * (log_q - log_p).where(log_p > _EXCLUDED, 0.0)).sum(-1)
+    return _or_infinite(finite, log_q, log_p)
+
+
+def _or_infinite(value: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Infinite where ``b`` excludes what is above 0 in ``a``."""
+    infinite = ((log_b <= _EXCLUDED) & (log_a > math.log(_LEAST))).any(-1)
+    return value + torch.zeros_like(value).masked_fill(infinite, math.inf)
+
+
+def _weighed(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
+    """``sum weight * value``, where nothing of an infinite value is nothing."""
+    parts = [torch.where(torch.as_tensor(w == 0, device=x.device), 0.0 * x.nan_to_num(), w * x) for w, x in terms]
+    return torch.stack(parts).sum(0)
 
 
 def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
@@ -74,6 +97,7 @@ def reference_rows(
     z = student_logits.double().clamp(min=_LOG_ZERO)
     log_q = (z / temperature).log_softmax(-1)
     ce = -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    ce = ce + torch.zeros_like(ce).masked_fill(ce >= -_EXCLUDED, math.inf)
     never = torch.zeros_like(labels, dtype=torch.bool)
     if isinstance(objective, SFT):
         return ce, ce.detach(), never
@@ -87,34 +111,33 @@ def reference_rows(
     d = _kl(log_t, log_q)
     hard = never
     if isinstance(objective, ForwardKD):
-        loss = (1 - lam) * ce + lam * _kl(log_p, log_q)
+        loss = _weighed((1 - lam, ce), (lam, _kl(log_p, log_q)))
     elif isinstance(objective, ReverseKD):
-        loss = (1 - lam) * ce + lam * _kl(log_q, log_p)
+        loss = _weighed((1 - lam, ce), (lam, _kl_of_student(log_q, log_p)))
     elif isinstance(objective, NoEvo):
         loss = d
     elif isinstance(objective, Skew):
         loss = _kl(log_t, _mix(log_q, log_t, objective.beta))
     elif isinstance(objective, SkewTeacher):
-        loss = (1 - lam) * ce + lam * _kl(log_p, _mix(log_q, log_p, objective.beta))
+        loss = _weighed((1 - lam, ce), (lam, _kl(log_p, _mix(log_q, log_p, objective.beta))))
     elif isinstance(objective, (SelfEvolution, SelfEvolutionTopK)):
         if isinstance(objective, SelfEvolution):
             hard = d.detach() > objective.gamma
         else:
             count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-6))
-            ranked = d.detach().masked_fill(d > 1e18, math.inf)  # infinite difficulties are equal
-            hard = never.scatter(0, ranked.argsort(descending=True, stable=True)[:count], True)
+            hard = never.scatter(0, d.detach().argsort(descending=True, stable=True)[:count], True)
         loss = torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d)
     elif isinstance(objective, GeneralizedJSD):
         loss = _generalized_jsd(log_p, log_q, objective.beta)
     elif isinstance(objective, SkewForward):
         loss = _kl(log_p, _mix(log_p, log_q, objective.alpha))
     elif isinstance(objective, SkewReverse):
-        loss = _kl(log_q, _mix(log_q, log_p, objective.alpha))
+        loss = _kl_of_student(log_q, _mix(log_q, log_p, objective.alpha))
     elif isinstance(objective, TotalVariation):
         loss = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     elif isinstance(objective, AdaptiveKL):
-        w = _head_share(log_p.exp(), log_q.exp().detach(), objective.fraction)
-        loss = w * _kl(log_p, log_q) + (1 - w) * _kl(log_q, log_p)
+        head, tail = _shares(log_p.exp(), log_q.exp().detach(), objective.fraction)
+        loss = _weighed((head, _kl(log_p, log_q)), (tail, _kl_of_student(log_q, log_p)))
     else:
         raise TypeError(f"the reference does not know {objective!r}")
     return loss, d.detach(), hard
@@ -124,22 +147,24 @@ def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     if beta == 0.0:
         return _kl(log_p, log_q)
     if beta == 1.0:
-        return _kl(log_q, log_p)
+        return _kl_of_student(log_q, log_p)
     log_m = _mix(log_p, log_q, beta)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl_of_student(log_q, log_m)
 
 
-def _head_share(p: Tensor, q: Tensor, mass: float) -> Tensor:
-    """Share of ``sum |p - q|`` in entries of which those at least as probable hold at most ``mass``, and in the top."""
+def _shares(p: Tensor, q: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Shares of ``sum |p - q|`` in entries of which those at least as probable hold at most ``mass``, and in the top;
+    and in the others."""
     error = (p - q).abs()
-    shares = []
-    for p_row, error_row in zip(p, error, strict=True):
+    inside = torch.zeros_like(p, dtype=torch.bool)
+    for row, p_row in zip(inside, p, strict=True):
         values, index, counts = p_row.unique(return_inverse=True, return_counts=True)
         at_least = (values * counts).flip(0).cumsum(0).flip(0)
         head = (at_least <= mass) | (values == values[-1]) | (mass >= 1)
-        total = error_row.sum()
-        shares.append(error_row[head[index]].sum() / total if total > 0 else total + 0.5)
-    return torch.stack(shares) if shares else error.sum(-1)
+        row.copy_(head[index])
+    total = error.sum(-1)
+    head, tail = (torch.where(total == 0, 0.5, (error * of).sum(-1) / total) for of in (inside, ~inside))
+    return head, tail
 
 
 def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, tail: str) -> Tensor:
@@ -154,15 +179,18 @@ def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, tail: str) -> Tensor:
     return torch.stack(rows) if rows else z.detach()
 
 
-def _categories(z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits, teacher log-probabilities and labels over the listed entries, the label and one for the rest."""
-    K = log_probs.shape[1]
+def _categories(
+    z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor, reads_label: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher log-probabilities and labels over the listed entries, one for the rest and, where it is
+    read, the label."""
+    K, z = log_probs.shape[1], z.clamp(min=_LOG_ZERO)  # log sum exp of -inf alone has no gradient
     students, teachers, positions = [], [], []
     for z_row, values, entries, y in zip(z, log_probs, indices, labels.tolist(), strict=True):
         table = {e: v for e, v in zip(entries.tolist(), values, strict=True) if v > -math.inf}
         missing = (1.0 - values.exp().sum()).clamp(min=0.0)
         others = len(z_row) - len(table)
-        if y not in table:
+        if reads_label and y not in table:
             table[y] = (missing / others).log().clamp(min=_LOG_ZERO)
             missing = missing * (others - 1) / others
         chosen = torch.tensor(list(table), device=z.device)
@@ -175,7 +203,7 @@ def _categories(z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor) -
                 [torch.stack(list(table.values())), missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)], nothing]
             )
         )
-        positions.append(list(table).index(y))
+        positions.append(list(table).index(y) if y in table else 0)
     if not students:
         return z, z.detach(), labels
     return torch.stack(students), torch.stack(teachers), torch.tensor(positions, device=z.device)
@@ -208,7 +236,7 @@ def reference_kd_loss(
     if isinstance(teacher, TopK):
         log_probs, indices = (x.reshape(-1, x.shape[-1])[valid] for x in (teacher.log_probs, teacher.indices))
         if teacher.tail == "bucket":
-            z, z_t, y = _categories(z, log_probs.double(), indices, y)
+            z, z_t, y = _categories(z, log_probs.double(), indices, y, objective.spec.reads_label)
         else:
             z_t = _dense(z, log_probs.double(), indices.long(), teacher.tail)
     elif teacher is not None:

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from fused_kd.objectives import OBJECTIVES, RowSpec
+from fused_kd.objectives import OBJECTIVES, RowSpec, Scalars
 from fused_kd.rows import cuda_build, cuda_row, top_k_cuda
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.cuda_row import Device, Launch
@@ -55,6 +55,7 @@ class Case(NamedTuple):
     cold: bool = False
     K: int | None = None
     tail: str = "uniform"
+    finite: bool = True
 
 
 def cases() -> dict[str, Case]:
@@ -72,6 +73,8 @@ def cases() -> dict[str, Case]:
         "self_evolution/odd_bf16": Case(gated, BF16, BF16, BF16, V=50257),
         "self_evolution/V=1000": Case(gated, V=1000),
         "self_evolution/V=32000": Case(gated, V=32000),
+        "self_evolution/excluding": Case(gated, finite=False),
+        "reverse_kd/excluding": Case(SPECS["reverse_kd"], finite=False),
         "self_evolution/softcap": Case(gated, softcap=30.0),
         "self_evolution/uniform": Case(gated, K=65),
         "generalized_jsd/softcap": Case(SPECS["generalized_jsd"], softcap=30.0),
@@ -95,8 +98,9 @@ def launches(case: Case, device: Device) -> list[Launch]:
     if case.K is not None:
         teacher = Sparse(torch.zeros(2, case.K, dtype=torch.int64), torch.zeros(2, case.K), torch.zeros(2), case.tail)
     elif case.spec.divergence is not None:
-        teacher = Logits(torch.empty(2, case.V, dtype=case.teacher), 1.0, case.softcap, False)
-    inputs = RowInputs(Logits(z, 1.0, case.softcap, False), teacher, labels, None, torch.ones(5), case.spec, case.cold)
+        teacher = Logits(torch.empty(2, case.V, dtype=case.teacher), 1.0, case.softcap, case.finite)
+    student = Logits(z, 1.0, case.softcap, case.finite)
+    inputs = RowInputs(student, teacher, labels, None, torch.ones(len(Scalars._fields)), case.spec, case.cold)
     gradient = z if case.gradient == case.student else torch.empty(2, case.V, dtype=case.gradient)
     outputs = RowOutputs(torch.empty(2), torch.empty(2), torch.empty(2, dtype=torch.bool), gradient)
     diverted: list[Launch] = []

@@ -33,7 +33,7 @@ from fused_kd.engine.gemm import Projection
 from fused_kd.engine.hand_over import scale_in_place
 from fused_kd.engine.streaming_sweeps import Sweeps
 from fused_kd.engine.tile_filter_triton import DeviceTiles
-from fused_kd.objectives import OBJECTIVES
+from fused_kd.objectives import OBJECTIVES, Scalars
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded_triton import TritonRow
 from fused_kd.rows.top_k_triton import row as top_k_row
@@ -61,6 +61,8 @@ COUNTED = {
     "self_evolution/odd": 6,
     "self_evolution/padded": 8,
     "generalized_jsd/in_place": 8,
+    "self_evolution/excluding": 8,
+    "reverse_kd/excluding": 8,
     "sharded/self_evolution/statistics": 8,
 }
 
@@ -74,7 +76,7 @@ DTYPES = {
 # Every kernel, divergence and branch at least once, at a third of the cost.
 FAST = re.compile(
     r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
-    r"|self_evolution/(loss|V=1)|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
+    r"|self_evolution/(loss|V=1)|(self_evolution|reverse_kd)/excluding|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
     r"|top_k/K=64/bf16.*"
     r"|hand_over/.*|filter/bf16/.*"
     r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
@@ -127,6 +129,8 @@ def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made["reverse_kd/cold+softcap+weights"] = _case(
         "reverse_kd", BF16, BF16, BF16, cold=True, softcap=30.0, weights=True
     )
+    for name in ("self_evolution", "reverse_kd", "adaptive_kl"):
+        made[f"{name}/excluding"] = _case(name, FP32, FP32, FP32, finite=False)
     made["self_evolution/bf16_out"] = _case("self_evolution", FP32, FP32, BF16)
     made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
     made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
@@ -146,6 +150,7 @@ def _case(
     softcap: float | None = None,
     weights: bool = False,
     cold: bool = False,
+    finite: bool = True,
 ) -> tuple[RowInputs, RowOutputs]:
     def matrix(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(1, stride or V, dtype=dtype)[:, :V]
@@ -153,11 +158,11 @@ def _case(
     spec = OBJECTIVES[name].kind
     z = matrix(student)
     inputs = RowInputs(
-        Logits(z, 1.0, softcap, True),
-        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, True),
+        Logits(z, 1.0, softcap, finite),
+        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, finite),
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
-        torch.zeros(5),
+        torch.zeros(len(Scalars._fields)),
         spec,
         cold,
     )
@@ -239,14 +244,14 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
-    of = row._join(torch.ones(1, 1, 10))
+    of = row._join(torch.ones(1, 1, 12))
     use, divergence = torch.ones(1, dtype=torch.bool), DIVERGENCES[inputs.spec.divergence or "kl"]
     if kernel == "statistics":
         row.statistics()
     elif kernel == "sums":
-        row.sums(of, divergence, use, None, 0.5)
+        row.sums(of, divergence, use, None, (0.5, 0.5))
     else:
-        row.gradient(of, divergence, use, torch.zeros(1, 1), 0.5)
+        row.gradient(of, divergence, use, torch.zeros(1, 1), (0.5, 0.5))
 
 
 def _sweeps(
@@ -267,7 +272,9 @@ def _sweeps(
     weight = torch.empty(V, H, dtype=dtype) if heads else None
     side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
     teacher = None if spec.divergence is None else side
-    return Sweeps(side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.zeros(5), spec, cold, V, None)
+    return Sweeps(
+        side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.zeros(len(Scalars._fields)), spec, cold, V, None
+    )
 
 
 def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:

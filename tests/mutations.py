@@ -43,6 +43,12 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
+def _exact(objective: str, backend: str) -> str:
+    return f"test_exact.py::test_dense[{objective}-{backend}-few]"
+
+
+_SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
+_LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _AMOUNTS, _SIDES = "fused_kd/divergences.py", "fused_kd/amounts.py", "fused_kd/sides.py"
 _ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
 _FILTER, _FILTER_TRITON = "fused_kd/engine/tile_filter.py", "fused_kd/engine/tile_filter_triton.py"
@@ -61,7 +67,7 @@ _LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engine/streaming.py", "fused_kd/engine/streaming_sweeps.py"
 _STREAMING_KERNELS = "fused_kd/engine/streaming_kernels.py"
 _STREAMING_GRADIENT = "fused_kd/engine/streaming_gradient.py"
-_ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta):\n    return "
+_ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha):\n    return "
 
 MUTATIONS = [
     # the table of formulas
@@ -74,19 +80,80 @@ MUTATIONS = [
     Mutation("skewed reverse kl: a term dropped", _DIVERGENCES, "q * (log_s - beta * s)", "q * log_s", (_table("skew_reverse_kl"),)),
     Mutation(
         "jsd: weights swapped", _DIVERGENCES,
-        "(1 - beta) * (t * log_r) + beta * (q * log_s)", "beta * (t * log_r) + (1 - beta) * (q * log_s)",
+        "alpha * (t * log_r) + beta * (q * log_s)", "beta * (t * log_r) + alpha * (q * log_s)",
         (_budget("generalized_jsd"),),
     ),
     Mutation("total variation: not halved", _DIVERGENCES, "(t > q) * (t - q)) / 2", "(t > q) * (t - q))", (_budget("total_variation"),)),
     Mutation(
         "adaptive kl: weights swapped", _DIVERGENCES,
-        "-beta * t - (1 - beta) * (q * d)", "-(1 - beta) * t - beta * (q * d)", (_table("adaptive_kl"),),
+        "-beta * t - alpha * (q * d)", "-alpha * t - beta * (q * d)", (_table("adaptive_kl"),),
+    ),
+    # excluded tokens, and scalars near their limits
+    Mutation(
+        "torch: infinite by the excluded token's size", _TORCH_MATH, "p >= torch.finfo(torch.float32).tiny", "p >= 1e-12",
+        (_exact("no_evo", "torch"),),
+    ),
+    Mutation(
+        "torch: what the teacher excludes stays in the gradient", _TORCH, "masked_fill_(pick(outs[1]), LEFT_OUT)",
+        "masked_fill_(pick(outs[1]), 0.0)", (_exact("reverse_kd", "torch"),),
+    ),
+    Mutation("torch: 0 times infinity", _TORCH_MATH, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", (_LABEL_LEFT_OUT.format("torch"),)),
+    Mutation(
+        "1 - beta from fp32 beta", "fused_kd/objectives.py", "beta=1.0 - self.alpha, alpha=self.alpha)", "beta=1.0 - self.alpha, alpha=0.99999994 - (1.0 - self.alpha))",
+        (_SMALL_SHARE.format("torch"),),
+    ),
+    Mutation(
+        "native: infinite by the excluded token's size", _CSRC + "kd_softmax.h", "LOG_LEAST = -87.33654475", "LOG_LEAST = -27.6",
+        (_exact("no_evo", "native"),),
+    ),
+    Mutation(
+        "native: infinite where nothing is above 0", _NATIVE, "log_probability(x, cool(z, temperature)) > LOG_LEAST", "true",
+        (_exact("reverse_kd", "native"),),
+    ),
+    Mutation(
+        "native: what the teacher excludes stays in the gradient", _NATIVE, "out[i] ? 1.0f : d[i]", "out[i] ? 0.0f : d[i]",
+        (_exact("reverse_kd", "native"),),
+    ),
+    Mutation("native: 1 - beta from beta", _NATIVE, "raised + alpha * (t[i] - raised)", "raised + (1.0f - beta) * (t[i] - raised)", (_SMALL_SHARE.format("native"),)),
+    Mutation("native: 0 times infinity", _NATIVE, "return weight == 0.0 && isinf(value) ? 0.0 : weight * value;", "return weight * value;", (_LABEL_LEFT_OUT.format("native"),)),
+    Mutation(
+        "triton: infinite by the excluded token's size", _TRITON_MATH, "- log_total > _LOG_LEAST", "- log_total > -27.6",
+        (_exact("no_evo", "triton"),),
+    ),
+    Mutation(
+        "triton: the sides' exclusions swapped", _TRITON_SWEEPS, "tl.where(z_t < _EXCLUDED, z_s, OUTSIDE)", "tl.where(z_s < _EXCLUDED, z_s, OUTSIDE)",
+        (_exact("reverse_kd", "triton"),),
+    ),
+    Mutation(
+        "triton: what the teacher excludes stays in the gradient", _TRITON_MATH, "LEFT_OUT = tl.constexpr(1.0)", "LEFT_OUT = tl.constexpr(0.0)",
+        (_exact("reverse_kd", "triton"),),
+    ),
+    Mutation("triton: 1 - beta from beta", _TRITON_MATH, "tl.where(larger, alpha, -beta)", "tl.where(larger, 1.0 - beta, -beta)", (_SMALL_SHARE.format("triton"),)),
+    Mutation(
+        "streaming: a split's exclusions forgotten", _STREAMING_KERNELS, "t_over = tl.maximum(t_over, tl.load(part + _T_OVER", "t_over = tl.minimum(t_over, tl.load(part + _T_OVER",
+        ("test_exact.py::test_streaming[reverse_kd-few]",),
+    ),
+    Mutation(
+        "sharded: exclusions of one side only", _SHARDED, "(largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit)", "largest[:, 0:1] > math.inf",
+        ("test_exact.py::test_slices[reverse_kd-dense-few]",),
+    ),
+    Mutation(
+        "cuda: infinite by the excluded token's size", _CSRC + "cuda_math.h", "LOG_LEAST (-87.3365448f)", "LOG_LEAST (-27.6f)",
+        ("test_exact.py::test_cuda_emulated[no_evo-dense-few]",),
+    ),
+    Mutation(
+        "cuda: what the teacher excludes stays in the gradient", _CSRC + "cuda_divergence.h", "z_t < norms->bound) d = 1.0f;", "z_t < norms->bound) d = 0.0f;",
+        ("test_exact.py::test_cuda_emulated[reverse_kd-dense-few]",),
+    ),
+    Mutation(
+        "top-k: the label is always its own category", _TOP_K, "    if reads_label:\n", "    if True:\n",
+        ("test_top_k.py::test_a_label_that_is_not_read_stays_in_the_bucket[torch]",),
     ),
     # the torch row
     Mutation("torch: label off by one", _TORCH, "y = labels.clamp(min=0)", "y = (labels - 1).clamp(min=0)", (_budget("sft"),)),
     Mutation(
         "torch: lam for 1 - lam", _TORCH_MATH,
-        "add_at(out, y, (s.lam - 1.0) * own)\n        scale(out, 1.0 / s.temperature)",
+        "add_at(out, y, -s.rest * own)\n        scale(out, 1.0 / s.temperature)",
         "add_at(out, y, -s.lam * own)\n        scale(out, 1.0 / s.temperature)",
         (_budget("no_evo"),),
     ),
@@ -194,7 +261,7 @@ MUTATIONS = [
         (_slices("no_evo", "dense", "triton"),),
     ),
     # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
-    Mutation("cuda: gate reversed", _CUDA, "loss_value(difficulty) > scalar(call, 2)", "loss_value(difficulty) < scalar(call, 2)", (_emulated("self_evolution"),)),
+    Mutation("cuda: gate reversed", _CUDA, ": difficulty > scalar(call, 2)", ": difficulty < scalar(call, 2)", (_emulated("self_evolution"),)),
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
     Mutation(
         "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",
@@ -309,7 +376,7 @@ MUTATIONS = [
     ),
     # the row in C
     Mutation(
-        "native: hard and easy swapped", _NATIVE, "loss_value(difficulty) > c->gamma", "loss_value(difficulty) <= c->gamma",
+        "native: hard and easy swapped", _NATIVE, "(float)difficulty > c->gamma", "(float)difficulty <= c->gamma",
         (_logits("native", "self_evolution"),),
     ),
     Mutation(

@@ -312,7 +312,7 @@ def test_strided_inputs_and_outputs(emulated):
     assert (expanded.dlogits == expanded.dlogits[0]).all()
     with pytest.raises(ValueError, match=r"loss must be contiguous, got strides \(2,\)"):
         vectors = torch.zeros(2), torch.zeros(2, dtype=torch.bool)
-        inputs = RowInputs(Logits(z[:2], 1.0, None, False), None, labels[:2], None, torch.zeros(5), fk.SFT.kind, False)
+        inputs = RowInputs(Logits(z[:2], 1.0, None, False), None, labels[:2], None, torch.zeros(8), fk.SFT.kind, False)
         cuda_row.row(inputs, RowOutputs(torch.zeros(4)[::2], *vectors, None))
 
 

@@ -45,11 +45,11 @@ def library(tmp_path: Path, text: str, *flags: str) -> ctypes.CDLL:
 @needs_compiler
 def test_formulas_in_c_are_those_of_the_table(tmp_path):
     text = """void both(int which, const float *x, float *hg) {
-        formulas(which, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], hg, hg + 1);
+        formulas(which, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], hg, hg + 1);
     }"""
     both = library(tmp_path, text).both
     for which, (name, divergence) in enumerate(DIVERGENCES.items()):
-        for x in np.random.default_rng(which).normal(size=(50, 8)).astype(np.float32):
+        for x in np.random.default_rng(which).normal(size=(50, 9)).astype(np.float32):
             hg = np.full(2, np.nan, np.float32)
             both(which, x.ctypes.data_as(ctypes.c_void_p), hg.ctypes.data_as(ctypes.c_void_p))
             arguments = x.astype(np.float64)

@@ -155,7 +155,7 @@ def test_table_s_g_is_the_gradient_of_its_h(name):
 
     def arguments(q):
         m = beta * q + (1 - beta) * t
-        return t, q, t.log() - q.log(), t / m, (t / m).log(), q / m, (q / m).log(), beta
+        return t, q, t.log() - q.log(), t / m, (t / m).log(), q / m, (q / m).log(), beta, 1 - beta
 
     (ref,) = torch.autograd.grad(divergence.h(*arguments(z.softmax(-1))).sum(), z)
     q = z.detach().softmax(-1)

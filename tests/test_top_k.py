@@ -39,7 +39,7 @@ def compare(p: Problem, teacher: fk.TopK, objective, *, tight: float = TIGHT, he
     out = fk.kd_loss(
         fk.LMHead(p.hidden, p.weight, p.bias, **head), teacher, p.labels, objective, backend=backend, **options
     )
-    grads = gradients(out.loss.sum(), p.leaves)
+    grads = torch.autograd.grad(out.loss.sum(), p.leaves, retain_graph=True)
     options.pop("memory_budget", None)
     copies = [x.detach().double().requires_grad_() for x in p.leaves]
     student = _Head(*copies, *([None] * (3 - len(copies))), **head)
@@ -154,6 +154,21 @@ def test_the_whole_vocabulary_listed_is_the_dense_teacher(backend):
         for a, r in zip(gradients(sparse.loss, p.leaves), gradients(dense.loss, p.leaves), strict=True):
             assert relative(a, r) < TIGHT
         dense = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_label_that_is_not_read_stays_in_the_bucket(backend):
+    """Whatever label a token has, in the list or out of it, objectives without one have the same loss and gradient."""
+    p, listed = problem(N=3, V=50, ignored=0.0), torch.tensor([3, 7, 9])
+    teacher = fk.TopK(torch.tensor([[-1.0, -1.5, -3.0]] * 3), listed.expand(3, 3), "bucket")
+    for objective in (fk.GeneralizedJSD(), fk.SkewForward(), fk.SkewReverse(), fk.TotalVariation(), fk.AdaptiveKL()):
+        made = []
+        for label in (7, 20, 49):
+            p.labels = torch.full((3,), label)
+            out = compare(p, teacher, objective, backend=backend, tight=2e-5)
+            made.append((out.loss, out.difficulty, *gradients(out.loss, p.leaves)))
+        for other in made[1:]:
+            assert all(relative(a, b) < 1e-6 for a, b in zip(other, made[0], strict=True)), objective
 
 
 def test_lists_one_token_off_are_another_loss():

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..objectives import RowSpec, Scalars
 from ..rows import Logits, Row, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
+from ..rows.torch_math import known_all
 from ..tuning import current
 from .buffers import Buffers, row_stride
 from .gemm import SLAB_BYTES, Projection
@@ -87,7 +88,7 @@ def run(
             synchronisation; on an accelerator their number is unknown to the host, so their rows are skipped instead.
         weights: (N,) fp32 token weights or None.
         scale: 0-d fp32 factor of all gradients.
-        scalars: (5,) fp32, see :class:`fused_kd.objectives.Scalars`.
+        scalars: (8,) fp32, see :class:`fused_kd.objectives.Scalars`.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
         grad_filter_eps: see :mod:`.tile_filter`.
@@ -109,7 +110,7 @@ def run(
     whole = planned.group >= n
     head = head_gradient(student, side_s, scale, wanted, whole=whole, grad_filter_eps=grad_filter_eps)
     buffers = Buffers(planned, vocab, device)
-    chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab)
+    chunks = Chunks(side_s, side_t, labels, bad, index, buffers, vocab, spec)
     groups = planned.groups(n)
     hard = None
     if spec.ranked:
@@ -173,9 +174,9 @@ class LogitSource:
         if side.weight is None:
             self.source, finite = side.source.detach()[:, :vocab], False
         else:
-            bias = None if side.bias is None else side.bias[:vocab]
+            bias = None if side.bias is None else side.bias.detach()[:vocab]
             self.projection = Projection(side.weight[:vocab], bias, dtype or side.source.dtype)
-            self.source, finite = side.source.detach(), True
+            self.source, finite = side.source.detach(), bias is None or known_all(bias.isfinite())
         self._template = (side.logit_scale, side.softcap, finite)
 
     def chunk(self, tokens: slice | Tensor, buffers: Buffers, name: str) -> tuple[Tensor | None, Logits]:
@@ -209,7 +210,9 @@ class Chunks:
         index: Tensor | None,
         buffers: Buffers,
         vocab: int,
+        spec: RowSpec,
     ) -> None:
+        self._reads_label = spec.reads_label
         self._student, self._teacher, self._index, self._buffers = student, teacher, index, buffers
         self._labels, self._bad, self._vocab = labels, bad, vocab
         self._last: tuple[slice, tuple[slice | Tensor, Tensor | None, Logits, Logits | Sparse | None]] | None = None
@@ -229,7 +232,9 @@ class Chunks:
         if teacher is None:
             return None
         lists = teacher.log_probs[tokens], teacher.indices[tokens]
-        rows, malformed = sparse_teacher(*lists, self._labels[span], self._vocab, teacher.tail)
+        rows, malformed = sparse_teacher(
+            *lists, self._labels[span], self._vocab, teacher.tail, reads_label=self._reads_label
+        )
         self._bad[span] |= malformed
         return rows
 

@@ -87,7 +87,7 @@ def run(
     head = head_gradient(student, side_s, scale, wanted, whole=len(spans) == 1)
     exchange = Exchange(shards.group)
     lanes = [Buffers(plan, V, device) for _ in range(min(LANES, max(len(spans), 1)))]
-    chunks = [Chunks(side_s, side_t, labels, bad, index, lane, shards.vocab) for lane in lanes]
+    chunks = [Chunks(side_s, side_t, labels, bad, index, lane, shards.vocab, spec) for lane in lanes]
     lane_of = {span.start: i % len(lanes) for i, span in enumerate(spans)}
 
     def begin(span: slice, given: Tensor | None, difficulty_only: bool) -> _UnderWay:

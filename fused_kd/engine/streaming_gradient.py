@@ -40,6 +40,7 @@ def gradient_kernel(
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -69,22 +70,27 @@ def gradient_kernel(
         else:
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
             target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
-            beta = target[1]
-            ce_share = 1.0 - target[0]
+            lam, ce_share, _log_lam = target[0]
             share = inverse_temperature(scalars_ptr)
             if not MIXED:
-                share *= target[0]
+                share *= lam
             if PURE:
-                t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, MIXTURE)
+                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+                    z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
+                )
                 g_total = -1.0
                 if not FREE:
                     g_total = norm(norms_ptr, G_TOTAL, held, n)
-                gradient = share * (g(t, q, d, r, log_r, s, log_s, beta) - q * g_total)
+                gradient = share * (g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * g_total)
             else:
-                t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, False)
-                easy = free_g(t, q, d, r, log_r, s, log_s, beta) + q
-                t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, MIXTURE)
-                own = g(t, q, d, r, log_r, s, log_s, beta) - q * norm(norms_ptr, G_TOTAL, held, n)
+                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+                    z_s, z_t, at_label, target, norms, MIXED, False, False
+                )
+                easy = free_g(t, q, d, r, log_r, s, log_s, beta, alpha) + q
+                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+                    z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
+                )
+                own = g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * norm(norms_ptr, G_TOTAL, held, n)
                 chosen = tl.load(chosen_ptr + held) != 0
                 gradient = share * tl.where(chosen[:, None], own, easy)
             if HARD_LABEL:

@@ -15,19 +15,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rows.base import EXCLUDED
 from ..rows.triton_math import (
     LN_2,
     LOG2_E,
     OUTSIDE,
+    above_zero,
     arguments,
+    cross_entropy,
     exponent,
     exponent_scale,
     final_logits,
+    inverse_temperature,
+    label_scalars,
     label_terms,
-    log_off_label,
     moved,
-    store_loss,
+    weighed,
 )
+
+_EXCLUDED = tl.constexpr(EXCLUDED)
 
 # What a split of the vocabulary says of a token: (splits, FIELDS, n) fp32. Maxima are those before the temperature.
 _S_MAX = tl.constexpr(0)
@@ -38,7 +44,9 @@ _T_MAX = tl.constexpr(4)
 _T_SUM = tl.constexpr(5)
 _T_LABEL = tl.constexpr(6)
 _KL = tl.constexpr(7)
-FIELDS = tl.constexpr(8)
+_S_OVER = tl.constexpr(8)  # the largest logit where the other side excludes a token
+_T_OVER = tl.constexpr(9)
+FIELDS = tl.constexpr(10)
 
 # What later sweeps must know of a token: (NORMS, n) fp32.
 _NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of triton_math.arguments
@@ -68,6 +76,7 @@ def statistics_kernel(
     span,  # columns of a split, a multiple of BN: specialised for, or loads would lose their alignment
     TEACHER: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -96,6 +105,8 @@ def statistics_kernel(
     kl = tl.zeros((BM,), tl.float32)
     s_label = tl.zeros((BM,), tl.float32)
     t_label = tl.zeros((BM,), tl.float32)
+    s_over = tl.full((BM,), OUTSIDE, tl.float32)
+    t_over = tl.full((BM,), OUTSIDE, tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
         z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
@@ -109,6 +120,9 @@ def statistics_kernel(
             cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, new_s)) + tl.sum(cold, axis=1)
         if TEACHER:
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
+            if EXCLUDES:
+                s_over = tl.maximum(s_over, tl.max(tl.where(z_t < _EXCLUDED, z_s, OUTSIDE), axis=1))
+                t_over = tl.maximum(t_over, tl.max(tl.where(z_s < _EXCLUDED, z_t, OUTSIDE), axis=1))
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
             s_step = exponent(s_max, k, new_s)
             t_step = exponent(t_max, k, new_t)
@@ -133,6 +147,9 @@ def statistics_kernel(
         tl.store(out + _T_SUM * n, t_sum, mask=valid)
         tl.store(out + _T_LABEL * n, t_label, mask=valid)
         tl.store(out + _KL * n, kl, mask=valid)
+        if EXCLUDES:
+            tl.store(out + _S_OVER * n, s_over, mask=valid)
+            tl.store(out + _T_OVER * n, t_over, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
@@ -151,13 +168,17 @@ def combine_kernel(
     HARD_LABEL: tl.constexpr,
     GATED: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The splits' statistics, in their order, into norms, difficulty, hardness and the loss where it needs no sums."""
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(count_ptr)
     valid = positions < count
-    lam = tl.load(scalars_ptr)
+    of_label = label_scalars(scalars_ptr)
+    lam, rest, _log_lam = of_label
+    inv_T = inverse_temperature(scalars_ptr)
     gamma = tl.load(scalars_ptr + 2)
     k = exponent_scale(scalars_ptr)
     s_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
@@ -168,6 +189,8 @@ def combine_kernel(
     kl = tl.zeros((BLOCK,), tl.float32)
     s_label = tl.zeros((BLOCK,), tl.float32)
     t_label = tl.zeros((BLOCK,), tl.float32)
+    s_over = tl.full((BLOCK,), OUTSIDE, tl.float32)
+    t_over = tl.full((BLOCK,), OUTSIDE, tl.float32)
     for split in range(0, splits):
         part = partials_ptr + tl.cast(split, tl.int64) * FIELDS * n + positions
         part_s = tl.load(part + _S_MAX * n, mask=valid, other=0.0)
@@ -179,6 +202,9 @@ def combine_kernel(
             cold_sum += part_cold * tl.exp2(exponent(part_s, LOG2_E, new_s))
         if TEACHER:
             t_label += tl.load(part + _T_LABEL * n, mask=valid, other=0.0)
+            if EXCLUDES:
+                s_over = tl.maximum(s_over, tl.load(part + _S_OVER * n, mask=valid, other=OUTSIDE))
+                t_over = tl.maximum(t_over, tl.load(part + _T_OVER * n, mask=valid, other=OUTSIDE))
             part_t = tl.load(part + _T_MAX * n, mask=valid, other=0.0)
             part_s_sum = tl.load(part + _S_SUM * n, mask=valid, other=1.0)
             part_t_sum = tl.load(part + _T_SUM * n, mask=valid, other=1.0)
@@ -197,7 +223,7 @@ def combine_kernel(
     norms = norms_ptr + positions
     ce = 0.0
     if COLD or not TEACHER:
-        ce = tl.log(cold_sum) - (s_label - s_max)
+        ce = cross_entropy(s_label, s_max, tl.log(cold_sum), 1.0)
         tl.store(norms + COLD_MAX * n, s_max, mask=valid)
         tl.store(norms + COLD_INV * n, 1.0 / cold_sum, mask=valid)
     if TEACHER:
@@ -205,17 +231,22 @@ def combine_kernel(
         t_log = tl.log(t_sum)
         kl = (kl / t_sum) * LN_2 - (t_log - s_log)
         kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
+        if EXCLUDES:
+            kl = tl.where(above_zero(t_over, k, t_max, t_log, s_max), float("inf"), kl)
         label_log_q = exponent(s_label, k, s_max) * LN_2 - s_log
         label_log_p = exponent(t_label, k, t_max) * LN_2 - t_log
-        difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
+        warm = cross_entropy(s_label, s_max, s_log, inv_T)
+        difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, warm, of_label)
         if not COLD:
-            ce = -label_log_q
+            ce = warm
         base = tl.zeros((BLOCK,), tl.float32)
         if HARD_LABEL:
-            base = (1.0 - lam) * ce
+            base = weighed(rest, ce)
         loss = difficulty
         if not MIXED:
-            loss = lam * kl + base
+            loss = weighed(lam, kl) + base
+        if EXCLUDES and EVERYWHERE:
+            base += weighed(lam, tl.where(above_zero(s_over, k, s_max, s_log, t_max), float("inf"), 0.0))
         tl.store(norms + _NORM_S_MAX * n, s_max, mask=valid)
         tl.store(norms + _NORM_S_INV * n, 1.0 / s_sum, mask=valid)
         tl.store(norms + _NORM_T_MAX * n, t_max, mask=valid)
@@ -230,8 +261,8 @@ def combine_kernel(
     if GATED:
         hard = difficulty > gamma
     within = positions < n
-    store_loss(loss_ptr + positions, tl.where(valid, loss, 0.0), within)
-    store_loss(difficulty_ptr + positions, tl.where(valid, difficulty, 0.0), within)
+    tl.store(loss_ptr + positions, tl.where(valid, loss, 0.0), mask=within)
+    tl.store(difficulty_ptr + positions, tl.where(valid, difficulty, 0.0), mask=within)
     tl.store(hard_ptr + positions, hard & valid, mask=within)
 
 
@@ -253,6 +284,7 @@ def sums_kernel(
     g: tl.constexpr,
     MIXTURE: tl.constexpr,
     MIXED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -271,7 +303,6 @@ def sums_kernel(
     positions = tl.load(chosen_ptr + tl.minimum(places, count - 1))
     tokens = tl.load(tokens_ptr + positions)
     labels = tl.load(labels_ptr + positions).to(tl.int32)
-    beta = tl.load(scalars_ptr + 1)
     target, norms = row_terms(norms_ptr, scalars_ptr, positions, n)
 
     h_sum = tl.zeros((BM,), tl.float32)
@@ -281,9 +312,11 @@ def sums_kernel(
         z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
         at_label = columns[None, :] == labels[:, None]
-        t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, at_label, target, norms, MIXED, MIXTURE)
-        h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta), axis=1)
-        g_sum += tl.sum(g(t, q, d, r, log_r, s, log_s, beta), axis=1)
+        t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+            z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
+        )
+        h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
+        g_sum += tl.sum(g(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
 
     out = partials_ptr + (split.to(tl.int64) * 2) * n + places
     tl.store(out, h_sum, mask=places < count)
@@ -317,7 +350,7 @@ def sums_combine_kernel(
         h_sum += tl.load(part, mask=valid, other=0.0)
         g_sum += tl.load(part + n, mask=valid, other=0.0)
     base = tl.load(norms_ptr + _BASE * n + positions, mask=valid, other=0.0)
-    store_loss(loss_ptr + positions, share * h_sum + base, valid)
+    tl.store(loss_ptr + positions, share * h_sum + base, mask=valid)
     tl.store(norms_ptr + G_TOTAL * n + positions, g_sum, mask=valid)
 
 
@@ -394,9 +427,9 @@ def norm(norms_ptr, field: tl.constexpr, positions, n):
 @triton.jit
 def row_terms(norms_ptr, scalars_ptr, positions, n):
     """``target`` and ``norms`` of triton_math.arguments, as columns."""
-    lam = tl.load(scalars_ptr)
     label_d = norm(norms_ptr, _LABEL_D, positions, n)
-    target = (lam, tl.load(scalars_ptr + 1), exponent_scale(scalars_ptr), log_off_label(lam), label_d)
+    beta, alpha = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 6)
+    target = (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), label_d)
     s_max, s_inv = norm(norms_ptr, _NORM_S_MAX, positions, n), norm(norms_ptr, _NORM_S_INV, positions, n)
     t_max, t_inv = norm(norms_ptr, _NORM_T_MAX, positions, n), norm(norms_ptr, _NORM_T_INV, positions, n)
     return target, (s_max, s_inv, t_max, t_inv, norm(norms_ptr, _NORM_LOG_RATIO, positions, n))

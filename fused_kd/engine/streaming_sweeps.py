@@ -63,7 +63,9 @@ class Sweeps:
         self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
         self._norms = empty((NORMS, self.n), torch.float32, labels.device)
         self._chosen: Tensor | None = None
-        self._formulas = formula_constants(spec, cold_labels)
+        # Heads make finite logits, unless by their bias.
+        excludes = teacher is not None and any(side.weight is None or side.bias is not None for side in sides)
+        self._formulas = formula_constants(spec, cold_labels) | {"EXCLUDES": excludes}
         self._constants: dict[str, Any] = {
             "ROUND_S": _TYPES[operands[0] or torch.float32],
             "ROUND_T": _TYPES[operands[-1] or torch.float32],
@@ -96,7 +98,7 @@ class Sweeps:
             assert self._divergence is not None
             chosen = hard if self._spec.gated else self._labels >= 0
             if self._divergence.kl_at_one:
-                chosen = chosen & (self._scalar("beta") < 1.0)
+                chosen = chosen & (self._scalar("alpha") > 0.0)
             self._sums(plan.sum_splits, chosen, loss)
             self._chosen = chosen
         result.loss[self.tokens] = loss.masked_fill(bad[self._order], math.nan)
@@ -109,12 +111,13 @@ class Sweeps:
         statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
             self.n, self._vocab, self._span(splits, tiles),
-            TEACHER=self._teacher is not None, COLD=self._formulas["COLD"], **self._constants, **_of(tiles),
+            TEACHER=self._teacher is not None, **_only(self._formulas, "COLD", "EXCLUDES"), **self._constants,
+            **_of(tiles),
         )  # fmt: skip
         combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
             partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
             TEACHER=self._teacher is not None, BLOCK=COMBINE_BLOCK,
-            **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD"),
+            **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD", "EXCLUDES", "EVERYWHERE"),
         )  # fmt: skip
 
     def _sums(self, splits: int, chosen: Tensor, loss: Tensor) -> None:
@@ -124,7 +127,7 @@ class Sweeps:
         sums_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars, partials,
             self.n, self._vocab, self._span(splits, tiles),
-            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED"), **self._constants, **_of(tiles),
+            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED", "EXCLUDES"), **self._constants, **_of(tiles),
         )  # fmt: skip
         sums_combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
             partials, order, count, self._norms, self._scalars, loss, self.n, splits,
@@ -154,7 +157,7 @@ class Sweeps:
             out, out.stride(0), flags, threshold,
             positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
             TEACHER=self._teacher is not None, BY_TOKEN=by_token, PURE=pure,
-            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD"),
+            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD", "EXCLUDES"),
             **self._constants, **_of(self.tiles.gradient),
         )  # fmt: skip
 

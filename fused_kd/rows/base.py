@@ -6,24 +6,26 @@ Implementations never import each other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ..objectives import LOG_ZERO as LOG_ZERO
 from ..objectives import RowSpec
 
-LOG_ZERO = -1e30
-"""Stands for log 0 and for logits of -inf: ``exp`` of it is 0, differences of it are 0, products with 0 are 0."""
+EXCLUDED = -1e18
+"""Final logits below this, before the temperature, are those of excluded tokens, unless the row has no others."""
 
-EXCLUDED = 1e18
-"""Losses beyond this come from a positive target on a token that the student excludes (-inf): they are infinite."""
+LOG_LEAST = -126 * math.log(2.0)
+"""Smaller log-probabilities, those of numbers that are not normal in fp32, are log 0 where the other side excludes."""
 
 
 class Logits(NamedTuple):
     """Raw logits (C, V) of one side, and how they become final ones: ``x = cap * tanh(scale * raw / cap)``.
 
-    ``softcap`` None leaves out the cap. ``finite`` promises that no value is -inf.
+    ``softcap`` None leaves out the cap. ``finite`` promises that no token is excluded.
     """
 
     raw: Tensor
@@ -33,7 +35,8 @@ class Logits(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """A top-k teacher of one chunk, see :class:`fused_kd.inputs.TopK`; its labels are among the entries.
+    """A top-k teacher of one chunk, see :class:`fused_kd.inputs.TopK`; labels that the objective reads are
+    among the entries.
 
     ``indices`` (C, K + 1) int64, ascending, V where there is no entry; ``log_probs`` (C, K + 1) fp32, -inf where there
     is none; ``rest`` (C,) fp32, the logarithm of what the tail gives to
@@ -49,7 +52,7 @@ class Sparse(NamedTuple):
 class RowInputs(NamedTuple):
     """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
 
-    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (5,) fp32 on the
+    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (8,) fp32 on the
     chunk's device, ordered as :class:`fused_kd.objectives.Scalars`. ``cold_labels`` says that the label's own
     cross-entropy is taken at temperature 1 while the rest is taken at another temperature. ``hard`` (C,) bool or None
     says of a gated objective's rows which are hard, in place of their difficulty.

@@ -171,7 +171,7 @@ class CondensedColumns(Columns):
         work = self._scratch("work", len(z)).copy_(share)
         if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
             cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())
-            work.add_(cold.mul_(1.0 - self.s.lam))
+            work.add_(cold.mul_(self.s.rest))
         entries = torch.where(present, gradient[:, :-1], 0.0)
         work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
         super().write(rows, work, Read(z, None, None, slope), out, of)

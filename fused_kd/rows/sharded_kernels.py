@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import exponent_scale, inverse_temperature, log_off_label
+from .triton_math import exponent_scale, inverse_temperature, label_scalars
 from .triton_sweeps import (
     logits,
     sweep_both,
@@ -20,7 +20,7 @@ from .triton_sweeps import (
     write_zeros,
 )
 
-STATISTICS = tl.constexpr(10)
+STATISTICS = tl.constexpr(12)
 KNOWN = tl.constexpr(8)
 
 
@@ -40,6 +40,7 @@ def statistics_kernel(
     teacher_scale,
     teacher_cap,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     PACK: tl.constexpr,
@@ -56,18 +57,20 @@ def statistics_kernel(
         k = exponent_scale(scalars_ptr)
         teacher_row = teacher_ptr + row * teacher_stride
         teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
-        s_max, s_total, t_max, t_total, kl_total, cold_total = sweep_both(
-            student, teacher, V, k, COLD, BLOCK, LANES, PACK
+        s_max, s_total, t_max, t_total, kl_total, cold_total, s_over, t_over = sweep_both(
+            student, teacher, V, k, COLD, EXCLUDES, BLOCK, LANES, PACK
         )
         label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
         tl.store(out + 3, t_max)
         tl.store(out + 4, t_total)
         tl.store(out + 5, kl_total)
         tl.store(out + 6, label_t)
+        tl.store(out + 7, s_over)
+        tl.store(out + 8, t_over)
         if COLD:
-            tl.store(out + 7, s_max)
-            tl.store(out + 8, cold_total)
-            tl.store(out + 9, label_z)
+            tl.store(out + 9, s_max)
+            tl.store(out + 10, cold_total)
+            tl.store(out + 11, label_z)
     tl.store(out, s_max)
     tl.store(out + 1, s_total)
     tl.store(out + 2, label_z)
@@ -94,6 +97,7 @@ def sums_kernel(
     g: tl.constexpr,
     MIXTURE: tl.constexpr,
     MIXED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -104,7 +108,7 @@ def sums_kernel(
         student = (student_ptr + row * student_stride, student_scale, student_cap)
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
         target, norms, _cold = _known(known_ptr, scalars_ptr, row)
-        h_total, g_total = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
+        h_total, g_total = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
     tl.store(out_ptr + row * 2, h_total)
     tl.store(out_ptr + row * 2 + 1, g_total)
 
@@ -135,6 +139,7 @@ def gradient_kernel(
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -150,10 +155,10 @@ def gradient_kernel(
         write_label_gradient(student, dlogits_row, V, row, label, norms[0], norms[1], weights_ptr, BLOCK)
     else:
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
-        lam = target[0]
+        lam, rest, _log_lam = target[0]
         ce_weight = 0.0
         if HARD_LABEL:
-            ce_weight = 1.0 - lam
+            ce_weight = rest
         share = lam
         if MIXED:
             share = 1.0
@@ -164,12 +169,12 @@ def gradient_kernel(
         if use != 0:
             write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, tl.load(totals_ptr + row), g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
+                weights_ptr, tl.load(totals_ptr + row), g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
             )  # fmt: skip
         else:
             write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
+                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
             )  # fmt: skip
 
 
@@ -184,8 +189,7 @@ def _own_label(label, first, V):
 def _known(known_ptr, scalars_ptr, row):
     """``target``, ``norms`` and ``cold`` of a row, as the functions of the whole row's kernel take them."""
     at = known_ptr + row * KNOWN
-    lam = tl.load(scalars_ptr)
-    k = exponent_scale(scalars_ptr)
-    target = (lam, tl.load(scalars_ptr + 1), k, log_off_label(lam), tl.load(at + 5))
+    beta, alpha = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 6)
+    target = (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), tl.load(at + 5))
     norms = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
     return target, norms, (tl.load(at + 6), tl.load(at + 7))

@@ -13,6 +13,7 @@ logits.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -20,16 +21,32 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
-from .base import RowInputs, RowOutputs, Shards
-from .torch_math import difficulty_of, known_all, loss_of, maybe_any, on_host, scalars_of, settled, uses_divergence
+from .base import EXCLUDED, LOG_LEAST, RowInputs, RowOutputs, Shards
+from .torch_math import (
+    Over,
+    difficulty_of,
+    infinite,
+    known_all,
+    loss_of,
+    maybe_any,
+    on_host,
+    scalars_of,
+    settled,
+    uses_divergence,
+)
 
 Messages = Generator[Tensor, Tensor, None]
 """Yields tensors (C', k) to be gathered, and is sent them as (P, C', k)."""
 
 
+Shares = tuple[float | Tensor, float | Tensor]
+"""``beta`` and ``alpha`` of :mod:`fused_kd.divergences`, of an adaptive divergence (C', 1)."""
+
+
 class Joined(NamedTuple):
     """What all ranks know of each token, (C, 1) float64: maxima, logarithms of sums of exponentials over them, the
-    label's log-probabilities and its cross-entropy."""
+    label's log-probabilities and its cross-entropies, at temperature T and at that of the loss; and which side is above
+    0 where the other excludes a token."""
 
     top: Tensor
     log_sum: Tensor
@@ -40,7 +57,9 @@ class Joined(NamedTuple):
     log_p_y: Tensor
     cold_top: Tensor
     cold_log_sum: Tensor
+    warm_ce: Tensor
     ce: Tensor
+    over: Over
 
 
 class SweptRow:
@@ -60,13 +79,12 @@ class SweptRow:
 
     def statistics(self) -> Tensor:
         """(C, k) fp32 of this slice: maximum, sum of exponentials over it and label's logit of the student (k = 3);
-        the same of the teacher, with the expectation of ``z_t - z`` over the maxima before the label's (7); the same of
-        the student at temperature 1 (10); maximum and sum of what a top-k teacher does not list (12)."""
+        the same of the teacher, with the expectation of ``z_t - z`` over the maxima before the label's, and the largest
+        logits of the student and the teacher where the other excludes a token (9); the same as the first of the student
+        at temperature 1 (12); maximum and sum of what a top-k teacher does not list (14)."""
         raise NotImplementedError
 
-    def sums(
-        self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: float | Tensor
-    ) -> Tensor:
+    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
         """(C', 2) fp32: this slice's ``sum h`` and ``sum g``, of the rows at ``index`` where that is given."""
         raise NotImplementedError
 
@@ -76,13 +94,13 @@ class SweptRow:
         divergence: Divergence | None,
         use: Tensor | None,
         total: Tensor | None,
-        beta: float | Tensor | None,
+        shares: Shares | None,
     ) -> None:
         """Write this slice's gradient; ``total`` (C, 1) is ``sum g`` of the rows in ``use``."""
         raise NotImplementedError
 
-    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, Tensor]:
-        """(C', 1): ``AdaptiveKL``'s weight of each row."""
+    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(C', 1) each: ``AdaptiveKL``'s two weights of each row."""
         raise NotImplementedError
 
     def join_rest(self, rest: Tensor, top: Tensor) -> Tensor:
@@ -95,16 +113,16 @@ class SweptRow:
         of = self._join(gathered.to(torch.float64))
         hard = torch.zeros_like(self.ignored)
         if spec.divergence is None:
-            loss = difficulty = -of.log_q_y
+            loss = difficulty = of.ce
             use, divergence = None, None
         else:
-            difficulty = difficulty_of(of.kl, of.log_p_y, of.log_q_y, s.lam)
-            loss = loss_of(difficulty if spec.mixed else of.kl, of.ce, s.lam, spec)
+            difficulty = difficulty_of(of.kl, of.log_p_y, of.log_q_y, of.warm_ce, s)
+            loss = loss_of(difficulty if spec.mixed else of.kl, of.ce, s, spec)
             if spec.gated:
                 given = self.inputs.hard
                 hard = (difficulty > s.gamma).squeeze(1) if given is None else given
             divergence = DIVERGENCES[spec.divergence]
-            use = uses_divergence(divergence, spec, hard, s.beta)
+            use = uses_divergence(divergence, spec, hard, s.alpha)
             if use is not None and not maybe_any(use):
                 use = None
         if use is None or divergence is None:
@@ -113,23 +131,26 @@ class SweptRow:
             return
         # On the host every rank leaves out the same tokens; elsewhere that would wait for the device.
         index = use.nonzero().squeeze(1) if self.picks_rows and on_host(use) and not known_all(use) else None
-        beta: float | Tensor = s.beta
+        shares: Shares = s.beta, s.alpha
         if divergence.adaptive:
-            beta = yield from self.head_share(of, index)
-        sums = joined((yield self.sums(of, divergence, use, index, beta)))
+            shares = yield from self.head_share(of, index)
+        sums = joined((yield self.sums(of, divergence, use, index, shares)))
         value, total = sums.split(1, 1)
-        value = loss_of(value, of.ce if index is None else of.ce[index], s.lam, spec)
+        beyond = infinite(divergence, of.over, s.fraction, shares[0])
+        if beyond is not None:
+            value = value.masked_fill(beyond if index is None else beyond[index], math.inf)
+        value = loss_of(value, of.ce if index is None else of.ce[index], s, spec)
         if index is None:
             loss = torch.where(use.unsqueeze(1), value, loss)
         else:
             loss = loss.index_copy(0, index, value)
             total = torch.zeros_like(loss).index_copy(0, index, total)
         self._write(loss, difficulty, hard)
-        self.gradient(of, divergence, use, total.float(), beta)
+        self.gradient(of, divergence, use, total.float(), shares)
 
     def _join(self, x: Tensor) -> Joined:
         """From (P, C, k) statistics."""
-        x = torch.nn.functional.pad(x, (0, 12 - x.shape[2]))
+        x = torch.nn.functional.pad(x, (0, 14 - x.shape[2]))
         # compared with each bound in turn: a tensor of them would have to be copied to the device
         bounds = list(itertools.accumulate(self.shards.sizes))[:-1]
         owner = torch.zeros_like(self.inputs.labels)
@@ -143,28 +164,39 @@ class SweptRow:
         top, total = _log_sum(x[:, :, 0:1], x[:, :, 1:2])
         log_q_y = (of_label(2) - top) - total
         nothing = torch.zeros_like(top)
+        limit = EXCLUDED / (self.s.temperature if self.inputs.teacher is not None else 1.0)
+        label_out = (of_label(2) < limit) & (top >= limit)
+        warm_ce = (-log_q_y).masked_fill_(label_out, math.inf)
         kl = log_p_y = top_t = total_t = nothing
+        over = Over(nothing > 0.0, nothing > 0.0)
         if self.inputs.teacher is not None:
+            largest = x[:, :, 7:9].amax(0)
             a, b, mass, excess = x[:, :, 0:1], x[:, :, 3:4], x[:, :, 4:5], x[:, :, 5:6]
             if self.condensed:
                 # the rest is one more entry, that no rank has alone
-                rest = torch.add(*_log_sum(x[:, :, 10:11], x[:, :, 11:12]))
+                rest = torch.add(*_log_sum(x[:, :, 12:13], x[:, :, 13:14]))
                 rest_t = self.join_rest(rest, top).to(torch.float64)
+                over_s, over_t = rest.where(rest_t < limit, -math.inf), rest_t.where(rest < limit, -math.inf)
+                largest = torch.maximum(largest, torch.cat([over_s, over_t], 1))
                 a, b = torch.cat([a, rest[None]]), torch.cat([b, rest_t[None]])
                 mass = torch.cat([mass, nothing[None] + 1.0])
                 excess = torch.cat([excess, nothing[None]])
             top_t, total_t = _log_sum(b, mass)
             share = (b - top_t).exp()
             ratio = (share * (excess + mass * ((b - top_t) - (a - top)))).sum(0) / total_t.exp()
-            kl = (ratio - total_t + total).clamp_(min=0.0)
+            over = Over(
+                (largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit),
+                (largest[:, 1:2] - top_t - total_t > LOG_LEAST) & (top >= limit),
+            )
+            kl = (ratio - total_t + total).clamp_(min=0.0).masked_fill_(over.teacher, math.inf)
             log_p_y = (of_label(6) - top_t) - total_t
-        cold_top, cold_total, ce = nothing, nothing, -log_q_y
+        cold_top, cold_total, ce = nothing, nothing, warm_ce
         if self.inputs.cold_labels:
-            cold_top, cold_total = _log_sum(x[:, :, 7:8], x[:, :, 8:9])
-            ce = cold_total - (of_label(9) - cold_top)
+            cold_top, cold_total = _log_sum(x[:, :, 9:10], x[:, :, 10:11])
+            ce = (cold_total - (of_label(11) - cold_top)).masked_fill_(label_out, math.inf)
         if self.condensed:
             top = nothing
-        return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, ce)
+        return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over)
 
     def _write(self, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
         for result, value in ((self.outputs.loss, loss), (self.outputs.difficulty, difficulty)):

@@ -34,7 +34,8 @@ class TritonRow(SweptRow):
             options = (*shape_of(student), *shape_of(teacher))
             capped = capped or teacher.softcap is not None
         self.options = options
-        self.made = formula_constants(inputs.spec, inputs.cold_labels)
+        excludes = isinstance(teacher, Logits) and not (student.finite and teacher.finite)
+        self.made = formula_constants(inputs.spec, inputs.cold_labels) | {"EXCLUDES": excludes}
         self.labels = inputs.labels.contiguous()
         self.scalars = inputs.scalars.contiguous()
         launch = launch_constants(is_heavy(inputs.spec, capped), self.student, self.teacher)
@@ -46,25 +47,26 @@ class TritonRow(SweptRow):
         return self.student.stride(0), 0 if self.teacher is None else self.teacher.stride(0)
 
     def statistics(self) -> Tensor:
-        message = torch.empty(self.C, 10, device=self.labels.device)
+        message = torch.empty(self.C, 12, device=self.labels.device)
         with guard(self.labels.device):
             statistics_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
-                *self._strides, *self.options, COLD=self.made["COLD"], **self.lanes, **self.launch,
+                *self._strides, *self.options, COLD=self.made["COLD"], EXCLUDES=self.made["EXCLUDES"],
+                **self.lanes, **self.launch,
             )  # fmt: skip
-        return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 7]
+        return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 9]
 
     def _join(self, x: Tensor) -> Joined:
         x, T = x.clone(), torch.ones_like(x[0, 0, 0])
         if self.teacher is not None:
             T = self.scalars[3].to(torch.float64)
-            for column in (0, 2, 3, 6):  # logits
+            for column in (0, 2, 3, 6, 7, 8):  # logits
                 x[:, :, column] /= T
             x[:, :, 5] *= math.log(2.0)
         of = super()._join(x)
         label_d = torch.zeros_like(of.top)
         if self.teacher is not None:
-            label_d = label_target(of.log_p_y, self.s.lam).clamp(min=TINY).log() - of.log_q_y
+            label_d = label_target(of.log_p_y, self.s).clamp(min=TINY).log() - of.log_q_y
         columns = (
             of.top * T, (-of.log_sum).exp(), of.top_t * T, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
             label_d, of.cold_top, (-of.cold_log_sum).exp(),
@@ -72,19 +74,19 @@ class TritonRow(SweptRow):
         self.known = torch.cat(columns, 1).float()
         return of
 
-    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, beta: Any) -> Tensor:
+    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Any) -> Tensor:
         assert index is None
         message = torch.empty(self.C, 2, device=self.labels.device)
         with guard(self.labels.device):
             sums_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, self.known, use.view(torch.uint8), message,
                 self.shards.start, self.shards.size, *self._strides, *self.options, self.made["h"], self.made["g"],
-                self.made["MIXTURE"], self.made["MIXED"], **self.launch,
+                self.made["MIXTURE"], self.made["MIXED"], self.made["EXCLUDES"], **self.launch,
             )  # fmt: skip
         return message
 
     def gradient(
-        self, of: Joined, divergence: Divergence | None, use: Tensor | None, total: Tensor | None, beta: Any
+        self, of: Joined, divergence: Divergence | None, use: Tensor | None, total: Tensor | None, shares: Any
     ) -> None:
         given = self.outputs.dlogits
         if given is None or not given.shape[1]:
@@ -97,7 +99,7 @@ class TritonRow(SweptRow):
                 self.scalars, self.known, None if use is None else use.view(torch.uint8),
                 None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
                 out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
-                self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], **self.launch,
+                self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["EXCLUDES"], **self.launch,
             )  # fmt: skip
         if out is not given:
             given.copy_(out)

@@ -1,11 +1,11 @@
 """Rows of a top-k teacher: one sweep of the student's logits to condense them, one to expand the gradient.
 
 All entries that the teacher does not list are alike to it, so a token's loss depends on them through their sum of
-exponentials alone: with the K listed logits, the label's, and ``log sum exp`` of the rest, the row shrinks to K + 2
-categories, whose softmax are the student's probabilities of them. Any dense row implementation then gives loss, gate
-and gradient, whatever the objective: where the teacher is 0, ``h`` is proportional to ``q``, so that summing the rest
-first changes nothing. Back on the vocabulary, listed entries take their category's gradient, and each of the others
-its share ``q_v / q_rest`` of the rest's.
+exponentials alone: with the K listed logits, the label's where the objective reads it, and ``log sum exp`` of the rest,
+the row shrinks to at most K + 2 categories, whose softmax are the student's probabilities of them. Any dense row
+implementation then gives loss, gate and gradient, whatever the objective: where the teacher is 0, ``h`` is proportional
+to ``q``, so that summing the rest first changes nothing. Back on the vocabulary, listed entries take their category's
+gradient, and each of the others its share ``q_v / q_rest`` of the rest's.
 
 A uniform tail is a dense target: its rows are swept as such, with the teacher's logits made where they are used.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..objectives import RowSpec, Scalars
 from ..workspace import empty
 from .base import LOG_ZERO, Logits, RowInputs, RowOutputs, Sparse
+from .torch_math import weighed
 
 DenseRow = Callable[[RowInputs, RowOutputs], None]
 
@@ -31,7 +32,9 @@ DEVICE_BLOCK_BYTES = 256 << 20
 ROUNDING = 1e-4
 
 
-def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, tail: str) -> tuple[Sparse, Tensor]:
+def sparse_teacher(
+    log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, tail: str, *, reads_label: bool = True
+) -> tuple[Sparse, Tensor]:
     """A chunk's teacher in the form that rows take, and which of its rows (C,) are malformed.
 
     Args:
@@ -39,13 +42,16 @@ def sparse_teacher(log_probs: Tensor, indices: Tensor, labels: Tensor, V: int, t
         labels: (C,) int64, negative for rows to be left out.
         V: vocabulary.
         tail: see :class:`fused_kd.inputs.TopK`.
+        reads_label: whether the label is to be an entry of its own.
     """
     values, entries = log_probs.float(), indices.long()
     wanted = ~(values == -torch.inf)  # a NaN is somebody's value
     listed = wanted & (entries >= 0) & (entries < V)
     bad = (wanted & ~listed).any(1) | out_of_range(values, tail).any(1)
     y = labels.unsqueeze(1)
-    own = torch.where((listed & (entries == y)).any(1, keepdim=True) | (y < 0), V, y)
+    own = torch.full_like(y, V)
+    if reads_label:
+        own = torch.where((listed & (entries == y)).any(1, keepdim=True) | (y < 0), V, y)
     entries, order = torch.cat([entries.where(listed, V), own], 1).sort(1)
     values = torch.cat([values.where(listed, -torch.inf), torch.full_like(values[:, :1], -torch.inf)], 1)
     values = values.gather(1, order)
@@ -68,7 +74,8 @@ def out_of_range(log_probs: Tensor, tail: str) -> Tensor:
 
 
 class Categories(NamedTuple):
-    """``student`` and ``teacher`` (C, K + 2) fp32, the last column the rest's; ``labels`` (C,) their columns."""
+    """``student`` and ``teacher`` (C, K + 2) fp32, the last column the rest's; ``labels`` (C,) their columns, any where
+    the label is not an entry."""
 
     student: Tensor
     teacher: Tensor
@@ -124,8 +131,8 @@ def category_rows(
     ce = ce._replace(is_hard=torch.empty_like(outputs.is_hard))
     cold = torch.cat([small.student[:, :-1], cold_rest.unsqueeze(1)], 1)
     ce_gradient = run(cold, RowSpec(None, hard_label=True), ce)
-    share = 1.0 - Scalars(*inputs.scalars).lam
-    outputs.loss.add_(ce.loss * share)
+    share = Scalars(*inputs.scalars).rest
+    outputs.loss.add_(weighed(share, ce.loss))
     if gradient is None or ce_gradient is None:
         return None
     ce_gradient *= share

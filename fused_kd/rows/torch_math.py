@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs
 
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
 TINY = 1e-30
+
+# log(t / q) of a token that the target excludes: with it, h and g are as if the token were left out of KL(q||t).
+LEFT_OUT = 1.0
 
 # A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
 CPU_BLOCK_BYTES = 2 << 20
@@ -101,74 +104,124 @@ class Lazy:
         return self.apply(torch.gt, other)
 
 
+class Over(NamedTuple):
+    """(B, 1) bool: whether the student is above 0 where the teacher excludes a token, and the other way round."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+def excluded(z: Tensor, finite: bool) -> Tensor | None:
+    """(B, V) bool: which final logits before the temperature are -inf; None where none are, if that can be seen."""
+    if finite or not maybe_any(z.amin(1) < EXCLUDED):
+        return None
+    return (z < EXCLUDED) & (z.amax(1, keepdim=True) >= EXCLUDED)  # a row of nothing else is uniform
+
+
+def above(p: Tensor, out: Tensor | None) -> Tensor:
+    """(B, 1) bool: whether ``p`` is above 0 in one of the entries that ``out`` marks."""
+    if out is None:
+        return torch.zeros(len(p), 1, dtype=torch.bool, device=p.device)
+    return (out & (p >= torch.finfo(torch.float32).tiny)).any(1, keepdim=True)
+
+
 def top_and_sum(z: Tensor, work: Tensor) -> Tensor:
     """(B, 2): maxima, and sums of exponentials over them."""
     top = z.amax(1, keepdim=True)
     return torch.cat([top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)], 1)
 
 
-def label_target(log_p_y: Tensor, lam: float | Tensor) -> Tensor:
+def label_target(log_p_y: Tensor, s: Scalars) -> Tensor:
     """What ``yt`` gives the label."""
-    return lam * log_p_y.exp() + (1.0 - lam)
+    return s.lam * log_p_y.exp() + s.rest
 
 
-def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, lam: float | Tensor) -> Tensor:
-    """``KL(yt||q)`` from ``KL(p||q)`` and the label's two log-probabilities, all of one shape."""
-    p_y, t_y = log_p_y.exp(), label_target(log_p_y, lam)
-    rest = lam * (kl - p_y * (log_p_y - log_q_y)) + xlogx(lam) * (1.0 - p_y)
-    return (rest + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
+def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, ce: Tensor, s: Scalars) -> Tensor:
+    """``KL(yt||q)`` from ``KL(p||q)`` and the label's two log-probabilities and cross-entropy, all of one shape."""
+    p_y, t_y = log_p_y.exp(), label_target(log_p_y, s)
+    others = weighed(s.lam, kl - p_y * (log_p_y - log_q_y)) + s.lam * s.log_lam * (1.0 - p_y)
+    found = (others + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
+    return found.masked_fill_((ce == math.inf) & (s.rest > 0.0), math.inf)
 
 
-def loss_of(divergence: Tensor, ce: Tensor, lam: float | Tensor, spec: RowSpec) -> Tensor:
+def loss_of(divergence: Tensor, ce: Tensor, s: Scalars, spec: RowSpec) -> Tensor:
     """The loss from the divergence of the objective's target, ``yt`` or ``p``, and the label's cross-entropy."""
     if spec.mixed:
         return divergence
-    return lam * divergence + (1.0 - lam) * ce if spec.hard_label else lam * divergence
+    value = weighed(s.lam, divergence)
+    return value + weighed(s.rest, ce) if spec.hard_label else value
 
 
-def uses_divergence(divergence: Divergence, spec: RowSpec, hard: Tensor, beta: float | Tensor) -> Tensor | None:
+def weighed(weight: float | Tensor, value: Tensor) -> Tensor:
+    """Their product, where nothing of an infinite value is nothing."""
+    return (weight * value).masked_fill_((value == math.inf) & (weight == 0.0), 0.0)
+
+
+def uses_divergence(divergence: Divergence, spec: RowSpec, hard: Tensor, alpha: float | Tensor) -> Tensor | None:
     """Which rows take the divergence's own sweeps, (B,); None where KL serves all of them."""
     if divergence.free:
         return None
     use = hard if spec.gated else torch.ones_like(hard)
     if divergence.kl_at_one:
-        use = use & (torch.as_tensor(beta, device=use.device) < 1.0)
+        use = use & (torch.as_tensor(alpha, device=use.device) > 0.0)
     return use
 
 
 def settled(value: Tensor, ignored: Tensor) -> Tensor:
-    """(B,) fp32 from (B, 1): infinite beyond :data:`EXCLUDED`, 0 for ignored rows."""
-    value = value.squeeze(1).float()
-    return value.masked_fill(value > EXCLUDED, math.inf).masked_fill(ignored, 0.0)
+    """(B,) fp32 from (B, 1): 0 for ignored rows."""
+    return value.squeeze(1).float().masked_fill(ignored, 0.0)
 
 
-def target(p: Tensor, y: Tensor, lam: float | Tensor, mixed: bool, scratch: Scratch, own: float | Tensor = 1.0) -> Lazy:
-    """``yt`` or ``p``, with :data:`TINY` added. ``own`` (B, 1) is 0 where the label is none of these columns."""
-    t = Lazy(p, scratch).apply(_shifted, lam if mixed else 1.0)
+def target(
+    divergence: Divergence,
+    p: Tensor,
+    y: Tensor,
+    s: Scalars,
+    mixed: bool,
+    scratch: Scratch,
+    own: float | Tensor = 1.0,
+) -> Lazy:
+    """``yt`` or ``p``, with :data:`TINY` added for ratios.
+
+    ``own`` (B, 1) is 0 where the label is none of these columns.
+    """
+    t = Lazy(p, scratch)
+    if mixed or divergence.mixture:
+        t = t.apply(_shifted, s.lam if mixed else 1.0, TINY if divergence.mixture else 0.0)
     if mixed:
-        add_at(t.value, y, (1.0 - lam) * own)
+        add_at(t.value, y, s.rest * own)
     return t
 
 
-def _shifted(p: Tensor, lam: float | Tensor, out: Tensor) -> Tensor:
+def _shifted(p: Tensor, lam: float | Tensor, by: float, out: Tensor) -> Tensor:
     if isinstance(lam, Tensor):
-        return torch.mul(p, lam, out=out).add_(TINY)
-    return torch.add(torch.tensor(TINY), p, alpha=lam, out=out)
+        return torch.mul(p, lam, out=out).add_(by)
+    return torch.add(torch.tensor(by), p, alpha=lam, out=out)
 
 
-def table_arguments(divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor) -> tuple[Any, ...]:
+def _between(t: Tensor, q: Tensor, beta: float | Tensor, alpha: float | Tensor, out: Tensor) -> Tensor:
+    """``beta * q + alpha * t``, from the side with the larger share: the other's keeps its digits, and between equals
+    lies their own value."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta < 0.5, t.lerp(q, beta), q.lerp(t, alpha), out=out)
+    return torch.lerp(t, q, beta, out=out) if beta < 0.5 else torch.lerp(q, t, alpha, out=out)
+
+
+def table_arguments(
+    divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor, alpha: float | Tensor
+) -> tuple[Any, ...]:
     """What the table's ``h`` and ``g`` take, as far as this divergence reads it."""
     r = log_r = s = log_s = None
     if divergence.mixture:
-        raised = q + TINY if "s" in divergence.reads else q
-        m = t.apply(torch.lerp, raised, beta)
+        raised = q + TINY
+        m = t.apply(_between, raised, beta, alpha)
         if "r" in divergence.reads:
             r = t / m
             log_r = r.apply(torch.log)
         if "s" in divergence.reads:
             s = raised / m
             log_s = s.apply(torch.log)
-    return t, q, d, r, log_r, s, log_s, beta
+    return t, q, d, r, log_r, s, log_s, beta, alpha
 
 
 def close_gradient(
@@ -177,20 +230,35 @@ def close_gradient(
     """From ``g - q * sum g`` to the loss's gradient in the final logits: its share, 1 / T and the hard label's term."""
     scale(gradient, (1.0 if spec.mixed else s.lam) / s.temperature)
     if spec.hard_label:
-        add_scaled(gradient, ce_prob, 1.0 - s.lam, gradient)
-        add_at(gradient, y, (s.lam - 1.0) * own)
+        add_scaled(gradient, ce_prob, s.rest, gradient)
+        add_at(gradient, y, -s.rest * own)
 
 
-def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
-    """(B, 1): the share of ``sum |t - q|`` in the head of ``t``, see :class:`fused_kd.divergences.Divergence`."""
+def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1): the shares of ``sum |t - q|`` in the head of ``t``, see :class:`fused_kd.divergences.Divergence`, and in
+    the rest."""
     sorted_t = t.sort(1, descending=True).values
     inside = (sorted_t.cumsum(1, dtype=torch.float64) <= mass).sum(1, keepdim=True)
     # Entries as probable as the first that is left out stay out with it.
     left_out = sorted_t.gather(1, inside.clamp(max=t.shape[1] - 1))
     head = (t > left_out) | (t == sorted_t[:, :1]) | torch.as_tensor(mass >= 1.0, device=t.device)
     error = (t - q).abs_()
-    total = error.sum(1, keepdim=True)
-    return torch.where(total > 0, (error * head).sum(1, keepdim=True) / total.clamp(min=TINY), 0.5)
+    parts = torch.cat([(error * of).sum(1, keepdim=True) for of in (head, ~head)], 1)
+    return shares_of(parts)
+
+
+def shares_of(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) each: those of the two columns in their sum; a half where that is 0."""
+    total = parts.sum(1, keepdim=True)
+    head, tail = torch.where(total == 0.0, 0.5, parts / total).split(1, 1)
+    return head, tail
+
+
+def infinite(divergence: Divergence, over: Over, fraction: float | Tensor, head: float | Tensor) -> Tensor | None:
+    """Whether a divergence's sum, over what both sides have, lacks an infinite part; (B, 1), None where never."""
+    if divergence.adaptive:
+        return (over.teacher & (head > 0.0)) | (over.student & (fraction < 1.0))
+    return over.student if divergence.everywhere else None
 
 
 def free_gradient(
@@ -209,14 +277,14 @@ def free_gradient(
     """
     if spec.mixed or (spec.hard_label and cold is None):
         add_scaled(q, p, -s.lam, out)
-        add_at(out, y, (s.lam - 1.0) * own)
+        add_at(out, y, -s.rest * own)
         scale(out, 1.0 / s.temperature)
     else:
         torch.sub(q, p, out=out)
         scale(out, s.lam / s.temperature)
         if cold is not None:
-            add_scaled(out, cold, 1.0 - s.lam, out)
-            add_at(out, y, (s.lam - 1.0) * own)
+            add_scaled(out, cold, s.rest, out)
+            add_at(out, y, -s.rest * own)
 
 
 def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: str) -> tuple[Tensor, Tensor | None]:
@@ -236,10 +304,6 @@ def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: s
 
 def cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
     return z if isinstance(temperature, float) and temperature == 1.0 else torch.div(z, temperature, out=out)
-
-
-def xlogx(x: float | Tensor) -> float | Tensor:
-    return torch.xlogy(x, x) if isinstance(x, Tensor) else (x * math.log(x) if x > 0.0 else 0.0)
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,16 +12,21 @@ from ..divergences import DIVERGENCES
 from ..objectives import Scalars
 from .base import Logits, RowInputs, RowOutputs
 from .torch_math import (
+    LEFT_OUT,
     TINY,
     Lazy,
+    Over,
     Scratch,
+    above,
     add_at,
     close_gradient,
     cool,
     difficulty_of,
+    excluded,
     final_logits,
     free_gradient,
     head_share,
+    infinite,
     known_all,
     loss_of,
     maybe_any,
@@ -62,10 +68,11 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
     work = scratch("dlogits", len(y)) if dlogits is not None and dlogits.dtype != torch.float32 else dlogits
 
     z, slope = final_logits(inputs.student, rows, scratch, "z_s")
+    out = excluded(z, inputs.student.finite)
     cold = None
     if spec.divergence is None:
         q = _softmax(z, y, scratch("q", len(y)))
-        loss = difficulty = -q.log_prob_y
+        loss = difficulty = _cross_entropy(q, out, y)
         is_hard = torch.zeros_like(ignored)
         if work is not None:
             add_at(work.copy_(q.prob), y, -1.0)
@@ -75,9 +82,10 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
         z = cool(z, s.temperature, scratch("z_s", len(y)))
         assert isinstance(inputs.teacher, Logits)
         z_t, _ = final_logits(inputs.teacher, rows, scratch, "z_t")
+        outs = out, excluded(z_t, inputs.teacher.finite)
         z_t = cool(z_t, s.temperature, scratch("z_t", len(y)))
         given = None if inputs.hard is None else inputs.hard[rows]
-        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, cold, given, work, s, scratch)
+        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, outs, cold, given, work, s, scratch)
 
     if work is not None and dlogits is not None:
         if slope is not None:
@@ -100,13 +108,15 @@ def _against_teacher(
     z: Tensor,
     z_t: Tensor,
     y: Tensor,
+    outs: tuple[Tensor | None, Tensor | None],
     cold: _Softmax | None,
     hard: Tensor | None,
     dlogits: Tensor | None,
     s: Scalars,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T."""
+    """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T
+    and which of them are excluded."""
     spec = inputs.spec
     divergence = DIVERGENCES[spec.divergence or "kl"]
     B = len(y)
@@ -114,19 +124,25 @@ def _against_teacher(
     p = _softmax(z_t, y, scratch("p", B))
     # The difference form cancels far less than two separate expectations.
     difference = torch.sub(z_t, z, out=scratch("difference", B))
+    for out in outs:
+        if out is not None:
+            difference.masked_fill_(out, 0.0)
     kl = (Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
     needs_difference = "d" in divergence.reads and not divergence.free
     q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
-    kl = (kl + q.lse).clamp_(min=0.0)
-    difficulty = difficulty_of(kl, p.log_prob_y, q.log_prob_y, s.lam)
+    over = Over(above(q.prob, outs[1]), above(p.prob, outs[0]))
+    kl = (kl + q.lse).clamp_(min=0.0).masked_fill_(over.teacher, math.inf)
+    ce = _cross_entropy(q, outs[0], y)
+    difficulty = difficulty_of(kl, p.log_prob_y, q.log_prob_y, ce, s)
     if not spec.gated:
         hard = torch.zeros_like(y, dtype=torch.bool).squeeze(1)
     else:
         hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
 
-    ce = -(cold or q).log_prob_y
-    use = uses_divergence(divergence, spec, hard, s.beta)
-    loss = loss_of(difficulty if spec.mixed else kl, ce, s.lam, spec)
+    if cold is not None:
+        ce = _cross_entropy(cold, outs[0], y)
+    use = uses_divergence(divergence, spec, hard, s.alpha)
+    loss = loss_of(difficulty if spec.mixed else kl, ce, s, spec)
     if dlogits is not None and (use is None or not known_all(use)):
         free_gradient(p.prob, q.prob, y, None if cold is None else cold.prob, s, spec, dlogits)
     if use is not None and maybe_any(use):
@@ -137,13 +153,18 @@ def _against_teacher(
             return x if index is None else x.index_select(0, index)
 
         q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
-        t = target(p_i, y_i, s.lam, spec.mixed, scratch)
+        t = target(divergence, p_i, y_i, s, spec.mixed, scratch)
         d = None
         if needs_difference:
-            d = Lazy(pick(difference).sub_(pick(p.lse - q.lse)), scratch)
-        beta = head_share(t.value, q_i, s.fraction) if divergence.adaptive else s.beta
-        arguments = table_arguments(divergence, t, Lazy(q_i, scratch), d, beta)
-        value = loss_of(divergence.h(*arguments).value.sum(1, keepdim=True), pick(ce), s.lam, spec)
+            gap = pick(difference).sub_(pick(p.lse - q.lse))
+            d = Lazy(gap if outs[1] is None else gap.masked_fill_(pick(outs[1]), LEFT_OUT), scratch)
+        beta, alpha = head_share(t.value, q_i, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
+        arguments = table_arguments(divergence, t, Lazy(q_i, scratch), d, beta, alpha)
+        total = divergence.h(*arguments).value.sum(1, keepdim=True)
+        beyond = infinite(divergence, over, s.fraction, beta)
+        if beyond is not None:
+            total.masked_fill_(pick(beyond), math.inf)
+        value = loss_of(total, pick(ce), s, spec)
         gradient = None
         if dlogits is not None:
             g = divergence.g(*arguments)
@@ -160,6 +181,12 @@ def _against_teacher(
             if gradient is not None and dlogits is not None and not known_all(use):
                 dlogits.copy_(torch.where(column, gradient, dlogits))
     return loss, difficulty, hard
+
+
+def _cross_entropy(q: _Softmax, out: Tensor | None, y: Tensor) -> Tensor:
+    """(B, 1): infinite where the student excludes the label."""
+    ce = -q.log_prob_y
+    return ce if out is None else ce.masked_fill_(out.gather(1, y), math.inf)
 
 
 def _aligned(z: Tensor, z_t: Tensor, y: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:

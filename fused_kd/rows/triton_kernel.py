@@ -34,14 +34,15 @@ import triton.language as tl
 from .base import LOG_ZERO
 from .triton_math import (
     LN_2,
-    TINY,
+    above_zero,
+    cross_entropy,
     exponent,
     exponent_scale,
     first_entry,
     inverse_temperature,
+    label_scalars,
     label_terms,
-    log_off_label,
-    store_loss,
+    weighed,
 )
 from .triton_sweeps import (
     logits,
@@ -65,7 +66,7 @@ def row_kernel(
     dlogits_ptr,  # (C, V) or None; may be student_ptr
     labels_ptr,  # (C,)
     weights_ptr,  # (C,) or None
-    scalars_ptr,  # (5,): lam, beta, gamma, temperature, fraction
+    scalars_ptr,  # those of fused_kd.objectives.Scalars
     loss_ptr,
     difficulty_ptr,
     hard_ptr,
@@ -85,13 +86,15 @@ def row_kernel(
     g: tl.constexpr,
     free_g: tl.constexpr,
     FREE: tl.constexpr,
-    MIXTURE: tl.constexpr,  # 2 where q is read over m too
+    MIXTURE: tl.constexpr,
     KL_AT_ONE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     GATED: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,  # logits may be -inf
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # the program's threads
     PACK: tl.constexpr,  # neighbouring columns that one of them loads
@@ -123,8 +126,8 @@ def row_kernel(
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, entries_ptr, rest_ptr, row, K)
         _distill(
             student, teacher, dlogits_row, V, row, label, weights_ptr, scalars_ptr, loss_ptr, difficulty_ptr, hard_ptr,
-            given_ptr, h, g, free_g, FREE, MIXTURE, KL_AT_ONE, ADAPTIVE, MIXED, HARD_LABEL, GATED, COLD,
-            BLOCK, LANES, PACK,
+            given_ptr, h, g, free_g, FREE, MIXTURE, KL_AT_ONE, ADAPTIVE, EVERYWHERE, MIXED, HARD_LABEL, GATED, COLD,
+            EXCLUDES, BLOCK, LANES, PACK,
         )  # fmt: skip
 
 
@@ -147,9 +150,9 @@ def _cross_entropy(
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z = logits(student_row, label, label < V, scale, cap)
     z_max, total = sweep_student(student, V, BLOCK, LANES, PACK)
-    loss = tl.log(total) - (label_z - z_max)
-    store_loss(loss_ptr + row, loss)
-    store_loss(difficulty_ptr + row, loss)
+    loss = cross_entropy(label_z, z_max, tl.log(total), 1.0)
+    tl.store(loss_ptr + row, loss)
+    tl.store(difficulty_ptr + row, loss)
     if dlogits_row is not None:
         write_label_gradient(student, dlogits_row, V, row, label, z_max, 1.0 / total, weights_ptr, BLOCK)
 
@@ -175,17 +178,21 @@ def _distill(
     MIXTURE: tl.constexpr,
     KL_AT_ONE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     GATED: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # the program's threads
     PACK: tl.constexpr,  # neighbouring columns that one of them loads
 ):
     """Stores loss, difficulty, hardness and, given a ``dlogits_row``, the gradient with a teacher."""
-    lam = tl.load(scalars_ptr)
+    of_label = label_scalars(scalars_ptr)
+    lam, rest, _log_lam = of_label
     beta = tl.load(scalars_ptr + 1)
+    alpha = tl.load(scalars_ptr + 6)
     gamma = tl.load(scalars_ptr + 2)
     inv_T = inverse_temperature(scalars_ptr)
     k = exponent_scale(scalars_ptr)
@@ -194,15 +201,22 @@ def _distill(
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z_s = logits(student_row, label, label < V, student_scale, student_cap)
     label_z_t = _teacher_label_logit(teacher, label, V)
-    s_max, s_total, t_max, t_total, kl_total, cold_total = sweep_both(student, teacher, V, k, COLD, BLOCK, LANES, PACK)
+    s_max, s_total, t_max, t_total, kl_total, cold_total, s_over, t_over = sweep_both(
+        student, teacher, V, k, COLD, EXCLUDES, BLOCK, LANES, PACK
+    )
     s_log = tl.log(s_total)
     t_log = tl.log(t_total)
     kl = (kl_total / t_total) * LN_2 - (t_log - s_log)
     kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
+    student_above = above_zero(s_over, k, s_max, s_log, t_max)
+    teacher_above = above_zero(t_over, k, t_max, t_log, s_max)
+    if EXCLUDES:
+        kl = tl.where(teacher_above, float("inf"), kl)
 
     label_log_q = (label_z_s - s_max) * inv_T - s_log
     label_log_p = (label_z_t - t_max) * inv_T - t_log
-    difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, lam)
+    ce = cross_entropy(label_z_s, s_max, s_log, inv_T)
+    difficulty, label_log_t = label_terms(kl, label_log_p, label_log_q, ce, of_label)
     hard = False
     if GATED:
         if given_ptr is None:
@@ -210,26 +224,27 @@ def _distill(
         else:
             hard = tl.load(given_ptr + row) != 0
     # Stored early: nothing but what sweeps 2 and 3 need should hold registers through them.
-    store_loss(difficulty_ptr + row, difficulty)
+    tl.store(difficulty_ptr + row, difficulty)
     tl.store(hard_ptr + row, hard)
 
     cold_inv = 1.0
-    ce = -label_log_q
     if COLD:
         cold_inv = 1.0 / cold_total
-        ce = tl.log(cold_total) - (label_z_s - s_max)
+        ce = cross_entropy(label_z_s, s_max, tl.log(cold_total), 1.0)
     share = lam
     ce_weight = 0.0
     if HARD_LABEL:
-        ce_weight = 1.0 - lam
+        ce_weight = rest
     if MIXED:
         share = 1.0
         loss = difficulty
     else:
-        loss = lam * kl + ce_weight * ce
-    store_loss(loss_ptr + row, loss)  # rows that take sweep 2 store another
+        loss = weighed(lam, kl)
+        if HARD_LABEL:
+            loss += weighed(ce_weight, ce)
+    tl.store(loss_ptr + row, loss)  # rows that take sweep 2 store another
 
-    target = (lam, beta, k, log_off_label(lam), label_log_t - label_log_q)
+    target = (of_label, beta, alpha, k, label_log_t - label_log_q)
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
     cold = (s_max, cold_inv)
     shares = (share * inv_T, ce_weight)
@@ -237,37 +252,44 @@ def _distill(
         if dlogits_row is not None:
             write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
+                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
             )  # fmt: skip
     else:
         use = True
         if KL_AT_ONE:
-            use = beta < 1.0
+            use = alpha > 0.0
         if GATED:
             use = hard & use
         if use:
             if ADAPTIVE:
                 fraction = tl.load(scalars_ptr + 4)
-                beta = _head_share(student, teacher, V, norms, k, fraction, BLOCK)
-                target = (lam, beta, k, log_off_label(lam), label_log_t - label_log_q)
-            h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
-            store_loss(loss_ptr + row, share * h_sum + ce_weight * ce)
+                beta, alpha = _head_share(student, teacher, V, norms, k, fraction, BLOCK)
+                target = (of_label, beta, alpha, k, label_log_t - label_log_q)
+                student_above = student_above & (fraction < 1.0)
+                student_above = student_above | (teacher_above & (beta > 0.0))
+            h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
+            if EXCLUDES and EVERYWHERE:
+                h_sum = tl.where(student_above, float("inf"), h_sum)
+            loss = weighed(share, h_sum)
+            if HARD_LABEL:
+                loss += weighed(ce_weight, ce)
+            tl.store(loss_ptr + row, loss)
             if dlogits_row is not None:
                 write_gradient(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                    weights_ptr, g_sum, g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
+                    weights_ptr, g_sum, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
                 )  # fmt: skip
         else:
             if dlogits_row is not None:
                 write_gradient(
                     student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                    weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, BLOCK,
+                    weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
                 )  # fmt: skip
 
 
 @triton.jit
 def _head_share(student, teacher, V, norms, k, mass, BLOCK: tl.constexpr):
-    """The share of ``sum |p - q|`` in the head of ``p``, its most probable entries up to ``mass``.
+    """The shares of ``sum |p - q|`` in the head of ``p``, its most probable entries up to ``mass``, and in the rest.
 
     Finds the largest probability such that the entries at least as probable hold more than ``mass``, bit by bit.
     """
@@ -288,17 +310,20 @@ def _head_share(student, teacher, V, norms, k, mass, BLOCK: tl.constexpr):
     # All of the mass: nothing is left out, not even what has underflowed.
     left_out = tl.where(mass < 1.0, left_out, -1)
     head = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    tail = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         z_s, _slope, offsets = student_block(student, start, V, BLOCK)
         z_t = teacher_block(teacher, start, offsets, V, BLOCK)
         p = tl.exp2(exponent(z_t, k, t_max)) * t_inv
         bits = p.to(tl.int32, bitcast=True)
         error = tl.abs(p - tl.exp2(exponent(z_s, k, s_max)) * s_inv)
-        total += error
-        head += tl.where((bits > left_out) | (bits == top), error, 0.0)
-    sum_total = tl.sum(total, axis=0)
-    return tl.where(sum_total > 0.0, tl.sum(head, axis=0) / tl.maximum(sum_total, TINY), 0.5)
+        inside = (bits > left_out) | (bits == top)
+        head += tl.where(inside, error, 0.0)
+        tail += tl.where(inside, 0.0, error)
+    sum_head = tl.sum(head, axis=0)
+    sum_tail = tl.sum(tail, axis=0)
+    total = sum_head + sum_tail
+    return tl.where(total == 0.0, 0.5, sum_head / total), tl.where(total == 0.0, 0.5, sum_tail / total)
 
 
 @triton.jit

@@ -9,10 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import EXCLUDED, LOG_ZERO
+from .base import EXCLUDED, LOG_LEAST, LOG_ZERO
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 _EXCLUDED = tl.constexpr(EXCLUDED)
+_LOG_LEAST = tl.constexpr(LOG_LEAST)
+# log(t / q) of a token that the target excludes: with it, h and g are as if the token were left out of KL(q||t).
+LEFT_OUT = tl.constexpr(1.0)
 # Beyond the row's end: below LOG_ZERO, to lose even against excluded tokens; still finite when divided by T.
 OUTSIDE = tl.constexpr(-2e30)
 # Of 1 / T: beyond it, differences of OUTSIDE would overflow.
@@ -24,29 +27,45 @@ TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
-def store_loss(ptr, value, mask=None):
-    tl.store(ptr, tl.where(value > _EXCLUDED, float("inf"), value), mask=mask)
+def weighed(weight, value):
+    """Their product, for weights that are not negative; nothing of an infinite value is nothing."""
+    product = weight * value
+    return tl.where(value == float("inf"), tl.where(product == float("inf"), product, 0.0), product)
 
 
 @triton.jit
-def label_terms(kl, label_log_p, label_log_q, lam):
+def cross_entropy(label_z, z_max, log_total, temperature_inv):
+    """``-log q_y``, infinite where the label is excluded and not all of the row."""
+    out = (label_z < _EXCLUDED) & (z_max >= _EXCLUDED)
+    return tl.where(out, float("inf"), log_total - (label_z - z_max) * temperature_inv)
+
+
+@triton.jit
+def above_zero(z, k, z_max, log_total, other_max):
+    """Whether the largest logit beside tokens that the other side excludes, if it excludes but some, is above log 0."""
+    return (exponent(z, k, z_max) * LN_2 - log_total > _LOG_LEAST) & (other_max >= _EXCLUDED)
+
+
+@triton.jit
+def label_scalars(scalars_ptr):
+    """``lam, 1 - lam, log lam``"""
+    return tl.load(scalars_ptr), tl.load(scalars_ptr + 5), tl.load(scalars_ptr + 7)
+
+
+@triton.jit
+def label_terms(kl, label_log_p, label_log_q, ce, of_label):
     """``KL(yt||q)`` from ``KL(p||q)`` and what p and q give the label; and ``log yt`` at the label."""
+    lam, rest, log_lam = of_label
     label_p = tl.exp(label_log_p)
-    label_t = lam * label_p + (1.0 - lam)
+    label_t = lam * label_p + rest
     label_log_t = tl.log(tl.maximum(label_t, TINY))
-    log_lam = tl.log(tl.maximum(lam, TINY))
     difficulty = (
-        lam * (kl - label_p * (label_log_p - label_log_q))
+        weighed(lam, kl - label_p * (label_log_p - label_log_q))
         + lam * log_lam * (1.0 - label_p)
         + label_t * (label_log_t - label_log_q)
     )
+    difficulty = tl.where(rest * ce == float("inf"), float("inf"), difficulty)
     return tl.where(difficulty < 0.0, 0.0, difficulty), label_log_t
-
-
-@triton.jit
-def log_off_label(lam):
-    """``log yt - log p`` off the label."""
-    return tl.where(lam > 0.0, tl.log(tl.maximum(lam, TINY)), _LOG_ZERO)
 
 
 @triton.jit
@@ -73,39 +92,49 @@ def moved(kl_sum, t_sum, s_step, t_step):
 
 
 @triton.jit
-def arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr):
-    """``t`` to ``log_s`` of :mod:`fused_kd.divergences`; the compiler drops what is not read.
+def arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr, EXCLUDES: tl.constexpr):
+    """What ``h`` and ``g`` of :mod:`fused_kd.divergences` take; the compiler drops what is not read.
 
-    ``target`` is ``lam, beta, k, log_off_label(lam)`` and d at the label; ``norms`` the student's maximum and inverse
-    of the sum of exponentials over it, the teacher's, and the natural logarithm of the teacher's sum over the
-    student's.
+    ``target`` is ``label_scalars``, ``beta, alpha``, ``k`` and d at the label; ``norms`` the student's maximum and
+    inverse of the sum of exponentials over it, the teacher's, and the natural logarithm of the teacher's sum over the
+    student's. ``EXCLUDES``: logits may be -inf.
     """
-    lam, beta, k, off_label, label_d = target
+    of_label, beta, alpha, k, label_d = target
+    lam, rest, log_lam = of_label
     s_max, s_inv, t_max, t_inv, log_ratio = norms
     a_s = exponent(z_s, k, s_max)
     a_t = exponent(z_t, k, t_max)
     q = tl.exp2(a_s) * s_inv
-    t = tl.exp2(a_t) * t_inv
+    t = tl.exp2(a_t)
+    tiny = 0.0
+    if MIXTURE:
+        tiny = TINY
     if MIXED:
-        t = lam * t + tl.where(at_label, 1.0 - lam, 0.0)
-        d = tl.where(at_label, label_d, tl.fma(a_t - a_s, LN_2, off_label - log_ratio))
+        t = tl.fma(t, lam * t_inv, tl.where(at_label, rest + tiny, tiny))
+        d = tl.where(at_label, label_d, tl.fma(a_t - a_s, LN_2, log_lam - log_ratio))
     else:
+        t = t * t_inv
+        if MIXTURE:
+            t += TINY
         d = tl.fma(a_t - a_s, LN_2, -log_ratio)
+    if EXCLUDES:
+        bound = tl.where(t_max >= _EXCLUDED, _EXCLUDED, -float("inf"))
+        d = tl.where(z_t < bound, LEFT_OUT, d)
     r = t
     log_r = d
     s = q
     log_s = d
     if MIXTURE:
-        t += TINY
-        if MIXTURE == 2:
-            s = q + TINY
-        m = beta * s + (1.0 - beta) * t
+        s = q + TINY
+        # beta * s + alpha * t from the side with the larger share, whose rounding would be that of all of them.
+        larger = beta >= 0.5
+        m = tl.fma(tl.where(larger, alpha, -beta), t - s, tl.where(larger, s, t))
         root = tl.rsqrt(m)
         r = quotient(t, m, root * root)
         log_r = log_positive(r)
         s = quotient(s, m, root * root)
         log_s = log_positive(s)
-    return t, q, d, r, log_r, s, log_s
+    return t, q, d, r, log_r, s, log_s, beta, alpha
 
 
 @triton.jit

@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .base import LOG_ZERO
+from .base import EXCLUDED, LOG_ZERO
 from .triton_math import LOG2_E, OUTSIDE, arguments, exponent, final_logits, first_entry, moved
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
+_EXCLUDED = tl.constexpr(EXCLUDED)
 
 
 @triton.jit
@@ -40,24 +41,37 @@ def _add_student(student, start, end, z_max, z_sum, BLOCK: tl.constexpr, LANES: 
 
 @triton.jit
 def sweep_both(
-    student, teacher, V, k, COLD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr
+    student,
+    teacher,
+    V,
+    k,
+    COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
 ):
     """Maxima and sums over them: of the student's exponentials, the teacher's, ``sum e_t * (a_t - a_s)`` of their
-    exponents, and the student's at temperature 1."""
+    exponents, and the student's at temperature 1. Of each side's logits the largest where the other excludes a token,
+    ``OUTSIDE`` without ``EXCLUDES``."""
     s_max = tl.full((LANES,), OUTSIDE, tl.float32)
     t_max = tl.full((LANES,), OUTSIDE, tl.float32)
     s_sum = tl.zeros((LANES,), tl.float32)
     t_sum = tl.zeros((LANES,), tl.float32)
     kl_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
+    s_over = tl.full((LANES,), OUTSIDE, tl.float32)
+    t_over = tl.full((LANES,), OUTSIDE, tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
-            student, teacher, start, None, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, COLD, BLOCK, LANES, PACK
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over = _add_both(
+            student, teacher, start, None, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over,
+            COLD, EXCLUDES, BLOCK, LANES, PACK,
         )  # fmt: skip
     if whole < V:
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum = _add_both(
-            student, teacher, whole, V, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, COLD, BLOCK, LANES, PACK
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over = _add_both(
+            student, teacher, whole, V, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over,
+            COLD, EXCLUDES, BLOCK, LANES, PACK,
         )  # fmt: skip
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
@@ -69,6 +83,7 @@ def sweep_both(
     cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, s_top))
     return (
         s_top, tl.sum(s_sum, axis=0), t_top, tl.sum(t_sum, axis=0), tl.sum(kl_sum, axis=0), tl.sum(cold_sum, axis=0),
+        tl.max(s_over, axis=0), tl.max(t_over, axis=0),
     )  # fmt: skip
 
 
@@ -85,7 +100,10 @@ def _add_both(
     t_sum,
     kl_sum,
     cold_sum,
+    s_over,
+    t_over,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     PACK: tl.constexpr,
@@ -94,6 +112,9 @@ def _add_both(
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
     z_s = by_lane(z_s, LANES, PACK)
     z_t = by_lane(z_t, LANES, PACK)
+    if EXCLUDES:
+        s_over = tl.maximum(s_over, lane_max(tl.where(z_t < _EXCLUDED, z_s, OUTSIDE)))
+        t_over = tl.maximum(t_over, lane_max(tl.where(z_s < _EXCLUDED, z_t, OUTSIDE)))
     if COLD:
         _new, cold_sum = add_exponentials(z_s, LOG2_E, s_max, cold_sum)
     new_s = tl.maximum(s_max, lane_max(z_s))
@@ -109,7 +130,7 @@ def _add_both(
     kl_sum = kl_sum * shrink + t_sum * (t_step - s_step) + lane_sum(e_t * (a_t - a_s))
     t_sum = t_sum + lane_sum(e_t)
     s_sum = s_sum * tl.exp2(s_step) + lane_sum(tl.exp2(a_s))
-    return new_s, s_sum, new_t, t_sum, kl_sum, cold_sum
+    return new_s, s_sum, new_t, t_sum, kl_sum, cold_sum, s_over, t_over
 
 
 @triton.jit
@@ -149,6 +170,7 @@ def sweep_sums(
     g: tl.constexpr,
     MIXTURE: tl.constexpr,
     MIXED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``sum h`` and ``sum g``."""
@@ -156,11 +178,13 @@ def sweep_sums(
     g_sum = tl.zeros((BLOCK,), tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        of_h, of_g = _summands(student, teacher, start, None, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
+        of_h, of_g = _summands(
+            student, teacher, start, None, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK
+        )
         h_sum += of_h
         g_sum += of_g
     if whole < V:
-        of_h, of_g = _summands(student, teacher, whole, V, label, target, norms, h, g, MIXTURE, MIXED, BLOCK)
+        of_h, of_g = _summands(student, teacher, whole, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
         h_sum += of_h
         g_sum += of_g
     return tl.sum(h_sum, axis=0), tl.sum(g_sum, axis=0)
@@ -179,13 +203,15 @@ def _summands(
     g: tl.constexpr,
     MIXTURE: tl.constexpr,
     MIXED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    beta = target[1]
     z_s, _slope, offsets = student_block(student, start, end, BLOCK)
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
-    t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-    return h(t, q, d, r, log_r, s, log_s, beta), g(t, q, d, r, log_r, s, log_s, beta)
+    t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+        z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE, EXCLUDES
+    )
+    return h(t, q, d, r, log_r, s, log_s, beta, alpha), g(t, q, d, r, log_r, s, log_s, beta, alpha)
 
 
 @triton.jit
@@ -228,6 +254,7 @@ def write_gradient(
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times the row's weight and d final / d raw.
@@ -243,12 +270,12 @@ def write_gradient(
     if blocks * BLOCK < V:
         _write_block(
             student, teacher, dlogits_row, blocks * BLOCK, V, label, target, norms, cold, shares, weight, g_total,
-            g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
+            g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
         )  # fmt: skip
     for i in range(0, blocks):
         _write_block(
             student, teacher, dlogits_row, (blocks - 1 - i) * BLOCK, None, label, target, norms, cold, shares, weight,
-            g_total, g, MIXTURE, MIXED, HARD_LABEL, COLD, BLOCK,
+            g_total, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
         )  # fmt: skip
 
 
@@ -271,15 +298,17 @@ def _write_block(
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
     COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    beta = target[1]
     cold_max, cold_inv = cold
     div_share, ce_share = shares
     z_s, slope, offsets = student_block(student, start, end, BLOCK)
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
-    t, q, d, r, log_r, s, log_s = arguments(z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE)
-    gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta) - q * g_total)
+    t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
+        z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE, EXCLUDES
+    )
+    gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * g_total)
     if HARD_LABEL:
         if COLD:
             q = tl.exp2(exponent(z_s, LOG2_E, cold_max)) * cold_inv

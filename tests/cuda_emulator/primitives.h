@@ -21,7 +21,7 @@
 
 struct Macros {  // mirrored by tests/cuda_emulator/__init__.py
     int32_t threads, width, vector, shaped, student, teacher, dlogits, listed, divergence;
-    int32_t is_free, mixture, kl_at_one, adaptive, mixed, hard_label, gated, cold, whole;
+    int32_t is_free, mixture, kl_at_one, adaptive, mixed, hard_label, gated, cold, whole, everywhere, excludes;
 };
 static Macros macros;
 
@@ -39,6 +39,8 @@ static Macros macros;
 #define FKD_MIXTURE macros.mixture
 #define FKD_KL_AT_ONE macros.kl_at_one
 #define FKD_ADAPTIVE macros.adaptive
+#define FKD_EVERYWHERE macros.everywhere
+#define FKD_EXCLUDES macros.excludes
 #define FKD_MIXED macros.mixed
 #define FKD_HARD_LABEL macros.hard_label
 #define FKD_GATED macros.gated
