@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fused_kd.training.cache.codes import decode, encode, id_dtype
 from fused_kd.training.data.prompts import encode_prompts, padding_id
-from fused_kd.training.runs import Run, write_text
+from fused_kd.training.runs import Run, write_bytes, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -300,10 +299,7 @@ def _write_batch(
         log_probs = np.concatenate([generation.log_probs for generation in made])
         indices = np.concatenate([generation.indices for generation in made]).astype(id_dtype(vocab_size))
         path = _batch_file(folder, number, "safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(save({"indices": indices, **encode(log_probs, dtype)}))
-        os.replace(partial, path)
+        write_bytes(path, save({"indices": indices, **encode(log_probs, dtype)}))
     lines = [
         json.dumps({"index": index, "ids": g.ids, "text": g.text, "finished": g.finished}, ensure_ascii=False)
         for index, g in zip(batch, made, strict=True)

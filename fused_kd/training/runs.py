@@ -36,12 +36,12 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"output={str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write atomically: a reader sees the old file or the whole new one, after a power failure too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # process ids repeat on other hosts
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         flush(partial)
         os.replace(partial, path)
     finally:
@@ -49,13 +49,18 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """As :func:`write_text`."""
+    """As :func:`write_bytes`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """As :func:`write_text`; a line break ends each line."""
+    """As :func:`write_bytes`; a line break ends each line."""
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 

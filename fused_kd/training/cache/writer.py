@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from fused_kd.training.cache.teacher_cache import (
     target_positions,
 )
 from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt, padding_id
-from fused_kd.training.runs import Run, flush, write_json
+from fused_kd.training.runs import Run, write_bytes, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,10 +187,7 @@ def _write_shard(
     except ValueError as error:
         raise ValueError(f"rows {start} to {stop - 1}: {error}") from error
     content = save({"offsets": offsets, "indices": indices, **arrays})
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    flush(partial)
-    os.replace(partial, path)
+    write_bytes(path, content)
     return {
         "file": f"{path.parent.name}/{path.name}",
         "rows": stop - start,

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fused_kd.training.checkpoints import seal
 from fused_kd.training.lora import load_adapters
 
 if TYPE_CHECKING:
@@ -24,5 +25,6 @@ def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerB
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    seal(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
