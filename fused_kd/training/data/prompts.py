@@ -115,8 +115,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 def padding_id(tokenizer: Any) -> int:
     """The token that fills batches: the padding token, else EOS, else 0. It is masked and has no loss: any will do."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in ids if token is not None))
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return int(next((token for token in ids if token is not None), 0))
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[int], list[int]]:
