@@ -69,9 +69,12 @@ class Objective:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{field.name} must be a number in {limit.text}, got {value!r}")
-            if not limit.low <= float(value) <= limit.high:  # also false for NaN
+            if not limit.low <= value <= limit.high:  # type: ignore[operator]  # also false for NaN
                 raise ValueError(f"{field.name} must be in {limit.text}, got {value!r}")
-            object.__setattr__(self, field.name, float(value))
+            try:
+                object.__setattr__(self, field.name, float(value))
+            except OverflowError:  # an integer that only infinity exceeds
+                object.__setattr__(self, field.name, math.inf)
 
     @property
     def spec(self) -> RowSpec:

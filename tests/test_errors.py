@@ -31,6 +31,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (ValueError, "gamma must be in [0, inf], got -1", lambda: fk.SelfEvolution(gamma=-1)),
         (ValueError, "beta must be in [0, 1], got nan", lambda: fk.Skew(beta=float("nan"))),
         (TypeError, "lam must be a number in [0, 1], got '0.5'", lambda: fk.NoEvo(lam="0.5")),
+        (ValueError, "lam must be in [0, 1], got 1000", lambda: fk.NoEvo(lam=10**400)),
         (TypeError, "objective must be one of", lambda: fk.KDLoss("self_evolution")),
         # heads
         (TypeError, "hidden must be a tensor, got list", lambda: fk.LMHead([1.0], W)),
