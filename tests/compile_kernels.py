@@ -162,7 +162,7 @@ def _case(
         None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, finite),
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
-        torch.zeros(len(Scalars._fields)),
+        torch.ones(len(Scalars._fields)),
         spec,
         cold,
     )
@@ -273,7 +273,7 @@ def _sweeps(
     side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
     teacher = None if spec.divergence is None else side
     return Sweeps(
-        side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.zeros(len(Scalars._fields)), spec, cold, V, None
+        side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.ones(len(Scalars._fields)), spec, cold, V, None
     )
 
 
