@@ -153,6 +153,7 @@ def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):
 MACROS = (
     *((f"FKD_{name}", 0) for name in ("DIVERGENCE", "MIXTURE", "KL_AT_ONE", "ADAPTIVE", "MIXED", "HARD_LABEL")),
     *((f"FKD_{name}", 0) for name in ("GATED", "COLD", "STUDENT", "DLOGITS", "LISTED", "SHAPED", "WHOLE")),
+    *(("FKD_EXCLUDES", 0), ("FKD_EVERYWHERE", 0)),
     *(("FKD_FREE", 1), ("FKD_TEACHER", -1), ("FKD_VECTOR", 1), ("FKD_WIDTH", 4), ("FKD_THREADS", 128)),
 )
 
