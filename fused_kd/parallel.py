@@ -202,9 +202,9 @@ def predicted_traffic(
         ranks: P.
         swept: share of the tokens whose divergence takes a sweep of its own: 0 for KL (``SFT``, ``ForwardKD``,
             ``NoEvo``), the hard share for Self-Evolution on the CPU, else 1.
-        teacher: 7 floats a token with a dense teacher, 3 without.
+        teacher: 9 floats a token with a dense teacher, 3 without.
         reduce: of the hidden gradient in fp32: "all", "scatter" (hidden states divided over tokens), or None.
     """
-    statistics = 4.0 * N * (ranks - 1) * ((7 if teacher else 3) + 2 * swept)
+    statistics = 4.0 * N * (ranks - 1) * ((9 if teacher else 3) + 2 * swept)
     hidden = 4.0 * N * H * (ranks - 1) / ranks * {"all": 2, "scatter": 1, None: 0}[reduce]
     return Traffic(statistics, hidden, 0)

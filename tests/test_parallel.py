@@ -23,7 +23,7 @@ if not torch.distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
 # fp32 rounding of sums in another order
-TIGHT = 3e-6
+TIGHT = 6e-6
 EXACT = ("nothing_valid", "refusals", "resharded", "traffic")
 
 
@@ -62,7 +62,7 @@ def _right(name: str, values: dict[str, float]) -> bool:
 def test_traffic_per_token() -> None:
     """A few floats a token beside the hidden gradient."""
     made = predicted_traffic(8192, 4096, 8, swept=1.0)
-    assert made.statistics == 8192 * 7 * 9 * 4
+    assert made.statistics == 8192 * 7 * 11 * 4
     assert made.hidden == 2 * 8192 * 4096 * 4 * 7 / 8
     assert predicted_traffic(8192, 4096, 8, reduce="scatter").hidden == made.hidden / 2
 
