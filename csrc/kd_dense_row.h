@@ -222,7 +222,7 @@ static float label_logit(const Row *r, Side *logits) {
 // -log of the label's probability, of its final logit before the temperature; infinite where it is excluded.
 static double cross_entropy(const Softmax *x, float z, float temperature) {
     const bool uniform = x->max < cool(EXCLUDED, temperature);  // nothing but excluded tokens
-    return z < EXCLUDED && !uniform ? INFINITY : -log_probability(x, cool(z, temperature));
+    return z < EXCLUDED && !uniform ? x->log_total + INFINITY : -log_probability(x, cool(z, temperature));
 }
 
 // A factor of what may be infinite: nothing of it is nothing.
@@ -282,7 +282,6 @@ static double statistics(Row *r) {
     if (c->cold) join_parts(&r->cold, r->blocks);
     r->student_above = above_zero(&r->student, top_s, &r->teacher, c->temperature);
     r->teacher_above = above_zero(&r->teacher, top_t, &r->student, c->temperature);
-    if (r->teacher_above) return INFINITY;
     double kl = 0.0;
     for (int64_t b = 0; b < r->blocks; b++) {
         const Part *s = &r->student.parts[b], *t = &r->teacher.parts[b];
@@ -290,6 +289,7 @@ static double statistics(Row *r) {
         kl += t->weight * (r->kl[b] + t->sum * apart);
     }
     kl = kl / r->teacher.total - (r->teacher.log_total - r->student.log_total);
+    if (r->teacher_above) kl += INFINITY;
     return kl < 0.0 ? 0.0 : kl;
 }
 
@@ -303,7 +303,7 @@ static void distilled_row(Row *r) {
     const double p = exp(log_p), t = lam * p + rest, log_t = log(t > TINY ? t : TINY);
     double ce = cross_entropy(&r->student, z_s, c->temperature);
     double difficulty = weighed(lam, kl - p * (log_p - log_q)) + t * (log_t - log_q) + lam * c->log_lam * (1.0 - p);
-    if (rest > 0.0 && isinf(ce)) difficulty = INFINITY;
+    if (rest > 0.0 && isinf(ce)) difficulty += INFINITY;
     difficulty = difficulty < 0.0 ? 0.0 : difficulty;
     const bool hard = c->gated && (c->given ? c->given[r->row] : (float)difficulty > c->gamma);
     c->difficulty[r->row] = (float)difficulty;
@@ -320,8 +320,8 @@ static void distilled_row(Row *r) {
         r->beta = c->beta, r->alpha = c->alpha;
         if (c->adaptive) head_share(r);
         double value = divergence_value(r, &g_total);
-        if (c->everywhere && r->student_above && (!c->adaptive || c->fraction < 1.0f)) value = INFINITY;
-        if (c->adaptive && r->teacher_above && r->beta > 0.0f) value = INFINITY;
+        if (c->everywhere && r->student_above && (!c->adaptive || c->fraction < 1.0f)) value += INFINITY;
+        if (c->adaptive && r->teacher_above && r->beta > 0.0f) value += INFINITY;
         loss = weighed(share, value) + weighed(label_share, ce);
     }
     c->loss[r->row] = (float)loss;

@@ -190,7 +190,7 @@ FKD_INLINE void finish_row(const Call *call, const Norms *norms, const Gradient 
 
 // -log of the label's probability; infinite where the label is excluded and not all of the row.
 FKD_INLINE float cross_entropy(float label_z, float top, float log_total, float inv_T) {
-    return label_z < EXCLUDED && top >= EXCLUDED ? INFINITE : log_total - (label_z - top) * inv_T;
+    return log_total + (label_z < EXCLUDED && top >= EXCLUDED ? INFINITE : (top - label_z) * inv_T);
 }
 
 // Whether the largest of a side's logits where the other excludes a token, if it excludes but some, is above log 0.
@@ -223,7 +223,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
     if (FKD_EXCLUDES) {
         student_above = above_zero(over[0], sums[S_MAX], log_of(s_total), inv_T, sums[T_MAX]);
         teacher_above = above_zero(over[1], sums[T_MAX], log_of(t_total), inv_T, sums[S_MAX]);
-        if (teacher_above) kl = INFINITE;
+        if (teacher_above) kl += INFINITE;
         norms->bound = sums[T_MAX] >= EXCLUDED ? EXCLUDED : -INFINITE;
     }
     const float label_s = sums[LABEL_S] - sums[S_MAX], label_t = sums[LABEL_T] - sums[T_MAX];
@@ -232,7 +232,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
     float ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(s_total), inv_T);
     float difficulty = at_least_zero(weighed(lam, kl - p * (log_p - log_q)) + lam * log_lam * (1.0f - p) +
                                      t * (log_t - log_q));
-    if (rest > 0.0f && ce == INFINITE) difficulty = INFINITE;
+    if (rest > 0.0f && ce == INFINITE) difficulty += INFINITE;
     bool hard = false;
     if (FKD_GATED)
         hard = call->given ? global_read1(call->given + norms->row) != 0 : difficulty > scalar(call, 2);
@@ -258,7 +258,8 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
         form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
         divergence_sums(&call->rows, norms, form == KEPT, sums);
         reduce(sums, totals, 2, false, 0.0f, phase);
-        loss = weighed(share, FKD_EVERYWHERE && student_above ? INFINITE : whole(totals[0])) + of_label;
+        const float value = whole(totals[0]);
+        loss = weighed(share, FKD_EVERYWHERE && student_above ? value + INFINITE : value) + of_label;
         gradient.g_total = whole(totals[1]);
     }
     if (first_of_cluster()) {

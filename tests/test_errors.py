@@ -11,7 +11,8 @@ import fused_kd as fk
 
 from .problems import problem
 
-H, W, H_T, W_T = torch.randn(5, 4), torch.randn(9, 4), torch.randn(5, 6), torch.randn(9, 6)
+_G = torch.Generator().manual_seed(0)
+H, W, H_T, W_T = (torch.randn(shape, generator=_G) for shape in ((5, 4), (9, 4), (5, 6), (9, 6)))
 LABELS = torch.tensor([0, 1, -100, 8, 3])
 NESTED = torch.nested.nested_tensor([H[:2], H])
 

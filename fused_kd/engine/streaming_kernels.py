@@ -232,7 +232,7 @@ def combine_kernel(
         kl = (kl / t_sum) * LN_2 - (t_log - s_log)
         kl = tl.where(kl < 0.0, 0.0, kl)  # unlike a maximum, keeps NaN
         if EXCLUDES:
-            kl = tl.where(above_zero(t_over, k, t_max, t_log, s_max), float("inf"), kl)
+            kl += tl.where(above_zero(t_over, k, t_max, t_log, s_max), float("inf"), 0.0)
         label_log_q = exponent(s_label, k, s_max) * LN_2 - s_log
         label_log_p = exponent(t_label, k, t_max) * LN_2 - t_log
         warm = cross_entropy(s_label, s_max, s_log, inv_T)

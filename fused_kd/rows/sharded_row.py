@@ -30,6 +30,7 @@ from .torch_math import (
     loss_of,
     maybe_any,
     on_host,
+    raised_,
     scalars_of,
     settled,
     uses_divergence,
@@ -138,7 +139,7 @@ class SweptRow:
         value, total = sums.split(1, 1)
         beyond = infinite(divergence, of.over, s.fraction, shares[0])
         if beyond is not None:
-            value = value.masked_fill(beyond if index is None else beyond[index], math.inf)
+            raised_(value, beyond if index is None else beyond[index])
         value = loss_of(value, of.ce if index is None else of.ce[index], s, spec)
         if index is None:
             loss = torch.where(use.unsqueeze(1), value, loss)
@@ -166,7 +167,7 @@ class SweptRow:
         nothing = torch.zeros_like(top)
         limit = EXCLUDED / (self.s.temperature if self.inputs.teacher is not None else 1.0)
         label_out = (of_label(2) < limit) & (top >= limit)
-        warm_ce = (-log_q_y).masked_fill_(label_out, math.inf)
+        warm_ce = raised_(-log_q_y, label_out)
         kl = log_p_y = top_t = total_t = nothing
         over = Over(nothing > 0.0, nothing > 0.0)
         if self.inputs.teacher is not None:
@@ -188,12 +189,12 @@ class SweptRow:
                 (largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit),
                 (largest[:, 1:2] - top_t - total_t > LOG_LEAST) & (top >= limit),
             )
-            kl = (ratio - total_t + total).clamp_(min=0.0).masked_fill_(over.teacher, math.inf)
+            kl = raised_((ratio - total_t + total).clamp_(min=0.0), over.teacher)
             log_p_y = (of_label(6) - top_t) - total_t
         cold_top, cold_total, ce = nothing, nothing, warm_ce
         if self.inputs.cold_labels:
             cold_top, cold_total = _log_sum(x[:, :, 9:10], x[:, :, 10:11])
-            ce = (cold_total - (of_label(11) - cold_top)).masked_fill_(label_out, math.inf)
+            ce = raised_(cold_total - (of_label(11) - cold_top), label_out)
         if self.condensed:
             top = nothing
         return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over)

@@ -125,6 +125,11 @@ def above(p: Tensor, out: Tensor | None) -> Tensor:
     return (out & (p >= torch.finfo(torch.float32).tiny)).any(1, keepdim=True)
 
 
+def raised_(value: Tensor, where: Tensor) -> Tensor:
+    """In place: infinite there, and NaN where it was NaN."""
+    return value.masked_fill_(where & (value == value), math.inf)
+
+
 def top_and_sum(z: Tensor, work: Tensor) -> Tensor:
     """(B, 2): maxima, and sums of exponentials over them."""
     top = z.amax(1, keepdim=True)
@@ -141,7 +146,7 @@ def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, ce: Tensor, s: S
     p_y, t_y = log_p_y.exp(), label_target(log_p_y, s)
     others = weighed(s.lam, kl - p_y * (log_p_y - log_q_y)) + s.lam * s.log_lam * (1.0 - p_y)
     found = (others + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
-    return found.masked_fill_((ce == math.inf) & (s.rest > 0.0), math.inf)
+    return raised_(found, (ce == math.inf) & (s.rest > 0.0))
 
 
 def loss_of(divergence: Tensor, ce: Tensor, s: Scalars, spec: RowSpec) -> Tensor:

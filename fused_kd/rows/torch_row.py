@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from .torch_math import (
     loss_of,
     maybe_any,
     on_host,
+    raised_,
     rows_of_block,
     scalars_of,
     scale,
@@ -131,7 +131,7 @@ def _against_teacher(
     needs_difference = "d" in divergence.reads and not divergence.free
     q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
     over = Over(above(q.prob, outs[1]), above(p.prob, outs[0]))
-    kl = (kl + q.lse).clamp_(min=0.0).masked_fill_(over.teacher, math.inf)
+    kl = raised_((kl + q.lse).clamp_(min=0.0), over.teacher)
     ce = _cross_entropy(q, outs[0], y)
     difficulty = difficulty_of(kl, p.log_prob_y, q.log_prob_y, ce, s)
     if not spec.gated:
@@ -163,7 +163,7 @@ def _against_teacher(
         total = divergence.h(*arguments).value.sum(1, keepdim=True)
         beyond = infinite(divergence, over, s.fraction, beta)
         if beyond is not None:
-            total.masked_fill_(pick(beyond), math.inf)
+            raised_(total, pick(beyond))
         value = loss_of(total, pick(ce), s, spec)
         gradient = None
         if dlogits is not None:
@@ -186,7 +186,7 @@ def _against_teacher(
 def _cross_entropy(q: _Softmax, out: Tensor | None, y: Tensor) -> Tensor:
     """(B, 1): infinite where the student excludes the label."""
     ce = -q.log_prob_y
-    return ce if out is None else ce.masked_fill_(out.gather(1, y), math.inf)
+    return ce if out is None else raised_(ce, out.gather(1, y))
 
 
 def _aligned(z: Tensor, z_t: Tensor, y: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:

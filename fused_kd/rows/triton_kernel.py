@@ -211,7 +211,7 @@ def _distill(
     student_above = above_zero(s_over, k, s_max, s_log, t_max)
     teacher_above = above_zero(t_over, k, t_max, t_log, s_max)
     if EXCLUDES:
-        kl = tl.where(teacher_above, float("inf"), kl)
+        kl += tl.where(teacher_above, float("inf"), 0.0)
 
     label_log_q = (label_z_s - s_max) * inv_T - s_log
     label_log_p = (label_z_t - t_max) * inv_T - t_log
@@ -269,7 +269,7 @@ def _distill(
                 student_above = student_above | (teacher_above & (beta > 0.0))
             h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
             if EXCLUDES and EVERYWHERE:
-                h_sum = tl.where(student_above, float("inf"), h_sum)
+                h_sum += tl.where(student_above, float("inf"), 0.0)
             loss = weighed(share, h_sum)
             if HARD_LABEL:
                 loss += weighed(ce_weight, ce)

@@ -37,7 +37,7 @@ def weighed(weight, value):
 def cross_entropy(label_z, z_max, log_total, temperature_inv):
     """``-log q_y``, infinite where the label is excluded and not all of the row."""
     out = (label_z < _EXCLUDED) & (z_max >= _EXCLUDED)
-    return tl.where(out, float("inf"), log_total - (label_z - z_max) * temperature_inv)
+    return log_total + tl.where(out, float("inf"), (z_max - label_z) * temperature_inv)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def label_terms(kl, label_log_p, label_log_q, ce, of_label):
         + lam * log_lam * (1.0 - label_p)
         + label_t * (label_log_t - label_log_q)
     )
-    difficulty = tl.where(rest * ce == float("inf"), float("inf"), difficulty)
+    difficulty += tl.where(rest * ce == float("inf"), float("inf"), 0.0)
     return tl.where(difficulty < 0.0, 0.0, difficulty), label_log_t
 
 
