@@ -47,6 +47,10 @@ def _exact(objective: str, backend: str) -> str:
     return f"test_exact.py::test_dense[{objective}-{backend}-few]"
 
 
+def _not_numbers(case: str) -> str:
+    return f"test_not_numbers.py::test_dense[{case}]"
+
+
 _SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
 _LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _AMOUNTS, _SIDES = "fused_kd/divergences.py", "fused_kd/amounts.py", "fused_kd/sides.py"
@@ -144,6 +148,30 @@ MUTATIONS = [
     Mutation(
         "cuda: what the teacher excludes stays in the gradient", _CSRC + "cuda_divergence.h", "z_t < norms->bound) d = 1.0f;", "z_t < norms->bound) d = 0.0f;",
         ("test_exact.py::test_cuda_emulated[reverse_kd-dense-few]",),
+    ),
+    Mutation(
+        "torch: NaN is called infinite", _TORCH_MATH, "where & (value == value), math.inf", "where, math.inf",
+        (_not_numbers("no_evo-torch"),),
+    ),
+    Mutation(
+        "native: NaN is called infinite", _NATIVE, "c->fraction < 1.0f)) value += INFINITY;",
+        "c->fraction < 1.0f)) value = INFINITY;", (_not_numbers("reverse_kd-native"),),
+    ),
+    Mutation(
+        "native: the excluded label's cross-entropy hides NaN", _NATIVE, "x->log_total + INFINITY", "INFINITY",
+        (_not_numbers("sft-native"),),
+    ),
+    Mutation(
+        "triton: NaN is called infinite", _TRITON, "h_sum += tl.where(student_above", "h_sum = tl.where(student_above",
+        (_not_numbers("reverse_kd-triton"),),
+    ),
+    Mutation(
+        "triton: the excluded label's cross-entropy hides NaN", _TRITON_MATH, "return log_total + tl.where(out, float(\"inf\"), ",
+        "return tl.where(out, float(\"inf\"), log_total + ", (_not_numbers("sft-triton"),),
+    ),
+    Mutation(
+        "cuda: NaN is called infinite", _CUDA, "student_above ? value + INFINITE", "student_above ? INFINITE",
+        ("test_not_numbers.py::test_cuda_emulated[reverse_kd-dense]",),
     ),
     Mutation(
         "top-k: the label is always its own category", _TOP_K, "    if reads_label:\n", "    if True:\n",
