@@ -26,10 +26,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import fused_kd as fk
 from fused_kd import parallel
 
+from .budget import LIMIT, UNIT
 from .problems import OBJECTIVES, Problem, oracle64, problem, relative
 from .test_top_k import cached
 
 V, N = 517, 29
+TIGHT = 3e-6  # fp32 rounding of sums in another order
 WIDTHS = {2: (100, 417), 4: (100, 1, 216, 200)}
 FORMS = ("heads", "logits", "renormalize", "bucket", "uniform")
 # name: options of the loss and of the heads
@@ -114,9 +116,13 @@ def run_case(world: World, objective: Any, form: str, variant: str) -> dict[str,
     expected, refs = loss_and_gradients(slice(0, V), backend="torch")
     with parallel.count_traffic() as traffic:
         out, grads = loss_and_gradients(own, tp_group=world.group)
-    # of a slice's norm, or of its share of the whole's, should that be larger: a single column may have next to nothing
+    # Of a slice's norm, or of its share of the whole's if larger: a single column may have next to nothing.
     share = ((own.stop - own.start) / V) ** 0.5
     floors = [0.0, *(share * float(ref.norm()) for ref in refs[1:])]
+    scale = upstream if options.get("reduction") == "none" else given.get("token_weights", torch.ones(N))
+    if "reduction" not in options:
+        scale = scale / given.get("num_items", N)
+    sizes = roundings(p, scale / options.get("temperature", 1.0), own)
     refs = [refs[0], refs[1][own], refs[2][own]]
     found = {
         "loss": relative(out.loss, expected.loss),
@@ -125,9 +131,20 @@ def run_case(world: World, objective: Any, form: str, variant: str) -> dict[str,
         "unequal": float(unequal(torch.cat([out.loss.detach().flatten(), out.difficulty.flatten()]))),
         "messages": float(traffic.messages),
     }
-    for name, grad, ref, floor in zip(("hidden", "weight", "bias"), grads, refs, floors, strict=True):
-        found[name] = float((grad - ref).norm() / max(float(ref.norm()), floor))
+    for name, grad, ref, floor, size in zip(("hidden", "weight", "bias"), grads, refs, floors, sizes, strict=True):
+        found[name] = float((grad - ref).norm() / max(float(ref.norm()), floor, LIMIT * size / TIGHT))
     return found
+
+
+def roundings(p: Problem, scale: Tensor, own: slice) -> list[float]:
+    """Norms of what one rounding of the student's probabilities leaves in the gradients of hidden, weight and bias.
+
+    A token's gradient may be a small difference of products of them, as that of total variation is.
+    """
+    hidden, weight, bias = (leaf.detach() for leaf in p.leaves)
+    squares = (UNIT * scale[:, None] * (hidden @ weight.T + bias).softmax(1)) ** 2
+    variances = [squares @ weight**2, squares[:, own].T @ hidden**2, squares[:, own].sum(0)]
+    return [float(x.sum().sqrt()) for x in variances]
 
 
 def unequal(x: Tensor) -> bool:

@@ -17,13 +17,11 @@ from bench import vocab_parallel
 from fused_kd.engine import sharded
 from fused_kd.parallel import predicted_traffic
 
-from .parallel_worker import OTHERS, matrix
+from .parallel_worker import OTHERS, TIGHT, matrix
 
 if not torch.distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
-# fp32 rounding of sums in another order
-TIGHT = 6e-6
 EXACT = ("nothing_valid", "refusals", "resharded", "traffic")
 
 
