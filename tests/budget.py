@@ -49,6 +49,12 @@ def check_budget(p: Problem, objective, out: fk.KDOutput, grads: list[Tensor]) -
         assert relative(out.difficulty, expected.difficulty) <= max(LOSS_ROUNDING, LIMIT * cost["difficulty"])
 
 
+def mean_loss_budget(z: Tensor, z_t: Tensor, losses: Tensor) -> float:
+    """Relative, of the mean of (N,) losses from these logits, all float64."""
+    sizes = losses + (z.softmax(-1) + z_t.softmax(-1)).norm(dim=-1)
+    return max(4 * LOSS_ROUNDING, LIMIT * UNIT * float(sizes.norm() / losses.sum()))
+
+
 def rounding_cost(p: Problem, objective) -> dict[str, float]:
     """Relative errors, root mean square over draws, of tokens' losses and difficulties and of the mean's gradients."""
     exact = _rounded(p, objective, 0.0, torch.Generator())

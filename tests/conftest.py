@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         _round_once()
+        _patch_once()
 
 
 def _round_once() -> None:
@@ -40,6 +41,24 @@ def _round_once() -> None:
         return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+def _patch_once() -> None:
+    """Triton's interpreter patches its language at each call of a function in a kernel, which is half of its time."""
+    from triton.runtime import interpreter
+
+    patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def patch_unless_patched(fn: Any) -> Any:
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            return patch(fn)
+
+    def run_kernel(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        run(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_unless_patched, run_kernel
 
 
 @pytest.fixture(autouse=True)
