@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import measurements, report, scaling, standing, summary  # noqa: E402
+from bench.__main__ import main  # noqa: E402
 from bench.compare import compare  # noqa: E402
 from bench.compare import markdown as comparison  # noqa: E402
 from bench.shapes import Shape, Variant  # noqa: E402
@@ -155,22 +155,22 @@ def test_comparison_of_what_cannot_be_compared(data):
         compare(data, data, 1.0)
 
 
-def test_commands(data, tmp_path):
-    def bench(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "bench", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_commands(data, tmp_path, capsys):
+    def bench(*arguments) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
 
     before, after = tmp_path / "a.json", tmp_path / "b.json"
     before.write_text(json.dumps(data))
     data["rows"][0]["memory"]["over_inputs_and_gradients"] *= 2
     after.write_text(json.dumps(data))
-    assert bench("compare", before, before).returncode == 0
-    done = bench("compare", before, after)
-    assert done.returncode == 1 and "| 2.000 |" in done.stdout
-    assert bench("compare", before, after, "--limit", "3").returncode == 0
-    done = bench("compare", before, tmp_path / "none.json")
-    assert done.returncode == 2 and "none.json" in done.stderr
-    assert "# fused_kd, cpu suite" in bench("report", before).stdout
+    assert bench("compare", before, before)[0] == 0
+    code, said, _ = bench("compare", before, after)
+    assert code == 1 and "| 2.000 |" in said
+    assert bench("compare", before, after, "--limit", "3")[0] == 0
+    code, _, error = bench("compare", before, tmp_path / "none.json")
+    assert code == 2 and "none.json" in error
+    assert "# fused_kd, cpu suite" in bench("report", before)[1]
 
 
 def test_readme_shows_the_committed_results(data, tmp_path):
