@@ -31,6 +31,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 import fused_kd as fk
 from fused_kd.integrations import trl as ours
 from fused_kd.reference import reference_kd_loss
+from fused_kd.training.checkpoints import WholeCheckpoints
 from tests.training.distributed_worker import ZERO3, shard_on_cpu, whole
 from tests.training.tiny import tiny
 
@@ -296,6 +297,28 @@ def test_defaults_of_trl(tmp_path: Path) -> None:
     full = train(ours.GKDTrainer, arguments(gkd.GKDConfig, tmp_path, lmbda=0.0, max_steps=2), dialogues())
     args = arguments(gkd.GKDConfig, tmp_path, lmbda=0.0, max_steps=2, bf16=True, gradient_checkpointing=True)
     assert losses(train(ours.GKDTrainer, args, dialogues())) == pytest.approx(losses(full), rel=1e-2)
+
+
+@pytest.mark.parametrize("cls", [ours.GKDTrainer, ours.DistillationTrainer])
+def test_whole_checkpoints(tmp_path: Path, cls: Any) -> None:
+    """Its newest checkpoint torn, a run goes on from the one before to the same weights."""
+    kind, data = (gkd.GKDConfig, dialogues()) if cls is ours.GKDTrainer else (trl.DistillationConfig, prompts())
+    resumable = type("Resumable", (WholeCheckpoints, cls), {})
+
+    def run(folder: Path, **options: Any) -> Any:
+        args = arguments(kind, folder, save_strategy="steps", save_steps=2, max_steps=4, **options)
+        student, teacher = pair()
+        return resumable(student, teacher, args=args, train_dataset=data, processing_class=tokenizer())
+
+    whole_run = run(tmp_path)
+    whole_run.train()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    again = run(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint-4 lacks optimizer.pt: passed over"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    for mine, theirs in zip(again.model.parameters(), whole_run.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_another_objective(tmp_path: Path) -> None:
