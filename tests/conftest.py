@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         _round_once()
-        _patch_once()
+        _spare_time()
 
 
 def _round_once() -> None:
@@ -43,8 +44,8 @@ def _round_once() -> None:
     interpreter.InterpreterBuilder.create_fma = create_fma
 
 
-def _patch_once() -> None:
-    """Triton's interpreter patches its language at each call of a function in a kernel, which is half of its time."""
+def _spare_time() -> None:
+    """Triton's interpreter patches its language at each call of a function in a kernel: more than half of its time."""
     from triton.runtime import interpreter
 
     patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
@@ -59,6 +60,7 @@ def _patch_once() -> None:
         run(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_unless_patched, run_kernel
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 @pytest.fixture(autouse=True)
