@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -60,7 +59,6 @@ def _spare_time() -> None:
         run(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_unless_patched, run_kernel
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 @pytest.fixture(autouse=True)
