@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -283,12 +284,16 @@ def test_no_worker_outlives_a_killed_run(tmp_path):
     command += ["--rounds", "1000000"]
     run = subprocess.Popen([*command, "--output", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     workers: list = []
-    while not workers:
-        assert run.poll() is None, "the run ended before its worker was seen"
-        time.sleep(0.1)
-        workers = [c for c in psutil.Process(run.pid).children() if "bench/suite.py" in c.cmdline()]
-    run.kill()
-    run.wait()
+    try:
+        while not workers:
+            assert run.poll() is None, "the run ended before its worker was seen"
+            time.sleep(0.1)
+            for child in psutil.Process(run.pid).children():
+                with contextlib.suppress(psutil.Error):  # one that has just ended
+                    workers += [child] * ("bench/suite.py" in child.cmdline())
+    finally:
+        run.kill()
+        run.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 

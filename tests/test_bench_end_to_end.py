@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -288,14 +289,19 @@ def test_no_trial_outlives_a_killed_run():
         "trial.run_trial(trial.Trial(tiny, 'eager', 2, 'cpu', 10**9, False, 1), 600.0)"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    server: list = []
-    while not any(process.children() for process in server):  # the server's child is the trial
-        assert run.poll() is None, "the run ended before its trial was seen"
-        time.sleep(0.05)
-        server = psutil.Process(run.pid).children()
-    everyone = psutil.Process(run.pid).children(recursive=True)
-    run.kill()
-    run.wait()
+    everyone: list = []
+    try:
+        while len(everyone) < 2:  # a server, whose child is the trial
+            assert run.poll() is None, "the run ended before its trial was seen"
+            time.sleep(0.05)
+            servers = psutil.Process(run.pid).children()
+            for server in servers:
+                with contextlib.suppress(psutil.Error):  # one that has just ended
+                    trials = server.children()
+                    everyone = [*servers, *trials] if trials else everyone
+    finally:
+        run.kill()
+        run.wait()
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
