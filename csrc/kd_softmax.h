@@ -50,11 +50,6 @@ static const float *raw_logits(const Logits *x, int64_t row, int64_t start, int 
 // Final logits before the temperature, in place where nothing is to be done, else in `buffer`.
 static const float *final_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
     const float *z = raw_logits(x, row, start, n, buffer);
-    if (!x->finite) {
-#pragma omp simd
-        for (int i = 0; i < n; i++) buffer[i] = z[i] < LOG_ZERO ? LOG_ZERO : z[i];
-        z = buffer;
-    }
     const float scale = x->scale, cap = x->softcap;
     if (cap != 0.0f) {
         const float inner = scale / cap;
@@ -65,9 +60,14 @@ static const float *final_logits(const Logits *x, int64_t row, int64_t start, in
         }
         return buffer;
     }
-    if (scale == 1.0f) return z;
+    if (scale != 1.0f) {
 #pragma omp simd
-    for (int i = 0; i < n; i++) buffer[i] = z[i] * scale;
+        for (int i = 0; i < n; i++) buffer[i] = z[i] * scale;
+        z = buffer;
+    }
+    if (x->finite) return z;
+#pragma omp simd
+    for (int i = 0; i < n; i++) buffer[i] = z[i] < LOG_ZERO ? LOG_ZERO : z[i];
     return buffer;
 }
 

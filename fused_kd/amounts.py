@@ -53,7 +53,7 @@ def weights_and_scale(
             raise ValueError(f"num_items must be positive, {_DENOMINATOR}, got {num_items!r}")
     given = num_items if isinstance(num_items, Tensor) else None
     averaged = reduction == "mean" and (num_items is None or given is not None)
-    weights, scale = None, torch.ones((), device=device)
+    weights, scale = None, torch.ones((), dtype=torch.float32, device=device)
     if token_weights is not None or (averaged and given is not None):
         found, scale = torch.ops.fused_kd.amounts(
             labels, token_weights, given, ignore_index, averaged, validate, device
@@ -61,9 +61,9 @@ def weights_and_scale(
         weights = None if token_weights is None else found
     elif averaged:
         count = (labels != ignore_index).sum().to(device, torch.float32, non_blocking=True)
-        scale = torch.where(count > 0, 1.0 / count, 0.0)
+        scale = (1.0 / count).masked_fill(count == 0, 0.0)
     if num_items is not None and given is None:
-        scale = torch.full((), 1.0 / float(num_items), device=device)
+        scale = torch.full((), 1.0 / float(num_items), dtype=torch.float32, device=device)
     return weights, scale
 
 
@@ -86,9 +86,9 @@ def _amounts(
             _check_weights(weights.float(), valid.to(weights.device))
         weights = weights.to(device, torch.float32, non_blocking=True)
         fits = (weights >= 0) & (weights < math.inf)
-        weights = torch.where(valid.to(device, non_blocking=True), torch.where(fits, weights, math.nan), 0.0)
+        weights = weights.masked_fill(~fits, math.nan).masked_fill(~valid.to(device, non_blocking=True), 0.0)
     if not averaged:
-        scale = torch.ones((), device=device)
+        scale = torch.ones((), dtype=torch.float32, device=device)
     else:
         if num_items is not None:
             total, looked_at = num_items.reshape(()), free(labels, num_items)
@@ -103,7 +103,7 @@ def _amounts(
         if looked_at and not bool(fits | nothing):
             name = "token_weights of the valid tokens must add up to 0 or" if num_items is None else "num_items must be"
             raise ValueError(f"{name} {_DENOMINATOR}, got {total.item()}")
-        scale = torch.where(fits, 1.0 / count, torch.where(nothing, 0.0, math.nan))
+        scale = (1.0 / count).masked_fill(~fits, math.nan).masked_fill(nothing, 0.0)
     return labels.new_empty(0, dtype=torch.float32, device=device) if weights is None else weights, scale
 
 

@@ -162,7 +162,7 @@ def chunked_plan(
 
     teacher: chunked.LogitSource | chunked.TopKSide | None = None
     if top_k is not None:
-        entries = torch.empty(n, top_k, device="meta")
+        entries = torch.empty(n, top_k, dtype=torch.float32, device="meta")
         teacher = chunked.TopKSide(entries, entries, "renormalize")
     elif H_t is not None:
         teacher = side(H_t)

@@ -107,7 +107,15 @@ class KDLoss(nn.Module):
         self.register_buffer("scalars", self._scalars(), persistent=False)
 
     def _scalars(self, device: torch.device | None = None) -> Tensor:
-        return torch.tensor(self._objective.scalars(self.temperature), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # a loss made there may be annealed elsewhere
+            return torch.tensor(self._objective.scalars(self.temperature), dtype=torch.float32, device=device)
+
+    def __copy__(self) -> KDLoss:
+        """With scalars of its own."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._buffers = self._buffers | {"scalars": self.scalars.clone()}
+        return made
 
     def _write_scalars(self) -> None:
         for i, value in enumerate(self._objective.scalars(self.temperature)):

@@ -56,7 +56,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _kl_of_student(log_q: Tensor, log_p: Tensor) -> Tensor:
     """``KL(q||p)``; where it is infinite its gradient is that of the tokens that ``p`` does not exclude."""
-    finite = (log_q.exp() * (log_q - log_p).where(log_p > _EXCLUDED, 0.0)).sum(-1)
+    finite = (log_q.exp() * (log_q - log_p).where(~(log_p <= _EXCLUDED), 0.0)).sum(-1)
     return _or_infinite(finite, log_q, log_p)
 
 
@@ -68,7 +68,10 @@ def _or_infinite(value: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _weighed(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
     """``sum weight * value``, where nothing of an infinite value is nothing."""
-    parts = [torch.where(torch.as_tensor(w == 0, device=x.device), 0.0 * x.nan_to_num(), w * x) for w, x in terms]
+    parts = [
+        torch.where(torch.as_tensor(w == 0, device=x.device), 0.0 * x.where(x != math.inf, 0.0), w * x)
+        for w, x in terms
+    ]
     return torch.stack(parts).sum(0)
 
 
@@ -124,7 +127,7 @@ def reference_rows(
         if isinstance(objective, SelfEvolution):
             hard = d.detach() > objective.gamma
         else:
-            count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-6))
+            count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-12))
             hard = never.scatter(0, d.detach().argsort(descending=True, stable=True)[:count], True)
         loss = torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d)
     elif isinstance(objective, GeneralizedJSD):
@@ -193,20 +196,24 @@ def _categories(
         if reads_label and y not in table:
             table[y] = (missing / others).log().clamp(min=_LOG_ZERO)
             missing = missing * (others - 1) / others
-        chosen = torch.tensor(list(table), device=z.device)
+        chosen = torch.tensor(list(table), dtype=torch.int64, device=z.device)
         rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, chosen, False)
         nothing = z_row.new_full((K + 2 - len(table) - int(rest.any()),), _LOG_ZERO)  # to a common width
         tail = z_row[rest].logsumexp(0, keepdim=True) if rest.any() else z_row[:0]
         students.append(torch.cat([z_row[chosen], tail, nothing]))
         teachers.append(
             torch.cat(
-                [torch.stack(list(table.values())), missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)], nothing]
+                [
+                    *(value[None] for value in table.values()),
+                    missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)],
+                    nothing,
+                ]
             )
         )
         positions.append(list(table).index(y) if y in table else 0)
     if not students:
         return z, z.detach(), labels
-    return torch.stack(students), torch.stack(teachers), torch.tensor(positions, device=z.device)
+    return torch.stack(students), torch.stack(teachers), torch.tensor(positions, dtype=torch.int64, device=z.device)
 
 
 def reference_kd_loss(
@@ -249,11 +256,11 @@ def reference_kd_loss(
         full = torch.zeros(labels.shape, dtype=values.dtype, device=values.device)
         return full.masked_scatter(valid, values).reshape(shape)
 
-    weighted = rows * weights
+    weighted = torch.where((weights == 0) & (rows == math.inf), 0.0, rows * weights)
     if reduction == "none":
         loss = scatter(weighted)
     elif num_items is not None:
-        loss = weighted.sum() / num_items
+        loss = weighted.sum() / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
     elif reduction == "mean":
         loss = weighted.sum() / weights.sum() if weights.sum() > 0 else weighted.sum()
     else:

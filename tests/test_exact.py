@@ -187,8 +187,10 @@ def wrong(run: Run, objective: Objective, T: float, tail: str, names: list[str])
             r = torch.tensor([[float(x) for x in _list(getattr(t, field))] for t in truths], dtype=torch.float64)
             a, e = (x.double().reshape(r.shape) for x in (a, getattr(usual, field)))
             factor = 1 / T if field == "gradient" else 1.0
+            # The label's share of a gradient is taken at T = 1.
+            share = 1 - objective.scalars()[0] if field == "gradient" and objective.spec.hard_label else 0.0
             allowed = 4 * (e - r).abs().nan_to_num(0.0, 0.0, 0.0).amax(1) + factor * size
-            allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * factor
+            allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * max(factor, share)
             off = torch.where(a == r, 0.0, (a - r).abs()).amax(1)
             for i in (~(off <= allowed)).nonzero().flatten().tolist():
                 said.append(f"{field} {chosen[i]!r} {tail} T={T} {objective}: {a[i].tolist()}, not {r[i].tolist()}")

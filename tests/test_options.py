@@ -92,3 +92,20 @@ def test_labels_of_32_bits_with_an_ignore_index_of_64():
     far = {"ignore_index": -(2**40), "shift": True}
     found = fk.kd_loss(p.student(), p.teacher(), p.labels.int(), fk.NoEvo(), **far).loss
     assert torch.equal(found, fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), **far).loss)
+
+
+def test_a_copy_is_annealed_alone():
+    p = problem()
+    first = fk.KDLoss(fk.ForwardKD())
+    second = copy.copy(first)
+    second.temperature = 3.0
+    for criterion, temperature in ((first, 1.0), (second, 3.0)):
+        fresh = fk.KDLoss(fk.ForwardKD(), temperature=temperature)
+        assert torch.equal(*(c(p.student(), p.teacher(), p.labels) for c in (criterion, fresh)))
+
+
+def test_made_in_inference_mode_and_annealed_outside():
+    with torch.inference_mode():
+        criterion = fk.KDLoss(fk.ForwardKD())
+    criterion.temperature = 3.0
+    assert torch.equal(criterion.scalars, fk.KDLoss(fk.ForwardKD(), temperature=3.0).scalars)

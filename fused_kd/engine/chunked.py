@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..objectives import RowSpec, Scalars
 from ..rows import Logits, Row, RowInputs, RowOutputs, Sparse
+from ..rows.base import EXCLUDED
 from ..rows.top_k import sparse_teacher
 from ..rows.torch_math import known_all
 from ..tuning import current
@@ -176,7 +177,8 @@ class LogitSource:
         else:
             bias = None if side.bias is None else side.bias.detach()[:vocab]
             self.projection = Projection(side.weight[:vocab], bias, dtype or side.source.dtype)
-            self.source, finite = side.source.detach(), bias is None or known_all(bias.isfinite())
+            rounded = self.projection.bias  # a finite fp32 bias may be -inf in fp16
+            self.source, finite = side.source.detach(), rounded is None or known_all(rounded > EXCLUDED)
         self._template = (side.logit_scale, side.softcap, finite)
 
     def chunk(self, tokens: slice | Tensor, buffers: Buffers, name: str) -> tuple[Tensor | None, Logits]:
@@ -259,8 +261,9 @@ def _difficulties(
 def largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
     """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
     valid = labels >= 0
-    # fp32 scalars are off by 6e-8: 0.1 * 10 must not become 2.
-    count = (scalars[Scalars._fields.index("fraction")].double() * valid.sum() * (1 - 1e-6)).ceil()
+    fraction = scalars[Scalars._fields.index("fraction")].double()
+    # fp32 scalars but 1 are off by 6e-8: 0.1 * 10 must not become 2.
+    count = (torch.where(fraction < 1.0, fraction * (1 - 2**-24), fraction) * valid.sum()).ceil()
     order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return valid & (rank < count)

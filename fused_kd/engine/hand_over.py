@@ -31,7 +31,7 @@ def scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 def works(device: torch.device) -> bool:
     """Whether Triton can launch anything there: it may be installed without a compiler, or beside another GPU."""
     try:
-        scale_in_place(torch.ones(1, device=device), torch.ones((), device=device))
+        scale_in_place(*(torch.ones(shape, dtype=torch.float32, device=device) for shape in (1, ())))
     except Exception:  # Triton's own, of any kind
         return False
     return True

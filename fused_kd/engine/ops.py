@@ -214,8 +214,8 @@ def _check_losses(result: Result) -> None:
 
 
 def _weighted(loss: Tensor, weights: Tensor) -> Tensor:
-    """Products, in which weight 0 leaves nothing of an infinite loss."""
-    return torch.where(weights == 0, 0.0, loss * weights)
+    """Products, in which weight 0 leaves nothing of an infinite loss, but NaN of NaN, as in the gradient."""
+    return (loss * weights).masked_fill((weights == 0) & (loss == math.inf), 0.0)
 
 
 class KDFunction(torch.autograd.Function):

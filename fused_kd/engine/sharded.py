@@ -108,7 +108,7 @@ def run(
 
     hard = None
     if spec.ranked:
-        difficulty = torch.zeros(n, device=device)
+        difficulty = torch.zeros(n, dtype=torch.float32, device=device)
         for chunk in _two_at_a_time(spans, lambda span: begin(span, None, True), exchange):
             difficulty[chunk.span] = chunk.outputs.difficulty
         hard = largest(difficulty, labels, scalars)

@@ -167,7 +167,7 @@ class _Backward:
             d_weight = make(tuple(head.weight.shape), dtype=gradient_dtype(head.weight.dtype), device=device)
             d_weight[self._vocab :].zero_()
         if head.wanted.bias and head.bias is not None:
-            d_bias = torch.zeros(head.bias.shape, device=device)
+            d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
         if self._sweeps.n > 0:
             if head.early and not self._plan.together:
                 early = (d_weight, d_bias) if not head.late else (None, None)

@@ -161,7 +161,7 @@ class KDLossMixin(Trainer):
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
         self._step_gamma: float | None = None
-        self._evaluated = torch.zeros(2)
+        self._evaluated = torch.zeros(2, dtype=torch.float32)
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
@@ -340,7 +340,7 @@ class KDLossMixin(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the Trainer's, with the loss averaged over tokens and not over batches."""
-        self._evaluated = torch.zeros(2)
+        self._evaluated = torch.zeros(2, dtype=torch.float32)
         result = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )

@@ -153,7 +153,7 @@ def check_lm_head(model: Any, tokens: int = 8) -> None:
         model.train(was_training)
     if logits.shape != expected.shape:
         raise ValueError(f"{name} gives logits of shape {tuple(expected.shape)}, its head {tuple(logits.shape)}")
-    zero = torch.zeros((), device=far.device)
+    zero = torch.zeros((), dtype=torch.float32, device=far.device)
     raw = large[0].float() + cast(torch.Tensor, with_final_bias(base, zero))
     # the first comparison knows the scale; here it may be in the hidden states already
     error = max(

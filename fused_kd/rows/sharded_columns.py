@@ -104,17 +104,17 @@ class CondensedColumns(Columns):
         C, K = teacher.indices.shape
         V, device = self.width, inputs.labels.device
         self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
-        self._z = torch.full((C, K + 1), LOG_ZERO, device=device)
+        self._z = torch.full((C, K + 1), LOG_ZERO, dtype=torch.float32, device=device)
         self._z_t = self._z.clone()
         values = teacher.log_probs.clamp(min=LOG_ZERO)
         self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._sparse.present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
-        self.student_statistics = torch.zeros(C, 2, device=device)
-        self.rest_statistics = torch.zeros(C, 2, device=device)
+        self.student_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
+        self.rest_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
         self.student_statistics[:, 0] = self.rest_statistics[:, 0] = LOG_ZERO
         if inputs.cold_labels:
-            self.cold_statistics = torch.zeros(C, 3, device=device)
+            self.cold_statistics = torch.zeros(C, 3, dtype=torch.float32, device=device)
             self.cold_statistics[:, 0] = LOG_ZERO
         self._block = max(1, min(C, rows_of_block(V, device)))
         self._scratch = Scratch(self._block, V, device)
@@ -172,7 +172,7 @@ class CondensedColumns(Columns):
         if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
             cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())
             work.add_(cold.mul_(self.s.rest))
-        entries = torch.where(present, gradient[:, :-1], 0.0)
+        entries = gradient[:, :-1].masked_fill(~present, 0.0)
         work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
         super().write(rows, work, Read(z, None, None, slope), out, of)
 

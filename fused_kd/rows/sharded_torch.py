@@ -55,7 +55,7 @@ class _TorchRow(SweptRow):
             yield rows if index is None else index[rows]
 
     def statistics(self) -> Tensor:
-        columns, message = self.columns, torch.zeros(self.C, 14, device=self.ignored.device)
+        columns, message = self.columns, torch.zeros(self.C, 14, dtype=torch.float32, device=self.ignored.device)
         for column in (0, 3, 9, 12):
             message[:, column] = LOG_ZERO
         message[:, 7:9] = -math.inf
@@ -125,7 +125,7 @@ class _TorchRow(SweptRow):
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
         count, counted = self.C if index is None else len(index), self.columns.counted
-        message = torch.zeros(count, 2, device=self.ignored.device)
+        message = torch.zeros(count, 2, dtype=torch.float32, device=self.ignored.device)
         done = 0
         for rows in self._blocks(index) if counted else ():
             read = self.columns.read(rows, self.scratch)
@@ -188,7 +188,7 @@ class _TorchRow(SweptRow):
         counted = self.columns.counted
         count = self.C if index is None else len(index)
         device = self.ignored.device
-        t, error = (torch.zeros(count, counted, device=device) for _ in range(2))
+        t, error = (torch.zeros(count, counted, dtype=torch.float32, device=device) for _ in range(2))
         done = 0
         for rows in self._blocks(index) if counted else ():
             read = self.columns.read(rows, self.scratch)

@@ -47,7 +47,7 @@ class TritonRow(SweptRow):
         return self.student.stride(0), 0 if self.teacher is None else self.teacher.stride(0)
 
     def statistics(self) -> Tensor:
-        message = torch.empty(self.C, 12, device=self.labels.device)
+        message = torch.empty(self.C, 12, dtype=torch.float32, device=self.labels.device)
         with guard(self.labels.device):
             statistics_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
@@ -76,7 +76,7 @@ class TritonRow(SweptRow):
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Any) -> Tensor:
         assert index is None
-        message = torch.empty(self.C, 2, device=self.labels.device)
+        message = torch.empty(self.C, 2, dtype=torch.float32, device=self.labels.device)
         with guard(self.labels.device):
             sums_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, self.known, use.view(torch.uint8), message,

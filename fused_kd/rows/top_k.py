@@ -87,7 +87,7 @@ def categories(teacher: Sparse, labels: Tensor) -> Categories:
     C, K1 = teacher.indices.shape
     column = (teacher.indices == labels.unsqueeze(1)).to(torch.int8).argmax(1)
     return Categories(
-        torch.empty(C, K1 + 1, device=labels.device),
+        torch.empty(C, K1 + 1, dtype=torch.float32, device=labels.device),
         torch.cat([teacher.log_probs, teacher.rest.unsqueeze(1)], 1),
         torch.where(labels < 0, -1, column),
     )
@@ -248,10 +248,12 @@ def _uniform_block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scra
     teacher = inputs.teacher
     assert isinstance(teacher, Sparse)
     B, V = inputs.student.raw.shape
-    z_t = scratch("z_t", B).copy_(teacher.rest.clamp(min=LOG_ZERO).unsqueeze(1).expand(B, V))
+    each = teacher.rest.clamp(min=LOG_ZERO).unsqueeze(1)
+    z_t = scratch("z_t", B).copy_(each.expand(B, V))
+    # Where there is no entry, the row's first is written again; in an empty list, what all tokens have.
     present = teacher.indices < V
     first = teacher.indices[:, :1].clamp(max=V - 1)
     index = torch.where(present, teacher.indices, first)
-    values = torch.where(present, teacher.log_probs, teacher.log_probs[:, :1])
+    values = torch.where(present, teacher.log_probs, torch.where(present[:, :1], teacher.log_probs[:, :1], each))
     z_t.scatter_(1, index, values)
     dense(inputs._replace(teacher=Logits(z_t, 1.0, None, False)), outputs)

@@ -52,7 +52,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     student = student._replace(raw=unit_stride(student.raw))
     labels, entries = inputs.labels.contiguous(), teacher.indices.contiguous()
     V, K = student.raw.shape[1], entries.shape[1]
-    origin = torch.empty(C, device=where)
+    origin = torch.empty(C, dtype=torch.float32, device=where)
     cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
     shared = (entries, K, C, V, labels, inputs.scalars, small.student, origin, cold_rest)
     # The rest's column is not condense's alone: categories are (C, K + 1) there and here.

@@ -32,7 +32,7 @@ def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     small = categories(teacher, inputs.labels)
     scale, cap = shape_of(student)
     raw, labels = unit_stride(student.raw), inputs.labels.contiguous()
-    origin = torch.empty(C, device=labels.device)
+    origin = torch.empty(C, dtype=torch.float32, device=labels.device)
     cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
     common = {
         "K1": K1,

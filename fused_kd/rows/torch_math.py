@@ -201,7 +201,7 @@ def target(
 def _shifted(p: Tensor, lam: float | Tensor, by: float, out: Tensor) -> Tensor:
     if isinstance(lam, Tensor):
         return torch.mul(p, lam, out=out).add_(by)
-    return torch.add(torch.tensor(by), p, alpha=lam, out=out)
+    return torch.add(torch.tensor(by, dtype=torch.float32), p, alpha=lam, out=out)
 
 
 def _between(t: Tensor, q: Tensor, beta: float | Tensor, alpha: float | Tensor, out: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tens
 def shares_of(parts: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1) each: those of the two columns in their sum; a half where that is 0."""
     total = parts.sum(1, keepdim=True)
-    head, tail = torch.where(total == 0.0, 0.5, parts / total).split(1, 1)
+    head, tail = (parts / total).masked_fill(total == 0.0, 0.5).split(1, 1)
     return head, tail
 
 

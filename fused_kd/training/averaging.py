@@ -48,7 +48,7 @@ def sequence_weights(labels: torch.Tensor, position_ids: torch.Tensor | None = N
         rows = rows + ((position_ids.to(labels.device) == 0).cumsum(-1) - 1).clamp(min=0)
     sequence = rows[:, 1:][valid]
     counts = torch.bincount(sequence, minlength=labels.numel())
-    weights = torch.zeros(labels.shape)
+    weights = torch.zeros(labels.shape, dtype=torch.float32)
     weights[:, :-1][valid] = 1.0 / counts[sequence].float()
     return weights
 

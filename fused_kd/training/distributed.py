@@ -136,7 +136,9 @@ def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor
     if accelerator.num_processes > 1:
         found = accelerator.gather(accelerator.pad_across_processes(found, pad_index=-1.0))
         found = found[found > -0.5]  # without the padding; rounding may leave a difficulty just below 0
-    hard = largest(found, torch.zeros_like(found, dtype=torch.int64), torch.tensor(objective.scalars()))
+    hard = largest(
+        found, torch.zeros_like(found, dtype=torch.int64), torch.tensor(objective.scalars(), dtype=torch.float32)
+    )
     if not hard.any():
         return math.inf
     if hard.all():

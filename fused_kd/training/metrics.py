@@ -37,7 +37,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     """
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(len(_SUMS))
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float32)
         self.window_seconds = 0.0
         self.total_seconds = 0.0
         self._resumed_at: float | None = None

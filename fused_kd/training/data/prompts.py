@@ -363,7 +363,7 @@ class Collator:
         if len(widths) > 1:
             raise ValueError(f"teacher_log_probs must have one K in a batch, got {sorted(widths)}")
         K = widths.pop()
-        log_probs = torch.full((len(rows), length, K), -math.log(K))
+        log_probs = torch.full((len(rows), length, K), -math.log(K), dtype=torch.float32)
         indices = torch.arange(K).repeat(len(rows), length, 1)
         for number, row in enumerate(rows):
             targets = torch.as_tensor(row["labels"])[1:] != self.label_pad

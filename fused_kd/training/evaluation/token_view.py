@@ -192,7 +192,7 @@ def _lookup(
     count = max(1, _LOOKUP_BYTES // (4 * vocab))
     for start in range(0, len(labels), count):
         hidden = projection.operand(head.hidden[start : start + count])
-        logits = torch.empty(len(hidden), vocab, device=hidden.device)
+        logits = torch.empty(len(hidden), vocab, dtype=torch.float32, device=hidden.device)
         projection.logits(hidden, logits)
         logits *= head.logit_scale
         if head.softcap is not None:
