@@ -105,6 +105,16 @@ def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: 
         TeacherCache(folder)
 
 
+def replace(folder: Path, number: int, name: str, change) -> None:
+    """Another array in a shard, with a size and a checksum that fit it."""
+    file, index = folder / "shards" / f"{number:05d}.safetensors", json.loads((folder / "index.json").read_text())
+    arrays = load_file(file)
+    arrays[name] = change(arrays.get(name, arrays["offsets"]))
+    save_file(arrays, file)
+    index["shards"][number] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -116,24 +126,23 @@ def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: 
         ("log_probs", lambda a: a * float("nan"), "row 9 .*log-probabilities of at most 0, got .* nan"),
         ("log_probs", lambda a: a + 9, "row 9 .*log-probabilities of at most 0"),
         ("more", lambda a: a, "has the arrays .*more"),
-        ("offsets", lambda a: a * 0 + np.array([0, 2**62, a[-1]]), "offsets that do not rise from 0"),
-        ("offsets", lambda a: np.array([0, 2**62, -(2**63), -1, a[-1]])[-len(a) :], "offsets that do not rise"),
         ("log_probs", lambda a: a * 0 - 0.1, r"row 9 .*, row 1 of shards/00002\.safetensors: .*at most 1, got 4\.5"),
         ("log_probs", lambda a: a - np.float16(np.inf), r"row 9 .*add up to more than 0 and at most 1, got 0\.0"),
         ("indices", lambda a: a * 0 + 7, "row 9 .*: expected the ids of a token once each, got 7 twice"),
     ],
 )
 def test_a_shard_that_cannot_be(finished: Path, tmp_path: Path, name: str, change, message: str) -> None:
-    """With a size and a checksum that fit it."""
     folder = Path(shutil.copytree(finished, tmp_path / "cache"))
-    file, index = folder / "shards" / "00002.safetensors", json.loads((folder / "index.json").read_text())
-    arrays = load_file(file)
-    arrays[name] = change(arrays.get(name, arrays["offsets"]))
-    save_file(arrays, file)
-    index["shards"][2] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    (folder / "index.json").write_text(json.dumps(index))
+    replace(folder, 2, name, change)
     with pytest.raises(ValueError, match=message):
         TeacherCache(folder)[9]
+
+
+def test_offsets_whose_differences_wrap(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    replace(folder, 0, "offsets", lambda a: np.array([0, 2**62, -(2**63), -1, a[-1]]))
+    with pytest.raises(ValueError, match=r"shards/00000\.safetensors has offsets that do not rise from 0"):
+        TeacherCache(folder)
 
 
 NASTY = [None, True, -1, 0, 1.5, 10**30, float("inf"), "", "\ud800", "../x", [], [None], {}, {"k": 1}]
