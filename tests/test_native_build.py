@@ -272,6 +272,12 @@ def test_neither_links_nor_pipes_nor_giants_are_read(monkeypatch, tmp_path):
     assert build_cache.kept(path, "key") is None
 
 
+def test_an_entry_nested_too_deeply_is_damaged(tmp_path):
+    path = entry(tmp_path)
+    path.write_bytes(b"[" * 200_000 + b"\ndata")
+    assert build_cache.kept(path, "key") is None
+
+
 @pytest.mark.parametrize(
     "of_parent, of_folder, believed",
     [

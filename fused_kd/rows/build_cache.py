@@ -81,7 +81,7 @@ def kept(path: Path, key: str) -> bytes | None:
             head, _, data = file.read().partition(b"\n")
         about = json.loads(head)
         sound = (about["key"], about["size"], about["sha256"]) == (_digest(key.encode()), len(data), _digest(data))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return data if sound else None
 

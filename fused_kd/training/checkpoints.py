@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from fused_kd.training.runs import flush, read_json, write_json
+from fused_kd.training.runs import flush, read_json, remove_folder, shown, write_json
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 
 
 def seal(folder: Path) -> None:
@@ -28,17 +30,22 @@ def seal(folder: Path) -> None:
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why a folder is not what :func:`seal` saw, or None where it is."""
+    """Why a folder has not all that :func:`seal` saw in it, or None where it has: files are compared by their sizes."""
     manifest = read_json(folder / MANIFEST)
     sizes = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(sizes, dict) or not sizes:
         return f"has no {MANIFEST} that can be read, which is written last"
     for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or type(size) is not int:
+            return f"has a {MANIFEST} of files within it and their sizes, but for {shown(name)}: {shown(size)}"
+        try:
+            found = os.stat(folder / name)
+        except (OSError, ValueError):
+            return f"lacks {name[:80]}"
+        if not stat.S_ISREG(found.st_mode):
             return f"lacks {name}"
-        if path.stat().st_size != size:
-            return f"has {path.stat().st_size} bytes of {name} instead of {size}"
+        if found.st_size != size:
+            return f"has {found.st_size} bytes of {name} instead of {size}"
     return None
 
 
@@ -55,7 +62,7 @@ def last_checkpoint(folder: Path, *, set_aside: bool = False) -> Path | None:
         warnings.warn(f"{path} {fault}: passed over for the checkpoint before it", stacklevel=2)
         if set_aside:
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(aside)
             path.rename(aside)
     return None
 
@@ -64,11 +71,22 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     state = read_json(checkpoint / "trainer_state.json")
     if not isinstance(state, dict):
         return "has no trainer_state.json that can be read"
-    best = state.get("best_model_checkpoint")
-    if best is None or Path(best).name == checkpoint.name:
+    if state.get("best_model_checkpoint") is None:
         return None
-    fault = fault_of(checkpoint.with_name(Path(best).name))
-    return fault and f"needs the best one, {Path(best).name}, which {fault}"
+    best = _best(checkpoint, state)
+    if best is None:
+        return f"has a best_model_checkpoint that is no checkpoint's path: {shown(state['best_model_checkpoint'])}"
+    if best == checkpoint:
+        return None
+    fault = fault_of(best)
+    return fault and f"needs the best one, {best.name}, which {fault}"
+
+
+def _best(checkpoint: Path, state: Any) -> Path | None:
+    """The best checkpoint that a checkpoint's state names: beside it, wherever the run was when that was written."""
+    best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
+    name = Path(best).name if isinstance(best, str) else ""
+    return checkpoint.with_name(name) if _NAME.fullmatch(name) else None
 
 
 def check_room(folder: Path, model: torch.nn.Module) -> None:
@@ -91,6 +109,18 @@ def _free(folder: Path) -> int:
     """Bytes free on the disk where a folder is or will be."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
+
+
+class _BestOfMoved(TrainerCallback):
+    """After a resume, points the state to the best checkpoint where it lies now."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        best = _best(self.checkpoint, read_json(self.checkpoint / "trainer_state.json"))
+        if best is not None and fault_of(best) is None:
+            state.best_model_checkpoint = str(best)
 
 
 class WholeCheckpoints(Trainer):
@@ -120,7 +150,14 @@ class WholeCheckpoints(Trainer):
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} {fault}: give a whole one, or, if you know "
                 "that another trainer wrote it to its end, call fused_kd.training.checkpoints.seal(Path(...)) on it"
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not resume_from_checkpoint:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finder = _BestOfMoved(Path(resume_from_checkpoint))
+        self.add_callback(finder)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(finder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

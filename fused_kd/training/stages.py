@@ -23,7 +23,7 @@ from fused_kd.training.evaluation.evaluate import translate
 from fused_kd.training.packing import PackingCollator
 from fused_kd.training.presets import load_model
 from fused_kd.training.progress import show_bar
-from fused_kd.training.runs import Run, flush, read_json, write_json, write_lines
+from fused_kd.training.runs import Run, flush, read_json, remove_folder, write_json, write_lines
 from fused_kd.training.specs import ObjectiveSpec
 from fused_kd.training.trainer import KDTrainer
 
@@ -234,13 +234,13 @@ def _damaged(model: Path) -> bool:
 def _save_whole(trainer: KDTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     partial = folder.with_name("model.partial")
     if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial))  # every process holds a part of a sharded model
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True)
         seal(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         os.replace(partial, folder)
         flush(folder.parent)

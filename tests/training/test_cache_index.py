@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     write(folder)
     return folder
+
+
+HUGE = {"file": "shards/00000.safetensors", "rows": 4, "tokens": 13, "bytes": 1, "sha256": "", "mass_sum": 10**400}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"shards": [{"file": "../../../etc/passwd"}]}, r"shards must be named shards/00000\.safetensors and so on"),
         ({"fingerprints": None}, "fingerprints must be a dict, got None"),
         ({"fingerprints": {"data": 3}}, "fingerprints must be texts or null, got 3 for 'data'"),
+        ({"shards": [HUGE, 1, 2]}, r"mass_sum must be a number in \[0, 13\.13\], got 1000"),
+        ({"shards": [HUGE | {"mass_sum": 13.2}]}, r"mass_sum must be a number in \[0, 13\.13\], got 13\.2"),
+        (
+            {"shards": [HUGE | {"mass_sum": 1, "mass_min": 1.02}]},
+            r"mass_min must be a number in \[0, 1\.01\], got 1\.02",
+        ),
         *(({name: None}, f"{name} must be") for name in ("rows", "shard_rows", "k", "vocab_size", "dtype", "about")),
     ],
     ids=lambda value: str(value)[:40],
@@ -61,6 +71,30 @@ def test_an_index_that_cannot_be(finished: Path, tmp_path: Path, change: dict, m
             TeacherCache(folder, verify=verify)
 
 
+@pytest.mark.parametrize("entry", ['"fingerprints": {', '"rows": 10'])
+def test_an_entry_twice(finished: Path, tmp_path: Path, entry: str) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    text = (folder / "index.json").read_text()
+    more = '"fingerprints": {}, ' if entry.endswith("{") else '"rows": 8, '
+    (folder / "index.json").write_text(text.replace(entry, more + entry, 1))
+    with pytest.raises(ValueError, match=rf"index\.json is damaged: it has '{entry.split(chr(34))[1]}' twice"):
+        TeacherCache(folder)
+
+
+def test_a_header_of_many_arrays_is_not_shown_whole(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    header = json.dumps({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(1000)}).encode()
+    header += b" " * (-len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header
+    (folder / "shards" / "00002.safetensors").write_bytes(content)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][2] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has the arrays") as caught:
+        TeacherCache(folder)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("name", ["rows", "tokens", "bytes", "sha256", "mass_sum", "mass_min"])
 def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "cache"))
@@ -69,6 +103,16 @@ def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: 
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"index\.json is damaged: shards/00001\.safetensors.*{name}"):
         TeacherCache(folder)
+
+
+def replace(folder: Path, number: int, name: str, change) -> None:
+    """Another array in a shard, with a size and a checksum that fit it."""
+    file, index = folder / "shards" / f"{number:05d}.safetensors", json.loads((folder / "index.json").read_text())
+    arrays = load_file(file)
+    arrays[name] = change(arrays.get(name, arrays["offsets"]))
+    save_file(arrays, file)
+    index["shards"][number] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -82,19 +126,23 @@ def test_an_index_without_a_shard_s_entry(finished: Path, tmp_path: Path, name: 
         ("log_probs", lambda a: a * float("nan"), "row 9 .*log-probabilities of at most 0, got .* nan"),
         ("log_probs", lambda a: a + 9, "row 9 .*log-probabilities of at most 0"),
         ("more", lambda a: a, "has the arrays .*more"),
+        ("log_probs", lambda a: a * 0 - 0.1, r"row 9 .*, row 1 of shards/00002\.safetensors: .*at most 1, got 4\.5"),
+        ("log_probs", lambda a: a - np.float16(np.inf), r"row 9 .*add up to more than 0 and at most 1, got 0\.0"),
+        ("indices", lambda a: a * 0 + 7, "row 9 .*: expected the ids of a token once each, got 7 twice"),
     ],
 )
 def test_a_shard_that_cannot_be(finished: Path, tmp_path: Path, name: str, change, message: str) -> None:
-    """With a size and a checksum that fit it."""
     folder = Path(shutil.copytree(finished, tmp_path / "cache"))
-    file, index = folder / "shards" / "00002.safetensors", json.loads((folder / "index.json").read_text())
-    arrays = load_file(file)
-    arrays[name] = change(arrays.get(name, arrays["offsets"]))
-    save_file(arrays, file)
-    index["shards"][2] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    (folder / "index.json").write_text(json.dumps(index))
+    replace(folder, 2, name, change)
     with pytest.raises(ValueError, match=message):
         TeacherCache(folder)[9]
+
+
+def test_offsets_whose_differences_wrap(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "cache"))
+    replace(folder, 0, "offsets", lambda a: np.array([0, 2**62, -(2**63), -1, a[-1]]))
+    with pytest.raises(ValueError, match=r"shards/00000\.safetensors has offsets that do not rise from 0"):
+        TeacherCache(folder)
 
 
 NASTY = [None, True, -1, 0, 1.5, 10**30, float("inf"), "", "\ud800", "../x", [], [None], {}, {"k": 1}]

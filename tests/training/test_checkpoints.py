@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import fused_kd as fk
-from fused_kd.training import checkpoints
+from fused_kd.training import checkpoints, stages
 from fused_kd.training.checkpoints import MANIFEST, fault_of, last_checkpoint, seal
 from fused_kd.training.data.prompts import Collator
 from fused_kd.training.trainer import KDTrainer
@@ -132,23 +134,28 @@ def test_killed_while_sealing(whole: dict, tmp_path: Path, at: int, monkeypatch:
         assert_ends_the_same(tmp_path, whole, start=2)
 
 
+def worse(self: KDTrainer, *args: object, **kwargs: object) -> dict[str, float]:
+    """A validation loss that grows, which makes the first checkpoint the best one."""
+    metrics = {"eval_loss": float(self.state.global_step)}
+    self.log(metrics)
+    self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+    return metrics
+
+
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    "greater_is_better": False,
+}  # fmt: skip
+
+
 def test_the_best_must_be_whole_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation loss that grows makes the first checkpoint the best one."""
-
-    def worse(self: KDTrainer, *args: object, **kwargs: object) -> dict[str, float]:
-        metrics = {"eval_loss": float(self.state.global_step)}
-        self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     monkeypatch.setattr(KDTrainer, "evaluate", worse)
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    run = training(tmp_path / "whole", greater_is_better=False, **best)
+    run = training(tmp_path / "whole", **BEST)
     run.train()
     wanted = weights(run)
-    cut(training(tmp_path / "cut", greater_is_better=False, **best), 4)
+    cut(training(tmp_path / "cut", **BEST), 4)
     (tmp_path / "cut" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
-    again = training(tmp_path / "cut", greater_is_better=False, **best)
+    again = training(tmp_path / "cut", **BEST)
     with pytest.warns(UserWarning, match="checkpoint-4 needs the best one, checkpoint-2, which has 0 bytes of model"):
         again.train(resume_from_checkpoint=again.last_checkpoint())
     assert all(torch.equal(value, wanted[name]) for name, value in weights(again).items())
@@ -177,3 +184,75 @@ def test_last_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-9", "checkpoint-best", "damaged-checkpoint-10",
     ]  # fmt: skip
+
+
+def sealed(folder: Path, step: int, state: object) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("best", ["", "/", ".", "..", 5, ["a"], "x" * 300, "checkpoint-" + "9" * 300, "a\0b"])
+def test_a_best_checkpoint_that_cannot_be(tmp_path: Path, best: object) -> None:
+    older = sealed(tmp_path, 4, {})
+    sealed(tmp_path, 5, {"best_model_checkpoint": best})
+    with pytest.warns(UserWarning, match="checkpoint-5 has a best_model_checkpoint that is no checkpoint's path"):
+        assert last_checkpoint(tmp_path) == older
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("x" * 300, 1), ("../victim", 1), ("/etc/hostname", 1), ("a\0", 1), ("w", True), ("w", 1.0), ("w", "1")],
+)
+def test_a_manifest_that_cannot_be(tmp_path: Path, name: str, size: object) -> None:
+    (tmp_path / "victim").write_text("x")
+    older, newer = sealed(tmp_path, 4, {}), sealed(tmp_path, 5, {})
+    (newer / "w").write_text("x")
+    (newer / MANIFEST).write_text(json.dumps({"files": {name: size}}))
+    with pytest.warns(UserWarning, match=r"checkpoint-5 (lacks|has a manifest\.json of files within it)"):
+        assert last_checkpoint(tmp_path) == older
+
+
+def test_what_is_set_aside_goes_through_no_link(tmp_path: Path) -> None:
+    older = sealed(tmp_path / "run", 4, {})
+    (sealed(tmp_path / "run", 5, {}) / MANIFEST).unlink()
+    other = sealed(tmp_path / "other", 7, {})
+    (tmp_path / "run" / "damaged-checkpoint-5").symlink_to(other)
+    with pytest.warns(UserWarning, match="checkpoint-5 has no"):
+        assert last_checkpoint(tmp_path / "run", set_aside=True) == older
+    assert fault_of(other) is None
+    assert not (tmp_path / "run" / "damaged-checkpoint-5").is_symlink()
+
+
+@pytest.mark.parametrize("left", ["nothing", "another"])
+def test_the_best_of_a_moved_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    """Whatever lies where the run was: the best checkpoint is the one beside."""
+    monkeypatch.setattr(KDTrainer, "evaluate", worse)
+    cut(training(tmp_path / "old", **BEST), 4)
+    wanted = load_file(tmp_path / "old" / "checkpoint-2" / "model.safetensors")
+    (shutil.move if left == "nothing" else shutil.copytree)(tmp_path / "old", tmp_path / "new")
+    if left == "another":
+        other = tmp_path / "old" / "checkpoint-2"
+        save_file({n: v + 1 for n, v in wanted.items()}, other / "model.safetensors", metadata={"format": "pt"})
+        seal(other)
+    run = training(tmp_path / "new", **BEST)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-2")
+    assert (tmp_path / "new" / "checkpoint-2").is_dir(), "the best one is kept"
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(run).items() if name in wanted)
+
+
+@pytest.mark.parametrize("name", ["model", "model.partial"])
+def test_a_saved_model_goes_through_no_link(tmp_path: Path, name: str) -> None:
+    other, stage = tmp_path / "other", tmp_path / "run" / "train"
+    for folder in (other, stage):
+        folder.mkdir(parents=True)
+    (other / "model.safetensors").write_text("precious")
+    (stage / name).symlink_to(other)
+    tokenizer = type("Tokenizer", (), {"save_pretrained": lambda self, folder: None})()
+    stages._save_whole(training(tmp_path / "checkpoints"), tokenizer, stage / "model")
+    assert [path.name for path in other.iterdir()] == ["model.safetensors"]
+    assert (other / "model.safetensors").read_text() == "precious"
+    assert not (stage / "model").is_symlink() and fault_of(stage / "model") is None

@@ -157,7 +157,7 @@ def test_a_bad_row_is_skipped_or_named(tmp_path: Path, bad: str) -> None:
 
 
 def test_memory_does_not_follow_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_LONGEST", 1 << 17)
+    monkeypatch.setattr(reading, "LONGEST", 1 << 17)
     for start in (b'{"en": "', b'[{"en": "'):
         path = tmp_path / "train.json.gz"
         path.write_bytes(gzip.compress(start + b"a" * (1 << 20) + b'", "de": "b"}', 1))

@@ -20,7 +20,7 @@ import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 from fused_kd.training.cache import writer  # noqa: E402
 from fused_kd.training.cache.codes import id_dtype  # noqa: E402
-from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_teacher  # noqa: E402
+from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_teacher, target_positions  # noqa: E402
 from fused_kd.training.cache.writer import top_k_log_probs, write_cache, write_lists  # noqa: E402
 from fused_kd.training.data.prompts import Collator  # noqa: E402
 
@@ -311,9 +311,44 @@ def test_other_arguments_do_not_go_on(finished: Path, tmp_path: Path) -> None:
     assert files(folder) == files(finished)
 
 
+@pytest.mark.parametrize("arguments", ["lost", "torn", "of another teacher"])
+def test_two_teachers_never_share_a_cache(tmp_path: Path, arguments: str) -> None:
+    """The first half is one teacher's; whatever became of arguments.json, another's does not go on with it."""
+
+    def source(value: float, end: int = 10):
+        def lists(start: int, stop: int):
+            for index in range(start, stop):
+                if index >= end:
+                    raise KeyboardInterrupt
+                n = len(target_positions(data[index]["labels"]))
+                yield index, np.full((n, 1), np.log(value), np.float32), np.ones((n, 1), np.int64)
+
+        return lists
+
+    data = rows()
+    options = {"tokenizer": Words(), "rows": data, "k": 1, "template": "tiny", "dtype": "fp32", "shard_rows": 4}
+    options |= {"about": {}, "progress": False}
+    first, second = {"made_from": {"teacher_weights": "a" * 64}}, {"made_from": {"teacher_weights": "b" * 64}}
+    with pytest.raises(KeyboardInterrupt):
+        write_lists(tmp_path, source(0.9, 4), **options, **first)
+    path = tmp_path / "arguments.json"
+    right = path.read_text()
+    if arguments == "lost":
+        path.unlink()
+    else:
+        path.write_text(right[:40] if arguments == "torn" else right.replace("a" * 64, "b" * 64))
+    message = {"lost": "has stages, but no arguments.json", "torn": "arguments.json says what its folder was made with"}
+    message["of another teacher"] = "made from something else, as its index.json says of teacher_weights: give another"
+    with pytest.raises(ValueError, match=message[arguments]):
+        write_lists(tmp_path, source(0.6), **options, **second)
+    path.write_text(right)
+    cache = write_lists(tmp_path, source(0.9), **options, **first)
+    assert {round(float(cache[i][0].exp().min()), 3) for i in (0, 9)} == {0.9}
+
+
 @pytest.mark.parametrize("size, kind", [(65536, np.uint16), (65537, np.int32), (200_000, np.int32)])
 def test_ids_never_wrap(tmp_path: Path, size: int, kind: type) -> None:
-    ids = np.array([[size - 1, 0, 65535], [1, min(65536, size - 2), 7]])
+    ids = np.array([[size - 1, 0, min(65535, size - 2)], [1, min(65536, size - 2), 7]])
     values = np.log(np.array([[0.5, 0.25, 0.125], [0.75, 0.125, 0.0625]], dtype=np.float32))
     data = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
     options = {"k": 3, "template": "tiny", "dtype": "8bit", "shard_rows": 1, "made_from": {}, "about": {}}
@@ -325,14 +360,19 @@ def test_ids_never_wrap(tmp_path: Path, size: int, kind: type) -> None:
     bad = lambda start, stop: iter([(0, values, np.where(ids == 7, size, ids))])  # noqa: E731
     with pytest.raises(ValueError, match=rf"row 0: ids must be in \[0, {size - 1}\]"):
         write_lists(tmp_path / "bad", bad, Words(size), data, progress=False, **options)
+    twice = lambda start, stop: iter([(0, values, np.where(ids == 7, 1, ids))])  # noqa: E731
+    with pytest.raises(ValueError, match="row 0: expected the ids of a token once each, got 1 twice"):
+        write_lists(tmp_path / "twice", twice, Words(size), data, progress=False, **options)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"k": 0}, "k=0: expected at least 1"),
+        ({"k": 0}, "k must be an int of at least 1, got 0"),
         ({"k": VOCAB + 1}, "k=54: expected at most the 53 tokens"),
-        ({"shard_rows": 0}, "shard_rows=0"),
+        ({"k": True}, "k must be an int of at least 1, got True"),
+        ({"shard_rows": 0}, "shard_rows must be an int of at least 1, got 0"),
+        ({"shard_rows": 2.0}, "shard_rows must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"memory": 0}, "memory must be"),
         ({"dtype": "int4"}, "dtype must be one of"),

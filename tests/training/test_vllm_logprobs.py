@@ -5,10 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+
+from fused_kd.training.cache import vllm_logprobs
+from fused_kd.training.data import reading
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
@@ -113,7 +117,7 @@ def damaged(how: str) -> list:
         ("short", r"line 1: \d+ entries for a row of \d+ tokens"),
         ("few", "has 9 rows, the data 10"),
         ("many", "has more rows than the data's 10"),
-        ("null", "line 1: logprob must be a number, got None"),
+        ("null", r"line 1, the entry at position \d+: logprob must be a number, got None"),
         ("object", "line 4: expected prompt_logprobs"),
     ],
 )
@@ -142,3 +146,101 @@ def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 12: not JSON"):
         list(read_prompt_logprobs(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"choices": [1]}', "line 1: choices must be objects with an int as index, got 1"),
+        ('{"choices": [{"index": "a"}, {"index": 1}]}', "line 1: choices must be objects with an int as index"),
+        ('{"choices": [{"index": null}, {"index": 1}]}', "line 1: choices must be objects with an int as index"),
+        ('{"response": "x"}', "line 1: expected prompt_logprobs, a list that starts with null, got {'response'"),
+        ('{"response": [1]}', "line 1: expected prompt_logprobs"),
+        ("[[[[5]]]]", "line 1, item 1, item 1, item 1, item 1: expected prompt_logprobs"),
+        ('[null, ["2"]]', r"line 1: the entry at position 1 must be an object or null, got \['2'\]"),
+        ('{"prompt_logprobs": [null, {}, "2"]}', "line 1: the entry at position 2 must be an object or null, got '2'"),
+        ("[[null], [null, 5]]", "line 1, item 2: the entry at position 1 must be an object or null, got 5"),
+        ("[\n[null],\n[null, 5]\n]", "line 3: the entry at position 1 must be an object or null, got 5"),
+        (
+            '{"prompt_logprobs": [null], "prompt_token_ids": 5}',
+            "prompt_token_ids must be a list of ints, got 5",
+        ),
+        ('{"prompt_logprobs": [null], "prompt_token_ids": [true, 2.0]}', "prompt_token_ids must be a list of ints"),
+        ("\n\n{\n", "line 3: not JSON"),
+        ("[\n[null],\n[null,,]\n]", "line 3: not a JSON array"),
+        ("[\nnull,\n{},,\n]", "line 1: not JSON"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_answers_of_another_shape(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, {message}" if message.startswith("line") else message):
+        list(read_prompt_logprobs(path))
+
+
+@pytest.mark.parametrize("depth", [*range(300, 1100, 40)])
+def test_answers_nested_too_deeply(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[null]\n" + "[" * depth + "5" + "]" * depth)
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl, line 2.*: (not JSON: )?(nested too deep|expected prompt_logprobs)"
+    ):
+        list(read_prompt_logprobs(path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        *(
+            ({"2": -1, token: -2}, f"token ids must be decimal digits, got '{token}'")
+            for token in ("x", " 2", "0_2", "02", "+2", "-5", "-" + "9" * 30, "9" * 19, "\u0662", "2.0", "")
+        ),
+        *(({"2": sign * 10**400}, "logprob must be a number, got -?1000") for sign in (1, -1)),
+        ({"2": {"logprob": 10**400}}, "logprob must be a number, got 1000"),
+        ({"2": [1]}, r"logprob must be a number, got \[1\]"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_entries_that_cannot_be(entry: dict, message: str) -> None:
+    message = message.replace("+2", r"\+2")
+    with pytest.raises(ValueError, match=rf"^f, line 1, the entry at position 1: {message}"):
+        vllm_logprobs._row_lists(
+            vllm_logprobs.PromptLogprobs("f, line 1", [None, entry], None),
+            {"input_ids": [1, 2], "labels": [-100, 2]}, 2, 100,
+        )  # fmt: skip
+
+
+def test_a_bare_list_on_many_lines(tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    path.write_text("\n" + json.dumps([None, {"2": -1.0}], indent=1))
+    assert [*read_prompt_logprobs(path)] == [(f"{path}, line 2", [None, {"2": -1.0}], None)]
+    path.write_text("\n")
+    assert [*read_prompt_logprobs(path)] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[null,{blanks}{{}}]", "{{{blanks}}}", "{blanks}[null]", '[null,\n{blanks}"', "[[null]{blanks}"]
+)
+def test_no_more_is_held_than_a_row_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A small gzip file can hold more than the memory."""
+    for module in (vllm_logprobs, reading):
+        monkeypatch.setattr(module, "LONGEST", 1 << 16)
+    path = tmp_path / "rows.json.gz"
+    path.write_bytes(gzip.compress(text.format(blanks=" " * (30 << 20)).encode(), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"rows\.json\.gz"):
+            list(read_prompt_logprobs(path))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_array_of_rows_may_be_longer_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (vllm_logprobs, reading):
+        monkeypatch.setattr(module, "LONGEST", 1 << 10)
+    path = tmp_path / "rows.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps([[None, {"2": -1.0}]] * 200, indent=indent))
+        assert sum(1 for _ in read_prompt_logprobs(path)) == 200

@@ -23,8 +23,8 @@ DTYPES = ("fp16", "8bit", "fp32")
 LEFT_OUT = 255
 _LEVELS = 254
 _FLOATS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-# more than rounding can explain
-_EXCESS = 1e-2
+# by how much a token's entries may add up to more than 1; more than rounding can explain
+EXCESS = 1e-2
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -49,7 +49,7 @@ def encode(log_probs: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
     log_probs = np.where(log_probs <= ROUNDING, np.minimum(log_probs, 0), log_probs)
     total = mass(log_probs)
-    wrong = ~(total <= 1 + _EXCESS) | (log_probs > 0).any(1) | (total == 0)
+    wrong = ~(total <= 1 + EXCESS) | (log_probs > 0).any(1) | (total == 0)
     if wrong.any():
         token = int(wrong.argmax())
         raise ValueError(

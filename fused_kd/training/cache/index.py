@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fused_kd.training.cache.codes import DTYPES, id_dtype
-from fused_kd.training.runs import fingerprint_file
+from fused_kd.training.cache.codes import DTYPES, EXCESS, id_dtype
+from fused_kd.training.runs import fingerprint_file, shown
 
 FORMAT = "fused_kd teacher cache 1"
 INDEX = "index.json"
@@ -33,7 +30,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; without it the cache is made anew") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -68,40 +65,40 @@ def shard_fault(folder: Path, index: Mapping[str, Any], shard: Mapping[str, Any]
 
 def _fault_of(index: Mapping[str, Any]) -> str | None:
     for name in ("k", "vocab_size", "rows", "shard_rows"):
-        if not _is_count(index.get(name), 1):
-            return f"{name} must be an int of at least 1, got {_shown(index.get(name))}"
+        if not is_count(index.get(name)):
+            return f"{name} must be an int of at least 1, got {shown(index.get(name))}"
     if index["k"] > index["vocab_size"]:
         return f"k={index['k']} must be at most vocab_size={index['vocab_size']}"
     if index.get("dtype") not in DTYPES:
-        return f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {_shown(index.get('dtype'))}"
+        return f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {shown(index.get('dtype'))}"
     for name, kind in (("fingerprints", dict), ("about", dict), ("shards", list)):
         if not isinstance(index.get(name), kind):
-            return f"{name} must be a {kind.__name__}, got {_shown(index.get(name))}"
+            return f"{name} must be a {kind.__name__}, got {shown(index.get(name))}"
     bad = [name for name, value in index["fingerprints"].items() if not isinstance(value, str | None)]
     if bad:
-        return f"fingerprints must be texts or null, got {_shown(index['fingerprints'][bad[0]])} for {_shown(bad[0])}"
+        return f"fingerprints must be texts or null, got {shown(index['fingerprints'][bad[0]])} for {shown(bad[0])}"
     faults = (_shard_entry_fault(index, shard) for shard in index["shards"])
     return next(filter(None, faults), None)
 
 
 def _shard_entry_fault(index: Mapping[str, Any], shard: Any) -> str | None:
     if not isinstance(shard, dict):
-        return f"shards must be objects, got {_shown(shard)}"
+        return f"shards must be objects, got {shown(shard)}"
     file = shard.get("file")
     stem = file.removeprefix("shards/").removesuffix(".safetensors") if isinstance(file, str) else ""
     number = int(stem) if stem.isdecimal() and len(stem) < 19 else -1
     if number < 0 or file != shard_name(number) or number >= shard_count(index):
-        return f"shards must be named {shard_name(0)} and so on, got {_shown(file)}"
+        return f"shards must be named {shard_name(0)} and so on, got {shown(file)}"
     wanted = min(index["shard_rows"], index["rows"] - number * index["shard_rows"])
     if shard.get("rows") != wanted:
-        return f"{file} must have rows={wanted}, got {_shown(shard.get('rows'))}"
+        return f"{file} must have rows={wanted}, got {shown(shard.get('rows'))}"
     for name in ("tokens", "bytes"):
-        if not _is_count(shard.get(name), 0):
-            return f"{file}: {name} must be an int of at least 0, got {_shown(shard.get(name))}"
-    for name in ("mass_sum", "mass_min"):
-        value = shard.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            return f"{file}: {name} must be a number of at least 0, got {_shown(value)}"
+        if not is_count(shard.get(name), 0):
+            return f"{file}: {name} must be an int of at least 0, got {shown(shard.get(name))}"
+    for name, tokens in (("mass_sum", shard["tokens"]), ("mass_min", 1)):
+        value, most = shard.get(name), tokens * (1 + EXCESS)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            return f"{file}: {name} must be a number in [0, {most:.6g}], got {shown(value)}"
     return None if isinstance(shard.get("sha256"), str) else f"{file}: sha256 must be a text"
 
 
@@ -118,18 +115,23 @@ def _layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str, Any]
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             layout = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
             if layout != wanted:
-                return f"has the arrays {layout}, expected {wanted}"
+                return f"has the arrays {repr(layout)[:300]}, expected {wanted}"
             offsets = file.get_tensor("offsets")
     except SafetensorError as error:
         return f"is no safetensors file: {error}"
-    if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+    if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
         return f"has offsets that do not rise from 0 to its {tokens} tokens"
     return None
 
 
-def _is_count(value: Any, low: int) -> bool:
+def is_count(value: Any, low: int = 1) -> bool:
+    """Whether a value is an int, no bool, of at least ``low``, that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 60
 
 
-def _shown(value: Any) -> str:
-    return repr(value)[:80]
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {shown(next(name for name in names if names.count(name) > 1))} twice")
+    return found

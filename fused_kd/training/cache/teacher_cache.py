@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fused_kd.inputs import TAILS
-from fused_kd.training.cache.codes import decode
+from fused_kd.training.cache.codes import EXCESS, decode, mass
 from fused_kd.training.cache.index import INDEX, read_index, shard_count, shard_fault, shard_name
 from fused_kd.training.data.prompts import LABEL_PAD, PromptTemplate, get_prompt
 from fused_kd.training.runs import fingerprint
@@ -100,10 +100,11 @@ class TeacherCache:
         return self._rows
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The lists of one row: log-probabilities (n, k) float32, largest first, and ids (n, k) int64.
+        """The lists of one row: log-probabilities (n, k) float32 and ids (n, k) int64, in the order they were written.
 
-        n is the number of positions with a valid next label. Entries left out are -inf. Raises ``ValueError`` for
-        what no writer writes: an id outside the vocabulary, a log-probability above 0 or NaN.
+        n is the number of positions with a valid next label. Entries left out are -inf. Of a teacher, and of vLLM, the
+        largest come first. Raises ``ValueError`` for what no writer writes: an id outside the vocabulary or twice in a
+        list, a log-probability above 0 or NaN, a list without entries or of a probability above 1.
         """
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
@@ -119,11 +120,9 @@ class TeacherCache:
             return torch.empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64)
         arrays = {name: handle.get_slice(name)[tokens] for name in handle.keys() if name != "offsets"}  # noqa: SIM118
         log_probs, ids = decode(arrays), arrays["indices"].astype(np.int64)
-        if not ((ids >= 0) & (ids < self.vocab_size)).all() or not (log_probs <= 0).all():
-            raise ValueError(
-                f"row {index} of the teacher cache in {self.folder}: expected ids below {self.vocab_size} and "
-                f"log-probabilities of at most 0, got {ids.min()} to {ids.max()} and {log_probs.max()}"
-            )
+        if fault := _fault_of(log_probs, ids, self.vocab_size):
+            place = f"{self.folder}, row {row} of {self._shards[shard]['file']}"
+            raise ValueError(f"row {index} of the teacher cache in {place}: {fault}")
         return torch.from_numpy(log_probs), torch.from_numpy(ids)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,6 +193,26 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     def __repr__(self) -> str:
         return f"CachedRows({self.dataset!r}, {self.cache!r})"
+
+
+def _fault_of(log_probs: np.ndarray, ids: np.ndarray, vocab_size: int) -> str | None:
+    """Why these can be no lists of a teacher, or None."""
+    if not ((ids >= 0) & (ids < vocab_size)).all() or not (log_probs <= 0).all():
+        return (
+            f"expected ids below {vocab_size} and log-probabilities of at most 0, got {ids.min()} to {ids.max()} and "
+            f"{log_probs.max()}"
+        )
+    total = mass(log_probs)
+    if not ((total > 0) & (total <= 1 + EXCESS)).all():
+        return f"expected probabilities that add up to more than 0 and at most 1, got {total.min()} to {total.max()}"
+    return repetition(log_probs > -np.inf, ids)
+
+
+def repetition(listed: np.ndarray, ids: np.ndarray) -> str | None:
+    """Which of the ids (n, k) that are ``listed`` is one token's twice, for a message; or None."""
+    given = np.sort(np.where(listed, ids, -1 - np.arange(ids.shape[1])), axis=1)  # left out: each another one
+    twice = given[:, 1:][given[:, 1:] == given[:, :-1]]
+    return f"expected the ids of a token once each, got {twice[0]} twice" if len(twice) else None
 
 
 def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:

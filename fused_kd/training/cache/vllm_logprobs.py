@@ -8,9 +8,8 @@ the position before. The token itself is always listed, beyond the k largest whe
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,14 +19,25 @@ import numpy as np
 from fused_kd.training.cache.teacher_cache import Rows, TeacherCache, target_positions
 from fused_kd.training.cache.writer import write_lists
 from fused_kd.training.data.prompts import PromptTemplate, get_prompt
-from fused_kd.training.data.reading import json_value
-from fused_kd.training.runs import fingerprint_file
+from fused_kd.training.data.reading import (
+    LONGEST,
+    Row,
+    array_rows,
+    json_value,
+    line_rows,
+    reading,
+    sound,
+    sound_value,
+)
+from fused_kd.training.runs import fingerprint_file, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # the server's stand-in for -inf, which JSON does not have
 MINUS_INFINITY = -9999.0
+# of decimal digits alone, in the one way to write a number with them
+_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class PromptLogprobs(NamedTuple):
@@ -46,24 +56,40 @@ def read_prompt_logprobs(path: str | Path) -> Iterator[PromptLogprobs]:
     output, with one of these as its ``response.body``. Several in one array are several rows.
 
     Raises:
-        ValueError: not JSON, or something else in it, with file and line.
+        ValueError: not JSON, or something else in it, with file and line; a line, an item of an array of rows, or
+            another value on many lines, of more than 64 Mi characters.
     """
-    path = Path(path)
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            first = True
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                value = json_value(line)
-                if isinstance(value, ValueError) and first:
-                    value = json_value(line + file.read())  # one value on many lines
-                if isinstance(value, ValueError):
-                    raise ValueError(f"{path}, line {number}: {value}")
-                first = False
-                yield from _rows_of(value, f"{path}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    for place, value in sound(_values(Path(path))):
+        try:
+            yield from _rows_of(value, place)
+        except RecursionError as error:
+            raise ValueError(f"{place}: nested too deeply") from error
+
+
+def _values(path: Path) -> Iterator[Row]:
+    """A value a line, or the items of one array of rows, or one other value on many lines."""
+    with reading(path) as file:
+        # cut where it is too long to be held
+        first = next(filter(str.strip, iter(lambda: file.readline(LONGEST), "")), "")
+    with reading(path) as file:
+        if not first or not isinstance(fault := json_value(first), ValueError):
+            yield from line_rows(path, file)
+            return
+        if first.lstrip().startswith("["):
+            rows = array_rows(path, file)
+            item = next(rows, None)
+            if item is None or item.value is not None:  # null begins a row that is a bare list
+                yield from [] if item is None else [item]
+                yield from rows
+                return
+    with reading(path) as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"{path}: {fault}; one value on many lines may have {LONGEST} characters, expected a row a line"
+        )
+    begin = text[: len(text) - len(text.lstrip())].count("\n") + 1
+    yield Row(f"{path}, line {begin}", sound_value(text, json_value(text)))
 
 
 def convert_vllm(
@@ -120,19 +146,37 @@ def convert_vllm(
 
 def _rows_of(value: Any, place: str) -> Iterator[PromptLogprobs]:
     if isinstance(value, list) and value and value[0] is None:
-        yield PromptLogprobs(place, value, None)
-    elif isinstance(value, list):
+        yield _row(place, value, None)
+        return
+    if isinstance(value, list):
         for number, item in enumerate(value, start=1):
             yield from _rows_of(item, f"{place}, item {number}")
-    elif isinstance(value, dict) and isinstance(value.get("prompt_logprobs"), list):
-        yield PromptLogprobs(place, value["prompt_logprobs"], value.get("prompt_token_ids"))
-    elif isinstance(value, dict) and isinstance(value.get("choices"), list):
-        for choice in sorted(value["choices"], key=lambda choice: choice.get("index", 0)):
+        return
+    found = value if isinstance(value, dict) else {}
+    choices, response = found.get("choices"), found.get("response")
+    if isinstance(found.get("prompt_logprobs"), list):
+        yield _row(place, found["prompt_logprobs"], found.get("prompt_token_ids"))
+    elif isinstance(choices, list):
+        for choice in choices:
+            if not isinstance(choice, dict) or type(choice.get("index", 0)) is not int:
+                raise ValueError(f"{place}: choices must be objects with an int as index, got {shown(choice)}")
+        for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
             yield from _rows_of(choice, place)
-    elif isinstance(value, dict) and isinstance((value.get("response") or {}).get("body"), dict):
-        yield from _rows_of(value["response"]["body"], place)
+    elif isinstance(response, dict) and isinstance(response.get("body"), dict):
+        yield from _rows_of(response["body"], place)
     else:
-        raise ValueError(f"{place}: expected prompt_logprobs, a list that starts with null, got {str(value)[:80]}")
+        raise ValueError(f"{place}: expected prompt_logprobs, a list that starts with null, got {shown(value)}")
+
+
+def _row(place: str, entries: list[Any], token_ids: Any) -> PromptLogprobs:
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict | None):
+            raise ValueError(f"{place}: the entry at position {position} must be an object or null, got {shown(entry)}")
+    if token_ids is not None and (
+        not isinstance(token_ids, list) or any(type(token) is not int for token in token_ids)
+    ):
+        raise ValueError(f"{place}: prompt_token_ids must be a list of ints, got {shown(token_ids)}")
+    return PromptLogprobs(place, entries, token_ids)
 
 
 def _row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,18 +196,28 @@ def _row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tupl
                 f"{found.place}: the entry at position {position} does not list the row's token {tokens[position]}: it "
                 "belongs to other tokens, or to another position"
             )
-        listed = sorted((-_logprob(value, found.place), int(token)) for token, value in entry.items())
+        place = f"{found.place}, the entry at position {position}"
+        listed = sorted((-_logprob(value, place), _token(token, place)) for token, value in entry.items())
         listed = [item for item in listed if item[0] < -MINUS_INFINITY and item[1] < vocab_size][:k]
         log_probs[number, : len(listed)] = [-negative for negative, _ in listed]
         indices[number, : len(listed)] = [token for _, token in listed]
     return log_probs, indices
 
 
+def _token(text: str, place: str) -> int:
+    if not _ID.fullmatch(text):
+        raise ValueError(f"{place}: token ids must be decimal digits, got {shown(text)}")
+    return int(text)
+
+
 def _logprob(value: Any, place: str) -> float:
     number = value.get("logprob") if isinstance(value, dict) else value  # old versions: the number itself
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or math.isnan(number):
-        raise ValueError(f"{place}: logprob must be a number, got {number!r}")
-    return float(number)
+    try:
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number):
+            return float(number)
+    except OverflowError:  # an int of hundreds of digits
+        pass
+    raise ValueError(f"{place}: logprob must be a number, got {shown(number)}")
 
 
 def _difference(found: PromptLogprobs, tokens: list[int]) -> str:

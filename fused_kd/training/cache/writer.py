@@ -15,7 +15,7 @@ from fused_kd import LMHead
 from fused_kd.engine.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.training.cache.codes import DTYPES, encode, id_dtype, mass
-from fused_kd.training.cache.index import FORMAT, INDEX, read_index, shard_fault, shard_name
+from fused_kd.training.cache.index import FORMAT, INDEX, is_count, read_index, shard_fault, shard_name
 from fused_kd.training.cache.teacher_cache import (
     Rows,
     TeacherCache,
@@ -23,6 +23,7 @@ from fused_kd.training.cache.teacher_cache import (
     fingerprint_teacher,
     fingerprint_template,
     fingerprint_tokenizer,
+    repetition,
     target_positions,
 )
 from fused_kd.training.data.prompts import LABEL_PAD, Collator, PromptTemplate, get_prompt, padding_id
@@ -78,8 +79,7 @@ def write_cache(
     """
     vocab_size = len(tokenizer)
     for name, value in (("batch_size", batch_size), ("memory", memory)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        _check_count(name, value)
     _check(rows, k, vocab_size, dtype, shard_rows)
     width = teacher.get_output_embeddings().weight.shape[0]
     if width < vocab_size:
@@ -138,6 +138,12 @@ def write_lists(
         }  # fmt: skip
         if other := [name for name, value in settings.items() if index[name] != value]:
             raise ValueError(f"{run.folder / INDEX} is damaged: its {', '.join(other)} differ from arguments.json's")
+        theirs = index["fingerprints"]
+        if other := sorted(n for n in fingerprints.keys() | theirs.keys() if fingerprints.get(n) != theirs.get(n)):
+            raise ValueError(
+                f"{run.folder} holds a cache made from something else, as its {INDEX} says of {', '.join(other)}: give "
+                "another folder"
+            )
         finished = {s["file"]: s for s in index["shards"] if shard_fault(run.folder, index, s, checksum=True) is None}
         with tqdm(total=len(data), desc="teacher cache", unit="row", disable=not progress) as bar:
             for start in range(0, len(data), shard_rows):
@@ -152,16 +158,18 @@ def write_lists(
 
 def _check(rows: Rows, k: int, vocab_size: int, dtype: str, shard_rows: int) -> None:
     for name, value in (("k", k), ("shard_rows", shard_rows)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+        _check_count(name, value)
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
     if not len(rows):  # type: ignore[arg-type]
         raise ValueError("rows is empty: expected at least one row")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not is_count(value):
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 def _write_shard(
@@ -179,9 +187,11 @@ def _write_shard(
         listed = values > -np.inf
         if (listed & ((ids < 0) | (ids >= vocab_size))).any():
             raise ValueError(f"row {index}: ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
+        if fault := repetition(listed, ids):
+            raise ValueError(f"row {index}: {fault}")
         log_probs[tokens], indices[tokens] = values, np.where(listed, ids, 0)
         bar.update()
-    total = mass(log_probs)
+    total = np.minimum(mass(log_probs), 1)  # by rounding it can be a little more
     try:
         arrays = encode(log_probs, dtype)
     except ValueError as error:

@@ -6,12 +6,12 @@ The sum is made in float32 and kept in the base's dtype.
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fused_kd.training.checkpoints import seal
 from fused_kd.training.lora import load_adapters
+from fused_kd.training.runs import remove_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,9 +22,9 @@ def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerB
     dtype = base.dtype
     merged = load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial)
     merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     seal(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     os.replace(partial, folder)

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 _GAP = re.compile(r"\s*")
 _BLOCK = 1 << 16
 # characters of a line, or of an item of an array; a small gzip file can hold more than the memory
-_LONGEST = 1 << 26
+LONGEST = 1 << 26
 
 
 class Row(NamedTuple):
@@ -33,7 +33,8 @@ def sound(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 @contextmanager
-def _reading(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+def reading(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """A text file, plain or gzip. Raises ``ValueError`` where it cannot be read."""
     opener: Any = gzip.open if path.name.endswith(".gz") else open
     try:
         # bytes that are not UTF-8 become lone surrogates, so that each line can be blamed for its own
@@ -52,8 +53,8 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises:
         ValueError: it cannot be read, or has a line of more than 64 Mi characters.
     """
-    with _reading(path, newline="\n") as file:
-        yield from _bounded_lines(path, file)
+    with reading(path, newline="\n") as file:
+        yield from bounded_lines(path, file)
 
 
 def text_fault(text: str) -> str | None:
@@ -66,11 +67,12 @@ def text_fault(text: str) -> str | None:
     return None
 
 
-def _bounded_lines(path: Path, file: IO[str]) -> Iterator[str]:
+def bounded_lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """The lines, each with its line break. Raises ``ValueError`` at one that is too long to be held."""
     number = 1
-    while line := file.readline(_LONGEST + 1):
-        if len(line) > _LONGEST:
-            raise ValueError(f"{path}, line {number}: expected a line of at most {_LONGEST} characters")
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise ValueError(f"{path}, line {number}: expected a line of at most {LONGEST} characters")
         yield line
         number += 1
 
@@ -99,16 +101,21 @@ def json_rows(path: Path) -> Iterator[Row]:
         ValueError: it cannot be read, an array that is broken or followed by anything, a line or an item of more than
             64 Mi characters.
     """
-    with _reading(path) as file:
+    with reading(path) as file:
         while (block := file.read(_BLOCK)).isspace():
             pass
-    with _reading(path) as file:
+    with reading(path) as file:
         if block.lstrip().startswith("["):
-            yield from _array_rows(path, file)
+            yield from array_rows(path, file)
             return
-        for number, line in enumerate(_bounded_lines(path, file), start=1):
-            if line.strip():
-                yield Row(f"{path}, line {number}", _sound_value(line, json_value(line)))
+        yield from line_rows(path, file)
+
+
+def line_rows(path: Path, file: IO[str]) -> Iterator[Row]:
+    """A JSON value a line; blank lines are left out."""
+    for number, line in enumerate(bounded_lines(path, file), start=1):
+        if line.strip():
+            yield Row(f"{path}, line {number}", sound_value(line, json_value(line)))
 
 
 def json_value(text: str) -> Any:
@@ -121,7 +128,7 @@ def json_value(text: str) -> Any:
         return ValueError(f"not JSON: {error}")
 
 
-def _sound_value(text: str, value: Any) -> Any:
+def sound_value(text: str, value: Any) -> Any:
     """The value of a JSON text, or a `ValueError` where the text or what it stands for is not UTF-8."""
     fault = text_fault(text)
     if fault is None and re.search(r"\\u[dD]", text):  # an escape can stand for a surrogate too
@@ -141,7 +148,7 @@ def _strings(value: Any) -> Iterator[str]:
             waiting += value
 
 
-def _array_rows(path: Path, file: IO[str]) -> Iterator[Row]:
+def array_rows(path: Path, file: IO[str]) -> Iterator[Row]:
     """The items of an array, of whose text no more is held than one item takes."""
     decoder, text, position, whole = json.JSONDecoder(), "", 0, False
     line, counted = 1, 0  # the line of text[counted]
@@ -174,14 +181,14 @@ def _array_rows(path: Path, file: IO[str]) -> Iterator[Row]:
             fault = None
         except (ValueError, RecursionError) as error:
             end, fault = len(text), error
-        if end == len(text) and not whole and len(text) - position <= _LONGEST:
+        if end == len(text) and not whole and len(text) - position <= LONGEST:
             read_more()
             continue
         if fault is not None:
             where = place(fault.pos if isinstance(fault, json.JSONDecodeError) else position)
             what = "nested too deeply" if isinstance(fault, RecursionError) else getattr(fault, "msg", str(fault))
             raise ValueError(f"{where}: not a JSON array: {what}") from fault
-        yield Row(place(position), _sound_value(text[position:end], value))
+        yield Row(place(position), sound_value(text[position:end], value))
         position = end
         separator = skip_gap()
         closed = separator == "]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from fused_kd.training.data.instructions import Instruction
 from fused_kd.training.generation import generate_to
 from fused_kd.training.pipeline import Stage
-from fused_kd.training.runs import write_json
+from fused_kd.training.runs import remove_folder, write_json
 from fused_kd.training.sdrrl.rows import Task, dump, read_jsonl, read_tasks, render, write_rows
 from fused_kd.training.sdrrl.transfer_set import FIELDS, Candidate, answered, kept
 from fused_kd.training.sdrrl.workshop import Workshop
@@ -102,7 +102,10 @@ class Transfer:
     def _write_pairs(self, out: Path, texts: list[str], source: str, target: str) -> None:
         made = self.shop.translate(out / "work", texts, source, target)
         write_rows(out, {"pairs": ({"text": text, "translation": found} for text, found in made.items())})
-        shutil.rmtree(out / "work", ignore_errors=True)
+        remove_folder(out / "removed")
+        if (out / "work").exists():
+            os.replace(out / "work", out / "removed")  # a kill leaves no torn run of that name
+            remove_folder(out / "removed")
 
     def _add_pairs(self, title: str, answers: Stage, collected: Stage | None) -> None:
         needs = [self.shop.tasks, self.questions, answers] + ([] if collected is None else [collected])
