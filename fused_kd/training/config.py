@@ -16,7 +16,16 @@ T = TypeVar("T")
 
 _LARGEST = 1 << 16  # characters of a file
 _MOST = 10_000  # values of a file
-_SHORT = reprlib.Repr()
+_BITS = 64  # of a whole number
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python does not write more than 4300 digits
+        return f"a number of {x.bit_length()} bits" if x.bit_length() > _BITS else super().repr_int(x, level)
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
@@ -27,8 +36,9 @@ def load_config(cls: type[T], files: Sequence[str | Path], overrides: Sequence[s
 
     Raises:
         ValueError: a file that cannot be read or is no mapping, of more than 64 Ki characters or, with what
-            aliases repeat, 10,000 values, or with a key twice; an unknown or missing key, a value of the wrong type;
-            the message names the key, the value and where it came from. Also whatever the dataclass itself checks.
+            aliases repeat, 10,000 values, or with a key that is there twice or no text (``no`` and ``1`` need quotes);
+            an unknown or missing key, a value of the wrong type, a whole number of more than 64 bits; the message
+            names the key, the value and where it came from. Also whatever the dataclass itself checks.
     """
     merged: dict[str, Any] = {}
     origin = ", ".join(map(str, files)) or "no files"
@@ -85,12 +95,13 @@ def _read_yaml(text: str) -> Any:
     """The value of a YAML text, without objects that occur twice.
 
     Raises:
-        ValueError: not YAML, a key twice, aliases that make a small text a large value, or an endless one.
+        ValueError: not YAML, a key twice or no text, aliases that make a small text a large value, or an endless one.
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -101,13 +112,15 @@ def _read_yaml(text: str) -> Any:
     except (yaml.YAMLError, OverflowError) as error:
         raise ValueError(str(error)) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _check_nodes(root: Any) -> None:
     """Raise for what no reader of the file could see: a key that overrides another, a value that explodes."""
     import yaml
 
+    texts = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
@@ -115,9 +128,14 @@ def _check_nodes(root: Any) -> None:
             sizes[id(node)] = _MOST + 1  # while it is counted: a value within itself
             children = []
             if isinstance(node, yaml.MappingNode):
-                keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+                for key, _ in node.value:
+                    if key.tag not in texts:
+                        shown = _SHORT.repr(key.value) if isinstance(key, yaml.ScalarNode) else "of several values"
+                        kind = key.tag.rpartition(":")[2]
+                        raise ValueError(f"the key {shown} is read as {kind}, not as text: quote it{key.start_mark}")
+                keys = Counter(key.value for key, _ in node.value)
                 if twice := [key for key, count in keys.items() if count > 1]:
-                    raise ValueError(f"the key {twice[0]!r} is there twice{node.start_mark}")
+                    raise ValueError(f"the key {_SHORT.repr(twice[0])} is there twice{node.start_mark}")
                 children = [part for pair in node.value for part in pair]
             elif isinstance(node, yaml.SequenceNode):
                 children = node.value
@@ -147,6 +165,8 @@ def _convert(value: Any, hint: Any, name: str, where: str) -> Any:
     arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in arms:
         return None
+    if type(value) is int and value.bit_length() > _BITS:
+        raise ValueError(f"{name} must have at most {_BITS} bits, got {_SHORT.repr(value)}{where}")
     for arm in arms:
         converted = _as(value, arm, name, where)
         if converted is not None:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from fused_kd.training.adapter_config import read_adapter_config
+
+# what a model's files may ask for by themselves: transformers' own, none of which fetches a kernel
+_SAFE = {
+    "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
+    "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
+}
 
 
 class IncompleteModelError(ValueError):
@@ -13,17 +22,21 @@ class IncompleteModelError(ValueError):
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     """``loader.from_pretrained`` of an Auto class, without code of the folder or hub repository, and without asking.
 
+    The ``adapter_config.json`` of adapters and the configuration of their base count as well. Not stopped here: where
+    the package ``kernels`` is installed, transformers itself fetches kernels of the hub's kernels-community for some
+    architectures (such as RWKV) and some quantised files (mxfp4, eetq, fp8, nvfp4).
+
     Raises:
         IncompleteModelError: names a model's missing and mismatched tensors, which transformers fills at random.
-        ValueError, OSError: its own; also for damaged files, where code would be needed, and for an attention kernel
-            from the hub that the caller did not name as ``attn_implementation``.
+        ValueError, OSError: its own; also for damaged files, where code would be needed, for adapters that
+            :func:`read_adapter_config` refuses, and for an implementation of attention or experts that is a kernel
+            from the hub or a package that is not installed, unless the caller named it as ``attn_implementation`` or
+            ``experts_implementation``.
     """
     try:
         if not loader.__name__.startswith("AutoModel"):
             return loader.from_pretrained(name, trust_remote_code=False, **options)
-        if "attn_implementation" not in options:
-            _refuse_kernels(name)
-        return _whole_model(loader, name, **options)
+        return _whole_model(loader, name, config=_safe_config(name, options), **options)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
@@ -50,21 +63,55 @@ def _whole_model(loader: Any, name: str, **options: Any) -> Any:
     return model
 
 
-def _refuse_kernels(name: str) -> None:
+def _safe_config(name: str, options: dict[str, Any]) -> Any:
+    """The configuration that the loader would make, with the caller's options; that of an adapter's base."""
+    from transformers import AutoConfig
+    from transformers.utils.import_utils import is_peft_available
+
+    # as transformers does: beside a config.json the adapters go on the model there
+    adapter = read_adapter_config(name) if is_peft_available() else None
+    if adapter is not None and not (Path(name) / "config.json").exists():
+        name = adapter.get("base_model_name_or_path")  # type: ignore[assignment]
+        if not isinstance(name, str):
+            raise ValueError(f"its adapter_config.json must name a model as base_model_name_or_path, got {name!r}")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    named: set[Any] = set()
+    for key in _SAFE:
+        if key in options:
+            setattr(config, f"_{key}", options[key])
+            named |= {value for _, value in _implementations({key: options[key]})}
+    for key, value in _implementations(config):
+        safe = _SAFE[key]
+        if value is not None and value not in named | safe and not _is_installed(value):
+            raise ValueError(
+                f"its {key} is {str(value)[:80]!r}, which may be code from the hub: expected one of "
+                f"{', '.join(sorted(safe))}; name the one to use as {key}"
+            )
+    return config
+
+
+def _implementations(value: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Every implementation that a configuration or its parts name, read as transformers does and as it is stored."""
     from transformers import PretrainedConfig
 
-    try:
-        about, _ = PretrainedConfig.get_config_dict(name)
-    except OSError:  # an adapter alone, or nothing
-        return
-    for key, value in _implementations(about):
-        if "/" in str(value):
-            raise ValueError(f"its {key} is {value!r}, code from the hub: give another as attn_implementation")
+    if isinstance(value, PretrainedConfig):
+        for name in _SAFE:
+            yield name, getattr(value, f"_{name}", None)
+        value = object.__getattribute__(value, "__dict__")  # the file may give names another meaning (attribute_map)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            own = str(name).removeprefix("_").removesuffix("_internal")
+            yield from _implementations(item, own if own in _SAFE else key)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _implementations(item, key)
+    elif key is not None:
+        yield key, value
 
 
-def _implementations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if key.endswith("_implementation"):
-            yield key, value
-        elif isinstance(value, dict):
-            yield from _implementations(value)
+def _is_installed(implementation: Any) -> bool:
+    from transformers import utils
+
+    version = str(implementation).removeprefix("flash_attention_")
+    available = getattr(utils, f"is_flash_attn_{version}_available", None)
+    return str(implementation) == f"flash_attention_{version}" and available is not None and bool(available())

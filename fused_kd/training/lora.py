@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fused_kd.training.adapter_config import read_adapter_config
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -49,12 +51,15 @@ def load_adapters(model: Any, name: str | Path) -> Any:
     """``model`` as a PEFT model with the adapters of a folder or hub name.
 
     Raises:
-        ValueError: tensors of the adapters are missing. ImportError: no peft.
+        ValueError: no adapters there, or a configuration that :func:`read_adapter_config` refuses; tensors of the
+            adapters are missing. ImportError: no peft.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("adapters need the 'peft' package: install fused_kd[lora]") from error
+    if read_adapter_config(name) is None:
+        raise ValueError(f"{str(name)!r} is no folder and no hub name at hand with an adapter_config.json")
     missing = "Found missing adapter keys"
     try:
         with warnings.catch_warnings():

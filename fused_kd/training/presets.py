@@ -55,6 +55,7 @@ def load_model(
     seed: int,
     *,
     dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM: a preset with random weights, or a model from a folder or the hub.
 
@@ -64,6 +65,7 @@ def load_model(
             beside the loaded model must have the same tokens and ids.
         seed: of a preset's weights; the global generator is left as it was.
         dtype: of a loaded model; default ``"auto"``, that of its files. Presets are float32.
+        attn_implementation: of a loaded model; None (default) lets transformers choose.
 
     Raises:
         ValueError: an unknown name, another tokenizer, too small a vocabulary, tensors that are missing or of another
@@ -75,7 +77,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     same_tokenizer(load_tokenizer(name), tokenizer, name)
-    model = _pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = _pretrained(AutoModelForCausalLM, name, dtype=dtype, **attention)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ValueError(f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer")

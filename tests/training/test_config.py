@@ -78,6 +78,19 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path: Path) -> None:
         ("name: x", ["values=[.nan]"], r"values\[0\] must be float, got nan"),
         ("name: x", ["values=[1e999]"], r"values\[0\] must be float, got '1e999'"),
         ("name: x", ["values=" + "[\n" * 3000], "the value is not YAML: nested too deeply"),
+        ("name: \0", [], r"a\.yaml cannot be read as YAML: unacceptable character #x0000"),
+        ("name: x", ["values=\0"], "the value is not YAML: unacceptable character #x0000"),
+        ("table: {1: 1, 0x1: 2}", [], "the key '1' is read as int, not as text: quote it"),
+        ("table: {yes: 1, true: 2}", [], "the key 'yes' is read as bool"),
+        ("table: {1.0: 1, 1: 2}", [], r"the key '1\.0' is read as float"),
+        ("table: {no: {}, de: {}}", [], "the key 'no' is read as bool, not as text: quote it"),
+        ("table: {? [a] : {}}", [], "the key of several values is read as seq"),
+        ("name: x", ["table={null: {}}"], "the key 'null' is read as null"),
+        ("name: x\nmaybe: 0x" + "f" * 4000, [], "maybe must have at most 64 bits, got a number of 16000 bits"),
+        ("name: 0b" + "1" * 20_000, [], "name must have at most 64 bits, got a number of 20000 bits"),
+        ("name: x\nmaybe: 1" + ":1" * 3000, [], "maybe must have at most 64 bits"),
+        ("name: x", ["values=[0x" + "f" * 4000 + "]"], r"values\[0\] must have at most 64 bits"),
+        ("name: [0x" + "f" * 4000 + "]", [], r"name must be str, got \[a number of 16000 bits\]"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -109,6 +122,11 @@ def test_an_override_changes_one_place(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "left: &x {depth: 1}\nright: *x\n")
     made = load_config(Pair, [path], ["left.depth=5"])
     assert (made.left.depth, made.right.depth) == (5, 1)
+
+
+def test_quoted_keys_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "name: x\ntable: {'no': {depth: 2}, \"1\": {}, !!str 2: {}}\n")
+    assert load_config(Outer, [path], ["table.no.rate=1"]).table == {"no": Inner(2, 1.0), "1": Inner(), "2": Inner()}
 
 
 def test_paper_configs_have_the_paper_s_values() -> None:

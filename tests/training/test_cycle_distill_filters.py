@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("transformers")
 
+from fused_kd.training.config import load_config
 from fused_kd.training.cycle_distill.few_shot import CYCLE_PROMPTS, get_template, with_examples
 from fused_kd.training.cycle_distill.filters import RULES, Filters, broken_rule, find_cut, truncated
 from fused_kd.training.cycle_distill.language import by_script_and_words, get_identifier, wrong_script
@@ -102,6 +105,24 @@ def test_identifier_by_name():
     assert get_identifier("none") is None
     own = get_identifier(f"{__name__}:always_czech")
     assert own is always_czech and rule(GOOD, identifier=f"{__name__}:always_czech") == "language"
+
+
+def test_a_module_is_imported_when_texts_are_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "identifier_of_mine.py").write_text("ran = open(__file__ + '.ran', 'w')\nfind = str\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "filters.yaml"
+    config.write_text("identifier: identifier_of_mine:find\n")
+    filters = load_config(Filters, [config])
+    assert not list(tmp_path.glob("*.ran"))
+    assert filters.identify is str and list(tmp_path.glob("*.ran"))
+    with pytest.raises(ValueError, match="identifier_of_mine has no function 'lost'"):
+        _ = Filters(identifier="identifier_of_mine:lost").identify
+
+
+@pytest.mark.parametrize("name", ["nonsense", "os:", ":system", "os.:system", "os:path.join", "a-b:c", "no_such_one:f"])
+def test_names_of_no_identifier(name: str) -> None:
+    with pytest.raises(ValueError, match=f"identifier='{name}': (expected|there is no module 'no_such_one')"):
+        Filters(identifier=name)
 
 
 def always_czech(text: str) -> str:

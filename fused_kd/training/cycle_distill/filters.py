@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fused_kd.training.cycle_distill.language import Identifier, get_identifier, wrong_script
+from fused_kd.training.cycle_distill.language import Identifier, check_identifier, get_identifier, wrong_script
 
 # in the order in which they are asked; a translation counts for the first that it breaks
 RULES = ("empty", "unfinished", "copy", "length", "repetition", "language")
@@ -26,7 +26,9 @@ class Filters:
             languages that need far fewer characters than the source's give other bounds.
         unique_words: at least this share of the words are different ones.
         loops: so many times the same text of four or more characters, one right after the other, is a loop.
-        identifier: tells the language, as of :func:`~fused_kd.training.cycle_distill.language.get_identifier`.
+        identifier: tells the language, as of :func:`~fused_kd.training.cycle_distill.language.get_identifier`. One of
+            the form ``module:function`` is code, which runs when translations are filtered and not before: take a
+            configuration with one only from where you would take a program.
 
     Raises:
         ValueError: bounds out of order or range, an unknown identifier.
@@ -48,10 +50,11 @@ class Filters:
             raise ValueError(f"loops must be at least 2, got {self.loops!r}")
         if not all(self.markers):
             raise ValueError(f"markers must not be empty texts, got {self.markers!r}")
-        get_identifier(self.identifier)
+        check_identifier(self.identifier)
 
     @property
     def identify(self) -> Identifier | None:
+        """The identifier; one of a module is imported now."""
         return get_identifier(self.identifier)
 
 

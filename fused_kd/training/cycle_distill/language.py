@@ -6,7 +6,9 @@ Coarse on purpose: it shall catch output in a wrong language, not tell dialects 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -72,18 +74,34 @@ def wrong_script(text: str, language: str) -> bool:
     return sum(count for script, count in scripts.items() if script in expected) < 0.5 * scripts.total()
 
 
+def check_identifier(name: str) -> None:
+    """Raise ``ValueError`` for what :func:`get_identifier` cannot take, and run nothing of the module."""
+    if name in ("none", "stop_words"):
+        return
+    module, _, function = name.partition(":")
+    parts = module.split(".")
+    if not all(map(str.isidentifier, [*parts, function])):
+        raise ValueError(f"identifier={name!r}: expected 'stop_words', 'none' or module:function")
+    # only of the first part: to look for another one imports those before it
+    if parts[0] not in sys.modules and importlib.util.find_spec(parts[0]) is None:
+        raise ValueError(f"identifier={name!r}: there is no module {parts[0]!r}")
+
+
 def get_identifier(name: str) -> Identifier | None:
     """An identifier by name: "stop_words" (the one here), "none", or ``module:function`` of a better one.
+
+    The module is imported and the function called on every translation: such a name is code that runs.
 
     Raises:
         ValueError: no such function. ImportError: no such module.
     """
+    check_identifier(name)
     if name == "none":
         return None
     if name == "stop_words":
         return by_script_and_words
-    module, colon, function = name.partition(":")
-    found = getattr(importlib.import_module(module), function, None) if colon and module else None
+    module, _, function = name.partition(":")
+    found = getattr(importlib.import_module(module), function, None)
     if not callable(found):
-        raise ValueError(f"identifier={name!r}: expected 'stop_words', 'none' or module:function")
+        raise ValueError(f"identifier={name!r}: {module} has no function {function!r}")
     return found  # type: ignore[no-any-return]

@@ -56,11 +56,12 @@ def comet_scores(
         sources, hypotheses, references: one text a sentence, in the same order.
         model: a hub name; default ``"Unbabel/wmt22-comet-da"`` (2.3 GB, fetched once). Or a folder or
             ``.ckpt`` file that was fetched before. Some other models ask for a licence to be accepted on the
-            hub, and for a login.
+            hub, and for a login. The package itself loads the ``.ckpt`` file, there where it is installed; such a
+            file may be a pickle, which can hold code that runs: only models that you trust.
         batch_size: sentences a batch.
         gpus: 0 (CPU) or 1; None (default) takes one where there is one.
         python: interpreter of an environment with the package, such as ``"comet-env/bin/python"``; None
-            (default) is this process.
+            (default) is this process. Whatever program it names is started.
         progress: show COMET's progress bar.
 
     Raises:

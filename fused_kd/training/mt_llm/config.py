@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fused_kd.training.adapter_config import read_adapter_config
 from fused_kd.training.lora import LoRA
 from fused_kd.training.mt_llm.fitting import Fit
 from fused_kd.training.mt_llm.pretraining import TinyLM, TinyMT
@@ -157,6 +158,7 @@ class MTLLM:
             except ImportError as error:
                 raise ImportError("llm_adapters need the 'peft' package: install fused_kd[lora]") from error
             try:
+                read_adapter_config(adapter)
                 PeftConfig.from_pretrained(adapter)
             except (OSError, ValueError, TypeError) as error:
                 wrong.append(f"llm_adapters: {error}")

@@ -73,7 +73,9 @@ class Quality:
     Args:
         tau: a pair is kept where each of its texts scores at least this. The paper's 0.8 is CometKiwi's.
         scorer: "round_trip" (default) or "comet_kiwi".
-        model, batch_size, python: of CometKiwi.
+        model, batch_size, python: of CometKiwi. ``python`` names a program that is started, and the model's ``.ckpt``
+            file, which the package loads there, may be a pickle: take a configuration with them only from where you
+            would take a program.
 
     Raises:
         ValueError: ``tau`` outside [0, 1].
