@@ -455,6 +455,32 @@ MUTATIONS = [
         "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
         ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
     ),
+    # what stands around a call, or beside a row
+    Mutation(
+        "loss: a factor in the default dtype", _AMOUNTS, "scale = torch.full((), 1.0 / float(num_items), dtype=torch.float32, ",
+        "scale = torch.full((), 1.0 / float(num_items), ", ("test_ambient.py::test_default_dtype[bf16-logits-native]",),
+    ),
+    Mutation(
+        "torch: far rows told by the smallest logit", _TORCH, "z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)",
+        "z.amin(1, keepdim=True), z_t.amin(1, keepdim=True)",
+        ("test_ambient.py::test_an_offset_of_a_row_whose_label_both_exclude[100000.0-torch]",),
+    ),
+    Mutation(
+        "torch: an empty list excludes the last token", _TOP_K, "torch.where(present[:, :1], teacher.log_probs[:, :1], each)",
+        "teacher.log_probs[:, :1]", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
+    ),
+    Mutation(
+        "head: exclusions of the bias as given", _ENGINE, "known_all(rounded > EXCLUDED)", "known_all(bias.isfinite())",
+        ("test_ambient.py::test_a_bias_that_excludes_only_when_rounded[native]",),
+    ),
+    Mutation(
+        "ops: weight 0 hides NaN", _OPS, "(weights == 0) & (loss == math.inf)", "weights == 0",
+        ("test_ambient.py::test_weight_0_does_not_hide_nan[torch]",),
+    ),
+    Mutation(
+        "ranking: a millionth too few", _ENGINE, "fraction * (1 - 2**-24)", "fraction * (1 - 1e-6)",
+        ("test_ambient.py::test_the_most_difficult_are_as_many_as_said",),
+    ),
     # autograd and options
     Mutation(
         "ops: second backward scaled twice", _OPS, "gradients, ctx.ready = ctx.ready, None", "gradients = ctx.ready",
