@@ -507,7 +507,7 @@ MUTATIONS = [
         ("test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
     ),
     Mutation(
-        "loss: weights of ignored tokens are read", _AMOUNTS, "torch.where(valid.to(device, non_blocking=True), torch", "torch.where(fits, torch",
+        "loss: weights of ignored tokens are read", _AMOUNTS, ".masked_fill(~valid.to(device, non_blocking=True), 0.0)", "",
         ("test_amounts.py::test_weights_of_ignored_tokens_are_not_read",),
     ),
 ]  # fmt: skip
