@@ -192,8 +192,9 @@ def wrong(run: Run, objective: Objective, T: float, tail: str, names: list[str])
             allowed = 4 * (e - r).abs().nan_to_num(0.0, 0.0, 0.0).amax(1) + factor * size
             allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * max(factor, share)
             off = torch.where(a == r, 0.0, (a - r).abs()).amax(1)
-            if field == "gradient" and tail != "dense" and objective.spec.divergence == "total_variation" and "equal" in chosen:
-                off[chosen.index("equal")] = 0.0  # it jumps where p = q, which a list's log-probabilities round
+            jumps = objective.spec.divergence == "total_variation" and tail != "dense"  # where a list's p is q
+            if field == "gradient" and jumps and "equal" in chosen:
+                off[chosen.index("equal")] = 0.0
             for i in (~(off <= allowed)).nonzero().flatten().tolist():
                 said.append(f"{field} {chosen[i]!r} {tail} T={T} {objective}: {a[i].tolist()}, not {r[i].tolist()}")
     return said
