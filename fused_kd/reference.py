@@ -256,7 +256,7 @@ def reference_kd_loss(
         full = torch.zeros(labels.shape, dtype=values.dtype, device=values.device)
         return full.masked_scatter(valid, values).reshape(shape)
 
-    weighted = torch.where((weights == 0) & (rows == math.inf), 0.0, rows * weights)
+    weighted = _weighed((weights, rows))
     if reduction == "none":
         loss = scatter(weighted)
     elif num_items is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -289,16 +288,14 @@ def test_no_trial_outlives_a_killed_run():
         "trial.run_trial(trial.Trial(tiny, 'eager', 2, 'cpu', 10**9, False, 1), 600.0)"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    process = psutil.Process(run.pid)
     everyone: list = []
+    children: list = []
     try:
-        while len(everyone) < 2:  # a server, whose child is the trial
+        while len(everyone) <= len(children):  # a child's child is the trial
             assert run.poll() is None, "the run ended before its trial was seen"
             time.sleep(0.05)
-            servers = psutil.Process(run.pid).children()
-            for server in servers:
-                with contextlib.suppress(psutil.Error):  # one that has just ended
-                    trials = server.children()
-                    everyone = [*servers, *trials] if trials else everyone
+            everyone, children = process.children(recursive=True), process.children()
     finally:
         run.kill()
         run.wait()

@@ -31,7 +31,8 @@ def scale_kernel(gradient_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 def works(device: torch.device) -> bool:
     """Whether Triton can launch anything there: it may be installed without a compiler, or beside another GPU."""
     try:
-        scale_in_place(*(torch.ones(shape, dtype=torch.float32, device=device) for shape in (1, ())))
+        gradient = torch.ones(1, dtype=torch.float32, device=device)
+        scale_in_place(gradient, gradient.new_ones(()))
     except Exception:  # Triton's own, of any kind
         return False
     return True
