@@ -61,7 +61,8 @@ def sanitizer(run: Run) -> None:
 
 def ncu(run: Run, backend: str) -> None:
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
-    options = [text for section in sections for text in ("--section", section)]
+    # ncu would lock the clocks, which are not ours to set.
+    options = ["--clock-control", "none", *(text for section in sections for text in ("--section", section))]
     options += ["--kernel-name", "regex:row", "--launch-count", "1"]
     command = ["-m", "bench", "gpu", "--out", str(run.out), "--stage", f"one-row:{backend}"]
     _tool(run, "ncu", options, command, f"ncu-{backend}.log")
