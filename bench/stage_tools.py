@@ -56,7 +56,9 @@ def sanitizer(run: Run) -> None:
     share = ["-p", "bench.share", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
     (run.out / "sanitizer").mkdir(exist_ok=True)
     pytest = ["-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-k", "cuda_row and small", "-p", "no:cacheprovider"]
-    _tool(run, "compute-sanitizer", ["--tool", "memcheck", "--error-exitcode", "3"], [*pytest, *share], "sanitizer.log")
+    # cuda-bindings asks for functions that a driver may lack: refused calls are no fault of a kernel.
+    options = ["--tool", "memcheck", "--error-exitcode", "3", "--report-api-errors", "no"]
+    _tool(run, "compute-sanitizer", options, [*pytest, *share], "sanitizer.log")
 
 
 def ncu(run: Run, backend: str) -> None:

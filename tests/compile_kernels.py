@@ -37,6 +37,7 @@ from fused_kd.objectives import OBJECTIVES, Scalars
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded_triton import TritonRow
 from fused_kd.rows.top_k_triton import row as top_k_row
+from fused_kd.rows.torch_math import uses_divergence
 from fused_kd.rows.triton_row import row
 
 from . import sass
@@ -80,7 +81,7 @@ FAST = re.compile(
     r"|top_k/K=64/bf16.*"
     r"|hand_over/.*|filter/bf16/.*"
     r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
-    r"|sharded/(sft|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
+    r"|sharded/(sft|forward_kd|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
 )
 
 
@@ -229,6 +230,7 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
     made: dict[str, Callable[[], None]] = {}
     for title, name, dtype, options in (
         ("sft", "sft", FP32, {}),
+        ("forward_kd", "forward_kd", FP32, {}),
         ("self_evolution", "self_evolution", FP32, {}),
         ("self_evolution/bf16", "self_evolution", BF16, {"softcap": 30.0, "weights": True}),
         ("skew_teacher/cold", "skew_teacher", FP32, {"cold": True}),
@@ -245,9 +247,13 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
     of = row._join(torch.ones(1, 1, 12))
-    use, divergence = torch.ones(1, dtype=torch.bool), DIVERGENCES[inputs.spec.divergence or "kl"]
+    divergence = DIVERGENCES[inputs.spec.divergence or "kl"]
+    hard = torch.ones(1, dtype=torch.bool)
+    use = None if inputs.spec.divergence is None else uses_divergence(divergence, inputs.spec, hard, 0.5)
     if kernel == "statistics":
         row.statistics()
+    elif use is None:
+        row.gradient(of, None, None, None, None)
     elif kernel == "sums":
         row.sums(of, divergence, use, None, (0.5, 0.5))
     else:

@@ -153,8 +153,10 @@ def test_tests_in_shares_survive_crashes_and_hangs(tmp_path):
 
 def test_tests_that_are_cut_are_not_reached(tmp_path):
     (tmp_path / "test_some.py").write_text("import time\ndef test_a(): time.sleep(60)\ndef test_b(): pass\n")
-    found = run_tests(tmp_path / "out", 6, select=["test_some.py"], processes=1, root=tmp_path)
+    found = run_tests(tmp_path / "out", 9, select=["test_some.py"], processes=1, root=tmp_path)
     assert found["not reached"] == 2 and not found["failing"]
+    found = run_tests(tmp_path / "none", 0.01, select=["test_some.py"], processes=1, root=tmp_path)
+    assert found["errors"] == [f"share 0/1 of {part}: cut before it had begun" for part in ("cuda row", "others")]
 
 
 def test_tests_that_cannot_be_collected_are_an_error(tmp_path):

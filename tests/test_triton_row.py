@@ -45,8 +45,6 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 ALL = [cls() for cls in OBJECTIVES.values() if not cls.kind.ranked]
 LOSS_BUDGET = 1e-6
 GRADIENT_BUDGET = 2e-6
-# One rounding to bf16; the interpreter truncates where a GPU rounds to nearest.
-BF16_BUDGET = 2**-7 if INTERPRETED else 2**-9
 
 
 def make(
@@ -145,6 +143,13 @@ def error(value: Tensor | None, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
+def rounded_once(truth: Tensor, dtype: torch.dtype) -> float:
+    """The error of a gradient that is rounded to ``dtype`` once. A few large values can make it all of one rounding."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        return 2**-7  # the interpreter truncates
+    return GRADIENT_BUDGET + 1.01 * error(truth.to(dtype), truth)
+
+
 def check(actual: tuple, expected: tuple, budget: float = GRADIENT_BUDGET) -> None:
     for value, truth in zip(actual[:2], expected[:2], strict=True):
         # Near-equal rows leave little to be relative to: there the budget is in nats.
@@ -185,7 +190,8 @@ def test_loss_alone_and_in_place_agree_with_out_of_place(objective: Objective) -
     alone = call(*data, objective, gradient=False)
     in_place = call(*data, objective, in_place=True)
     for i in range(3):
-        assert torch.equal(alone[i], full[i])  # type: ignore[arg-type]
+        # Of another kernel, in which a compiler may contract other products and sums.
+        assert error(alone[i], full[i].double()) <= (0.0 if INTERPRETED else LOSS_BUDGET)  # type: ignore[union-attr]
         assert torch.equal(in_place[i], full[i])  # type: ignore[arg-type]
     assert alone[3] is None
     assert torch.equal(in_place[3], full[3])  # type: ignore[arg-type]
@@ -281,9 +287,10 @@ def test_rows_of_wider_buffers(objective: Objective, V: int) -> None:
     expected = oracle(z_s, z_t, labels, objective)
     student, teacher = padded(z_s), padded(z_t)
     assert triton_row.launch_constants(False, student)["PACK"] == 4
-    for dtype, budget in ((torch.float32, GRADIENT_BUDGET), (torch.bfloat16, BF16_BUDGET)):
+    for dtype in (torch.float32, torch.bfloat16):
         out = padded(torch.full((3, V), math.nan), dtype)
-        check(call(student, teacher, labels, objective, dlogits=out), expected, budget)
+        actual = call(student, teacher, labels, objective, dlogits=out)
+        check(actual, expected, rounded_once(expected[3], dtype))
         assert padding(out).isnan().all()
     check(call(student, teacher, labels, objective, in_place=True, overwrite=True), expected)
     assert padding(student).isnan().all() and padding(teacher).isnan().all()
@@ -410,9 +417,8 @@ def test_dtypes_are_independent_and_rounded_once(student: torch.dtype, teacher: 
     narrow = torch.full(z_s.shape, math.nan, dtype=torch.bfloat16, device=DEVICE)
     actual = call(z_s, z_t, labels, objective, dlogits=narrow)
     assert actual[3] is not None and actual[3].dtype == torch.bfloat16
-    check(actual, expected, budget=BF16_BUDGET)
-    budget = {torch.bfloat16: BF16_BUDGET, torch.float16: 2**-11}.get(student, GRADIENT_BUDGET)
-    check(call(z_s, z_t, labels, objective, in_place=True), expected, budget=budget)
+    check(actual, expected, rounded_once(expected[3], torch.bfloat16))
+    check(call(z_s, z_t, labels, objective, in_place=True), expected, rounded_once(expected[3], student))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def gradient_kernel(
     scalars_ptr,
     known_ptr,
     use_ptr,  # (C,) or None: no row uses the divergence's own gradient
-    totals_ptr,  # (C,): sum g over the whole vocabulary
+    totals_ptr,  # (C,): sum g over the whole vocabulary; None as use_ptr is
     first,
     V,
     student_stride,
@@ -163,13 +163,13 @@ def gradient_kernel(
         if MIXED:
             share = 1.0
         shares = (share * inverse_temperature(scalars_ptr), ce_weight)
-        use = 0
+        use, total = 0, 0.0
         if use_ptr is not None:
-            use = tl.load(use_ptr + row).to(tl.int32)
+            use, total = tl.load(use_ptr + row).to(tl.int32), tl.load(totals_ptr + row)
         if use != 0:
             write_gradient(
                 student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, tl.load(totals_ptr + row), g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+                weights_ptr, total, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
             )  # fmt: skip
         else:
             write_gradient(
