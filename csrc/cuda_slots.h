@@ -246,12 +246,13 @@ FKD_INLINE void request_slots(const Rows *rows, int64_t row, int turn, int first
 // The final logit before the temperature, and d final / d raw. -inf becomes LOG_ZERO, as in the maxima: a row may have
 // nothing else.
 FKD_INLINE float final_logit(const Side *side, float raw, float *slope) {
-    const float z = max_or_nan(raw, LOG_ZERO);
-    if (!FKD_SHAPED) return z;
+    if (!FKD_SHAPED) return max_or_nan(raw, LOG_ZERO);
     *slope = side->scale;
-    if (side->cap == 0.0f) return z * side->scale;
+    // Not before: a large factor would make it -inf again.
+    if (side->cap == 0.0f) return max_or_nan(raw * side->scale, LOG_ZERO);
     float steepness;
-    const float capped = side->cap * squash(z * (side->scale * reciprocal(side->cap)), &steepness);
+    const float z = max_or_nan(raw * (side->scale * reciprocal(side->cap)), LOG_ZERO);
+    const float capped = side->cap * squash(z, &steepness);
     *slope *= steepness;
     return capped;
 }

@@ -102,6 +102,8 @@ static void expand(const Row *r, const Categories *small) {
     const Call *c = r->call;
     const int64_t K = c->lists.K, *indices = c->lists.indices + r->row * K;
     const float scale = c->student.scale;
+    // A rest whose tokens the student excludes has none to give its gradient to.
+    const double of_rest = small->student[K] < LOG_ZERO / 2.0f ? 0.0 : scale;
     float buffer[BLOCK], raw_buffer[BLOCK];
     int64_t next = 0;
     for (int64_t b = 0; b < r->blocks; b++) {
@@ -109,11 +111,11 @@ static void expand(const Row *r, const Categories *small) {
         const int64_t start = b * BLOCK;
         float *out = gradient_block(c, r->row, start, buffer);
         const float *e_s = r->student.exps + start, *e_c = r->cold.exps + start;
-        const float share = (float)((double)scale * small->gradient[K] * normaliser(&r->student, b));
+        const float share = (float)(of_rest * small->gradient[K] * normaliser(&r->student, b));
 #pragma omp simd
         for (int i = 0; i < n; i++) out[i] = share * e_s[i];
         if (c->cold) {
-            const float cold = (float)((double)scale * small->cold_gradient[K] * normaliser(&r->cold, b));
+            const float cold = (float)(of_rest * small->cold_gradient[K] * normaliser(&r->cold, b));
 #pragma omp simd
             for (int i = 0; i < n; i++) out[i] += cold * e_c[i];
         }

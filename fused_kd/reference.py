@@ -7,6 +7,7 @@ and holds everything.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +48,22 @@ def full_logits(source: LMHead | Tensor) -> Tensor:
         logits = logits + source.bias.double()
     logits = logits * source.logit_scale
     return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
+
+
+class _Floored(torch.autograd.Function):
+    """``z.clamp(min=_LOG_ZERO)`` whose gradient goes on to what was below, where an infinite loss has one."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clamp(min=_LOG_ZERO)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _floored(z: Tensor) -> Tensor:
+    return cast(Tensor, _Floored.apply(z))  # type: ignore[no-untyped-call]
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -97,7 +114,7 @@ def reference_rows(
     Every distribution is ``softmax(logits / temperature)``, except the student's in the hard-label term of ``SFT``,
     ``ForwardKD``, ``ReverseKD`` and ``SkewTeacher``, which is taken at temperature 1.
     """
-    z = student_logits.double().clamp(min=_LOG_ZERO)
+    z = _floored(student_logits.double())
     log_q = (z / temperature).log_softmax(-1)
     ce = -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     ce = ce + torch.zeros_like(ce).masked_fill(ce >= -_EXCLUDED, math.inf)
@@ -187,7 +204,7 @@ def _categories(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student logits, teacher log-probabilities and labels over the listed entries, one for the rest and, where it is
     read, the label."""
-    K, z = log_probs.shape[1], z.clamp(min=_LOG_ZERO)  # log sum exp of -inf alone has no gradient
+    K, z = log_probs.shape[1], _floored(z)
     students, teachers, positions = [], [], []
     for z_row, values, entries, y in zip(z, log_probs, indices, labels.tolist(), strict=True):
         table = {e: v for e, v in zip(entries.tolist(), values, strict=True) if v > -math.inf}
@@ -199,7 +216,12 @@ def _categories(
         chosen = torch.tensor(list(table), dtype=torch.int64, device=z.device)
         rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, chosen, False)
         nothing = z_row.new_full((K + 2 - len(table) - int(rest.any()),), _LOG_ZERO)  # to a common width
-        tail = z_row[rest].logsumexp(0, keepdim=True) if rest.any() else z_row[:0]
+        # A rest whose tokens are all excluded gives them no gradient.
+        tail = (
+            z_row[rest].where(z_row[rest] > _LOG_ZERO, _LOG_ZERO).logsumexp(0, keepdim=True)
+            if rest.any()
+            else z_row[:0]
+        )
         students.append(torch.cat([z_row[chosen], tail, nothing]))
         teachers.append(
             torch.cat(

@@ -307,6 +307,15 @@ MUTATIONS = [
         "cuda: -inf in the sweeps after the maxima", _CUDA_SLOTS, "max_or_nan(raw, LOG_ZERO)", "raw",
         ("test_cuda_row.py::test_rows_of_excluded_tokens_alone_are_uniform[sft]",),
     ),
+    Mutation(
+        "cuda: -inf out of the way before a scale", _CUDA_SLOTS,
+        "max_or_nan(raw * side->scale, LOG_ZERO)", "max_or_nan(raw, LOG_ZERO) * side->scale",
+        ("test_infinite_loss.py::test_scales_in_cuda",),
+    ),
+    Mutation(
+        "triton: a scale of -inf is -inf", _TRITON_MATH, "tl.where(z < _LOG_ZERO, _LOG_ZERO, z)  #", "z  #",
+        ("test_infinite_loss.py::test_scales[triton]",),
+    ),
     # the engine
     Mutation(
         "engine: weight gradient starts from what was there", _HEAD, "first=self._first)", "first=False)",
@@ -393,6 +402,19 @@ MUTATIONS = [
     Mutation(
         "top-k: duplicates unnoticed", _TOP_K, "(entries[:, 1:] == entries[:, :-1])", "(entries[:, 1:] < entries[:, :-1])",
         ("test_top_k.py::test_malformed_lists_cost_nan_where_looking_would_synchronise[torch]",),
+    ),
+    Mutation(
+        "top-k: an excluded rest's gradient to anyone", _TOP_K, "rest < LOG_ZERO / 2", "rest < LOG_ZERO * 2",
+        ("test_infinite_loss.py::test_lists[forward_kd-torch-bucket-1.0]",),
+    ),
+    Mutation(
+        "native top-k: an excluded rest's gradient to anyone", _NATIVE_TOP_K, "? 0.0 : scale", "? scale : scale",
+        ("test_infinite_loss.py::test_lists[forward_kd-native-bucket-1.0]",),
+    ),
+    Mutation(
+        "slices: an excluded rest's gradient to anyone", _SHARDED_COLUMNS,
+        "mul_(rest_gradient(gradient[:, -1:], rest))", "mul_(gradient[:, -1:])",
+        ("test_infinite_loss.py::test_slices[forward_kd-bucket]",),
     ),
     Mutation(
         "top-k: listed entries stay in the rest", _TOP_K_TRITON, '-float("inf"), z)', "z, z)",

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..rows.base import LOG_ZERO
 from .plan import rounded_rows
 
 SLAB_BYTES = 32 << 20
@@ -49,7 +48,7 @@ class Projection:
         # The weight's own dtype, and whether there is a copy of it in that of the GEMMs.
         self.weight_dtype = weight.dtype
         self.copied = self.weight.dtype != weight.dtype
-        self.bias = None if bias is None else bias.detach().to(dtype).float().clamp(min=LOG_ZERO)
+        self.bias = None if bias is None else bias.detach().to(dtype).float()
 
     @property
     def gradient_dtype(self) -> torch.dtype:

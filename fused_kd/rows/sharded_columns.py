@@ -11,6 +11,7 @@ from ..objectives import Scalars
 from ..workspace import empty
 from .base import LOG_ZERO, Logits, RowInputs, Shards, Sparse
 from .sharded_row import Joined
+from .top_k import rest_gradient
 from .torch_math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
 
 
@@ -167,7 +168,8 @@ class CondensedColumns(Columns):
         z = cool(hot, self.s.temperature, self._scratch("z_cool", len(hot)))
         # each entry that is not listed has its share of the rest's gradient
         share = self._unlisted(z, rows).sub_(self._top[rows])
-        share.sub_(self._z[rows, -1:]).exp_().mul_(gradient[:, -1:])
+        rest = self._z[rows, -1:]
+        share.sub_(rest).exp_().mul_(rest_gradient(gradient[:, -1:], rest))
         work = self._scratch("work", len(z)).copy_(share)
         if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
             cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())

@@ -101,6 +101,11 @@ class CategoryGradient(NamedTuple):
     cold: Tensor | None
 
 
+def rest_gradient(gradient: Tensor, rest: Tensor) -> Tensor:
+    """0 where the student excludes all tokens of the rest, by its logit: there is none to give it to."""
+    return gradient.masked_fill(rest < LOG_ZERO / 2, 0.0)
+
+
 def category_rows(
     dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, small: Categories, cold_rest: Tensor | None
 ) -> CategoryGradient | None:
@@ -110,6 +115,9 @@ def category_rows(
     """
     teacher = Logits(small.teacher, 1.0, None, False)
     wanted = outputs.dlogits is not None
+
+    def of_rest(gradient: Tensor) -> Tensor:
+        return rest_gradient(gradient[:, -1], small.student[:, -1])
 
     def run(z: Tensor, spec: RowSpec, out: RowOutputs) -> Tensor | None:
         gradient = torch.empty_like(z) if wanted else None
@@ -124,7 +132,7 @@ def category_rows(
 
     if cold_rest is None:
         gradient = run(small.student, inputs.spec, outputs)
-        return None if gradient is None else CategoryGradient(gradient[:, :-1], gradient[:, -1], None)
+        return None if gradient is None else CategoryGradient(gradient[:, :-1], of_rest(gradient), None)
     # The two temperatures see two rests, so the terms are rows of their own.
     gradient = run(small.student, inputs.spec._replace(hard_label=False), outputs)
     ce = outputs._replace(**{name: torch.empty_like(getattr(outputs, name)) for name in ("loss", "difficulty")})
@@ -136,7 +144,7 @@ def category_rows(
     if gradient is None or ce_gradient is None:
         return None
     ce_gradient *= share
-    return CategoryGradient(gradient[:, :-1] + ce_gradient[:, :-1], gradient[:, -1], ce_gradient[:, -1])
+    return CategoryGradient(gradient[:, :-1] + ce_gradient[:, :-1], of_rest(gradient), of_rest(ce_gradient))
 
 
 def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:

@@ -298,10 +298,9 @@ def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: s
     if logits.softcap is None and logits.scale == 1.0 and logits.finite and raw.dtype == torch.float32:
         return raw, None
     z = scratch(name, len(raw)).copy_(raw)
-    if not logits.finite:
-        z.clamp_(min=LOG_ZERO)
     if logits.softcap is None:
-        return scale(z, logits.scale), None
+        scale(z, logits.scale)
+        return z if logits.finite else z.clamp_(min=LOG_ZERO), None
     tanh = z.mul_(logits.scale / logits.softcap).tanh_()
     slope = torch.mul(tanh, tanh, out=scratch(name + "_slope", len(raw))).neg_().add_(1.0).mul_(logits.scale)
     return tanh.mul_(logits.softcap), slope

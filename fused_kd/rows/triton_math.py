@@ -177,18 +177,17 @@ def first_entry(entries, K, start):
 @triton.jit
 def final_logits(z, scale, cap):
     """Final logits before the temperature from raw ones, and d final / d raw; no scale is one of 1."""
-    z = tl.where(z < _LOG_ZERO, _LOG_ZERO, z)
-    if cap is None:
-        slope = 1.0
-        if scale is not None:
-            slope = scale
-            z = z * scale
-    elif scale is None:
-        z, slope = tanh(z * (1.0 / cap))
-        z = z * cap
-    else:
-        z, slope = tanh(z * (scale / cap))
-        slope = slope * scale
+    slope = 1.0
+    if scale is not None:
+        slope = scale
+    if cap is not None:
+        z = z * (slope / cap)
+    elif scale is not None:
+        z = z * scale
+    z = tl.where(z < _LOG_ZERO, _LOG_ZERO, z)  # not before: a large factor would make it -inf again
+    if cap is not None:
+        z, steepness = tanh(z)
+        slope = slope * steepness
         z = z * cap
     return z, slope
 

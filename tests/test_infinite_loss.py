@@ -1,0 +1,125 @@
+"""Where the student excludes tokens of the target: a loss that may be infinite, and the gradient of the reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_kd as fk
+from fused_kd.divergences import DIVERGENCES
+from fused_kd.reference import reference_kd_loss
+
+from .cuda_emulator import emulated, needs_cpp_compiler
+from .problems import CPU_BACKENDS, gradients, relative
+from .test_exact import CLASSES, SOME, TAILS, TAUGHT, Run, in_slices, needs_interpreter, through_the_loss, variants
+
+__all__ = ["emulated"]
+V, K, SPARED = 9, 3, 5
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """The student excludes one token, the label, what the teacher's list has, what it has not, both but for a token."""
+    g = torch.Generator().manual_seed(0)
+    z, z_t = torch.randn(6, V, generator=g), torch.randn(6, V, generator=g)
+    listed = torch.zeros(6, V, dtype=torch.bool).scatter(1, z_t.topk(K).indices, True)
+    labels = z_t.argmax(1)
+    labels[2] = (~listed[2]).int().argmax()
+    z[0, SPARED] = -math.inf
+    z[1, labels[1]] = -math.inf
+    z[2].masked_fill_(listed[2], -math.inf)
+    z[3].masked_fill_(~listed[3], -math.inf)
+    z[4].masked_fill_(~listed[4], -math.inf)
+    z[5, 1:] = -math.inf
+    labels[4] = (~listed[4]).int().argmax()
+    return z, z_t, labels
+
+
+def check(run: Run, cls: type[fk.Objective], tail: str = "dense", T: float = 1.0) -> None:
+    z, teacher, labels = rows()
+    if tail != "dense":
+        teacher = fk.TopK(*teacher.log_softmax(1).sub(0.3 * (tail != "renormalize")).topk(K), tail)
+    for objective in variants(cls, edges=False):
+        if tail == "renormalize" and DIVERGENCES[objective.spec.divergence or "kl"].everywhere:
+            continue
+        out = run(z, teacher, labels, objective, T)
+        leaf = z.double().requires_grad_()
+        expected = reference_kd_loss(leaf, teacher, labels, objective, temperature=T, reduction="none")
+        (gradient,) = gradients(expected.loss.sum(), [leaf])
+        finite = expected.loss < math.inf
+        assert torch.equal(out.loss < math.inf, finite), objective
+        assert relative(out.loss[finite], expected.loss[finite]) < 4e-6, objective
+        for row in range(len(z)):
+            assert relative(out.gradient[row], gradient[row]) < 1e-5 or gradient[row].norm() < 1e-6, (objective, row)
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.name)
+def test_dense(cls, backend, T):
+    check(through_the_loss(backend=backend), cls, T=T)
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
+def test_lists(cls, backend, tail, T):
+    if T != 1.0 and tail != "renormalize":
+        return  # refused
+    if backend != "triton" or cls in SOME:
+        check(through_the_loss(backend=backend), cls, tail, T)
+
+
+@needs_cpp_compiler
+@pytest.mark.parametrize("tail", ["dense", "bucket"])
+@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
+def test_cuda_emulated(cls, tail, emulated):
+    check(through_the_loss(backend="cuda"), cls, tail)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("cls", [cls for cls in SOME if cls is not fk.AdaptiveKL], ids=lambda cls: cls.name)
+def test_streaming(cls):
+    check(through_the_loss(backend="triton", engine="streaming"), cls)
+
+
+@pytest.mark.parametrize("tail", ["dense", *TAILS])
+@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
+def test_slices(cls, tail):
+    check(in_slices("torch"), cls, tail)
+
+
+def check_scales(**options: str) -> None:
+    """A bias excludes the last tokens; with a scale at or below 0 it would make them NaN or +inf."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = torch.randn(3, 16, generator=g), torch.randn(V, 16, generator=g), torch.zeros(V)
+    bias[V - 2 :] = -math.inf
+    z_t, labels = torch.randn(3, V, generator=g), torch.zeros(3, dtype=torch.long)
+    z_t[:, V - 2 :] = -math.inf
+    for scale, softcap in itertools.product((1e9, 1e12, 0.0, -1.0), (None, 5.0)):
+        head = fk.LMHead(hidden / max(abs(scale), 1.0), weight, bias, logit_scale=scale, softcap=softcap)
+        out = fk.kd_loss(head, z_t, labels, fk.NoEvo(), reduction="none", **options)
+        expected = reference_kd_loss(head, z_t, labels, fk.NoEvo(), reduction="none").loss
+        if expected[0].isnan():
+            assert out.loss.isnan().all(), (scale, softcap)
+        else:
+            assert relative(out.loss, expected) < 1e-5, (scale, softcap)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_scales(backend):
+    check_scales(backend=backend)
+
+
+@needs_cpp_compiler
+def test_scales_in_cuda(emulated):
+    check_scales(backend="cuda")
+
+
+@needs_interpreter
+def test_scales_in_streaming():
+    check_scales(backend="triton", engine="streaming")
