@@ -54,7 +54,6 @@ STAGES = (
     Stage("streaming:B", 40),
     Stage("choices:row", 50),
     Stage("choices:step", 90),
-    Stage("choices:streaming", 90),
     Stage("profile", 45),
     Stage("ncu:triton", 45),
     Stage("ncu:cuda", 45),

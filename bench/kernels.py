@@ -113,15 +113,15 @@ def warm() -> None:
     from .implementations import IMPLEMENTATIONS
     from .inputs import Inputs
     from .shapes import GPU_SHAPES, ODD_SHAPE
-    from .stages import BACKENDS, alternatives_of
+    from .stages import BACKENDS
 
     for shape in (*GPU_SHAPES, ODD_SHAPE):
         problem = RowProblem(2, shape.V, CUDA, torch.bfloat16)
         for backend in BACKENDS:
             problem.call(backend, "hard")()
-            for other in alternatives_of(backend):
-                with tuned(**{other.name: other.value}):
-                    problem.call(backend, "hard")()
+        for other in alternatives("row"):
+            with tuned(**{other.name: other.value}):
+                problem.call("triton", "hard")()
     for shape in (*GPU_SHAPES, ODD_SHAPE):
         # Sizes decide what is compiled, numbers do not: memory that is never touched costs nothing.
         make = torch.empty
@@ -133,13 +133,8 @@ def warm() -> None:
         for name in (*(f"fused_kd {backend}" for backend in BACKENDS), "fused_kd streaming"):
             for gamma in GAMMAS.values():
                 step = IMPLEMENTATIONS[name].build(inputs, gamma)
-                for others in [
-                    {},
-                    *({x.name: x.value} for x in (alternatives("streaming") if "streaming" in name else ())),
-                ]:
-                    with tuned(**others):
-                        step(labels).backward()
-                    inputs.drop_gradients()
+                step(labels).backward()
+                inputs.drop_gradients()
 
 
 def run_tests_offline(arch: str, counts_file: Path, wheel: Path | None) -> Counter[str]:

@@ -15,9 +15,9 @@ step     the sum of all parts; with W infinite it is the floor
 memory   the plan's workspace + the gradients of hidden states and weight
 ======== ====================================================================================
 
-The addition to dW counts as traffic because GPUs lose 10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py): hidden
-behind the arithmetic, as a plain roofline would have it, it would cost nothing there; as traffic it costs 15 % at the
-shape A of bench/shapes.py and 9 % at B on an H200. If a GPU hides it better, predictions are too high by that.
+The addition to dW counts as traffic that no arithmetic hides: 15 % at 1024 tokens a chunk at the shape A of
+bench/shapes.py and 9 % at B on an H200. A GPU that hides it takes less: chunks of 2048 cost an H200 up to 2.5 % more
+than groups that add nothing, where this says 5 % at A.
 
 Three further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what
 the last wave of tiles wastes (bench/multiprocessors.py), and a GEMM's fp32 result counts as not hidden either: a tile

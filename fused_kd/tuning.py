@@ -7,8 +7,6 @@ field goes, with the way that lost.
 A field's metadata name the values to compare and the measurements that it can change::
 
     field(default=True, metadata={"others": (False,), "affects": ("row", "step")})
-
-Fields of the CUDA row begin with ``cuda``.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-AFFECTS = ("row", "step", "streaming")
-"""What a field may change: a row alone, a step of the chunked engine, a step of the streaming one."""
+AFFECTS = ("row", "step")
+"""What a field may change: the Triton row alone, or a step of the chunked engine."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,12 @@ class Tuning:
         row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
             any dtype, and 16 KB in flight a program.
         row_threads: threads of such a program.
-        cuda_prefetch: the CUDA row asks for the next row's first logits while shared memory has room beside this row's.
-        streaming_wide: 128 x 128 tiles in two of the streaming engine's kernels, else 64 x 128.
-        streaming_grouped: its programs start group of tokens by group, else all tokens of a split or tile of the
-            vocabulary first.
     """
 
     gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
     device_chunk: int = field(default=1024, metadata={"others": (512, 2048, 4096), "affects": ("step",)})
     row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
     row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})
-    cuda_prefetch: bool = field(default=True, metadata={"others": (False,), "affects": ("row",)})
-    streaming_wide: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
-    streaming_grouped: bool = field(default=True, metadata={"others": (False,), "affects": ("streaming",)})
 
 
 _current = Tuning()

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.tuning import tuned
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import machine, model
@@ -140,28 +138,11 @@ def test_assumed_machines():
         assumed_machine("V100")
 
 
-def test_what_a_step_no_longer_takes():
-    """At A on an H200, copying 4.3 TB/s: bytes by hand; additions to dW and its cast, which groups spare."""
-    found = {(row["gpu"], row["shape"]): row for row in model.spared()}
-    assert len(found) == 4
-    row, VH = found["H200", str(A)], 128256 * 4096
-    assert row["factor"] == pytest.approx(1e3 * 8 * VH / 4.3e12)
-    assert row["hand_over"] == pytest.approx(1e3 * 4 * VH / 4.3e12)
-    assert row["before"] - row["factor"] - row["hand_over"] - row["groups"] == pytest.approx(row["now"])
-    now, numbers = predict(A, BF16, assumed_machine("H200"), on_host=False), assumed_machine("H200")
-    with tuned(gradient_groups=False):
-        apart = predict(A, BF16, numbers, on_host=False)
-    assert row["now"] == pytest.approx(1e3 * now.seconds)
-    assert row["groups"] == pytest.approx(1e3 * (apart.seconds - now.seconds))
-    # Of it: the fp32 sum written once and added to three times, read for the cast; the result is written either way.
-    assert row["groups"] == pytest.approx(1e3 * (4 + 24 + 4) * VH / 4.3e12, rel=0.25)
-
-
 def test_expected_table_says_that_it_is_predicted():
     text = model.markdown_expected()
     assert text.startswith("**Predicted, not measured**")
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert [len(lines) for lines in tables] == [2 + 8, 2 + 4]
+    assert [len(lines) for lines in tables] == [2 + 8]
     assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
     found = {row["way"]: row for row in model.expected() if row["gpu"] == "H200" and row["shape"] == str(A)}
     (line,) = (line for line in tables[0] if line.startswith(f"| H200 | {A} |"))

@@ -380,12 +380,15 @@ def test_errors_of_results_files(tmp_path):
         folder.mkdir()
         machine = {} if device is None else {"machine": UNIT}
         (folder / "x.json").write_text(json.dumps({**machine, "rows": rows, "settings": {"device": device}}))
-        text = model.markdown_errors(tmp_path)
-        assert ("none is of a GPU" in text) == (name == "one")
+    environment = {"stage": "environment", "key": "environment", "code": "a"}
+    steps = [{"stage": "steps:A", "key": str(i), "code": "a"} | row for i, row in enumerate(rows)]
+    found = [environment, {"stage": "machine", "key": "numbers", "code": "a", "machine": UNIT}, *steps]
+    (tmp_path / "one" / "gpu.jsonl").write_text("\n".join(map(json.dumps, found)))
+    text = model.markdown_errors(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 2  # nothing is known of the third's machine
+    assert len(lines) == 2 + 3  # nothing is known of the third's machine
     ends = f"-38.0 % ({100 * half:+.1f} % to -29.2 %) | -38.6 % (-38.6 % to -38.6 %) | +12.0 % (+12.0 % to +12.0 %) |"
-    assert lines[2] == f"| one/x.json | cpu | 2 | {ends}"
+    assert lines[2:4] == [f"| one/gpu.jsonl | cuda | 2 | {ends}", f"| one/x.json | cpu | 2 | {ends}"]
 
 
 BAD = [

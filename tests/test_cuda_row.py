@@ -13,7 +13,6 @@ from fused_kd.objectives import Objective, RowSpec
 from fused_kd.rows import cuda_build, cuda_row
 from fused_kd.rows.base import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda_row import Device
-from fused_kd.tuning import tuned
 
 from . import cuda_emulator, test_extremes, test_stress
 from .budget import check_budget
@@ -157,15 +156,17 @@ def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objecti
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("device, ahead", [("whole", 0), ("part", 0), ("room ahead", 5), ("room for all", 9)])
-def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated):
+def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated, monkeypatch):
     """Bit by bit, with rows left out in between, a gradient and without one, and more or fewer rows than clusters."""
     emulated(device=DEVICES[device])
-    assert cuda_row.cut_rows(517, 4, 8, DEVICES[device], True).ahead == ahead
+    cut_rows = cuda_row.cut_rows
+    assert cut_rows(517, 4, 8, DEVICES[device]).ahead == ahead
     z, z_t, labels = make(7, 517)
     z, labels[3] = z.to(dtype), -100
     for C in (1, 2, 7):
         data = z[:C], z_t[:C], labels[:C], fk.SelfEvolution(gamma=1.0)
-        with tuned(cuda_prefetch=False):
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_row, "cut_rows", lambda *about: cut_rows(*about)._replace(ahead=0))
             plain = call(*data), call(*data, gradient=False)
         for a, b in zip(plain, (call(*data), call(*data, gradient=False)), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
@@ -174,15 +175,13 @@ def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated):
 def test_room_ahead_on_gpus():
     """What is idle beside a row holds the next one's first slots; blocks that share a multiprocessor keep to theirs."""
     hopper = Device(8, 232_448, 233_472)
-    cuts = {V: cuda_row.cut_rows(V, 4, 8, hopper, True) for V in (32_000, 128_256, 151_936, 227_000, 262_144)}
-    assert [(cut.resident, cut.ahead, cut.whole) for cut in cuts.values()] == [
+    cuts = [cuda_row.cut_rows(V, 4, 8, hopper) for V in (32_000, 128_256, 151_936, 227_000, 262_144)]
+    assert [(cut.resident, cut.ahead, cut.whole) for cut in cuts] == [
         (8, 0, True), (8, 6, True), (10, 4, True), (14, 0, True), (14, 0, False),
     ]  # fmt: skip
-    for V, cut in cuts.items():
-        before = cuda_row.cut_rows(V, 4, 8, hopper, False)
-        assert before == cut._replace(ahead=0, shared_bytes=cut.shared_bytes - cut.ahead * 16384)
-        alone = 2 * (before.shared_bytes + 1024) > hopper.multiprocessor_bytes
-        assert alone or cut == before, "more memory of a block would be one block less of a multiprocessor"
+    for cut in cuts:
+        alone = 2 * (cut.shared_bytes - cut.ahead * 16384 + 1024) > hopper.multiprocessor_bytes
+        assert alone or cut.ahead == 0, "more memory of a block would be one block less of a multiprocessor"
 
 
 def test_warps_of_32_and_a_cluster_of_8(emulated, monkeypatch):
@@ -205,12 +204,12 @@ def test_rows_that_a_gpu_holds_whole():
     for gpu, device in gpus.items():
         for V in (1, 517, 32_000, 50_257, 128_256, 151_936, 201_088, 227_000, 262_144):
             for width, column_bytes in ((4, 8), (8, 4), (4, 6), (4, 4)):
-                cut = cuda_row.cut_rows(V, width, column_bytes, device, True)
+                cut = cuda_row.cut_rows(V, width, column_bytes, device)
                 assert cut.shared_bytes <= device.block_bytes and cut.cluster <= device.largest_cluster
                 whole = cut.resident * cut.cluster * cut.threads * width >= V
                 assert whole or gpu != "H100, H200, B200" or V == 262_144
                 assert cut.resident > 0
-    assert cuda_row.cut_rows(128_256, 4, 8, gpus["H100, H200, B200"], True).cluster == 8
+    assert cuda_row.cut_rows(128_256, 4, 8, gpus["H100, H200, B200"]).cluster == 8
 
 
 # ---- what a row promises

@@ -11,8 +11,7 @@ import fused_kd as fk
 from fused_kd import rows
 from fused_kd.objectives import RowSpec
 from fused_kd.reference import reference_rows
-from fused_kd.rows import Logits, RowInputs, RowOutputs, cuda_build
-from fused_kd.tuning import tuned
+from fused_kd.rows import Logits, RowInputs, RowOutputs, cuda_build, cuda_row
 
 from .problems import OBJECTIVES, gradients, problem, relative
 from .test_sharded_row import allowed, in_turns, inputs_of, whole
@@ -250,9 +249,11 @@ def cuda_row_call(C: int, V: int) -> tuple[RowInputs, RowOutputs]:
 
 @needs_cuda_core
 @pytest.mark.parametrize("V", [128256, 151936])
-def test_cuda_row_asking_ahead_changes_nothing(V):
+def test_cuda_row_asking_ahead_changes_nothing(V, monkeypatch):
     """Bit by bit, of many rows a cluster: a copy that is not waited for would show."""
-    with tuned(cuda_prefetch=False):
+    cut_rows = cuda_row.cut_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_row, "cut_rows", lambda *about: cut_rows(*about)._replace(ahead=0))
         inputs, plain = cuda_row_call(200, V)
         rows.get_row("cuda")(inputs, plain)
     for _ in range(5):

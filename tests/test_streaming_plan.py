@@ -11,7 +11,6 @@ import fused_kd as fk
 from fused_kd.engine import gemm, streaming_plan, waves
 from fused_kd.engine.chunked import Side, Wanted
 from fused_kd.engine.streaming_plan import Plan, plan_streaming
-from fused_kd.tuning import tuned
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
@@ -84,10 +83,12 @@ def test_tiles_are_wide_where_registers_allow(fp32_output):
     bf16 = torch.bfloat16
     wide = streaming_plan.choose_tiles(bf16, bf16)
     assert [tiles[:2] for tiles in wide] == [(128, 128), (64, 128), (128, 128)]
-    narrow = {streaming_plan.choose_tiles(bf16, bf16, plain=False), streaming_plan.choose_tiles(bf16, target="sm_80")}
-    with tuned(streaming_wide=False):
-        narrow.add(streaming_plan.choose_tiles(bf16, bf16))
+    narrow = {streaming_plan.choose_tiles(bf16, bf16, plain=False)}
+    narrow |= {streaming_plan.choose_tiles(bf16, bf16, target=target) for target in ("sm_80", "sm_89", "sm_100")}
     assert [[tiles[:2] for tiles in kernels] for kernels in narrow] == [[(64, 128)] * 3]
+    assert {tiles[:3] for tiles in streaming_plan.choose_tiles(bf16, bf16, capped=True)} == {(64, 128, 32)}
+    amd = streaming_plan.choose_tiles(bf16, bf16, target="gfx942")
+    assert {(*tiles[:2], tiles.registers) for tiles in amd} == {(128, 64, None)}
     for change, plain in (({}, True), ({"bias": True}, False), ({"H": 40}, False), ({"stride": 2}, False)):
         assert streaming_sweeps._plain(side(bf16, **change), bf16) == plain
     assert not streaming_sweeps._plain(side(torch.float32), bf16)

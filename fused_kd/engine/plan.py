@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# On a GPU where every chunk adds to the weight gradient: below it the read-modify-write shows (10-16 % at 1024 tokens),
-# above it only memory grows.
+# On a GPU where every chunk adds to the weight gradient: below it the read-modify-write shows (10-16 % at 1024 tokens
+# by the performance model), above it only memory grows.
 DEVICE_CHUNK = 2048
 # A CPU's GEMM repacks the weights for every chunk, 5 % of its time at 512 tokens, 12 % at 256.
 CPU_CHUNK = 512

@@ -359,19 +359,16 @@ def placed(GROUP: tl.constexpr):
     """The program's place in a grid (blocks of tokens, parts of the vocabulary).
 
     Programs start in the order of their numbers, blocks first. Here GROUP blocks go through all parts before the next
-    do, so that those that run together share both hidden states and weights in the L2 cache. GROUP 0: as they start.
+    do, so that those that run together share both hidden states and weights in the L2 cache.
     """
-    block = tl.program_id(0)
-    part = tl.program_id(1)
-    if GROUP > 0:
-        blocks = tl.num_programs(0)
-        parts = tl.num_programs(1)
-        started = part * blocks + block
-        first = started // (GROUP * parts) * GROUP
-        size = tl.minimum(blocks - first, GROUP)
-        place = started - first * parts
-        block = first + place % size
-        part = place // size
+    blocks = tl.num_programs(0)
+    parts = tl.num_programs(1)
+    started = tl.program_id(1) * blocks + tl.program_id(0)
+    first = started // (GROUP * parts) * GROUP
+    size = tl.minimum(blocks - first, GROUP)
+    place = started - first * parts
+    block = first + place % size
+    part = place // size
     return block, part
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec, Scalars
 from ..rows.triton_row import formula_constants
-from ..tuning import current
 from ..workspace import empty
 from . import streaming_plan
 from .chunked import Result, Side, largest
@@ -70,7 +69,7 @@ class Sweeps:
             "ROUND_S": _TYPES[operands[0] or torch.float32],
             "ROUND_T": _TYPES[operands[-1] or torch.float32],
             "UPCAST": _INTERPRET,
-            "GROUP": streaming_plan.GROUP if current().streaming_grouped else 0,
+            "GROUP": streaming_plan.GROUP,
         }
 
     @property

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tuning
 from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
 from . import cuda_build
@@ -127,7 +126,7 @@ def plan(inputs: RowInputs, outputs: RowOutputs, device: Device) -> Launch:
     streams = [*sides[: 1 if listed else None], *([] if dlogits is None else [dlogits])]
     width = 16 // max(x.element_size() for x in sides + streams)
     shaped = any(x.scale != 1.0 or x.softcap is not None for x in (student, teacher) if x is not None)
-    cut = cut_rows(V, width, sum(x.element_size() for x in sides), device, tuning.current().cuda_prefetch)
+    cut = cut_rows(V, width, sum(x.element_size() for x in sides), device)
     macros = formula_macros(spec, inputs.cold_labels) | {
         "FKD_STUDENT": DTYPES[student.raw.dtype],
         "FKD_TEACHER": NO_TEACHER if teacher is None else DTYPES[teacher.raw.dtype],
@@ -171,10 +170,10 @@ def formula_macros(spec: RowSpec, cold_labels: bool) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def cut_rows(V: int, width: int, column_bytes: int, device: Device, prefetch: bool) -> Cut:
+def cut_rows(V: int, width: int, column_bytes: int, device: Device) -> Cut:
     """The smallest cluster of which two blocks fit a multiprocessor, so that one computes while the other waits for
-    memory; else the largest, with as much of the row as fits. What a block then has to itself and does not need holds,
-    with ``prefetch``, the next row's first slots."""
+    memory; else the largest, with as much of the row as fits. What a block then has to itself and does not need holds
+    the next row's first slots."""
     few, shared, alone = device.threads
 
     def cut(cluster: int, threads: int, *, prefetch: bool = False) -> Cut:
@@ -193,7 +192,7 @@ def cut_rows(V: int, width: int, column_bytes: int, device: Device, prefetch: bo
         if found.whole and 2 * (found.shared_bytes + RESERVED_BYTES) <= device.multiprocessor_bytes:
             return found
         cluster *= 2
-    return cut(device.largest_cluster, alone, prefetch=prefetch)
+    return cut(device.largest_cluster, alone, prefetch=True)
 
 
 def records_bytes(threads: int, device: Device) -> int:
