@@ -22,10 +22,10 @@ demo-quick: $(STAMP)
 	$(PY) examples/distill.py --preset quick --output runs/demo-quick
 
 test: $(STAMP)
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS)
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: $(STAMP)
-	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m ""
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal -m ""
 
 compat: $(STAMP)
 	$(TEST_ENV) WORKERS=$(WORKERS) $(PY) -m tests.compat
