@@ -23,8 +23,17 @@ static Categories new_categories(int64_t K, char *scratch) {
     return x;
 }
 
+// Stands for a listed token among the rest: below what an excluded one has there.
+static const float LISTED = 2.0f * LOG_ZERO;
+
+// The largest logit of the rest before the temperature.
+static double top_of(const Softmax *x, double T) {
+    if (x->max <= 1.5f * LOG_ZERO) return -INFINITY;  // all are listed
+    return x->max <= LOG_ZERO ? LOG_ZERO : x->max * T;
+}
+
 // log sum exp at temperature T, times T, less `origin`.
-static double log_sum(const Softmax *x, double T, double origin) { return (x->max * T - origin) + x->log_total * T; }
+static double log_sum(const Softmax *x, double T, double origin) { return (top_of(x, T) - origin) + x->log_total * T; }
 
 // Fill the student's categories; the softmaxes are then of the rest alone.
 static void condense(Row *r, const Categories *small) {
@@ -36,21 +45,24 @@ static void condense(Row *r, const Categories *small) {
         const int n = block_length(r, b);
         const int64_t start = b * BLOCK;
         const float *z = student_logits(c, r->row, start, n, buffer);
+        const int64_t first = next;
         if (next < K && indices[next] < start + n) {
             if (z != buffer) z = memcpy(buffer, z, (size_t)n * sizeof(float));
             for (; next < K && indices[next] < start + n; next++) {
                 small->student[next] = buffer[indices[next] - start];
                 if (small->student[next] > top) top = small->student[next];
-                buffer[indices[next] - start] = LOG_ZERO;
+                buffer[indices[next] - start] = LISTED;
             }
         }
         if (c->cold) add_part(&r->cold, b, z, n);
-        add_part(&r->student, b, cooled(z, n, c->temperature, buffer), n);
+        z = cooled(z, n, c->temperature, buffer);
+        for (int64_t i = first; i < next; i++) buffer[indices[i] - start] = LISTED;
+        add_part(&r->student, b, z, n);
     }
     join_parts(&r->student, r->blocks);
     if (c->cold) join_parts(&r->cold, r->blocks);
     // Only differences count: a large common offset would swallow the digits of the rest's logarithm.
-    const double rest = (double)r->student.max * c->temperature, origin = rest > top ? rest : top;
+    const double rest = top_of(&r->student, c->temperature), origin = rest > top ? rest : top;
     for (int64_t j = 0; j < K; j++)
         small->student[j] = j < next ? at_least_log_zero((float)(small->student[j] - origin)) : LOG_ZERO;
     small->student[K] = at_least_log_zero((float)log_sum(&r->student, c->temperature, origin));

@@ -61,7 +61,7 @@ class LMHead:
                 raise ValueError(f"bias is on {self.bias.device}, hidden on {self.hidden.device}; they must share one")
         check_number("logit_scale", self.logit_scale)
         if self.softcap is not None:
-            check_number("softcap", self.softcap, positive=True)
+            check_number("softcap", self.softcap, low=1 / LARGEST)
 
     @property
     def vocab(self) -> int:
@@ -166,9 +166,8 @@ def check_float_tensor(name: str, value: object) -> None:
     check_dense(name, value)
 
 
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
-    """A number that fp32 kernels can multiply logits by, and divide them if it is positive."""
-    low = 1 / LARGEST if positive else -LARGEST
+def check_number(name: str, value: object, *, low: float = -LARGEST) -> None:
+    """A number that fp32 kernels can multiply logits by, and divide them by if ``low`` is positive."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [{low:g}, {LARGEST:g}], got {value!r}")
     if not low <= value <= LARGEST:  # type: ignore[operator]

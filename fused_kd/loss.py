@@ -40,7 +40,7 @@ class KDLoss(nn.Module):
             time (annealing): nothing is compiled again. The options may be assigned too, and are checked then as here.
         ignore_index: label of tokens that take no part.
         reduction: "mean" over valid tokens (with ``token_weights``: weighted mean), "sum", or "none".
-        temperature: T in [1e-12, 1e12]. Every distribution is softmax(logits / T), except the student's in a separate
+        temperature: T in [1e-8, 1e12]. Every distribution is softmax(logits / T), except the student's in a separate
             hard-label term (``SFT``, ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``), which stays at temperature 1. The
             loss is not multiplied by T**2.
         vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies).

@@ -206,7 +206,9 @@ def _categories(
     read, the label."""
     K, z = log_probs.shape[1], _floored(z)
     students, teachers, positions = [], [], []
-    for z_row, values, entries, y in zip(z, log_probs, indices, labels.tolist(), strict=True):
+    for z_row, values, entries, y in zip(
+        z - z.detach().amax(1, keepdim=True), log_probs, indices, labels.tolist(), strict=True
+    ):
         table = {e: v for e, v in zip(entries.tolist(), values, strict=True) if v > -math.inf}
         missing = (1.0 - values.exp().sum()).clamp(min=0.0)
         others = len(z_row) - len(table)

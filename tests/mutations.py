@@ -214,7 +214,7 @@ MUTATIONS = [
         (_slices("sft", "dense", "torch"), "test_sharded_row.py::test_any_slices"),
     ),
     Mutation(
-        "sharded: maxima of one side only", _SHARDED, "((b - top_t) - (a - top))", "(b - top_t)",
+        "sharded: maxima of one side only", _SHARDED, "((b - top_t) - above)", "(b - top_t)",
         (_slices("no_evo", "dense", "torch"),),
     ),
     Mutation(
@@ -412,6 +412,19 @@ MUTATIONS = [
         ("test_infinite_loss.py::test_lists[forward_kd-native-bucket-1.0]",),
     ),
     Mutation(
+        "native top-k: listed tokens beside a rest of excluded ones", _NATIVE_TOP_K, "= 2.0f * LOG_ZERO", "= LOG_ZERO",
+        ("test_infinite_loss.py::test_a_student_that_excludes_all_is_uniform[native-bucket-1.0]",),
+    ),
+    Mutation(
+        "native: lists exclude nothing from a head", "fused_kd/rows/native_row.py",
+        "student._replace(finite=False), None", "student, None",
+        ("test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
+    ),
+    Mutation(
+        "a bias excludes whatever its scale", _ENGINE, "rounded * side.logit_scale > EXCLUDED", "rounded > EXCLUDED",
+        ("test_infinite_loss.py::test_a_scale_decides_what_a_bias_excludes[native]",),
+    ),
+    Mutation(
         "slices: an excluded rest's gradient to anyone", _SHARDED_COLUMNS,
         "mul_(rest_gradient(gradient[:, -1:], rest))", "mul_(gradient[:, -1:])",
         ("test_infinite_loss.py::test_slices[forward_kd-bucket]",),
@@ -438,7 +451,7 @@ MUTATIONS = [
         ("test_native_row.py::test_any_vocabulary[2049-no_evo]",),
     ),
     Mutation(
-        "native: listed entries stay in the rest", _NATIVE_TOP_K, "buffer[indices[next] - start] = LOG_ZERO;", "(void)0;",
+        "native: listed entries stay in the rest", _NATIVE_TOP_K, "= 2.0f * LOG_ZERO", "= 0.0f",
         ("test_top_k.py::test_matrix[no_evo-far-bucket-native]",),
     ),
     Mutation(
@@ -492,7 +505,7 @@ MUTATIONS = [
         "teacher.log_probs[:, :1]", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
     ),
     Mutation(
-        "head: exclusions of the bias as given", _ENGINE, "known_all(rounded > EXCLUDED)", "known_all(bias.isfinite())",
+        "head: exclusions of the bias as given", _ENGINE, "known_all(rounded * side.logit_scale > EXCLUDED)", "known_all(bias.isfinite())",
         ("test_ambient.py::test_a_bias_that_excludes_only_when_rounded[native]",),
     ),
     Mutation(

@@ -53,9 +53,9 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (ValueError, "softcap must be in [1e-12, 1e+12], got 0.0", lambda: fk.LMHead(H, W, softcap=0.0)),
         # options
         (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'", lambda: call(reduction="avg")),
-        (ValueError, "temperature must be in [1e-12, 1e+12], got 0", lambda: call(temperature=0)),
-        (ValueError, "temperature must be in [1e-12, 1e+12], got 1e-39", lambda: call(temperature=1e-39)),
-        (ValueError, "temperature must be in [1e-12, 1e+12], got 1000", lambda: call(temperature=10**400)),
+        (ValueError, "temperature must be in [1e-08, 1e+12], got 0", lambda: call(temperature=0)),
+        (ValueError, "temperature must be in [1e-08, 1e+12], got 1e-39", lambda: call(temperature=1e-39)),
+        (ValueError, "temperature must be in [1e-08, 1e+12], got 1000", lambda: call(temperature=10**400)),
         (ValueError, "softcap must be in [1e-12, 1e+12], got 1e+300", lambda: fk.LMHead(H, W, softcap=1e300)),
         (ValueError, "softcap must be in [1e-12, 1e+12], got 1e-46", lambda: fk.LMHead(H, W, softcap=1e-46)),
         (ValueError, "logit_scale must be in [-1e+12, 1e+12], got 1e+38", lambda: fk.LMHead(H, W, logit_scale=1e38)),

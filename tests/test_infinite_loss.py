@@ -12,10 +12,12 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
+from fused_kd.rows.base import Logits, RowInputs
 
 from .cuda_emulator import emulated, needs_cpp_compiler
 from .problems import CPU_BACKENDS, gradients, relative
 from .test_exact import CLASSES, SOME, TAILS, TAUGHT, Run, in_slices, needs_interpreter, through_the_loss, variants
+from .test_sharded_row import in_turns
 
 __all__ = ["emulated"]
 V, K, SPARED = 9, 3, 5
@@ -91,6 +93,64 @@ def test_streaming(cls):
 @pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
 def test_slices(cls, tail):
     check(in_slices("torch"), cls, tail)
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "slices"])
+def test_a_student_that_excludes_all_is_uniform(backend, tail, T):
+    """Over its tokens, whatever the list has of them; a list may be short, and hold the whole vocabulary."""
+    if T != 1.0 and tail != "renormalize":
+        return  # refused
+    run = in_slices("torch") if backend == "slices" else through_the_loss(backend=backend)
+    z, labels = torch.full((3, V), -math.inf), torch.tensor([0, 1, 2])
+    log_probs = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01]).log().repeat(3, 1)
+    log_probs[0, 3:] = log_probs[1, :3] = -math.inf
+    lists = fk.TopK(log_probs, torch.arange(V).repeat(3, 1), tail)
+    for objective in (fk.NoEvo(), fk.GeneralizedJSD(beta=0.0), fk.GeneralizedJSD(), fk.SelfEvolution(gamma=0.0)):
+        out = run(z, lists, labels, objective, T)
+        leaf = torch.zeros(3, V, dtype=torch.float64, requires_grad=True)
+        expected = reference_kd_loss(leaf, lists, labels, objective, temperature=T, reduction="none")
+        assert relative(out.loss, expected.loss) < 4e-6, objective
+        assert relative(out.difficulty, expected.difficulty) < 4e-6, objective
+        assert relative(out.gradient, gradients(expected.loss.sum(), [leaf])[0]) < 1e-5, objective
+        excluding = reference_kd_loss(z, lists, labels, objective, temperature=T, reduction="none").loss
+        assert relative(excluding, expected.loss) < 1e-12
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
+def test_a_rank_without_columns_beside_a_side_that_excludes_all(T):
+    objective, z_t = fk.NoEvo(lam=0.9), torch.randn(1, 6)
+    for sides in ((torch.full((1, 6), -math.inf), z_t), (z_t, torch.full((1, 6), -math.inf))):
+        student, teacher = (Logits(z, 1.0, None, False) for z in sides)
+        scalars = torch.tensor(objective.scalars(T))
+        inputs = RowInputs(student, teacher, torch.tensor([1]), None, scalars, objective.spec, False)
+        expected = reference_kd_loss(*sides, torch.tensor([1]), objective, temperature=T, reduction="none").loss
+        assert relative(in_turns(inputs, (3, 3, 0), backend="torch")[0].loss, expected) < 4e-6
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too(backend):
+    """A head's logits are finite; those of a list with a uniform tail need not be."""
+    hidden, weight = torch.randn(1, 16), torch.randn(5, 16)
+    lists = fk.TopK(torch.tensor([[0.5, 0.25, 0.26]]).log(), torch.tensor([[0, 1, 2]]), "uniform")
+    for objective in (fk.ReverseKD(lam=0.6), fk.GeneralizedJSD(beta=1.0), fk.SkewReverse(alpha=0.0)):
+        leaves = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        out = fk.kd_loss(fk.LMHead(leaves[0], weight), lists, torch.tensor([0]), objective, backend=backend)
+        expected = reference_kd_loss(leaves[1] @ weight.double().T, lists, torch.tensor([0]), objective)
+        assert out.loss == expected.loss == math.inf
+        found, truth = (gradients(x.loss, [leaf])[0] for x, leaf in zip((out, expected), leaves, strict=True))
+        assert relative(found, truth) < 4e-6
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_scale_decides_what_a_bias_excludes(backend):
+    """By the final logit."""
+    z = torch.tensor([[0.1, 0.2, 0.3]])
+    for bias, scale in ((-1e17, 30.0), (-1e9, 1e12), (1e17, -30.0)):
+        head = fk.LMHead(torch.ones(1, 16), torch.full((3, 16), 1e-3 / scale), torch.tensor([0.0, 0.0, bias]), scale)
+        out = fk.kd_loss(z, head, torch.tensor([0]), fk.ReverseKD(), backend=backend)
+        assert out.loss == math.inf
 
 
 def check_scales(**options: str) -> None:

@@ -47,7 +47,7 @@ def test_assigned_is_as_if_given(objective, name):
     [
         (ValueError, "reduction", "meen", "reduction must be one of 'mean', 'sum', 'none', got 'meen'"),
         (ValueError, "vocab_size", -5, "vocab_size must be a positive integer or None, got -5"),
-        (ValueError, "temperature", 0.0, "temperature must be in [1e-12, 1e+12], got 0.0"),
+        (ValueError, "temperature", 0.0, "temperature must be in [1e-08, 1e+12], got 0.0"),
         (ValueError, "engine", "stream", "engine must be None or one of 'chunked', 'streaming', got 'stream'"),
         (TypeError, "shift", 1, "shift must be True or False, got 1"),
         (TypeError, "tp_group", "tp", "tp_group must be a process group or a device mesh, got str"),

@@ -178,7 +178,8 @@ class LogitSource:
             bias = None if side.bias is None else side.bias.detach()[:vocab]
             self.projection = Projection(side.weight[:vocab], bias, dtype or side.source.dtype)
             rounded = self.projection.bias  # a finite fp32 bias may be -inf in fp16
-            self.source, finite = side.source.detach(), rounded is None or known_all(rounded > EXCLUDED)
+            finite = rounded is None or known_all(rounded * side.logit_scale > EXCLUDED)
+            self.source = side.source.detach()
         self._template = (side.logit_scale, side.softcap, finite)
 
     def chunk(self, tokens: slice | Tensor, buffers: Buffers, name: str) -> tuple[Tensor | None, Logits]:

@@ -16,6 +16,8 @@ from ..objectives import LOG_ZERO as LOG_ZERO
 from ..objectives import RowSpec
 
 EXCLUDED = -1e18
+# Below log 0 at any temperature: what is no token of a row, such as one that a list holds among the rest.
+NOWHERE = -3e38
 """Final logits below this, before the temperature, are those of excluded tokens, unless the row has no others."""
 
 LOG_LEAST = -126 * math.log(2.0)

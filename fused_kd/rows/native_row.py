@@ -83,7 +83,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     spec = inputs.spec
     divergence = DIVERGENCES[spec.divergence or "kl"]
     student = inputs.student._replace(raw=_unit_stride(inputs.student.raw))
-    teacher, lists = student, None
+    teacher, lists = student._replace(finite=False), None  # lists may exclude what they do not hold
     if spec.divergence is not None:
         if isinstance(inputs.teacher, Sparse):
             lists = inputs.teacher._replace(**{x: getattr(inputs.teacher, x).contiguous() for x in _LIST_TENSORS})

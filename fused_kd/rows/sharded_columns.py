@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..objectives import Scalars
 from ..workspace import empty
-from .base import LOG_ZERO, Logits, RowInputs, Shards, Sparse
+from .base import LOG_ZERO, NOWHERE, Logits, RowInputs, Shards, Sparse
 from .sharded_row import Joined
 from .top_k import rest_gradient
 from .torch_math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
@@ -67,8 +67,8 @@ class Columns:
             z_t = cool(z_t, s.temperature, scratch("z_t", len(z)))
         return Read(z, z_t, hot, slope)
 
-    def join_rest(self, rest: Tensor, top: Tensor) -> Tensor:
-        """Learn the logit of all unlisted entries together and the largest of all, (C, 1) float64 each.
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
+        """Learn the logit of all unlisted entries together over the largest of all, and that, (C, 1) float64 each.
 
         From then on the columns are logits over ``top``: the digits of the rest's logarithm would drown in a common
         offset. Returns the teacher's rest, which is known.
@@ -90,6 +90,10 @@ class Columns:
         gradient.masked_fill_((self.inputs.labels[rows] < 0).unsqueeze(1), 0.0)
 
 
+# An entry of another slice, below log 0; the sum of many does not overflow.
+_ELSEWHERE = NOWHERE / 1e4
+
+
 class CondensedColumns(Columns):
     """A top-k teacher's entries within the slice, and a last column for all others of the vocabulary.
 
@@ -105,18 +109,18 @@ class CondensedColumns(Columns):
         C, K = teacher.indices.shape
         V, device = self.width, inputs.labels.device
         self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
-        self._z = torch.full((C, K + 1), LOG_ZERO, dtype=torch.float32, device=device)
-        self._z_t = self._z.clone()
+        self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
+        self._z_t = torch.full_like(self._z, LOG_ZERO)
         values = teacher.log_probs.clamp(min=LOG_ZERO)
         self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._sparse.present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
         self.student_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
         self.rest_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
-        self.student_statistics[:, 0] = self.rest_statistics[:, 0] = LOG_ZERO
+        self.student_statistics[:, 0] = self.rest_statistics[:, 0] = _ELSEWHERE
         if inputs.cold_labels:
             self.cold_statistics = torch.zeros(C, 3, dtype=torch.float32, device=device)
-            self.cold_statistics[:, 0] = LOG_ZERO
+            self.cold_statistics[:, 0] = NOWHERE
         self._block = max(1, min(C, rows_of_block(V, device)))
         self._scratch = Scratch(self._block, V, device)
         self._padded = empty((self._block, V + 1), torch.float32, device)
@@ -134,7 +138,7 @@ class CondensedColumns(Columns):
             self.cold_statistics[rows, 2:3] = z.gather(1, entry) * own
         z = cool(z, self.s.temperature, self._scratch("z_cool", len(z)))
         self.student_statistics[rows] = top_and_sum(z, self._scratch("work", len(z)))
-        self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, LOG_ZERO)
+        self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, _ELSEWHERE)
         self.rest_statistics[rows] = top_and_sum(self._unlisted(z, rows), self._scratch("work", len(z)))
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
@@ -142,17 +146,17 @@ class CondensedColumns(Columns):
         assert self._sparse is not None
         padded = self._padded[: len(z)]
         padded[:, :-1] = z
-        return padded.scatter_(1, self._sparse.index[rows], LOG_ZERO)[:, :-1]
+        return padded.scatter_(1, self._sparse.index[rows], NOWHERE)[:, :-1]
 
     def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
         return Read(self._z[rows], self._z_t[rows], None if self._hot is None else self._hot[rows], None)
 
-    def join_rest(self, rest: Tensor, top: Tensor) -> Tensor:
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
         teacher = self.inputs.teacher
         assert isinstance(teacher, Sparse)
-        self._top, over = top.float(), (rest - top).clamp(min=LOG_ZERO)
+        self._top = top.float()
         self._z.sub_(self._top).clamp_(min=LOG_ZERO)
-        self._z[:, -1:] = over
+        self._z[:, -1:] = above.clamp(min=LOG_ZERO)
         self._z_t[:, -1] = teacher.rest.clamp(min=LOG_ZERO)
         return self._z_t[:, -1:]
 

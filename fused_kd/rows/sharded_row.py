@@ -104,7 +104,7 @@ class SweptRow:
         """(C', 1) each: ``AdaptiveKL``'s two weights of each row."""
         raise NotImplementedError
 
-    def join_rest(self, rest: Tensor, top: Tensor) -> Tensor:
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
         """As :meth:`fused_kd.rows.sharded_columns.Columns.join_rest`."""
         raise NotImplementedError
 
@@ -172,19 +172,21 @@ class SweptRow:
         over = Over(nothing > 0.0, nothing > 0.0)
         if self.inputs.teacher is not None:
             largest = x[:, :, 7:9].amax(0)
-            a, b, mass, excess = x[:, :, 0:1], x[:, :, 3:4], x[:, :, 4:5], x[:, :, 5:6]
+            above, b, mass, excess = x[:, :, 0:1] - top, x[:, :, 3:4], x[:, :, 4:5], x[:, :, 5:6]
             if self.condensed:
                 # the rest is one more entry, that no rank has alone
-                rest = torch.add(*_log_sum(x[:, :, 12:13], x[:, :, 13:14]))
-                rest_t = self.join_rest(rest, top).to(torch.float64)
+                rest, rest_sum = _log_sum(x[:, :, 12:13], x[:, :, 13:14])
+                rest_above = (rest - top) + rest_sum  # log 0 would swallow the logarithm
+                rest = rest + rest_sum
+                rest_t = self.join_rest(rest_above, top).to(torch.float64)
                 over_s, over_t = rest.where(rest_t < limit, -math.inf), rest_t.where(rest < limit, -math.inf)
                 largest = torch.maximum(largest, torch.cat([over_s, over_t], 1))
-                a, b = torch.cat([a, rest[None]]), torch.cat([b, rest_t[None]])
+                above, b = torch.cat([above, rest_above[None]]), torch.cat([b, rest_t[None]])
                 mass = torch.cat([mass, nothing[None] + 1.0])
                 excess = torch.cat([excess, nothing[None]])
             top_t, total_t = _log_sum(b, mass)
             share = (b - top_t).exp()
-            ratio = (share * (excess + mass * ((b - top_t) - (a - top)))).sum(0) / total_t.exp()
+            ratio = (share * (excess + mass * ((b - top_t) - above))).sum(0) / total_t.exp()
             over = Over(
                 (largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit),
                 (largest[:, 1:2] - top_t - total_t > LOG_LEAST) & (top >= limit),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from .base import EXCLUDED, LOG_ZERO, Logits, RowInputs, RowOutputs, Shards
+from .base import EXCLUDED, NOWHERE, Logits, RowInputs, RowOutputs, Shards
 from .sharded_columns import columns_of
 from .sharded_row import Joined, Messages, Shares, SweptRow, joined
 from .torch_math import (
@@ -57,7 +57,7 @@ class _TorchRow(SweptRow):
     def statistics(self) -> Tensor:
         columns, message = self.columns, torch.zeros(self.C, 14, dtype=torch.float32, device=self.ignored.device)
         for column in (0, 3, 9, 12):
-            message[:, column] = LOG_ZERO
+            message[:, column] = NOWHERE
         message[:, 7:9] = -math.inf
         for rows in self._blocks() if columns.width else ():
             read = columns.read(rows, self.scratch)

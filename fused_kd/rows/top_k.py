@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..objectives import RowSpec, Scalars
 from ..workspace import empty
-from .base import LOG_ZERO, Logits, RowInputs, RowOutputs, Sparse
+from .base import LOG_ZERO, NOWHERE, Logits, RowInputs, RowOutputs, Sparse
 from .torch_math import weighed
 
 DenseRow = Callable[[RowInputs, RowOutputs], None]
@@ -210,8 +210,8 @@ def _block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Sc
         z.mul_(student.scale)
     if not student.finite:
         z.clamp_(min=LOG_ZERO)
-    entries = z.gather(1, index).where(inputs.teacher.indices < V, LOG_ZERO)
-    z.scatter_(1, index, LOG_ZERO)
+    entries = z.gather(1, index).where(inputs.teacher.indices < V, NOWHERE)
+    z.scatter_(1, index, NOWHERE)
 
     work = out if out is not None and out.dtype == torch.float32 else scratch("work", B)
     top = z.amax(1)
@@ -222,14 +222,12 @@ def _block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Sc
     cold_share = cold_rest = None
     if inputs.cold_labels:
         cold_share = torch.softmax(z, 1, out=scratch("cold", B))
-        cold_rest, cold_norm = _log_sum(top, cold_share)
+        cold_rest, cold_norm = _log_sum(top, cold_share, 1.0)
     temperature = Scalars(*inputs.scalars).temperature
     if not (inputs.labels.device.type == "cpu" and float(temperature) == 1.0):
-        z.div_(temperature)
-        top = top / temperature
+        z.div_(temperature).scatter_(1, index, NOWHERE)
     share = torch.softmax(z, 1, out=work)  # may overwrite z
-    log_sum, norm = _log_sum(top, share)
-    small.student[:, -1] = log_sum * temperature
+    small.student[:, -1], norm = _log_sum(top, share, temperature)
 
     gradient = category_rows(dense, inputs, outputs, small, cold_rest)
     if gradient is None or out is None:
@@ -246,10 +244,11 @@ def _block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Sc
         out.copy_(work)
 
 
-def _log_sum(top: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """``log sum exp`` (B,) of rows with maxima ``top`` and softmax ``share``; and the sum of ``share``, not quite 1."""
+def _log_sum(top: Tensor, share: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``T log sum exp(z / T)`` (B,) of rows with maxima ``top`` and softmax ``share``; and the sum of ``share``, not
+    quite 1."""
     norm = share.sum(1)
-    return top - (share.amax(1) / norm).log(), norm
+    return top - (share.amax(1) / norm).log() * temperature, norm
 
 
 def _uniform_block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Scratch) -> None:
