@@ -9,8 +9,8 @@ from .engine.dispatch import ENGINES
 from .inputs import check_number
 from .rows import BACKENDS
 
-# Of the temperature: at less, differences of what stands for log 0 would overflow.
-COLDEST = 1e-8
+# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
+LEAST_TEMPERATURE = 1e-8
 REDUCTIONS = ("mean", "sum", "none")
 _INT64 = 2**63
 
@@ -56,7 +56,7 @@ def checked_option(name: str, value: Any) -> Any:
         if not -_INT64 <= value < _INT64:
             raise ValueError(f"ignore_index must be a 64-bit integer, got {value!r}")
     elif name == "temperature":
-        check_number(name, value, low=COLDEST)
+        check_number(name, value, low=LEAST_TEMPERATURE)
         return float(value)
     elif name == "grad_filter_eps":
         check_number(name, value)

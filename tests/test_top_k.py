@@ -55,7 +55,7 @@ def compare(p: Problem, teacher: fk.TopK, objective, *, tight: float = TIGHT, he
 
 
 def rows(backend: str, objective=None) -> int:
-    """A quarter in Triton's interpreter, which takes its time."""
+    """Half in Triton's interpreter, which takes its time."""
     N = 15 if backend == "triton" else 29
     return N if objective is None else rows_for(objective, backend, N=N)
 
