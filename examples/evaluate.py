@@ -4,9 +4,9 @@
         --directions de-en en-de cs-en en-cs --prompt paper --beams 1 --output runs/evaluation
 
 The first model is the baseline of the significance test (†, ‡: p < 0.05). --similar-to MODEL adds how close each output
-is to that model's own. --comet COMMAND runs that `comet-score` (pip install unbabel-comet, in an environment of its own,
-since it asks for transformers < 5) with its model Unbabel/wmt22-comet-da. What was translated is kept by the contents of
-model and test set: the same command again does what is missing.
+is to that model's own. --comet COMMAND runs that `comet-score` (pip install unbabel-comet, in an environment of its own:
+it asks for transformers < 5). What was translated is kept by the contents of model and test set: the same command again
+does what is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -35,6 +37,8 @@ from fused_kd.training.prompts import PROMPTS, get_prompt
 from fused_kd.training.score import ALPHA, paired_bootstrap, score, similarity, translate
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.stage import Stages, fingerprint, read_lines, write_json, write_lines
+
+COMET = "Unbabel/wmt22-comet-da"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,17 +89,20 @@ def comet(command: str, pairs: list[Pair], made: list[str]) -> float:
         texts = {"src": [pair.source for pair in pairs], "mt": made, "ref": [pair.target for pair in pairs]}
         for name, lines in texts.items():
             write_lines(Path(folder) / name, lines)
-        call = [command, "-s", "src", "-t", "mt", "-r", "ref", "--quiet", "--to_json", "scores.json"]
+        call = [command, "-s", "src", "-t", "mt", "-r", "ref", "--model", COMET, "--to_json", "scores.json", "--quiet"]
         try:
-            subprocess.run(call, cwd=folder, stdout=2, check=True)
+            subprocess.run([*call, "--gpus", str(int(torch.cuda.is_available()))], cwd=folder, stdout=2, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"--comet {command} cannot score: {error}; see --help for how to install it") from error
+            raise ValueError(f"--comet {command} gave no scores; its messages are above ({error})") from error
         scores = [line["COMET"] for line in next(iter(json.loads((Path(folder) / "scores.json").read_text()).values()))]
     return sum(scores) / len(scores)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
+    command = shutil.which(args.comet) if args.comet else None
+    if args.comet and command is None:
+        raise SystemExit(f"--comet: there is no command {args.comet}; see --help for how to install it")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = make_console()
@@ -113,8 +120,8 @@ def main(argv: list[str] | None = None) -> dict:
             found: dict = dataclasses.asdict(score(compared[name], references))
             if args.similar_to:
                 found["similarity"] = dataclasses.asdict(similarity(compared[name], made[args.similar_to][direction]))
-            if args.comet:
-                found["comet"] = comet(args.comet, pairs, compared[name])
+            if command:
+                found["comet"] = comet(os.path.abspath(str(command)), pairs, compared[name])
             own = [test for test in differences if test.system == name]
             found["p"] = {test.metric: test.p_value for test in own}
             found["mark"] = {t.metric: "" if t.p_value >= ALPHA else "†" if t.delta > 0 else "‡" for t in own}
