@@ -143,9 +143,7 @@ def mt_rows(tokenizer: Any, captions: Sequence[Mapping[str, str]], noise: float,
     ids = {name: tokenizer([row[name] for row in captions])["input_ids"] for name in captions[0]}
     targets = [[*row, tokenizer.eos_token_id] for row in ids["en"]]
     rng = random.Random(seed)
-    ids["en"] = [
-        [token for place, token in enumerate(row) if place == 0 or rng.random() >= noise] for row in ids["en"]
-    ]
+    ids["en"] = [[token for place, token in enumerate(row) if place == 0 or rng.random() >= noise] for row in ids["en"]]
     return [
         {"source_ids": source, "target_ids": target}
         for sources in ids.values()

@@ -5,10 +5,10 @@ A sentence is the mean of a model's last hidden states over its tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,70 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import fused_kd as fk
 from fused_kd.training.fit import load_trained, save_trained
 from fused_kd.training.models import LoRA, load_adapters, load_pretrained, with_adapters
 from fused_kd.training.stage import write_json
 
-WEIGHTS = "stacked.safetensors"
-SETTINGS = "stacked.json"
+
+class Texts(list):
+    """Rows with token ids under ``NAME_ids``, or with ``text``."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each row's longest text: in tokens, or in characters."""
+        return [max(len(value) for name, value in row.items() if name.endswith(("_ids", "text"))) for row in self]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Collates :class:`Texts`: ``NAME_ids`` padded on the right, with ``NAME_mask`` beside them; the rest is stacked.
+
+    Args:
+        ids: the padding token of each ``NAME``.
+        encode: for rows of ``text``, from texts to the token ids of each ``NAME``.
+    """
+
+    ids: Mapping[str, int]
+    encode: Mapping[str, Callable[[list[str]], list[list[int]]]] = field(default_factory=dict)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+        if "text" in columns:
+            columns = {f"{name}_ids": encode(columns["text"]) for name, encode in self.encode.items()}
+        batch: dict[str, Tensor] = {}
+        for name, values in columns.items():
+            tensors = [torch.as_tensor(value) for value in values]
+            if name.endswith("_ids"):
+                stem = name.removesuffix("_ids")
+                batch[name] = pad_sequence(tensors, batch_first=True, padding_value=self.ids[stem])
+                batch[f"{stem}_mask"] = pad_sequence([torch.ones_like(ids) for ids in tensors], batch_first=True)
+            else:
+                batch[name] = torch.stack(tensors)
+        return batch
+
+
+def in_batches(
+    texts: Sequence[Sequence[int]], pad_id: int, size: int, device: Any
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Token ids by length: of each batch the places of its texts, their ids and their mask, (N, L)."""
+    pad, order = Pad({"text": pad_id}), sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        batch = pad([{"text_ids": texts[index]} for index in places])
+        yield places, batch["text_ids"].to(device), batch["text_mask"].to(device)
+
+
+def embed(function: Any, texts: Sequence[Sequence[int]], pad_id: int, size: int, device: Any = "cpu") -> Tensor:
+    """``function(text_ids, text_mask)`` of every text, in their order, on the CPU: (N, ...) float32."""
+    places, parts = [], []
+    with torch.no_grad():
+        for some, ids, mask in in_batches(texts, pad_id, size, device):
+            places += some
+            parts.append(function(ids, mask).float().cpu())
+    return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -158,20 +214,22 @@ class StackedModel(nn.Module):
 
     def save(self, folder: str | Path, encoder: str, llm: str) -> None:
         """What was trained in ``stacked.safetensors``, and in ``stacked.json`` the names of what it was trained on."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self, folder / WEIGHTS)
-        about = {"encoder": encoder, "llm": llm, "bidirectional": self.bidirectional}
-        write_json(folder / SETTINGS, about | {"lora": dataclasses.asdict(self.lora)})
+        save_trained(self, Path(folder) / "stacked.safetensors")
+        about = {"encoder": encoder, "llm": llm, "bidirectional": self.bidirectional, "lora": asdict(self.lora)}
+        write_json(Path(folder) / "stacked.json", about)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """What :meth:`save` wrote, into a model of the same form."""
+        load_trained(self, Path(folder) / "stacked.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path, *, llm_adapters: Sequence[str] = (), dtype: Any = "auto") -> StackedModel:
         """What :meth:`save` wrote; encoder and LLM from the places that were named to it."""
-        about = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+        about = json.loads((Path(folder) / "stacked.json").read_text(encoding="utf-8"))
         encoder = load_seq2seq(about["encoder"], dtype=dtype).get_encoder()
         llm = load_body(about["llm"], adapters=llm_adapters, dtype=dtype)
         model = cls(encoder, llm, LoRA(**about["lora"]), bidirectional=about["bidirectional"])
-        load_trained(model, Path(folder) / WEIGHTS)
+        model.load_weights(folder)
         return model
 
 
@@ -228,31 +286,21 @@ class TaskDistillation(Classifier):
     Args:
         embedder: the stacked model; its projection and adapters are trained.
         head: the teacher's (classes, H) weight.
-        mse_weight: of the mean squared error of pooled states; the paper has this alone. Default 1.
-        objective: any of ``fused_kd``'s, on the distributions over the classes; None (default) for none.
-        kd_weight: of that. Default 1.
-
-    Raises:
-        ValueError: a head of another width, weights that are negative or leave nothing to learn.
+        mse_weight: of the mean squared error of pooled states; the paper has this alone.
+        objective: any of ``fused_kd``'s, on the distributions over the classes; None for none. kd_weight: of it.
     """
 
     def __init__(
         self,
         embedder: StackedModel,
         head: Tensor,
-        *,
         mse_weight: float = 1.0,
         objective: Any = None,
         kd_weight: float = 1.0,
     ) -> None:
-        if head.dim() != 2 or head.shape[1] != embedder.width:
-            raise ValueError(f"head must have shape (classes, {embedder.width}), got {tuple(head.shape)}")
-        if min(mse_weight, kd_weight) < 0 or (mse_weight == 0 and (objective is None or kd_weight == 0)):
-            raise ValueError(
-                f"mse_weight={mse_weight!r}, kd_weight={kd_weight!r}, objective={objective!r}: expected weights of at "
-                "least 0 and something to learn"
-            )
         super().__init__(embedder, len(head))
+        if head.shape != self.head.weight.shape:
+            raise ValueError(f"head must have shape (classes, {embedder.width}), got {tuple(head.shape)}")
         self.head.requires_grad_(False).weight.copy_(head)
         self.mse_weight, self.kd_weight = mse_weight, kd_weight
         self.criterion = None if objective is None else fk.KDLoss(objective)
