@@ -394,9 +394,8 @@ class Recipe:
             model = self.stacked(seed, adapted / when).eval()
             english = found(model.plain, "llm", "en")
             made[f"{when} stage 1"] = scores(model, "mt", english, ["en", *languages])
-        encoder = stacked.Embedder(model.encoder).eval()
         made["LLM alone"] = scores(model.plain, "llm", english, languages)
-        made["MT encoder alone"] = scores(encoder, "mt", found(encoder, "mt", "en"), languages)
+        made["MT encoder alone"] = scores(model.encoder, "mt", found(model.encoder, "mt", "en"), languages)
         return made
 
     def metrics(self) -> dict[str, Any]:

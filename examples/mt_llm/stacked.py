@@ -107,6 +107,12 @@ def attention_mask_for(body: Any, mask: Tensor, bidirectional: bool) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def pooled(body: Any, mask: Tensor, bidirectional: bool, **inputs: Tensor) -> Tensor:
+    """A body's last hidden states of ``inputs``, pooled."""
+    attention = attention_mask_for(body, mask, bidirectional)
+    return mean_pool(body(attention_mask=attention, **inputs).last_hidden_state, mask)
+
+
 def frozen_with_adapters(body: nn.Module, lora: LoRA, seed: int) -> Any:
     """``body`` frozen, with fresh adapters; the global generator is left as it was."""
     with torch.random.fork_rng():
@@ -142,9 +148,7 @@ class Embedder(nn.Module):
 
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(N, L) token ids and mask: (N, H) float32."""
-        attention = attention_mask_for(self.body, text_mask, self.bidirectional)
-        states = self.body(input_ids=text_ids, attention_mask=attention).last_hidden_state
-        return mean_pool(states, text_mask)
+        return pooled(self.body, text_mask, self.bidirectional, input_ids=text_ids)
 
 
 class StackedModel(nn.Module):
@@ -165,7 +169,7 @@ class StackedModel(nn.Module):
         super().__init__()
         self.lora = lora or LoRA()
         self.bidirectional = bidirectional
-        self.encoder = encoder.requires_grad_(False).eval()
+        self.encoder = Embedder(encoder, frozen=True)
         attention_mask_for(llm, torch.ones(1, 1, dtype=torch.int64), bidirectional)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -177,33 +181,23 @@ class StackedModel(nn.Module):
         """Of the LLM, and of a pooled sentence."""
         return int(self.llm.config.hidden_size)
 
-    def train(self, mode: bool = True) -> StackedModel:
-        """As a module's, but the frozen encoder has no dropout ever."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
     def encode(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The encoder's states (N, L, d), without a graph."""
         # no_grad, not inference_mode: its tensors could not be kept for the projection's backward
         with torch.no_grad():
-            states: Tensor = self.encoder(input_ids=text_ids, attention_mask=text_mask).last_hidden_state
+            states: Tensor = self.encoder.body(input_ids=text_ids, attention_mask=text_mask).last_hidden_state
         return states
 
     def forward(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Token ids of the encoder's tokenizer and their mask, (N, L): pooled states (N, H) in float32."""
         states = self.encode(text_ids, text_mask).to(self.projection.weight.dtype)
         embeds = self.projection(states).to(self.llm.get_input_embeddings().weight.dtype)
-        attention = attention_mask_for(self.llm, text_mask, self.bidirectional)
-        states = self.llm(inputs_embeds=embeds, attention_mask=attention).last_hidden_state
-        return mean_pool(states, text_mask)
+        return pooled(self.llm, text_mask, self.bidirectional, inputs_embeds=embeds)
 
     def plain(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The LLM as it was, adapters off and without a graph: its own tokens (N, L) to pooled states (N, H)."""
         with torch.no_grad(), _in_eval_mode(self.llm), self.llm.disable_adapter():
-            attention = attention_mask_for(self.llm, text_mask, self.bidirectional)
-            states = self.llm(input_ids=text_ids, attention_mask=attention).last_hidden_state
-            return mean_pool(states, text_mask)
+            return pooled(self.llm, text_mask, self.bidirectional, input_ids=text_ids)
 
     def checkpoint_activations(self) -> None:
         """Compute the LLM's activations again in the backward instead of keeping them."""

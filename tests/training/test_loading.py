@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fused_kd.training.adapter_config import read_adapter_config
 from fused_kd.training.loading import load_pretrained
 from fused_kd.training.lora import LoRA, load_adapters, with_adapters
-from fused_kd.training.mt_llm.stacked import load_body, load_seq2seq
 from fused_kd.training.presets import load_model, load_tokenizer, model_content, train_tokenizer
 from fused_kd.training.sdrrl.recipe import _known
+
+
+def load_body(name: str) -> Any:
+    return load_pretrained(AutoModel, name)
+
 
 EVIL = """
 from pathlib import Path
@@ -54,7 +58,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "model": lambda name: load_model(name, load_tokenizer(name), 0),
     "content": model_content,
     "body": load_body,
-    "seq2seq": load_seq2seq,
+    "seq2seq": lambda name: load_pretrained(AutoModelForSeq2SeqLM, name),
 }
 
 
