@@ -9,6 +9,7 @@ setting makes new only what depends on it. The output folder gets metrics.json a
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -27,9 +28,11 @@ if not sys.stderr.isatty():
 import numpy as np
 import stacked
 import torch
+import transformers
 from captions import Translator, mt_rows, read_captions, tiny_mt, write_task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import M2M100Config, TrainingArguments
 from transformers.utils import logging
 
 import fused_kd as fk
@@ -111,9 +114,16 @@ class Config:
             raise ValueError("data must name a folder of parallel captions for the captions task and the tiny models")
         if self.llm_adapters and self.llm is None:
             raise ValueError(f"llm_adapters are for an llm by name, got {self.llm_adapters!r} with the tiny one")
+        if self.tiny_llm not in PRESETS:
+            raise ValueError(f"tiny_llm must be one of {', '.join(PRESETS)}, got {self.tiny_llm!r}")
         for name in ("max_length", "eval_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        trainings = dict.fromkeys(("train_mt", "train_llm", "adapt", "train_task", "distil"), TrainingArguments)
+        for name, cls in {"tiny_mt": M2M100Config, **trainings}.items():
+            known = inspect.signature(cls).parameters
+            if unknown := sorted(getattr(self, name).keys() - known.keys()):
+                raise ValueError(f"{name}: {cls.__name__} has no {unknown[0]!r}")
         self.ways: dict[str, Arm] = {k: _made(Arm, f"arms.{k}", v) for k, v in self.arms.items() if v is not None}
         if not self.ways or not self.seeds:
             raise ValueError(f"arms and seeds must be some, got {self.arms!r}, {self.seeds!r}")
@@ -278,7 +288,9 @@ class Recipe:
         def work(out: Path) -> None:
             model = self.classifier("task", seed, taught).eval()
             states = self.embed(model.embedder, "llm", self.items("train")[0])
-            save_file({"states": states.contiguous(), "head": model.head.weight.detach().cpu()}, out / "states")
+            save_file(
+                {"states": states.contiguous(), "head": model.head.weight.detach().cpu()}, out / "states.safetensors"
+            )
 
         return self.stages(f"states.s{seed}", work, {"seed": seed}, needs=[taught])
 
@@ -288,7 +300,7 @@ class Recipe:
         adapted = self.adapt(seed) if arm.adapted else None
 
         def work(out: Path) -> None:
-            made = load_file(states / "states")
+            made = load_file(states / "states.safetensors")
             module = self.distillation(arm, made["head"], seed, adapted and adapted / "after")
             self.fit(module, self.training_rows("mt", made["states"]), self.pad(text="mt"), c.distil, seed, out)
 
@@ -355,11 +367,12 @@ class Recipe:
 
         task = self.classifier("task", seed, folders["task"])
         found = {"LLM alone": predict(task, "llm"), "translate-test": predict(task, "llm", english)}
+        head = task.head.weight.detach().cpu()
+        del task  # it may be large
         for name in ("encoder-frozen", "encoder-tuned"):
-            model = self.classifier(name, seed, folders[name])
-            found[f"MT {name.replace('-', ', ')}"] = predict(model, "mt")
+            found[f"MT {name.replace('-', ', ')}"] = predict(self.classifier(name, seed, folders[name]), "mt")
         for name, arm in c.ways.items():
-            module = self.distillation(arm, task.head.weight.detach(), seed)
+            module = self.distillation(arm, head, seed)
             load_trained(module, folders[f"distil-{name}"] / "model" / TRAINED)
             found[f"MT-LLM, {name}"] = predict(module, "mt")
         lines = (
@@ -426,7 +439,7 @@ class Recipe:
         return [row.value for row in sound(file_rows(self.place("task") / f"{name}.jsonl", None))]
 
     def items(self, name: str) -> tuple[list[str], list[str]]:
-        """stacked.Texts and labels of one of the task's files."""
+        """Texts and labels of one of the task's files."""
         rows = self.rows(name)
         return [str(row["text"]) for row in rows], [str(row["label"]) for row in rows]
 
@@ -653,7 +666,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         recipe.stages.share({f"evaluate.s{seed}": partial(recipe.evaluate, seed) for seed in config.seeds})
     if running.worker:
         return None
-    metrics = {**recipe.metrics(), "versions": {"fused_kd": fk.__version__, "torch": torch.__version__}}
+    versions = {module.__name__: module.__version__ for module in (fk, torch, transformers)}
+    metrics = {**recipe.metrics(), "versions": versions}
     write_json(folder / "metrics.json", metrics)
     report(metrics, folder, make_console().print)
     print(f"metrics.json, figures and the stages are in {folder}")

@@ -13,10 +13,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from fused_kd.training.adapter_config import read_adapter_config
-from fused_kd.training.loading import load_pretrained
-from fused_kd.training.lora import LoRA, load_adapters, with_adapters
-from fused_kd.training.presets import load_model, load_tokenizer, model_content, train_tokenizer
+from fused_kd.training.loading import load_pretrained, read_adapter_config
+from fused_kd.training.models import (
+    LoRA,
+    load_adapters,
+    load_model,
+    load_tokenizer,
+    model_content,
+    train_tokenizer,
+    with_adapters,
+)
 from fused_kd.training.sdrrl.recipe import _known
 
 
