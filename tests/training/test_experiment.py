@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fused_kd.training.evaluation.difficulty import difficulties
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 from fused_kd.training.config import build
 from fused_kd.training.data.prompts import Collator
-from fused_kd.training.evaluation.difficulty import difficulties
 from fused_kd.training.grid.collect import collect_results
 from fused_kd.training.grid.experiment import Experiment, Grid, Trial, load_methods
 
