@@ -243,6 +243,15 @@ def write_report(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
     return [folder / "results.md", folder / "results.csv", *paths]
 
 
+def print_tables(found: Mapping[str, Any]) -> None:
+    """The BLEU table of each condition, on the terminal."""
+    results = Results(found)
+    for condition in results.conditions:
+        table = Table(results, condition, "bleu")
+        if len(table.mean):
+            print(f"\n{condition}\n\n{table.markdown()}\n\n{table.caption()}")
+
+
 def markdown(results: Results, tables: Mapping[tuple[str, str], Table], figures: Sequence[str]) -> str:
     """The whole report; ``figures`` are the names of the files beside it."""
 
@@ -418,7 +427,8 @@ def draw_curves(results: Results, key: str, label: str) -> Figure | None:
         groups = {}
         for run in runs:
             if run["condition"] == condition and (run.get("sweep") or {}).get("parameter") == "gamma":
-                groups.setdefault(f"{run['method']}, Γ = {run['sweep']['value']:g}", []).append(run)
+                name = f"{results.labels.get(run['method'], run['method'])}, Γ = {run['sweep']['value']:g}"
+                groups.setdefault(name, []).append(run)
         curves = mean_curves(dict(sorted(groups.items())), key)
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(curves), 1)))
         panels.append((f"{condition}, by the sweep's Γ", curves, dict(zip(curves, shades, strict=False))))
