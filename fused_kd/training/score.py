@@ -1,0 +1,10 @@
+from fused_kd.training.evaluation.evaluate import Scores as Scores
+from fused_kd.training.evaluation.evaluate import Similarity as Similarity
+from fused_kd.training.evaluation.evaluate import check_texts as check_texts
+from fused_kd.training.evaluation.evaluate import score as score
+from fused_kd.training.evaluation.evaluate import similarity as similarity
+from fused_kd.training.evaluation.evaluate import translate as translate
+from fused_kd.training.evaluation.significance import ALPHA as ALPHA
+from fused_kd.training.evaluation.significance import Comparison as Comparison
+from fused_kd.training.evaluation.significance import paired_bootstrap as paired_bootstrap
+from fused_kd.training.evaluation.significance import significant_over_seeds as significant_over_seeds
