@@ -29,11 +29,13 @@ import sacrebleu
 import torch
 import transformers
 from paper_table import print_tables, write_report
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import fused_kd
+from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.cache import TeacherCache, write_cache
-from fused_kd.training.collate import Collator, padding_id
+from fused_kd.training.collate import LABEL_PAD, Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
@@ -353,8 +355,8 @@ class PaperTable:
             elif method.needs_teacher:
                 teacher = self.model(needs["teacher"] / "model")
             if method.gamma_quantile is not None:
-                student = self.model(start, trial.seed)
-                loss = with_quantile_gamma(loss, method.gamma_quantile, student, teacher, rows, self.tokenizer)
+                d = difficulties(self.model(start, trial.seed), teacher, rows, self.tokenizer, loss)
+                loss = dataclasses.replace(loss, gamma=round(float(d.quantile(method.gamma_quantile)), 4))
             valid = self.rows(self.valid) if method.best else None
             student = self.model(start, trial.seed)
             self.fit(folder, str(trial), student, teacher, loss, rows, options, method.schedule, valid)
@@ -496,6 +498,22 @@ class PaperTable:
             own = trial.parameter is None and (trial.condition, trial.method) == (sweep.condition, method)
             if own and trial.seed in sweep.seeds and getattr(METHODS[method].loss, parameter) in sweep.values:
                 yield parameter
+
+
+@torch.no_grad()
+def difficulties(student: Any, teacher: Any, rows: Rows, tokenizer: Any, objective: Any, batch: int = 64) -> Any:
+    """d = KL(target || q) in nats of every token with loss (eq. 8), fp32 on the CPU in the rows' order."""
+    found = []
+    for inputs in DataLoader(rows, batch, collate_fn=Collator(padding_id(tokenizer))):
+        labels = inputs.pop("labels")
+        heads = [
+            lm_head_of(m, hidden_states(m.eval(), **{key: value.to(m.device) for key, value in inputs.items()}))
+            for m in (student, teacher)
+        ]
+        out = fused_kd.kd_loss(*heads, labels, objective, ignore_index=LABEL_PAD, shift=True, vocab_size=len(tokenizer))
+        valid = labels[:, 1:] != LABEL_PAD
+        found.append(out.difficulty[:, : valid.shape[1]][valid].float().cpu())
+    return torch.cat(found)
 
 
 def environment() -> dict[str, Any]:
