@@ -119,7 +119,7 @@ def convert_vllm(
     shard_rows: int = 1024,
     progress: bool = True,
 ) -> TeacherCache:
-    """A cache from a file of :func:`fused_kd.training.vllm.read_prompt_logprobs`, one row of it a row of ``rows``, in order.
+    """A cache from a file of :func:`fused_kd.training.vllm.read_prompt_logprobs`, whose rows are ``rows`` in order.
 
     The k largest entries of a token are kept; of a token with fewer, those. Ids beyond the tokenizer's vocabulary (a
     padded head) are left out. The file stands for the teacher: going on needs the same one. Other arguments and errors

@@ -6,6 +6,7 @@ from fused_kd.training.data import WITH_INPUT as WITH_INPUT
 from fused_kd.training.data import WITHOUT_INPUT as WITHOUT_INPUT
 from fused_kd.training.prompts import PROMPTS as PROMPTS
 from fused_kd.training.prompts import PromptTemplate as PromptTemplate
+from fused_kd.training.prompts import Rows
 from fused_kd.training.prompts import concatenate as concatenate
 from fused_kd.training.prompts import encode_prompts as encode_prompts
 from fused_kd.training.prompts import get_prompt as get_prompt
@@ -14,3 +15,5 @@ from fused_kd.training.prompts import tokenize_directions as tokenize_directions
 from fused_kd.training.prompts import tokenize_pairs as tokenize_pairs
 from fused_kd.training.prompts import tokenize_texts as tokenize_texts
 from fused_kd.training.prompts import training_texts as training_texts
+
+PairDataset = Rows
