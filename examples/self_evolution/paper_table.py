@@ -31,6 +31,7 @@ HIGHER, LOWER = "†", "‡"
 TEACHER, STUDENT = "teacher", "student before"
 NAMES = {"gamma": "Γ", "beta": "β", "fraction": "the share of hard tokens (K)", "lam": "λ"}
 COMPARED = ("forward_kd", "no_evo", "skew")  # lines beside a sweep
+CURVES = {"hard_fraction": "share of hard tokens", "difficulty": "mean difficulty, nats"}
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,6 +70,7 @@ class Results:
         runs: a row a trained student and direction: condition, method, seed, parameter and value (of a sweep, else
             NaN), objective, steps, seconds, direction, bleu, chrf, similarity.
         tests: a row a paired test against the baseline: condition, method, seed, direction, metric, delta, p.
+        logs: a row an entry of a training's log: condition, parameter, curve (its name), progress (%), values.
         labels: method -> the name shown, in the order of the tables.
 
     Raises:
@@ -82,13 +84,19 @@ class Results:
             raise ValueError(f"results has no {', '.join(missing)} (there: {', '.join(found) or 'nothing'})")
         self.found, self.labels, self.baseline = found, found["labels"], found.get("baseline", "forward_kd")
         keys = ["condition", "method", "seed", "parameter", "value"]
-        kept = ["objective", "steps", "seconds", "direction", *METRICS]
-        rows = []
+        rows, logs = [], []
         for number, run in enumerate(found["runs"]):
             if missing := [key for key in keys[:3] if key not in run]:
                 raise ValueError(f"results['runs'][{number}] has no {', '.join(missing)}")
-            flat = {**run, **(run.get("sweep") or {})}
+            flat = {"parameter": None, **run, **(run.get("sweep") or {})}
             rows += [flat | {"direction": d} | scores for d, scores in (run.get("scores") or {None: {}}).items()]
+            curve = self.labels.get(run["method"], run["method"])
+            curve += f", Γ = {flat['value']:g}" if flat["parameter"] == "gamma" else ""
+            about = {key: flat[key] for key in ("condition", "parameter")} | {"curve": curve}
+            for entry in run.get("history") or []:
+                logs.append(about | entry | {"progress": round(100 * entry["step"] / run["steps"], 3)})
+        kept = ["objective", "steps", "seconds", "direction", *METRICS]
+        self.logs = pd.DataFrame(logs, columns=["condition", "parameter", "curve", "progress", *CURVES])
         self.runs = pd.DataFrame(rows, columns=[*keys, *kept])
         twice = self.runs[self.runs.duplicated([*keys, "direction"])]
         if len(twice):
@@ -333,8 +341,7 @@ def draw(results: Results, tables: Mapping[tuple[str, str], Table]) -> dict[str,
         figures["similarity"] = draw_bars(results, [t for (_, metric), t in tables.items() if metric == "similarity"])
         for parameter in results.runs.parameter.dropna().unique():
             figures[f"sweep_{file_name(parameter)}"] = draw_sweep(results, parameter)
-        figures["hard_fraction"] = draw_curves(results, "hard_fraction", "share of hard tokens")
-        figures["difficulty"] = draw_curves(results, "difficulty", "mean difficulty, nats")
+        figures |= {key: draw_curves(results, key, label) for key, label in CURVES.items()}
         for (condition, metric), table in tables.items():
             if metric != "similarity":
                 figures[f"table_{file_name(condition)}_{metric}"] = draw_table(table)
@@ -414,58 +421,29 @@ def draw_sweep(results: Results, parameter: str) -> Figure | None:
 
 
 def draw_curves(results: Results, key: str, label: str) -> Figure | None:
-    """``key`` of the log over the progress of training: a panel a condition, and one a sweep of Γ."""
-    panels: list[tuple[str, dict[str, tuple[Any, Any]], dict[str, Any]]] = []
-    runs = results.found["runs"]
-    for condition in results.conditions:
-        groups: dict[str, list[Any]] = {}
-        for run in runs:
-            if run["condition"] == condition and not run.get("sweep"):
-                groups.setdefault(run["method"], []).append(run)
-        panels.append((f"{condition}, by method", mean_curves(groups, key), method_colours(results)))
-    for condition in results.conditions:
-        groups = {}
-        for run in runs:
-            if run["condition"] == condition and (run.get("sweep") or {}).get("parameter") == "gamma":
-                name = f"{results.labels.get(run['method'], run['method'])}, Γ = {run['sweep']['value']:g}"
-                groups.setdefault(name, []).append(run)
-        curves = mean_curves(dict(sorted(groups.items())), key)
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(curves), 1)))
-        panels.append((f"{condition}, by the sweep's Γ", curves, dict(zip(curves, shades, strict=False))))
-    panels = [panel for panel in panels if panel[1]]
+    """``key`` of the log over the progress of training, mean over seeds: a panel a condition, and one a sweep of Γ."""
+    logs = results.logs.dropna(subset=[key])
+    by = {"by method": logs[logs.parameter.isna()], "by the sweep's Γ": logs[logs.parameter == "gamma"]}
+    panels = [(f"{c}, {how}", own) for how, part in by.items() for c, own in part.groupby("condition", sort=False)]
     if not panels:
         return None
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(6.2 * columns, 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    colours = {results.labels.get(method, method): colour for method, colour in method_colours(results).items()}
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    for axis, (title, curves, colours) in zip(axes, panels, strict=False):
-        for number, (name, points) in enumerate(curves.items()):
-            shown = results.labels.get(name, name)
-            axis.plot(*points, color=colours[name], linestyle=("-", "--", "-.")[number % 3], label=shown)
+    for axis, (title, own) in zip(axes, panels, strict=False):
+        for number, (name, curve) in enumerate(own.groupby("curve", sort=False)):
+            mean = curve.groupby("progress")[key].mean()
+            style = {"color": colours.get(name), "linestyle": ("-", "--", "-.")[number % 3], "label": name}
+            axis.plot(mean.index, mean, **style)
         axis.set(title=title, xlabel="training progress, %", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     return figure
-
-
-def mean_curves(groups: Mapping[str, Sequence[Any]], key: str) -> dict[str, tuple[Any, Any]]:
-    """Name -> progress in % and the mean over runs there, at the points of the longest log."""
-    curves = {}
-    for name, runs in groups.items():
-        logs = []
-        for run in runs:
-            points = [(entry["step"], entry[key]) for entry in run.get("history") or [] if entry.get(key) is not None]
-            if points:
-                steps, values = np.array(points, dtype=float).T
-                logs.append((100 * steps / (run.get("steps") or steps[-1]), values))
-        if logs:
-            x = max((log[0] for log in logs), key=len)
-            curves[name] = (x, np.mean([np.interp(x, *log) for log in logs], axis=0))
-    return curves
 
 
 def draw_table(table: Table) -> Figure:

@@ -29,17 +29,16 @@ import sacrebleu
 import torch
 import transformers
 from paper_table import print_tables, write_report
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import fused_kd
-from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.cache import TeacherCache, write_cache
-from fused_kd.training.collate import LABEL_PAD, Collator, padding_id
+from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign
+from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
-from fused_kd.training.prompts import PROMPTS, Rows, get_prompt, tokenize_directions, training_texts
+from fused_kd.training.prompts import Rows, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.score import paired_bootstrap, similarity, translate
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.specs import parse_objective
@@ -51,23 +50,14 @@ HISTORY = ("step", "loss", "difficulty", "hard_fraction", "beta")
 
 @dataclass(frozen=True)
 class Method:
-    """How a student is distilled.
+    """How a student is distilled."""
 
-    Args:
-        label: the name shown.
-        objective: as of ``parse_objective``.
-        schedule: moves β during the training.
-        best: keep the checkpoint with the best validation loss, not the last one.
-        gamma_quantile: Γ is this quantile of the distillation tokens' difficulties before the first step.
-        cache_k: the teacher is a cache of its k largest log-probabilities.
-    """
-
-    label: str
-    objective: str
-    schedule: BetaSchedule | None = None
-    best: bool = False
-    gamma_quantile: float | None = None
-    cache_k: int | None = None
+    label: str  # the name shown
+    objective: str  # as of parse_objective
+    schedule: BetaSchedule | None = None  # moves β during the training
+    best: bool = False  # keep the checkpoint with the least validation loss, not the last one
+    gamma_quantile: float | None = None  # Γ: this quantile of the tokens' difficulties before the first step
+    cache_k: int | None = None  # the teacher is a cache of its k largest log-probabilities
 
     @property
     def loss(self) -> Any:
@@ -78,7 +68,7 @@ class Method:
         return self.loss.spec.divergence is not None
 
 
-SELF_EVOLUTION = "self_evolution:lam=0.5,beta=0.5,gamma=0.4"
+OURS = "self_evolution:lam=0.5,beta=0.5,gamma=0.4"
 METHODS = {
     "sft": Method("SFT", "sft", best=True),
     "forward_kd": Method("ForwardKD", "forward_kd:lam=0.5"),
@@ -86,40 +76,28 @@ METHODS = {
     "no_evo": Method("NoEvo", "no_evo:lam=0.5"),
     "skew": Method("Skew", "skew:lam=0.5,beta=0.5"),
     "skew_teacher": Method("SkewTeacher", "skew_teacher:lam=0.5,beta=0.9"),
-    "self_evolution": Method("SelfEvolution", SELF_EVOLUTION),
+    "self_evolution": Method("SelfEvolution", OURS),
     "self_evolution_top_k": Method("SelfEvolutionTopK", "self_evolution_top_k:lam=0.5,beta=0.5,fraction=0.5"),
     # the target's share 1 - β goes from 0.5 to 0
-    "progressive_beta": Method("Progressive β", SELF_EVOLUTION, BetaSchedule(start=0.5, end=1.0, fraction=1.0)),
-    "self_evolution_quantile": Method("SelfEvolution, Γ by quantile", SELF_EVOLUTION, gamma_quantile=0.75),
+    "progressive_beta": Method("Progressive β", OURS, BetaSchedule(0.5, 1.0, fraction=1.0)),
+    "self_evolution_quantile": Method("SelfEvolution, Γ by quantile", OURS, gamma_quantile=0.75),
     "forward_kd_cached": Method("ForwardKD, cached k=64", "forward_kd:lam=0.5", cache_k=64),
-    "self_evolution_cached": Method("SelfEvolution, cached k=64", SELF_EVOLUTION, cache_k=64),
+    "self_evolution_cached": Method("SelfEvolution, cached k=64", OURS, cache_k=64),
     # NoEvo first: for students that are not trained yet
-    "self_evolution_linear_warm_up": Method(
-        "SelfEvolution, linear β warm-up", SELF_EVOLUTION, BetaSchedule(start=1.0, end=0.5, fraction=0.5)
-    ),
-    "self_evolution_warm_up": Method(
-        "SelfEvolution, β warm-up", SELF_EVOLUTION, BetaSchedule(start=1.0, end=0.5, hold=0.5, fraction=0.25)
-    ),
+    "self_evolution_linear_warm_up": Method("SelfEvolution, linear β warm-up", OURS, BetaSchedule(1.0, 0.5)),
+    "self_evolution_warm_up": Method("SelfEvolution, β warm-up", OURS, BetaSchedule(1.0, 0.5, 0.25, hold=0.5)),
 }
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A distillation set and how the students learn from it.
+    """A distillation set and how the students learn from it."""
 
-    Args:
-        sentences: the last so many pairs of each direction.
-        noise: the share of them that gets a wrong reference.
-        start: the trained "student", or "scratch".
-        train: options of ``TrainingArguments``, over those of ``Config.distil``.
-        methods, seeds: default those of ``Config``.
-    """
-
-    sentences: int
-    noise: float = 0.0
-    start: Literal["student", "scratch"] = "student"
-    train: dict[str, Any] = field(default_factory=dict)
-    methods: list[str] | None = None
+    sentences: int  # the last so many pairs of each direction
+    noise: float = 0.0  # the share of them that gets a wrong reference
+    start: Literal["student", "scratch"] = "student"  # the trained student, or random weights
+    train: dict[str, Any] = field(default_factory=dict)  # TrainingArguments, over those of Config.distil
+    methods: list[str] | None = None  # default: those of Config
     seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -140,32 +118,30 @@ class Sweep:
 
 @dataclass
 class Config:
-    """Everything that the numbers depend on."""
+    """Everything that the numbers depend on; of each direction where there is a number of pairs."""
 
-    data: str = field(default="builtin", metadata={"help": "builtin, a folder of JSONL files, or a hub name"})
+    data: str = "builtin"  # builtin, a JSON(L)(.gz) file, a folder of them, the prefix of text files, or a hub name
     directions: list[str] = field(default_factory=lambda: ["en-de", "de-en"])
-    test: str = field(default="test", metadata={"help": "split to translate"})
-    valid: str = field(default="valid", metadata={"help": "split for the methods that keep their best checkpoint"})
-    train_limit: int | None = field(default=None, metadata={"help": "pairs of each direction"})
+    test: str = "test"  # the split to translate
+    valid: str = "valid"  # for the methods that keep their best checkpoint
+    train_limit: int | None = None
     test_limit: int | None = None
     valid_limit: int | None = None
-    prompt: str = field(default="tiny", metadata={"help": f"one of {', '.join(PROMPTS)}"})
-    max_length: int = field(default=128, metadata={"help": "tokens of prompt and response"})
-    vocab: int = field(default=4000, metadata={"help": "tokens of the BPE trained where both models are presets"})
-    teacher: str = field(default="tiny-teacher", metadata={"help": "a preset, path or hub name"})
-    student: str = field(default="tiny-student", metadata={"help": "as teacher"})
-    train_teacher: dict = field(
-        default_factory=dict, metadata={"help": "TrainingArguments; num_train_epochs 0 takes the model as it is"}
-    )
-    train_student: dict = field(default_factory=dict, metadata={"help": "as train_teacher"})
-    distil: dict = field(default_factory=dict, metadata={"help": "TrainingArguments of every distillation"})
-    conditions: dict = field(default_factory=dict, metadata={"help": "name: {sentences, noise, start, train, ...}"})
-    methods: list[str] = field(default_factory=list, metadata={"help": f"some of {', '.join(METHODS)}"})
+    prompt: str = "tiny"  # or alpaca, paper
+    max_length: int = 128  # tokens of prompt and response
+    vocab: int = 4000  # tokens of the tokenizer trained where both models are presets
+    teacher: str = "tiny-teacher"  # a preset, path or hub name
+    student: str = "tiny-student"
+    train_teacher: dict = field(default_factory=dict)  # TrainingArguments; num_train_epochs 0 takes it as it is
+    train_student: dict = field(default_factory=dict)
+    distil: dict = field(default_factory=dict)  # TrainingArguments of every distillation
+    conditions: dict = field(default_factory=dict)  # name: the fields of Condition
+    methods: list[str] = field(default_factory=lambda: list(METHODS)[:10])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    baseline: str = field(default="forward_kd", metadata={"help": "the method that the others are compared with"})
-    sweeps: dict = field(default_factory=dict, metadata={"help": "method.parameter: {condition, values, seeds}"})
+    baseline: str = "forward_kd"  # the method that the others are compared with
+    sweeps: dict = field(default_factory=dict)  # method.parameter: the fields of Sweep
     cache_dtype: Literal["fp16", "8bit"] = "fp16"
-    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"
+    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"  # what a list says of the other tokens
 
     def __post_init__(self) -> None:
         get_prompt(self.prompt)
@@ -177,7 +153,8 @@ class Config:
                 raise ValueError(f"{where} must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
         for key, sweep in self.sweeps_of.items():
             method, _, parameter = key.partition(".")
-            if method not in METHODS or not hasattr(METHODS[method].loss, parameter):
+            loss = METHODS[method].loss if method in METHODS else None
+            if loss is None or parameter not in dataclasses.asdict(loss):
                 raise ValueError(f"sweeps.{key}: expected METHOD.PARAMETER of one of {', '.join(METHODS)}")
             if sweep.condition not in self.conditions:
                 raise ValueError(
@@ -196,9 +173,9 @@ class Running:
     """Where and how; the numbers do not depend on it."""
 
     output: str = "runs/self_evolution"
-    jobs: int = field(default=1, metadata={"help": "processes that share the work; 2 on two cores, for tiny models"})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads a process; default: the presets' best"})
-    worker: bool = field(default=False, metadata={"help": "this process is a helper of another one"})
+    jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
+    threads: int | None = None  # CPU threads a process; default: the presets' best
+    worker: bool = False  # this process is a helper of another one
 
 
 def build(kind: Any, values: Any, where: str) -> Any:
@@ -269,12 +246,9 @@ class PaperTable:
             raise ValueError(f"sentences must be below the {shortest} training pairs of a direction, got {most}")
         self.held = max((c.sentences for c in sets if c.start == "student"), default=0)
         self.contents = {name: model_content(name) for name in self.models}
-        self.texts = {
-            "prompt": dataclasses.asdict(self.template),
-            "max_length": config.max_length,
-            "train": fingerprint(self.train),
-        }
-        self.tested = {"prompt": self.texts["prompt"], "test": fingerprint(self.tests)}
+        prompt = dataclasses.asdict(self.template)
+        self.texts = {"prompt": prompt, "max_length": config.max_length, "train": fingerprint(self.train)}
+        self.tested = {"prompt": prompt, "test": fingerprint(self.tests)}
 
     @cached_property
     def tokenizer_folder(self) -> Path:
@@ -302,7 +276,7 @@ class PaperTable:
 
         def work(folder: Path) -> None:
             rows = self.rows({direction: pairs[: len(pairs) - held] for direction, pairs in self.train.items()})
-            self.fit(folder, name, self.model(start, seed), None, METHODS["sft"].loss, rows, options)
+            self.fit(folder, name, options, model=self.model(start, seed), objective=fused_kd.SFT(), train_dataset=rows)
 
         settings = self.texts | {"model": self.contents[start], "train": options, "held": held}
         return self.stages(name, work, settings, needs=[self.tokenizer_folder])
@@ -334,9 +308,7 @@ class PaperTable:
         condition = config.conditions_of[trial.condition]
         scratch = condition.start == "scratch"
         start = config.student if scratch else self.pretrained("student") / "model"
-        needs = {"tokenizer": self.tokenizer_folder}
-        if not scratch:
-            needs["student"] = self.pretrained("student")
+        needs = {"tokenizer": self.tokenizer_folder} if scratch else {"student": self.pretrained("student")}
         if method.needs_teacher:
             needs["teacher"] = self.pretrained("teacher")
         if method.cache_k is not None:
@@ -346,8 +318,7 @@ class PaperTable:
 
         def work(folder: Path) -> None:
             rows: Any = self.distillation_rows(trial)
-            teacher: Any = None
-            loss = dataclasses.replace(method.loss, **changes)
+            teacher, loss = None, dataclasses.replace(method.loss, **changes)
             if method.cache_k is not None:
                 teacher = TeacherCache(needs["cache"] / "lists", tail=config.cache_tail)
                 teacher.check(tokenizer=self.tokenizer, rows=rows, template=self.template.name)
@@ -355,11 +326,11 @@ class PaperTable:
             elif method.needs_teacher:
                 teacher = self.model(needs["teacher"] / "model")
             if method.gamma_quantile is not None:
-                d = difficulties(self.model(start, trial.seed), teacher, rows, self.tokenizer, loss)
-                loss = dataclasses.replace(loss, gamma=round(float(d.quantile(method.gamma_quantile)), 4))
+                fresh = self.model(start, trial.seed)
+                loss = with_quantile_gamma(loss, method.gamma_quantile, fresh, teacher, rows, self.tokenizer)
             valid = self.rows(self.valid) if method.best else None
-            student = self.model(start, trial.seed)
-            self.fit(folder, str(trial), student, teacher, loss, rows, options, method.schedule, valid)
+            what = {"model": self.model(start, trial.seed), "teacher": teacher, "train_dataset": rows}
+            self.fit(folder, str(trial), options, valid, objective=loss, beta_schedule=method.schedule, **what)
 
         settings = self.distillation_settings(trial) | {
             "method": dataclasses.asdict(method) | {"label": None},
@@ -371,18 +342,7 @@ class PaperTable:
         }
         return self.stages(str(trial), work, settings, needs=list(needs.values()))
 
-    def fit(
-        self,
-        folder: Path,
-        title: str,
-        student: Any,
-        teacher: Any,
-        loss: Any,
-        rows: Any,
-        options: dict[str, Any],
-        schedule: BetaSchedule | None = None,
-        valid: Rows | None = None,
-    ) -> None:
+    def fit(self, folder: Path, title: str, options: dict[str, Any], valid: Rows | None = None, **what: Any) -> None:
         """Train into ``folder / "model"``; with ``valid`` the checkpoint with the least loss there is kept."""
         if valid is not None:  # twice an epoch, so that the best one is among the saved
             every = min(0.5 / max(options.get("num_train_epochs", 3.0), 1.0), 0.5)
@@ -391,19 +351,12 @@ class PaperTable:
                 "eval_strategy": "steps", "eval_steps": every, "save_steps": every, "per_device_eval_batch_size": batch,
                 "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
             }  # fmt: skip
-        trainer = KDTrainer(
-            student,
-            teacher,
-            loss,
-            beta_schedule=schedule,
-            args=training_arguments(folder, **options),
-            train_dataset=rows,
-            eval_dataset=valid,
-            data_collator=Collator(padding_id(self.tokenizer)),
-            processing_class=self.tokenizer,
-        )
-        how = None if schedule is None else dataclasses.asdict(schedule)
-        write_json(folder / "objective.json", {"objective": repr(loss), "beta_schedule": how})
+        arguments, collator = training_arguments(folder, **options), Collator(padding_id(self.tokenizer))
+        more = {"data_collator": collator, "processing_class": self.tokenizer, "eval_dataset": valid}
+        trainer = KDTrainer(**what, args=arguments, **more)
+        schedule = what.get("beta_schedule")
+        about = {"objective": repr(what["objective"]), "beta_schedule": schedule and dataclasses.asdict(schedule)}
+        write_json(folder / "objective.json", about)  # of what was trained: its Γ may come from the data
         fit(trainer, folder, title)
 
     def trained(self, what: str | Trial) -> Path:
@@ -454,8 +407,7 @@ class PaperTable:
         trained = self.trained(what)
         record = read_json(trained / "training.json") | read_json(trained / "objective.json")
         kept = ("objective", "beta_schedule", "parameters", "rows", "steps", "seconds", "validation")
-        log = record["log_history"]
-        history = [{k: e[k] if k == "step" else round(e[k], 5) for k in HISTORY if k in e} for e in log]
+        history = [{k: round(e[k], 5) for k in HISTORY if k in e} for e in record["log_history"]]
         scores = read_json(self.translated(what) / "scores.json")
         if what != "teacher":
             for direction, found in read_json(self.compared(what) / "comparison.json").items():
@@ -486,7 +438,7 @@ class PaperTable:
             "baseline": self.config.baseline,
             **{name: record.pop("scores") for name, record in pretrained.items()},
             "pretraining": pretrained,
-            "labels": {trial.method: METHODS[trial.method].label for trial in self.trials},
+            "labels": {name: m.label for name, m in METHODS.items() if name in {t.method for t in self.trials}},
             "runs": runs,
             "significance": tests,
         }
@@ -498,22 +450,6 @@ class PaperTable:
             own = trial.parameter is None and (trial.condition, trial.method) == (sweep.condition, method)
             if own and trial.seed in sweep.seeds and getattr(METHODS[method].loss, parameter) in sweep.values:
                 yield parameter
-
-
-@torch.no_grad()
-def difficulties(student: Any, teacher: Any, rows: Rows, tokenizer: Any, objective: Any, batch: int = 64) -> Any:
-    """d = KL(target || q) in nats of every token with loss (eq. 8), fp32 on the CPU in the rows' order."""
-    found = []
-    for inputs in DataLoader(rows, batch, collate_fn=Collator(padding_id(tokenizer))):
-        labels = inputs.pop("labels")
-        heads = [
-            lm_head_of(m, hidden_states(m.eval(), **{key: value.to(m.device) for key, value in inputs.items()}))
-            for m in (student, teacher)
-        ]
-        out = fused_kd.kd_loss(*heads, labels, objective, ignore_index=LABEL_PAD, shift=True, vocab_size=len(tokenizer))
-        valid = labels[:, 1:] != LABEL_PAD
-        found.append(out.difficulty[:, : valid.shape[1]][valid].float().cpu())
-    return torch.cat(found)
 
 
 def environment() -> dict[str, Any]:
