@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import pandas as pd
-import sacrebleu
 import torch
 import transformers
 from matplotlib.figure import Figure
 
 import fused_kd as fk
+from fused_kd.info import devices, versions
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_pairs, misalign
 from fused_kd.training.fit import fit, training_arguments
@@ -161,7 +160,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return stages(name, work, settings, needs=[tokens, *needs])
 
     folder, made = Path(args.output), {}
-    metrics: dict[str, Any] = {"arguments": vars(args), "seed": args.seed, "versions": versions(), "stages": {}}
+    about = {"arguments": vars(args), "seed": args.seed, "versions": versions(), "machine": devices()}
+    metrics: dict[str, Any] = about | {"stages": {}}
     for name, spec in specs.items():
         if name not in only and (name not in PRETRAINED or set(only) <= set(PRETRAINED)):
             continue
@@ -182,12 +182,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(table[columns].to_markdown(index=False, floatfmt=".1f"))
     print(f"metrics.json, plots, hypotheses and models are in {folder}")
     return metrics
-
-
-def versions() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    modules = {module.__name__: module.__version__ for module in (fk, torch, transformers, sacrebleu)}
-    return {"device": device, "python": platform.python_version()} | modules
 
 
 def write_plots(metrics: dict[str, Any], folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
-import sacrebleu
 import torch
 import transformers
 from paper_table import print_tables, write_report
 from transformers import TrainingArguments
 
 import fused_kd
+from fused_kd.info import devices, versions
 from fused_kd.training.cache import TeacherCache, write_cache
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign
@@ -432,7 +431,8 @@ class PaperTable:
                 tests += [where | {"metric": metric} | test for metric, test in found["tests"].items()]
         return {
             "settings": dataclasses.asdict(self.config),
-            **environment(),
+            "versions": versions(),
+            "machine": devices(),
             "directions": self.config.directions,
             "signatures": {metric: some[f"{metric}_signature"] for metric in ("bleu", "chrf")},
             "baseline": self.config.baseline,
@@ -450,16 +450,6 @@ class PaperTable:
             own = trial.parameter is None and (trial.condition, trial.method) == (sweep.condition, method)
             if own and trial.seed in sweep.seeds and getattr(METHODS[method].loss, parameter) in sweep.values:
                 yield parameter
-
-
-def environment() -> dict[str, Any]:
-    """``versions`` and ``machine``."""
-    modules = (fused_kd, torch, transformers, sacrebleu)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
-        "machine": {"device": device, "cpu_threads": torch.get_num_threads()},
-    }
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Config, Running]:
