@@ -10,8 +10,8 @@ import torch
 
 import fused_kd as fk
 from fused_kd.integrations.bodies import without_adapters
+from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.objectives import Objective
-from fused_kd.training.data.prompts import LABEL_PAD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

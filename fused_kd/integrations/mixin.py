@@ -11,16 +11,7 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, de
 import fused_kd as fk
 from fused_kd.integrations.arguments import as_criterion, check_arguments, check_teacher, check_tokenizers
 from fused_kd.integrations.bodies import labels_need_shift
-from fused_kd.integrations.heads import check_head_module, common_vocab_size
-from fused_kd.integrations.packed import check_mask, check_packed, is_packed
-from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
-from fused_kd.integrations.precision import warn_of_lost_updates
-from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
-from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions
-from fused_kd.training.averaging import count_targets, without_first_targets
-from fused_kd.training.data.prompts import LABEL_PAD
-from fused_kd.training.distributed import (
+from fused_kd.integrations.distributed import (
     TEACHER_COLUMNS,
     CachedTeacher,
     check_engine,
@@ -32,7 +23,15 @@ from fused_kd.training.distributed import (
     sum_over_ranks,
     top_k_of,
 )
-from fused_kd.training.sampling import has_rows
+from fused_kd.integrations.heads import check_head_module, common_vocab_size
+from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
+from fused_kd.integrations.packed import check_mask, check_packed, is_packed
+from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
+from fused_kd.integrations.precision import warn_of_lost_updates
+from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
+from fused_kd.integrations.sampling import has_rows
+from fused_kd.objectives import Objective
+from fused_kd.options import LossOptions
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fused_kd.training.distributed import sum_over_ranks
+from fused_kd.integrations.distributed import sum_over_ranks
 
 _SUMS = ("loss", "difficulty", "hard", "tokens")
 

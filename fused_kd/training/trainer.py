@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 import fused_kd as fk
 from fused_kd.integrations.arguments import as_objective
 from fused_kd.integrations.bodies import labels_need_shift
+from fused_kd.integrations.distributed import CachedTeacher
+from fused_kd.integrations.labels import Average, count_targets, denominator, sequence_weights
 from fused_kd.integrations.mixin import KDLossMixin
+from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 from fused_kd.objectives import Objective
-from fused_kd.training.averaging import Average, count_targets, denominator, sequence_weights
 from fused_kd.training.beta_schedule import BetaSchedule
 from fused_kd.training.checkpoints import WholeCheckpoints
-from fused_kd.training.distributed import CachedTeacher
 from fused_kd.training.metrics import RunningMetrics
-from fused_kd.training.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 
 DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8

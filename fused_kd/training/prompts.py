@@ -1,0 +1,1 @@
+"""Prompts and the tokenised rows made of them."""

@@ -1,0 +1,307 @@
+"""What every script has around its ``main``: options, a console, one line for a user's error, an end by signal."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TRACEBACK = "FUSED_KD_TRACEBACK"
+_OURS = tuple(str(folder) for folder in (Path(__file__).parents[1], Path(sys.argv[0]).resolve().parent))
+_LARGEST = 1 << 16  # characters of a YAML file
+
+
+def parse(
+    classes: Any,
+    argv: Sequence[str] | None = None,
+    *,
+    configs: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Dataclasses from ``[--preset NAME] [FILE.yaml ...] [--key value ...]``, later ones overriding earlier ones.
+
+    What ``HfArgumentParser`` does with dataclasses, ``TrainingArguments`` among them, and: YAML files that give any of
+    the keys; fields of type ``dict``, given as JSON or YAML text and merged key by key into what is there; ``null``
+    for fields that may be None.
+
+    Args:
+        classes: one dataclass, or several without a field in common.
+        argv: default ``sys.argv[1:]``.
+        configs: where ``--preset NAME`` finds ``NAME.yaml``; None (default): the script has no presets.
+        defaults: values of some of the fields, before those of any file.
+        description: for ``--help``.
+
+    Returns:
+        One object a class.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown or missing key, one that is twice in a file, a value of the
+            wrong type, whatever a dataclass itself refuses; one line that names key and value.
+    """
+    classes = classes if isinstance(classes, (list, tuple)) else (classes,)
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    front.add_argument("--preset")
+    chosen, rest = front.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    files = [Path(text) for text in takewhile(lambda text: not text.startswith("-"), rest)]
+    rest = rest[len(files) :]
+    if chosen.preset is not None:
+        known = sorted(path.stem for path in Path(configs).glob("*.yaml")) if configs else []
+        if chosen.preset not in known:
+            raise ValueError(f"--preset must be one of {', '.join(known) or 'none'}, got {chosen.preset!r}")
+        files.insert(0, Path(str(configs)) / f"{chosen.preset}.yaml")
+
+    parser = _Parser(classes, allow_abbrev=False, description=description, formatter_class=_Help)
+    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    for action in parser._actions:
+        _prepare(action, hints.get(action.dest))
+    values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
+    for file in files:
+        found = _read_file(file)
+        fields = {action.dest for action in parser._actions} - {"help"}
+        if unknown := sorted(map(str, found.keys() - fields)):
+            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}: expected some of {', '.join(sorted(fields))}")
+        values = merged(values, found)
+    given = [text for key, value in values.items() for text in _as_flags(key, value)]
+    return tuple(parser.parse_args_into_dataclasses([*given, *rest], look_for_args_file=False))
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings, key by key; ``new`` overrides."""
+    both = copy.deepcopy(dict(old))
+    for key, value in new.items():
+        both[key] = merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class _Merge(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        old = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if values is None else merged(old or {}, values))
+
+
+def _prepare(action: argparse.Action, hint: Any) -> None:
+    """Let an option take what argparse does not know: dicts, None, empty lists."""
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else ()
+    if (typing.get_origin(action.type) or action.type) is dict:
+        action.type = _mapping
+        if action.nargs is None:
+            action.__class__ = _Merge
+    if action.nargs == "+":
+        action.nargs = "*"
+    convert: Any = action.type
+    if type(None) in arms and convert is not None:
+
+        def optional(text: str) -> Any:
+            return None if text == "null" else convert(text)
+
+        optional.__name__ = getattr(convert, "__name__", "value")
+        action.type = optional
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = _read_yaml(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping of keys to values, got {text[:80]!r}")
+    return value
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [f"--{key}", *map(_as_text, value)]
+    return [f"--{key}={_as_text(value)}"]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, keys that occur twice, and keys that are no text; 2e-5 is a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"aliases are not taken{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]
+        for key, (part, _) in zip(keys, node.value, strict=True):
+            if part.tag != "tag:yaml.org,2002:str":
+                kind = part.tag.rpartition(":")[2]
+                raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it{part.start_mark}")
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key[:80]!r} is there twice{part.start_mark}")
+        return found
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return _numbers(loader.get_single_data())
+    except (yaml.YAMLError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 2e-5 for a text: in mappings it is a number, as in JSON."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            text = opened.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} characters")
+        value = _read_yaml(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a mapping of keys to values, got {str(value)[:80]!r}")
+    return value
+
+
+def make_console(**options: Any) -> Console:
+    """A console that shows every text as it is, such as a path with brackets; options are those of ``rich``'s."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's ``main``.
+
+    Exits with 2 and one line where the user's input is wrong, with 130 and 143 after Ctrl-C and SIGTERM, and with a
+    traceback for everything else; ``FUSED_KD_TRACEBACK=1`` shows it for all errors.
+    """
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)  # so that helpers are ended and files closed
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _stop("interrupted: the same command goes on", 130)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            _stop(f"error: {error.code}", 2)
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        deliberate = (last.line or "").startswith("raise ") and last.filename.startswith(_OURS)
+        if os.environ.get(TRACEBACK) or (isinstance(error, TypeError) and not deliberate):
+            raise
+        _stop(f"error: {error}", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def stoppable(trainer: Trainer) -> Iterator[None]:
+    """Around a training in one process: the first Ctrl-C or SIGTERM ends its step, writes a checkpoint and then acts.
+
+    Several processes would stop at different steps: there, as at the second signal, it acts at once.
+    """
+    received: list[int] = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if received:
+                control.should_save = control.should_training_stop = True
+
+    if trainer.args.world_size > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+        print("stopping after this step and its checkpoint; once more to stop at once", file=sys.stderr)
+
+    trainer.add_callback(Stop())
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        restore()
+    if received:
+        signal.raise_signal(received[0])
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's progress bar with the latest loss in it, instead of a line of numbers for each log entry."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            names = {"loss": ".4f", "hard_fraction": ".2f"}
+            shown = {name: f"{logs[name]:{form}}" for name, form in names.items() if name in logs}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+def show_bar(trainer: Trainer, title: str) -> None:
+    """Replace what the Trainer would print by a bar with the title, the latest loss and the time left."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Bar(title))
