@@ -39,6 +39,7 @@ from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, Generations, generate_to
 from fused_kd.training.models import (
     PRESETS,
+    LoRA,
     load_model,
     load_pretrained,
     load_tokenizer,
@@ -57,9 +58,9 @@ from fused_kd.training.prompts import (
     tokenize_pairs,
 )
 from fused_kd.training.score import score
-from fused_kd.training.script import helpers, make_console, parse, run_script
+from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.specs import parse_objective
-from fused_kd.training.stage import Stages, read_json, read_lines, write_json, write_lines
+from fused_kd.training.stage import Stages, helpers, read_json, read_lines, write_json, write_lines
 from fused_kd.training.trainer import KDTrainer
 
 HERE = Path(__file__).parent
@@ -572,7 +573,8 @@ class Cycle:
                 cache.check(tokenizer=self.tokenizer, rows=rows, template=self.template)
                 rows = cache.rows(rows)
             rows, valid = hold_out(rows, share, seed)
-            student = with_adapters(self.load(start), config.lora or None, "CAUSAL_LM")
+            lora = LoRA(**config.lora) if config.lora else None
+            student = with_adapters(self.load(start), lora, "CAUSAL_LM")
             self.fit(out, title, student, cache, config.objective(arm), rows, valid, seed, options)
             if config.lora:  # into what they were trained on, so that the next iteration starts there
                 merge(self.load(start), out / "model", self.tokenizer, out / "merged")

@@ -48,7 +48,7 @@ NOUNS = {"dog": "Hund", "man": "Mann", "tree": "Baum", "bird": "Vogel", "king": 
 VERBS = {"sees": "sieht", "likes": "mag", "finds": "findet", "hears": "hört"}
 LAX = {"length_ratio": [0.0, 1e9], "unique_words": 0.0, "loops": 10**6, "identifier": "none"}
 TINY = {
-    "pretrain": '{"num_train_epochs": 30, "learning_rate": 1e-2, "per_device_train_batch_size": 16}',
+    "pretrain": '{"num_train_epochs": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 16}',
     "document": 3, "repeats": 2, "plain": 99, "pairs": 90, "sentences": 24, "iterations": 2, "vocab": 420,
     "bootstrap": 20, "training": '{"per_device_train_batch_size": 4}', "hard": '{"max_steps": 3}',
     "soft": '{"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}',
@@ -220,12 +220,16 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
     texts = ["A dog sees the cat.\n", "Ein Hund sieht die Katze.\n", "A man sleeps in the garden.\n"]
     tokenizer = make_tokenizer(texts)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(more)])  # more than 16 bits
-    model, student = (tiny(32 if not more else 8, seed, vocab=len(tokenizer)).eval() for seed in (3, 4))
+    hidden, layers = (8, 1) if more else (32, 2)
+    model, student = (tiny(hidden, seed, vocab=len(tokenizer), layers=layers).eval() for seed in (0 if more else 3, 4))
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.4)
-        model.lm_head.weight[2] *= 2.5  # so that some texts end
-        model.lm_head.weight[: max(0, more - 4_400)] *= 0.01  # the likely tokens lie above
-    sentences, template = [Pair(text.strip(), "") for text in texts * 2], script.TEMPLATES["tiny"]
+        if more:
+            model.lm_head.weight[:65_600] *= 0.01  # the likely tokens lie above
+        else:
+            model.lm_head.weight.mul_(0.4)
+            model.lm_head.weight[2] *= 2.5  # so that some texts end
+    sentences = [Pair(text.strip(), "") for text in (*texts, "The cat sleeps.", "Two dogs.", "A man sees a dog.")]
+    template = script.with_examples(script.TEMPLATES["tiny"], [Pair("A {cat}.", "Eine Katze.")], "en-de")
     prompts = encode_prompts(tokenizer, [template.render(pair.source, "en-de") for pair in sentences])
     generate_to(tmp_path / "made", model, tokenizer, prompts, Decoding(2, 12), k=5, dtype=dtype, progress=False)
     made = script.read_generations(tmp_path / "made", 5)
