@@ -1,0 +1,144 @@
+"""Rows to batches: padded to one length, or laid end to end without padding, each blind to the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithFlattening
+
+from fused_kd.integrations.distributed import TEACHER_COLUMNS
+from fused_kd.integrations.labels import LABEL_PAD
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills batches: the padding token, else EOS, else 0. It is masked and has no loss: any will do."""
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return int(next((token for token in ids if token is not None), 0))
+
+
+def check_rows(rows: Sequence[Any], needed: Sequence[str] = ("input_ids", "labels")) -> None:
+    """Raise unless each row is a dict of what is ``needed``, with as many ``labels`` as ``input_ids``."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"rows[{number}] must be a dict of input_ids and labels, got {type(row).__name__}")
+        if any(name not in row for name in needed):
+            raise ValueError(f"rows[{number}] must have {' and '.join(needed)}, got {', '.join(row) or 'nothing'}")
+        if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
+            raise ValueError(
+                f"rows[{number}] must have as many labels as input_ids, got {len(row['labels'])} and "
+                f"{len(row['input_ids'])}: a label for each token, -100 where there is no loss"
+            )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows to one length.
+
+    Args:
+        pad_token_id: fills ``input_ids``.
+        label_pad: fills ``labels``; default -100.
+        pad_to_multiple_of: round the length up to a multiple; None (default) pads to the longest row.
+        side: where the padding goes, ``"right"`` (default) or ``"left"``; there a row's first label becomes
+            ``label_pad``, as the padding before it predicts nothing.
+
+    Returns on call:
+        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with a cached teacher's
+        lists (``teacher_log_probs`` and ``teacher_indices`` (n, K), one list a label that has a token before it and
+        carries loss) also ``teacher_log_probs`` float32 and ``teacher_indices`` int64 (rows, length, K): position i has
+        the distribution of the token at i + 1, as the loss takes it with ``shift=True``; a position without loss the
+        ids 0 to K - 1, all alike.
+
+    Raises:
+        TypeError: a row that is no dict.
+        ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
+            ``labels``, lists in some rows only or of several K, more or
+            fewer of them than labels.
+    """
+
+    pad_token_id: int
+    label_pad: int = LABEL_PAD
+    pad_to_multiple_of: int | None = None
+    side: Literal["right", "left"] = "right"
+
+    def __post_init__(self) -> None:
+        if self.side not in ("right", "left"):
+            raise ValueError(f"side={self.side!r}: expected 'right' or 'left'")
+        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
+            raise TypeError(f"pad_token_id must be an int, got {self.pad_token_id!r}")
+        if self.pad_token_id < 0:
+            raise ValueError(f"pad_token_id={self.pad_token_id}: expected at least 0")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: expected at least 1, or None")
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            raise ValueError("the batch is empty: expected at least one row")
+        check_rows(rows)
+        length = max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        size = (len(rows), length)
+        input_ids = torch.full(size, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(size, dtype=torch.int64)
+        labels = torch.full(size, self.label_pad, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            count = len(row["input_ids"])
+            span = slice(0, count) if self.side == "right" else slice(length - count, length)
+            input_ids[number, span] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            attention_mask[number, span] = 1
+            labels[number, span] = torch.as_tensor(row["labels"], dtype=torch.int64)
+            if self.side == "left" and count:
+                labels[number, length - count] = self.label_pad
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if any("teacher_log_probs" in row for row in rows):
+            batch |= self._teacher_lists(rows, length)
+        return batch
+
+    def _teacher_lists(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+        if not all("teacher_log_probs" in row and "teacher_indices" in row for row in rows):
+            raise ValueError("teacher_log_probs and teacher_indices must be in every row of a batch or in none")
+        widths = {row[name].shape[-1] for row in rows for name in ("teacher_log_probs", "teacher_indices")}
+        if len(widths) > 1:
+            raise ValueError(f"teacher_log_probs must have one K in a batch, got {sorted(widths)}")
+        K = widths.pop()
+        log_probs = torch.full((len(rows), length, K), -math.log(K), dtype=torch.float32)
+        indices = torch.arange(K).repeat(len(rows), length, 1)
+        for number, row in enumerate(rows):
+            targets = torch.as_tensor(row["labels"])[1:] != self.label_pad
+            positions = targets.nonzero().squeeze(1)
+            if not len(positions) == len(row["teacher_log_probs"]) == len(row["teacher_indices"]):
+                raise ValueError(
+                    f"teacher_log_probs has {len(row['teacher_log_probs'])} lists and teacher_indices "
+                    f"{len(row['teacher_indices'])} for {len(positions)} labels with loss"
+                )
+            if self.side == "left":
+                positions = positions + length - len(row["input_ids"])
+            log_probs[number, positions] = row["teacher_log_probs"].float()
+            indices[number, positions] = row["teacher_indices"].long()
+        return {"teacher_log_probs": log_probs, "teacher_indices": indices}
+
+
+class PackingCollator(DataCollatorWithFlattening):
+    """transformers' ``DataCollatorWithFlattening``, with the lists of a cached teacher.
+
+    Returns ``input_ids``, ``labels`` and ``position_ids`` (1, tokens of all rows), and ``teacher_log_probs`` and
+    ``teacher_indices`` (1, tokens, K) for rows that have them. Positions start anew in each row; from them and from
+    the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the rows apart; a trainer of
+    this library tries both models with the first batch and refuses one that does not (Falcon, Bloom, Mamba, ...). The
+    first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds FlashAttention's row
+    limits.
+    """
+
+    def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
+        check_rows(features, ("input_ids",))
+        batch: dict[str, Any] = super().__call__(features, return_tensors, separator_id)  # type: ignore[no-untyped-call]
+        if "teacher_log_probs" in features[0]:
+            apart = [Collator(0)([row]) for row in features]
+            for name in TEACHER_COLUMNS:
+                batch[name] = torch.cat([row[name] for row in apart], dim=1)
+        return batch

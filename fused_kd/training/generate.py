@@ -1,0 +1,347 @@
+"""Batched greedy and beam generation: texts, or the tokens themselves with a model's largest probabilities, on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_kd.training.codes import decode, encode, id_dtype
+from fused_kd.training.collate import padding_id
+from fused_kd.training.prompts import encode_prompts
+from fused_kd.training.stage import bind, fingerprint, lock, read_lines, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How continuations are searched for.
+
+    Sampling settings and penalties in a checkpoint's own generation config are left out, so that every model is decoded
+    alike.
+
+    Args:
+        batch_size: prompts a batch.
+        max_new_tokens: most tokens of one continuation, EOS included.
+        num_beams: 1 (default) is greedy.
+        length_penalty: a beam's score is its log-probability / (new tokens ** length_penalty); default 1, the
+            mean a token. Above it longer translations win, below it shorter ones.
+
+    Raises:
+        ValueError: a size below 1, a length penalty that is not finite or has no beams to rank. TypeError: no number.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 128
+    num_beams: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)):
+            raise TypeError(f"length_penalty must be a number, got {penalty!r}")
+        if not math.isfinite(penalty) or (penalty != 1 and self.num_beams == 1):
+            raise ValueError(
+                f"length_penalty={penalty}, num_beams={self.num_beams}: expected a finite number, "
+                "and 1 where there is no beam search"
+            )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    Args:
+        ids: its tokens, EOS included where the model ended it.
+        text: without special tokens, otherwise as the tokenizer decodes it.
+        finished: whether EOS came before the most tokens were made.
+        log_probs, indices: (n, k) float32, largest first, and int64: the k largest of ``log_softmax(logits)`` in fp32
+            that the model had where it chose each of the n ``ids``; None where they were not asked for.
+    """
+
+    ids: list[int]
+    text: str
+    finished: bool
+    log_probs: np.ndarray | None = None
+    indices: np.ndarray | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    progress: bool = True,
+) -> list[str]:
+    """Continuations of the prompts, in their order.
+
+    Args:
+        model: a causal LM of transformers; in eval mode meanwhile and as it was afterwards.
+        tokenizer: its tokenizer; where it has no pad token, EOS pads.
+        prompts: rendered prompts, tokenised as in training (`encode_prompts`), or their token ids.
+        batch_size, max_new_tokens, num_beams, length_penalty: as of `Decoding`.
+        progress: show a progress bar.
+
+    Returns:
+        One string a prompt, without special tokens, line breaks and outer spaces.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, no EOS token; as `Decoding`.
+    """
+    decoding = Decoding(batch_size, max_new_tokens, num_beams, length_penalty)
+    rows = _prompt_ids(tokenizer, prompts)
+    texts = [""] * len(rows)
+    for batch, made in _batches(model, tokenizer, rows, decoding, progress=progress):
+        for index, generation in zip(batch, made, strict=True):
+            texts[index] = " ".join(generation.text.split())
+    return texts
+
+
+class Generations(Sequence[Generation]):
+    """Continuations on disk, all that `generate_to` has made in ``folder``, in the order of the prompts.
+
+    Attributes:
+        k: entries of each token's list; None where there are no lists.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.k: int | None = None
+        self._made: dict[int, dict[str, Any]] = {}
+        self._place: dict[int, tuple[Path, slice]] = {}
+        for file in sorted(self.folder.glob("batches/*.jsonl")):
+            offset, lists = 0, file.with_suffix(".safetensors")
+            for line in read_lines(file):
+                made = json.loads(line)
+                stop = offset + len(made["ids"])
+                self._made[made["index"]] = made
+                self._place[made["index"]] = lists, slice(offset, stop)
+                offset = stop
+            if lists.is_file():
+                self.k = _read(lists, slice(0, 0))["indices"].shape[1]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"continuation {index} of {len(self)}")
+        made = self._made[index % len(self)]
+        lists = (None, None) if self.k is None else self._lists(index % len(self))
+        return Generation(made["ids"], made["text"], made["finished"], *lists)
+
+    def texts(self) -> list[str]:
+        return [self._made[index]["text"] for index in range(len(self))]
+
+    def _lists(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        arrays = _read(*self._place[index])
+        return decode(arrays), arrays["indices"].astype(np.int64)
+
+
+def generate_to(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    decoding: Decoding | None = None,
+    *,
+    k: int | None = None,
+    dtype: str = "fp16",
+    progress: bool = True,
+) -> Generations:
+    """`generate` into a folder, a batch at a time: the same call after a kill goes on with the batch it was at.
+
+    A batch is ``batches/N.jsonl`` with ``index``, ``ids``, ``text`` and ``finished`` of each prompt, and
+    ``batches/N.safetensors`` with the lists of all their tokens one after another.
+
+    Args:
+        folder: bound to the prompts and to how they are decoded, not to the model.
+        decoding: default `Decoding()`, greedy.
+        k: also keep the k largest log-probabilities of each generated token; greedy decoding only. Default: none.
+        dtype: of their storage: "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`.
+
+    Raises:
+        ValueError: as `generate`; also ``k`` below 1, above the vocabulary or with beams, and a folder with other
+            prompts or settings.
+    """
+    decoding = decoding or Decoding()
+    rows = _prompt_ids(tokenizer, prompts)
+    if k is not None and (isinstance(k, bool) or not 1 <= k <= len(tokenizer)):
+        raise ValueError(f"k={k}: expected at least 1 and at most the {len(tokenizer)} tokens of the tokenizer")
+    if k is not None and decoding.num_beams > 1:
+        raise ValueError(f"k={k}, num_beams={decoding.num_beams}: lists are kept of greedy decoding only")
+    folder = bind(folder, {"prompts": fingerprint(rows), "k": k, "dtype": dtype, **vars(decoding)})
+    order = _order(rows, decoding.batch_size)
+    with lock(folder / "batches" / ".lock"):
+        done = {number for number in range(len(order)) if _batch_file(folder, number, "jsonl").is_file()}
+        made = _batches(model, tokenizer, rows, decoding, k=k, skip=done, progress=progress)
+        for number, (_, generations) in zip((n for n in range(len(order)) if n not in done), made, strict=True):
+            _write_batch(folder, number, order[number], generations, len(tokenizer), dtype)
+    return Generations(folder)
+
+
+def _order(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Batches of prompts of similar length, longest first."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    k: int | None = None,
+    skip: set[int] = frozenset(),  # type: ignore[assignment]
+    progress: bool = True,
+) -> Iterator[tuple[list[int], list[Generation]]]:
+    """Batch by batch in `_order`, without those in ``skip``: the rows' indices and what was made of them."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
+    pad = padding_id(tokenizer)
+
+    from tqdm import tqdm
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=decoding.num_beams,
+        length_penalty=decoding.length_penalty,
+        max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+    decoder: Any = model
+    with _decoding(model), tqdm(total=len(rows), desc="translate", unit="sent", disable=not progress) as bar:
+        for number, batch in enumerate(_order(rows, decoding.batch_size)):
+            if number not in skip:
+                length = len(rows[batch[0]])
+                padded = [[pad] * (length - len(rows[index])) + rows[index] for index in batch]
+                mask = [[0] * (length - len(rows[index])) + [1] * len(rows[index]) for index in batch]
+                seen = None if k is None else _TopK(k, len(tokenizer))
+                output = decoder.generate(
+                    input_ids=torch.tensor(padded, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([] if seen is None else [seen]),
+                )
+                yield batch, _generations(tokenizer, output[:, length:].tolist(), eos, seen)
+            bar.update(len(batch))
+
+
+class _TopK:
+    """A logits processor that changes nothing and keeps each step's largest log-probabilities.
+
+    As the only processor of greedy decoding it is given the raw logits.
+    """
+
+    def __init__(self, k: int, vocab_size: int) -> None:
+        self.k, self.vocab_size = k, vocab_size
+        self.steps: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        values, ids = scores[:, : self.vocab_size].float().log_softmax(-1).topk(self.k)
+        self.steps.append((values.cpu(), ids.cpu()))
+        return scores
+
+
+def _generations(
+    tokenizer: PreTrainedTokenizerBase, output: list[list[int]], eos: int, seen: _TopK | None
+) -> list[Generation]:
+    made = []
+    for row, tokens in enumerate(output):
+        ids = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+        lists: tuple[Any, Any] = (None, None)
+        if seen is not None:
+            lists = tuple(torch.stack([step[i][row] for step in seen.steps[: len(ids)]]).numpy() for i in (0, 1))  # type: ignore[assignment]
+        made.append(Generation(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), eos in tokens, *lists))
+    return made
+
+
+def _read(file: Path, tokens: slice) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        return {name: opened.get_slice(name)[tokens] for name in opened.keys()}  # noqa: SIM118
+
+
+def _batch_file(folder: Path, number: int, suffix: str) -> Path:
+    return folder / "batches" / f"{number:06d}.{suffix}"
+
+
+def _write_batch(
+    folder: Path, number: int, batch: list[int], made: list[Generation], vocab_size: int, dtype: str
+) -> None:
+    if made[0].log_probs is not None:
+        from safetensors.numpy import save
+
+        log_probs = np.concatenate([generation.log_probs for generation in made])
+        indices = np.concatenate([generation.indices for generation in made]).astype(id_dtype(vocab_size))
+        path = _batch_file(folder, number, "safetensors")
+        write_bytes(path, save({"indices": indices, **encode(log_probs, dtype)}))
+    lines = [
+        json.dumps({"index": index, "ids": g.ids, "text": g.text, "finished": g.finished}, ensure_ascii=False)
+        for index, g in zip(batch, made, strict=True)
+    ]
+    # last: a batch is done where this file is
+    write_text(_batch_file(folder, number, "jsonl"), "".join(f"{line}\n" for line in lines))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of strings or of token id lists, got one string")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: expected at least one")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        rows = encode_prompts(tokenizer, prompts)
+    elif any(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts mixes strings and token id lists: expected one kind")
+    else:
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+    empty = next((index for index, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        raise ValueError(f"prompts[{empty}] has no tokens: expected at least one")
+    return rows
+
+
+@contextmanager
+def _decoding(model: PreTrainedModel) -> Iterator[None]:
+    from transformers import GenerationConfig
+
+    # generate() fills unset options from the model's own config (repetition_penalty, ...)
+    own_config = model.generation_config
+    training = [(module, module.training) for module in model.modules()]
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
+        for module, mode in training:
+            module.training = mode

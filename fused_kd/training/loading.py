@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from fused_kd.training.adapter_config import read_adapter_config
 
 # what a model's files may ask for by themselves: transformers' own, none of which fetches a kernel
 _SAFE = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
     "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
 }
+_LARGEST = 1 << 20  # bytes of an adapter_config.json
 
 
 class IncompleteModelError(ValueError):
@@ -43,6 +43,39 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # such as too little memory
             raise
         raise ValueError(f"its files are damaged or of an unknown form: {type(error).__name__}: {error}") from error
+
+
+def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
+    """The adapter configuration of a folder or hub name; None where there is none.
+
+    Raises:
+        ValueError: a file of more than 1 MiB or that is no JSON object; one that names a module to import
+            (``megatron_core``), or that is not of LoRA: other kinds of adapters load tokenizers and models that it
+            names.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    path = find_adapter_config_file(str(name))
+    if path is None:
+        return None
+    where = f"adapter_config.json of {str(name)!r}"
+    with open(path, "rb") as opened:
+        content = opened.read(_LARGEST + 1)
+    try:
+        config = json.loads(content) if len(content) <= _LARGEST else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} must be a JSON object of at most {_LARGEST} bytes, got {content[:80]!r}")
+    # every file that peft writes has the default megatron_core
+    if config.get("megatron_config") is not None or config.get("megatron_core") not in (None, "megatron.core"):
+        raise ValueError(
+            f"{where}: megatron_core={str(config.get('megatron_core'))[:80]!r} and megatron_config make peft import "
+            "that module: neither may be set"
+        )
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type must be 'LORA', got {str(config.get('peft_type'))[:80]!r}")
+    return config
 
 
 def _whole_model(loader: Any, name: str, **options: Any) -> Any:

@@ -1,1 +1,274 @@
-"""Prompts and the tokenised rows made of them."""
+"""Prompts, and the tokenised rows made of them, with the loss on the response only.
+
+A row is ``prompt tokens + response tokens + EOS``. Prompt and response are tokenised apart, never as one
+string, so no token straddles the boundary: the mask is exact, and a prompt alone (as in generation) has the
+very tokens it had in training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt. Text of a
+chat template, which has its own BOS and ends of turns, gets no second BOS or EOS, and keeps those ends.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.training.data import WITH_INPUT, WITHOUT_INPUT, Instruction, Pair, language_name, parse_direction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIELDS = ("source", "source_language", "target_language", "source_code", "target_code")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt with named gaps.
+
+    Args:
+        name: the key in `PROMPTS`.
+        template: a format string with ``{source}`` (the text to translate) and any of ``{source_language}``,
+            ``{target_language}`` (English names), ``{source_code}``, ``{target_code}``. The response follows
+            its last character directly.
+
+    Raises:
+        ValueError: no ``{source}``, or a gap with another name.
+    """
+
+    name: str
+    template: str
+
+    def __post_init__(self) -> None:
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.template) if field is not None}
+        unknown = sorted(fields - set(_FIELDS))
+        if unknown or "source" not in fields:
+            raise ValueError(
+                f"template {self.name!r} has the gaps {sorted(fields)}: "
+                f"expected 'source', and no others than {', '.join(_FIELDS)}"
+            )
+
+    def render(self, source: str, direction: str) -> str:
+        """The prompt for one source text; `direction` such as ``"en-de"``."""
+        source_code, target_code = parse_direction(direction)
+        return self.template.format(
+            source=source,
+            source_code=source_code,
+            target_code=target_code,
+            source_language=language_name(source_code),
+            target_language=language_name(target_code),
+        )
+
+
+_INSTRUCTION = "### Instruction:\nTranslate the following text from {source_language} to {target_language}.\n"
+PROMPTS = {
+    prompt.name: prompt
+    for prompt in (
+        PromptTemplate("paper", WITH_INPUT + _INSTRUCTION + "\n### Input:\n{source}\n\n### Response:\n"),
+        PromptTemplate("alpaca", WITHOUT_INPUT + _INSTRUCTION + "{source}\n\n### Response:\n"),
+        PromptTemplate("tiny", "{source_code}: {source}\n{target_code}:\n"),
+    )
+}
+
+
+def get_prompt(name: str | PromptTemplate) -> PromptTemplate:
+    """The template of that name; a template is returned as it is.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if isinstance(name, PromptTemplate):
+        return name
+    if name not in PROMPTS:
+        raise ValueError(f"prompt {name!r} is unknown: expected one of {', '.join(PROMPTS)}")
+    return PROMPTS[name]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts: with BOS where the tokenizer adds one, never with an EOS that it adds.
+
+    Special tokens written out in a prompt, as by a chat template, stay; one that begins with BOS gets no other.
+    """
+    if not prompts:
+        return []
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    front, back = _added_tokens(tokenizer, prompts)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    without_bos = [token for token in front if token != bos]
+    back = back[:-1] if back[-1:] == [eos] else back
+    return [(without_bos if bos is not None and row[:1] == [bos] else front) + row + back for row in rows]
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    special = set(tokenizer.all_special_ids)
+    for text in texts:  # the first that is more than special tokens
+        alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not special.issuperset(alone):
+            break
+    whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+    start = max(i for i in range(len(whole) + 1) if whole[i : i + len(alone)] == alone)
+    return whole[:start], whole[start + len(alone) :]
+
+
+class Rows(Dataset[dict[str, list[int]]]):
+    """Tokenised rows for a `torch.utils.data.DataLoader` or a `transformers.Trainer`.
+
+    Attributes:
+        rows: dicts of ``input_ids`` and ``labels``, as of `encode_pair`.
+        skipped: pairs left out because the prompt alone filled `max_length`.
+        truncated: rows whose response was cut.
+    """
+
+    def __init__(self, rows: list[dict[str, list[int]]], skipped: int = 0, truncated: int = 0) -> None:
+        self.rows = rows
+        self.skipped = skipped
+        self.truncated = truncated
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self)} rows, skipped={self.skipped}, truncated={self.truncated})"
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | str,
+    pairs: Iterable[Pair],
+    direction: str,
+    max_length: int,
+    *,
+    skip_long: bool = True,
+) -> Rows:
+    """`encode_pair` for many pairs at once.
+
+    A pair whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or raises
+    with ``skip_long=False``. Order is kept.
+
+    Raises:
+        ValueError: as `encode_pair`; also where no row is left.
+    """
+    parse_direction(direction)
+    template, pairs = get_prompt(template), list(pairs)
+    prompts = [template.render(pair.source, direction) for pair in pairs]
+    responses = [pair.target for pair in pairs]
+    return tokenize_texts(tokenizer, prompts, responses, max_length, skip_long=skip_long, items=pairs)
+
+
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    *,
+    skip_long: bool = True,
+    items: Sequence[Any] | None = None,
+) -> Rows:
+    """`tokenize_pairs` for any task: rendered prompts, each with its response, which may end in EOS already.
+
+    ``items`` stand for the prompts in errors; default: the prompts themselves.
+    """
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"max_length must be an int, got {max_length!r}")
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: expected at least 2")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
+    rows: list[dict[str, list[int]]] = []
+    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
+    named = prompts if items is None else items
+    for item, prompt, response in zip(named, encode_prompts(tokenizer, prompts), encoded, strict=True):
+        whole = response if response[-1:] == [eos] else [*response, eos]
+        response = whole[: max(max_length - len(prompt), 0)]
+        if response:
+            rows.append({"input_ids": prompt + response, "labels": [LABEL_PAD] * len(prompt) + response})
+        elif not skip_long:
+            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {item!r}")
+    if not rows:
+        raise ValueError(f"no rows: {len(prompts)} pairs given, max_length={max_length}")
+    truncated = sum(row["input_ids"][-1] != eos for row in rows)
+    return Rows(rows, skipped=len(prompts) - len(rows), truncated=truncated)
+
+
+def tokenize_instructions(
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Iterable[Instruction],
+    max_length: int,
+    *,
+    skip_long: bool = True,
+) -> Rows:
+    """Rows as of `tokenize_pairs`: loss on the output and EOS alone.
+
+    An instruction whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or
+    raises with ``skip_long=False``; a longer output is cut at its end.
+
+    Raises:
+        ValueError: a `max_length` below 2, a tokenizer without EOS, no row left.
+    """
+    instructions = list(instructions)
+    prompts = [instruction.prompt() for instruction in instructions]
+    outputs = [instruction.output for instruction in instructions]
+    return tokenize_texts(tokenizer, prompts, outputs, max_length, skip_long=skip_long, items=instructions)
+
+
+def concatenate(datasets: Sequence[Rows]) -> Rows:
+    """One data set of several (directions, tasks), in their order; rows are shared, the counts are sums.
+
+    Raises:
+        ValueError: none given. TypeError: something other than `Rows`.
+    """
+    for index, dataset in enumerate(datasets):
+        if not isinstance(dataset, Rows):
+            raise TypeError(f"datasets[{index}] must be a Rows, got {type(dataset).__name__}")
+    if not datasets:
+        raise ValueError("datasets is empty: expected at least one")
+    return Rows(
+        [row for dataset in datasets for row in dataset.rows],
+        skipped=sum(dataset.skipped for dataset in datasets),
+        truncated=sum(dataset.truncated for dataset in datasets),
+    )
+
+
+def tokenize_directions(
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | str,
+    pairs: Mapping[str, Sequence[Pair]],
+    max_length: int,
+) -> Rows:
+    """`tokenize_pairs` for each direction's pairs, as one data set."""
+    return concatenate([tokenize_pairs(tokenizer, template, p, d, max_length) for d, p in pairs.items()])
+
+
+def training_texts(template: PromptTemplate, pairs: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+    """Every prompt and response of each direction's pairs, to train a tokenizer on."""
+    for direction, found in pairs.items():
+        for pair in found:
+            yield template.render(pair.source, direction)
+            yield pair.target
+
+
+def render_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
+    """One tokenised row as text, for a look at the data before training.
+
+    The first line counts tokens; then each run without loss as decoded text, each run with loss token by
+    token.
+    """
+    ids, labels = [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
+    carrying = sum(label != LABEL_PAD for label in labels)
+    lines = [f"{len(ids)} tokens, {carrying} with loss"]
+    for has_loss, group in groupby(zip(ids, labels, strict=True), key=lambda item: item[1] != LABEL_PAD):
+        run = [token for token, _ in group]
+        if has_loss:
+            shown = " ".join(f"{tokenizer.convert_ids_to_tokens(token)}[{token}]" for token in run)
+            lines.append(f"loss    ({len(run)}): {shown}")
+        else:
+            lines.append(f"no loss ({len(run)}): {tokenizer.decode(run)!r}")
+    return "\n".join(lines)

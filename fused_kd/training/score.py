@@ -1,0 +1,247 @@
+"""Translations, their BLEU and chrF by sacrebleu, how close they are to a teacher's, and which differences count."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from fused_kd.training.data import Pair, parse_direction
+from fused_kd.training.generate import generate
+from fused_kd.training.prompts import PromptTemplate, get_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALPHA = 0.05
+METRICS = ("bleu", "chrf")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus scores by sacrebleu, 0-100, higher is better, with the signatures that make them comparable."""
+
+    bleu: float
+    chrf: float
+    bleu_signature: str
+    chrf_signature: str
+
+    def as_dict(self) -> dict[str, float | str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Similarity(Scores):
+    """`Scores` of a student's output against the teacher's, and the share of equal sentences, 0-1."""
+
+    equal: float
+
+
+def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> Scores:
+    """BLEU and chrF (chrF2) of a corpus against one reference each.
+
+    Args:
+        hypotheses: translations, in the order of `references`; an empty string is a translation that scores
+            nothing.
+        references: the expected translations.
+        tokenize: sacrebleu's tokenizer for BLEU; default ``"13a"`` (``"zh"``, ``"ja-mecab"``, ... where the
+            target language has no spaces).
+
+    Raises:
+        ValueError: empty lists, lists of different length. TypeError: something other than lists of strings.
+    """
+    check_texts({"hypotheses": hypotheses, "references": references})
+
+    from sacrebleu.metrics import BLEU, CHRF
+
+    bleu, chrf = BLEU(tokenize=tokenize), CHRF()
+    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
+    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
+    return Scores(bleu_score, chrf_score, str(bleu.get_signature()), str(chrf.get_signature()))
+
+
+def similarity(hypotheses: Sequence[str], teacher_hypotheses: Sequence[str], *, tokenize: str = "13a") -> Similarity:
+    """How close a student's translations are to those that the teacher itself makes of the same sources.
+
+    BLEU and chrF with the teacher's hypotheses as references: high where distillation has taught the student
+    to say what the teacher says, right or wrong.
+
+    Args:
+        hypotheses: the student's, in the order of `teacher_hypotheses`.
+        teacher_hypotheses: the teacher's, decoded alike.
+        tokenize: as in `score`.
+
+    Raises:
+        ValueError, TypeError: as `score`.
+    """
+    check_texts({"hypotheses": hypotheses, "teacher_hypotheses": teacher_hypotheses})
+    scores = score(hypotheses, teacher_hypotheses, tokenize=tokenize)
+    equal = sum(made == wanted for made, wanted in zip(hypotheses, teacher_hypotheses, strict=True))
+    return Similarity(**asdict(scores), equal=equal / len(hypotheses))
+
+
+def check_texts(named: Mapping[str, Sequence[str]]) -> None:
+    """Raise unless these are lists of strings, not empty and of one length."""
+    for name, texts in named.items():
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} must be a list of strings, one a sentence")
+    counts = {name: len(texts) for name, texts in named.items()}
+    if len(set(counts.values())) > 1:
+        listed = " for ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"{listed}: expected as many of {'both' if len(counts) == 2 else 'each'}")
+    if not all(counts.values()):
+        raise ValueError(f"{' and '.join(counts)} are empty: expected at least one of each")
+
+
+def translate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    direction: str,
+    template: PromptTemplate | str,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    progress: bool = True,
+) -> tuple[list[str], Scores]:
+    """Hypotheses for the sources of `pairs`, and their scores against the targets.
+
+    Arguments and errors are those of `generate` and `score`; `direction` and `template` as in training.
+    """
+    parse_direction(direction)
+    template = get_prompt(template)
+    hypotheses = generate(
+        model,
+        tokenizer,
+        [template.render(pair.source, direction) for pair in pairs],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        progress=progress,
+    )
+    return hypotheses, score(hypotheses, [pair.target for pair in pairs])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system against a baseline on one test set.
+
+    Attributes:
+        system, baseline, metric: names; the metric is one of `METRICS`.
+        score, baseline_score: of the whole test set, 0-100.
+        delta: ``score - baseline_score``.
+        p_value: two-sided, at least 1 / (samples + 1); exactly 1 where both scores are the same.
+        mean, ci: of the system's score over the resampled test sets, the mean and half the width of the
+            interval that holds 95 % of them.
+        signature: sacrebleu's, with the number of samples and the seed.
+    """
+
+    system: str
+    baseline: str
+    metric: str
+    score: float
+    baseline_score: float
+    delta: float
+    p_value: float
+    mean: float
+    ci: float
+    signature: str
+
+
+def paired_bootstrap(
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    baseline: str,
+    *,
+    samples: int = 1000,
+    seed: int = 12345,
+    metrics: Sequence[str] = METRICS,
+    tokenize: str = "13a",
+    jobs: int = 1,
+) -> list[Comparison]:
+    """Every other system against the baseline, by paired bootstrap resampling (Koehn 2004) of the sentences.
+
+    All systems are scored on the same resampled test sets. The p-values cover the choice of test sentences;
+    for the choice of training seed see `significant_over_seeds`.
+
+    Args:
+        systems: name -> hypotheses, in the order of `references`; at least the baseline and one more.
+        references: one a sentence.
+        baseline: a name in `systems`.
+        samples: resampled test sets; default 1000.
+        seed: of the resampling, at least 1 (sacrebleu takes 0 for no seed); default sacrebleu's own.
+        metrics: some of ``"bleu"`` and ``"chrf"`` (default both).
+        tokenize: sacrebleu's tokenizer for BLEU; default ``"13a"``.
+        jobs: processes, one a system at most; default 1, which starts none. The numbers are the same.
+
+    Returns:
+        One `Comparison` a system and metric, systems in their order.
+
+    Raises:
+        ValueError: unknown baseline or metric, fewer than two systems, empty or unequal lists, samples, seed
+            or jobs below 1. TypeError: something other than lists of strings, a count that is no int.
+    """
+    for name, value in (("samples", samples), ("seed", seed), ("jobs", jobs)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if baseline not in systems or len(systems) < 2:
+        raise ValueError(
+            f"baseline={baseline!r}: expected one of at least two systems, got {', '.join(systems) or 'none'}"
+        )
+    if isinstance(metrics, str) or not metrics or not set(metrics) <= set(METRICS):
+        raise ValueError(f"metrics={metrics!r}: expected some of {', '.join(METRICS)}")
+    for name, hypotheses in systems.items():
+        check_texts({f"systems[{name!r}]": hypotheses, "references": references})
+
+    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.significance import PairedTest
+
+    metrics = list(dict.fromkeys(metrics))
+    # force: no warning for toy text whose full stops stand apart
+    made: dict[str, Any] = {"bleu": BLEU(tokenize=tokenize, force=True), "chrf": CHRF()}
+    others = [name for name in systems if name != baseline]
+    ordered: list[tuple[str, Sequence[str]]] = [(name, list(systems[name])) for name in (baseline, *others)]
+    with mock.patch.dict(os.environ, SACREBLEU_SEED=str(seed)):  # sacrebleu takes it from there alone
+        test = PairedTest(
+            ordered, {name: made[name] for name in metrics}, [list(references)], "bs", n_samples=samples, n_jobs=jobs
+        )
+        signatures, results = test()
+    # sacrebleu renames the metrics (chrF2) and keeps their order
+    named = zip(metrics, signatures, strict=True)
+    columns = {metric: (results[key], str(signatures[key])) for metric, key in named}
+    found = []
+    for position, name in enumerate(others, start=1):
+        for metric, (column, signature) in columns.items():
+            own, base = column[position], float(column[0].score)
+            delta = float(own.score) - base
+            # sacrebleu counts resampled differences beyond the real one, of which equal systems have none: p 0.001
+            p_value = float(own.p_value) if delta else 1.0
+            spread = float(own.mean), float(own.ci)
+            found.append(Comparison(name, baseline, metric, base + delta, base, delta, p_value, *spread, signature))
+    return found
+
+
+def significant_over_seeds(p_values: Sequence[float], deltas: Sequence[float], *, alpha: float = ALPHA) -> bool:
+    """Whether a table's dagger is earned: p < `alpha` with every seed, and every delta of the same sign.
+
+    One entry a training seed, each a comparison of two systems of that seed on the same test set. The p-values
+    are not merged into one: the seeds share the test sentences, so they are not independent, as the usual
+    ways of merging ask. Asking for all of them is never more generous than one seed's test.
+
+    Raises:
+        ValueError: no entry, lists of different length, a p-value or `alpha` outside [0, 1].
+    """
+    if len(p_values) != len(deltas) or not p_values:
+        raise ValueError(f"{len(p_values)} p_values for {len(deltas)} deltas: expected as many of both, at least one")
+    for name, value in (("alpha", alpha), *(("p_values", value) for value in p_values)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    one_sign = all(delta > 0 for delta in deltas) or all(delta < 0 for delta in deltas)
+    return one_sign and all(value < alpha for value in p_values)
