@@ -10,9 +10,6 @@ do again what depends on them, beside what is there. README.md has every option.
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 import os
 import random
 import sys
@@ -28,46 +25,30 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import torch
-from torch.utils.data import Subset
-from transformers import AutoConfig
+from torch.utils.data import random_split
 from transformers.utils import logging
 
-from fused_kd.training.cache import TeacherCache, fingerprint_teacher, write_lists
+from fused_kd.integrations.precision import low_precision_parameters
+from fused_kd.training import KDTrainer, LoRA, Pair, PromptTemplate, Rows, Stages, TeacherCache, models
+from fused_kd.training.cache import fingerprint_teacher, write_lists
 from fused_kd.training.collate import Collator, padding_id
-from fused_kd.training.data import Pair, load_pairs, parse_direction
+from fused_kd.training.data import load_pairs, parse_direction
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, Generations, generate_to
-from fused_kd.training.models import (
-    PRESETS,
-    LoRA,
-    load_model,
-    load_pretrained,
-    load_tokenizer,
-    merge,
-    threads_for,
-    train_tokenizer,
-    with_adapters,
-)
-from fused_kd.training.prompts import (
-    LABEL_PAD,
-    PROMPTS,
-    PromptTemplate,
-    Rows,
-    encode_prompts,
-    render_sample,
-    tokenize_pairs,
-)
+from fused_kd.training.models import PRESETS, load_model, load_tokenizer
+from fused_kd.training.prompts import PROMPTS, encode_prompts, render_sample, tokenize_pairs
+from fused_kd.training.reading import SUFFIXES, Row, read_rows, text_fault, text_lines
+from fused_kd.training.reading import select as first_of
 from fused_kd.training.score import score
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.specs import parse_objective
-from fused_kd.training.stage import Stages, helpers, read_json, read_lines, write_json, write_lines
-from fused_kd.training.trainer import KDTrainer
+from fused_kd.training.stage import helpers, read_json, write_json, write_lines
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from cycle_report import Round, metrics, of_seed, samples, table, valid_chrf, write_plot  # noqa: E402
-from translations import Filters, count, lists_of, select, truncated  # noqa: E402
+from translations import Filters, count, lists_of, read_jsonl, select, truncated, write_jsonl  # noqa: E402
 
 MAX_SHOTS = 4
 # the parts of the public code's prompt; the response begins on a line of its own, as its first token would otherwise
@@ -97,84 +78,57 @@ class Options:
 class CycleDistill:
     """Everything that the numbers depend on, beside ``Filters``; paper.yaml has the paper's values.
 
-    Args:
-        data: parallel text as of ``load_pairs``, with the splits "train", ``valid`` and ``test``.
-        direction: such as "en-hi".
-        model: the base, a path or hub name; or a preset, with ``pretrain``.
-        monolingual: source sentences: a text file of one a line or JSON lines with the language's code or "text" as a
-            key, either plain or ``.gz``. None (default): the source side of ``data``'s training rows after the pairs,
-            whose references only the ceiling sees.
-        sentences: at most so many of them.
-        pairs: the few real pairs: the first rows of the training split.
-        shots: the first so many pairs are examples in the prompt. The rest of the pairs trains the control and, with
-            ``keep_parallel``, goes into every iteration.
-        variants: "hard" (cross-entropy), "soft" ((1-alpha) CE + alpha KL), "soft_self_evolution".
-        iterations: at most so many; with ``stop`` an arm ends after the first that does not raise chrF on the valid
-            split.
-        restart_from_base: every iteration trains the base instead of the model that translated.
-        control: also train the base on the few real pairs, as many steps. ceiling: on the same sentences with their
-            real references.
-        training: options of TrainingArguments for every fine-tuning; hard, soft: those of a variant's, where "hard" is
-            also for control and ceiling.
-        held_out: the share of a soft variant's rows that is not trained on, for ``load_best_model_at_end``.
-        k, lists: entries of each generated token's list and how they are stored, "fp16" or "8bit".
-        self_evolution: that variant's objective; its lam is ``alpha``.
-        lora: r, alpha, dropout, target_modules of adapters, merged after each iteration; none by default.
-        pretrain: options of TrainingArguments with which a preset becomes a base that translates poorly: plain text of
-            both languages and the pairs, ``document`` of them one after another as a web page would have them. In each
-            epoch every sentence comes once, every pair ``repeats`` times, each time among others. ``plain`` is the most
-            sentences of the target language; None takes all.
-        generation_batch, max_new_tokens: of every greedy decoding.
-        max_length: tokens of a training row.
-        valid, test: splits to score on; ``valid_limit``, ``test_limit``: at most so many rows.
-        vocab: tokens of the tokenizer that is trained for a preset.
-        bootstrap: samples of the paired bootstrap on the test set; 0 leaves it out.
-        samples: translations shown an iteration.
-
     Raises:
         ValueError: a value out of range, a name that is unknown, a preset without ``pretrain`` or the reverse.
     """
 
-    data: str
-    direction: str
-    model: str
+    data: str  # parallel text as of load_pairs, with the splits "train", valid and test
+    direction: str  # such as "en-hi"
+    model: str  # the base, a path or hub name; or a preset, with pretrain
+    # source sentences: a text file of one a line, or JSON or a hub data set with the language's code or "text" as a
+    # column; None: the source side of data's training rows after the pairs, whose references only the ceiling sees
     monolingual: str | None = None
-    sentences: int = 20_000
-    pairs: int = 100
+    sentences: int = 20_000  # at most so many of them
+    pairs: int = 100  # the few real pairs: the first rows of the training split
+    # the first so many pairs are examples in the prompt; the rest trains the control and, with keep_parallel, goes into
+    # every iteration
     shots: int = 4
-    prompt: str = "cycle_distill"
-    variants: list[str] = field(default_factory=lambda: ["hard", "soft"])
-    iterations: int = 3
-    stop: bool = True
-    restart_from_base: bool = False
     keep_parallel: bool = False
-    control: bool = True
-    ceiling: bool = True
-    training: dict = field(default_factory=dict)
-    hard: dict = field(default_factory=dict)
-    soft: dict = field(default_factory=dict)
-    held_out: float = 0.0
+    prompt: str = "cycle_distill"
+    variants: list[str] = field(default_factory=lambda: ["hard", "soft"])  # some of VARIANTS
+    iterations: int = 3
+    stop: bool = True  # an arm ends after the first iteration that does not raise chrF on the valid split
+    restart_from_base: bool = False  # every iteration trains the base instead of the model that translated
+    control: bool = True  # also train the base on the few real pairs, as many steps
+    ceiling: bool = True  # and on the same sentences with their real references
+    training: dict = field(default_factory=dict)  # options of TrainingArguments for every fine-tuning,
+    hard: dict = field(default_factory=dict)  # for hard labels, those of control and ceiling too,
+    soft: dict = field(default_factory=dict)  # and for soft ones
+    held_out: float = 0.0  # share of a soft variant's rows not trained on, for load_best_model_at_end
     alpha: float = 0.5
-    k: int = 20
+    k: int = 20  # entries of each generated token's list
     lists: Literal["fp16", "8bit"] = "fp16"
-    self_evolution: str = "self_evolution:gamma=0.4,beta=0.5"
-    lora: dict = field(default_factory=dict)
+    self_evolution: str = "self_evolution:gamma=0.4,beta=0.5"  # that variant's objective; its lam is alpha
+    lora: dict = field(default_factory=dict)  # r, alpha, dropout, target_modules; merged after each iteration
+    # options of TrainingArguments with which a preset becomes a base that translates poorly: plain text of both
+    # languages and the pairs, ``document`` of them one after another as a web page would have them; in each epoch every
+    # sentence comes once, every pair ``repeats`` times, each time among others
     pretrain: dict = field(default_factory=dict)
     document: int = 3
     repeats: int = 1
-    plain: int | None = None
+    plain: int | None = None  # most sentences of the target language; None takes all
+    vocab: int = 2000  # tokens of the tokenizer that is trained for a preset
     generation_batch: int = 32
     max_new_tokens: int = 64
-    max_length: int = 1024
+    max_length: int = 1024  # tokens of a training row
     valid: str = "valid"
     test: str = "test"
     valid_limit: int | None = None
     test_limit: int | None = None
-    vocab: int = 2000
     seeds: list[int] = field(default_factory=lambda: [0])
     dtype: str = "auto"
-    bootstrap: int = 1000
-    samples: int = 4
+    bootstrap: int = 1000  # samples of the paired bootstrap on the test set; 0 leaves it out
+    samples: int = 4  # translations shown an iteration
 
     def __post_init__(self) -> None:
         parse_direction(self.direction)
@@ -273,31 +227,27 @@ def collect_texts(config: CycleDistill) -> Texts:
 
 
 def load_sentences(source: str, language: str, limit: int) -> list[str]:
-    """At most ``limit`` sentences of a file of one a line, or of JSON lines; empty ones are left out.
+    """At most ``limit`` sentences of a text file (one a line, plain or ``.gz``), of JSON or of a hub data set.
 
-    Raises:
-        ValueError: no such file, nothing there, a row without text; the message names file and line.
+    Empty lines and rows that are not UTF-8 or have no text are left out. Raises ``ValueError`` where nothing is there.
     """
-    path, found = Path(source).expanduser(), []
-    is_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if is_json and line.strip():
-                    row = json.loads(line)
-                    row = row.get("translation", row) if isinstance(row, dict) else {}
-                    line = next((row[key] for key in (language, "text", "sentence") if key in row), None)
-                    if not isinstance(line, str):
-                        raise ValueError(f"{path}, line {number}: no text for {language!r} and none named 'text'")
-                if text := " ".join(line.split()):
-                    found.append(text)
-                if len(found) == limit:
-                    break
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"monolingual={source!r} cannot be read as UTF-8 text or JSON lines: {error}") from error
-    if not found:
-        raise ValueError(f"monolingual={source!r} has no text")
-    return found
+
+    def text(value: Any) -> str | None:
+        value = value.get("translation", value) if isinstance(value, dict) else {}
+        found = next((value[key] for key in (language, "text", "sentence") if isinstance(value.get(key), str)), None)
+        return None if found is None else " ".join(found.split())
+
+    def parse(value: Any) -> tuple[str] | str:
+        return (found,) if (found := text(value)) else f"no text for the language {language!r} and none named 'text'"
+
+    path = Path(source).expanduser()
+    if path.is_file() and not path.name.endswith(SUFFIXES):
+        lines = enumerate(text_lines(path), start=1)
+        rows = (Row(f"{path}, line {n}", {"text": line}) for n, line in lines if line.strip() and not text_fault(line))
+    else:
+        rows = read_rows(source, "all" if path.is_file() else "train", text)
+    found = first_of(rows, parse, f"monolingual={source!r}", limit=limit, seed=None, skip_bad=True)
+    return [item[0] for item in found]
 
 
 def with_examples(template: PromptTemplate, examples: Sequence[Pair], direction: str) -> PromptTemplate:
@@ -333,61 +283,32 @@ def document_rows(
                 ids += broken[len(line) :]
                 prompt = prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt
             ids += prompt + target
-        rows.append(whole_row([*ids, tokenizer.eos_token_id]))
+        ids.append(tokenizer.eos_token_id)
+        rows.append({"input_ids": ids, "labels": ids})
     return rows
 
 
 def plain_rows(tokenizer: Any, sentences: Sequence[str]) -> list[dict[str, list[int]]]:
     """A sentence a row, EOS after it; loss everywhere."""
-    return [whole_row([*row, tokenizer.eos_token_id]) for row in encode_prompts(tokenizer, sentences)]
+    rows = [[*row, tokenizer.eos_token_id] for row in encode_prompts(tokenizer, sentences)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
-def whole_row(ids: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": ids, "labels": list(ids)}
-
-
-def records_of(rows: Rows) -> list[dict[str, Any]]:
-    """Rows with real references as records of ``rows.jsonl``: their ids, and how many are the prompt's."""
-    return [
-        {"prompt": sum(label == LABEL_PAD for label in row["labels"]), "ids": row["input_ids"]} for row in rows.rows
-    ]
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in read_lines(path)]
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
-
-
-def training_rows(records: Sequence[dict[str, Any]]) -> Rows:
-    """The records of ``rows.jsonl`` with labels, -100 on the prompt."""
-    return Rows([
-        {"input_ids": each["ids"], "labels": [LABEL_PAD] * each["prompt"] + each["ids"][each["prompt"] :]}
-        for each in records
-    ])  # fmt: skip
+def read_rows_of(folder: Path) -> Rows:
+    """The rows of a stage, without what else is in its ``rows.jsonl``."""
+    return Rows([{name: row[name] for name in ("input_ids", "labels")} for row in read_jsonl(folder / "rows.jsonl")])
 
 
 def hold_out(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
-    """``rows`` without a random share of them, and that share; both in their order. All and None for a share of 0."""
+    """``rows`` without a random share of them, and that share; all and None for a share of 0."""
     held = round(share * len(rows))
-    if held == 0:
-        return rows, None
-    if held == len(rows):
+    if held and held == len(rows):
         raise ValueError(f"held_out={share}: none of {len(rows)} rows is left to train on")
-    apart = set(random.Random(seed).sample(range(len(rows)), held))
-    return Subset(rows, [i for i in range(len(rows)) if i not in apart]), Subset(rows, sorted(apart))
+    parts = random_split(rows, [len(rows) - held, held], torch.Generator().manual_seed(seed))
+    return tuple(parts) if held else (rows, None)
 
 
 # the stages
-
-
-class Model(NamedTuple):
-    """``stage`` is the folder of the stage that made it, ``name`` where it lies: a folder or a hub name."""
-
-    stage: Path
-    name: str | Path
 
 
 class Cycle:
@@ -395,24 +316,23 @@ class Cycle:
 
     def __init__(self, config: CycleDistill, filters: Filters, folder: str | Path) -> None:
         self.config, self.filters, self.stages = config, filters, Stages(folder)
+        self.decoding = Decoding(config.generation_batch, config.max_new_tokens)
         self.console = make_console()
 
     def check(self) -> None:
-        """Find what is missing before any work: the base's tokenizer and config, options of the trainings, texts.
+        """Find what is missing before any work: options of the trainings, the base's tokenizer, texts.
 
         Raises:
-            ValueError: no such file, split, model, hub name or option; the message names it.
+            ValueError: no such option, model, hub name, file or split; the message names it.
         """
         config = self.config
-        for options in (config.hard, config.soft, config.pretrain):
-            training_arguments(self.stages.folder, **{**config.training, **options})
-        if not config.pretrain:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError(f"model={config.model!r}: its tokenizer has no EOS token")
+        for options in (config.training | config.hard, config.training | config.soft, config.pretrain):
             try:
-                load_pretrained(AutoConfig, config.model)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"model={config.model!r} has no configuration: {error}") from error
+                training_arguments(self.stages.folder, **options)
+            except TypeError as error:
+                raise ValueError(f"options of a training {options}: {error}") from error
+        if not config.pretrain and self.tokenizer.eos_token_id is None:
+            raise ValueError(f"model={config.model!r}: its tokenizer has no EOS token")
         _ = self.texts
 
     # what the stages share
@@ -438,13 +358,13 @@ class Cycle:
         """That of a preset is trained; a named base has its own."""
         config = self.config
         if not config.pretrain:
-            return self.base(0).stage
+            return self.base(0)
 
         def work(out: Path) -> None:
             texts, template = self.texts, TEMPLATES[config.prompt]
             lines = [template.render(pair.source, config.direction) for pair in (*texts.pairs, *texts.sentences)]
             lines += [*(pair.target for pair in texts.pairs), *texts.plain]
-            train_tokenizer(lines, config.vocab).save_pretrained(out / "tokenizer")
+            models.train_tokenizer(lines, config.vocab).save_pretrained(out / "tokenizer")
 
         return self.stages("tokenizer", work, config.some("vocab", "prompt"), needs=[self.texts_stage])
 
@@ -471,19 +391,19 @@ class Cycle:
         """Rows with real references."""
         return tokenize_pairs(self.tokenizer, self.template, pairs, self.config.direction, self.config.max_length)
 
-    def load(self, model: Model) -> Any:
+    def load(self, model: Path) -> Any:
         """The model of a stage, on the accelerator where there is one."""
-        loaded: Any = load_model(model.name, self.tokenizer, 0, dtype=self.config.dtype)
+        own = next((path for name in ("merged", "model") if (path := model / name).is_dir()), self.config.model)
+        loaded: Any = load_model(own, self.tokenizer, 0, dtype=self.config.dtype)
         return loaded.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else loaded
 
     # each stage
 
     @cached_property
-    def named_base(self) -> Model:
-        model = self.config.model
-        return Model(self.stages("base", lambda out: None, {"model": model}, files=[model]), model)
+    def named_base(self) -> Path:
+        return self.stages("base", lambda out: None, self.config.some("model"), files=[self.config.model])
 
-    def base(self, seed: int) -> Model:
+    def base(self, seed: int) -> Path:
         """The model to start from: a name, or a preset after its pretraining."""
         config = self.config
         if not config.pretrain:
@@ -499,13 +419,12 @@ class Cycle:
             rows += plain_rows(tokenizer, [pair.source for pair in texts.sentences])
             rows += plain_rows(tokenizer, texts.plain)
             model = load_model(config.model, tokenizer, seed)
-            self.fit(out, f"base-seed{seed}", model, None, "sft", Rows(rows), None, seed, config.pretrain)
+            fit(self.trainer(out, model, "sft", Rows(rows), {"seed": seed, **config.pretrain}), out, f"base-seed{seed}")
 
         about = config.some("model", "pretrain", "document", "repeats", "prompt", "direction") | {"seed": seed}
-        folder = self.stages(f"base-seed{seed}", work, about, needs=[self.texts_stage, self.tokenizer_stage])
-        return Model(folder, folder / "model")
+        return self.stages(f"base-seed{seed}", work, about, needs=[self.texts_stage, self.tokenizer_stage])
 
-    def translate(self, model: Model, title: str, k: int | None) -> Path:
+    def translate(self, model: Path, title: str, k: int | None) -> Path:
         """A model's translations of the sentences, with lists of ``k``."""
         config = self.config
         about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype") | {"k": k}
@@ -518,18 +437,14 @@ class Cycle:
                 out, loaded, self.tokenizer, self.prompts(self.texts.sentences), self.decoding, k=k, dtype=config.lists
             )
 
-        return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model.stage])
+        return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model])
 
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(self.config.generation_batch, self.config.max_new_tokens)
-
-    def keep(self, translations: Path, title: str, k: int | None, soft: bool) -> Path:
+    def keep(self, translations: Path, title: str, soft: bool) -> Path:
         """The translations that pass the filters, as rows; with ``soft`` also their lists."""
         config = self.config
 
         def work(out: Path) -> None:
-            sentences, generations = self.texts.sentences, read_generations(translations, k)
+            sentences, generations = self.texts.sentences, Generations(translations)
             kept, rejected = select(
                 generations, self.prompts(sentences), sentences, self.tokenizer, config.direction, self.filters,
                 config.max_length,
@@ -538,9 +453,9 @@ class Cycle:
             dropped = ", ".join(f"{rule} {number}" for rule, number in counts["rejected"].items() if number) or "none"
             if not kept:
                 raise ValueError(f"{translations.name}: no translation passed the filters: {dropped}")
-            parallel = records_of(self.rows(self.real_pairs)) if config.keep_parallel else []
-            records = [*kept, *parallel]
-            write_jsonl(out / "rows.jsonl", records)
+            parallel = self.rows(self.real_pairs).rows if config.keep_parallel else []
+            rows = [*kept, *parallel]
+            write_jsonl(out / "rows.jsonl", rows)
             write_jsonl(out / "rejected.jsonl", rejected)
             write_json(out / "counts.json", {**counts, "parallel": len(parallel)})
             self.console.print(
@@ -550,8 +465,8 @@ class Cycle:
             if soft:
                 write_lists(
                     out / "lists",
-                    lambda start, stop: ((i, *lists_of(records[i], generations, config.k)) for i in range(start, stop)),
-                    self.tokenizer, training_rows(records), k=config.k, template=self.template, dtype=config.lists,
+                    lambda start, stop: ((i, *lists_of(rows[i], generations, config.k)) for i in range(start, stop)),
+                    self.tokenizer, read_rows_of(out), k=config.k, template=self.template, dtype=config.lists,
                     shard_rows=1024, made_from=read_json(translations / "teacher.json"),
                     about={"teacher": "its own translations"}, progress=False,
                 )  # fmt: skip
@@ -559,14 +474,14 @@ class Cycle:
         about = config.some("keep_parallel", "max_length") | {"filters": self.filters, "soft": soft}
         return self.stages(f"synthetic-{title}", work, about, needs=[translations])
 
-    def train(self, arm: str, title: str, start: Model, source: Path, seed: int) -> Model:
+    def train(self, arm: str, title: str, start: Path, source: Path, seed: int) -> Path:
         """``start`` after one fine-tuning on the rows of a stage."""
         config, soft = self.config, arm.startswith("soft")
-        options = {**config.training, **(config.soft if soft else config.hard)}
+        options = {"seed": seed, **config.training, **(config.soft if soft else config.hard)}
         share = config.held_out if soft else 0.0
 
         def work(out: Path) -> None:
-            rows: Any = training_rows(read_jsonl(source / "rows.jsonl"))
+            rows: Any = read_rows_of(source)
             cache = None
             if soft:
                 cache = TeacherCache(source / "lists", tail="renormalize")  # p~ of the soft loss is the top k
@@ -574,34 +489,34 @@ class Cycle:
                 rows = cache.rows(rows)
             rows, valid = hold_out(rows, share, seed)
             lora = LoRA(**config.lora) if config.lora else None
-            student = with_adapters(self.load(start), lora, "CAUSAL_LM")
-            self.fit(out, title, student, cache, config.objective(arm), rows, valid, seed, options)
-            if config.lora:  # into what they were trained on, so that the next iteration starts there
-                merge(self.load(start), out / "model", self.tokenizer, out / "merged")
+            student = models.with_adapters(self.load(start), lora, "CAUSAL_LM")
+            fit(self.trainer(out, student, config.objective(arm), rows, options, cache, valid), out, title)
+            if lora is not None:  # into what they were trained on, so that the next iteration starts there
+                models.merge(self.load(start), out / "model", self.tokenizer, out / "merged")
 
-        about = config.some("lora", "dtype")
-        about |= {"objective": config.objective(arm), "training": options, "held_out": share, "seed": seed}
-        folder = self.stages(f"model-{title}", work, about, needs=[start.stage, source])
-        return Model(folder, folder / ("merged" if config.lora else "model"))
+        about = config.some("lora", "dtype") | {"objective": config.objective(arm)}
+        about |= {"training": options, "held_out": share, "seed": seed}
+        return self.stages(f"model-{title}", work, about, needs=[start, source])
 
-    def fit(
-        self, out: Path, title: str, model: Any, teacher: Any, objective: str, rows: Any, valid: Any, seed: int,
-        options: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """Train a model on rows into ``out``, by the loss that an objective's text names."""
-        trainer = KDTrainer(
+    def trainer(
+        self, out: Path, model: Any, objective: str, rows: Any, options: dict[str, Any], teacher: Any = None,
+        valid: Any = None,
+    ) -> KDTrainer:  # fmt: skip
+        """Trains a model on rows by the loss that an objective's text names."""
+        if low_precision_parameters(model) and not getattr(model, "is_quantized", False):
+            model = model.float()  # else most updates would round to nothing
+        return KDTrainer(
             model,
             teacher,
             parse_objective(objective).objective,
-            args=training_arguments(out, **{"seed": seed, **options}),
+            args=training_arguments(out, **options),
             train_dataset=rows,
             eval_dataset=valid if options.get("load_best_model_at_end") else None,
             data_collator=Collator(padding_id(self.tokenizer)),
             processing_class=self.tokenizer,
         )
-        fit(trainer, out, title)
 
-    def evaluate(self, model: Model, title: str) -> Path:
+    def evaluate(self, model: Path, title: str) -> Path:
         """A model's translations of the valid and test split, and their scores, as they are and truncated."""
         config, markers = self.config, self.filters.markers
 
@@ -624,9 +539,7 @@ class Cycle:
             write_json(out / "scores.json", scores)
 
         about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
-        return self.stages(
-            f"scores-{title}", work, {**about, "markers": markers}, needs=[self.texts_stage, model.stage]
-        )
+        return self.stages(f"scores-{title}", work, {**about, "markers": markers}, needs=[self.texts_stage, model])
 
     # the arms
 
@@ -643,7 +556,7 @@ class Cycle:
         k, base, soft = self.config.k if lists else None, self.title_of_base(seed), variant != "hard"
         translations = self.translate(self.base(seed), base, k)
         title = f"{'soft' if soft else 'hard'}-1{base.removeprefix('base')}"
-        return self.keep(translations, title, k, soft)
+        return self.keep(translations, title, soft)
 
     def variant_rounds(self, variant: str, seed: int) -> list[Round]:
         """Translate, filter, fine-tune, score; again from the model that came out, until chrF stops rising."""
@@ -656,9 +569,9 @@ class Cycle:
                 rows = self.first_rows(variant, seed)
             else:
                 k = config.k if soft else None
-                rows = self.keep(self.translate(model, f"{variant}-{iteration - 1}-seed{seed}", k), title, k, soft)
+                rows = self.keep(self.translate(model, f"{variant}-{iteration - 1}-seed{seed}", k), title, soft)
             model = self.train(variant, title, base if config.restart_from_base else model, rows, seed)
-            rounds.append(Round(iteration, rows, model.stage, self.evaluate(model, title)))
+            rounds.append(Round(iteration, rows, model, self.evaluate(model, title)))
             chrf = valid_chrf(rounds[-1].scores)
             if config.stop and chrf <= best:
                 break
@@ -677,7 +590,7 @@ class Cycle:
             title = f"rows-ceiling{self.title_of_base(seed).removeprefix('base')}"
         about = config.some("shots", "prompt", "direction", "max_length")
         rows = self.stages(
-            title, lambda out: write_jsonl(out / "rows.jsonl", records_of(self.rows(pairs))), about, needs=needs
+            title, lambda out: write_jsonl(out / "rows.jsonl", self.rows(pairs).rows), about, needs=needs
         )
         count = config.iterations
         if config.restart_from_base:
@@ -687,7 +600,7 @@ class Cycle:
         for iteration in range(1, count + 1):
             title = f"{arm}-{iteration}-seed{seed}"
             model = self.train(arm, title, model, rows, seed)
-            rounds.append(Round(iteration, rows, model.stage, self.evaluate(model, title)))
+            rounds.append(Round(iteration, rows, model, self.evaluate(model, title)))
         return rounds
 
     def arms(self) -> list[str]:
@@ -711,17 +624,11 @@ class Cycle:
         return of_seed(self.base_scores(seed), arms, self.config, self.texts.valid, self.texts.test)
 
 
-def read_generations(folder: Path, k: int | None) -> Generations:
-    """What a finished ``generate_to`` wrote into a folder."""
-    files = sorted((folder / "batches").glob("*.jsonl"))
-    return Generations(folder, [[line["index"] for line in read_jsonl(file)] for file in files], k)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config, filters, options = parse((CycleDistill, Filters, Options), argv, configs=HERE)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if (threads := threads_for([config.model])) and "OMP_NUM_THREADS" not in os.environ:
+    if (threads := models.threads_for([config.model])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     output = Path(options.output)
     cycle = Cycle(config, filters, output)

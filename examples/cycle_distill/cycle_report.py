@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,18 +45,6 @@ def samples(scores: Path, valid: Sequence[Pair], most: int) -> list[dict[str, st
     return [{"source": pair.source, "reference": pair.target, "translation": text} for pair, text in found]
 
 
-def rejected_samples(rows: Path, most: int) -> list[dict[str, Any]]:
-    """A few of each rule."""
-    path = rows / "rejected.jsonl"
-    seen: Counter[str] = Counter()
-    kept = []
-    for row in map(json.loads, read_lines(path) if path.is_file() else []):
-        seen[row["rule"]] += 1
-        if seen[row["rule"]] <= most:
-            kept.append(row)
-    return kept
-
-
 def of_round(each: Round, valid: Sequence[Pair], most: int) -> dict[str, Any]:
     """Scores, counts, training log and samples of a finished round."""
     training = read_json(each.model / "training.json")
@@ -68,7 +55,6 @@ def of_round(each: Round, valid: Sequence[Pair], most: int) -> dict[str, Any]:
         "rows": len(read_lines(each.rows / "rows.jsonl")),
         **{name: training[name] for name in ("steps", "seconds", "validation", "log_history")},
         "samples": samples(each.scores, valid, most),
-        "rejected_samples": rejected_samples(each.rows, most),
     }
 
 
@@ -109,7 +95,7 @@ def metrics(config: Any, filters: Any, seeds: Mapping[int, dict[str, Any]]) -> d
         "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
         "machine": {"device": device, "cpu_threads": torch.get_num_threads()},
         "seeds": {str(seed): found for seed, found in seeds.items()},
-        "mean": json.loads(means(seeds.values()).to_json(orient="records")),
+        "mean": json.loads(means(seeds.values()).to_json(orient="records", double_precision=15)),
     }
 
 
@@ -118,27 +104,15 @@ def means(seeds: Any) -> pd.DataFrame:
     entries = []
     for found in seeds:
         base = found["base"]
-        raw = {split: base[split]["raw"] for split in ("valid", "test")}
-        arms = {RAW: [{"iteration": 0, **raw}], TRUNCATED: [{"iteration": 0, **base}], **found["arms"]}
-        entries += [
-            {
-                "arm": arm,
-                "iteration": each["iteration"],
-                "rows": each.get("rows"),
-                "steps": each.get("steps"),
-                "valid_chrf": each["valid"]["chrf"],
-                "chrf": each["test"]["chrf"],
-                "bleu": each["test"]["bleu"],
-            }
-            for arm, rounds in arms.items()
-            for each in rounds
-        ]
-    groups = pd.DataFrame(entries).groupby(["arm", "iteration"], sort=False)
-    columns = ("rows", "steps", "valid_chrf", "chrf", "bleu")
-    table = groups.agg(seeds=("chrf", "size"), **{name: (name, "mean") for name in columns})
+        raw = {"iteration": 0, **{split: base[split]["raw"] for split in ("valid", "test")}}
+        arms = {RAW: [raw], TRUNCATED: [{"iteration": 0, **base}], **found["arms"]}
+        entries += [{"rows": None, "steps": None, "arm": arm, **each} for arm in arms for each in arms[arm]]
+    groups = pd.json_normalize(entries).groupby(["arm", "iteration"], sort=False)
+    columns = {"valid_chrf": "valid.chrf", "chrf": "test.chrf", "bleu": "test.bleu", "rows": "rows", "steps": "steps"}
+    made = groups.agg(seeds=("arm", "size"), **{name: (column, "mean") for name, column in columns.items()})
     for name in ("chrf", "bleu"):
-        table[f"each_{name}"] = groups[name].agg(list)
-    return table.reset_index()
+        made[f"each_{name}"] = groups[columns[name]].agg(list)
+    return made.reset_index()
 
 
 def table(found: Mapping[str, Any]) -> str:

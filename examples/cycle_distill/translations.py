@@ -23,6 +23,8 @@ import numpy as np
 
 from fused_kd.training.data import Pair, parse_direction
 from fused_kd.training.generate import Generation
+from fused_kd.training.prompts import LABEL_PAD
+from fused_kd.training.stage import read_lines, write_lines
 
 # in the order in which they are asked; a translation counts for the first that it breaks
 RULES = ("empty", "unfinished", "copy", "length", "repetition", "language")
@@ -34,26 +36,15 @@ WORDS = {code: frozenset(words.split()) for code, words in LANGUAGES["words"].it
 
 @dataclass
 class Filters:
-    """What the rules go by.
+    """What the rules go by. Raises ``ValueError`` for bounds out of order or range, and an unknown identifier."""
 
-    Args:
-        markers: a translation ends before the first of them; by default the end of the line, and what begins the next
-            part of a prompt.
-        length_ratio: smallest and largest allowed length of a translation over its source's, in characters. For
-            languages that need far fewer characters than the source's give other bounds.
-        unique_words: at least this share of the words are different ones.
-        loops: so many times the same text of four or more characters, one right after the other, is a loop.
-        identifier: what tells the language: "stop_words" (script and common words) or "none".
-
-    Raises:
-        ValueError: bounds out of order or range, an unknown identifier.
-    """
-
+    # a translation ends before the first of them: the end of the line, and what begins the next part of a prompt
     markers: list[str] = field(default_factory=lambda: ["\n", "###"])
+    # smallest and largest length over the source's, in characters; languages that need far fewer want other bounds
     length_ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    unique_words: float = 0.5
-    loops: int = 3
-    identifier: str = "stop_words"
+    unique_words: float = 0.5  # at least this share of the words are different ones
+    loops: int = 3  # so many times the same text of four or more characters, one right after the other, is a loop
+    identifier: str = "stop_words"  # what tells the language: script and common words, or "none"
 
     def __post_init__(self) -> None:
         ratio = self.length_ratio
@@ -84,13 +75,9 @@ def truncated(text: str, markers: Sequence[str]) -> str:
 
 
 def broken_rule(source: str, text: str, whole: bool, languages: tuple[str, str], filters: Filters) -> str | None:
-    """The first of ``RULES`` that a translation breaks, or None.
+    """The first of ``RULES`` that a translation breaks, already cut, or None.
 
-    Args:
-        source, text: the sentence and its translation, already cut.
-        whole: whether the translation ended, by EOS or at a marker, and not because no more tokens were made.
-        languages: codes of the source and the target language.
-        filters: bounds of the rules.
+    ``whole`` says that it ended, by EOS or at a marker, and not because no more tokens were made.
     """
     words, source_words = (re.findall(r"\w+", each.casefold()) for each in (text, source))
     low, high = filters.length_ratio
@@ -104,10 +91,8 @@ def broken_rule(source: str, text: str, whole: bool, languages: tuple[str, str],
         return "length"
     if len(set(words)) < filters.unique_words * len(words) or loops(text, filters.loops):
         return "repetition"
-    if filters.identifier != "none":
-        target = languages[1].split("_")[0].lower()
-        if wrong_script(text, target) or language_of(text) not in (None, target):
-            return "language"
+    if filters.identifier != "none" and not may_be(text, languages[1].split("_")[0].lower()):
+        return "language"
     return None
 
 
@@ -122,36 +107,23 @@ def loops(text: str, times: int) -> bool:
     return re.search(rf"(.{{4,}}?)\1{{{times - 1},}}", text) is not None
 
 
-def scripts_of(text: str) -> Counter[str]:
-    """Letters by script, as their Unicode names begin."""
-    return Counter(re.split("[ -]", unicodedata.name(char, ""), maxsplit=1)[0] for char in text if char.isalpha())
+def may_be(text: str, language: str) -> bool:
+    """Whether a text may be in a language, by script, and among those of Latin script by common words.
 
-
-def wrong_script(text: str, language: str) -> bool:
-    """Whether most letters of a text are of a script in which that language is not written."""
-    scripts = scripts_of(text)
-    expected = {script for script, codes in SCRIPTS.items() if language in codes} or {"LATIN"}
-    return sum(scripts[script] for script in expected) < 0.5 * scripts.total()
-
-
-def language_of(text: str) -> str | None:
-    """The language by script, and among those of Latin script by common words; None where it cannot be told.
-
-    Coarse on purpose: it shall catch output in a wrong language, not tell dialects apart. None where several languages
-    share the script, and for Latin letters where no list of words has more hits than every other.
+    Coarse on purpose: it shall catch output in a wrong language, not tell dialects apart. False where most letters are
+    of a script in which the language is not written, or another language has more common words than every other.
     """
-    scripts = scripts_of(text)
-    if not scripts:
-        return None
+    # letters by script, as their Unicode names begin
+    names = (unicodedata.name(char, "") for char in text if char.isalpha())
+    scripts = Counter(re.split("[ -]", name, maxsplit=1)[0] for name in names)
+    expected = {script for script, codes in SCRIPTS.items() if language in codes} or {"LATIN"}
+    if sum(scripts[script] for script in expected) < 0.5 * scripts.total():
+        return False
     if scripts["HIRAGANA"] + scripts["KATAKANA"] > 0:  # beside Chinese characters
-        return "ja"
-    script = scripts.most_common(1)[0][0]
-    if script != "LATIN":
-        codes = SCRIPTS.get(script, [])
-        return codes[0] if len(codes) == 1 else None
+        return language == "ja"
     found = re.findall(r"[^\W\d_]+", text.lower())
     hits = sorted(((sum(word in words for word in found), code) for code, words in WORDS.items()), reverse=True)
-    return hits[0][1] if hits[0][0] > hits[1][0] else None
+    return "LATIN" not in expected or hits[0][0] == hits[1][0] or hits[0][1] == language
 
 
 class Response(NamedTuple):
@@ -213,9 +185,9 @@ def select(
     """Cut and filter the continuations of the sentences' prompts. A row above ``max_length`` counts as unfinished.
 
     Returns:
-        The records of the rows that passed: ``ids`` (prompt, response, EOS) with ``prompt``, how many are the prompt's;
-        ``listed``, how many of the response have a list; ``cut``; ``index``, ``source`` and ``text``. And of those that
-        did not pass ``index``, ``rule``, ``source`` and ``text``.
+        The rows that passed: ``input_ids`` (prompt, response, EOS) and ``labels``, -100 on the prompt; ``listed``, how
+        many response tokens have a list; ``cut``; ``index``, ``source`` and ``text``. And of those that did not pass
+        ``rule``, ``index``, ``source`` and ``text``.
     """
     kept, rejected, languages = [], [], parse_direction(direction)
     for index, (generation, prompt, pair) in enumerate(zip(generations, prompts, sentences, strict=True)):
@@ -226,8 +198,8 @@ def select(
         if rule is not None:
             rejected.append({"rule": rule, **about})
             continue
-        row = {"prompt": len(prompt), "ids": [*prompt, *response.ids]}
-        kept.append({**about, **row, "listed": response.listed, "cut": response.cut})
+        row = {"input_ids": [*prompt, *response.ids], "labels": [LABEL_PAD] * len(prompt) + response.ids}
+        kept.append({**row, "listed": response.listed, "cut": response.cut, **about})
     return kept, rejected
 
 
@@ -242,16 +214,26 @@ def count(kept: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) ->
     }
 
 
-def lists_of(record: dict[str, Any], generations: Sequence[Generation], k: int) -> tuple[np.ndarray, np.ndarray]:
+def lists_of(row: dict[str, Any], generations: Sequence[Generation], k: int) -> tuple[np.ndarray, np.ndarray]:
     """(n, k) log-probabilities and ids of a row's n response tokens.
 
     The first ``listed`` are those of the model where it chose that token. The others, and all of a row of a real pair,
     are sure of their token, so that their KL is the cross-entropy.
     """
-    response, listed = record["ids"][record["prompt"] :], record.get("listed", 0)
+    response, listed = [label for label in row["labels"] if label != LABEL_PAD], row.get("listed", 0)
     log_probs, indices = np.full((len(response), k), -np.inf, dtype=np.float32), np.zeros((len(response), k), np.int64)
     log_probs[listed:, 0], indices[listed:, 0] = 0, response[listed:]
     if listed:
-        made: Any = generations[record["index"]]
+        made: Any = generations[row["index"]]
         log_probs[:listed], indices[:listed] = made.log_probs[:listed], made.indices[:listed]
     return log_probs, indices
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """What :func:`write_jsonl` wrote."""
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line, all of them or none."""
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))

@@ -1,4 +1,4 @@
-"""CycleDistill: its rules and rows, the stages and arms, kills, and whole runs with tiny models."""
+"""CycleDistill: its rules and rows, stages and arms, kills, and whole runs with tiny models."""
 
 from __future__ import annotations
 
@@ -16,49 +16,39 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("sacrebleu")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("pandas")
+for package in ("transformers", "accelerate", "sacrebleu", "rich", "matplotlib", "pandas"):
+    pytest.importorskip(package)
 
 from transformers import LlamaForCausalLM
 
-HERE = Path(__file__).parents[2] / "examples" / "cycle_distill"
-sys.path.insert(0, str(HERE))
-import cycle_distill as script
-from translations import RULES, Filters, broken_rule, language_of, lists_of, select, trim, truncated, wrong_script
-
-from fused_kd.training import models
-from fused_kd.training.cache import TeacherCache, write_lists
+from fused_kd.training import KDTrainer, Pair, Stages, TeacherCache, generate_to, models, parse, parse_objective
+from fused_kd.training.cache import write_lists
 from fused_kd.training.collate import Collator
-from fused_kd.training.data import Pair
-from fused_kd.training.generate import Decoding, Generation, generate_to
-from fused_kd.training.prompts import LABEL_PAD, encode_prompts
-from fused_kd.training.script import parse
-from fused_kd.training.specs import parse_objective
-from fused_kd.training.stage import Stages, read_json, read_lines, write_json
-from fused_kd.training.trainer import KDTrainer
+from fused_kd.training.generate import Decoding, Generation, Generations
+from fused_kd.training.prompts import LABEL_PAD, PROMPTS, Rows, encode_prompts, tokenize_pairs
+from fused_kd.training.stage import read_json, write_json
 from tests.training.byte_level import make_tokenizer
 from tests.training.tiny import tiny
+
+HERE = Path(__file__).parents[2] / "examples" / "cycle_distill"
+sys.path.insert(0, str(HERE))
+
+import cycle_distill as script  # noqa: E402
+from translations import RULES, Filters, broken_rule, lists_of, may_be, select, trim  # noqa: E402
 
 SOURCE, GOOD = "A man and a dog are sitting on the grass.", "Ein Mann und ein Hund sitzen auf dem Gras."
 NOUNS = {"dog": "Hund", "man": "Mann", "tree": "Baum", "bird": "Vogel", "king": "König", "wolf": "Wolf"}
 VERBS = {"sees": "sieht", "likes": "mag", "finds": "findet", "hears": "hört"}
-LAX = {"length_ratio": [0.0, 1e9], "unique_words": 0.0, "loops": 10**6, "identifier": "none"}
+# a model this small makes little sense
+LAX: dict[str, Any] = {"length_ratio": [0, 1000], "unique_words": 0, "loops": 1000, "identifier": "none"}
 TINY = {
     "pretrain": '{"num_train_epochs": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 16}',
     "document": 3, "repeats": 2, "plain": 99, "pairs": 90, "sentences": 24, "iterations": 2, "vocab": 420,
     "bootstrap": 20, "training": '{"per_device_train_batch_size": 4}', "hard": '{"max_steps": 3}',
     "soft": '{"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}',
     "valid": "valid", "valid_limit": 6, "test": "test", "test_limit": 8, "k": 6, "generation_batch": 8,
-    "max_new_tokens": 16, "seeds": 0, "length_ratio": [0, 1000], "unique_words": 0, "loops": 1000,
-    "identifier": "none",
+    "max_new_tokens": 16, "seeds": 0, **LAX,
 }  # fmt: skip
-
-
-# rules and rows
 
 
 def rule(text: str, whole: bool = True, **options: Any) -> str | None:
@@ -92,31 +82,34 @@ def test_bounds_are_options():
     doubled = "Ein Mann ein Mann ein Mann sitzt da am Gras"  # 6 different words of 10
     assert rule(doubled, loops=4) is None and rule(doubled, loops=4, unique_words=0.7) == "repetition"
     assert rule("Un homme et un chien sont assis dans le pré.", identifier="none") is None
-    for options in ({"length_ratio": [2.0, 0.5]}, {"unique_words": 1.5}, {"loops": 1}, {"markers": [""]}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            Filters(**options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="identifier must be"):
-        Filters(identifier="nonsense")
+    bad: dict[str, Any] = {
+        "length_ratio": [2.0, 0.5],
+        "unique_words": 1.5,
+        "loops": 1,
+        "markers": [""],
+        "identifier": "x",
+    }
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"{name} must"):
+            Filters(**{name: value})
 
 
 def test_languages():
     texts = {
         "The man is with his dog.": "en", "Un homme est avec un chien dans la rue et les enfants.": "fr",
-        "Muž se psem je na ulici, který si hraje.": "cs", "Ο σκύλος τρέχει.": "el", "犬が走る。": "ja",
-        "Собака бежит.": None, "Hund Katze Maus": None, "12 !": None,
+        "Muž se psem je na ulici, který si hraje.": "cs", "Собака бежит.": "ru uk", "Ο σκύλος τρέχει.": "el",
+        "犬が走る。": "ja", "犬跑": "ja zh", "एक आदमी और कुत्ता": "hi", "Hund Katze": "en fr cs",
+        "12 !": "en fr cs ru uk el ja zh hi",
     }  # fmt: skip
-    assert {text: language_of(text) for text in texts} == texts
-    assert not wrong_script("एक आदमी और कुत्ता", "hi") and wrong_script("ek aadmi aur kutta", "hi")
-    assert wrong_script("Собака", "de") and not wrong_script("12", "de") and not wrong_script("犬が走る。", "ja")
+    codes = ("en", "fr", "cs", "ru", "uk", "el", "ja", "zh", "hi")
+    assert {text: " ".join(code for code in codes if may_be(text, code)) for text in texts} == texts
 
 
 class Plain:
     """A tokenizer whose tokens are the texts in a list."""
 
+    tokens = ("<eos>", " Ein", " Hund", ".", "\n", "en", ".\n", "#", "d\n", " Hun")
     eos_token_id = 0
-
-    def __init__(self, *tokens: str) -> None:
-        self.tokens = ["<eos>", *tokens]
 
     def get_vocab(self):
         return {token: index for index, token in enumerate(self.tokens)}
@@ -141,9 +134,7 @@ class Plain:
     ],
 )
 def test_trim_goes_by_token(ids, response):
-    words: Any = Plain(" Ein", " Hund", ".", "\n", "en", ".\n", "#", "d\n", " Hun")
-    assert trim(Generation(ids, words.decode(ids), 0 in ids), words, ("\n", "##")) == response
-    assert truncated("  ### Response", ("###",)) == "" and truncated(" Ein  Hund.\u2028Er.", ("\n",)) == "Ein Hund. Er."
+    assert trim(Generation(ids, Plain().decode(ids), 0 in ids), Plain(), ("\n", "##")) == response
 
 
 def test_every_rule_is_counted_once():
@@ -159,26 +150,23 @@ def test_every_rule_is_counted_once():
     kept, rejected = select(generations, *arguments, 256)
     found = script.count(kept, rejected)
     assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": dict.fromkeys(RULES, 1)}
-    assert [(each["index"], each["prompt"], each["ids"][:2], each["ids"][-1]) for each in kept] == [
-        (0, 2, [1, 5], 2), (1, 2, [1, 5], 2)
+    assert [(each["index"], each["labels"][:2], each["input_ids"][:2], each["labels"][-1]) for each in kept] == [
+        (0, [LABEL_PAD] * 2, [1, 5], 2), (1, [LABEL_PAD] * 2, [1, 5], 2)
     ]  # fmt: skip
     assert select(generations, *arguments, 5)[0] == []  # too long for training: as if it had not ended
 
 
-def test_prompts_with_examples_and_the_base_that_rambles():
-    template = script.with_examples(script.TEMPLATES["tiny"], [Pair("A {dog}.", "Ein {Hund}.")], "en-de")
+def test_prompts_with_examples_and_a_base_that_rambles():
+    template = script.with_examples(PROMPTS["tiny"], [Pair("A {dog}.", "Ein {Hund}.")], "en-de")
     assert template.render("A {bird}.", "en-de") == "en: A {dog}.\nde:\nEin {Hund}.\nen: A {bird}.\nde:\n"
     text = script.TEMPLATES["cycle_distill"].render("A dog.", "en-hi")
     assert text.startswith("### Instruction: ") and "\n### Input: English Text: A dog.\n### Response:\n" in text
     tokenizer = make_tokenizer(["A dog\n", "Ein Hund\n"])
     pairs = [Pair("A dog", "Ein Hund"), Pair("A cat", "Die Katze"), Pair("A man", "Der Mann")]
-    rows = script.document_rows(tokenizer, script.TEMPLATES["tiny"], pairs, "en-de", 2)
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
-        "<s>en: A dog\nde:\nEin Hund\nen: A cat\nde:\nDie Katze</s>",
-        "<s>en: A man\nde:\nDer Mann</s>",
-    ]
-    (plain,) = script.plain_rows(tokenizer, ["A dog sees"])
-    assert tokenizer.decode(plain["input_ids"]) == "<s>A dog sees</s>" and plain["labels"] == plain["input_ids"]
+    rows = script.document_rows(tokenizer, PROMPTS["tiny"], pairs, "en-de", 2) + script.plain_rows(tokenizer, ["A dog"])
+    assert [tokenizer.decode(row["labels"]) for row in rows] == [
+        "<s>en: A dog\nde:\nEin Hund\nen: A cat\nde:\nDie Katze</s>", "<s>en: A man\nde:\nDer Mann</s>", "<s>A dog</s>"
+    ]  # fmt: skip
 
 
 def test_monolingual_text(tmp_path):
@@ -187,11 +175,10 @@ def test_monolingual_text(tmp_path):
     assert script.load_sentences(str(tmp_path / "mono.en.gz"), "en", 2) == ["A dog.", "A cat."]
     rows = [{"en": "A dog.", "de": "x"}, {"text": "A cat."}, {"translation": {"en": "A man."}}, {"de": "y"}]
     (tmp_path / "mono.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert script.load_sentences(str(tmp_path / "mono.jsonl"), "en", 3) == ["A dog.", "A cat.", "A man."]
-    with pytest.raises(ValueError, match=r"mono\.jsonl, line 4: no text for 'en'"):
-        script.load_sentences(str(tmp_path / "mono.jsonl"), "en", 9)
+    with pytest.warns(UserWarning, match="skipped 1 bad rows"):
+        assert script.load_sentences(str(tmp_path / "mono.jsonl"), "en", 9) == ["A dog.", "A cat.", "A man."]
     (tmp_path / "empty.txt").write_text("\n")
-    for name, error in (("empty.txt", "has no text"), ("no-such", "cannot be read")):
+    for name, error in (("empty.txt", "no usable rows"), ("no-such", "no-such")):
         with pytest.raises(ValueError, match=error):
             script.load_sentences(str(tmp_path / name), "en", 1)
 
@@ -199,7 +186,7 @@ def test_monolingual_text(tmp_path):
 def test_held_out_rows_are_apart():
     train, valid = script.hold_out(range(10), 0.2, seed=1)
     assert len(train) == 8 and sorted([*train, *valid]) == list(range(10))
-    assert script.hold_out([1], 0.0, seed=1) == ([1], None) and [*script.hold_out(range(10), 0.2, 2)[1]] != [*valid]
+    assert script.hold_out([1], 0.0, seed=1) == ([1], None)
     with pytest.raises(ValueError, match="none of 2 rows"):
         script.hold_out(range(2), 0.9, 0)
 
@@ -229,48 +216,49 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
             model.lm_head.weight.mul_(0.4)
             model.lm_head.weight[2] *= 2.5  # so that some texts end
     sentences = [Pair(text.strip(), "") for text in (*texts, "The cat sleeps.", "Two dogs.", "A man sees a dog.")]
-    template = script.with_examples(script.TEMPLATES["tiny"], [Pair("A {cat}.", "Eine Katze.")], "en-de")
+    template = script.with_examples(PROMPTS["tiny"], [Pair("A {cat}.", "Eine Katze.")], "en-de")
     prompts = encode_prompts(tokenizer, [template.render(pair.source, "en-de") for pair in sentences])
     generate_to(tmp_path / "made", model, tokenizer, prompts, Decoding(2, 12), k=5, dtype=dtype, progress=False)
-    made = script.read_generations(tmp_path / "made", 5)
+    made = Generations(tmp_path / "made")
     filters = Filters(markers=[a_token_within(made, tokenizer)], **LAX)
     kept, _ = select(made, prompts, sentences, tokenizer, "en-de", filters, 256)
     assert len(kept) >= 3 and any(each["cut"] for each in kept)
-    records = [*kept, *script.records_of(script.tokenize_pairs(tokenizer, template, [Pair("A", "E")], "en-de", 99))]
-    rows = script.training_rows(records)
+    rows = [*kept, *tokenize_pairs(tokenizer, template, [Pair("A", "E")], "en-de", 99).rows]
     write_lists(
-        tmp_path / "lists", lambda start, stop: ((i, *lists_of(records[i], made, 5)) for i in range(start, stop)),
-        tokenizer, rows, k=5, template=template, dtype=dtype, shard_rows=2, about={},
+        tmp_path / "lists", lambda start, stop: ((i, *lists_of(rows[i], made, 5)) for i in range(start, stop)),
+        tokenizer, Rows(rows), k=5, template=template, dtype=dtype, shard_rows=2, about={},
         made_from={"teacher_config": None, "teacher_weights": None}, progress=False,
     )  # fmt: skip
     cache = TeacherCache(tmp_path / "lists", tail="renormalize")
-    losses, apart = {0: [], 1: []}, []
-    for number, (row, record) in enumerate(zip(rows, records, strict=True)):
-        assert row["labels"] == [LABEL_PAD] * record["prompt"] + row["input_ids"][record["prompt"] :]
+    losses: tuple[list[float], list[float]] = [], []
+    apart = []
+    for number, row in enumerate(rows):
         with torch.no_grad():
             logits, teacher = (m(torch.tensor([row["input_ids"]])).logits[0].double() for m in (student, model))
         log_probs, indices = cache[number]
+        prompt = len(row["labels"]) - len(log_probs)
         for token in range(len(log_probs)):
-            place, label = record["prompt"] - 1 + token, row["input_ids"][record["prompt"] + token]
-            if token < record.get("listed", 0):
+            place, label = prompt - 1 + token, row["labels"][prompt + token]
+            if token < row.get("listed", 0):
                 values, ids = teacher[place].log_softmax(-1).topk(5)
                 assert label == ids[0] and indices[token].tolist() == ids.tolist()
                 np.testing.assert_allclose(log_probs[token], values, atol=0.1 if dtype == "8bit" else 5e-3)
                 apart.append(float((teacher[place + 1].log_softmax(-1).topk(5).values - values).abs().max()))
             else:  # a cut row's EOS, a real pair
                 assert log_probs[token, 0] == 0 and indices[token, 0] == label and log_probs[token, 1] == -math.inf
-            for shift in losses:
-                other, log_q = (token + shift) % len(log_probs), logits[place].log_softmax(-1)
+            log_q = logits[place].log_softmax(-1)
+            for shift in (0, 1):
+                other = (token + shift) % len(log_probs)
                 p = log_probs[other].double().exp()
                 p, chosen = p[p > 0] / p.sum(), indices[other][p > 0].long()
                 kl = (p * (p.log() - log_q[chosen])).sum()
                 losses[shift].append(float((1 - alpha) * -log_q[label] + alpha * kl))
     assert max(apart) > 0.1  # the same comparison one position on fails
-    assert not more or max(max(row["input_ids"]) for row in rows) > 65_535
-    config = script.CycleDistill("x", "en-de", "folder", alpha=alpha)
-    data = list(cache.rows(rows))
+    assert not more or max(max(row["labels"]) for row in rows) > 65_535
+    objective = script.CycleDistill("x", "en-de", "folder", alpha=alpha).objective("soft")
+    data = list(cache.rows(Rows(rows)))
     trainer = KDTrainer(
-        student, cache, parse_objective(config.objective("soft")).objective, train_dataset=data,
+        student, cache, parse_objective(objective).objective, train_dataset=data,
         args=script.training_arguments(tmp_path / "run"), data_collator=Collator(0),
     )  # fmt: skip
     with torch.no_grad():
@@ -301,9 +289,6 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
 def test_bad_settings(changes, error):
     with pytest.raises(ValueError, match=error):
         script.CycleDistill(**{"data": "x", "direction": "en-de", "model": "folder", **changes})
-
-
-# stages and arms
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -338,8 +323,8 @@ def command(data: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def cycle_of(data: Path, output: Path, **changes: Any) -> Any:
-    config, filters, _ = parse((script.CycleDistill, Filters, script.Options), command(data, output, **changes), configs=HERE)
-    return script.Cycle(config, filters, output)
+    classes = (script.CycleDistill, Filters, script.Options)
+    return script.Cycle(*parse(classes, command(data, output, **changes), configs=HERE)[:2], output)
 
 
 class Pretended(Stages):
@@ -368,21 +353,19 @@ def titles(data: Path, output: Path, **changes: Any) -> dict[str, str]:
 
 def test_a_change_reaches_what_depends_on_it(data, tmp_path):
     before = titles(data, tmp_path / "before")
-    numbers = iter(range(99))
 
     def changed(**changes: Any) -> set[str]:
-        after = titles(data, tmp_path / str(next(numbers)), **changes)
+        after = titles(data, tmp_path / str(changes), **changes)
         return {title for title in before if after.get(title) != before[title]}
 
-    later = {f"{kind}-{arm}-{i}-seed0" for arm, kind, i in (("hard", "translations", 1), ("hard", "synthetic", 2))}
-    later |= {title.replace("hard", "soft") for title in later}
-    arms = ("hard", "soft", "control", "ceiling")
-    models_ = {f"{kind}-{arm}-{i}-seed0" for kind in ("model", "scores") for arm in arms for i in (1, 2)}
+    later = {f"{kind}-seed0" for arm in ("hard", "soft") for kind in (f"translations-{arm}-1", f"synthetic-{arm}-2")}
+    trained = {f"-{arm}-{i}-seed0" for arm in ("hard", "soft", "control", "ceiling") for i in (1, 2)}
+    trained = {f"{kind}{title}" for kind in ("model", "scores") for title in trained}
     filtered = changed(unique_words=0.1)
     assert {"synthetic-hard-1-seed0", "synthetic-soft-2-seed0", "rows-ceiling-seed0"} <= filtered
     assert not {title for title in filtered if title.startswith(("translations-base", "model-control", "scores-base"))}
-    assert changed(alpha=0.3) == {title for title in models_ | later if "soft" in title}
-    assert changed(training='{"weight_decay": 0.2}') == models_ | later
+    assert changed(alpha=0.3) == {title for title in trained | later if "soft" in title}
+    assert changed(training='{"weight_decay": 0.2}') == trained | later
     assert changed(shots=2) == set(before) - {"texts", "tokenizer", "base-seed0"}
     assert changed(sentences=20) == set(before)
     assert changed(bootstrap=0, samples=1) == set()
@@ -414,9 +397,6 @@ def test_an_arm_ends_when_chrf_stops_rising(data, tmp_path, monkeypatch):
     assert lengths(stop=True) == [2, 1, 2] and lengths(stop=False) == [3, 3, 3]
 
 
-# whole runs
-
-
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("cycle") / "run"
@@ -429,52 +409,35 @@ def folder_of(output: Path, title: str) -> Path:
     return found
 
 
-def head(folder: Path) -> torch.Tensor:
-    return LlamaForCausalLM.from_pretrained(folder).lm_head.weight
-
-
 def test_everything_is_written(finished, data):
-    metrics = json.loads((finished / "metrics.json").read_text())
+    metrics = read_json(finished / "metrics.json")
     seed = metrics["seeds"]["0"]
-    assert {arm: len(rounds) for arm, rounds in seed["arms"].items()} == dict.fromkeys(
-        ("hard", "soft", "control", "ceiling"), 2
-    )
-    assert set(seed["base"]["valid"]) >= {"bleu", "chrf", "raw", "finished", "chrf_signature"}
-    for arm, rounds in seed["arms"].items():
-        for number, each in enumerate(rounds, start=1):
-            assert (each["iteration"], each["steps"]) == (number, 3)  # equal steps in all arms
-            if arm in ("hard", "soft"):
-                counts = each["counts"]
-                assert counts["generated"] == 24 == counts["kept"] + sum(counts["rejected"].values())
-                assert each["rows"] == counts["kept"] > 0 and len(each["samples"]) == 4
     arms = seed["arms"]
+    assert list(arms) == ["hard", "soft", "control", "ceiling"]
+    assert set(seed["base"]["valid"]) >= {"bleu", "chrf", "raw", "finished", "chrf_signature"}
+    for arm, rounds in arms.items():  # equal steps in all arms
+        assert [(each["iteration"], each["steps"]) for each in rounds] == [(1, 3), (2, 3)]
+        for each in rounds if arm in ("hard", "soft") else []:
+            counts = each["counts"]
+            assert counts["generated"] == 24 == counts["kept"] + sum(counts["rejected"].values())
+            assert each["rows"] == counts["kept"] > 0 and len(each["samples"]) == 4
     assert arms["hard"][0]["counts"] == arms["soft"][0]["counts"]  # of the same translations
     assert arms["hard"][0]["counts"]["cut"] > 0  # the base was taught no end of a translation
     assert arms["control"][0]["rows"] == 90 and arms["ceiling"][0]["rows"] == arms["hard"][0]["rows"]
     assert {test["baseline"] for test in seed["tests"]} == {"base", "control"}
     mean = {(row["arm"], row["iteration"]): row for row in metrics["mean"]}
-    assert mean["soft", 2]["each_chrf"] == [arms["soft"][1]["test"]["chrf"]]
-    assert mean["base, raw", 0]["chrf"] == seed["base"]["test"]["raw"]["chrf"] and mean["hard", 1]["steps"] == 3
-    assert (finished / "chrf.png").read_bytes().startswith(b"\x89PNG")
+    assert mean["soft", 2]["each_chrf"] == pytest.approx([arms["soft"][1]["test"]["chrf"]])
+    assert mean["base, raw", 0]["chrf"] == pytest.approx(seed["base"]["test"]["raw"]["chrf"])
+    assert mean["hard", 1]["steps"] == 3 and (finished / "chrf.png").read_bytes().startswith(b"\x89PNG")
     texts = read_json(folder_of(finished, "texts") / "texts.json")
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = script.read_jsonl(data / "train.jsonl")
     assert [pair[0] for pair in texts["pairs"] + texts["sentences"]] == [row["en"] for row in rows[:114]]
     assert texts["plain"] == [row["de"] for row in rows[114:]]  # of other captions than the English sentences
-    base, first, second = (
-        head(folder_of(finished, title) / "model") for title in ("base-seed0", "model-hard-1-seed0", "model-hard-2-seed0")
-    )
-    assert 0 < (first - base).norm() < 0.2 * base.norm()  # three steps move a little from their start
-    assert 0 < (second - first).norm() < (second - base).norm()
-
-
-def test_prompts_of_generation_and_training_are_the_same(finished, data):
-    cycle = cycle_of(data, finished)
+    cycle = cycle_of(data, finished)  # the prompts of generation and training are the same
     prompts = cycle.prompts(cycle.texts.sentences)
-    for title in ("synthetic-hard-1-seed0", "synthetic-soft-2-seed0"):
-        rows = script.read_jsonl(folder_of(finished, title) / "rows.jsonl")
-        assert rows and all(row["ids"][: row["prompt"]] == prompts[row["index"]] for row in rows)
-    begin = cycle.prompts(cycle.real_pairs[:1])[0]
-    assert cycle.rows(cycle.real_pairs)[0]["input_ids"][: len(begin)] == begin
+    for row in script.read_jsonl(folder_of(finished, "synthetic-soft-2-seed0") / "rows.jsonl"):
+        prompt = prompts[row["index"]]
+        assert row["input_ids"][: len(prompt)] == prompt and row["labels"].count(LABEL_PAD) == len(prompt)
 
 
 def test_again_skips_what_is_done(finished, data, monkeypatch):
@@ -483,7 +446,7 @@ def test_again_skips_what_is_done(finished, data, monkeypatch):
 
     monkeypatch.setattr(KDTrainer, "train", refuse)
     monkeypatch.setattr(LlamaForCausalLM, "generate", refuse)
-    before = json.loads((finished / "metrics.json").read_text())
+    before = read_json(finished / "metrics.json")
     assert json.loads(json.dumps(script.main(command(data, finished)))) == before
 
 
@@ -506,20 +469,18 @@ def test_killed_in_every_stage(finished, data, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, once)
 
-    for name in ("fit", "generate_to", "write_jsonl", "write_lists", "score"):
+    names = {"fit", "generate_to", "write_jsonl", "write_lists", "score"}
+    for name in names:
         dying(script, name)
     dying(LlamaForCausalLM, "generate", 4)  # after the base's valid and test sentences: the second batch of three
     dying(KDTrainer, "training_step", 2)
-    for _ in range(9):
+    for _ in range(len(names) + 3):
         with contextlib.suppress(KeyboardInterrupt):
             script.main(command(data, tmp_path, iterations=1, bootstrap=0))
             break
-    assert dead == {"fit", "generate_to", "write_jsonl", "write_lists", "score", "generate", "training_step"}
-    for title in (
-        "translations-base-seed0", "synthetic-soft-1-seed0", "scores-hard-1-seed0", "scores-soft-1-seed0",
-        "scores-control-1-seed0", "scores-ceiling-1-seed0",
-    ):  # fmt: skip
-        one, other = (folder_of(output, title) for output in (tmp_path, finished))
+    assert dead == names | {"generate", "training_step"}
+    for title in ("translations-base", "synthetic-soft-1", "scores-hard-1", "scores-soft-1", "scores-ceiling-1"):
+        one, other = (folder_of(output, f"{title}-seed0") for output in (tmp_path, finished))
         files = {path.relative_to(one) for path in one.rglob("*") if path.is_file() and path.name != ".lock"}
         assert files and all((one / file).read_bytes() == (other / file).read_bytes() for file in files), title
 
@@ -529,31 +490,27 @@ def test_paper_preset_with_a_model_from_a_folder(finished, data, tmp_path):
     pytest.importorskip("peft")
     from safetensors.torch import load_file
 
-    mono = tmp_path / "mono.en"
+    mono, run, own = tmp_path / "mono.en", tmp_path / "run", folder_of(finished, "base-seed0") / "model"
     mono.write_text("".join(f"The {one} hears the {other}.\n" for one in NOUNS for other in list(NOUNS)[:3]))
-    own = folder_of(finished, "base-seed0") / "model"
     values = {
-        "data": data, "monolingual": mono, "model": own, "direction": "en-de", "sentences": 12, "pairs": 12, "shots": 2,
-        "iterations": 2, "stop": False, "hard": '{"max_steps": 2}', "soft": '{"max_steps": 2}', "dtype": "float32",
-        "training": '{"bf16": false, "gradient_checkpointing": false}', "valid_limit": 2, "test_limit": 2,
-        "max_new_tokens": 16, "lists": "8bit", "k": 4, "bootstrap": 0, "prompt": "tiny", "keep_parallel": True,
-        "unique_words": 0, "loops": 1000, "identifier": "none",
+        "output": run, "data": data, "monolingual": mono, "model": own, "direction": "en-de", "sentences": 12,
+        "pairs": 12, "shots": 2, "iterations": 1, "hard": '{"max_steps": 2}', "soft": '{"max_steps": 2}',
+        "training": '{"bf16": false, "gradient_checkpointing": false}', "dtype": "float32", "valid_limit": 2,
+        "test_limit": 2, "max_new_tokens": 16, "lists": "8bit", "k": 4, "bootstrap": 0, "prompt": "tiny",
+        "keep_parallel": True, "unique_words": 0, "loops": 1000, "identifier": "none",
     }  # fmt: skip
     given = [f"--{key}={value}" for key, value in values.items()]
     given += ["--variants", "hard", "soft_self_evolution", "--length_ratio", "0", "1000"]
-    found = script.main(["--preset", "paper", "--output", str(tmp_path / "run"), *given])
-    arms = found["seeds"]["0"]["arms"]
+    arms = script.main(["--preset", "paper", *given])["seeds"]["0"]["arms"]
     assert list(arms) == ["hard", "soft_self_evolution", "control"]  # no references, no ceiling
-    first, second = arms["soft_self_evolution"]
-    assert first["objective"] == "self_evolution:gamma=0.4,beta=0.5,lam=0.5" and len(first["validation"]) >= 1
-    assert first["rows"] == first["counts"]["kept"] + 10 and first["counts"]["parallel"] == 10 and second["steps"] == 2
-    folder = folder_of(tmp_path / "run", "model-hard-1-seed0")
+    (soft,) = arms["soft_self_evolution"]
+    assert soft["objective"] == "self_evolution:gamma=0.4,beta=0.5,lam=0.5" and len(soft["validation"]) >= 1
+    assert soft["rows"] == soft["counts"]["kept"] + 10 and soft["counts"]["parallel"] == 10
+    folder = folder_of(run, "model-hard-1-seed0")
     options = read_json(folder / "stage.json")["settings"]["training"]
     assert (options["gradient_accumulation_steps"], options["warmup_steps"], options["learning_rate"]) == (8, 5, 2e-4)
-    adapters, low = read_json(folder / "model" / "adapter_config.json"), load_file(folder / "model/adapter_model.safetensors")
-    assert (adapters["r"], adapters["lora_alpha"], adapters["lora_dropout"]) == (2, 4, 0)
-    base = LlamaForCausalLM.from_pretrained(own).state_dict()
-    merged = LlamaForCausalLM.from_pretrained(folder / "merged").state_dict()
+    low = load_file(folder / "model" / "adapter_model.safetensors")
+    base, merged = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (own, folder / "merged"))
     assert sum("lora_A" in name for name in low) == 7
     for name, value in base.items():  # W + (alpha / r) B A for each adapted matrix, all else as it was
         key = f"base_model.model.{name.removesuffix('.weight')}"
@@ -561,21 +518,19 @@ def test_paper_preset_with_a_model_from_a_folder(finished, data, tmp_path):
             value = value + 4 / 2 * low[f"{key}.lora_B.weight"] @ low[f"{key}.lora_A.weight"]
             assert not torch.equal(value, base[name])
         torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=1e-5)
-    again = head(folder_of(tmp_path / "run", "model-hard-2-seed0") / "merged")
-    assert again.shape == merged["lm_head.weight"].shape and read_lines(folder_of(tmp_path / "run", "scores-base") / "test.txt")
 
 
 def test_what_is_missing_is_said_before_any_work(data, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    paper = ["--preset", "paper", "--direction", "en-de", "--data", str(data), "--pairs", "20"]
+    given = ["--direction", "en-de", "--data", str(data)]
     cases = {
-        r"meta-llama/Llama-3\.1-8B": [*paper, "--monolingual", "null"],
+        r"meta-llama/Llama-3\.1-8B": ["--preset", "paper", *given],
         r"no-such.*give parallel text as --data PATH": ["--preset", "tiny", "--data", "./no-such"],
-        r"pairs=4000 leaves no sentences of the 120": ["--preset", "tiny", "--data", str(data)],
+        r"pairs=4000 leaves no sentences of the 120": ["--preset", "tiny", *given],
         "nonsense": [*command(data, tmp_path), "--nonsense", "1"],
         "lerning_rate": [*command(data, tmp_path), "--training", '{"lerning_rate": 1}'],
     }
-    for number, (error, given) in enumerate(cases.items()):
+    for number, (error, arguments) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=error):
-            script.main([*given, "--output", str(tmp_path / str(number))])
-    assert not [path for path in tmp_path.glob("*/*/done.json") if not path.parent.name.startswith("texts")]
+            script.main([*arguments, "--output", str(tmp_path / str(number))])
+    assert not list(tmp_path.glob("*/*/done.json"))
