@@ -302,10 +302,11 @@ def read_rows_of(folder: Path) -> Rows:
 def hold_out(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
     """``rows`` without a random share of them, and that share; all and None for a share of 0."""
     held = round(share * len(rows))
-    if held and held == len(rows):
+    if held == 0:
+        return rows, None
+    if held == len(rows):
         raise ValueError(f"held_out={share}: none of {len(rows)} rows is left to train on")
-    parts = random_split(rows, [len(rows) - held, held], torch.Generator().manual_seed(seed))
-    return tuple(parts) if held else (rows, None)
+    return tuple(random_split(rows, [len(rows) - held, held], torch.Generator().manual_seed(seed)))
 
 
 # the stages
