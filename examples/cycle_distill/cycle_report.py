@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import sacrebleu
-import torch
-import transformers
 
-import fused_kd
+from fused_kd.info import devices, versions
 from fused_kd.training.data import Pair
 from fused_kd.training.score import paired_bootstrap
 from fused_kd.training.stage import read_json, read_lines
@@ -88,12 +84,10 @@ def of_seed(
 
 def metrics(config: Any, filters: Any, seeds: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Configuration, versions, every seed's numbers, and their means over the seeds by arm and iteration."""
-    modules = (fused_kd, torch, transformers, sacrebleu)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "arguments": dataclasses.asdict(config) | {"filters": dataclasses.asdict(filters)},
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules},
-        "machine": {"device": device, "cpu_threads": torch.get_num_threads()},
+        "versions": versions(),
+        "devices": devices(),
         "seeds": {str(seed): found for seed, found in seeds.items()},
         "mean": json.loads(means(seeds.values()).to_json(orient="records", double_precision=15)),
     }

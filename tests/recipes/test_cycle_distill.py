@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("transformers", "accelerate", "sacrebleu", "rich", "matplotlib", "pandas"):
-    pytest.importorskip(package)
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("sacrebleu")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pandas")
 
 from transformers import LlamaForCausalLM
 
@@ -183,14 +186,6 @@ def test_monolingual_text(tmp_path):
             script.load_sentences(str(tmp_path / name), "en", 1)
 
 
-def test_held_out_rows_are_apart():
-    train, valid = script.hold_out(range(10), 0.2, seed=1)
-    assert len(train) == 8 and sorted([*train, *valid]) == list(range(10))
-    assert script.hold_out([1], 0.0, seed=1) == ([1], None)
-    with pytest.raises(ValueError, match="none of 2 rows"):
-        script.hold_out(range(2), 0.9, 0)
-
-
 def a_token_within(made: Any, tokenizer: Any) -> str:
     """The text of a token that some continuation has after its first word: as a marker it cuts between tokens."""
     for generation in made:
@@ -289,6 +284,8 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
 def test_bad_settings(changes, error):
     with pytest.raises(ValueError, match=error):
         script.CycleDistill(**{"data": "x", "direction": "en-de", "model": "folder", **changes})
+    with pytest.raises(ValueError, match="none of 2 rows"):
+        script.hold_out(range(2), 0.9, seed=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -505,6 +502,8 @@ def test_paper_preset_with_a_model_from_a_folder(finished, data, tmp_path):
     assert list(arms) == ["hard", "soft_self_evolution", "control"]  # no references, no ceiling
     (soft,) = arms["soft_self_evolution"]
     assert soft["objective"] == "self_evolution:gamma=0.4,beta=0.5,lam=0.5" and len(soft["validation"]) >= 1
+    train, valid = script.hold_out(range(10), 0.2, seed=1)
+    assert len(train) == 8 and sorted([*train, *valid]) == list(range(10))
     assert soft["rows"] == soft["counts"]["kept"] + 10 and soft["counts"]["parallel"] == 10
     folder = folder_of(run, "model-hard-1-seed0")
     options = read_json(folder / "stage.json")["settings"]["training"]
