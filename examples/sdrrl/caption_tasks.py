@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transfer import Row, write_rows
+from transfer import Row
 
 from fused_kd.training.data import load_pairs
 from fused_kd.training.score import score
@@ -95,14 +95,15 @@ class CaptionStudy:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
 
-def write_captions(
-    folder: Path, captions: str, study: CaptionStudy, parallel: int, languages: tuple[str, str]
-) -> dict[str, int]:
-    """The files of a small study, JSON lines in ``folder``; returns the rows of each.
+def caption_files(
+    captions: str, study: CaptionStudy, parallel: int, languages: tuple[str, str]
+) -> dict[str, Sequence[Row]]:
+    """The rows of a small study.
 
-    ``instructions`` and ``validation`` (tasks about the transfer captions), ``dev`` and ``test`` (tasks about held-out
-    captions), ``base`` (texts: an instruction with its output, or a caption alone), ``translator`` and ``parallel``
-    (pairs).
+    Returns:
+        ``instructions`` and ``validation`` (tasks about the transfer captions), ``dev`` and ``test`` (tasks about
+        held-out captions), ``base`` (texts: an instruction with its output, or a caption alone), ``translator`` and
+        ``parallel`` (pairs).
 
     Args:
         captions: a folder with ``train``, ``val`` and ``test...`` files of ``{"en": ..., "de": ...}`` rows.
@@ -148,12 +149,9 @@ def write_captions(
     held = max(1, round(study.held_out * len(tasks)))
     plain = [row[source] for row in train[: study.base_source]] + [row[target] for row in parts["target"]]
     terms = [*QUESTIONS.values(), COMPLETION]
-    terms += [
-        {language: ANSWERS[kind, concept, language] for language in languages}
-        for kind, concept, language in ANSWERS
-        if language == source
-    ]
-    files: dict[str, Sequence[Any]] = {
+    concepts = dict.fromkeys((kind, concept) for kind, concept, _ in ANSWERS)
+    terms += [{language: ANSWERS[(*concept, language)] for language in languages} for concept in concepts]
+    return {
         "instructions": tasks[held:],
         "validation": tasks[:held],
         "dev": ask(dev, study.test_questions, study.test_completions, "dev"),
@@ -163,9 +161,6 @@ def write_captions(
         "translator": [*train[: study.translator_pairs], *(terms * study.term_repeats)],
         "parallel": parts["parallel"],
     }
-    for name, rows in files.items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in files.items()}
 
 
 def make_tasks(

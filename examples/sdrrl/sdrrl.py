@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ import matplotlib
 import pandas
 import torch
 import transfer
-from caption_tasks import COMPLETE, CaptionStudy, score_answers, write_captions
+from caption_tasks import COMPLETE, CaptionStudy, caption_files, score_answers
 from transfer import Arm, Row, read_rows, write_rows
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -41,7 +42,7 @@ from fused_kd.training.data import Instruction, Pair, load_instructions, load_pa
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, generate_to
 from fused_kd.training.models import PRESETS, load_model, load_pretrained, load_tokenizer, threads_for, train_tokenizer
-from fused_kd.training.prompts import concatenate, get_prompt, tokenize_pairs, tokenize_texts
+from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.specs import parse_objective
@@ -169,16 +170,9 @@ class Study:
     def own(self, seed: int) -> str:
         return f"own-s{seed}" if self.c.model in PRESETS else "own"
 
-    def stage(
-        self,
-        title: str,
-        work: Callable[[Path], object],
-        settings: Mapping[str, Any],
-        needs: Sequence[Path] = (),
-        files: Sequence[str | None] = (),
-    ) -> Path:
+    def stage(self, title: str, work: Callable[[Path], object], settings: Mapping[str, Any], **inputs: Any) -> Path:
         if title not in self.folders:  # once: a large file is read for its fingerprint
-            self.folders[title] = self.stages(title, work, settings, needs=needs, files=files)
+            self.folders[title] = self.stages(title, work, settings, **inputs)
         return self.folders[title]
 
     # texts, tokenizer, models
@@ -188,8 +182,7 @@ class Study:
         c = self.c
 
         def of_captions(out: Path) -> None:
-            counts = write_captions(out, c.captions, self.captions, c.parallel_sentences, self.languages)
-            write_json(out / "counts.json", counts)
+            write_files(out, caption_files(c.captions, self.captions, c.parallel_sentences, self.languages))
 
         def of_files(out: Path) -> None:
             asked = as_tasks("instruction", c.source, load_instructions(c.instructions, "train", limit=c.limit))
@@ -197,12 +190,9 @@ class Study:
                 raise ValueError(f"valid={c.valid}: expected less than the {len(asked)} instructions")
             pairs = load_pairs(c.parallel, "train", f"{c.source}-{c.target}", limit=c.parallel_sentences)
             tests = [as_tasks(f"test-{key}", key, load_instructions(path, "all")) for key, path in c.tests.items()]
-            write_rows(out / "instructions.jsonl", asked[: -c.valid])
-            write_rows(out / "validation.jsonl", asked[-c.valid :])
-            write_rows(out / "parallel.jsonl", [{c.source: pair.source, c.target: pair.target} for pair in pairs])
-            write_rows(out / "test.jsonl", sum(tests, []))
-            counts = {"instructions": len(asked) - c.valid, "validation": c.valid, "parallel": len(pairs)}
-            write_json(out / "counts.json", counts | {"test": sum(map(len, tests))})
+            files = {"instructions": asked[: -c.valid], "validation": asked[-c.valid :], "test": [*chain(*tests)]}
+            files["parallel"] = [{c.source: pair.source, c.target: pair.target} for pair in pairs]
+            write_files(out, files)
 
         about: dict[str, Any] = {"languages": self.languages, "parallel": c.parallel_sentences}
         if c.captions is not None:
@@ -228,7 +218,7 @@ class Study:
             train_tokenizer(texts, c.vocab).save_pretrained(out)
 
         about = {"vocab": c.vocab, "answer_in": c.answer_in, "translate_as": c.translate_as}
-        return self.stage("tokenizer", work, about, [self.tasks()])
+        return self.stage("tokenizer", work, about, needs=[self.tasks()])
 
     def tokenizer(self, name: str) -> Any:
         return load_tokenizer(self.tokens() if name in PRESETS else name)
@@ -243,12 +233,17 @@ class Study:
         model = model.cuda() if torch.cuda.is_available() else model
         return generate_to(out, model, self.tokenizer(name), prompts, decoding)
 
-    def fit(
-        self, out: Path, name: str, start: Path | None, options: dict, seed: int, rows: Any, valid: Any = None
-    ) -> None:
-        """Cross-entropy on the answers, from a stage's model; with ``valid`` the best checkpoint is kept."""
+    def fit(self, out: Path, name: str, start: Path | None, options: dict, seed: int, *sets: Rows) -> None:
+        """Cross-entropy on the answers, from a stage's model; with validation rows the best checkpoint is kept."""
         values = {"per_device_train_batch_size": 64, "warmup_steps": 0.03, "weight_decay": 0.0, "seed": seed, **options}
-        if valid is not None:
+        # options are those of one process: of more, each takes a share of the accumulation, and a batch is the same
+        steps, processes = values.get("gradient_accumulation_steps", 1), int(os.environ.get("WORLD_SIZE", "1"))
+        if steps % processes:
+            raise ValueError(
+                f"gradient_accumulation_steps must be a multiple of the {processes} processes, got {steps}"
+            )
+        values["gradient_accumulation_steps"] = steps // processes
+        if len(sets) > 1:
             # twice an epoch, as a share of the training; the best checkpoint must be among the saved
             every = min(0.5 / max(values.get("num_train_epochs", 3), 1), 0.5)
             values |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
@@ -261,8 +256,8 @@ class Study:
             None,
             parse_objective("sft").objective,
             args=arguments,
-            train_dataset=rows,
-            eval_dataset=valid,
+            train_dataset=sets[0],
+            eval_dataset=sets[1] if len(sets) > 1 else None,
             data_collator=Collator(padding_id(tokenizer)),
             processing_class=tokenizer,
         )
@@ -282,7 +277,7 @@ class Study:
         if c.model not in PRESETS:
             return self.stage("model", lambda out: None, {}, files=[c.model])
         about = {"model": c.model, "training": c.pretraining, "max_length": c.max_length, "prompt": c.prompt}
-        return self.stage(f"base-s{seed}", work, about | {"seed": seed}, [self.tasks(), self.tokens()])
+        return self.stage(f"base-s{seed}", work, about | {"seed": seed}, needs=[self.tasks(), self.tokens()])
 
     # (i) the model answers the instructions itself
 
@@ -306,7 +301,7 @@ class Study:
             write_json(out / "counts.json", counts)
 
         about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages}
-        return self.stage(f"collect-{own}", work, about, [self.tasks(), self.start(own)])
+        return self.stage(f"collect-{own}", work, about, needs=[self.tasks(), self.start(own)])
 
     def answered(self, answers: str) -> list[Row]:
         """Questions with their answers in the rich language."""
@@ -329,7 +324,7 @@ class Study:
 
         if c.translator in PRESETS:
             about = {"model": c.translator, "training": c.translator_training, "max_length": c.max_length}
-            return self.stage("translator", work, about, [self.tasks(), self.tokens()])
+            return self.stage("translator", work, about, needs=[self.tasks(), self.tokens()])
         file = c.dictionary if c.translator_kind == "dictionary" else c.translator
         about = {"kind": c.translator_kind, "codes": c.translator_codes}
         return self.stage("translator", lambda out: None, about, files=[file])
@@ -338,19 +333,16 @@ class Study:
         """Each different text and its translation, "" where it has none; ``out`` keeps what is done."""
         c = self.c
 
-        def causal(pieces: list[str]) -> list[str]:
+        def sentences(pieces: list[str]) -> list[str]:
+            if c.translator_kind == "dictionary":
+                return transfer.translate_words(pieces, self.dictionaries()[a])
+            if c.translator_kind == "seq2seq":
+                return transfer.translate_seq2seq(out, c.translator, c.translator_codes, (a, b), pieces, self.decoding)
             prompts = [get_prompt("tiny").render(piece, f"{a}-{b}") for piece in pieces]
             made = self.generate(out, c.translator, self.translator(), prompts, self.decoding)
             return [answer.text if answer.finished else "" for answer in made]
 
-        def seq2seq(pieces: list[str]) -> list[str]:
-            return transfer.translate_seq2seq(out, c.translator, c.translator_codes, (a, b), pieces, self.decoding)
-
-        def dictionary(pieces: list[str]) -> list[str]:
-            return transfer.translate_words(pieces, self.dictionaries()[a])
-
-        engines = {"causal": causal, "seq2seq": seq2seq, "dictionary": dictionary}
-        return transfer.translate_texts(texts, engines[c.translator_kind])
+        return transfer.translate_texts(texts, sentences)
 
     def dictionaries(self) -> dict[str, transfer.Senses]:
         """By the language of their words."""
@@ -366,7 +358,8 @@ class Study:
                 scores[f"{a}-{b}"] = asdict(score([made[text] for text in sources], references))
             write_json(out / "scores.json", scores)
 
-        return self.stage("translator-test", work, {"decoding": self.decoding}, [self.tasks(), self.translator()])
+        needs = [self.tasks(), self.translator()]
+        return self.stage("translator-test", work, {"decoding": self.decoding}, needs=needs)
 
     def translated(self, what: str) -> Path:
         """Translations of "questions" or of answers, with scores of them: by the way back, or by CometKiwi."""
@@ -390,39 +383,31 @@ class Study:
                 back = self.translate(out, translations, c.target, c.source)
                 scores = transfer.round_trip(texts, [back[text] for text in translations])
             else:
-                scores = transfer.comet_kiwi(out, texts, translations, c.comet, c.comet_model, c.comet_batch_size)
+                comet = c.comet, c.comet_model, c.comet_batch_size
+                scores = transfer.comet_kiwi(out, texts, translations, *comet) if done else []
             found = dict(zip(texts, scores, strict=True))
             write_rows(out / "scores.jsonl", [row | {"score": found.get(row["text"])} for row in pairs])
 
-        there = self.stage(f"translate-{what}", translate, about, needs)
+        there = self.stage(f"translate-{what}", translate, about, needs=needs)
         about = about if c.scorer == "round_trip" else {"model": c.comet_model}
         needs = [there] + ([self.translator()] if c.scorer == "round_trip" else [])
-        return self.stage(f"score-{what}", rate, about | {"scorer": c.scorer}, needs)
+        return self.stage(f"score-{what}", rate, about | {"scorer": c.scorer}, needs=needs)
 
     # (iii) pairs of poor translations are left out
 
     def pairs(self, answers: str, tau: float | None) -> Path:
         """The answered questions in both languages whose texts all score at least ``tau``."""
+        questions, outputs = self.translated("questions"), self.translated(answers)
 
         def work(out: Path) -> None:
-            names, candidates = ("instruction", "input", "output"), []
-            questions, outputs = (
-                {row["text"]: row for row in read_rows(folder / "scores.jsonl")} for folder in (asked, said)
-            )
-            for row in self.answered(answers):
-                texts = {name: row[name] for name in names}
-                made = {n: (outputs if n == "output" else questions)[text] for n, text in texts.items() if text}
-                target = {name: made[name]["translation"] if name in made else "" for name in names}
-                whole = all(found["translation"] for found in made.values())
-                scores = {name: found["score"] for name, found in made.items()} if whole else {}
-                candidates.append({"id": row["id"], "source": texts, "target": target, "scores": scores})
+            scored = [{row["text"]: row for row in read_rows(out / "scores.jsonl")} for out in (questions, outputs)]
+            candidates = [transfer.pair_up(row, *scored) for row in self.answered(answers)]
             good, counts = transfer.kept(candidates, tau)
-            write_rows(out / "pairs.jsonl", good if tau is not None else candidates)
+            write_rows(out / "pairs.jsonl", candidates if tau is None else good)
             write_json(out / "counts.json", counts)
 
-        asked, said = self.translated("questions"), self.translated(answers)
-        needs = [self.tasks(), asked, said] + ([self.collect(answers)] if answers in self.owns else [])
-        return self.stage(f"pairs-{answers}" if tau is None else f"filter-{answers}", work, {"tau": tau}, needs)
+        needs = [self.tasks(), questions, outputs] + ([self.collect(answers)] if answers in self.owns else [])
+        return self.stage(f"pairs-{answers}" if tau is None else f"filter-{answers}", work, {"tau": tau}, needs=needs)
 
     # (iv) the four combinations, (v) code-switched questions, (vi) parallel sentences: an arm's rows
 
@@ -473,7 +458,8 @@ class Study:
         about = {"arm": arm, "seed": seed, "rows": c.rows, "languages": self.languages, "answer_in": c.answer_in}
         about |= {"translate_as": c.translate_as, "p": c.p if arm.code_switch else None}
         needs = list(dict.fromkeys(folder for folder in (self.tasks(), found, whole) if folder is not None))
-        return self.stage(f"set-{name}-s{seed}", work, about, needs, [c.dictionary] if arm.code_switch else [])
+        files = [c.dictionary] if arm.code_switch else []
+        return self.stage(f"set-{name}-s{seed}", work, about, needs=needs, files=files)
 
     # (vii) training on all of it, and what has come of it in both languages
 
@@ -490,7 +476,7 @@ class Study:
             self.fit(out, c.model, start, c.training, seed, *sets)
 
         about = {"training": c.training, "seed": seed, "prompt": c.prompt, "max_length": c.max_length, "dtype": c.dtype}
-        return self.stage(f"train-{name}-s{seed}", work, about, [rows, start])
+        return self.stage(f"train-{name}-s{seed}", work, about, needs=[rows, start])
 
     def test(self, name: str, seed: int) -> Path:
         """Answers and scores of an arm, or of the model before."""
@@ -510,7 +496,7 @@ class Study:
 
         about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages, "test": c.test}
         title = f"test-{name}" + ("" if name == BEFORE and own == "own" else f"-s{seed}")
-        return self.stage(title, work, about, [self.tasks(), model])
+        return self.stage(title, work, about, needs=[self.tasks(), model])
 
     def steps(self) -> dict[str, dict[str, Callable[[], Path]]]:
         """The pieces of work of each step; several processes may share those of one."""
@@ -535,6 +521,12 @@ def build(cls: type, name: str, values: Any) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={values!r}: {error}") from error
+
+
+def write_files(folder: Path, files: Mapping[str, Sequence[Row]]) -> None:
+    for name, rows in files.items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    write_json(folder / "counts.json", {name: len(rows) for name, rows in files.items()})
 
 
 def as_tasks(name: str, language: str, texts: Sequence[Instruction]) -> list[Row]:
@@ -591,19 +583,21 @@ def results_table(metrics: dict[str, Any]) -> str:
 def write_plots(metrics: dict[str, Any], folder: Path) -> None:
     """``accuracy.png`` and ``chrf.png`` (means, with the deviation over seeds) and ``validation.png``."""
     matplotlib.use("Agg")
-    frame = pandas.DataFrame(metrics["scores"])
+    frame = pandas.DataFrame(metrics["scores"], columns=["arm", "language", "majority", *METRICS])
     for key, label in (("accuracy", "accuracy of questions (%)"), ("chrf", "chrF of completions")):
-        if not frame.empty and frame[key].notna().any():
+        if frame[key].notna().any():
             numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
             numbers = numbers.reindex(frame.arm.unique()[::-1])
-            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 5.5), width=0.8)
+            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 5.5))
             if key == "accuracy":
-                commonest = frame.groupby("language").majority.first().mean()
-                axis.axvline(commonest, color="gray", linestyle="--", linewidth=1, label="commonest answers")
+                axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
             axis.legend()
             axis.figure.savefig(folder / f"{key}.png", dpi=130, bbox_inches="tight")
-    first = {title: record for title, record in metrics["training"].items() if title.endswith(f"-s{metrics['config']['seeds'][0]}")}
-    curves = {title: {point["step"]: point["loss"] for point in record["validation"]} for title, record in first.items()}
+    curves = {
+        title: {point["step"]: point["loss"] for point in record["validation"]}
+        for title, record in metrics["training"].items()
+        if title.endswith(f"-s{metrics['config']['seeds'][0]}")
+    }
     label = "validation loss (nats per token), each arm's own rows"
     axis = pandas.DataFrame(curves).plot(marker=".", xlabel="optimizer step", ylabel=label, grid=True)
     axis.figure.savefig(folder / "validation.png", dpi=130, bbox_inches="tight")

@@ -15,7 +15,6 @@ import random
 import re
 import subprocess
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +105,7 @@ def divide(text: str) -> list[str]:
 
 def translate_words(texts: Sequence[str], senses: Senses) -> list[str]:
     """Word by word, the first sense of each, in the word's case; words that are not there stay."""
-
-    def first(match: re.Match[str]) -> str:
-        known = senses.get(match[0].lower())
-        return in_case_of(match[0], known[0]) if known else match[0]
-
-    return [WORD.sub(first, text) for text in texts]
+    return [WORD.sub(lambda word: in_case_of(word[0], senses.get(word[0].lower(), word)[0]), text) for text in texts]
 
 
 def translate_seq2seq(
@@ -131,30 +125,6 @@ def translate_seq2seq(
     Raises:
         ValueError: no such model, an unknown code.
     """
-    # longest first: batches of similar length, and too large a batch fails at once
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    starts = range(0, len(order), how.batch_size)
-    batches = {folder / "batches" / f"{start:08d}.jsonl": order[start : start + how.batch_size] for start in starts}
-    left = {file: batch for file, batch in batches.items() if not file.is_file()}
-    if left:
-        model, tokenizer, config = _load_seq2seq(name, codes, direction, how)
-        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 20))
-    for file, batch in tqdm(left.items(), desc="-".join(direction), unit="batch", disable=not left):
-        given = [texts[index] for index in batch]
-        inputs = tokenizer(given, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        with torch.no_grad():
-            output = model.generate(**inputs.to(model.device), generation_config=config).tolist()
-        # the decoder's start is EOS in these models
-        ended = [tokenizer.eos_token_id in ids[1:] for ids in output]
-        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in output]
-        made = zip(batch, found, ended, strict=True)
-        write_rows(file, [{"index": index, "text": text, "finished": end} for index, text, end in made])
-    rows = [row for file in batches for row in read_rows(file)]
-    by_index = {row["index"]: row["text"] if row["finished"] else "" for row in rows}
-    return [by_index[index] for index in range(len(texts))]
-
-
-def _load_seq2seq(name: str, codes: Mapping[str, str], direction: tuple[str, str], how: Decoding) -> tuple[Any, Any, Any]:
     if unknown := [language for language in direction if language not in codes]:
         known = ", ".join(codes) or "none"
         raise ValueError(f"translator_codes has no code for the language {unknown[0]!r} (there: {known})")
@@ -168,6 +138,8 @@ def _load_seq2seq(name: str, codes: Mapping[str, str], direction: tuple[str, str
             f"(online or in the hub's cache): {error}"
         ) from error
     language_id(tokenizer, source)
+    model = model.cuda() if torch.cuda.is_available() else model
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 20))
     config = GenerationConfig(
         do_sample=False,
         num_beams=how.num_beams,
@@ -178,7 +150,22 @@ def _load_seq2seq(name: str, codes: Mapping[str, str], direction: tuple[str, str
         decoder_start_token_id=model.config.decoder_start_token_id,
         forced_bos_token_id=language_id(tokenizer, target),
     )
-    return model.cuda() if torch.cuda.is_available() else model, tokenizer, config
+    # longest first: batches of similar length, and too large a batch fails at once
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    found: dict[int, str] = {}
+    for start in tqdm(range(0, len(order), how.batch_size), desc="-".join(direction), unit="batch"):
+        batch, file = order[start : start + how.batch_size], folder / "batches" / f"{start:08d}.jsonl"
+        if not file.is_file():
+            given = [texts[index] for index in batch]
+            inputs = tokenizer(given, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            with torch.no_grad():
+                output = model.generate(**inputs.to(model.device), generation_config=config).tolist()
+            # without an end there is none; the decoder's start is EOS in these models
+            ended = [tokenizer.eos_token_id in ids[1:] for ids in output]
+            made = [tokenizer.decode(ids, skip_special_tokens=True) for ids in output]
+            write_rows(file, [{"text": text if end else ""} for text, end in zip(made, ended, strict=True)])
+        found |= {index: row["text"] for index, row in zip(batch, read_rows(file), strict=True)}
+    return [found[index] for index in range(len(texts))]
 
 
 # how good translations are, without a reference
@@ -198,7 +185,7 @@ def round_trip(sources: Sequence[str], back: Sequence[str]) -> list[float]:
 def comet_kiwi(
     folder: Path, sources: Sequence[str], translations: Sequence[str], command: str, model: str, batch_size: int
 ) -> list[float]:
-    """CometKiwi, a learned score of source and translation, by the package's own ``comet-score``: ``command`` starts it.
+    """CometKiwi, a learned score of source and translation, by the package's own ``comet-score`` (``command``).
 
     Raises:
         ValueError: the command cannot be started, or fails; its messages are above.
@@ -216,23 +203,25 @@ def comet_kiwi(
     return [float(segment["COMET"]) for segment in next(iter(read_json(answer).values()))]
 
 
-def kept(candidates: Sequence[Row], tau: float | None) -> tuple[list[Row], Counter[str]]:
+def pair_up(row: Row, questions: Mapping[str, Row], answers: Mapping[str, Row]) -> Row:
+    """A candidate of an answered question in the rich language; the mappings have each text's translation and score."""
+    source = {name: row[name] for name in ("instruction", "input", "output")}
+    made = {name: (answers if name == "output" else questions)[text] for name, text in source.items() if text}
+    target = {name: made[name]["translation"] if name in made else "" for name in source}
+    whole = all(found["translation"] for found in made.values())
+    scores = {name: found["score"] for name, found in made.items()} if whole else {}
+    return {"id": row["id"], "source": source, "target": target, "scores": scores}
+
+
+def kept(candidates: Sequence[Row], tau: float | None) -> tuple[list[Row], dict[str, int]]:
     """Candidates whose worst text scores at least ``tau`` (None: any), and counts.
 
-    Counted are ``candidates``, ``untranslated`` (no translation of a text: never kept), ``below_tau`` and ``kept``.
+    A pair without a translation of a text is ``untranslated`` and never kept.
     """
-    counts: Counter[str] = Counter(candidates=len(candidates), untranslated=0, below_tau=0, kept=0)
-    good = []
-    for candidate in candidates:
-        scores = candidate["scores"].values()
-        if not scores:
-            counts["untranslated"] += 1
-        elif tau is not None and min(scores) < tau:
-            counts["below_tau"] += 1
-        else:
-            counts["kept"] += 1
-            good.append(candidate)
-    return good, counts
+    whole = [candidate for candidate in candidates if candidate["scores"]]
+    good = [candidate for candidate in whole if tau is None or min(candidate["scores"].values()) >= tau]
+    counts = {"candidates": len(candidates), "untranslated": len(candidates) - len(whole)}
+    return good, counts | {"below_tau": len(whole) - len(good), "kept": len(good)}
 
 
 # code-switching
