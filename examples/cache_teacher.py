@@ -21,15 +21,13 @@ import torch
 from rich.table import Table
 from transformers.utils import logging
 
-from fused_kd.training.cache.codes import DTYPES
-from fused_kd.training.cache.teacher_cache import TeacherCache, target_positions
-from fused_kd.training.cache.vllm_logprobs import convert_vllm
-from fused_kd.training.cache.writer import write_cache
-from fused_kd.training.command import make_console, run_script
-from fused_kd.training.data.noise import misalign
-from fused_kd.training.data.pairs import load_pairs
-from fused_kd.training.data.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
-from fused_kd.training.presets import PRESETS, load_model, load_tokenizer
+from fused_kd.training.cache import convert_vllm, write_cache
+from fused_kd.training.codes import DTYPES
+from fused_kd.training.data import load_pairs, misalign
+from fused_kd.training.models import PRESETS, load_model, load_tokenizer
+from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
+from fused_kd.training.script import make_console, run_script
+from fused_kd.training.teacher_cache import TeacherCache, target_positions
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,41 +1,44 @@
 """Translate test sets with trained models: BLEU, chrF, optionally COMET, paired bootstrap against the first model.
 
-    python examples/evaluate.py runs/forward_kd/train/model runs/self_evolution/train/model --data PATH \
+    python examples/evaluate.py runs/forward_kd/model runs/self_evolution/model --data PATH \
         --directions de-en en-de cs-en en-cs --prompt paper --beams 1 --output runs/evaluation
 
 The first model is the baseline of the significance test (†, ‡: p < 0.05). --similar-to MODEL adds how close each output
-is to that model's own. What was translated is kept by the contents of model and test set: the same command again does
-what is missing.
+is to that model's own. --comet COMMAND runs that `comet-score` (pip install unbabel-comet, in an environment of its own:
+it asks for transformers < 5). What was translated is kept by the contents of model and test set: the same command again
+does what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
+import shutil
+import subprocess
 import sys
-from functools import lru_cache, partial
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from fused_kd.training.cache.teacher_cache import fingerprint_template
-from fused_kd.training.command import make_console, run_script
-from fused_kd.training.data.pairs import Pair, load_pairs
-from fused_kd.training.data.prompts import PROMPTS, get_prompt
-from fused_kd.training.evaluation.comet import comet_scores
-from fused_kd.training.evaluation.evaluate import score, similarity, translate
-from fused_kd.training.evaluation.significance import ALPHA, Comparison, paired_bootstrap
-from fused_kd.training.grid.aggregate import HIGHER, LOWER
-from fused_kd.training.pipeline import Pipeline
-from fused_kd.training.presets import load_model, load_tokenizer, model_content
-from fused_kd.training.runs import fingerprint, read_lines, write_json, write_lines
+from fused_kd.training.data import Pair, load_pairs
+from fused_kd.training.models import load_model, load_tokenizer, model_content
+from fused_kd.training.prompts import PROMPTS, get_prompt
+from fused_kd.training.score import ALPHA, paired_bootstrap, score, similarity, translate
+from fused_kd.training.script import make_console, run_script
+from fused_kd.training.stage import Stages, fingerprint, read_lines, write_json, write_lines
+
+COMET = "Unbabel/wmt22-comet-da"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,15 +55,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=32)
     add("--max-new-tokens", type=int, default=256)
     add("--similar-to", metavar="MODEL", help="such as the teacher")
-    add("--comet", action="store_true", help="Unbabel/wmt22-comet-da; needs the extra comet")
-    add("--comet-python", metavar="PATH", help="the Python of an environment that has it")
+    add("--comet", nargs="?", const="comet-score", metavar="COMMAND", help="such as comet-env/bin/comet-score")
     add("--output", default="runs/evaluation")
     return parser.parse_args(argv)
-
-
-def mark(test: Comparison) -> str:
-    """† or ‡ where a system is significantly better or worse."""
-    return "" if test.p_value >= ALPHA else HIGHER if test.delta > 0 else LOWER
 
 
 @lru_cache(maxsize=1)
@@ -70,64 +67,70 @@ def load(name: str, content: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     return load_model(name, tokenizer, 0), tokenizer
 
 
-def add_stages(pipeline: Pipeline, args: argparse.Namespace, name: str, tests: dict[str, list[Pair]]) -> dict:
-    """By direction, a model's translations of the test set; named after the contents of both."""
+def hypotheses(stages: Stages, args: argparse.Namespace, name: str, direction: str, pairs: list[Pair]) -> list[str]:
+    """A model's translations of a test set, kept by the contents of both."""
     slug = re.sub(r"[^\w.-]+", "-", name).strip("-")[-100:]
     if not slug.strip("."):
         raise ValueError(f"models must have a name for a folder, got {name!r}: give its whole path")
     content, template = model_content(name), get_prompt(args.prompt)
     how = {"max_new_tokens": args.max_new_tokens, "num_beams": args.beams, "length_penalty": args.length_penalty}
 
-    def work(folder: Path, direction: str) -> None:
-        model, tokenizer = load(name, content)
-        made, _ = translate(model, tokenizer, tests[direction], direction, template, batch_size=args.batch, **how)
+    def work(folder: Path) -> None:
+        made, _ = translate(*load(name, content), pairs, direction, template, batch_size=args.batch, **how)
         write_lines(folder / "hypotheses.txt", made)
 
-    about = {"model": content, "template": fingerprint_template(template), **how}
-    return {
-        d: pipeline.add(f"{slug}.{d}", partial(work, direction=d), about | {"pairs": fingerprint(pairs)})
-        for d, pairs in tests.items()
-    }
+    about = {"model": content, "template": template.template, "pairs": fingerprint(pairs), **how}
+    return read_lines(stages(f"{slug}.{direction}", work, about) / "hypotheses.txt")
+
+
+def comet(command: str, pairs: list[Pair], made: list[str]) -> float:
+    """System score of COMET's own command."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {"src": [pair.source for pair in pairs], "mt": made, "ref": [pair.target for pair in pairs]}
+        for name, lines in texts.items():
+            write_lines(Path(folder) / name, lines)
+        call = [command, "-s", "src", "-t", "mt", "-r", "ref", "--model", COMET, "--to_json", "scores.json", "--quiet"]
+        try:
+            subprocess.run([*call, "--gpus", str(int(torch.cuda.is_available()))], cwd=folder, stdout=2, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"--comet {command} gave no scores; its messages are above ({error})") from error
+        scores = [line["COMET"] for line in next(iter(json.loads((Path(folder) / "scores.json").read_text()).values()))]
+    return sum(scores) / len(scores)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
+    command = shutil.which(args.comet) if args.comet else None
+    if args.comet and command is None:
+        raise SystemExit(f"--comet: there is no command {args.comet}; see --help for how to install it")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = make_console()
     tests = {d: load_pairs(args.data, args.split, d, limit=args.limit) for d in args.directions}
     names = list(dict.fromkeys([*args.models, *filter(None, [args.similar_to])]))
-    pipeline = Pipeline(args.output)
-    stages = {name: add_stages(pipeline, args, name, tests) for name in names}
-    for name in names:
-        for stage in stages[name].values():
-            pipeline.finish(stage, lambda stage: console.rule(stage.title))
+    stages = Stages(args.output)
+    made = {name: {d: hypotheses(stages, args, name, d, pairs) for d, pairs in tests.items()} for name in names}
 
     results: dict = {name: {} for name in args.models}
     for direction, pairs in tests.items():
-        references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
-        outputs = {name: read_lines(stages[name][direction].folder / "hypotheses.txt") for name in names}
-        compared = {name: outputs[name] for name in args.models}
-        tests_of = paired_bootstrap(compared, references, args.models[0]) if len(args.models) > 1 else []
+        references = [pair.target for pair in pairs]
+        compared = {name: made[name][direction] for name in args.models}
+        differences = paired_bootstrap(compared, references, args.models[0]) if len(compared) > 1 else []
         for name in args.models:
-            found: dict = score(outputs[name], references).as_dict()
+            found: dict = dataclasses.asdict(score(compared[name], references))
             if args.similar_to:
-                found["similarity"] = dataclasses.asdict(similarity(outputs[name], outputs[args.similar_to]))
-            if args.comet:
-                found["comet"] = comet_scores(sources, outputs[name], references, python=args.comet_python).system
-            own = [test for test in tests_of if test.system == name]
+                found["similarity"] = dataclasses.asdict(similarity(compared[name], made[args.similar_to][direction]))
+            if command:
+                found["comet"] = comet(os.path.abspath(str(command)), pairs, compared[name])
+            own = [test for test in differences if test.system == name]
             found["p"] = {test.metric: test.p_value for test in own}
-            found["mark"] = {test.metric: mark(test) for test in own}
+            found["mark"] = {t.metric: "" if t.p_value >= ALPHA else "†" if t.delta > 0 else "‡" for t in own}
             results[name][direction] = found
-    write_json(pipeline.run.folder / "results.json", results)
+    write_json(stages.folder / "results.json", results)
 
     columns = ["bleu", "chrf", *(["similarity"] if args.similar_to else []), *(["comet"] if args.comet else [])]
-    table = Table(
-        "model",
-        "direction",
-        *columns,
-        caption=f"†, ‡: higher, lower than {args.models[0]} with p < 0.05; {found['bleu_signature']}",
-    )
+    caption = f"†, ‡: higher, lower than {args.models[0]} with p < {ALPHA}; {found['bleu_signature']}"
+    table = Table("model", "direction", *columns, caption=caption)
     for name, by_direction in results.items():
         for direction, found in by_direction.items():
             values = [found[c]["bleu"] if c == "similarity" else found[c] for c in columns]

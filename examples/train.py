@@ -1,21 +1,22 @@
-"""Train one model from configurations: SFT or any distillation, in one process or under accelerate.
+"""Train one model: SFT or any distillation, in one process or under accelerate.
 
     python examples/train.py examples/configs/paper.yaml examples/configs/tiny.yaml examples/configs/methods/sft.yaml \
-        student=tiny-teacher --output runs/teacher
+        --student tiny-teacher --output runs/teacher
     accelerate launch --config_file examples/accelerate/zero3.yaml examples/train.py examples/configs/paper.yaml \
-        examples/configs/methods/self_evolution.yaml data=PATH teacher=runs/teacher/train/model --output runs/student
+        examples/configs/methods/self_evolution.yaml --data PATH --teacher runs/teacher/model --output runs/student
 
-Later files and key=value override earlier ones; --show prints the result. The same command resumes. The model is in
-OUTPUT/train/model; examples/evaluate.py translates with it.
+Options are those below and all of transformers.TrainingArguments; later files and flags override earlier ones; --show
+prints the result. The same command resumes. The model is in OUTPUT/model; examples/evaluate.py translates with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -23,84 +24,205 @@ if not sys.stderr.isatty():
 import torch
 import yaml
 from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from fused_kd.training.cache.index import read_index
-from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_rows
-from fused_kd.training.command import make_console, run_script
-from fused_kd.training.config import load_config
-from fused_kd.training.data.prompts import render_sample, training_texts
-from fused_kd.training.evaluation.difficulty import with_quantile_gamma
-from fused_kd.training.presets import load_model, model_content, shared_tokenizer, threads_for
-from fused_kd.training.recipe import Recipe
-from fused_kd.training.runs import Run, fingerprint
-from fused_kd.training.stages import train_stage
+from fused_kd.integrations.precision import low_precision_parameters
+from fused_kd.training.collate import Collator, PackingCollator, padding_id
+from fused_kd.training.data import load_directions, load_instructions, parse_direction
+from fused_kd.training.difficulty import with_quantile_gamma
+from fused_kd.training.fit import DEFAULTS, finished, fit
+from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
+from fused_kd.training.prompts import (
+    concatenate,
+    get_prompt,
+    render_sample,
+    tokenize_directions,
+    tokenize_instructions,
+    training_texts,
+)
+from fused_kd.training.script import make_console, parse, run_script
+from fused_kd.training.specs import parse_objective
+from fused_kd.training.stage import bind, fingerprint
+from fused_kd.training.teacher_cache import TeacherCache, fingerprint_rows, read_index
+from fused_kd.training.trainer import BetaSchedule, KDTrainer
+
+CACHE = "cache:"
+# the paper's (Song et al., 2025), of transformers.TrainingArguments; it does not give the scheduler
+PAPER = {
+    "learning_rate": 2e-5, "num_train_epochs": 3, "warmup_steps": 0.03, "weight_decay": 0.0,
+    "lr_scheduler_type": "cosine", "per_device_train_batch_size": 4,
+}  # fmt: skip
+# what of TrainingArguments may change between a training and its resumption
+FREE = ("output_dir", "use_cpu", "report_to", "run_name", "project", "disable_tqdm", "local_rank", "fsdp", "deepspeed")
+FREE_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_",
+    "ddp_",
+    "trackio_",
+    "fsdp_",
+    "eval_",
+)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+", metavar="FILE.yaml | key=value", help="later ones override earlier ones")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
-    return parser.parse_args(argv)
+@dataclass
+class Train:
+    """What is trained on what; how it is trained is in transformers.TrainingArguments."""
+
+    output: str  # folder of the result
+    data: str  # builtin, a JSON(L)(.gz) file, a folder of them, the prefix of two text files, or a hub name
+    student: str  # a preset, path or hub name
+    objective: str  # name or name:key=value,...
+    directions: list[str] = field(default_factory=lambda: ["en-de"])  # all of them in one training set
+    instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
+    method: str | None = None  # the name shown; default: the objective
+    teacher: str | None = None  # as the student, or cache:FOLDER; not needed for SFT
+    beta_schedule: dict | None = None  # moves β: start, end, fraction, hold
+    select: Literal["last", "best"] = "last"  # the kept checkpoint; the best by the loss on validation rows
+    gamma_quantile: float | None = None  # Γ: this quantile of the tokens' difficulties before the first step
+    prompt: str = "paper"  # or alpaca, tiny
+    max_length: int = 512  # tokens of prompt and response
+    global_batch: int | None = 128  # sentences an optimizer step; null: as gradient_accumulation_steps says
+    packing: bool = False  # rows end to end without padding, each blind to the others
+    average: Literal["tokens", "sequences"] = "tokens"  # what the loss is the mean over
+    lora: dict | None = None  # adapters on the student's body: r, alpha, dropout, target_modules
+    temperature: float = 1.0
+    memory_budget: int | None = None  # bytes for the loss's buffers
+    backend: str | None = None  # torch, triton, cuda or native
+    train_limit: int | None = None  # pairs of each direction
+    valid_limit: int | None = None
+    skip_bad: bool = False  # leave bad rows out, with a warning that counts them
+    vocab: int = 4000  # tokens of the tokenizer trained where both models are presets
+    attn_implementation: str | None = None  # sdpa, flash_attention_2, ...; null lets transformers choose
+    dtype: str = "auto"  # of loaded models; a student in half precision is trained in float32, bf16 computes so
+    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"  # what a cached list says of other tokens
+    show: bool = False  # print the options and stop
+
+    def __post_init__(self) -> None:
+        for direction in self.directions:
+            parse_direction(direction)
+        if not self.directions:
+            raise ValueError("directions must name at least one direction, got none")
+        spec = parse_objective(self.objective, BetaSchedule(**self.beta_schedule) if self.beta_schedule else None)
+        self.spec, self.template = spec, get_prompt(self.prompt)
+        if spec.objective.spec.divergence is None:
+            self.teacher = None
+        elif self.teacher is None:
+            raise ValueError(f"teacher must be given for objective={self.objective!r}")
+        self.cached = self.teacher[len(CACHE) :] if self.teacher and self.teacher.startswith(CACHE) else None
+        if self.cached is not None and self.gamma_quantile is not None:
+            raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
+        self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
+
+    def load(self, name: str, tokenizer: Any, seed: int) -> Any:
+        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        return load_model(name, tokenizer, seed, dtype=self.dtype, **attention)
+
+
+def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
+    """Fill in what follows from both; what the output folder is bound to."""
+    args.output_dir = str(Path(train.output) / "checkpoints")
+    if train.global_batch is not None:
+        together = args.per_device_train_batch_size * args.world_size
+        if train.global_batch % together:
+            raise ValueError(
+                f"global_batch must be a multiple of per_device_train_batch_size x processes = "
+                f"{args.per_device_train_batch_size} x {args.world_size}, got {train.global_batch}"
+            )
+        args.gradient_accumulation_steps = train.global_batch // together
+    if train.select == "best":  # seen twice an epoch, and the best checkpoint must be among the saved
+        args.eval_strategy = args.save_strategy = IntervalStrategy.STEPS
+        args.eval_steps = args.save_steps = min(0.5 / max(args.num_train_epochs, 1.0), 0.5)
+        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    how = {
+        name: value for name, value in args.to_dict().items() if name not in FREE and not name.startswith(FREE_PREFIXES)
+    }
+    if train.global_batch is not None:
+        del how["gradient_accumulation_steps"]
+    return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in ("output", "show", "method")}, **how}
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    args = parse_arguments(argv)
-    files = [text for text in args.config if "=" not in text]
-    recipe = load_config(Recipe, files, [text for text in args.config if "=" in text])
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # else processes on CPUs would not meet
+    train, args = parse((Train, TrainingArguments), argv, defaults={**DEFAULTS, **PAPER, **cpu}, description=__doc__)
+    bound = settle(train, args)
+    state = PartialState()
     console = make_console(quiet=not state.is_main_process)
-    if args.show:
-        console.print(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+    if train.show:
+        console.print(yaml.safe_dump(bound, sort_keys=False, allow_unicode=True))
         return None
-    settings = recipe.settings(state.num_processes)
-    if recipe.cached_teacher is not None and recipe.gamma_quantile is not None:
-        raise ValueError(f"gamma_quantile needs an online teacher, got teacher={recipe.teacher!r}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if (threads := threads_for(recipe.models)) and "OMP_NUM_THREADS" not in os.environ:
+    if (threads := threads_for(train.models)) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    run = Run(args.output, dataclasses.asdict(recipe))
+    output, spec, template, seed = Path(train.output), train.spec, train.template, args.seed
 
-    train = recipe.pairs("train", recipe.train_limit)
-    texts = training_texts(recipe.template, train)
+    limits = {"train": train.train_limit, "valid": train.valid_limit}
+    pairs = {
+        split: load_directions(train.data, split, train.directions, limit=limit, skip_bad=train.skip_bad)
+        for split, limit in limits.items()
+        if split == "train" or args.eval_strategy != "no"
+    }
     with state.main_process_first():
-        tokenizer = shared_tokenizer(recipe.models, run.stage("tokenizer"), texts, recipe.vocab)
-    rows = recipe.training_rows(tokenizer, train)
-    valid = recipe.rows(tokenizer, recipe.pairs("valid", recipe.valid_limit)) if recipe.select == "best" else None
-    if state.is_main_process:
-        run.bind(data=fingerprint_rows(rows), student=model_content(recipe.student))
-        if valid is not None:
-            run.bind(validation=fingerprint_rows(valid))
-        if recipe.cached_teacher is not None and recipe.needs_teacher:
-            run.bind(teacher=fingerprint(read_index(Path(recipe.cached_teacher))))
-        elif recipe.needs_teacher:
-            run.bind(teacher=model_content(str(recipe.teacher)))
-    console.print(f"{rows}; the first:\n{render_sample(tokenizer, rows[0])}")
+        texts = training_texts(template, pairs["train"])
+        tokenizer = shared_tokenizer(train.models, output / "tokenizer", texts, train.vocab)
+    rows = {split: tokenize_directions(tokenizer, template, found, train.max_length) for split, found in pairs.items()}
+    if train.instructions is not None:
+        found = load_instructions(train.instructions, "train", limit=train.train_limit, skip_bad=train.skip_bad)
+        rows["train"] = concatenate([rows["train"], tokenize_instructions(tokenizer, found, train.max_length)])
+    contents = {f"{split} rows": fingerprint_rows(found) for split, found in rows.items()}
+    contents["student's content"] = model_content(train.student)
+    if train.teacher:
+        index = fingerprint(read_index(Path(train.cached))) if train.cached else model_content(train.teacher)
+        contents["teacher's content"] = index
+    bind(output, {**bound, **contents})
+    if (record := finished(output)) is not None:
+        return record
+    console.print(f"{rows['train']}; the first:\n{render_sample(tokenizer, rows['train'][0])}")
     console.print(
-        f"global batch {recipe.global_batch} = {state.num_processes} processes x {settings.batch_size} sentences x "
-        f"{settings.accumulation} steps"
+        f"global batch {args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps} = "
+        f"{args.world_size} processes x {args.per_device_train_batch_size} sentences x "
+        f"{args.gradient_accumulation_steps} steps"
     )
 
-    def load(name: str) -> torch.nn.Module:
-        attention = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
-        return load_model(name, tokenizer, recipe.seed, dtype=recipe.dtype, **attention)
-
-    spec, data, teacher = recipe.spec, rows, lambda: load(str(recipe.teacher))
-    if recipe.cached_teacher is not None and recipe.needs_teacher:
-        cache = TeacherCache(recipe.cached_teacher, tail=recipe.cache_tail)
-        cache.check(tokenizer=tokenizer, rows=rows, template=recipe.template.name)
-        console.print(f"{cache}")
-        data, teacher = cache.rows(rows), lambda: cache
-    elif recipe.gamma_quantile is not None:
-        models = load(recipe.student), teacher()
-        objective = with_quantile_gamma(spec.objective, recipe.gamma_quantile, *models, rows, tokenizer)
-        console.print(f"Γ = {objective.gamma:.4f}: the {recipe.gamma_quantile:g} quantile of the difficulties")
-        spec = dataclasses.replace(spec, objective=objective)
-    student = lambda: recipe.with_adapters(load(recipe.student))  # noqa: E731
-    record = train_stage(run, "train", student, teacher, spec, data, tokenizer, settings, valid)
-    console.print(f"{record['objective']}: {record['steps']} steps, model in {run.stage('train') / 'model'}")
+    objective, data, teacher = spec.objective, rows["train"], None
+    if train.cached is not None:
+        teacher = TeacherCache(train.cached, tail=train.cache_tail)
+        teacher.check(tokenizer=tokenizer, rows=data, template=template.name)
+        console.print(f"{teacher}")
+        data = teacher.rows(data)
+    elif train.teacher is not None:
+        teacher = train.load(train.teacher, tokenizer, seed)
+    student = train.load(train.student, tokenizer, seed)
+    if train.gamma_quantile is not None:
+        objective = with_quantile_gamma(objective, train.gamma_quantile, student, teacher, rows["train"], tokenizer)
+        console.print(f"Γ = {objective.gamma:.4f}: the {train.gamma_quantile:g} quantile of the difficulties")
+    if train.lora is not None:
+        student = with_adapters(student, LoRA(**train.lora), "CAUSAL_LM")
+    if low_precision_parameters(student) and not getattr(student, "is_quantized", False):
+        student = student.float()  # else most updates would round to nothing
+    trainer = KDTrainer(
+        student,
+        teacher,
+        objective,
+        temperature=train.temperature,
+        memory_budget=train.memory_budget,
+        backend=train.backend,
+        beta_schedule=spec.beta_schedule,
+        average=train.average,
+        args=args,
+        train_dataset=data,
+        eval_dataset=rows.get("valid"),
+        data_collator=PackingCollator() if train.packing else Collator(padding_id(tokenizer)),
+        processing_class=tokenizer,
+    )
+    record = fit(trainer, output, train.method or train.objective)
+    console.print(f"{objective!r}: {record['steps']} steps, model in {output / 'model'}")
     return record
 
 

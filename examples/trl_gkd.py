@@ -19,7 +19,7 @@ from datasets import load_dataset
 from trl.experimental.gkd import GKDConfig
 
 from fused_kd.integrations.trl import GKDTrainer
-from fused_kd.training.presets import load_model, load_tokenizer
+from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.specs import parse_objective
 
 

@@ -22,7 +22,7 @@ from fused_kd.training.config import load_config
 from fused_kd.training.data.noise import misalign
 from fused_kd.training.data.pairs import Pair, load_directions
 from fused_kd.training.data.prompts import PairDataset, get_prompt, tokenize_directions, training_texts
-from fused_kd.training.evaluation.difficulty import with_quantile_gamma
+from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.presets import load_model, model_content, shared_tokenizer
 from fused_kd.training.runs import Run, fingerprint
 from fused_kd.training.sharing import share

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 import fused_kd as fk
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.objectives import Objective
-from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset, padding_id
+from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.training.collate import Collator, padding_id
+from fused_kd.training.prompts import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ def with_quantile_gamma(
     quantile: float,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    rows: PairDataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
     """The objective with Γ at a quantile of the rows' :func:`difficulties`, rounded to four digits."""
@@ -34,7 +36,7 @@ def with_quantile_gamma(
 def difficulties(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    rows: PairDataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     *,
