@@ -65,7 +65,7 @@ class Config:
     tau: float  # a pair is kept where each of its texts scores at least this
     source: str = "en"  # the rich language
     target: str = "de"
-    pretraining: dict = field(default_factory=dict)  # options of TrainingArguments
+    pretraining: dict | None = None  # options of TrainingArguments
     # either a folder of parallel captions, see caption_tasks.CaptionStudy
     captions: str | None = None
     # or Alpaca's JSON or JSONL in the rich language, or a hub name, and parallel text, as of load_pairs
@@ -80,7 +80,7 @@ class Config:
     translator: str | None = None
     translator_codes: dict = field(default_factory=dict)  # a seq2seq model's own name of each language
     translator_decoding: dict = field(default_factory=dict)  # fields of Decoding
-    translator_training: dict = field(default_factory=dict)  # options of TrainingArguments
+    translator_training: dict | None = None  # options of TrainingArguments
     scorer: Literal["round_trip", "comet_kiwi"] = "round_trip"
     # a program that is started, and a model whose .ckpt file may be a pickle: only from where you would take a program
     comet: str = "comet-score"
