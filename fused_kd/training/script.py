@@ -149,19 +149,19 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"aliases are not taken{self.peek_event().start_mark}")
+            raise ValueError(f"aliases are not taken (line {self.peek_event().start_mark.line + 1})")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
         keys = [key.value for key, _ in node.value]
         for key, (part, _) in zip(keys, node.value, strict=True):
+            line = part.start_mark.line + 1
             if part.tag != "tag:yaml.org,2002:str":
                 kind = part.tag.rpartition(":")[2]
-                raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it{part.start_mark}")
+                raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it (line {line})")
             if keys.count(key) > 1:
-                raise ValueError(f"the key {key[:80]!r} is there twice{part.start_mark}")
-        return found
+                raise ValueError(f"the key {key[:80]!r} is there twice (line {line})")
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(text: str) -> Any:
@@ -169,7 +169,7 @@ def _read_yaml(text: str) -> Any:
     try:
         return _numbers(loader.get_single_data())
     except (yaml.YAMLError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not YAML: {error}") from error
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
 
@@ -194,7 +194,7 @@ def _read_file(file: Path) -> dict[str, Any]:
             text = opened.read(_LARGEST + 1)
         if len(text) > _LARGEST:
             raise ValueError(f"more than {_LARGEST} characters")
-        value = _read_yaml(text)
+        value = _read_yaml(text) if text.strip() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):

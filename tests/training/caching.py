@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fused_kd.training.cache import writer
-from fused_kd.training.cache.teacher_cache import TeacherCache
+from fused_kd.training.teacher_cache import TeacherCache
 
 VOCAB, PADDED = 53, 59
 

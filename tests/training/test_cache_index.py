@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from safetensors.numpy import load_file, save_file
 
-from fused_kd.training.cache.teacher_cache import TeacherCache
+from fused_kd.training.teacher_cache import TeacherCache
 
 from .caching import write
 

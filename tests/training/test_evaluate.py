@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd.training.data.pairs import Pair
-from fused_kd.training.data.prompts import encode_prompts, get_prompt
-from fused_kd.training.evaluation.evaluate import score, similarity, translate
-from fused_kd.training.generation import generate
+from fused_kd.training.data import Pair
+from fused_kd.training.prompts import encode_prompts, get_prompt
+from fused_kd.training.score import score, similarity, translate
+from fused_kd.training.generate import generate
 
 from .byte_level import make_tokenizer
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fused_kd.training.adapter_config import read_adapter_config
+from fused_kd.training.loading import read_adapter_config
 from fused_kd.training.loading import load_pretrained
-from fused_kd.training.lora import LoRA, load_adapters, with_adapters
+from fused_kd.training.models import LoRA, load_adapters, with_adapters
 from fused_kd.training.mt_llm.stacked import load_body, load_seq2seq
-from fused_kd.training.presets import load_model, load_tokenizer, model_content, train_tokenizer
+from fused_kd.training.models import load_model, load_tokenizer, model_content, train_tokenizer
 from fused_kd.training.sdrrl.recipe import _known
 
 EVIL = """

@@ -10,20 +10,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from fused_kd.training.data.noise import misalign
-from fused_kd.training.data.pairs import Pair
-from fused_kd.training.presets import (
-    BOS,
-    EOS,
-    PAD,
-    PRESETS,
-    load_model,
-    load_tokenizer,
-    shared_tokenizer,
-    train_tokenizer,
-)
-from fused_kd.training.runs import Run, read_json, write_json
-from fused_kd.training.sampling import LengthGroupedEpochs
+from fused_kd.training.data import misalign
+from fused_kd.training.data import Pair
+from fused_kd.training.models import PRESETS, load_model, load_tokenizer, shared_tokenizer, train_tokenizer
+from fused_kd.training.presets import BOS, EOS, PAD
+from fused_kd.training.runs import Run
+from fused_kd.training.stage import read_json, write_json
+from fused_kd.integrations.sampling import LengthGroupedEpochs
 from fused_kd.training.specs import parse_objective
 
 TEXTS = [
@@ -273,7 +266,7 @@ def test_code_of_a_folder_is_not_run(tmp_path: Path, tokenizer) -> None:
 
 def test_adapters_that_lack_tensors_are_refused(tmp_path: Path, tokenizer) -> None:
     pytest.importorskip("peft")
-    from fused_kd.training.lora import LoRA, load_adapters, with_adapters
+    from fused_kd.training.models import LoRA, load_adapters, with_adapters
 
     with_adapters(load_model("tiny-student", tokenizer, 0), LoRA(), "CAUSAL_LM").save_pretrained(tmp_path)
     load_adapters(load_model("tiny-student", tokenizer, 0), tmp_path)

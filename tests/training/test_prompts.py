@@ -7,20 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd.training.data.pairs import Pair
-from fused_kd.training.data.prompts import (
-    PROMPTS,
-    Collator,
-    PairDataset,
-    PromptTemplate,
-    concatenate,
-    encode_pair,
-    encode_prompts,
-    get_prompt,
-    render_sample,
-    tokenize_pairs,
-    tokenize_texts,
-)
+from fused_kd.training.data import Pair
+from fused_kd.training.collate import Collator
+from fused_kd.training.data.prompts import encode_pair
+from fused_kd.training.prompts import PROMPTS, PromptTemplate, Rows, concatenate, encode_prompts, get_prompt, render_sample, tokenize_pairs, tokenize_texts
 
 from .byte_level import make_tokenizer
 
@@ -121,7 +111,7 @@ def test_many_pairs_are_the_pairs_one_by_one(tokenizer: PreTrainedTokenizerFast)
     assert (len(rows), rows.skipped, rows.truncated) == (3, 1, 1)
     expected = [encode_pair(tokenizer, "tiny", pair, "en-de", 60) for pair in (pairs[0], *pairs[2:])]
     assert [rows[index] for index in range(3)] == expected
-    assert repr(rows) == "PairDataset(3 rows, skipped=1, truncated=1)"
+    assert repr(rows) == "Rows(3 rows, skipped=1, truncated=1)"
     with pytest.raises(ValueError, match="leaves no room"):
         tokenize_pairs(tokenizer, "tiny", pairs, "en-de", 60, skip_long=False)
     with pytest.raises(ValueError, match="no rows: 0 pairs"):
@@ -140,8 +130,8 @@ def test_several_data_sets_become_one(tokenizer: PreTrainedTokenizerFast) -> Non
     assert len(forth) == 2 and concatenate([forth]).rows is not forth.rows
     with pytest.raises(ValueError, match="datasets is empty"):
         concatenate([])
-    with pytest.raises(TypeError, match=r"datasets\[1\] must be a PairDataset, got list"):
-        concatenate([PairDataset([]), []])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"datasets\[1\] must be a Rows, got list"):
+        concatenate([Rows([]), []])  # type: ignore[list-item]
 
 
 def test_bad_arguments(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from fused_kd.training.evaluation.evaluate import score
-from fused_kd.training.evaluation.significance import Comparison, paired_bootstrap, significant_over_seeds
+from fused_kd.training.score import score
+from fused_kd.training.score import Comparison, paired_bootstrap, significant_over_seeds
 
 pytest.importorskip("sacrebleu")
 

@@ -19,10 +19,10 @@ pytest.importorskip("tqdm")
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 from fused_kd.training.cache import writer  # noqa: E402
-from fused_kd.training.cache.codes import id_dtype  # noqa: E402
-from fused_kd.training.cache.teacher_cache import TeacherCache, fingerprint_teacher, target_positions  # noqa: E402
-from fused_kd.training.cache.writer import top_k_log_probs, write_cache, write_lists  # noqa: E402
-from fused_kd.training.data.prompts import Collator  # noqa: E402
+from fused_kd.training.codes import id_dtype  # noqa: E402
+from fused_kd.training.teacher_cache import TeacherCache, fingerprint_teacher, target_positions  # noqa: E402
+from fused_kd.training.cache import top_k_log_probs, write_cache, write_lists  # noqa: E402
+from fused_kd.training.collate import Collator  # noqa: E402
 
 from .caching import VOCAB, Words, files, model, rows, write  # noqa: E402
 

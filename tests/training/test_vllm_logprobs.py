@@ -17,8 +17,9 @@ from fused_kd.training.data import reading
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
-from fused_kd.training.cache.teacher_cache import TeacherCache  # noqa: E402
-from fused_kd.training.cache.vllm_logprobs import convert_vllm, read_prompt_logprobs  # noqa: E402
+from fused_kd.training.teacher_cache import TeacherCache  # noqa: E402
+from fused_kd.training.cache import convert_vllm  # noqa: E402
+from fused_kd.training.vllm import read_prompt_logprobs  # noqa: E402
 
 from .caching import VOCAB, Words, files, model, rows, write  # noqa: E402
 

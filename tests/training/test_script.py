@@ -1,0 +1,167 @@
+"""How scripts begin and end: options, texts shown as they are, errors as one line, signals after which they go on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import pytest
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from fused_kd.training.script import make_console, parse, run_script, stoppable
+from fused_kd.training.trainer import KDTrainer
+from tests.training.test_checkpoints import training, weights
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+SFT = [CONFIGS / "tiny.yaml", CONFIGS / "methods" / "sft.yaml", "--student", "tiny-student", "--train_limit", "20"]
+
+
+@dataclass
+class Options:
+    data: str
+    directions: list[str] = field(default_factory=lambda: ["en-de"])
+    limit: int | None = 5
+    rate: float = 1.0
+    flag: bool = True
+    kind: Literal["one", "two"] = "one"
+    pretrain: dict = field(default_factory=lambda: {"epochs": 1, "rate": 1.0})
+    sweeps: list[dict] = field(default_factory=list)
+
+
+def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
+    (tmp_path / "big.yaml").write_text("data: x\npretrain: {rate: 2e-5}\nsweeps: [{a: [1]}, {b: 2}]\nlimit: 7\n")
+    file = tmp_path / "more.yaml"
+    file.write_text("limit: null\nflag: false\nlearning_rate: 2e-3\npretrain: {inner: {deep: yes}}\n")
+    flags = ["--directions", "de-en", "en-de", "--pretrain", "{epochs: 3}", "--kind=two", "--report_to", "wandb"]
+    argv = ["--preset", "big", str(file), *flags]
+    options, arguments = parse((Options, TrainingArguments), argv, configs=tmp_path, defaults={"use_cpu": True})
+    expected = {"epochs": 3, "rate": 2e-5, "inner": {"deep": True}}
+    assert options == Options("x", ["de-en", "en-de"], None, 1.0, False, "two", expected, [{"a": [1]}, {"b": 2}])
+    assert arguments.learning_rate == 2e-3 and arguments.report_to == ["wandb"] and arguments.use_cpu
+    assert parse(Options, ["--data", "x", "--sweeps"])[0] == Options("x"), "defaults are not changed by a parse"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("", [], "--data"),
+        ("data: x\nlimt: 1", [], r"f\.yaml: unknown keys limt: expected some of data, directions"),
+        ("data: x\ndata: y", [], r"f\.yaml cannot be read: the key 'data' is there twice .line 1"),
+        ("no: x", [], "the key 'no' is read as bool, not as text: quote it"),
+        ("data: &a [1]\nsweeps: [*a]", [], "aliases are not taken"),
+        ("data: [", [], r"f\.yaml cannot be read: not YAML"),
+        ("[1]", [], r"f\.yaml: expected a mapping of keys to values, got '\[1\]'"),
+        ("data: " + "x" * (1 << 16), [], "more than 65536 characters"),
+        ("data: x\nlimit: many", [], "--limit: invalid int value: 'many'"),
+        ("data: x\nkind: three", [], "--kind: invalid choice: 'three'"),
+        ("data: x\npretrain: 5", [], "--pretrain: expected a mapping of keys to values, got '5'"),
+        ("data: x", ["--limt", "1"], "--limt"),
+        ("data: x", ["--flag", "maybe"], "Truthy value expected"),
+        ("data: x", ["--preset", "huge"], r"--preset must be one of f, got 'huge'"),
+    ],
+)
+def test_bad_options(tmp_path: Path, text: str, flags: list[str], message: str) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(Options, [str(tmp_path / "f.yaml"), *flags], configs=tmp_path)
+
+
+def test_every_option_of_a_training_may_come_from_a_file(tmp_path: Path) -> None:
+    """The configurations that are shipped, with their methods."""
+    train = script("train")
+    for method in sorted((CONFIGS / "methods").glob("*.yaml")):
+        if "cache_k" in method.read_text():
+            continue  # of the table alone
+        argv = [CONFIGS / "paper.yaml", CONFIGS / "tiny.yaml", method, "--output", tmp_path, "--use_cpu"]
+        options, arguments = parse((train.Train, TrainingArguments), [*map(str, argv)])
+        bound = train.settle(options, arguments)
+        assert arguments.learning_rate == 2e-3 and bound["prompt"] == "tiny" and not arguments.bf16
+        assert (options.select == "best") == arguments.load_best_model_at_end
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "examples" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_script_ends_this_way(path: Path) -> None:
+    if "\ndef main(" in (text := path.read_text()):
+        assert text.endswith('if __name__ == "__main__":\n    run_script(main)\n') or path.stem.startswith("trl_")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--student", "./nowhere"], "error: './nowhere' is neither a preset"),
+        (["--data", "./nowhere.jsonl"], "error: source='./nowhere.jsonl': no such file"),
+        (["--lr_scheduler_type", "cosin"], "error: argument --lr_scheduler_type"),
+        (["--global_batch", "33"], "error: global_batch must be a multiple of per_device_train_batch_size"),
+        (["--objective", "forward_kd", "--teacher", "null"], "error: teacher must be given for objective='forward_kd'"),
+        (["--output", "/proc/run"], "error: [Errno 2]"),
+    ],
+)
+def test_a_user_s_error_is_one_line(tmp_path: Path, change: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: script("train").main([*map(str, SFT), "--output", str(tmp_path / "run"), *change]))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and message in lines[-1] and not any("Traceback" in line for line in lines)
+
+
+def test_a_traceback_on_request_and_for_what_is_no_user_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("a bug"), KeyError("a bug")):
+        with pytest.raises(type(error)):
+            run_script(partial(fail, error))
+    with pytest.raises(TypeError):
+        run_script(partial(len, 3))
+    monkeypatch.setenv("FUSED_KD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="wrong"):
+        run_script(partial(fail, ValueError("wrong")))
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "m[/b] [red]x fused_kd[train] :smile:"
+    console = make_console(width=200)
+    console.print(path)
+    console.rule(path)
+    assert capsys.readouterr().out.count(path) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, number: signal.Signals, capsys) -> None:
+    """Between two checkpoints, to the same weights."""
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    def train(run: KDTrainer) -> dict[str, torch.Tensor]:
+        with stoppable(run):
+            run.train(run.last_checkpoint())
+        return weights(run)
+
+    cut = training(tmp_path / "cut")
+    cut.add_callback(Signal())
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: train(cut))
+    assert ended.value.code == 128 + number and "stopping after this step" in capsys.readouterr().err
+    again = training(tmp_path / "cut")
+    assert again.last_checkpoint() == str(tmp_path / "cut" / "checkpoint-3")
+    ours, theirs = train(again), train(training(tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
