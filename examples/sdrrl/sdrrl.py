@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
-import importlib.metadata
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +28,14 @@ from typing import Any, Literal
 
 import matplotlib
 import pandas
+import sacrebleu
 import torch
 import transfer
+import transformers
 from caption_tasks import COMPLETE, CaptionStudy, caption_files, score_answers
 from transfer import Arm, Row, read_rows, write_rows
-from transformers import AutoConfig
-from transformers.utils import logging
 
+import fused_kd
 from fused_kd.integrations.precision import low_precision_parameters
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs, parse_direction
@@ -128,7 +128,8 @@ class Config:
 
     def missing(self) -> list[str]:
         """What is asked for and not there: paths, models (of each only its configuration is looked for), CometKiwi."""
-        paths = {"dictionary": self.dictionary, "captions": self.captions, **self.tests}
+        paths = {"dictionary": self.dictionary, "captions": self.captions}
+        paths |= {f"tests.{language}": path for language, path in self.tests.items()}
         for name in ("instructions", "parallel"):
             path = getattr(self, name) or ""
             if path.startswith((".", "/", "~")) or path.endswith((".json", ".jsonl", ".gz")):  # no hub name
@@ -137,7 +138,7 @@ class Config:
         for key, name in (("model", self.model), ("translator", self.translator)):
             try:
                 if name is not None and name not in PRESETS:
-                    load_pretrained(AutoConfig, name)
+                    load_pretrained(transformers.AutoConfig, name)
             except (OSError, ValueError):
                 found.append(f"{key}={name}")
         if self.scorer == "comet_kiwi" and shutil.which(self.comet) is None:
@@ -431,8 +432,7 @@ class Study:
             dictionaries = self.dictionaries() if arm.code_switch else {}
 
             def switch(text: str, language: str, key: str) -> str:
-                known = dictionaries.get(language, {})
-                return transfer.code_switch(text, known, p=c.p, seed=seed, key=key) if known else text
+                return transfer.code_switch(text, dictionaries.get(language, {}), p=c.p, seed=seed, key=key)
 
             train, valid = ([pair for pair in pairs if (pair["id"] in held) == part] for part in (False, True))
             rows = transfer.combine(train, arm.combinations, self.languages, c.answer_in, switch)
@@ -560,8 +560,8 @@ def collect_metrics(study: Study) -> dict[str, Any]:
         for title, languages in scores.items()
         for language, values in languages.items()
     ]
-    packages = ("fused_kd", "torch", "transformers", "sacrebleu")
-    return found | {"versions": {name: importlib.metadata.version(name) for name in packages}}
+    packages = (fused_kd, torch, transformers, sacrebleu)
+    return found | {"versions": {package.__name__: package.__version__ for package in packages}}
 
 
 def results_table(metrics: dict[str, Any]) -> str:
@@ -581,7 +581,7 @@ def results_table(metrics: dict[str, Any]) -> str:
 
 
 def write_plots(metrics: dict[str, Any], folder: Path) -> None:
-    """``accuracy.png`` and ``chrf.png`` (means, with the deviation over seeds) and ``validation.png``."""
+    """``accuracy.png`` and ``chrf.png`` (means, with the deviation over seeds)."""
     matplotlib.use("Agg")
     frame = pandas.DataFrame(metrics["scores"], columns=["arm", "language", "majority", *METRICS])
     for key, label in (("accuracy", "accuracy of questions (%)"), ("chrf", "chrF of completions")):
@@ -593,21 +593,13 @@ def write_plots(metrics: dict[str, Any], folder: Path) -> None:
                 axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
             axis.legend()
             axis.figure.savefig(folder / f"{key}.png", dpi=130, bbox_inches="tight")
-    curves = {
-        title: {point["step"]: point["loss"] for point in record["validation"]}
-        for title, record in metrics["training"].items()
-        if title.endswith(f"-s{metrics['config']['seeds'][0]}")
-    }
-    label = "validation loss (nats per token), each arm's own rows"
-    axis = pandas.DataFrame(curves).plot(marker=".", xlabel="optimizer step", ylabel=label, grid=True)
-    axis.figure.savefig(folder / "validation.png", dpi=130, bbox_inches="tight")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config, captions = parse((Config, CaptionStudy), argv, configs=HERE, description=__doc__)
     study = Study(config, captions)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if missing := config.missing():
         raise ValueError(f"not there: {', '.join(missing)}; give each as --KEY VALUE")
     if (threads := threads_for([config.model, str(config.translator)])) and "OMP_NUM_THREADS" not in os.environ:

@@ -18,7 +18,6 @@ from fused_kd.training.loading import load_pretrained
 from fused_kd.training.models import LoRA, load_adapters, with_adapters
 from fused_kd.training.mt_llm.stacked import load_body, load_seq2seq
 from fused_kd.training.models import load_model, load_tokenizer, model_content, train_tokenizer
-from fused_kd.training.sdrrl.recipe import _known
 
 EVIL = """
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_code_beside_a_model_is_an_error(folder: Path, loader: str) -> None:
     change(folder / "config.json", auto_map=CODE | {"AutoModel": "evil.Model"}, model_type="evil")
     with pytest.raises(ValueError, match="custom code"):
         LOADERS[loader](str(folder))
-    assert not _known(str(folder)) and not list(folder.parent.rglob("ran"))
+    assert not list(folder.parent.rglob("ran"))
 
 
 def test_code_beside_a_tokenizer_is_an_error(folder: Path) -> None:
