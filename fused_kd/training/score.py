@@ -215,11 +215,12 @@ def paired_bootstrap(
         signatures, results = test()
     # sacrebleu renames the metrics (chrF2) and keeps their order
     named = zip(metrics, signatures, strict=True)
-    columns = {metric: (results[key], str(signatures[key])) for metric, key in named}
+    columns: dict[str, Any] = {metric: (results[key], str(signatures[key])) for metric, key in named}
     found = []
     for position, name in enumerate(others, start=1):
         for metric, (column, signature) in columns.items():
-            own, base = column[position], float(column[0].score)
+            own: Any = column[position]
+            base = float(column[0].score)
             delta = float(own.score) - base
             # sacrebleu counts resampled differences beyond the real one, of which equal systems have none: p 0.001
             p_value = float(own.p_value) if delta else 1.0

@@ -144,7 +144,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML without aliases, keys that occur twice, and keys that are no text; 2e-5 is a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -161,7 +161,8 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it (line {line})")
             if keys.count(key) > 1:
                 raise ValueError(f"the key {key[:80]!r} is there twice (line {line})")
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def _read_yaml(text: str) -> Any:

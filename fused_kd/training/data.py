@@ -11,7 +11,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -116,7 +116,7 @@ def load_pairs(
         if set(languages) != {"en", "de"}:
             raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
         toy = toy_corpus(canonical_split(split) or split)
-        rows = (Row(f"built-in corpus, row {number}", row) for number, row in enumerate(toy))
+        rows: Iterator[Row] = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
     else:
         rows = read_rows(source, split, lambda value: _text(value, min(languages)), languages)
     what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
