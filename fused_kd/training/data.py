@@ -173,12 +173,7 @@ class Instruction(NamedTuple):
 
 
 def load_instructions(
-    source: str,
-    split: str,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    skip_bad: bool = False,
+    source: str, split: str, *, limit: int | None = None, seed: int | None = None, skip_bad: bool = False
 ) -> list[Instruction]:
     """Rows of ``instruction``, ``input`` and ``output`` as a list of `Instruction`.
 

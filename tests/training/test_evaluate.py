@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = ["A dog sees the cat.", "Ein Hund sieht die Katze.", "The old man sleeps in the garden today."]
-PROMPTS = [
-    "A dog",
-    "The old man sleeps in the",
-    "Ein Hund sieht die Katze. A dog sees",
-    "cat",
-    "the garden",
-] * 2
+PROMPTS = ["A dog", "The old man sleeps in the", "Ein Hund sieht die Katze. A dog sees", "cat", "the garden"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +45,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def greedy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    ids: list[int],
-    steps: int,
-) -> str:
+def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], steps: int) -> str:
     """One prompt, no padding, no cache, no generate()."""
     model.eval()
     row, start = list(ids), len(ids)

@@ -54,13 +54,7 @@ def test_resumes(tmp_path: Path) -> None:
     def make() -> transformers.Trainer:
         student = with_lora(tiny(16, seed=1))
         return trainer(
-            tmp_path,
-            student,
-            fk.NoEvo(),
-            rows(16),
-            teacher=tiny(24, seed=2),
-            save_strategy="steps",
-            save_steps=3,
+            tmp_path, student, fk.NoEvo(), rows(16), teacher=tiny(24, seed=2), save_strategy="steps", save_steps=3
         )
 
     whole = make()

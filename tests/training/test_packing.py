@@ -120,10 +120,7 @@ def test_a_mask_over_packed_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_layout() -> None:
-    data = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": [8, 9], "labels": [8, 9]},
-    ]
+    data = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
     lists = [torch.full((2, 3), -1.0), torch.full((1, 3), -2.0)]
     cached = [
         {**row, "teacher_log_probs": each, "teacher_indices": torch.tensor([[1, 2, 3]] * len(each))}

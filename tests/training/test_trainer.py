@@ -524,13 +524,7 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
         with torch.no_grad():
             student.lm_head.weight[VOCAB:] *= factor
         run = trainer(
-            tmp_path,
-            student,
-            fk.NoEvo(),
-            rows(4),
-            teacher=teacher,
-            kd={"vocab_size": VOCAB},
-            eval_data=rows(4),
+            tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": VOCAB}, eval_data=rows(4)
         )
         losses.append(run.evaluate()["eval_loss"])
     assert losses[0] == losses[1]
