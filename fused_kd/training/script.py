@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -165,28 +166,19 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return found
 
 
+# YAML 1.1 takes 2e-5 for a text
+_FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
 def _read_yaml(text: str) -> Any:
     loader = _Loader(text)
     try:
-        return _numbers(loader.get_single_data())
+        return loader.get_single_data()
     except (yaml.YAMLError, OverflowError, RecursionError) as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes 2e-5 for a text: in mappings it is a number, as in JSON."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureF
     [
         ([], {}, ValueError, "prompts is empty"),
         ("one string", {}, TypeError, "one string"),
-        (["a", [1, 2]], {}, TypeError, "mixes"),
+        (["a", [1, 2]], {}, TypeError, "both mixed"),
         ([[1], []], {}, ValueError, r"prompts\[1\] has no tokens"),
         (["a"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
