@@ -23,7 +23,7 @@ import transformers
 
 import fused_kd as fk
 from fused_kd.training.checkpoints import last_checkpoint
-from fused_kd.training.data.prompts import Collator
+from fused_kd.training.collate import Collator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.tiny import rows
 from tests.training.tiny import tiny as tiny_model

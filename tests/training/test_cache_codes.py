@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_kd.training.cache.codes import decode, encode
+from fused_kd.training.codes import decode, encode
 
 
 @st.composite

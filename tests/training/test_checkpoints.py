@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import fused_kd as fk
 from fused_kd.training import checkpoints, stages
 from fused_kd.training.checkpoints import MANIFEST, fault_of, last_checkpoint, seal
-from fused_kd.training.data.prompts import Collator
+from fused_kd.training.collate import Collator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.tiny import rows, tiny
 

@@ -1,0 +1,320 @@
+"""examples/train.py, evaluate.py, cache_teacher.py and inspect_tokens.py as a reader would run them, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fused_kd as fk
+from fused_kd.training.data import load_pairs, misalign
+from fused_kd.training.generate import generate
+from fused_kd.training.models import load_model, load_tokenizer
+from fused_kd.training.prompts import tokenize_pairs
+from fused_kd.training.teacher_cache import target_positions
+from fused_kd.training.trainer import KDTrainer
+from tests.training.test_script import CONFIGS, ROOT, script
+
+TINY = [str(CONFIGS / "paper.yaml"), str(CONFIGS / "tiny.yaml")]
+SMALL = {
+    "train_limit": 24, "valid_limit": 4, "vocab": 400, "global_batch": 16, "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+}  # fmt: skip
+
+
+def command(method: str, output: Path, **changes: object) -> list[str]:
+    flags = [f"--{key}={value}" for key, value in {**SMALL, "output": output, **changes}.items()]
+    return [*TINY, str(CONFIGS / "methods" / f"{method}.yaml"), *flags]
+
+
+def train(method: str, output: Path, **changes: object) -> dict:
+    return script("train").main(command(method, output, **changes))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name] - other[name]).norm() ** 2) for name in one) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    record = train("sft", folder, student="tiny-student")
+    assert record["steps"] == 3, "48 rows of two directions, 16 a step"
+    assert len(record["validation"]) >= 2, "twice an epoch"
+    return folder / "model"
+
+
+def test_sft_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation loss that grows makes the first checkpoint the best one."""
+    seen = []
+
+    def worse(self, *args, **kwargs):
+        seen.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+        metrics = {"eval_loss": float(len(seen))}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(KDTrainer, "evaluate", worse)
+    train("sft", tmp_path, student="tiny-student")
+    kept = weights(tmp_path / "model")
+    assert len(seen) > 1 and all(torch.equal(value, seen[0][name]) for name, value in kept.items())
+    assert any(not torch.equal(kept[name], seen[-1][name]) for name in kept)
+
+
+def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = {"teacher": teacher, "student": teacher, "num_train_epochs": 2}
+    train("self_evolution_quantile", tmp_path / "whole", **pair)
+    text = capsys.readouterr().out
+    assert "global batch 16 = 1 processes x 8 sentences x 2 steps" in text
+    assert "no loss (" in text and "loss    (" in text, "a sample with its loss mask"
+    assert f"SelfEvolution(lam=0.5, beta=0.5, gamma={float(text.split('Γ = ')[1].split(':')[0]):g})" in text
+
+    steps, step = [], KDTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(KDTrainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train("self_evolution_quantile", tmp_path / "cut", **pair)
+    monkeypatch.setattr(KDTrainer, "training_step", step)
+    newest = max((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    (newest / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match=r"lacks optimizer\.pt: passed over"):
+        train("self_evolution_quantile", tmp_path / "cut", **pair)
+    ours, theirs = (weights(tmp_path / name / "model") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finished = tmp_path / "cut" / "model" / "model.safetensors"
+    finished.write_bytes(finished.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="instead of .*: trained again"):
+        train("self_evolution_quantile", tmp_path / "cut", **pair)
+    assert apart(weights(tmp_path / "cut" / "model"), theirs) == 0
+    monkeypatch.setattr(KDTrainer, "training_step", None)
+    train("self_evolution_quantile", tmp_path / "cut", **pair)  # done already
+    with pytest.raises(ValueError, match=r"made with other arguments \(learning_rate: 0\.002 -> 0\.1\)"):
+        train("self_evolution_quantile", tmp_path / "cut", **pair, learning_rate=0.1)
+
+    models = [str(teacher), str(tmp_path / "whole" / "model")]
+    evaluation = [*models, "--data", "builtin", "--directions", "en-de", "de-en", "--limit", "3", "--prompt", "tiny",
+                  "--max-new-tokens", "6", "--similar-to", models[0], "--output", str(tmp_path / "eval")]  # fmt: skip
+    results = script("evaluate").main(evaluation)
+    assert results[models[0]]["en-de"]["similarity"]["equal"] == 1.0
+    assert set(results[models[1]]["de-en"]["p"]) == {"bleu", "chrf"} and not results[models[0]]["de-en"]["p"]
+    saved = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert saved == json.loads(json.dumps(results)) == json.loads(json.dumps(script("evaluate").main(evaluation)))
+
+
+FAKE_COMET = f"""#!{sys.executable}
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+read = lambda flag: open(options[flag]).read().split("\\n")[:-1]
+scores = [(s, t, r) == ("A cat.", "x", "Eine Katze.") for s, t, r in zip(read("-s"), read("-t"), read("-r"))]
+assert options["--model"] == "Unbabel/wmt22-comet-da" and len(scores) == 2
+json.dump({{"mt": [{{"COMET": 0.5 + 0.25 * score}} for score in scores]}}, open(options["--to_json"], "w"))
+"""
+
+
+def test_what_is_kept_of_an_evaluation_and_comet(teacher: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """What is kept by a model's path is kept by its content."""
+    evaluate, model, data = script("evaluate"), tmp_path / "model", tmp_path / "test.jsonl"
+    shutil.copytree(teacher, model)
+    data.write_text("".join(json.dumps({"en": a, "de": b}) + "\n" for a, b in (("A cat.", "Eine Katze."), ("b", "c"))))
+    command = [str(model), "--data", str(data), "--directions", "en-de", "--prompt", "tiny", "--max-new-tokens", "4",
+               "--output", str(tmp_path / "eval")]  # fmt: skip
+
+    def kept() -> set[str]:
+        evaluate.main(command)
+        return {path.name for path in (tmp_path / "eval").glob("*en-de*")}
+
+    before = kept()
+    (model / "README.md").write_text("Mine.")
+    assert kept() == before and len(before) == 1
+    save_file({name: value + 0.1 for name, value in weights(model).items()}, model / "model.safetensors")
+    assert len(kept()) == 2, "another model"
+    data.write_text(data.read_text().replace("Eine Katze.", "Die Katze."))
+    assert len(kept()) == 3, "another reference"
+    with pytest.raises(ValueError, match=r"models must have a name for a folder, got '\.\.'"):
+        evaluate.main(["..", *command[1:]])
+
+    data.write_text(data.read_text().replace("Die Katze.", "Eine Katze."))
+    monkeypatch.setattr(evaluate, "translate", lambda *args, **kwargs: (["x", "y"], None))
+    monkeypatch.chdir(tmp_path)
+    fake = tmp_path / "comet-score"
+    fake.write_text(FAKE_COMET)
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    command += ["--beams", "2", "--comet", "./comet-score"]
+    assert evaluate.main(command)[str(model)]["en-de"]["comet"] == pytest.approx(0.625)
+    fake.write_text(f"#!{sys.executable}\nraise SystemExit('no model')\n")
+    with pytest.raises(ValueError, match="gave no scores; its messages are above"):
+        evaluate.main(command)
+    assert "no model" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="there is no command nowhere"):
+        evaluate.main([*command, "--comet", "nowhere"])
+
+
+def test_another_content_at_the_same_path_is_refused(teacher: Path, tmp_path: Path) -> None:
+    model, tasks = tmp_path / "model", tmp_path / "train.json"
+    shutil.copytree(teacher, model)
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "one"}] * 3))
+    pair = {"teacher": model, "student": teacher, "instructions": tasks, "train_limit": 8}
+    assert train("no_evo", tmp_path / "run", **pair)["rows"] == 19
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "two"}] * 3))
+    with pytest.raises(ValueError, match="was made with other arguments .*train rows"):
+        train("no_evo", tmp_path / "run", **pair)
+    tasks.write_text(json.dumps([{"instruction": "Count.", "output": "one"}] * 3))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(ValueError, match="was made with other arguments .*teacher's content: sha256:"):
+        train("no_evo", tmp_path / "run", **pair)
+
+
+def test_packed_rows_train_as_padded_ones_do(teacher: Path, tmp_path: Path) -> None:
+    for packing in (False, True):
+        train("no_evo", tmp_path / str(packing), teacher=teacher, student=teacher, packing=packing)
+    start, a, b = (weights(f) for f in (teacher, tmp_path / "False" / "model", tmp_path / "True" / "model"))
+    # Adam divides by a gradient's size: rounding in a tiny one moves its weight
+    assert apart(a, start) > 0.1 and apart(a, b) < 1e-2 * apart(a, start)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True, "dtype": "bfloat16"}], ids=["auto", "bf16"])
+def test_a_student_in_half_precision_is_trained_in_float32(teacher: Path, tmp_path: Path, changes: dict) -> None:
+    """At a late training's learning rate nearly every weight moves; of bf16 weights few would."""
+    half = tmp_path / "half"
+    load_model(teacher, load_tokenizer(teacher), 0, dtype=torch.bfloat16).save_pretrained(half)
+    load_tokenizer(teacher).save_pretrained(half)
+    train("no_evo", tmp_path, teacher=half, student=half, learning_rate=2e-5, warmup_steps=0, **changes)
+    start, end = weights(half), weights(tmp_path / "model")
+    assert {value.dtype for value in start.values()} == {torch.bfloat16}
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    body = [name for name in start if "layers" in name]
+    moved = sum(int((end[name] != start[name].float()).sum()) for name in body)
+    assert moved > 0.9 * sum(start[name].numel() for name in body)
+
+
+def test_a_tokenizer_without_padding_token_and_adapters(teacher: Path, tmp_path: Path) -> None:
+    """As Llama 2's: the same weights as with one, and translations."""
+    bare = tmp_path / "bare"
+    tokenizer = load_tokenizer(teacher)
+    load_model(teacher, tokenizer, 0).save_pretrained(bare)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(bare)
+    assert load_tokenizer(bare).pad_token_id is None
+    for name, models in (("with", teacher), ("without", bare)):
+        train("no_evo", tmp_path / name, teacher=models, student=models, train_limit=8, lora="{r: 2, dropout: 0.0}")
+    one, other = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("with", "without"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    kept = tmp_path / "without" / "model"
+    assert generate(load_model(kept, load_tokenizer(kept), 0), load_tokenizer(kept), ["en: a", "en: a cat"])
+
+
+def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
+    """Under torchrun the global batch is divided, and the same model comes out."""
+    pair = {"teacher": teacher, "student": teacher, "directions": "de-en"}
+    train("self_evolution_top_k", tmp_path / "one", **pair)
+    flags = command("self_evolution_top_k", tmp_path / "two", **pair, per_device_train_batch_size=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(ROOT / "examples" / "train.py"), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "global batch 16 = 2 processes x 4 sentences x 2 steps" in done.stdout
+    start, one, two = (weights(f) for f in (teacher, tmp_path / "one" / "model", tmp_path / "two" / "model"))
+    assert apart(one, start) > 0.1 and apart(one, two) < 1e-3 * apart(one, start)
+
+
+def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
+    flags = (
+        f"--data builtin --direction de-en en-de --teacher {teacher} --limit 12 --k 8 --dtype 8bit --shard-rows 8 "
+        f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
+    ).split()
+    cache = script("cache_teacher").main(flags)
+    shown = capsys.readouterr().out
+    assert "de-en: Rows(12 rows" in shown and "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown
+    pair = {"teacher": f"cache:{tmp_path / 'cache'}", "student": teacher, "train_limit": 12}
+    assert train("forward_kd", tmp_path / "student", **pair)["steps"] == 2
+    with pytest.raises(ValueError, match=r"was made from something else: data"):
+        train("forward_kd", tmp_path / "other", **{**pair, "train_limit": 11})
+    with pytest.raises(ValueError, match="needs an online teacher"):
+        train("self_evolution_quantile", tmp_path / "third", **pair)
+
+    with pytest.raises(ValueError, match=r"made with other arguments \(k: 8 -> 9\)"):
+        script("cache_teacher").main([*flags, "--k", "9"])
+    for wrong, message in ((["--teacher", "tiny-teacher"], "random weights"), (["--kd-size", "13"], r"in \[1, 12\]")):
+        with pytest.raises(SystemExit, match=message):
+            script("cache_teacher").main([*flags, *wrong])
+
+    tokenizer = load_tokenizer(teacher)
+    pairs = misalign(load_pairs("builtin", "train", "en-de", limit=12)[-5:], 0.4, 3)
+    rows = tokenize_pairs(tokenizer, "tiny", pairs, "en-de", 128)
+    uniform = {str(i): {"logprob": -torch.tensor(float(len(tokenizer))).log().item()} for i in range(len(tokenizer))}
+    path = tmp_path / "vllm.jsonl"
+    path.write_text("".join(json.dumps([None] + [uniform] * (len(row["input_ids"]) - 1)) + "\n" for row in rows.rows))
+    flags[flags.index("de-en") : flags.index("en-de") + 1] = ["en-de"]
+    flags += ["--kd-size", "5", "--kd-noise", "0.4", "--seed", "3", "--from-vllm", str(path)]
+    read = script("cache_teacher").main([*flags, "--output", str(tmp_path / "read")])
+    assert read.mass_mean == pytest.approx(8 / len(tokenizer), rel=1e-2) and read.about["file"] == "vllm.jsonl"
+    assert len(read[0][0]) == len(target_positions(rows[0]["labels"]))
+
+
+def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"per_device_train_batch_size": 5}, r"per_device_train_batch_size x processes = 5 x 1, got 16"),
+        ({"learning_rat": 1}, "--learning_rat"),
+        ({"teacher": "null"}, "teacher must be given"),
+        ({"lora": "{q: 1}"}, "unexpected keyword argument 'q'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            train("forward_kd", tmp_path / "none", **{"student": "tiny-student", **changes})
+    assert not (tmp_path / "none" / "model").exists()
+
+
+def test_the_token_view(teacher: Path, tmp_path: Path, capsys) -> None:
+    """Difficulties are the loss's own, and every text is shown as it is."""
+    view = script("inspect_tokens")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"en": "A <b>cat</b> & 猫.", "de": "Eine 猫 <i>."}) + "\n")
+    page = tmp_path / "page.html"
+    flags = ["--student", str(teacher), "--teacher", str(teacher), "--data", str(data), "--split", "all"]
+    view.main([*flags, "--output", str(page), "--terminal", "--objective", "self_evolution:gamma=0.1"])
+    html, shown = page.read_text(), capsys.readouterr().out
+    assert "A &lt;b&gt;cat&lt;/b&gt; &amp; 猫." in html and "<i>." not in html and "A <b>cat</b> & 猫." in shown
+    tokenizer = load_tokenizer(teacher)
+    model, other = load_model(teacher, tokenizer, 0), load_model("tiny-student", tokenizer, 5)
+    pairs = load_pairs(str(data), "all", "en-de")
+    rows = tokenize_pairs(tokenizer, "tiny", pairs, "en-de", 128)
+    objective = fk.SelfEvolution(lam=0.5, beta=0.5, gamma=2.0)
+    (tokens,) = view.token_difficulties(other, model, rows, tokenizer, objective)
+    assert "".join(token.text for token in tokens if token.text != "·") == f" {pairs[0].target}{tokenizer.eos_token}"
+    ids = torch.tensor([rows[0]["input_ids"]])
+    labels = [i for i in range(1, ids.shape[1]) if rows[0]["labels"][i] != -100]
+    q, p = (m(ids).logits[0, [i - 1 for i in labels]].log_softmax(-1).exp() for m in (other, model))
+    target = 0.5 * torch.nn.functional.one_hot(ids[0, labels], q.shape[-1]) + 0.5 * p
+    expected = torch.special.xlogy(target, target / q).sum(-1)
+    found = torch.tensor([token.difficulty for token in tokens])
+    assert torch.allclose(found, expected.float(), atol=1e-4)
+    assert [token.is_hard for token in tokens] == (found > 2.0).tolist()
+    assert tokens[0].probabilities == pytest.approx(
+        (float(q[0, ids[0, labels[0]]]), float(p[0, ids[0, labels[0]]])), rel=1e-4
+    )
+    assert tokens[0].tops[1][0][1] == pytest.approx(float(p[0].max()), rel=1e-4)
