@@ -24,7 +24,7 @@ if not sys.stderr.isatty():
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -34,14 +34,7 @@ from fused_kd.training.data import load_directions, load_instructions, parse_dir
 from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
-from fused_kd.training.prompts import (
-    concatenate,
-    get_prompt,
-    render_sample,
-    tokenize_directions,
-    tokenize_instructions,
-    training_texts,
-)
+from fused_kd.training.prompts import concatenate, get_prompt, render_sample, tokenize_directions, tokenize_instructions, training_texts
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import bind, fingerprint
@@ -203,6 +196,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         objective = with_quantile_gamma(objective, train.gamma_quantile, student, teacher, rows["train"], tokenizer)
         console.print(f"Γ = {objective.gamma:.4f}: the {train.gamma_quantile:g} quantile of the difficulties")
     if train.lora is not None:
+        set_seed(seed)
         student = with_adapters(student, LoRA(**train.lora), "CAUSAL_LM")
     if low_precision_parameters(student) and not getattr(student, "is_quantized", False):
         student = student.float()  # else most updates would round to nothing

@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import fused_kd as fk
 from fused_kd.integrations.labels import denominator, sequence_weights, without_first_targets
-from fused_kd.training.collate import Collator
-from fused_kd.training.collate import PackingCollator
+from fused_kd.training.collate import Collator, PackingCollator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.distributed_worker import Cache, with_top_k
 

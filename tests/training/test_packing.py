@@ -13,8 +13,10 @@ pytest.importorskip("accelerate")
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.packed import check_mask, check_packed  # noqa: E402
 from fused_kd.integrations.transformers import route_head_loss  # noqa: E402
-from fused_kd.training.collate import Collator  # noqa: E402
-from fused_kd.training.collate import PackingCollator  # noqa: E402
+from fused_kd.training.collate import (
+    Collator,
+    PackingCollator,
+)
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
 from tests.training.distributed_worker import Cache, tiny, with_top_k  # noqa: E402
 from tests.training.tiny import rows  # noqa: E402

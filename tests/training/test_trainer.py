@@ -16,11 +16,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
-from fused_kd.training.trainer import BetaSchedule  # noqa: E402
-from fused_kd.training.collate import Collator  # noqa: E402
 from fused_kd.integrations.distributed import check_engine, hard_threshold, is_cached  # noqa: E402
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs  # noqa: E402
-from fused_kd.training.trainer import KDTrainer  # noqa: E402
+from fused_kd.training.collate import Collator  # noqa: E402
+from fused_kd.training.trainer import (
+    BetaSchedule,
+    KDTrainer,
+)
 from tests.training.tiny import VOCAB, rows, tiny  # noqa: E402
 
 
