@@ -24,7 +24,7 @@ if not sys.stderr.isatty():
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -203,6 +203,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         objective = with_quantile_gamma(objective, train.gamma_quantile, student, teacher, rows["train"], tokenizer)
         console.print(f"Γ = {objective.gamma:.4f}: the {train.gamma_quantile:g} quantile of the difficulties")
     if train.lora is not None:
+        set_seed(seed)
         student = with_adapters(student, LoRA(**train.lora), "CAUSAL_LM")
     if low_precision_parameters(student) and not getattr(student, "is_quantized", False):
         student = student.float()  # else most updates would round to nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fused_kd.training.cache import writer
+from fused_kd.training import cache
 from fused_kd.training.teacher_cache import TeacherCache
 
 VOCAB, PADDED = 53, 59
@@ -52,7 +52,7 @@ def rows(count: int = 10, seed: int = 0) -> list[dict[str, list[int]]]:
 
 def write(folder: Path, data: list | None = None, **options) -> TeacherCache:
     options = {"k": 5, "template": "tiny", "shard_rows": 4, "batch_size": 3, "progress": False, **options}
-    return writer.write_cache(folder, model(0), Words(), rows() if data is None else data, **options)
+    return cache.write_cache(folder, model(0), Words(), rows() if data is None else data, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:

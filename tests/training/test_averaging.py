@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import fused_kd as fk
 from fused_kd.integrations.labels import denominator, sequence_weights, without_first_targets
-from fused_kd.training.collate import Collator
-from fused_kd.training.collate import PackingCollator
+from fused_kd.training.collate import Collator, PackingCollator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.distributed_worker import Cache, with_top_k
 
@@ -86,8 +85,7 @@ class Left:
         return batch
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["online", "cached"])
-@pytest.mark.parametrize("average", ["tokens", "sequences"])
+@pytest.mark.parametrize(("average", "cached"), [("tokens", True), ("sequences", False)])
 def test_padding_on_the_left_predicts_nothing(tmp_path: Path, average: str, cached: bool) -> None:
     """Rows whose whole text has loss: loss, evaluation and step are those of padding on the right."""
     data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]

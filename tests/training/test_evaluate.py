@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fused_kd.training.data import Pair
-from fused_kd.training.prompts import encode_prompts, get_prompt
-from fused_kd.training.score import score, similarity, translate
 from fused_kd.training.generate import generate
+from fused_kd.training.prompts import encode_prompts, get_prompt
+from fused_kd.training.score import score, translate
 
 from .byte_level import make_tokenizer
 
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = ["A dog sees the cat.", "Ein Hund sieht die Katze.", "The old man sleeps in the garden today."]
-PROMPTS = [
-    "A dog",
-    "The old man sleeps in the",
-    "Ein Hund sieht die Katze. A dog sees",
-    "cat",
-    "the garden",
-] * 2
+PROMPTS = ["A dog", "The old man sleeps in the", "Ein Hund sieht die Katze. A dog sees", "cat", "the garden"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +45,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def greedy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    ids: list[int],
-    steps: int,
-) -> str:
+def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], steps: int) -> str:
     """One prompt, no padding, no cache, no generate()."""
     model.eval()
     row, start = list(ids), len(ids)
@@ -69,21 +58,13 @@ def greedy(
     return " ".join(str(tokenizer.decode(row[start:], skip_special_tokens=True)).split())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_batches_give_what_single_prompts_give(model, tokenizer, batch_size: int) -> None:
+def test_batches_give_what_single_prompts_give(model, tokenizer) -> None:
     expected = [greedy(model, tokenizer, ids, 12) for ids in encode_prompts(tokenizer, PROMPTS)]
     assert len(set(expected)) == 5 and all(expected)
-    made = generate(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12, progress=False)
+    made = generate(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=12, progress=False)
     assert made == expected
-    by_ids = generate(
-        model,
-        tokenizer,
-        encode_prompts(tokenizer, PROMPTS),
-        batch_size=batch_size,
-        max_new_tokens=12,
-        progress=False,
-    )
-    assert by_ids == expected
+    ids = encode_prompts(tokenizer, PROMPTS)
+    assert generate(model, tokenizer, ids, batch_size=32, max_new_tokens=12, progress=False) == expected
 
 
 def test_generation_stops_at_eos(model, tokenizer) -> None:
@@ -176,7 +157,7 @@ def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureF
     [
         ([], {}, ValueError, "prompts is empty"),
         ("one string", {}, TypeError, "one string"),
-        (["a", [1, 2]], {}, TypeError, "mixes"),
+        (["a", [1, 2]], {}, TypeError, "both mixed"),
         ([[1], []], {}, ValueError, r"prompts\[1\] has no tokens"),
         (["a"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
@@ -203,67 +184,3 @@ def test_translate_renders_generates_and_scores(model, tokenizer) -> None:
     assert beams == generate(model, tokenizer, prompts, **options) != made
     with pytest.raises(ValueError, match="length_penalty="):
         translate(model, tokenizer, pairs, "en-de", "tiny", length_penalty=0.5)
-
-
-def test_scores_of_known_text() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    same = score(TEXTS, TEXTS)
-    assert same.bleu == pytest.approx(100) and same.chrf == pytest.approx(100)
-    assert score(["", ""], TEXTS[:2]).bleu == 0
-    # by hand: 5 of 6 words, 3 of 5, 2 of 4, 1 of 3 n-grams match, no brevity penalty
-    one = score(["the cat sat on a mat"], ["the cat sat on the mat"])
-    assert one.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
-    # 13a splits the full stop off
-    assert score(["Der Hund schläft im Garten ."], ["Der Hund schläft im Garten."]).bleu == pytest.approx(100)
-    version = sacrebleu.__version__
-    assert one.bleu_signature == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
-    assert one.chrf_signature == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version}"
-
-
-def test_scores_are_sacrebleus_corpus_scores() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    made = ["Ein Hund sieht eine Katze.", "Der alte Mann schläft.", "Die Frau liest ein Buch"]
-    wanted = ["Ein Hund sieht die Katze.", "Der alte Mann schläft heute.", "Die Frau liest ein Buch."]
-    scores = score(made, wanted)
-    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(made, [wanted]).score)
-    assert scores.chrf == pytest.approx(sacrebleu.corpus_chrf(made, [wanted]).score)
-    assert scores.as_dict() == {
-        "bleu": scores.bleu,
-        "chrf": scores.chrf,
-        "bleu_signature": scores.bleu_signature,
-        "chrf_signature": scores.chrf_signature,
-    }
-    assert "tok:char" in score(["你好"], ["你好"], tokenize="char").bleu_signature
-
-
-def test_scores_reject_nonsense() -> None:
-    with pytest.raises(ValueError, match="2 hypotheses for 1 references"):
-        score(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="empty"):
-        score([], [])
-    with pytest.raises(TypeError, match="hypotheses"):
-        score("abc", ["a", "b", "c"])
-    with pytest.raises(TypeError, match="references"):
-        score(["a"], [None])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="2 hypotheses for 1 teacher_hypotheses"):
-        similarity(["a", "b"], ["a"])
-    with pytest.raises(TypeError, match="teacher_hypotheses"):
-        similarity(["a"], "a")
-
-
-def test_similarity_to_the_teachers_output() -> None:
-    pytest.importorskip("sacrebleu")
-    teacher = ["the cat sat on the mat", "a dog", "no", ""]
-    same = similarity(teacher, teacher)
-    assert (same.bleu, same.chrf, same.equal) == (pytest.approx(100), pytest.approx(100), 1)
-    student = ["the cat sat on a mat", "a dog", "No", ""]
-    made = similarity(student, teacher)
-    assert made.equal == 0.5
-    scores = score(student, teacher)
-    assert made.as_dict() == {**scores.as_dict(), "equal": 0.5} and "tok:13a" in made.bleu_signature
-    # the teacher is the reference: the other way round is another number
-    shorter = similarity(["the cat sat on the"], teacher[:1])
-    assert shorter.bleu == pytest.approx(100 * 2.718281828 ** (1 - 6 / 5))
-    assert similarity(teacher[:1], ["the cat sat on the"]).bleu == pytest.approx(
-        100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
-    )

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fused_kd.training.prompts import encode_prompts
 from fused_kd.training.generate import Decoding, generate, generate_to
+from fused_kd.training.prompts import encode_prompts
 
 from .byte_level import make_tokenizer
 from .tiny import tiny

@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fused_kd.training.data import Pair
 from fused_kd.training.collate import Collator
-from fused_kd.training.data.prompts import encode_pair
-from fused_kd.training.prompts import PROMPTS, PromptTemplate, Rows, concatenate, encode_prompts, get_prompt, render_sample, tokenize_pairs, tokenize_texts
+from fused_kd.training.data import Instruction, Pair
+from fused_kd.training.prompts import (
+    PROMPTS,
+    PromptTemplate,
+    Rows,
+    concatenate,
+    encode_prompts,
+    get_prompt,
+    render_sample,
+    tokenize_instructions,
+    tokenize_pairs,
+    tokenize_texts,
+)
 
 from .byte_level import make_tokenizer
 
@@ -19,6 +29,10 @@ if TYPE_CHECKING:
 
 PAIR = Pair("A dog sees the cat.", "Ein Hund sieht die Katze.")
 TEXTS = [*PAIR, "en: de:\n"]
+
+
+def encode_pair(tokenizer, template, pair: Pair, direction: str, max_length) -> dict[str, list[int]]:
+    return tokenize_pairs(tokenizer, template, [pair], direction, max_length, skip_long=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +235,27 @@ def test_collator_rejects_nonsense() -> None:
         Collator(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch is empty"):
         Collator(0)([])
+
+
+def test_instructions_carry_loss_on_the_output_alone() -> None:
+    alone = Instruction("Name two\ncolours.", "", "Red,\nblue.")
+    with_input = Instruction("Translate {this}.", "A dog", "Ein Hund")
+    assert alone.prompt() == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nName two\ncolours.\n\n### Response:"
+    )
+    assert with_input.prompt().endswith("\n\n### Instruction:\nTranslate {this}.\n\n### Input:\nA dog\n\n### Response:")
+    tokenizer = make_tokenizer([*alone, *with_input])
+    rows = tokenize_instructions(tokenizer, [alone, with_input], 2_000)
+    prompts = encode_prompts(tokenizer, [alone.prompt(), with_input.prompt()])
+    for row, prompt, task in zip(rows.rows, prompts, (alone, with_input), strict=True):
+        answer = row["input_ids"][len(prompt) :]
+        assert row["input_ids"][: len(prompt)] == prompt and row["labels"] == [-100] * len(prompt) + answer
+        assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == task.output
+    rows = tokenize_instructions(tokenizer, [alone, with_input], len(prompts[0]) + 1)
+    assert (len(rows), rows.skipped, rows.truncated) == (1, 1, 1)
+    with pytest.raises(ValueError, match=r"leaves no room .*Instruction\(instruction='Translate"):
+        tokenize_instructions(tokenizer, [alone, with_input], len(prompts[0]) + 1, skip_long=False)
 
 
 def test_render_sample_shows_which_tokens_carry_loss(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,217 @@
+"""Tables and figures of the recipe: every number against numpy on the runs themselves, whole tables and parts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "self_evolution"))
+
+import paper_table
+
+RECIPE = Path(paper_table.__file__).parent
+
+DIRECTIONS = ["de-en", "en-de"]
+LEVELS = {"sft": -3.9, "forward_kd": -1.6, "no_evo": -1.6, "self_evolution": -0.6}
+
+
+def fake_results() -> dict[str, Any]:
+    """Four methods, three seeds, two conditions, a sweep; random scores of a likely size."""
+    rng = np.random.default_rng(7)
+
+    def run(condition: str, method: str, seed: int, sweep: dict | None = None) -> dict:
+        level = 25 + LEVELS[method] - (0 if sweep is None else abs(np.log(sweep["value"] / 0.4)))
+        scores = {}
+        for direction in DIRECTIONS:
+            bleu = level + rng.normal(0, 0.25)
+            scores[direction] = {"bleu": bleu, "chrf": bleu + 25, "similarity": 1.4 * bleu}
+        history = [{"step": s, "difficulty": np.exp(-s / 50), "hard_fraction": 0.5 + 0.1 * seed} for s in (10, 20, 40)]
+        objective = f"{method}({sweep or ''})" if sweep is None or sweep["value"] != 0.4 else f"{method}()"
+        return {"condition": condition, "method": method, "seed": seed, "sweep": sweep, "objective": objective,
+                "scores": scores, "history": history, "seconds": 240.0, "steps": 40}  # fmt: skip
+
+    runs = [run(c, m, s) for c in ("clean", "30 % wrong") for m in LEVELS for s in range(3)]
+    runs += [run("clean", "self_evolution", 0, {"parameter": "gamma", "value": v}) for v in (0.1, 1.6)]
+    own = next(r for r in runs if (r["condition"], r["method"], r["seed"]) == ("clean", "self_evolution", 0))
+    runs.append({**own, "sweep": {"parameter": "gamma", "value": 0.4}})
+    base = {(r["condition"], r["seed"]): r["scores"] for r in runs if r["method"] == "forward_kd"}
+    tests = []
+    for r in runs:
+        for direction in DIRECTIONS if not r["sweep"] and r["method"] != "forward_kd" else ():
+            delta = r["scores"][direction]["bleu"] - base[r["condition"], r["seed"]][direction]["bleu"]
+            about = {name: r[name] for name in ("condition", "method", "seed")}
+            p = float(np.exp(-4 * abs(delta)))
+            tests.append(about | {"direction": direction, "metric": "bleu", "delta": delta, "p": p})
+    start = {d: {"bleu": 25.0, "chrf": 50.0, "similarity": 33.0} for d in DIRECTIONS}
+    return {
+        "settings": {"conditions": {"30 % wrong": {"start": "scratch"}}}, "directions": DIRECTIONS,
+        "signatures": {"bleu": "tok:13a"}, "teacher": {d: {"bleu": 29.0} for d in DIRECTIONS}, "student": start,
+        "labels": {"sft": "SFT", "forward_kd": "ForwardKD", "no_evo": "NoEvo", "self_evolution": "SelfEvolution"},
+        "runs": runs, "significance": tests,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    return json.loads(json.dumps(fake_results()))
+
+
+def scores(found: dict, condition: str, method: str, metric: str = "bleu") -> np.ndarray:
+    """(seeds, directions)"""
+    runs = [r for r in found["runs"] if (r["condition"], r["method"], r["sweep"]) == (condition, method, None)]
+    return np.array([[r["scores"][d][metric] for d in DIRECTIONS] for r in sorted(runs, key=lambda r: r["seed"])])
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "similarity"])
+def test_means_and_deviations(whole: dict, metric: str) -> None:
+    shown = paper_table.Table(paper_table.Results(whole), "clean", metric)
+    assert list(shown.mean.index) == list(LEVELS) and list(shown.mean) == [*DIRECTIONS, "average"]
+    for method in LEVELS:
+        found = scores(whole, "clean", method, metric)
+        for column, values in {**dict(zip(DIRECTIONS, found.T, strict=True)), "average": found.mean(1)}.items():
+            cell = (shown.mean.loc[method, column], shown.std.loc[method, column], shown.count.loc[method, column])
+            assert cell == pytest.approx((values.mean(), values.std(ddof=1), 3))
+
+
+def test_references(whole: dict) -> None:
+    results = paper_table.Results(whole)
+    rows = [paper_table.Table(results, c, "bleu").references.average.to_dict() for c in results.conditions]
+    assert rows == [{"teacher": 29.0, "student before": 25.0}, {"teacher": 29.0}], "from scratch: no student before"
+
+
+def small(tests: list[tuple[int, float, float]]) -> dict[str, Any]:
+    """Two methods, two seeds, one direction; ``tests`` of no_evo as (seed, delta, p)."""
+    runs = [
+        {"condition": "c", "method": method, "seed": seed, "scores": {"de-en": {"bleu": bleu + seed}}}
+        for seed in range(2)
+        for method, bleu in (("forward_kd", 20.0), ("no_evo", 21.0))
+    ]
+    about = {"condition": "c", "method": "no_evo", "direction": "de-en", "metric": "bleu"}
+    tested = [about | {"seed": seed, "delta": delta, "p": p} for seed, delta, p in tests]
+    labels = {"no_evo": "NoEvo", "forward_kd": "ForwardKD"}
+    return {"directions": DIRECTIONS, "labels": labels, "runs": runs, "significance": tested}
+
+
+@pytest.mark.parametrize(
+    "tests, mark",
+    [
+        ([(0, 1.0, 0.01), (1, 0.5, 0.049)], "†"),
+        ([(0, -1.0, 0.01), (1, -0.5, 0.001)], "‡"),
+        ([(0, 1.0, 0.01), (1, -0.5, 0.001)], ""),
+        ([(0, 1.0, 0.01), (1, 0.5, 0.05)], ""),
+        ([(0, 1.0, 0.01)], ""),  # the other seed is not tested yet
+        ([], ""),
+    ],
+)
+def test_daggers(tests: list, mark: str) -> None:
+    shown = paper_table.Table(paper_table.Results(small(tests)), "c", "bleu")
+    assert list(shown.mean) == ["de-en"], "a direction without scores is no column"
+    assert shown.text("no_evo", "de-en") == " ".join(["21.5 ± 0.7", *([mark] if mark else [])])
+    higher, lower = (sum(p < 0.05 and sign * delta > 0 for _, delta, p in tests) for sign in (1, -1))
+    lines = shown.markdown().splitlines()
+    assert lines[2].startswith("| NoEvo") and "**21.5** ± 0.7" in lines[2] and "**" not in lines[3]
+    if tests:
+        assert f" {higher} / {lower} of {len(tests)} |" in lines[2] and f"of the {len(tests)} tests" in shown.caption()
+
+
+def test_ties_are_all_bold() -> None:
+    results = small([])
+    for run in results["runs"]:
+        run["scores"]["de-en"]["bleu"] = 21.04 if run["method"] == "no_evo" else 20.96
+    assert paper_table.Table(paper_table.Results(results), "c", "bleu").markdown().count("**21.0** ± 0.0") == 2
+
+
+def test_a_table_in_progress(whole: dict, tmp_path: Path) -> None:
+    """One method with a seed less, another seed without a direction, no references, no tests."""
+    part = {key: whole[key] for key in ("directions", "labels")}
+    wanted = [("sft", 0), ("no_evo", 0), ("no_evo", 1), ("no_evo", 2)]
+    runs = [r for r in whole["runs"] if r["condition"] == "clean" and (r["method"], r["seed"]) in wanted]
+    part["runs"] = json.loads(json.dumps(runs))
+    part["runs"][-1]["scores"].pop("en-de")
+    shown = paper_table.Table(paper_table.Results(part), "clean", "bleu")
+    values = scores(whole, "clean", "no_evo")[:2]
+    assert shown.mean.loc["no_evo", "en-de"] == pytest.approx(values[:, 1].mean())
+    assert shown.mean.loc["no_evo", "average"] == pytest.approx(values.mean()), "a seed that lacks a direction has none"
+    assert shown.text("sft", "de-en").endswith(" (1)") and shown.text("no_evo", "en-de").endswith(" (2)")
+    assert "(n) where only n of the seeds are there yet" in shown.caption()
+    paper_table.write_report(part, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "clean: 2 methods with 1 to 3 seeds" in text and "Signature" not in text and "same gradient" not in text
+
+
+@pytest.mark.parametrize("runs", [[], [{"condition": "clean", "method": "sft", "seed": 0}]], ids=["runs", "scores"])
+def test_nothing_yet(whole: dict, tmp_path: Path, runs: list) -> None:
+    part = {key: whole[key] for key in ("directions", "labels")} | {"runs": runs}
+    assert [path.name for path in paper_table.write_report(part, tmp_path)] == ["results.md", "results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "condition,method,direction,metric,mean,std,seeds,dagger\n"
+
+
+def test_report(whole: dict, tmp_path: Path) -> None:
+    written = paper_table.write_report(whole, tmp_path)
+    assert set(written) == set(tmp_path.iterdir()), "no partial files stay"
+    text = written[0].read_text(encoding="utf-8")
+    for path in written[2:]:
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 8000
+        assert path.name.startswith("table_") or f"]({path.name})" in text
+    assert {p.stem for p in written if p.stem.startswith("methods")} == {"methods_clean", "methods_30-wrong"}
+    assert "26 runs, 2 of them in sweeps, 1.7 hours" in text and "clean: 4 methods with 3 seeds" in text
+    gaps = np.abs(scores(whole, "clean", "forward_kd") - scores(whole, "clean", "no_evo"))
+    assert f"differ by {gaps.mean():.2f} BLEU on average and {gaps.max():.2f} at most over 6 pairs" in text
+    assert re.search(r"\| SelfEvolution +\| +40 \| +4\.0 \| +6000 \|", text), "steps, minutes, ms a step"
+    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        rows = {(r["condition"], r["method"], r["direction"], r["metric"]): r for r in csv.DictReader(file)}
+    assert len(rows) == 2 * 4 * 3 * 3
+    row, values = rows["clean", "sft", "en-de", "bleu"], scores(whole, "clean", "sft")[:, 1]
+    assert float(row["mean"]) == pytest.approx(values.mean()) and float(row["std"]) == pytest.approx(values.std(ddof=1))
+    assert (row["seeds"], row["dagger"]) == ("3", "‡")
+
+
+def test_figures_show_the_means(whole: dict) -> None:
+    results = paper_table.Results(whole)
+    (axis,) = paper_table.draw_sweep(results, "gamma").axes
+    x, y = axis.containers[0].lines[0].get_data()
+    assert list(x) == [0.1, 0.4, 1.6] and y[1] == pytest.approx(scores(whole, "clean", "self_evolution")[0].mean())
+    panels = paper_table.draw_curves(results, "hard_fraction", "share").axes
+    assert [panel.get_title() for panel in panels[:3]] == [
+        "clean, by method", "30 % wrong, by method", "clean, by the sweep's Γ",
+    ]  # fmt: skip
+    x, y = panels[0].lines[0].get_data()
+    assert list(x) == [25, 50, 100] and list(y) == pytest.approx([0.6] * 3), "the mean over seeds"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda found: found.pop("runs"), "results has no runs"),
+        (lambda found: found["runs"][0].pop("seed"), r"results\['runs'\]\[0\] has no seed"),
+        (lambda found: found["runs"].append(found["runs"][0]), r"results\['runs'\] has a run twice"),
+    ],
+)
+def test_bad_results(change: Any, message: str, tmp_path: Path) -> None:
+    found = small([])
+    change(found)
+    with pytest.raises(ValueError, match=message):
+        paper_table.write_report(found, tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        paper_table.main([str(tmp_path / "none.json"), str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["table1", "alma"])
+def test_the_committed_tables_are_made_of_their_results(name: str) -> None:
+    def plain(text: str) -> list[str]:
+        rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+        return ["|".join(cells) for cells in rows if not set("".join(cells)) <= set(":-")]
+
+    folder = RECIPE / "results" / name
+    results = paper_table.Results(json.loads((folder / "results.json").read_text()))
+    tables = [paper_table.Table(results, c, m) for c in results.conditions for m in ("bleu", "chrf")]
+    committed = (folder / "results.md").read_text()
+    assert [row for table in tables for row in plain(table.markdown())] == plain(committed)
+    assert all(table.caption() in committed for table in tables)
