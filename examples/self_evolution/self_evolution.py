@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import paper_table
 import torch
 import transformers
-from paper_table import print_tables, write_report
 from transformers import TrainingArguments
 
 import fused_kd
@@ -477,9 +477,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             if not running.worker:
                 results = table.results(done)
                 write_json(folder / "results.json", results)
-                write_report(results, folder)
+                paper_table.write_report(results, folder)
     if results is not None:
-        print_tables(results)
+        for condition in config.conditions:
+            shown = paper_table.Table(paper_table.Results(results), condition, "bleu")
+            print(f"\n{condition}\n\n{shown.markdown()}\n\n{shown.caption()}\n")
         print(f"results.json, results.md, results.csv, figures, translations and models are in {folder}")
     return results
 
