@@ -312,7 +312,7 @@ def draw_bars(tables: Sequence[Table]) -> Figure | None:
         axis.bar_label(bars, [f"{level:.1f}" for level in mean], fontsize=9, padding=4)
         dots = table.scores[column].dropna().reset_index()
         axis.plot(dots.method.astype(str), dots[column], "o", markersize=3.2, color="white", markeredgecolor="#222222")
-        axis.tick_params(axis="x", rotation=30)
+        axis.set_xticks(range(len(mean)), list(mean.index), rotation=30, ha="right", rotation_mode="anchor")
         axis.set_title(table.condition, loc="right")
         axis.set_ylabel(f"{METRICS[table.metric]}, {'average over directions' if column == AVERAGE else column}")
         axis.grid(axis="y", alpha=0.3)
