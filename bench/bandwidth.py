@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 import fused_kd as fk
-from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.select import get_row
 
 from .counts import row_bytes
 from .inputs import BETA, LAM, LOGIT_STD, TEACHER_NOISE

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .process import ROOT
 
-LIBRARY = ("fused_kd/*.py", "fused_kd/engine/*.py", "fused_kd/rows/*.py", "csrc/*")
+LIBRARY = ("fused_kd/*.py", "fused_kd/engines/**/*.py", "fused_kd/rows/**/*.py", "csrc/*")
 IMPORT_SECONDS = 60.0
 # An editable installation would lend the modules that a checkout lacks.
 _TRY = """

@@ -39,9 +39,9 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.gemm import has_fp32_output
-from fused_kd.engine.head_gradient import made_at_once, weight_slab
-from fused_kd.engine.plan import Plan
+from fused_kd.engines.gemm import has_fp32_output
+from fused_kd.engines.head_gradient import made_at_once, weight_slab
+from fused_kd.engines.plan import Plan
 from fused_kd.forecast import chunked_plan
 
 from .inputs import Inputs
@@ -182,7 +182,7 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
 
 
 def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher: bool = True) -> Counts:
-    """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.choose_backend`'s name."""
+    """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.select.choose_backend`'s name."""
     device = inputs.labels.device
     return count_chunked(
         shape,

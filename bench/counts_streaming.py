@@ -34,17 +34,9 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.head_gradient import gradient_dtype
-from fused_kd.engine.streaming_plan import (
-    ALIGNED,
-    GROUP,
-    Plan,
-    Sizes,
-    Tiles,
-    choose_tiles,
-    plan_streaming,
-)
-from fused_kd.engine.waves import MULTIPROCESSORS
+from fused_kd.engines.head_gradient import gradient_dtype
+from fused_kd.engines.streaming.plan import ALIGNED, GROUP, Plan, Sizes, Tiles, choose_tiles, plan_streaming
+from fused_kd.engines.waves import MULTIPROCESSORS
 
 from .counts import gemm_flops
 from .shapes import Shape

@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 
 import fused_kd as fk
-from fused_kd.engine import chunked
-from fused_kd.engine.dispatch import choose_engine
-from fused_kd.rows import choose_backend, get_row
+from fused_kd.engines import chunked
+from fused_kd.engines.dispatch import choose_engine
+from fused_kd.rows.select import choose_backend, get_row
 
 from .counts import count_fused, gemm_flops
 from .counts_streaming import count_streaming

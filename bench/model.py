@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fused_kd.engine.dispatch import ENGINES
-from fused_kd.rows import BACKENDS
+from fused_kd.engines.dispatch import ENGINES
+from fused_kd.rows.select import BACKENDS
 
 from .gpu_report import current
 from .lines import read

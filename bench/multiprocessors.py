@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fused_kd.engine.waves import GEMM_TILE
+from fused_kd.engines.waves import GEMM_TILE
 
 ISSUED = 4 * 32
 SPECIAL = 16

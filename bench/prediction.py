@@ -42,10 +42,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_kd.engine.dispatch import ENGINES
-from fused_kd.engine.plan import Plan
+from fused_kd.engines.dispatch import ENGINES
+from fused_kd.engines.plan import Plan
 from fused_kd.forecast import chunked_plan
-from fused_kd.rows import BACKENDS
+from fused_kd.rows.select import BACKENDS
 
 from .counts import Counts, Product, count_chunked, gemm_flops, gemm_products, in_slabs
 from .counts_streaming import StreamingCounts, count_streaming

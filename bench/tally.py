@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd.engine import ops
+from fused_kd import ops
 
 
 def measured_flops(call: Callable[[], object]) -> int:

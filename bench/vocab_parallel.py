@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import fused_kd as fk
 from fused_kd.parallel import predicted_traffic
-from fused_kd.rows import Logits, RowInputs, RowOutputs
-from fused_kd.rows.base import Shards
-from fused_kd.rows.sharded_torch import row
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards
+from fused_kd.rows.torch.sharded import row
 from fused_kd.tuning import tuned
 
 from .machine import COPY, GEMM

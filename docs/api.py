@@ -18,20 +18,19 @@ PAGE = ROOT / "docs" / "api.md"
 WIDTH = 100
 # What a training script of one's own takes; the recipes' folders have pages of their own.
 TRAINING = {
-    "fused_kd.training.trainer": ("KDTrainer",),
-    "fused_kd.training.beta_schedule": ("BetaSchedule",),
+    "fused_kd.training.trainer": ("KDTrainer", "BetaSchedule"),
     "fused_kd.training.specs": ("ObjectiveSpec", "parse_objective"),
-    "fused_kd.training.packing": ("PackingCollator",),
-    "fused_kd.training.lora": ("LoRA",),
-    "fused_kd.training.recipe": ("Recipe",),
-    "fused_kd.training.data.prompts": ("PromptTemplate", "PairDataset", "Collator"),
-    "fused_kd.training.cache.teacher_cache": ("TeacherCache", "CachedRows"),
-    "fused_kd.training.cache.writer": ("write_cache", "write_lists", "top_k_log_probs"),
-    "fused_kd.training.cache.vllm_logprobs": ("convert_vllm",),
-    "fused_kd.training.generation": ("Decoding", "Generation", "Generations", "generate", "generate_to"),
-    "fused_kd.training.evaluation.evaluate": ("Scores", "Similarity", "score", "similarity"),
-    "fused_kd.training.evaluation.significance": ("Comparison", "paired_bootstrap"),
-    "fused_kd.training.evaluation.token_view": ("TokenView", "SentenceView", "token_difficulties"),
+    "fused_kd.training.fit": ("fit", "training_arguments", "ModuleTrainer"),
+    "fused_kd.training.stage": ("Stages", "helpers"),
+    "fused_kd.training.script": ("parse", "run_script"),
+    "fused_kd.training.data": ("Pair", "Instruction", "load_pairs", "load_directions", "load_instructions"),
+    "fused_kd.training.prompts": ("PromptTemplate", "Rows", "tokenize_pairs", "tokenize_instructions"),
+    "fused_kd.training.collate": ("Collator", "PackingCollator"),
+    "fused_kd.training.models": ("LoRA", "load_model", "load_tokenizer"),
+    "fused_kd.training.teacher_cache": ("TeacherCache", "CachedRows"),
+    "fused_kd.training.cache": ("write_cache", "write_lists", "top_k_log_probs", "convert_vllm"),
+    "fused_kd.training.generate": ("Decoding", "Generation", "Generations", "generate", "generate_to"),
+    "fused_kd.training.score": ("Scores", "Similarity", "score", "similarity", "Comparison", "paired_bootstrap"),
 }
 PARALLEL = {"fused_kd.parallel": ("Shards", "Traffic", "count_traffic", "predicted_traffic", "shard_rows")}
 PLANNING = {"fused_kd.forecast": ("Choice", "plan_for"), "fused_kd.reference": ("reference_kd_loss",)}

@@ -4,8 +4,8 @@
         --directions de-en en-de cs-en en-cs --prompt paper --beams 1 --output runs/evaluation
 
 The first model is the baseline of the significance test (†, ‡: p < 0.05). --similar-to MODEL adds how close each output
-is to that model's own. --comet COMMAND runs that `comet-score` (pip install unbabel-comet, in an environment of its own:
-it asks for transformers < 5). What was translated is kept by the contents of model and test set: the same command again
+is to that model's own. --comet COMMAND runs that `comet-score` (pip install unbabel-comet, in another environment: it
+asks for transformers < 5). What was translated is kept by the contents of model and test set: the same command again
 does what is missing.
 """
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 import fused_kd as fk
-from fused_kd.engine.gemm import Projection
+from fused_kd.engines.gemm import Projection
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.collate import Collator, padding_id

@@ -34,7 +34,14 @@ from fused_kd.training.data import load_directions, load_instructions, parse_dir
 from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
-from fused_kd.training.prompts import concatenate, get_prompt, render_sample, tokenize_directions, tokenize_instructions, training_texts
+from fused_kd.training.prompts import (
+    concatenate,
+    get_prompt,
+    render_sample,
+    tokenize_directions,
+    tokenize_instructions,
+    training_texts,
+)
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import bind, fingerprint

@@ -143,12 +143,18 @@ def check_python(words: list[str]) -> None:
     if words[:1] != ["-m"]:
         assert (ROOT / words[0]).is_file(), f"no such script: {words[0]}"
         module = script(words[0])
-        arguments = module.parse_arguments(words[1:])
-        if "config" in vars(arguments):
-            missing = [x for x in arguments.config if "=" not in x and not (ROOT / x).is_file()]
-            assert not missing, f"no such configuration: {missing}"
-        if words[0] == "examples/train.py":
-            module.main([*words[1:], "--show"])
+        if hasattr(module, "parse_arguments"):
+            module.parse_arguments(words[1:])
+            return
+        parse = module.parse
+
+        def only(*args: Any, **options: Any) -> None:
+            parse(*args, **options)
+            raise SystemExit(0)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(module, "parse", only)
+            module.main(words[1:])
     elif words[1] == "fused_kd.info":
         from fused_kd import info
 
@@ -212,18 +218,18 @@ def test_commands_are_understood(page, monkeypatch, capsys):
         ("curl example.org", "teach"),
         ("python examples/nothing.py", "no such script"),
         ("pip install '.[trane]'", "no such extra"),
-        ("python examples/train.py examples/configs/nothing.yaml --output x", "no such configuration"),
+        ("python examples/train.py examples/configs/nothing.yaml --output x", "nothing.yaml cannot be read"),
     ],
 )
 def test_a_wrong_command_is_found(command, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises((AssertionError, ValueError), match=message):
         check_command(shlex.split(command))
 
 
 @pytest.mark.parametrize("command", ["python -m fused_kd.info --shap 1 2 3 4", "python examples/train.py --outptu x"])
 def test_a_wrong_option_is_found(command, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, ValueError)):
         check_command(shlex.split(command))
 
 

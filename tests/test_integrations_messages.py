@@ -11,8 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fused_kd.training.collate import Collator  # noqa: E402
-from fused_kd.training.collate import PackingCollator  # noqa: E402
+from fused_kd.training.collate import Collator, PackingCollator  # noqa: E402
 from fused_kd.training.models import train_tokenizer  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
 from tests.test_integrations_transformers_mixin import collator  # noqa: E402

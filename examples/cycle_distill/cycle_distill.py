@@ -327,11 +327,12 @@ class Cycle:
             ValueError: no such option, model, hub name, file or split; the message names it.
         """
         config = self.config
-        for options in (config.training | config.hard, config.training | config.soft, config.pretrain):
-            try:
+        try:
+            for options in (config.training | config.hard, config.training | config.soft, config.pretrain):
                 training_arguments(self.stages.folder, **options)
-            except TypeError as error:
-                raise ValueError(f"options of a training {options}: {error}") from error
+            LoRA(**config.lora)
+        except TypeError as error:
+            raise ValueError(f"training, hard, soft, pretrain or lora has an unknown option: {error}") from error
         if not config.pretrain and self.tokenizer.eos_token_id is None:
             raise ValueError(f"model={config.model!r}: its tokenizer has no EOS token")
         _ = self.texts

@@ -55,7 +55,7 @@ def check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> N
     if kwargs.get("compute_metrics") is not None and not getattr(args, "predict_with_generate", False):
         raise ValueError(
             "compute_metrics must be None: evaluation computes no logits to pass to it; score generated text, "
-            "with Seq2SeqTrainer's predict_with_generate or fused_kd.training.evaluation.evaluate"
+            "with Seq2SeqTrainer's predict_with_generate or fused_kd.training.score"
         )
     if args is None:
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 
 from fused_kd import TopK
-from fused_kd.engine.chunked import largest
+from fused_kd.engines.chunked import largest
 from fused_kd.objectives import Objective
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def top_k_of(lists: dict[str, torch.Tensor], cache: CachedTeacher) -> TopK:
     if len(lists) < len(TEACHER_COLUMNS):
         raise ValueError(
             f"batch must have {' and '.join(TEACHER_COLUMNS)} for the cached teacher {cache!r}: the collators of "
-            "fused_kd.training (data.prompts.Collator, packing.PackingCollator) put those of cache.rows(...) there"
+            "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
         )
     log_probs, indices = (lists[name] for name in TEACHER_COLUMNS)
     return TopK(log_probs, indices, tail=cache.tail)

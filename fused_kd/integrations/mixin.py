@@ -368,7 +368,7 @@ class KDLossMixin(Trainer):
         self._signature_columns = list(dict.fromkeys([*columns, *TEACHER_COLUMNS]))  # type: ignore[assignment]
 
 
-_COLLATOR = "fused_kd.training.data.prompts.Collator pads input_ids and labels"
+_COLLATOR = "fused_kd.training.Collator pads input_ids and labels"
 
 
 def _check_labels(batch: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def check_packed(model: Any, inputs: dict[str, Any]) -> None:
             f"{type(base).__name__} must keep packed rows apart, but a row's hidden states change by "
             f"{max(apart_from, after_another):.1%} with the rows before it in the batch: its attention "
             f"({attention!r}) or state does not begin anew with position_ids. Pad its rows instead (packing=False; "
-            "fused_kd.training.data.prompts.Collator)"
+            "fused_kd.training.Collator)"
         )
 
 

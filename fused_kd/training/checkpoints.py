@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from fused_kd.training.runs import flush, read_json, remove_folder, shown, write_json
+from fused_kd.training.stage import flush, read_json, remove_folder, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
@@ -37,7 +37,7 @@ def fault_of(folder: Path) -> str | None:
         return f"has no {MANIFEST} that can be read, which is written last"
     for name, size in sizes.items():
         if Path(name).is_absolute() or ".." in Path(name).parts or type(size) is not int:
-            return f"has a {MANIFEST} of files within it and their sizes, but for {shown(name)}: {shown(size)}"
+            return f"has a {MANIFEST} of files within it and their sizes, but for {name[:80]!r}: {str(size)[:80]}"
         try:
             found = os.stat(folder / name)
         except (OSError, ValueError):
@@ -75,7 +75,7 @@ def _fault_of_best(checkpoint: Path) -> str | None:
         return None
     best = _best(checkpoint, state)
     if best is None:
-        return f"has a best_model_checkpoint that is no checkpoint's path: {shown(state['best_model_checkpoint'])}"
+        return f"has a best_model_checkpoint that is no checkpoint's path: {str(state['best_model_checkpoint'])[:80]!r}"
     if best == checkpoint:
         return None
     fault = fault_of(best)

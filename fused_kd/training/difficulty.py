@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import fused_kd as fk
+from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.objectives import Objective
-from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.prompts import Rows
 

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fused_kd.training.checkpoints import MANIFEST, WholeCheckpoints, check_room
 from fused_kd.training.metrics import RunningMetrics
 from fused_kd.training.script import show_bar, stoppable
 from fused_kd.training.stage import lock, read_json, remove_folder, replace_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from fused_kd.training.trainer import KDTrainer
 
 TRAINED = "trained.safetensors"
 # options of transformers.TrainingArguments; steps below 1 are shares of the training
@@ -48,7 +51,7 @@ def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:
     return arguments
 
 
-def fit(trainer: WholeCheckpoints, folder: str | Path, title: str | None = None) -> dict[str, Any]:
+def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | None = None) -> dict[str, Any]:
     """Train, or go on from the last whole checkpoint in the trainer's ``output_dir``, and save ``folder / "model"``.
 
     The model is saved whole or not at all, with the tokenizer where the trainer has one; then ``training.json`` is
@@ -56,7 +59,7 @@ def fit(trainer: WholeCheckpoints, folder: str | Path, title: str | None = None)
     checkpoint. Every process of a distributed run calls this.
 
     Args:
-        trainer: a ``KDTrainer``, a :class:`ModuleTrainer` or any other :class:`WholeCheckpoints`.
+        trainer: a ``KDTrainer`` or a :class:`ModuleTrainer`.
         folder: of this training alone.
         title: of the progress bar; default: the folder's name.
 
@@ -115,8 +118,8 @@ def _save_whole(trainer: WholeCheckpoints, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial))  # every process holds a part of a sharded model
     if trainer.is_world_process_zero():
-        if hasattr(trainer.processing_class, "save_pretrained"):
-            trainer.processing_class.save_pretrained(partial)
+        if (tokenizer := cast(Any, trainer.processing_class)) is not None:
+            tokenizer.save_pretrained(partial)
         (partial / "training_args.bin").unlink(missing_ok=True)
         seal(partial)
         replace_folder(partial, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from torch import Tensor
 from fused_kd.training.codes import decode, encode, id_dtype
 from fused_kd.training.collate import padding_id
 from fused_kd.training.prompts import encode_prompts
-from fused_kd.training.stage import bind, fingerprint, lock, read_lines, write_bytes, write_text
+from fused_kd.training.stage import bind, fingerprint, lock, read_lines, write_bytes, write_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,10 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
     progress: bool = True,
+    **decoding: Any,
 ) -> list[str]:
     """Continuations of the prompts, in their order.
 
@@ -99,8 +98,8 @@ def generate(
         model: a causal LM of transformers; in eval mode meanwhile and as it was afterwards.
         tokenizer: its tokenizer; where it has no pad token, EOS pads.
         prompts: rendered prompts, tokenised as in training (`encode_prompts`), or their token ids.
-        batch_size, max_new_tokens, num_beams, length_penalty: as of `Decoding`.
         progress: show a progress bar.
+        **decoding: as of `Decoding`.
 
     Returns:
         One string a prompt, without special tokens, line breaks and outer spaces.
@@ -108,10 +107,9 @@ def generate(
     Raises:
         ValueError: no prompts, an empty prompt, no EOS token; as `Decoding`.
     """
-    decoding = Decoding(batch_size, max_new_tokens, num_beams, length_penalty)
-    rows = _prompt_ids(tokenizer, prompts)
+    how, rows = Decoding(**decoding), _prompt_ids(tokenizer, prompts)
     texts = [""] * len(rows)
-    for batch, made in _batches(model, tokenizer, rows, decoding, progress=progress):
+    for batch, made in _batches(model, tokenizer, rows, how, progress=progress):
         for index, generation in zip(batch, made, strict=True):
             texts[index] = " ".join(generation.text.split())
     return texts
@@ -134,8 +132,7 @@ class Generations(Sequence[Generation]):
             for line in read_lines(file):
                 made = json.loads(line)
                 stop = offset + len(made["ids"])
-                self._made[made["index"]] = made
-                self._place[made["index"]] = lists, slice(offset, stop)
+                self._made[made["index"]], self._place[made["index"]] = made, (lists, slice(offset, stop))
                 offset = stop
             if lists.is_file():
                 self.k = _read(lists, slice(0, 0))["indices"].shape[1]
@@ -149,22 +146,22 @@ class Generations(Sequence[Generation]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"continuation {index} of {len(self)}")
         made = self._made[index % len(self)]
-        lists = (None, None) if self.k is None else self._lists(index % len(self))
-        return Generation(made["ids"], made["text"], made["finished"], *lists)
+        if self.k is None:
+            return Generation(made["ids"], made["text"], made["finished"])
+        arrays = _read(*self._place[index % len(self)])
+        return Generation(
+            made["ids"], made["text"], made["finished"], decode(arrays), arrays["indices"].astype(np.int64)
+        )
 
     def texts(self) -> list[str]:
         return [self._made[index]["text"] for index in range(len(self))]
-
-    def _lists(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        arrays = _read(*self._place[index])
-        return decode(arrays), arrays["indices"].astype(np.int64)
 
 
 def generate_to(
     folder: str | Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompts,
     decoding: Decoding | None = None,
     *,
     k: int | None = None,
@@ -186,19 +183,18 @@ def generate_to(
         ValueError: as `generate`; also ``k`` below 1, above the vocabulary or with beams, and a folder with other
             prompts or settings.
     """
-    decoding = decoding or Decoding()
-    rows = _prompt_ids(tokenizer, prompts)
+    decoding, rows = decoding or Decoding(), _prompt_ids(tokenizer, prompts)
     if k is not None and (isinstance(k, bool) or not 1 <= k <= len(tokenizer)):
         raise ValueError(f"k={k}: expected at least 1 and at most the {len(tokenizer)} tokens of the tokenizer")
     if k is not None and decoding.num_beams > 1:
         raise ValueError(f"k={k}, num_beams={decoding.num_beams}: lists are kept of greedy decoding only")
     folder = bind(folder, {"prompts": fingerprint(rows), "k": k, "dtype": dtype, **vars(decoding)})
-    order = _order(rows, decoding.batch_size)
     with lock(folder / "batches" / ".lock"):
-        done = {number for number in range(len(order)) if _batch_file(folder, number, "jsonl").is_file()}
+        numbers = range(len(_order(rows, decoding.batch_size)))
+        done = {number for number in numbers if (folder / f"batches/{number:06d}.jsonl").is_file()}
         made = _batches(model, tokenizer, rows, decoding, k=k, skip=done, progress=progress)
-        for number, (_, generations) in zip((n for n in range(len(order)) if n not in done), made, strict=True):
-            _write_batch(folder, number, order[number], generations, len(tokenizer), dtype)
+        for number, (batch, generations) in zip((n for n in numbers if n not in done), made, strict=True):
+            _write_batch(folder / f"batches/{number:06d}.jsonl", batch, generations, len(tokenizer), dtype)
     return Generations(folder)
 
 
@@ -215,14 +211,13 @@ def _batches(
     decoding: Decoding,
     *,
     k: int | None = None,
-    skip: set[int] = frozenset(),  # type: ignore[assignment]
+    skip: Collection[int] = (),
     progress: bool = True,
 ) -> Iterator[tuple[list[int], list[Generation]]]:
     """Batch by batch in `_order`, without those in ``skip``: the rows' indices and what was made of them."""
-    eos = tokenizer.eos_token_id
+    eos, pad = tokenizer.eos_token_id, padding_id(tokenizer)
     if eos is None:
         raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
-    pad = padding_id(tokenizer)
 
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
@@ -277,9 +272,8 @@ def _generations(
     made = []
     for row, tokens in enumerate(output):
         ids = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
-        lists: tuple[Any, Any] = (None, None)
-        if seen is not None:
-            lists = tuple(torch.stack([step[i][row] for step in seen.steps[: len(ids)]]).numpy() for i in (0, 1))  # type: ignore[assignment]
+        steps = [] if seen is None else seen.steps[: len(ids)]
+        lists = (torch.stack([step[part][row] for step in steps]).numpy() for part in (0, 1) if steps)
         made.append(Generation(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), eos in tokens, *lists))
     return made
 
@@ -291,39 +285,27 @@ def _read(file: Path, tokens: slice) -> dict[str, np.ndarray]:
         return {name: opened.get_slice(name)[tokens] for name in opened.keys()}  # noqa: SIM118
 
 
-def _batch_file(folder: Path, number: int, suffix: str) -> Path:
-    return folder / "batches" / f"{number:06d}.{suffix}"
-
-
-def _write_batch(
-    folder: Path, number: int, batch: list[int], made: list[Generation], vocab_size: int, dtype: str
-) -> None:
+def _write_batch(file: Path, batch: list[int], made: list[Generation], vocab_size: int, dtype: str) -> None:
     if made[0].log_probs is not None:
         from safetensors.numpy import save
 
         log_probs = np.concatenate([generation.log_probs for generation in made])
         indices = np.concatenate([generation.indices for generation in made]).astype(id_dtype(vocab_size))
-        path = _batch_file(folder, number, "safetensors")
-        write_bytes(path, save({"indices": indices, **encode(log_probs, dtype)}))
-    lines = [
-        json.dumps({"index": index, "ids": g.ids, "text": g.text, "finished": g.finished}, ensure_ascii=False)
-        for index, g in zip(batch, made, strict=True)
+        write_bytes(file.with_suffix(".safetensors"), save({"indices": indices, **encode(log_probs, dtype)}))
+    rows = [
+        {"index": index, "ids": generation.ids, "text": generation.text, "finished": generation.finished}
+        for index, generation in zip(batch, made, strict=True)
     ]
-    # last: a batch is done where this file is
-    write_text(_batch_file(folder, number, "jsonl"), "".join(f"{line}\n" for line in lines))
+    write_lines(file, (json.dumps(row, ensure_ascii=False) for row in rows))  # last: a batch is done where this file is
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a list of strings or of token id lists, got one string")
+    texts = [isinstance(prompt, str) for prompt in prompts]
+    if isinstance(prompts, str) or (any(texts) and not all(texts)):
+        raise TypeError("prompts must be a list of strings or of token id lists, not one string, nor both mixed")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: expected at least one")
-    if all(isinstance(prompt, str) for prompt in prompts):
-        rows = encode_prompts(tokenizer, prompts)
-    elif any(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts mixes strings and token id lists: expected one kind")
-    else:
-        rows = [[int(token) for token in prompt] for prompt in prompts]
+    rows = encode_prompts(tokenizer, prompts) if all(texts) else [[int(token) for token in row] for row in prompts]
     empty = next((index for index, row in enumerate(rows) if not row), None)
     if empty is not None:
         raise ValueError(f"prompts[{empty}] has no tokens: expected at least one")

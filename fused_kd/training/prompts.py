@@ -199,11 +199,7 @@ def tokenize_texts(
 
 
 def tokenize_instructions(
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Iterable[Instruction],
-    max_length: int,
-    *,
-    skip_long: bool = True,
+    tokenizer: PreTrainedTokenizerBase, instructions: Iterable[Instruction], max_length: int, *, skip_long: bool = True
 ) -> Rows:
     """Rows as of `tokenize_pairs`: loss on the output and EOS alone.
 

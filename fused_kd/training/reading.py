@@ -22,11 +22,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 BUILTIN = "builtin"
 SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json")
-SPLIT_NAMES = {
-    "train": ("train",),
-    "valid": ("valid", "validation", "val", "dev"),
-    "test": ("test",),
-}
+SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
 _NAMED_DIRECTION = re.compile(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})(?=$|[._])")
 # a single file without splits of its own: shares of 1000 for test and valid

@@ -65,16 +65,8 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, tokenize: str
 def similarity(hypotheses: Sequence[str], teacher_hypotheses: Sequence[str], *, tokenize: str = "13a") -> Similarity:
     """How close a student's translations are to those that the teacher itself makes of the same sources.
 
-    BLEU and chrF with the teacher's hypotheses as references: high where distillation has taught the student
-    to say what the teacher says, right or wrong.
-
-    Args:
-        hypotheses: the student's, in the order of `teacher_hypotheses`.
-        teacher_hypotheses: the teacher's, decoded alike.
-        tokenize: as in `score`.
-
-    Raises:
-        ValueError, TypeError: as `score`.
+    BLEU and chrF with the teacher's hypotheses as references: high where distillation has taught the student to say
+    what the teacher says, right or wrong. Arguments and errors as of `score`.
     """
     check_texts({"hypotheses": hypotheses, "teacher_hypotheses": teacher_hypotheses})
     scores = score(hypotheses, teacher_hypotheses, tokenize=tokenize)
@@ -101,29 +93,16 @@ def translate(
     pairs: Sequence[Pair],
     direction: str,
     template: PromptTemplate | str,
-    *,
-    batch_size: int = 32,
-    max_new_tokens: int = 128,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    progress: bool = True,
+    **decoding: Any,
 ) -> tuple[list[str], Scores]:
     """Hypotheses for the sources of `pairs`, and their scores against the targets.
 
-    Arguments and errors are those of `generate` and `score`; `direction` and `template` as in training.
+    ``direction`` and ``template`` as in training; ``decoding`` and errors are those of `generate` and `score`.
     """
     parse_direction(direction)
     template = get_prompt(template)
-    hypotheses = generate(
-        model,
-        tokenizer,
-        [template.render(pair.source, direction) for pair in pairs],
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        progress=progress,
-    )
+    prompts = [template.render(pair.source, direction) for pair in pairs]
+    hypotheses = generate(model, tokenizer, prompts, **decoding)
     return hypotheses, score(hypotheses, [pair.target for pair in pairs])
 
 
@@ -215,11 +194,12 @@ def paired_bootstrap(
         signatures, results = test()
     # sacrebleu renames the metrics (chrF2) and keeps their order
     named = zip(metrics, signatures, strict=True)
-    columns = {metric: (results[key], str(signatures[key])) for metric, key in named}
+    columns: dict[str, Any] = {metric: (results[key], str(signatures[key])) for metric, key in named}
     found = []
     for position, name in enumerate(others, start=1):
         for metric, (column, signature) in columns.items():
-            own, base = column[position], float(column[0].score)
+            own: Any = column[position]
+            base = float(column[0].score)
             delta = float(own.score) - base
             # sacrebleu counts resampled differences beyond the real one, of which equal systems have none: p 0.001
             p_value = float(own.p_value) if delta else 1.0

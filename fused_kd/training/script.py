@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -144,7 +145,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML without aliases, keys that occur twice, and keys that are no text; 2e-5 is a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -161,31 +162,23 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it (line {line})")
             if keys.count(key) > 1:
                 raise ValueError(f"the key {key[:80]!r} is there twice (line {line})")
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+# YAML 1.1 takes 2e-5 for a text
+_FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def _read_yaml(text: str) -> Any:
     loader = _Loader(text)
     try:
-        return _numbers(loader.get_single_data())
+        return loader.get_single_data()
     except (yaml.YAMLError, OverflowError, RecursionError) as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes 2e-5 for a text: in mappings it is a number, as in JSON."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import fused_kd as fk
 from fused_kd.objectives import Objective
-from fused_kd.training.beta_schedule import BetaSchedule
+from fused_kd.training.trainer import BetaSchedule
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,13 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
     given = json.loads(json.dumps(dict(arguments), default=_plain))
     if is_main():
         check_writable(folder)
+    begun = [held for held in (folder / ".lock", *folder.glob("*/.lock")) if held.is_file()]
     if not path.is_file():
+        if any(not (held.parent / path.name).is_file() for held in begun):
+            raise ValueError(
+                f"output={str(folder)!r} has work of an earlier run, but no {path.name}, which says what it was made "
+                "with: put it back as it was, or give another folder"
+            )
         if is_main():
             write_json(path, given)
         return folder

@@ -277,7 +277,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if index.get("format") != FORMAT:
             raise ValueError(f"expected the format {FORMAT!r}, got {str(index.get('format'))[:80]!r}")
         _check_index(index)

@@ -159,7 +159,8 @@ def test_filter_takes_the_worst_text_and_its_threshold():
 def test_comet_kiwi_is_asked_without_references(tmp_path):
     command = tmp_path / "comet-score"
     command.write_text(
-        f"#!{sys.executable}\nimport json, sys\na = sys.argv\nassert '-r' not in a and 'm' == a[a.index('--model') + 1]\n"
+        f"#!{sys.executable}\nimport json, sys\na = sys.argv\n"
+        "assert '-r' not in a and a[a.index('--model') + 1] == 'm'\n"
         "lines = [open(a[a.index(f) + 1]).read().splitlines() for f in ('-s', '-t')]\n"
         "rows = [{'src': s, 'mt': t, 'COMET': len(s) / 10 + len(t)} for s, t in zip(*lines, strict=True)]\n"
         "json.dump({'t': rows}, open(a[a.index('--to_json') + 1], 'w'))\n"

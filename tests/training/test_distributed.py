@@ -39,12 +39,6 @@ CASES: list[dict[str, Any]] = [
         "arguments": {"gradient_checkpointing": True},
     },
     {
-        "name": "lora",
-        "lora": True,
-        "objective": ["skew", {}],
-        "arguments": {**ACCUMULATED, "gradient_checkpointing": True},
-    },
-    {
         "name": "own base",
         "lora": True,
         "own_base": True,
@@ -77,7 +71,7 @@ LONG: dict[str, Any] = {
 
 
 def missing(engine: str = "", case: str = "") -> str | None:
-    for key, package in (("zero3", "deepspeed"), ("lora", "peft"), ("own base", "peft")):
+    for key, package in (("zero3", "deepspeed"), ("own base", "peft")):
         if key in (engine, case) and importlib.util.find_spec(package) is None:
             return package
     return None

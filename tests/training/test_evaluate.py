@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXTS = ["A dog sees the cat.", "Ein Hund sieht die Katze.", "The old man sleeps in the garden today."]
-PROMPTS = [
-    "A dog",
-    "The old man sleeps in the",
-    "Ein Hund sieht die Katze. A dog sees",
-    "cat",
-    "the garden",
-] * 2
+PROMPTS = ["A dog", "The old man sleeps in the", "Ein Hund sieht die Katze. A dog sees", "cat", "the garden"] * 2
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +45,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def greedy(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    ids: list[int],
-    steps: int,
-) -> str:
+def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], steps: int) -> str:
     """One prompt, no padding, no cache, no generate()."""
     model.eval()
     row, start = list(ids), len(ids)
@@ -69,21 +58,13 @@ def greedy(
     return " ".join(str(tokenizer.decode(row[start:], skip_special_tokens=True)).split())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_batches_give_what_single_prompts_give(model, tokenizer, batch_size: int) -> None:
+def test_batches_give_what_single_prompts_give(model, tokenizer) -> None:
     expected = [greedy(model, tokenizer, ids, 12) for ids in encode_prompts(tokenizer, PROMPTS)]
     assert len(set(expected)) == 5 and all(expected)
-    made = generate(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=12, progress=False)
+    made = generate(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=12, progress=False)
     assert made == expected
-    by_ids = generate(
-        model,
-        tokenizer,
-        encode_prompts(tokenizer, PROMPTS),
-        batch_size=batch_size,
-        max_new_tokens=12,
-        progress=False,
-    )
-    assert by_ids == expected
+    ids = encode_prompts(tokenizer, PROMPTS)
+    assert generate(model, tokenizer, ids, batch_size=32, max_new_tokens=12, progress=False) == expected
 
 
 def test_generation_stops_at_eos(model, tokenizer) -> None:
@@ -176,7 +157,7 @@ def test_progress_bar_counts_sentences(model, tokenizer, capsys: pytest.CaptureF
     [
         ([], {}, ValueError, "prompts is empty"),
         ("one string", {}, TypeError, "one string"),
-        (["a", [1, 2]], {}, TypeError, "mixes"),
+        (["a", [1, 2]], {}, TypeError, "both mixed"),
         ([[1], []], {}, ValueError, r"prompts\[1\] has no tokens"),
         (["a"], {"batch_size": 0}, ValueError, "batch_size=0"),
         (["a"], {"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),

@@ -33,11 +33,7 @@ from fused_kd.training.models import (
     with_adapters,
 )
 
-TEXTS = [
-    "Der alte Mann geht über die Straße.",
-    "The old man walks across the street.",
-    "Größe, Übung, naïve – 5 €",
-] * 4
+TEXTS = ["Der alte Mann geht über die Straße.", "The old man walks across the street.", "Größe, Übung, naïve – 5 €"] * 4
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-import fused_kd as fk  # noqa: E402
-from fused_kd.integrations.packed import check_mask, check_packed  # noqa: E402
-from fused_kd.integrations.transformers import route_head_loss  # noqa: E402
-from fused_kd.training.collate import (
-    Collator,
-    PackingCollator,
-)
-from fused_kd.training.trainer import KDTrainer  # noqa: E402
-from tests.training.distributed_worker import Cache, tiny, with_top_k  # noqa: E402
-from tests.training.tiny import rows  # noqa: E402
+import fused_kd as fk
+from fused_kd.integrations.packed import check_mask, check_packed
+from fused_kd.integrations.transformers import route_head_loss
+from fused_kd.training.collate import Collator, PackingCollator
+from fused_kd.training.trainer import KDTrainer
+from tests.training.distributed_worker import Cache, tiny, with_top_k
+from tests.training.tiny import rows
 
 
 def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bool = False) -> tuple[dict, list[float]]:
@@ -35,7 +30,7 @@ def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bo
             output_dir=str(folder),
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
-            max_steps=3,
+            max_steps=2,
             optim="sgd",
             learning_rate=0.5,
             logging_steps=1,
@@ -54,7 +49,7 @@ def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bo
     return weights, [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"cached": True}], ids=["sdpa", "eager", "cached"])
+@pytest.mark.parametrize("options", [{"attention": "eager"}, {"cached": True}], ids=["eager", "sdpa-cached"])
 def test_packed_equals_padded(tmp_path: Path, options: dict) -> None:
     padded, expected = train(tmp_path, Collator(0), **options)
     packed, losses = train(tmp_path, PackingCollator(), **options)
@@ -89,9 +84,8 @@ def test_a_model_that_mixes_packed_rows_is_found(family: str, apart: bool, dtype
     assert model.training
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
-def test_either_model_is_refused_before_the_first_step(tmp_path: Path, side: str) -> None:
-    models = {"student": tiny(16, seed=1), "teacher": tiny(24, seed=2), side: model_of("Falcon")}
+def test_a_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    models = {"student": tiny(16, seed=1), "teacher": model_of("Falcon")}
     run = KDTrainer(
         models["student"],
         models["teacher"],
@@ -126,10 +120,7 @@ def test_a_mask_over_packed_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_layout() -> None:
-    data = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": [8, 9], "labels": [8, 9]},
-    ]
+    data = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
     lists = [torch.full((2, 3), -1.0), torch.full((1, 3), -2.0)]
     cached = [
         {**row, "teacher_log_probs": each, "teacher_indices": torch.tensor([[1, 2, 3]] * len(each))}

@@ -158,6 +158,12 @@ def test_a_folder_is_bound_to_its_arguments(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"arguments\.json says what .* is damaged"),
     ):
         bind(tmp_path, {"lr": 0.1, "plan": Plan()})
+    (tmp_path / "arguments.json").unlink()
+    bind(tmp_path, {"lr": 0.3})  # nothing was begun
+    with lock(tmp_path / "batches" / ".lock"):
+        (tmp_path / "arguments.json").unlink()
+    with pytest.raises(ValueError, match=r"has work of an earlier run, but no arguments\.json"):
+        bind(tmp_path, {"lr": 0.2})
 
 
 def test_removing_a_folder_leaves_what_a_link_leads_to(tmp_path: Path) -> None:

@@ -24,12 +24,8 @@ pytest.importorskip("tqdm")
 
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
-from fused_kd.training.cache import (  # noqa: E402
-    top_k_log_probs,
-    write_cache,
-    write_lists,
-    writer,
-)
+from fused_kd.training import cache as writer  # noqa: E402
+from fused_kd.training.cache import top_k_log_probs, write_cache, write_lists  # noqa: E402
 from fused_kd.training.codes import id_dtype  # noqa: E402
 from fused_kd.training.collate import Collator  # noqa: E402
 from fused_kd.training.teacher_cache import TeacherCache, fingerprint_teacher, target_positions  # noqa: E402

@@ -175,12 +175,12 @@ def test_another_content_at_the_same_path_is_refused(teacher: Path, tmp_path: Pa
     pair = {"teacher": model, "student": teacher, "instructions": tasks, "train_limit": 8}
     assert train("no_evo", tmp_path / "run", **pair)["rows"] == 19
     tasks.write_text(json.dumps([{"instruction": "Count.", "output": "two"}] * 3))
-    with pytest.raises(ValueError, match="was made with other arguments .*train rows"):
+    with pytest.raises(ValueError, match=r"was made with other arguments .*train rows"):
         train("no_evo", tmp_path / "run", **pair)
     tasks.write_text(json.dumps([{"instruction": "Count.", "output": "one"}] * 3))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    with pytest.raises(ValueError, match="was made with other arguments .*teacher's content: sha256:"):
+    with pytest.raises(ValueError, match=r"was made with other arguments .*teacher's content: sha256:"):
         train("no_evo", tmp_path / "run", **pair)
 
 

@@ -159,10 +159,7 @@ def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
         ('[null, ["2"]]', r"line 1: the entry at position 1 must be an object or null, got \['2'\]"),
         ('{"prompt_logprobs": [null, {}, "2"]}', "line 1: the entry at position 2 must be an object or null, got '2'"),
         ("[[null], [null, 5]]", "line 1, item 2: the entry at position 1 must be an object or null, got 5"),
-        (
-            '{"prompt_logprobs": [null], "prompt_token_ids": 5}',
-            "prompt_token_ids must be a list of ints, got 5",
-        ),
+        ('{"prompt_logprobs": [null], "prompt_token_ids": 5}', "prompt_token_ids must be a list of ints, got 5"),
         ('{"prompt_logprobs": [null], "prompt_token_ids": [true, 2.0]}', "prompt_token_ids must be a list of ints"),
         ("\n\n{\n", "line 3: not JSON"),
         ("[\nnull,\n{},,\n]", "line 1: not JSON"),

@@ -1,1 +1,0 @@
-from fused_kd.training.loading import read_adapter_config as read_adapter_config

@@ -1,1 +1,0 @@
-from fused_kd.integrations.labels import *  # noqa: F403

@@ -1,0 +1,292 @@
+"""Parallel text and instructions from the built-in corpus, from files or from the Hugging Face hub.
+
+JSON rows are flat (``{"en": ..., "de": ...}``) or ALMA's ``{"translation": {"en": ..., "de": ...}}``; plain text is two
+files, aligned by line. Runs of white space become one space, so that a pair is always one line a side. Instructions are
+in Alpaca's format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from fused_kd.training.reading import BUILTIN, Row, canonical_split, check_request, read_rows, select, text_fault
+
+LANGUAGES = {
+    "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
+    "es": "Spanish", "et": "Estonian", "fi": "Finnish", "fr": "French", "ha": "Hausa", "he": "Hebrew",
+    "hi": "Hindi", "hu": "Hungarian", "is": "Icelandic", "it": "Italian", "ja": "Japanese", "ko": "Korean",
+    "lt": "Lithuanian", "lv": "Latvian",
+    "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
+    "ru": "Russian", "sv": "Swedish", "tr": "Turkish", "uk": "Ukrainian", "zh": "Chinese",
+}  # fmt: skip
+
+_CODE = r"[A-Za-z]{2,3}(?:_[A-Za-z]{2,4})?"
+_DIRECTION = re.compile(rf"({_CODE})-({_CODE})")
+
+
+SIZES = {"train": 20_000, "valid": 500, "test": 500}
+
+# what Alpaca's prompts begin with, for a task with and without an input beside it
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:"
+
+
+class Pair(NamedTuple):
+    """One sentence (or paragraph) and its translation, without line breaks."""
+
+    source: str
+    target: str
+
+
+def parse_direction(direction: str) -> tuple[str, str]:
+    """``"en-de"`` -> ``("en", "de")``.
+
+    Raises:
+        TypeError: not a string. ValueError: not two different language codes joined by a hyphen.
+    """
+    if not isinstance(direction, str):
+        raise TypeError(f"direction must be a string such as 'en-de', got {direction!r}")
+    match = _DIRECTION.fullmatch(direction)
+    if match is None or match[1] == match[2]:
+        raise ValueError(
+            f"direction={direction!r}: expected two different language codes and a hyphen, such as 'en-de'"
+        )
+    return match[1], match[2]
+
+
+def language_name(code: str) -> str:
+    """English name of a language code; a code that is not in `LANGUAGES` stands for itself."""
+    return LANGUAGES.get(code.split("_")[0].lower(), code)
+
+
+def load_pairs(
+    source: str,
+    split: str,
+    direction: str,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    skip_bad: bool = False,
+) -> list[Pair]:
+    """Parallel text as a list of `Pair`.
+
+    Args:
+        source: one of
+
+            - ``"builtin"``: the built-in English-German corpus (`toy_corpus`);
+            - a directory: the split's file is found by its name (``train``, ``val``/``valid``/``validation``/
+              ``dev``, ``test*``; of several test files the first by name). A direction in the name
+              (``test.en-de.jsonl.gz``) is respected; a file of the reverse direction serves for train and
+              valid. Text files count where both sides are there: ``train.en`` and ``train.de``, or
+              ``train.de-en.en`` and ``train.de-en.de``, plain or with ``.gz``;
+            - a JSON file, or the prefix of two text files (``corpus`` for ``corpus.en`` and ``corpus.de``):
+              where the name tells the split, that one only; otherwise about 90/5/5 % of its rows are
+              train/valid/test, chosen by a hash of the text, so that the splits never overlap;
+            - a hub data set, ``"name"`` or ``"name:config"`` (``"wmt16:de-en"``), through `datasets`.
+        split: ``"train"``, ``"valid"`` or ``"test"``. In a directory also a full file stem
+            (``"test_2016_flickr"``); on the hub also any split of the data set; for a file also ``"all"``.
+        direction: source and target language, ``"en-de"``.
+        limit: at most this many pairs; None (default) takes all.
+        seed: shuffle with this seed before `limit` is applied; None (default) keeps the order.
+        skip_bad: leave out bad rows, with one warning that counts them, instead of raising. A broken JSON
+            array, and text files with unequal numbers of lines, raise all the same, as the rows after the
+            break cannot be found.
+
+    Raises:
+        ValueError: unknown source, split or direction; a bad row (not JSON, a language missing or empty),
+            with its file and line; no rows at all. TypeError: an argument of the wrong type.
+    """
+    languages = parse_direction(direction)
+    check_request(source, split, limit, seed)
+    if str(source) == BUILTIN:
+        if set(languages) != {"en", "de"}:
+            raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
+        toy = toy_corpus(canonical_split(split) or split)
+        rows: Iterator[Row] = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
+    else:
+        rows = read_rows(source, split, lambda value: _text(value, min(languages)), languages)
+    what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
+    return select(rows, lambda value: _to_pair(value, languages), what, limit=limit, seed=seed, skip_bad=skip_bad)
+
+
+def load_directions(
+    source: str | Mapping[str, str],
+    split: str,
+    directions: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    skip_bad: bool = False,
+) -> dict[str, list[Pair]]:
+    """`load_pairs` for several directions, in their order: direction -> pairs.
+
+    ``source`` may be one for all or a mapping from each direction to its own (a hub data set with a
+    configuration a language pair). ``limit`` is that of one direction. The seed is the same for all, so the
+    two directions of one file have the same pairs, turned around.
+
+    Raises:
+        ValueError: as `load_pairs`; also no directions, one twice, or one without a source.
+        TypeError: as `load_pairs`; also one string for the directions.
+    """
+    if isinstance(directions, str):
+        raise TypeError(f"directions must be a sequence such as ['en-de', 'de-en'], got {directions!r}")
+    directions = list(directions)
+    for direction in directions:
+        parse_direction(direction)
+    if not directions or len(set(directions)) != len(directions):
+        raise ValueError(f"directions={directions!r}: expected at least one, and each once")
+    sources = source if isinstance(source, Mapping) else dict.fromkeys(directions, source)
+    missing = [direction for direction in directions if direction not in sources]
+    if missing:
+        raise ValueError(f"source has no entry for {', '.join(missing)} (there: {', '.join(sources) or 'none'})")
+    return {
+        direction: load_pairs(sources[direction], split, direction, limit=limit, seed=seed, skip_bad=skip_bad)
+        for direction in directions
+    }
+
+
+class Instruction(NamedTuple):
+    """A task, what it is about ("" for a task that stands alone), and the expected answer; lines are kept."""
+
+    instruction: str
+    input: str
+    output: str
+
+    def prompt(self) -> str:
+        """Alpaca's prompt for it, up to ``### Response:``."""
+        template = (WITH_INPUT + _INPUT) if self.input else (WITHOUT_INPUT + _NO_INPUT)
+        return template.format(instruction=self.instruction, input=self.input)
+
+
+def load_instructions(
+    source: str, split: str, *, limit: int | None = None, seed: int | None = None, skip_bad: bool = False
+) -> list[Instruction]:
+    """Rows of ``instruction``, ``input`` and ``output`` as a list of `Instruction`.
+
+    ``input`` may be missing, null or empty. White space around each text is dropped, white space within is
+    kept.
+
+    Args:
+        source: a directory, a JSON file (lines or one array, plain or gzip) or a hub data set, as in
+            `fused_kd.training.data.pairs.load_pairs`; a file without a split in its name (``alpaca_data.json``)
+            is divided by a hash of instruction and input.
+        split, limit, seed, skip_bad: as in `load_pairs`.
+
+    Raises:
+        ValueError: unknown source or split; a bad row (not JSON, no instruction or output, one that is no
+            text or empty), with its file and line; no rows at all. TypeError: an argument of the wrong type.
+    """
+    check_request(source, split, limit, seed)
+    if str(source) == BUILTIN:
+        raise ValueError(f"source={BUILTIN!r}: the built-in corpus has translations, no instructions")
+    rows = read_rows(source, split, _key)
+    what = f"source={str(source)!r}, split={split!r}"
+    return select(rows, _to_instruction, what, limit=limit, seed=seed, skip_bad=skip_bad)
+
+
+def toy_corpus(split: str, size: int | None = None) -> list[dict[str, str]]:
+    """Sentence pairs of the built-in toy language, ``{"en": ..., "de": ...}``: 20,000 to train, 500 valid, 500 test.
+
+    They exist so that everything runs, and means something, without any data at hand: German words and grammar (gender,
+    case, verb-second and verb-final clauses, separable verbs, the perfect) against plain English, made by a grammar.
+    No sentence occurs twice on either side, and no split has the content words of another's sentence. It is no natural
+    language: some 250 words and simple sentences, often of odd meaning; scores on it say nothing about translation at
+    large.
+
+    Args:
+        split: ``"train"``, ``"valid"`` or ``"test"``.
+        size: the first so many rows; None (default): all.
+
+    Raises:
+        ValueError: an unknown split, a size that is below 1 or above what there is.
+    """
+    if split not in SIZES:
+        raise ValueError(f"split={split!r}: the built-in corpus has {', '.join(SIZES)}")
+    if size is not None and not 1 <= size <= SIZES[split]:
+        raise ValueError(f"size={size}: expected 1 to {SIZES[split]}")
+    packed = resources.files("fused_kd.training").joinpath("toy", f"{split}.jsonl.gz").read_bytes()
+    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()[:size]]
+
+
+def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
+    """Rotate the targets of a random ``share`` of the pairs among themselves, so that each gets a wrong one.
+
+    The number of pairs is rounded; a single one is left alone, as there is nothing to swap it with. Order is
+    kept.
+
+    Raises:
+        ValueError: ``share`` outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share!r}")
+    chosen = random.Random(seed).sample(range(len(pairs)), round(share * len(pairs)))
+    mixed = list(pairs)
+    for here, there in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+        mixed[here] = Pair(pairs[here].source, pairs[there].target)
+    return mixed
+
+
+def _texts(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    nested = value.get("translation")
+    return nested if isinstance(nested, dict) else value
+
+
+def _text(value: Any, language: str) -> str | None:
+    text = (_texts(value) or {}).get(language)
+    return text if isinstance(text, str) else None
+
+
+def _to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
+    """The pair of a row, or what is wrong with it."""
+    texts = _texts(value)
+    if texts is None:
+        return f"expected an object with one text a language, got {str(value)[:80]}"
+    sides = []
+    for language in languages:
+        text = texts.get(language)
+        if not isinstance(text, str):
+            return f"no text for the language {language!r} (columns: {', '.join(map(str, texts)) or 'none'})"
+        text = " ".join(text.split())
+        if not text or (fault := text_fault(text)):
+            return f"the text for the language {language!r} is {fault if text else 'empty'}"
+        sides.append(text)
+    return Pair(*sides)
+
+
+def _key(value: Any) -> str | None:
+    parsed = _to_instruction(value)
+    return None if isinstance(parsed, str) else f"{parsed.instruction}\n{parsed.input}"
+
+
+def _to_instruction(value: Any) -> Instruction | str:
+    """The instruction of a row, or what is wrong with it."""
+    if not isinstance(value, dict):
+        return f"expected an object with instruction, input and output, got {str(value)[:80]}"
+    texts: dict[str, Any] = {name: value.get(name) for name in Instruction._fields}
+    if texts["input"] is None:
+        texts["input"] = ""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            return f"no text for {name!r} (columns: {', '.join(map(str, value)) or 'none'})"
+        texts[name] = text.strip()
+        if not texts[name] and name != "input":
+            return f"the text for {name!r} is empty"
+        if fault := text_fault(text):
+            return f"the text for {name!r} is {fault}"
+    return Instruction(**texts)

@@ -1,1 +1,0 @@
-from fused_kd.training.data import misalign as misalign

@@ -1,9 +1,0 @@
-from fused_kd.training.reading import BUILTIN as BUILTIN
-from fused_kd.training.reading import SUFFIXES as SUFFIXES
-from fused_kd.training.reading import canonical_split as canonical_split
-from fused_kd.training.reading import check_request as check_request
-from fused_kd.training.reading import file_rows as file_rows
-from fused_kd.training.reading import find_file as find_file
-from fused_kd.training.reading import read_rows as read_rows
-from fused_kd.training.reading import select as select
-from fused_kd.training.reading import text_paths as text_paths

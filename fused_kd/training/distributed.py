@@ -1,1 +1,0 @@
-from fused_kd.integrations.distributed import *  # noqa: F403

@@ -1,1 +1,0 @@
-"""Translations and their scores, significance, and what is hard for a model."""

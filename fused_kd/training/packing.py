@@ -1,1 +1,0 @@
-from fused_kd.training.collate import PackingCollator as PackingCollator

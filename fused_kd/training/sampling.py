@@ -1,1 +1,0 @@
-from fused_kd.integrations.sampling import *  # noqa: F403
