@@ -246,7 +246,7 @@ class PaperTable:
         self.held = max((c.sentences for c in sets if c.start == "student"), default=0)
         self.contents = {name: model_content(name) for name in self.models}
         prompt = dataclasses.asdict(self.template)
-        self.texts = {"prompt": prompt, "max_length": config.max_length, "train": fingerprint(self.train)}
+        self.texts = {"prompt": prompt, "max_length": config.max_length, "pairs": fingerprint(self.train)}
         self.tested = {"prompt": prompt, "test": fingerprint(self.tests)}
 
     @cached_property
@@ -270,7 +270,7 @@ class PaperTable:
 
     def pretrained(self, name: str) -> Path:
         """The "teacher", trained on every pair, or the "student", which has not seen the distillation sets."""
-        start, options = getattr(self.config, name), getattr(self.config, f"train_{name}")
+        start, options = getattr(self.config, name), {"seed": 0, **getattr(self.config, f"train_{name}")}
         held, seed = (0, 0) if name == "teacher" else (self.held, 1)
 
         def work(folder: Path) -> None:
