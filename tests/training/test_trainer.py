@@ -7,6 +7,7 @@ import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,42 +23,31 @@ from tests.training.tiny import VOCAB, rows, tiny
 
 
 def trainer(
-    folder: Path,
-    student: transformers.PreTrainedModel,
-    objective: fk.objectives.Objective,
-    data: list,
-    *,
-    teacher: transformers.PreTrainedModel | None = None,
-    eval_data: list | None = None,
-    kd: dict | None = None,
-    **arguments: object,
+    folder: Path, student: Any, objective: Any, data: list, *, teacher: Any = None, **options: Any
 ) -> KDTrainer:
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 0,
-    }
+    """KDTrainer's own options, ``eval_data``, and those of TrainingArguments."""
+    names = ("beta_schedule", "vocab_size", "temperature", "compute_metrics")
+    own = {name: options.pop(name) for name in names if name in options}
+    evaluated = options.pop("eval_data", None)
+    arguments = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "logging_steps": 2, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True, "seed": 0, **options,
+    }  # fmt: skip
     made = KDTrainer(
-        student,
-        teacher,
-        objective,
-        args=transformers.TrainingArguments(**{**defaults, **arguments}),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        data_collator=Collator(0),
-        **(kd or {}),
-    )
+        student, teacher, objective, args=transformers.TrainingArguments(**arguments), train_dataset=data,
+        eval_dataset=evaluated, data_collator=Collator(0), **own,
+    )  # fmt: skip
     made.remove_callback(transformers.trainer_callback.PrinterCallback)
     return made
+
+
+def kd(folder: Path, objective: Any, data: list, **options: Any) -> KDTrainer:
+    """`trainer` of the usual student and teacher."""
+    return trainer(folder, tiny(16, seed=1), objective, data, **{"teacher": tiny(24, seed=2), **options})
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.5, "train_sampling_strategy": "sequential"}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -126,19 +116,8 @@ def test_same_as_full_logits(tmp_path: Path, objective: fk.objectives.Objective)
     expected = plain_training(plain, teacher, objective, batches, learning_rate=0.5)
     student = tiny(16, seed=1)
     start = weights(student)
-    run = trainer(
-        tmp_path,
-        student,
-        objective,
-        data,
-        teacher=teacher,
-        max_steps=4,
-        optim="sgd",
-        learning_rate=0.5,
-        max_grad_norm=0.0,
-        logging_steps=1,
-        train_sampling_strategy="sequential",
-    )
+    options = {**SGD, "max_steps": 4, "max_grad_norm": 0.0, "logging_steps": 1}
+    run = trainer(tmp_path, student, objective, data, teacher=teacher, **options)
     run.train()
     assert_same_weights(weights(student), weights(plain), 1e-5)
     assert any((start[name] - value).norm() > 1e-3 for name, value in weights(plain).items())
@@ -157,19 +136,14 @@ def test_gradient_accumulation_is_exact(tmp_path: Path) -> None:
     trained = []
     for batch, steps in ((8, 1), (2, 4)):
         student = tiny(16, seed=1)
+        options = {
+            **SGD,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": steps,
+            "logging_steps": 1,
+        }
         run = trainer(
-            tmp_path / str(batch),
-            student,
-            fk.SelfEvolution(gamma=2.0),
-            data,
-            teacher=tiny(24, seed=2),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=steps,
-            max_steps=4,
-            optim="sgd",
-            learning_rate=0.5,
-            logging_steps=1,
-            train_sampling_strategy="sequential",
+            tmp_path, student, fk.SelfEvolution(gamma=2.0), data, teacher=tiny(24, seed=2), max_steps=4, **options
         )
         run.train()
         trained.append((weights(student), [entry for entry in run.state.log_history if "loss" in entry]))
@@ -183,20 +157,9 @@ def test_ranking_spans_the_accumulated_step(tmp_path: Path) -> None:
     trained = []
     for batch, steps in ((8, 1), (2, 4)):
         student = tiny(16, seed=1)
-        run = trainer(
-            tmp_path,
-            student,
-            fk.SelfEvolutionTopK(fraction=0.3),
-            rows(16),
-            teacher=tiny(24, seed=2),
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=steps,
-            max_steps=3,
-            optim="sgd",
-            learning_rate=0.5,
-            train_sampling_strategy="sequential",
-        )
-        run.train()
+        options = {**SGD, "per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 3}
+        objective = fk.SelfEvolutionTopK(fraction=0.3)
+        trainer(tmp_path, student, objective, rows(16), teacher=tiny(24, seed=2), **options).train()
         trained.append(weights(student))
     assert_same_weights(trained[0], trained[1], 1e-5)
 
@@ -207,15 +170,8 @@ def test_ranked_tokens_are_the_trained_ones_under_dropout(tmp_path: Path) -> Non
     for layer in student.model.layers:
         layer.self_attn.attention_dropout = 0.5
     data = rows(8)
-    run = trainer(
-        tmp_path,
-        student,
-        fk.SelfEvolutionTopK(fraction=0.3),
-        data,
-        teacher=tiny(24, seed=2),
-        gradient_accumulation_steps=2,
-        max_steps=1,
-    )
+    options = {"teacher": tiny(24, seed=2), "gradient_accumulation_steps": 2, "max_steps": 1}
+    run = trainer(tmp_path, student, fk.SelfEvolutionTopK(fraction=0.3), data, **options)
     hard, passes = [], run._run
 
     def spy(model, inputs, objective, *rest):
@@ -335,15 +291,7 @@ def test_compiled_body(tmp_path: Path) -> None:
 def test_evaluation_counts_tokens_not_batches(tmp_path: Path) -> None:
     losses = []
     for batch in (1, 5):
-        run = trainer(
-            tmp_path,
-            tiny(16, seed=1),
-            fk.NoEvo(),
-            rows(4),
-            teacher=tiny(24, seed=2),
-            eval_data=rows(5, seed=9),
-            per_device_eval_batch_size=batch,
-        )
+        run = kd(tmp_path, fk.NoEvo(), rows(4), eval_data=rows(5, seed=9), per_device_eval_batch_size=batch)
         losses.append(run.evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -368,7 +316,7 @@ def test_resume_gives_the_same_result(tmp_path: Path, stop: int, options: dict) 
             fk.SelfEvolution(gamma=2.0),
             data,
             teacher=tiny(24, seed=2),
-            kd={"beta_schedule": BetaSchedule(fraction=0.8)},
+            beta_schedule=BetaSchedule(fraction=0.8),
             **shared,
         )
 
@@ -403,16 +351,7 @@ def test_resume_gives_the_same_result(tmp_path: Path, stop: int, options: dict) 
 
 
 def test_logs(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path,
-        tiny(16, seed=1),
-        fk.SelfEvolution(),
-        rows(16),
-        teacher=tiny(24, seed=2),
-        eval_data=rows(6, seed=9),
-        eval_strategy="steps",
-        eval_steps=2,
-    )
+    run = kd(tmp_path, fk.SelfEvolution(), rows(16), eval_data=rows(6, seed=9), eval_strategy="steps", eval_steps=2)
     run.train()
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in logged] == [2, 4, 6]
@@ -447,7 +386,7 @@ def test_evaluation_uses_the_objective_at_its_end(tmp_path: Path) -> None:
     data, losses = rows(4, seed=9), []
     for kd in ({"beta_schedule": BetaSchedule()}, {}):
         student, teacher = tiny(16, seed=1), tiny(24, seed=2)
-        run = trainer(tmp_path, student, fk.Skew(), rows(8), teacher=teacher, kd=kd, eval_data=data)
+        run = trainer(tmp_path, student, fk.Skew(), rows(8), teacher=teacher, eval_data=data, **kd)
         losses.append(run.evaluate()["eval_loss"])
     assert losses[0] == losses[1], "losses of one training must be comparable while beta moves"
 
@@ -471,7 +410,7 @@ def test_beta_schedule(tmp_path: Path) -> None:
     trained = []
     for objective, kd in ((fk.Skew(), {"beta_schedule": schedule}), (fk.NoEvo(), {}), (fk.Skew(), {})):
         student = tiny(16, seed=1)
-        run = trainer(tmp_path, student, objective, rows(8), teacher=tiny(24, seed=2), kd=kd, max_steps=1, optim="sgd")
+        run = trainer(tmp_path, student, objective, rows(8), teacher=tiny(24, seed=2), max_steps=1, optim="sgd", **kd)
         run.train()
         trained.append(weights(student))
     assert_same_weights(trained[0], trained[1], 1e-6)
@@ -480,14 +419,7 @@ def test_beta_schedule(tmp_path: Path) -> None:
 
 
 def test_beta_moves_to_its_end(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path,
-        tiny(16, seed=1),
-        fk.SelfEvolution(beta=0.5),
-        rows(16),
-        teacher=tiny(24, seed=2),
-        kd={"beta_schedule": BetaSchedule(fraction=2 / 3)},
-    )
+    run = kd(tmp_path, fk.SelfEvolution(beta=0.5), rows(16), beta_schedule=BetaSchedule(fraction=2 / 3))
     run.train()
     assert [entry["beta"] for entry in run.state.log_history if "beta" in entry] == pytest.approx([0.75, 0.5, 0.5])
     assert run.objective == fk.SelfEvolution(beta=0.5)
@@ -513,7 +445,7 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocabularies of 64 and 72: give vocab_size"):
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher)
     with pytest.raises(ValueError, match=r"vocab_size must be in \[1, 64\].*got 70"):
-        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": 70})
+        trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, vocab_size=70)
     assert trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(8, seed=3, vocab=64)).vocab_size is None
     from fused_kd.integrations.transformers import common_vocab_size
 
@@ -523,9 +455,7 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
     for factor in (1.0, 5.0):
         with torch.no_grad():
             student.lm_head.weight[VOCAB:] *= factor
-        run = trainer(
-            tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, kd={"vocab_size": VOCAB}, eval_data=rows(4)
-        )
+        run = trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=teacher, vocab_size=VOCAB, eval_data=rows(4))
         losses.append(run.evaluate()["eval_loss"])
     assert losses[0] == losses[1]
 
@@ -545,7 +475,7 @@ def test_bad_arguments(tmp_path: Path, objective: str, kd: dict, arguments: dict
     options = {"teacher": tiny(8, seed=2), **kd}
     teacher = options.pop("teacher")
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, tiny(8, seed=1), objective, rows(4), teacher=teacher, kd=options, **arguments).train()
+        trainer(tmp_path, tiny(8, seed=1), objective, rows(4), teacher=teacher, **options, **arguments).train()
 
 
 def test_more_bad_arguments(tmp_path: Path) -> None:
