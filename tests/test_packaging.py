@@ -71,7 +71,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
         metadata = email.message_from_bytes(archive.read(f"fused_kd-{fk.__version__}.dist-info/METADATA"))
     sources = {f"fused_kd/_{name}" for name in tracked("csrc/*")}
     assert len(sources) >= 13
-    wanted = tracked("fused_kd/**/*.py") | sources | {"fused_kd/py.typed"}
+    wanted = tracked("fused_kd/**/*.py", "fused_kd/training/toy/*.gz") | sources | {"fused_kd/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert metadata["Version"] == fk.__version__
     assert metadata["Requires-Python"] == ">=3.10"
