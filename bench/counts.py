@@ -66,17 +66,17 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engine.gemm import has_fp32_output
-from fused_kd.engine.head_gradient import gradient_dtype, made_at_once, weight_slab
-from fused_kd.engine.plan import Plan
-from fused_kd.engine.streaming_plan import ALIGNED, GROUP, Sizes, Tiles, choose_tiles, plan_streaming
-from fused_kd.engine.streaming_plan import Plan as StreamingPlan
-from fused_kd.engine.waves import MULTIPROCESSORS
+from fused_kd.engines.gemm import has_fp32_output
+from fused_kd.engines.head_gradient import gradient_dtype, made_at_once, weight_slab
+from fused_kd.engines.plan import Plan
+from fused_kd.engines.streaming.plan import ALIGNED, GROUP, Sizes, Tiles, choose_tiles, plan_streaming
+from fused_kd.engines.streaming.plan import Plan as StreamingPlan
+from fused_kd.engines.waves import MULTIPROCESSORS
 from fused_kd.forecast import chunked_plan
 
 from .problems import Inputs, Shape
 
-# ``streaming_kernels.FIELDS``, which only Triton can import.
+# ``streaming.kernels.FIELDS``, which only Triton can import.
 FIELDS = 10
 
 
@@ -212,7 +212,7 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
 
 
 def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher: bool = True) -> Counts:
-    """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.choose_backend`'s name."""
+    """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.select.choose_backend`'s name."""
     return count_chunked(
         shape,
         inputs.hidden_s.dtype,

@@ -21,7 +21,7 @@ from fused_kd.info import processor
 from .session import ROOT
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "fla-core")
-LIBRARY = ("fused_kd/*.py", "fused_kd/engine/**/*.py", "fused_kd/rows/**/*.py", "csrc/*")
+LIBRARY = ("fused_kd/*.py", "fused_kd/engines/**/*.py", "fused_kd/rows/**/*.py", "csrc/*")
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
 MEASURED = ("counts", "end_to_end", "machine", "measure", "problems", "registry", "worker")
 SOURCES = (*LIBRARY, *(f"bench/{name}.py" for name in MEASURED))

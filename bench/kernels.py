@@ -190,7 +190,7 @@ def offline(arch: str) -> Iterator[Counter[str]]:
         _pretend_gpu(patch, ARCHITECTURES[arch])
         _divert_triton(patch, ARCHITECTURES[arch], counts)
         _divert_cuda(patch, ARCHITECTURES[arch], counts)
-        from fused_kd.engine import ops
+        from fused_kd import ops
 
         engine = ops.run
 
@@ -243,8 +243,8 @@ def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], count
 
 
 def _divert_cuda(patch: Callable[..., Any], capability: tuple[int, int], counts: Counter[str]) -> None:
-    from fused_kd.rows import cuda_build
-    from fused_kd.rows.cuda_row import Device, Launch
+    from fused_kd.rows.cuda import build as cuda_build
+    from fused_kd.rows.cuda.row import Device, Launch
 
     major, minor = capability
     device = Device(cuda_build.PORTABLE_CLUSTER if major >= 9 else 1, *SHARED[major])

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engine.gemm import wide_product
-from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
+from fused_kd.engines.gemm import wide_product
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.select import get_row
 
 from .counts import row_bytes
 from .problems import BETA, LAM, LOGIT_STD, TEACHER_NOISE, Inputs, rows_of

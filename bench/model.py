@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fused_kd.engine.dispatch import ENGINES
-from fused_kd.rows import BACKENDS
+from fused_kd.engines.dispatch import ENGINES
+from fused_kd.rows.select import BACKENDS
 
 from .machine import (
     CACHE,

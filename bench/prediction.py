@@ -41,11 +41,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_kd.engine.dispatch import ENGINES
-from fused_kd.engine.plan import Plan
-from fused_kd.engine.waves import GEMM_TILE
+from fused_kd.engines.dispatch import ENGINES
+from fused_kd.engines.plan import Plan
+from fused_kd.engines.waves import GEMM_TILE
 from fused_kd.forecast import chunked_plan
-from fused_kd.rows import BACKENDS
+from fused_kd.rows.select import BACKENDS
 
 from .counts import (
     Counts,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engine.gemm import Projection
+from fused_kd.engines.gemm import Projection
 from fused_kd.reference import reference_kd_loss
 
 # Which tokens are hard decides what a gated objective computes: none of them, all of them, half of them.

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 import fused_kd as fk
-from fused_kd.engine.dispatch import choose_engine
+from fused_kd.engines.dispatch import choose_engine
 from fused_kd.objectives import Objective
 from fused_kd.reference import reference_kd_loss
-from fused_kd.rows import choose_backend, get_row
+from fused_kd.rows.select import choose_backend, get_row
 
 from .counts import count_fused, count_streaming, gemm_flops
 from .problems import BETA, IGNORE, LAM, TOP_K, Inputs, Shape, cut_top_k

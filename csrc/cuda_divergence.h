@@ -10,7 +10,7 @@
 #include "cuda_sums.h"
 
 #ifndef FKD_DIVERGENCES
-#error "build through fused_kd.rows.cuda_build, which defines FKD_DIVERGENCES"
+#error "build through fused_kd.rows.cuda.build, which defines FKD_DIVERGENCES"
 #endif
 
 #define FKD_NAME(name, h, g) FKD_##name,

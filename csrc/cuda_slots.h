@@ -9,7 +9,7 @@
 // Slot `i` of a cluster's threads is one stretch of the row. With FKD_VECTOR a thread's elements are neighbours, moved
 // by one instruction; rows that are not aligned for that are dealt out one element to each thread in turn.
 //
-// Macros from fused_kd/rows/cuda_build.py: FKD_THREADS, FKD_WIDTH, FKD_VECTOR, FKD_SHAPED (a scale or softcap),
+// Macros from fused_kd/rows/cuda/build.py: FKD_THREADS, FKD_WIDTH, FKD_VECTOR, FKD_SHAPED (a scale or softcap),
 // FKD_STUDENT, FKD_TEACHER and FKD_DLOGITS (dtypes), FKD_LISTED (a teacher of entries and one value for all others),
 // FKD_WHOLE (every slot is resident).
 #pragma once

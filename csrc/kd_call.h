@@ -6,7 +6,7 @@
 #include "kd_softmax.h"
 
 #ifndef FKD_DIVERGENCES
-#error "build through fused_kd.rows.native_build, which defines FKD_DIVERGENCES"
+#error "build through fused_kd.rows.native.build, which defines FKD_DIVERGENCES"
 #endif
 
 static const float TINY = 1e-30f;      // keeps ratios of two underflowed probabilities defined
@@ -14,7 +14,7 @@ static const float TINY = 1e-30f;      // keeps ratios of two underflowed probab
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
 
-// A top-k teacher: entries in ascending order, V where there is none; see fused_kd.rows.base.Sparse.
+// A top-k teacher: entries in ascending order, V where there is none; see fused_kd.rows.contract.Sparse.
 typedef struct {
     const int64_t *indices;  // (C, K), or NULL: the teacher is dense
     const float *log_probs;  // (C, K)
@@ -23,7 +23,7 @@ typedef struct {
     int32_t uniform;
 } Lists;
 
-typedef struct {  // mirrored by fused_kd/rows/native_row.py
+typedef struct {  // mirrored by fused_kd/rows/native/row.py
     int64_t C, V;
     Logits student, teacher;
     Lists lists;

@@ -1,4 +1,4 @@
-// The row on CPUs. Meaning of inputs and outputs: fused_kd/rows/base.py.
+// The row on CPUs. Meaning of inputs and outputs: fused_kd/rows/contract.py.
 //
 // A row is swept in blocks that stay in the first-level cache:
 //   1. every logit's exponential over its block's maximum is kept in scratch, the blocks' sums give the statistics
@@ -8,7 +8,7 @@
 //   3. the gradient is then a linear combination of what scratch holds.
 // Rows of a top-k teacher are condensed to a short dense row between sweep 1 and 3.
 //
-// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native_build.py: X(name, h, g) with C
+// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native/build.py: X(name, h, g) with C
 // expressions over t, q, d, r, log_r, s, log_s, beta and alpha.
 //
 // Sums run in fp32 within a block and in double beyond it. NaN logits become NaN losses: comparisons are written so

@@ -1,4 +1,4 @@
-// The row on NVIDIA GPUs, which reads each logit from memory once. Inputs and outputs: fused_kd/rows/base.py.
+// The row on NVIDIA GPUs, which reads each logit from memory once. Inputs and outputs: fused_kd/rows/contract.py.
 //
 // A cluster of blocks takes a row at a time and holds it in its shared memory, student and teacher:
 //   1. statistics, while the row arrives: every thread over its own slots, then one reduction over the cluster; they

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 
 from .divergences import DIVERGENCES
-from .engine import chunked
-from .engine.dispatch import AUTO, ENGINES, choose_engine
-from .engine.gemm import has_fp32_output
-from .engine.head_gradient import gradient_dtype
-from .engine.plan import BudgetTooSmall, Plan
-from .engine.streaming_plan import ALIGNED, Sizes, choose_tiles, plan_streaming
+from .engines import chunked
+from .engines.dispatch import AUTO, ENGINES, choose_engine
+from .engines.gemm import has_fp32_output
+from .engines.head_gradient import gradient_dtype
+from .engines.plan import BudgetTooSmall, Plan
+from .engines.streaming.plan import ALIGNED, Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
-from .rows import BACKENDS, _native_works
+from .rows.select import BACKENDS, _native_works
 
 
 class Choice(NamedTuple):
@@ -182,7 +182,7 @@ def _streamed(
     memory_budget: int | None,
 ) -> tuple[int, int]:
     """Tokens a chunk of dH, and bytes."""
-    from .engine.streaming_kernels import FIELDS  # Triton is there where this engine was chosen
+    from .engines.streaming.kernels import FIELDS  # Triton is there where this engine was chosen
 
     spec, copied = objective.spec, 4 * upcast
     late = gradient_dtype(dtype) != torch.float32

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .engine.dispatch import ENGINES, choose_engine
+from .engines.dispatch import ENGINES, choose_engine
 from .forecast import Choice, plan_for
 from .inputs import FLOAT_DTYPES
 from .objectives import OBJECTIVES
-from .rows import BACKENDS, choose_backend, cuda_build, native_build
 from .rows.build_cache import cache_folder
+from .rows.cuda import build as cuda_build
+from .rows.native import build as native_build
+from .rows.select import BACKENDS, choose_backend
 
 PACKAGES = ("triton", "transformers", "cuda-core", "accelerate", "trl", "peft", "deepspeed")
 DTYPES = dict(zip(("fp32", "bf16", "fp16"), FLOAT_DTYPES, strict=True))

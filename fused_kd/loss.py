@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .amounts import weights_and_scale
 from .divergences import DIVERGENCES
-from .engine.dispatch import choose_engine
-from .engine.ops import KDFunction, Options
+from .engines.dispatch import choose_engine
 from .inputs import LMHead, TopK
 from .objectives import OBJECTIVES, Objective
+from .ops import KDFunction, Options
 from .options import LossOptions, checked_option
 from .sides import autocast_dtype, check_alike, common_vocab, flatten, refuse_dtensors, shifted
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
-from .engine.dispatch import ENGINES
+from .engines.dispatch import ENGINES
 from .inputs import check_number
-from .rows import BACKENDS
+from .rows.select import BACKENDS
 
 # At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
 LEAST_TEMPERATURE = 1e-8

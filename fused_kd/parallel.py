@@ -14,9 +14,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .engine.exchange import Traffic, count_traffic
+from .engines.sharded.exchange import Traffic, count_traffic
 from .inputs import LMHead
-from .rows.base import Shards
+from .rows.contract import Shards
 
 __all__ = ["Shards", "Traffic", "count_traffic", "predicted_traffic", "shard_rows"]
 

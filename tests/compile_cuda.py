@@ -24,9 +24,11 @@ from unittest import mock
 import torch
 
 from fused_kd.objectives import OBJECTIVES, RowSpec, Scalars
-from fused_kd.rows import cuda_build, cuda_row, top_k_cuda
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Sparse
-from fused_kd.rows.cuda_row import Device, Launch
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
+from fused_kd.rows.cuda import build as cuda_build
+from fused_kd.rows.cuda import row as cuda_row
+from fused_kd.rows.cuda import top_k as top_k_cuda
+from fused_kd.rows.cuda.row import Device, Launch
 
 HOPPER, AMPERE = Device(8, 232_448, 233_472), Device(1, 166_912, 167_936)
 TARGETS = {"sm_80": AMPERE, "sm_90a": HOPPER, "sm_100a": HOPPER}

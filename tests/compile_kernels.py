@@ -28,17 +28,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fused_kd.divergences import DIVERGENCES
-from fused_kd.engine.chunked import Side
-from fused_kd.engine.gemm import Projection
-from fused_kd.engine.hand_over import scale_in_place
-from fused_kd.engine.streaming_sweeps import Sweeps
-from fused_kd.engine.tile_filter_triton import DeviceTiles
+from fused_kd.engines.chunked import Side
+from fused_kd.engines.gemm import Projection
+from fused_kd.engines.hand_over import scale_in_place
+from fused_kd.engines.streaming.sweeps import Sweeps
+from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, Scalars
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs, Shards, Sparse
-from fused_kd.rows.sharded_triton import TritonRow
-from fused_kd.rows.top_k_triton import row as top_k_row
-from fused_kd.rows.torch_math import uses_divergence
-from fused_kd.rows.triton_row import row
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.torch.math import uses_divergence
+from fused_kd.rows.triton.row import row
+from fused_kd.rows.triton.sharded import TritonRow
+from fused_kd.rows.triton.top_k import row as top_k_row
 
 from . import sass
 

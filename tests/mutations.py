@@ -54,23 +54,23 @@ def _not_numbers(case: str) -> str:
 _SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
 _LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _AMOUNTS, _SIDES = "fused_kd/divergences.py", "fused_kd/amounts.py", "fused_kd/sides.py"
-_ENGINE, _OPS = "fused_kd/engine/chunked.py", "fused_kd/engine/ops.py"
-_FILTER, _FILTER_TRITON = "fused_kd/engine/tile_filter.py", "fused_kd/engine/tile_filter_triton.py"
-_HEAD, _PLAN = "fused_kd/engine/head_gradient.py", "fused_kd/engine/plan.py"
-_TORCH, _TRITON = "fused_kd/rows/torch_row.py", "fused_kd/rows/triton_kernel.py"
-_TORCH_MATH = "fused_kd/rows/torch_math.py"
-_SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded_row.py", "fused_kd/rows/sharded_columns.py"
-_TRITON_SWEEPS = "fused_kd/rows/triton_sweeps.py"
-_SHARDED_KERNELS = "fused_kd/rows/sharded_kernels.py"
+_ENGINE, _OPS = "fused_kd/engines/chunked.py", "fused_kd/ops.py"
+_FILTER, _FILTER_TRITON = "fused_kd/engines/tile_filter.py", "fused_kd/engines/tile_filter_triton.py"
+_HEAD, _PLAN = "fused_kd/engines/head_gradient.py", "fused_kd/engines/plan.py"
+_TORCH, _TRITON = "fused_kd/rows/torch/row.py", "fused_kd/rows/triton/kernel.py"
+_TORCH_MATH = "fused_kd/rows/torch/math.py"
+_SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded.py", "fused_kd/rows/torch/sharded_columns.py"
+_TRITON_SWEEPS = "fused_kd/rows/triton/sweeps.py"
+_SHARDED_KERNELS = "fused_kd/rows/triton/sharded_kernels.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
-_TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/top_k_triton.py"
+_TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
-_TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton_math.py", "fused_kd/rows/sharded_triton.py"
+_TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton/math.py", "fused_kd/rows/triton/sharded.py"
 _LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
-_STREAMING, _STREAMING_SWEEPS = "fused_kd/engine/streaming.py", "fused_kd/engine/streaming_sweeps.py"
-_STREAMING_KERNELS = "fused_kd/engine/streaming_kernels.py"
-_STREAMING_GRADIENT = "fused_kd/engine/streaming_gradient.py"
+_STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
+_STREAMING_KERNELS = "fused_kd/engines/streaming/kernels.py"
+_STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha):\n    return "
 
 MUTATIONS = [
@@ -378,7 +378,7 @@ MUTATIONS = [
         ("test_tile_filter.py::test_products_of_what_is_left[device]",),
     ),
     Mutation(
-        "hand-over: every program the same blocks", "fused_kd/engine/hand_over.py",
+        "hand-over: every program the same blocks", "fused_kd/engines/hand_over.py",
         "tl.program_id(0).to(tl.int64) * BLOCK", "tl.cast(0, tl.int64)",
         ("test_hand_over.py::test_every_element_once",),
     ),
@@ -416,7 +416,7 @@ MUTATIONS = [
         ("test_infinite_loss.py::test_a_student_that_excludes_all_is_uniform[native-bucket-1.0]",),
     ),
     Mutation(
-        "native: lists exclude nothing from a head", "fused_kd/rows/native_row.py",
+        "native: lists exclude nothing from a head", "fused_kd/rows/native/row.py",
         "student._replace(finite=False), None", "student, None",
         ("test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
     ),

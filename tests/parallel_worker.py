@@ -368,7 +368,7 @@ def resharded(world: World) -> dict[str, float]:
 def traffic(world: World) -> dict[str, float]:
     """Counted bytes against what the collectives were really given, and against the prediction."""
     real = {"gather": 0.0, "sum": 0.0}
-    from fused_kd.engine import exchange
+    from fused_kd.engines.sharded import exchange
 
     gather, reduce = exchange._all_gather, dist.all_reduce
 

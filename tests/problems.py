@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
-from fused_kd.rows import native_build
+from fused_kd.rows.native import build as native_build
 
 OBJECTIVES = [
     fk.SFT(),

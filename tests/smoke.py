@@ -8,7 +8,7 @@ import torch
 
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
-from fused_kd.rows.native_build import NativeRowError, find_compiler
+from fused_kd.rows.native.build import NativeRowError, find_compiler
 
 
 def main() -> int:

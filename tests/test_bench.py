@@ -226,7 +226,7 @@ def test_peak_memory_counts_what_a_call_takes():
 
 
 def test_chunk_is_applied():
-    from fused_kd.engine import chunked
+    from fused_kd.engines import chunked
 
     seen = []
     inputs = make_inputs(SMALL, CPU, torch.float32)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engine import chunked
-from fused_kd.engine.plan import Plan
+from fused_kd.engines import chunked
+from fused_kd.engines.plan import Plan
 from fused_kd.forecast import chunked_plan
 from fused_kd.tuning import tuned
 

@@ -115,7 +115,7 @@ def test_a_second_process_elsewhere_compiles_nothing(tmp_path):
     pytest.importorskip("triton")
     backends = ["triton"]
     try:
-        from fused_kd.rows import cuda_build
+        from fused_kd.rows.cuda import build as cuda_build
 
         cuda_build._nvrtc_version()
         backends.append("cuda")

@@ -111,7 +111,7 @@ def test_bf16_on_a_cpu_is_upcast():
 
 
 def test_addition_to_dw_costs_what_was_seen():
-    """10-16 % at 1024 tokens a chunk (fused_kd/engine/plan.py), against one chunk and its bf16 dW."""
+    """10-16 % at 1024 tokens a chunk (fused_kd/engines/plan.py), against one chunk and its bf16 dW."""
     for shape, share in ((A, 0.159), (B, 0.096)):
         with tuned(gradient_groups=False):
             at = [predict(shape, BF16, H200, on_host=False, chunk=chunk) for chunk in (1024, 8192)]
@@ -175,8 +175,8 @@ def test_streaming_bytes_by_hand():
 @pytest.mark.parametrize("teacher", [True, False])
 def test_streaming_plan_is_the_one_that_runs(teacher, monkeypatch):
     pytest.importorskip("triton")
-    from fused_kd.engine import streaming
-    from fused_kd.engine.streaming_kernels import FIELDS as kernels
+    from fused_kd.engines.streaming import engine as streaming
+    from fused_kd.engines.streaming.kernels import FIELDS as kernels
 
     assert kernels.value == FIELDS
     seen, plan = [], streaming.plan_streaming

@@ -200,7 +200,7 @@ def test_counted_rows_by_hand():
 
 
 def test_plan_counted_without_a_teacher_is_the_one_that_runs(monkeypatch):
-    from fused_kd.engine import chunked
+    from fused_kd.engines import chunked
 
     seen = []
     implementation, inputs, gamma = prepared("fused_kd sft")

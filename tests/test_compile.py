@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engine.ops import Options
+from fused_kd.ops import Options
 
 from .problems import gradients, problem, relative
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd import rows
-from fused_kd.engine import dispatch
-from fused_kd.rows import build_cache, cuda_build, cuda_row, top_k_cuda
+from fused_kd.engines import dispatch
+from fused_kd.rows import build_cache, select
 from fused_kd.rows.build_cache import CACHE_VARIABLE
-from fused_kd.rows.cuda_build import CudaRowError
+from fused_kd.rows.cuda import build as cuda_build
+from fused_kd.rows.cuda import row as cuda_row
+from fused_kd.rows.cuda import top_k as top_k_cuda
+from fused_kd.rows.cuda.build import CudaRowError
 
 GPU = torch.device("cuda:0")
 
@@ -38,21 +40,21 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
         fk.kd_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), fk.NoEvo(), backend="cuda")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ValueError, match="needs tensors on an NVIDIA GPU, got tensors on cuda:0"):
-        rows.choose_backend("cuda", GPU)
+        select.choose_backend("cuda", GPU)
     with pytest.raises(CudaRowError, match="this PyTorch is for AMD ones; use backend='triton'"):
         cuda_build.require()
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(rows, "installed", lambda package: package != "cuda.core")
+    monkeypatch.setattr(select, "installed", lambda package: package != "cuda.core")
     with pytest.raises(ValueError, match=r"cuda-core, which is not installed: pip install 'fused_kd\[cuda\]'"):
-        rows.choose_backend("cuda", GPU)
+        select.choose_backend("cuda", GPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_told_so(nvrtc):
     with pytest.raises(CudaRowError, match=r"torch.cuda.is_available\(\) is false; use backend='torch'"):
-        rows.get_row("cuda")
+        select.get_row("cuda")
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
@@ -76,38 +78,38 @@ def test_gpus_get_their_own_binary(monkeypatch, major, minor, arch, cluster):
 
 
 def test_none_keeps_preferring_triton(monkeypatch):
-    monkeypatch.setattr(rows, "installed", lambda package: True)
-    assert rows.choose_backend(None, GPU) == "triton"
-    assert rows.choose_backend("cuda", GPU) == "cuda"
+    monkeypatch.setattr(select, "installed", lambda package: True)
+    assert select.choose_backend(None, GPU) == "triton"
+    assert select.choose_backend("cuda", GPU) == "cuda"
 
 
 @pytest.fixture
 def cuda_first(monkeypatch):
     """As if the CUDA row had been measured to be the faster one on sm_90, and every GPU were one."""
-    monkeypatch.setattr(rows, "CUDA_FIRST", frozenset({(9, 0)}))
+    monkeypatch.setattr(select, "CUDA_FIRST", frozenset({(9, 0)}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(rows, "installed", lambda package: True)
-    rows._cuda_or_triton.cache_clear()
+    monkeypatch.setattr(select, "installed", lambda package: True)
+    select._cuda_or_triton.cache_clear()
     yield
-    rows._cuda_or_triton.cache_clear()
+    select._cuda_or_triton.cache_clear()
 
 
 def test_none_can_prefer_cuda_by_one_line(cuda_first, monkeypatch):
-    assert rows.choose_backend(None, GPU) == rows.CUDA_OR_TRITON
-    assert rows.choose_backend("triton", GPU) == "triton"
+    assert select.choose_backend(None, GPU) == select.CUDA_OR_TRITON
+    assert select.choose_backend("triton", GPU) == "triton"
     assert dispatch.choose_engine(None, None, "kl", 0.0, GPU, sharded=True) == ("chunked", "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert rows.choose_backend(None, GPU) == "triton"
-    monkeypatch.setattr(rows, "installed", lambda package: package != "triton")
-    assert rows.choose_backend(None, GPU) == "torch"
+    assert select.choose_backend(None, GPU) == "triton"
+    monkeypatch.setattr(select, "installed", lambda package: package != "triton")
+    assert select.choose_backend(None, GPU) == "torch"
 
 
 def test_the_choice_is_a_constant_to_torch_compile(cuda_first):
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x):
-        return x + len(rows.choose_backend(None, GPU))
+        return x + len(select.choose_backend(None, GPU))
 
-    assert chosen(torch.zeros(())) == len(rows.CUDA_OR_TRITON)
+    assert chosen(torch.zeros(())) == len(select.CUDA_OR_TRITON)
 
 
 class Inputs:
@@ -121,7 +123,7 @@ class Inputs:
 def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):
     """Packages missing; a kernel that can not be loaded, asked for once; more columns than int32 counts."""
     pytest.importorskip("triton")
-    from fused_kd.rows import triton_row
+    from fused_kd.rows.triton import row as triton_row
 
     ran = []
     monkeypatch.setattr(triton_row, "row", lambda inputs, outputs: ran.append("triton"))
@@ -131,22 +133,22 @@ def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):
         raise CudaRowError("not here")
 
     monkeypatch.setattr(cuda_build, "require", refuse)
-    rows.get_row(rows.CUDA_OR_TRITON)(Inputs(5), None)
+    select.get_row(select.CUDA_OR_TRITON)(Inputs(5), None)
     assert ran == ["triton"]
     with pytest.raises(CudaRowError, match="not here"):
-        rows.get_row("cuda")
+        select.get_row("cuda")
 
     monkeypatch.setattr(cuda_build, "require", lambda: None)
-    rows._cuda_or_triton.cache_clear()
+    select._cuda_or_triton.cache_clear()
     for V in (5, cuda_build.LARGEST_VOCAB, cuda_build.LARGEST_VOCAB + 1):
-        rows.get_row(rows.CUDA_OR_TRITON)(Inputs(V), None)
+        select.get_row(select.CUDA_OR_TRITON)(Inputs(V), None)
     assert ran[1:] == ["cuda", "cuda", "triton"]
 
     tried = []
     monkeypatch.setattr(cuda_row, "row", lambda inputs, outputs: tried.append(1) or refuse())
-    rows._cuda_or_triton.cache_clear()
+    select._cuda_or_triton.cache_clear()
     for _ in range(3):
-        rows.get_row(rows.CUDA_OR_TRITON)(Inputs(5), None)
+        select.get_row(select.CUDA_OR_TRITON)(Inputs(5), None)
     assert ran[4:] == ["triton"] * 3 and tried == [1]
 
 

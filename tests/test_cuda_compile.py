@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fused_kd.rows import cuda_build
+from fused_kd.rows.cuda import build as cuda_build
 
 pytest.importorskip("cuda.core", reason="needs the extra cuda")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.rows import cuda_build
-from fused_kd.rows.base import RowOutputs
+from fused_kd.rows.contract import RowOutputs
+from fused_kd.rows.cuda import build as cuda_build
 
 from . import cuda_emulator
 from .cuda_emulator import Fault, emulated, needs_cpp_compiler

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.objectives import Objective, RowSpec
-from fused_kd.rows import cuda_build, cuda_row
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs
-from fused_kd.rows.cuda_row import Device
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.cuda import build as cuda_build
+from fused_kd.rows.cuda import row as cuda_row
+from fused_kd.rows.cuda.row import Device
 
 from . import cuda_emulator, test_extremes, test_stress
 from .budget import check_budget

@@ -106,7 +106,7 @@ def test_student_and_teacher_in_different_dtypes_and_forms(backend, device):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_torch_row_as_it_runs_where_looking_at_values_would_synchronise(objective, temperature, monkeypatch):
-    for module in ("torch_row", "torch_math"):
+    for module in ("torch.row", "torch.math"):
         monkeypatch.setattr(f"fused_kd.rows.{module}.on_host", lambda x: False)
     p = problem(bias=True)
     out, grads = run(p, objective, "torch", temperature=temperature)

@@ -16,7 +16,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.objectives import Objective
-from fused_kd.rows.base import Logits, RowInputs, Sparse
+from fused_kd.rows.contract import Logits, RowInputs, Sparse
 from fused_kd.rows.top_k import sparse_teacher
 
 from .cuda_emulator import emulated, needs_cpp_compiler

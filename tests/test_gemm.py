@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engine import gemm
-from fused_kd.engine.plan import Workspace, plan_chunks, rounded_rows
+from fused_kd.engines import gemm
+from fused_kd.engines.plan import Workspace, plan_chunks, rounded_rows
 from fused_kd.reference import reference_kd_loss
 
 from .problems import gradients, problem, relative

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd import rows
 from fused_kd.objectives import RowSpec
 from fused_kd.reference import reference_rows
-from fused_kd.rows import Logits, RowInputs, RowOutputs, cuda_build, cuda_row
+from fused_kd.rows import select
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.cuda import build as cuda_build
+from fused_kd.rows.cuda import row as cuda_row
 
 from .problems import OBJECTIVES, gradients, problem, relative
 from .test_sharded_row import allowed, in_turns, inputs_of, whole
@@ -23,7 +25,7 @@ pytestmark = [
 ]
 
 
-needs_cuda_core = pytest.mark.skipif(not rows.installed("cuda.core"), reason="needs the extra cuda")
+needs_cuda_core = pytest.mark.skipif(not select.installed("cuda.core"), reason="needs the extra cuda")
 CUDA_ROW = pytest.param("cuda", marks=needs_cuda_core)
 
 
@@ -198,7 +200,7 @@ def check_cuda_row(C: int, V: int, objective, dtype: torch.dtype, out: torch.dty
     teacher = Logits(z_t, 1.0, None, False) if spec.divergence else None
     scalars = torch.tensor(objective.scalars(), device="cuda")
     inputs = RowInputs(Logits(z, 1.0, None, False), teacher, labels, None, scalars, spec, False)
-    rows.get_row("cuda")(inputs, outputs)
+    select.get_row("cuda")(inputs, outputs)
     valid = labels >= 0
     raw = z[valid].double().requires_grad_()
     loss, difficulty, is_hard = reference_rows(raw, z_t[valid].double(), labels[valid], objective, 1.0)
@@ -255,16 +257,16 @@ def test_cuda_row_asking_ahead_changes_nothing(V, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cuda_row, "cut_rows", lambda *about: cut_rows(*about)._replace(ahead=0))
         inputs, plain = cuda_row_call(200, V)
-        rows.get_row("cuda")(inputs, plain)
+        select.get_row("cuda")(inputs, plain)
     for _ in range(5):
         inputs, outputs = cuda_row_call(200, V)
-        rows.get_row("cuda")(inputs, outputs)
+        select.get_row("cuda")(inputs, outputs)
         assert all(torch.equal(a, b) for a, b in zip(plain, outputs, strict=True))
 
 
 @needs_cuda_core
 def test_cuda_row_may_load_its_kernel_while_a_graph_is_captured():
-    row = rows.get_row("cuda")
+    row = select.get_row("cuda")
     inputs, outputs = cuda_row_call(5, 33000)
     row(inputs, outputs)
     expected = [x.clone() for x in outputs]

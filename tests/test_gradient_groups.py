@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engine import buffers, chunked, gemm, head_gradient
-from fused_kd.engine.plan import BudgetTooSmall, Plan, Workspace, plan_chunks
+from fused_kd.engines import buffers, chunked, gemm, head_gradient
+from fused_kd.engines.plan import BudgetTooSmall, Plan, Workspace, plan_chunks
 from fused_kd.tuning import tuned
 
 from .budget import check_budget

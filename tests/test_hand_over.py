@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter", allow_module_level=True)
 
-from fused_kd.engine import hand_over
+from fused_kd.engines import hand_over
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,7 +57,7 @@ def test_nothing_to_scale():
 
 
 def test_only_where_triton_works_and_is_not_refused(monkeypatch):
-    from fused_kd.engine import ops
+    from fused_kd import ops
 
     gpu = torch.device("cuda")
     hand_over.works.cache_clear()

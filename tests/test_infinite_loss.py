@@ -12,7 +12,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
-from fused_kd.rows.base import Logits, RowInputs
+from fused_kd.rows.contract import Logits, RowInputs
 
 from .cuda_emulator import emulated, needs_cpp_compiler
 from .problems import CPU_BACKENDS, gradients, relative

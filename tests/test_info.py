@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_kd as fk
 from fused_kd import info
-from fused_kd.engine import chunked
+from fused_kd.engines import chunked
 from fused_kd.forecast import plan_for
-from fused_kd.rows import BACKENDS, native_build
+from fused_kd.rows.native import build as native_build
+from fused_kd.rows.select import BACKENDS
 
 from .test_imports import run as run_hiding
 
@@ -63,7 +64,7 @@ def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, 
 @pytest.mark.parametrize("objective", [fk.SelfEvolution(), fk.NoEvo(), fk.SFT()], ids=lambda x: x.name)
 def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, objective):
     pytest.importorskip("triton")
-    from fused_kd.engine import streaming
+    from fused_kd.engines.streaming import engine as streaming
 
     class Planned(Exception):
         """The plan is all that is wanted: interpreted kernels take seconds."""

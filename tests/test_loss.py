@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
-from fused_kd.engine import buffers, dispatch, gemm, head_gradient, ops
-from fused_kd.engine.plan import rounded_rows
+from fused_kd import ops
+from fused_kd.engines import buffers, dispatch, gemm, head_gradient
+from fused_kd.engines.plan import rounded_rows
 from fused_kd.reference import reference_kd_loss
 
 from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
@@ -295,8 +296,8 @@ def test_no_grad_makes_no_gradients(gemms):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_uninitialised_memory_is_never_read(backend, monkeypatch):
     """Every workspace buffer starts as NaN; so does torch.empty under deterministic algorithms."""
-    import fused_kd.rows.native_row as native_row
-    import fused_kd.rows.torch_math as torch_math
+    import fused_kd.rows.native.row as native_row
+    import fused_kd.rows.torch.math as torch_math
 
     def poisoned(shape, dtype, device, **_):
         x = torch.empty(shape, dtype=dtype, device=device)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd import rows
-from fused_kd.rows import build_cache, native_build
+from fused_kd.rows import build_cache, select
 from fused_kd.rows.build_cache import CACHE_VARIABLE
 from fused_kd.rows.expressions import c_table
+from fused_kd.rows.native import build as native_build
 
 from .problems import needs_compiler
 
@@ -64,7 +64,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not used the native row yet, with its own cache."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    caches = (native_build.load, native_build.thread_pool, rows._native_works)
+    caches = (native_build.load, native_build.thread_pool, select._native_works)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named_and_never_replaced(fresh, monkeypatch, tmp_pat
     with pytest.raises(ValueError, match="runs on Linux only, not on darwin"):
         loss("native")
     with pytest.raises(ValueError, match="backend='native' needs tensors on the CPU, got tensors on cuda:0"):
-        rows.choose_backend("native", torch.device("cuda:0"))
+        select.choose_backend("native", torch.device("cuda:0"))
 
 
 @needs_linux
@@ -126,7 +126,7 @@ def test_the_default_falls_back_quietly_without_a_compiler_and_warns_once_where_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(loss(), expected)
-    rows._native_works.cache_clear()
+    select._native_works.cache_clear()
     monkeypatch.setenv("CC", str(failing_compiler(tmp_path)))
     with pytest.warns(RuntimeWarning, match="the slower torch row is used: .*out of registers"):
         assert torch.equal(loss(), expected)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd import rows
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.objectives import Objective, RowSpec
 from fused_kd.reference import reference_rows
-from fused_kd.rows import native_build, native_row
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+from fused_kd.rows import select
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.expressions import c_expression, c_table
+from fused_kd.rows.native import build as native_build
+from fused_kd.rows.native import row as native_row
 
 from .problems import OBJECTIVES, needs_compiler, relative
 
@@ -166,8 +167,8 @@ def test_conversions_are_those_of_pytorch(apply, which, dtype):
 
 @needs_compiler
 def test_the_default_on_cpus_is_native():
-    name = rows.choose_backend(None, torch.device("cpu"))
-    assert rows.get_row(name) is native_row.row
+    name = select.choose_backend(None, torch.device("cpu"))
+    assert select.get_row(name) is native_row.row
     losses = (
         fk.kd_loss(torch.eye(3), torch.ones(3, 3), torch.arange(3), fk.SelfEvolution(), backend=backend).loss
         for backend in (None, "native")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_kd.rows import native_build
+from fused_kd.rows.native import build as native_build
 
 from .problems import needs_compiler
 

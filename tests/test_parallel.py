@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import vocab_parallel
-from fused_kd.engine import sharded
+from fused_kd.engines.sharded import engine as sharded
 from fused_kd.parallel import predicted_traffic
 
 from .parallel_worker import OTHERS, TIGHT, matrix

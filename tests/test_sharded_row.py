@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
-from fused_kd.rows.base import Shards, Sparse
-from fused_kd.rows.sharded_torch import row as torch_row
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
+from fused_kd.rows.torch.sharded import row as torch_row
 
 from .problems import NAMES, OBJECTIVES, relative
 
@@ -46,7 +46,7 @@ def whole(inputs: RowInputs, dtype: torch.dtype = torch.float32) -> RowOutputs:
 def row_of(backend: str):
     if backend == "torch":
         return torch_row
-    from fused_kd.rows.sharded_triton import row
+    from fused_kd.rows.triton.sharded import row
 
     return row
 
@@ -186,7 +186,7 @@ def test_without_looking_at_values(objective, monkeypatch: pytest.MonkeyPatch) -
     """As on an accelerator, where a look at a value would wait."""
     inputs = inputs_of(objective)
     expected = whole(inputs)
-    for module in ("torch_math", "sharded_row"):
+    for module in ("torch.math", "sharded"):
         monkeypatch.setattr(f"fused_kd.rows.{module}.on_host", lambda x: False)
     for form in FORMS:
         if allowed(objective, form):

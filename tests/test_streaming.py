@@ -25,9 +25,12 @@ if not (INTERPRETED or torch.cuda.is_available()):
 
 import triton.language as tl  # noqa: E402
 
-from fused_kd.engine import streaming, streaming_plan, streaming_sweeps, waves  # noqa: E402
-from fused_kd.engine.streaming_kernels import placed  # noqa: E402
-from fused_kd.engine.streaming_plan import KernelTiles, Plan, Tiles, plan_streaming  # noqa: E402
+from fused_kd.engines import waves  # noqa: E402
+from fused_kd.engines.streaming import engine as streaming  # noqa: E402
+from fused_kd.engines.streaming import plan as streaming_plan  # noqa: E402
+from fused_kd.engines.streaming import sweeps as streaming_sweeps  # noqa: E402
+from fused_kd.engines.streaming.kernels import placed  # noqa: E402
+from fused_kd.engines.streaming.plan import KernelTiles, Plan, Tiles, plan_streaming  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -312,7 +315,7 @@ def test_nothing_to_learn(labels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_labels_on_the_device_ignored_or_out_of_range(dtype, monkeypatch):
     """As on an accelerator, where nothing looks at labels: the ignored are unknown, others past the end are NaN."""
-    from fused_kd.engine import ops
+    from fused_kd import ops
 
     monkeypatch.setattr(ops, "check_labels", lambda *_: None)
 

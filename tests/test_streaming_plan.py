@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engine import gemm, streaming_plan, waves
-from fused_kd.engine.chunked import Side, Wanted
-from fused_kd.engine.streaming_plan import Plan, plan_streaming
+from fused_kd.engines import gemm, waves
+from fused_kd.engines.chunked import Side, Wanted
+from fused_kd.engines.streaming import plan as streaming_plan
+from fused_kd.engines.streaming.plan import Plan, plan_streaming
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
-from fused_kd.engine import streaming, streaming_sweeps
+from fused_kd.engines.streaming import engine as streaming
+from fused_kd.engines.streaming import sweeps as streaming_sweeps
 
 
 @pytest.fixture

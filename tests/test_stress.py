@@ -15,7 +15,8 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.objectives import RowSpec
 from fused_kd.reference import reference_kd_loss
-from fused_kd.rows import Logits, RowInputs, RowOutputs, get_row
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
 
 from .problems import CPU_BACKENDS as BACKENDS
@@ -319,7 +320,7 @@ def test_a_list_without_entries_has_nothing_to_renormalize(monkeypatch):
             evaluate(z, fk.TopK(values, indices, tail), labels, fk.NoEvo(), reduction="none"),
             truth(z, fk.TopK(values, indices, tail), labels, fk.NoEvo(), reduction="none"),
         )
-    monkeypatch.setattr("fused_kd.engine.ops.check_top_k", lambda *_: None)
+    monkeypatch.setattr("fused_kd.ops.check_top_k", lambda *_: None)
     loss = fk.kd_loss(z, fk.TopK(values, indices), labels, fk.NoEvo(), reduction="none").loss
     assert loss.isnan().tolist() == [False, False, True]
 
@@ -345,7 +346,7 @@ def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, 
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(math.nan if dtype.is_floating_point else True)
 
-    for module in ("engine.buffers", "engine.head_gradient", "rows.torch_math", "rows.native_row", "rows.top_k"):
+    for module in ("engines.buffers", "engines.head_gradient", "rows.torch.math", "rows.native.row", "rows.top_k"):
         monkeypatch.setattr(f"fused_kd.{module}.empty", poisoned)
     torch.use_deterministic_algorithms(True)  # torch.empty holds NaN too
     try:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engine import chunked, head_gradient, tile_filter
-from fused_kd.engine.gemm import Projection
-from fused_kd.engine.plan import Plan
-from fused_kd.engine.tile_filter import HostTiles
+from fused_kd.engines import chunked, head_gradient, tile_filter
+from fused_kd.engines.gemm import Projection
+from fused_kd.engines.plan import Plan
+from fused_kd.engines.tile_filter import HostTiles
 
 from .problems import CPU_BACKENDS, gradients, problem, relative
 from .test_gradient_groups import Device
@@ -90,7 +90,7 @@ def test_what_leaves_nothing_out_is_exact(dtype, kept, monkeypatch):
 def tiles(dlogits: Tensor, weight: Tensor, factors: Tensor | None, eps: float, place: str):
     if place == "host":
         return HostTiles(Projection(weight, None, weight.dtype), dlogits, factors, eps)
-    from fused_kd.engine.tile_filter_triton import DeviceTiles
+    from fused_kd.engines.tile_filter_triton import DeviceTiles
 
     return DeviceTiles(Projection(weight, None, weight.dtype), dlogits, factors, eps)
 
@@ -149,7 +149,7 @@ def test_nan_is_never_left_out(place):
 @pytest.mark.parametrize("group", [29, 16], ids=["whole", "groups"])
 def test_the_engine_of_a_gpu(group, monkeypatch):
     """Kernels in place of the host's blocks, fp16 dlogits in padded rows, slabs of the weight gradient."""
-    from fused_kd.engine.tile_filter_triton import DeviceTiles
+    from fused_kd.engines.tile_filter_triton import DeviceTiles
 
     Device(monkeypatch)
     monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: Plan(8, 0, group))
@@ -169,10 +169,10 @@ def test_the_engine_of_a_gpu(group, monkeypatch):
 
 
 def test_a_gpu_without_triton_is_told(monkeypatch):
-    from fused_kd import rows
-    from fused_kd.engine.dispatch import choose_engine
+    from fused_kd.engines.dispatch import choose_engine
+    from fused_kd.rows import select
 
-    monkeypatch.setattr(rows, "installed", lambda package: False)
+    monkeypatch.setattr(select, "installed", lambda package: False)
     with pytest.raises(ValueError, match=r"grad_filter_eps=0.001 must be 0 here: .* the package triton"):
         choose_engine(None, None, "kl", 1e-3, torch.device("cuda"))
 
@@ -181,7 +181,7 @@ def test_a_gpu_without_triton_is_told(monkeypatch):
 @pytest.mark.parametrize("H", [24, 40])
 def test_slabs_begin_where_tiles_do(H, monkeypatch):
     """One group, low-precision weights, a hidden size whose slab is no multiple of a tile."""
-    from fused_kd.engine.tile_filter_triton import DeviceTiles
+    from fused_kd.engines.tile_filter_triton import DeviceTiles
 
     g = torch.Generator().manual_seed(0)
     dlogits, hidden = (torch.randn(*size, generator=g).to(torch.float16) for size in ((30, 700), (30, H)))

@@ -23,7 +23,7 @@ from fused_kd.objectives import (
     SkewTeacher,
 )
 from fused_kd.reference import reference_rows
-from fused_kd.rows.base import Logits, RowInputs, RowOutputs
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 
 from . import interpreter
 from .problems import eager_rows
@@ -36,7 +36,8 @@ if not (INTERPRETED or torch.cuda.is_available()):
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from fused_kd.rows import triton_math, triton_row  # noqa: E402
+from fused_kd.rows.triton import math as triton_math  # noqa: E402
+from fused_kd.rows.triton import row as triton_row  # noqa: E402
 from fused_kd.tuning import current, tuned  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..objectives import RowSpec, Scalars
 from ..workspace import empty
-from .base import LOG_ZERO, NOWHERE, Logits, RowInputs, RowOutputs, Sparse
-from .torch_math import weighed
+from .contract import LOG_ZERO, NOWHERE, Logits, RowInputs, RowOutputs, Sparse
+from .torch.math import weighed
 
 DenseRow = Callable[[RowInputs, RowOutputs], None]
 
@@ -150,7 +150,7 @@ def category_rows(
 def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk in plain PyTorch, with ``dense`` for what is left of each row.
 
-    Shapes and meaning: :mod:`fused_kd.rows.base`, the teacher :class:`fused_kd.rows.base.Sparse`.
+    Shapes and meaning: :mod:`fused_kd.rows.contract`, the teacher :class:`fused_kd.rows.contract.Sparse`.
     """
     assert isinstance(inputs.teacher, Sparse)
     C, V = inputs.student.raw.shape

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from fused_kd.rows import cuda_build
-from fused_kd.rows.cuda_row import Device, Launch
+from fused_kd.rows.cuda import build as cuda_build
+from fused_kd.rows.cuda.row import Device, Launch
 from fused_kd.rows.expressions import c_table
 
 HERE = Path(__file__).resolve().parent
@@ -114,8 +114,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     monkeypatch.setattr(cuda_build, "require", lambda: None)
     monkeypatch.setattr(cuda_build, "device", lambda which: limits["device"])
     monkeypatch.setattr(cuda_build, "launch", lambda where, call: run(call, limits["clusters"]))
-    monkeypatch.setattr("fused_kd.rows.on_nvidia", lambda device: True)
-    monkeypatch.setattr("fused_kd.rows.installed", lambda package: True)
+    monkeypatch.setattr("fused_kd.rows.select.on_nvidia", lambda device: True)
+    monkeypatch.setattr("fused_kd.rows.select.installed", lambda package: True)
     yield limits.update
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import LMHead
-from fused_kd.engine.gemm import Projection
+from fused_kd.engines.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.training.cache.codes import DTYPES, encode, id_dtype, mass
 from fused_kd.training.cache.index import FORMAT, INDEX, is_count, read_index, shard_fault, shard_name

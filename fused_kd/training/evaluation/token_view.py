@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engine.gemm import Projection
+from fused_kd.engines.gemm import Projection
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.objectives import Objective
 from fused_kd.training.data.prompts import LABEL_PAD, Collator, PairDataset, padding_id

@@ -1,0 +1,122 @@
+"""Which engine runs a call: the one named, else the chunked one unless ``memory_budget`` is too small for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..divergences import DIVERGENCES
+from ..rows.contract import Shards
+from ..rows.select import CUDA_OR_TRITON, choose_backend, get_row
+from . import chunked
+from .plan import BudgetTooSmall
+
+ENGINES = ("chunked", "streaming")
+AUTO = "auto"
+
+
+def choose_engine(
+    engine: str | None,
+    backend: str | None,
+    divergence: str | None,
+    grad_filter_eps: float,
+    device: torch.device,
+    *,
+    top_k: bool = False,
+    sharded: bool = False,
+) -> tuple[str, str]:
+    """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
+
+    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``sharded`` that the
+    vocabulary is divided over ranks.
+    """
+    if sharded:
+        return "chunked", _sharded_backend(engine, backend, divergence, grad_filter_eps, device, top_k)
+    if engine == "streaming":
+        obstacle = _streaming_obstacle(backend, divergence, top_k, device)
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return "streaming", "triton"
+    chosen = choose_backend(backend, device)
+    if grad_filter_eps > 0 and device.type != "cpu":
+        try:  # its kernels are Triton's, whatever the row's
+            choose_backend("triton", device)
+        except ValueError as error:
+            raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
+    if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
+        return AUTO, chosen
+    return "chunked", chosen
+
+
+def _sharded_backend(
+    engine: str | None,
+    backend: str | None,
+    divergence: str | None,
+    grad_filter_eps: float,
+    device: torch.device,
+    top_k: bool,
+) -> str:
+    """Of the sharded engine: Triton's kernels have dense teachers and all divergences but the one that sorts."""
+    if engine not in (None, "chunked"):
+        raise ValueError(f"engine must be None or 'chunked' with tp_group, got {engine!r}")
+    if grad_filter_eps > 0:
+        raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be None, 'torch' or 'triton' with tp_group, got {backend!r}")
+    fits = not top_k and not (divergence is not None and DIVERGENCES[divergence].adaptive)
+    if backend == "triton" and not fits:
+        raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")
+    return "triton" if choose_backend(backend, device) in ("triton", CUDA_OR_TRITON) and fits else "torch"
+
+
+def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
+    """Why the streaming engine can not run, or None."""
+    if backend not in (None, "triton"):
+        return f"engine='streaming' needs backend='triton' or None, got backend={backend!r}"
+    if divergence is not None and DIVERGENCES[divergence].adaptive:
+        return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
+    if top_k:
+        return "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"
+    try:
+        choose_backend("triton", device)
+    except ValueError as error:
+        return f"engine='streaming' runs in Triton alone: {error}"
+    return None
+
+
+def run(
+    engine: str,
+    backend: str,
+    shards: Shards | None,
+    student: chunked.Side,
+    teacher: chunked.Side | chunked.TopKSide | None,
+    *args: Any,
+    grad_filter_eps: float,
+    sum_hidden: bool,
+    **options: Any,
+) -> chunked.Result:
+    """Arguments as for :func:`fused_kd.engines.chunked.run`, without the row; ``shards`` where the vocabulary is
+    divided, with ``sum_hidden`` as of :func:`fused_kd.engines.sharded.engine.run`."""
+    if shards is not None:
+        from .sharded import engine as sharded
+
+        del options["vocab"]
+        return sharded.run(student, teacher, *args, shards=shards, backend=backend, sum_hidden=sum_hidden, **options)
+    if engine == "streaming":
+        assert not isinstance(teacher, chunked.TopKSide)
+        from .streaming import engine as streaming
+
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
+    try:
+        return chunked.run(student, teacher, *args, row=get_row(backend), grad_filter_eps=grad_filter_eps, **options)
+    except BudgetTooSmall as error:
+        if engine != AUTO or isinstance(teacher, chunked.TopKSide):
+            raise
+        too_small = error
+    from .streaming import engine as streaming
+
+    try:
+        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
+    except BudgetTooSmall as error:
+        raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None

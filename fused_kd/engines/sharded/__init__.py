@@ -1,0 +1,1 @@
+"""The engine of a vocabulary that is divided over ranks."""

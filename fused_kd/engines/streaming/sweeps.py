@@ -1,0 +1,252 @@
+"""The streaming engine's sweeps over the vocabulary: what the Triton kernels are launched with."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...divergences import DIVERGENCES
+from ...objectives import RowSpec, Scalars
+from ...rows.triton.row import formula_constants
+from ...workspace import empty
+from ..chunked import Result, Side, largest
+from . import plan as streaming_plan
+from .gradient import flagged_product_kernel, gradient_kernel
+from .kernels import FIELDS, NORMS, combine_kernel, statistics_kernel, sums_combine_kernel, sums_kernel
+from .plan import Plan, Tiles
+
+# Tokens of a program that combines the splits: no more than a few such programs, so small ones.
+COMBINE_BLOCK = 128
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Sweeps:
+    """One call's tokens, in the order in which they are worked on, and the sweeps over their logits.
+
+    Attributes:
+        n: positions, those of the valid tokens first.
+        tokens: (n,) which token is at a position.
+        tiles: what each kernel is compiled for.
+    """
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side | None,
+        index: Tensor | None,
+        labels: Tensor,
+        scalars: Tensor,
+        spec: RowSpec,
+        cold_labels: bool,
+        vocab: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.n = labels.shape[0]
+        self._order, self._count = _front(labels >= 0)
+        self.tokens = self._order if index is None else index[self._order]
+        self._labels = labels[self._order]
+        self._scalars, self._spec, self._vocab = scalars, spec, vocab
+        self._divergence = None if spec.divergence is None else DIVERGENCES[spec.divergence]
+        sides = [student] if teacher is None else [student, teacher]
+        operands = [None if side.weight is None else dtype or side.source.dtype for side in sides]
+        capped = any(side.softcap is not None for side in sides)
+        plain = all(_plain(side, operand) for side, operand in zip(sides, operands, strict=True))
+        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, plain=plain, target=_target())
+        self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
+        self._norms = empty((NORMS, self.n), torch.float32, labels.device)
+        self._chosen: Tensor | None = None
+        # Heads make finite logits, unless by their bias.
+        excludes = teacher is not None and any(side.weight is None or side.bias is not None for side in sides)
+        self._formulas = formula_constants(spec, cold_labels) | {"EXCLUDES": excludes}
+        self._constants: dict[str, Any] = {
+            "ROUND_S": _TYPES[operands[0] or torch.float32],
+            "ROUND_T": _TYPES[operands[-1] or torch.float32],
+            "UPCAST": _INTERPRET,
+            "GROUP": streaming_plan.GROUP,
+        }
+
+    @property
+    def fields(self) -> int:
+        return int(FIELDS.value)
+
+    @property
+    def needs_sums(self) -> bool:
+        return self._divergence is not None and not self._divergence.free
+
+    @property
+    def teacher_units(self) -> int:
+        """The teacher's hidden size, 0 without a teacher's head."""
+        return 0 if self._teacher is None else int(self._teacher[7])
+
+    def measure(self, plan: Plan, result: Result, bad: Tensor) -> None:
+        """Fill ``loss`` (NaN where ``bad``), ``difficulty`` and ``is_hard``, and keep the norms for the gradient."""
+        device = self._labels.device
+        loss, difficulty = (empty((self.n,), torch.float32, device) for _ in range(2))
+        hard = empty((self.n,), torch.bool, device)
+        self._statistics(plan.splits, loss, difficulty, hard)
+        if self._spec.ranked:
+            hard = largest(difficulty, self._labels, self._scalars)
+        if self.needs_sums:
+            assert self._divergence is not None
+            chosen = hard if self._spec.gated else self._labels >= 0
+            if self._divergence.kl_at_one:
+                chosen = chosen & (self._scalar("alpha") > 0.0)
+            self._sums(plan.sum_splits, chosen, loss)
+            self._chosen = chosen
+        result.loss[self.tokens] = loss.masked_fill(bad[self._order], math.nan)
+        result.difficulty[self.tokens] = difficulty
+        result.is_hard[self.tokens] = hard
+
+    def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
+        partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
+        tiles = self.tiles.statistics
+        statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
+            self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
+            self.n, self._vocab, self._span(splits, tiles),
+            TEACHER=self._teacher is not None, **_only(self._formulas, "COLD", "EXCLUDES"), **self._constants,
+            **_of(tiles),
+        )  # fmt: skip
+        combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
+            partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
+            TEACHER=self._teacher is not None, BLOCK=COMBINE_BLOCK,
+            **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD", "EXCLUDES", "EVERYWHERE"),
+        )  # fmt: skip
+
+    def _sums(self, splits: int, chosen: Tensor, loss: Tensor) -> None:
+        order, count = _front(chosen)
+        partials = empty((splits, 2, self.n), torch.float32, chosen.device)
+        tiles = self.tiles.sums
+        sums_kernel[(_cdiv(self.n, tiles.tokens), splits)](
+            self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars, partials,
+            self.n, self._vocab, self._span(splits, tiles),
+            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED", "EXCLUDES"), **self._constants, **_of(tiles),
+        )  # fmt: skip
+        sums_combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
+            partials, order, count, self._norms, self._scalars, loss, self.n, splits,
+            MIXED=self._spec.mixed, BLOCK=COMBINE_BLOCK,
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        out: Tensor,
+        positions: slice,
+        columns: slice,
+        *,
+        by_token: bool,
+        weights: Tensor | None,
+        flags: Tensor | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        """Write dlogits, times ``weights`` (n,), of some positions and columns.
+
+        Row i of ``out`` is the i-th of the positions, whose ignored tokens get zeros, or ``by_token`` token i, where
+        those of ignored tokens stay as they are. ``flags``, from :meth:`flags`, asks for the filter.
+        """
+        pure = not self.needs_sums or not (self._formulas["GATED"] or self._formulas["KL_AT_ONE"])
+        gradient_kernel[self._grid(positions, columns)](
+            self._student, self._teacher, self.tokens, self._labels, self._count, self._norms,
+            None if pure or self._chosen is None else self._chosen.view(torch.uint8), weights, self._scalars,
+            out, out.stride(0), flags, threshold,
+            positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
+            TEACHER=self._teacher is not None, BY_TOKEN=by_token, PURE=pure,
+            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD", "EXCLUDES"),
+            **self._constants, **_of(self.tiles.gradient),
+        )  # fmt: skip
+
+    def flags(self, positions: slice, columns: slice) -> Tensor:
+        """Room for a flag for each tile of :meth:`gradient`."""
+        return empty(self._grid(positions, columns), torch.uint8, self._labels.device)
+
+    def flagged_product(
+        self,
+        out: Tensor,
+        dlogits: Tensor,
+        other: Tensor,
+        flags: Tensor,
+        *,
+        dtype: torch.dtype,
+        add: bool,
+        tokens: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """``out (+)= dlogits @ other``, or ``dlogits.T @ other[tokens]``, without the tiles whose flags are 0."""
+        tiles = self.tiles.gradient
+        BI, BC = tiles.tokens, tiles.columns
+        if transposed:
+            dlogits, flags, BI, BC = dlogits.t(), flags.t(), BC, BI
+        (I, K), J = dlogits.shape, out.shape[1]  # noqa: E741
+        flagged_product_kernel[(flags.shape[0], _cdiv(J, tiles.columns))](
+            dlogits, other, tokens, flags, out, (I, J, K), dlogits.stride(), other.stride(), flags.stride(),
+            ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=tiles.columns, BC=BC, num_warps=tiles.warps,
+        )  # fmt: skip
+
+    def _scalar(self, name: str) -> Tensor:
+        return self._scalars[Scalars._fields.index(name)]
+
+    def _grid(self, positions: slice, columns: slice) -> tuple[int, int]:
+        """Of :meth:`gradient`."""
+        tiles = self.tiles.gradient
+        return _cdiv(positions.stop - positions.start, tiles.tokens), _cdiv(columns.stop - columns.start, tiles.columns)
+
+    def _span(self, splits: int, tiles: Tiles) -> int:
+        return _cdiv(_cdiv(self._vocab, tiles.columns), splits) * tiles.columns
+
+
+def _side(side: Side, vocab: int) -> tuple[Any, ...]:
+    """As the kernels take it."""
+    if side.weight is None:
+        return (side.source, *side.source.stride(), None, 0, 0, None, 0, side.logit_scale, side.softcap)
+    bias = None if side.bias is None else side.bias.contiguous()
+    return (
+        side.source, *side.source.stride(), side.weight, *side.weight.stride(), bias, side.source.shape[1],
+        side.logit_scale, side.softcap,
+    )  # fmt: skip
+
+
+def _plain(side: Side, operand: torch.dtype | None) -> bool:
+    """As :func:`.streaming_plan.choose_tiles` has it."""
+    if side.weight is None or side.bias is not None or side.source.shape[1] % streaming_plan.ALIGNED:
+        return False
+    return all(
+        x.dtype == operand and x.stride(1) == 1 and x.stride(0) % streaming_plan.ALIGNED == 0
+        for x in (side.source, side.weight)
+    )
+
+
+def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions with those where ``mask`` holds first, each part in order; and how many they are, as int32."""
+    count = mask.sum(dtype=torch.int32)
+    place = torch.where(mask, mask.cumsum(0), count + (~mask).cumsum(0)) - 1
+    order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=mask.device))
+    return order, count
+
+
+def _target() -> str:
+    if _INTERPRET:
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _of(tiles: Tiles) -> dict[str, int]:
+    """A kernel's compile-time sizes."""
+    made = {
+        "BM": tiles.tokens, "BN": tiles.columns, "BK": tiles.units, "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }  # fmt: skip
+    return made if tiles.registers is None else made | {"maxnreg": tiles.registers}
+
+
+def _cdiv(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+def _only(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: constants[name] for name in names}

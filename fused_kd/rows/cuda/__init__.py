@@ -1,0 +1,1 @@
+"""The row in CUDA C++, compiled at first use."""

@@ -1,0 +1,1 @@
+"""The row in C, compiled at first use."""

@@ -1,0 +1,218 @@
+"""The row of a rank that holds a slice of the vocabulary: a generator of the few numbers that the ranks must share.
+
+1. Sweep the slice for statistics (maxima, sums of exponentials, the expectation of the log-ratio, the label's logits),
+   share them, and join them to each token's loss and difficulty.
+2. Where the divergence is more than KL: sweep for ``sum h`` and ``sum g`` over the slice, and share those.
+3. Write the slice's gradient, ``g - q sum g``.
+
+What is shared is gathered and joined by each rank in the same order and in float64, so all of them agree on every bit
+of a token's difficulty, and with it on which tokens are hard. Between sweeps nothing of size C x V is kept but the
+logits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES, Divergence
+from .contract import EXCLUDED, LOG_LEAST, RowInputs, RowOutputs, Shards
+from .torch.math import (
+    Over,
+    difficulty_of,
+    infinite,
+    known_all,
+    loss_of,
+    maybe_any,
+    on_host,
+    raised_,
+    scalars_of,
+    settled,
+    uses_divergence,
+)
+
+Messages = Generator[Tensor, Tensor, None]
+"""Yields tensors (C', k) to be gathered, and is sent them as (P, C', k)."""
+
+
+Shares = tuple[float | Tensor, float | Tensor]
+"""``beta`` and ``alpha`` of :mod:`fused_kd.divergences`, of an adaptive divergence (C', 1)."""
+
+
+class Joined(NamedTuple):
+    """What all ranks know of each token, (C, 1) float64: maxima, logarithms of sums of exponentials over them, the
+    label's log-probabilities and its cross-entropies, at temperature T and at that of the loss; and which side is above
+    0 where the other excludes a token."""
+
+    top: Tensor
+    log_sum: Tensor
+    log_q_y: Tensor
+    kl: Tensor
+    top_t: Tensor
+    log_sum_t: Tensor
+    log_p_y: Tensor
+    cold_top: Tensor
+    cold_log_sum: Tensor
+    warm_ce: Tensor
+    ce: Tensor
+    over: Over
+
+
+class SweptRow:
+    """What all implementations share: which sweeps a row takes, and what the ranks make of each other's numbers.
+
+    Subclasses have the sweeps. ``labels`` are ids of the whole vocabulary, the logits' columns those of this rank.
+    """
+
+    condensed = False
+    picks_rows = False
+
+    def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
+        self.inputs, self.outputs, self.shards, self.spec = inputs, outputs, shards, inputs.spec
+        self.s = scalars_of(inputs)
+        self.C = inputs.labels.shape[0]
+        self.ignored = inputs.labels < 0
+
+    def statistics(self) -> Tensor:
+        """(C, k) fp32 of this slice: maximum, sum of exponentials over it and label's logit of the student (k = 3);
+        the same of the teacher, with the expectation of ``z_t - z`` over the maxima before the label's, and the largest
+        logits of the student and the teacher where the other excludes a token (9); the same as the first of the student
+        at temperature 1 (12); maximum and sum of what a top-k teacher does not list (14)."""
+        raise NotImplementedError
+
+    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
+        """(C', 2) fp32: this slice's ``sum h`` and ``sum g``, of the rows at ``index`` where that is given."""
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        of: Joined,
+        divergence: Divergence | None,
+        use: Tensor | None,
+        total: Tensor | None,
+        shares: Shares | None,
+    ) -> None:
+        """Write this slice's gradient; ``total`` (C, 1) is ``sum g`` of the rows in ``use``."""
+        raise NotImplementedError
+
+    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(C', 1) each: ``AdaptiveKL``'s two weights of each row."""
+        raise NotImplementedError
+
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
+        """As :meth:`fused_kd.rows.torch.sharded_columns.Columns.join_rest`."""
+        raise NotImplementedError
+
+    def run(self) -> Messages:
+        spec, s = self.spec, self.s
+        gathered = yield self.statistics()
+        of = self._join(gathered.to(torch.float64))
+        hard = torch.zeros_like(self.ignored)
+        if spec.divergence is None:
+            loss = difficulty = of.ce
+            use, divergence = None, None
+        else:
+            difficulty = difficulty_of(of.kl, of.log_p_y, of.log_q_y, of.warm_ce, s)
+            loss = loss_of(difficulty if spec.mixed else of.kl, of.ce, s, spec)
+            if spec.gated:
+                given = self.inputs.hard
+                hard = (difficulty > s.gamma).squeeze(1) if given is None else given
+            divergence = DIVERGENCES[spec.divergence]
+            use = uses_divergence(divergence, spec, hard, s.alpha)
+            if use is not None and not maybe_any(use):
+                use = None
+        if use is None or divergence is None:
+            self._write(loss, difficulty, hard)
+            self.gradient(of, None, None, None, None)
+            return
+        # On the host every rank leaves out the same tokens; elsewhere that would wait for the device.
+        index = use.nonzero().squeeze(1) if self.picks_rows and on_host(use) and not known_all(use) else None
+        shares: Shares = s.beta, s.alpha
+        if divergence.adaptive:
+            shares = yield from self.head_share(of, index)
+        sums = joined((yield self.sums(of, divergence, use, index, shares)))
+        value, total = sums.split(1, 1)
+        beyond = infinite(divergence, of.over, s.fraction, shares[0])
+        if beyond is not None:
+            raised_(value, beyond if index is None else beyond[index])
+        value = loss_of(value, of.ce if index is None else of.ce[index], s, spec)
+        if index is None:
+            loss = torch.where(use.unsqueeze(1), value, loss)
+        else:
+            loss = loss.index_copy(0, index, value)
+            total = torch.zeros_like(loss).index_copy(0, index, total)
+        self._write(loss, difficulty, hard)
+        self.gradient(of, divergence, use, total.float(), shares)
+
+    def _join(self, x: Tensor) -> Joined:
+        """From (P, C, k) statistics."""
+        x = torch.nn.functional.pad(x, (0, 14 - x.shape[2]))
+        # compared with each bound in turn: a tensor of them would have to be copied to the device
+        bounds = list(itertools.accumulate(self.shards.sizes))[:-1]
+        owner = torch.zeros_like(self.inputs.labels)
+        for bound in bounds:
+            owner += self.inputs.labels >= bound
+        owner = owner[None, :, None]
+
+        def of_label(column: int) -> Tensor:
+            return x[:, :, column : column + 1].gather(0, owner)[0]
+
+        top, total = _log_sum(x[:, :, 0:1], x[:, :, 1:2])
+        log_q_y = (of_label(2) - top) - total
+        nothing = torch.zeros_like(top)
+        limit = EXCLUDED / (self.s.temperature if self.inputs.teacher is not None else 1.0)
+        label_out = (of_label(2) < limit) & (top >= limit)
+        warm_ce = raised_(-log_q_y, label_out)
+        kl = log_p_y = top_t = total_t = nothing
+        over = Over(nothing > 0.0, nothing > 0.0)
+        if self.inputs.teacher is not None:
+            largest = x[:, :, 7:9].amax(0)
+            above, b, mass, excess = x[:, :, 0:1] - top, x[:, :, 3:4], x[:, :, 4:5], x[:, :, 5:6]
+            if self.condensed:
+                # the rest is one more entry, that no rank has alone
+                rest, rest_sum = _log_sum(x[:, :, 12:13], x[:, :, 13:14])
+                rest_above = (rest - top) + rest_sum  # log 0 would swallow the logarithm
+                rest = rest + rest_sum
+                rest_t = self.join_rest(rest_above, top).to(torch.float64)
+                over_s, over_t = rest.where(rest_t < limit, -math.inf), rest_t.where(rest < limit, -math.inf)
+                largest = torch.maximum(largest, torch.cat([over_s, over_t], 1))
+                above, b = torch.cat([above, rest_above[None]]), torch.cat([b, rest_t[None]])
+                mass = torch.cat([mass, nothing[None] + 1.0])
+                excess = torch.cat([excess, nothing[None]])
+            top_t, total_t = _log_sum(b, mass)
+            share = (b - top_t).exp()
+            ratio = (share * (excess + mass * ((b - top_t) - above))).sum(0) / total_t.exp()
+            over = Over(
+                (largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit),
+                (largest[:, 1:2] - top_t - total_t > LOG_LEAST) & (top >= limit),
+            )
+            kl = raised_((ratio - total_t + total).clamp_(min=0.0), over.teacher)
+            log_p_y = (of_label(6) - top_t) - total_t
+        cold_top, cold_total, ce = nothing, nothing, warm_ce
+        if self.inputs.cold_labels:
+            cold_top, cold_total = _log_sum(x[:, :, 9:10], x[:, :, 10:11])
+            ce = raised_(cold_total - (of_label(11) - cold_top), label_out)
+        if self.condensed:
+            top = nothing
+        return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over)
+
+    def _write(self, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
+        for result, value in ((self.outputs.loss, loss), (self.outputs.difficulty, difficulty)):
+            result.copy_(settled(value, self.ignored))
+        self.outputs.is_hard.copy_(hard & ~self.ignored)
+
+
+def _log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """From (P, C, 1) maxima and sums of exponentials over them: the maximum, and the logarithm of the sum over it."""
+    top = tops.amax(0)
+    return top, (sums * (tops - top).exp()).sum(0).log()
+
+
+def joined(gathered: Tensor) -> Tensor:
+    """(P, ...) summands of the ranks, added up in float64 and in one order, so that all ranks have the same bits."""
+    return gathered.to(torch.float64).sum(0)

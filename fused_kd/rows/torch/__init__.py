@@ -1,0 +1,1 @@
+"""The row in plain PyTorch."""

@@ -1,0 +1,344 @@
+"""Pieces of a row in plain PyTorch: scratch, and formulas over the columns of a block that is at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from ...divergences import Divergence
+from ...objectives import RowSpec, Scalars
+from ...workspace import empty
+from ..contract import EXCLUDED, LOG_ZERO, Logits, RowInputs
+
+# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
+TINY = 1e-30
+
+# log(t / q) of a token that the target excludes: with it, h and g are as if the token were left out of KL(q||t).
+LEFT_OUT = 1.0
+
+# A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
+CPU_BLOCK_BYTES = 2 << 20
+CPU_BLOCK_ROWS = 8
+DEVICE_BLOCK_BYTES = 256 << 20
+
+
+def rows_of_block(V: int, device: torch.device) -> int:
+    """How many rows of V columns to work on at a time."""
+    V = max(V, 1)
+    if device.type == "cpu":
+        return max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V))
+    return max(1, DEVICE_BLOCK_BYTES // (4 * V))
+
+
+def scalars_of(inputs: RowInputs) -> Scalars:
+    """Host numbers where they cost nothing; reading them back from an accelerator would synchronise."""
+    return Scalars(*(inputs.scalars.tolist() if on_host(inputs.labels) else inputs.scalars.unbind()))
+
+
+class Scratch:
+    """(B, V) fp32 buffers shared by all blocks: fresh memory of this size costs more in page faults than a pass."""
+
+    def __init__(self, B: int, V: int, device: torch.device) -> None:
+        self._shape, self._device = (B, V), device
+        self._named: dict[str, Tensor] = {}
+        self.free: list[Tensor] = []
+
+    def _new(self) -> Tensor:
+        return empty(self._shape, torch.float32, self._device)
+
+    def __call__(self, name: str, rows: int) -> Tensor:
+        if name not in self._named:
+            self._named[name] = self._new()
+        return self._named[name][:rows]
+
+    def take(self) -> Tensor:
+        return self.free.pop() if self.free else self._new()
+
+
+Operand = Union["Lazy", Tensor, float]
+
+
+class Lazy:
+    """A (B, V) tensor whose operators write into reused buffers, so that table formulas allocate nothing."""
+
+    def __init__(self, value: Tensor, scratch: Scratch, owned: Tensor | None = None) -> None:
+        self.value, self._scratch, self._owned = value, scratch, owned
+
+    def __del__(self) -> None:
+        if self._owned is not None:
+            self._scratch.free.append(self._owned)
+
+    def apply(self, operation: Callable[..., Tensor], *others: Operand) -> Lazy:
+        buffer = self._scratch.take()
+        operands = (x.value if isinstance(x, Lazy) else x for x in others)
+        return Lazy(
+            operation(self.value, *operands, out=buffer[: len(self.value), : self.value.shape[1]]),
+            self._scratch,
+            buffer,
+        )
+
+    def __mul__(self, other: Operand) -> Lazy:
+        return self.apply(torch.mul, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Operand) -> Lazy:
+        return self.apply(torch.div, other)
+
+    def __add__(self, other: Operand) -> Lazy:
+        return self.apply(torch.add, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Operand) -> Lazy:
+        return self.apply(torch.sub, other)
+
+    def __neg__(self) -> Lazy:
+        return self.apply(torch.neg)
+
+    def __gt__(self, other: Operand) -> Lazy:
+        return self.apply(torch.gt, other)
+
+
+class Over(NamedTuple):
+    """(B, 1) bool: whether the student is above 0 where the teacher excludes a token, and the other way round."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+def excluded(z: Tensor, finite: bool) -> Tensor | None:
+    """(B, V) bool: which final logits before the temperature are -inf; None where none are, if that can be seen."""
+    if finite or not maybe_any(z.amin(1) < EXCLUDED):
+        return None
+    return (z < EXCLUDED) & (z.amax(1, keepdim=True) >= EXCLUDED)  # a row of nothing else is uniform
+
+
+def above(p: Tensor, out: Tensor | None) -> Tensor:
+    """(B, 1) bool: whether ``p`` is above 0 in one of the entries that ``out`` marks."""
+    if out is None:
+        return torch.zeros(len(p), 1, dtype=torch.bool, device=p.device)
+    return (out & (p >= torch.finfo(torch.float32).tiny)).any(1, keepdim=True)
+
+
+def raised_(value: Tensor, where: Tensor) -> Tensor:
+    """In place: infinite there, and NaN where it was NaN."""
+    return value.masked_fill_(where & (value == value), math.inf)
+
+
+def top_and_sum(z: Tensor, work: Tensor) -> Tensor:
+    """(B, 2): maxima, and sums of exponentials over them."""
+    top = z.amax(1, keepdim=True)
+    return torch.cat([top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)], 1)
+
+
+def label_target(log_p_y: Tensor, s: Scalars) -> Tensor:
+    """What ``yt`` gives the label."""
+    return s.lam * log_p_y.exp() + s.rest
+
+
+def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, ce: Tensor, s: Scalars) -> Tensor:
+    """``KL(yt||q)`` from ``KL(p||q)`` and the label's two log-probabilities and cross-entropy, all of one shape."""
+    p_y, t_y = log_p_y.exp(), label_target(log_p_y, s)
+    others = weighed(s.lam, kl - p_y * (log_p_y - log_q_y)) + s.lam * s.log_lam * (1.0 - p_y)
+    found = (others + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
+    return raised_(found, (ce == math.inf) & (s.rest > 0.0))
+
+
+def loss_of(divergence: Tensor, ce: Tensor, s: Scalars, spec: RowSpec) -> Tensor:
+    """The loss from the divergence of the objective's target, ``yt`` or ``p``, and the label's cross-entropy."""
+    if spec.mixed:
+        return divergence
+    value = weighed(s.lam, divergence)
+    return value + weighed(s.rest, ce) if spec.hard_label else value
+
+
+def weighed(weight: float | Tensor, value: Tensor) -> Tensor:
+    """Their product, where nothing of an infinite value is nothing."""
+    return (weight * value).masked_fill_((value == math.inf) & (weight == 0.0), 0.0)
+
+
+def uses_divergence(divergence: Divergence, spec: RowSpec, hard: Tensor, alpha: float | Tensor) -> Tensor | None:
+    """Which rows take the divergence's own sweeps, (B,); None where KL serves all of them."""
+    if divergence.free:
+        return None
+    use = hard if spec.gated else torch.ones_like(hard)
+    if divergence.kl_at_one:
+        use = use & (torch.as_tensor(alpha, device=use.device) > 0.0)
+    return use
+
+
+def settled(value: Tensor, ignored: Tensor) -> Tensor:
+    """(B,) fp32 from (B, 1): 0 for ignored rows."""
+    return value.squeeze(1).float().masked_fill(ignored, 0.0)
+
+
+def target(
+    divergence: Divergence,
+    p: Tensor,
+    y: Tensor,
+    s: Scalars,
+    mixed: bool,
+    scratch: Scratch,
+    own: float | Tensor = 1.0,
+) -> Lazy:
+    """``yt`` or ``p``, with :data:`TINY` added for ratios.
+
+    ``own`` (B, 1) is 0 where the label is none of these columns.
+    """
+    t = Lazy(p, scratch)
+    if mixed or divergence.mixture:
+        t = t.apply(_shifted, s.lam if mixed else 1.0, TINY if divergence.mixture else 0.0)
+    if mixed:
+        add_at(t.value, y, s.rest * own)
+    return t
+
+
+def _shifted(p: Tensor, lam: float | Tensor, by: float, out: Tensor) -> Tensor:
+    if isinstance(lam, Tensor):
+        return torch.mul(p, lam, out=out).add_(by)
+    return torch.add(torch.tensor(by, dtype=torch.float32), p, alpha=lam, out=out)
+
+
+def _between(t: Tensor, q: Tensor, beta: float | Tensor, alpha: float | Tensor, out: Tensor) -> Tensor:
+    """``beta * q + alpha * t``, from the side with the larger share: the other's keeps its digits, and between equals
+    lies their own value."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta < 0.5, t.lerp(q, beta), q.lerp(t, alpha), out=out)
+    return torch.lerp(t, q, beta, out=out) if beta < 0.5 else torch.lerp(q, t, alpha, out=out)
+
+
+def table_arguments(
+    divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor, alpha: float | Tensor
+) -> tuple[Any, ...]:
+    """What the table's ``h`` and ``g`` take, as far as this divergence reads it."""
+    r = log_r = s = log_s = None
+    if divergence.mixture:
+        raised = q + TINY
+        m = t.apply(_between, raised, beta, alpha)
+        if "r" in divergence.reads:
+            r = t / m
+            log_r = r.apply(torch.log)
+        if "s" in divergence.reads:
+            s = raised / m
+            log_s = s.apply(torch.log)
+    return t, q, d, r, log_r, s, log_s, beta, alpha
+
+
+def close_gradient(
+    gradient: Tensor, ce_prob: Tensor, y: Tensor, s: Scalars, spec: RowSpec, own: float | Tensor = 1.0
+) -> None:
+    """From ``g - q * sum g`` to the loss's gradient in the final logits: its share, 1 / T and the hard label's term."""
+    scale(gradient, (1.0 if spec.mixed else s.lam) / s.temperature)
+    if spec.hard_label:
+        add_scaled(gradient, ce_prob, s.rest, gradient)
+        add_at(gradient, y, -s.rest * own)
+
+
+def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1): the shares of ``sum |t - q|`` in the head of ``t``, see :class:`fused_kd.divergences.Divergence`, and in
+    the rest."""
+    sorted_t = t.sort(1, descending=True).values
+    inside = (sorted_t.cumsum(1, dtype=torch.float64) <= mass).sum(1, keepdim=True)
+    # Entries as probable as the first that is left out stay out with it.
+    left_out = sorted_t.gather(1, inside.clamp(max=t.shape[1] - 1))
+    head = (t > left_out) | (t == sorted_t[:, :1]) | torch.as_tensor(mass >= 1.0, device=t.device)
+    error = (t - q).abs_()
+    parts = torch.cat([(error * of).sum(1, keepdim=True) for of in (head, ~head)], 1)
+    return shares_of(parts)
+
+
+def shares_of(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) each: those of the two columns in their sum; a half where that is 0."""
+    total = parts.sum(1, keepdim=True)
+    head, tail = (parts / total).masked_fill(total == 0.0, 0.5).split(1, 1)
+    return head, tail
+
+
+def infinite(divergence: Divergence, over: Over, fraction: float | Tensor, head: float | Tensor) -> Tensor | None:
+    """Whether a divergence's sum, over what both sides have, lacks an infinite part; (B, 1), None where never."""
+    if divergence.adaptive:
+        return (over.teacher & (head > 0.0)) | (over.student & (fraction < 1.0))
+    return over.student if divergence.everywhere else None
+
+
+def free_gradient(
+    p: Tensor,
+    q: Tensor,
+    y: Tensor,
+    cold: Tensor | None,
+    s: Scalars,
+    spec: RowSpec,
+    out: Tensor,
+    own: float | Tensor = 1.0,
+) -> None:
+    """``q - t`` (/T), the gradient of KL; with a hard-label term at the same temperature it is that of ``yt``.
+
+    ``cold`` (B, V) are the student's probabilities at temperature 1 where the label's term is taken there.
+    """
+    if spec.mixed or (spec.hard_label and cold is None):
+        add_scaled(q, p, -s.lam, out)
+        add_at(out, y, -s.rest * own)
+        scale(out, 1.0 / s.temperature)
+    else:
+        torch.sub(q, p, out=out)
+        scale(out, s.lam / s.temperature)
+        if cold is not None:
+            add_scaled(out, cold, s.rest, out)
+            add_at(out, y, -s.rest * own)
+
+
+def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: str) -> tuple[Tensor, Tensor | None]:
+    """Scaled and capped fp32 logits, and d final / d raw where that is more than the scale."""
+    raw = logits.raw[rows]
+    if logits.softcap is None and logits.scale == 1.0 and logits.finite and raw.dtype == torch.float32:
+        return raw, None
+    z = scratch(name, len(raw)).copy_(raw)
+    if logits.softcap is None:
+        scale(z, logits.scale)
+        return z if logits.finite else z.clamp_(min=LOG_ZERO), None
+    tanh = z.mul_(logits.scale / logits.softcap).tanh_()
+    slope = torch.mul(tanh, tanh, out=scratch(name + "_slope", len(raw))).neg_().add_(1.0).mul_(logits.scale)
+    return tanh.mul_(logits.softcap), slope
+
+
+def cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
+    return z if isinstance(temperature, float) and temperature == 1.0 else torch.div(z, temperature, out=out)
+
+
+def scale(x: Tensor, factor: float | Tensor) -> Tensor:
+    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
+
+
+def add_scaled(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> None:
+    """``out = a + factor * b``"""
+    if isinstance(factor, Tensor):
+        torch.addcmul(a, b, factor, out=out)
+    else:
+        torch.add(a, b, alpha=factor, out=out)
+
+
+def add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:
+    """Add ``value`` to each row's label column."""
+    if not isinstance(value, Tensor):  # a copy to the device would wait for it
+        value = torch.full((), value, dtype=x.dtype, device=x.device)
+    source = value.to(x.dtype).expand_as(y)
+    return x.scatter_add_(1, y, source)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether looking at values is free; elsewhere it would wait for the device."""
+    return x.device.type == "cpu"
+
+
+def maybe_any(mask: Tensor) -> bool:
+    """Exact on the host, else True."""
+    return not on_host(mask) or bool(mask.any())
+
+
+def known_all(mask: Tensor) -> bool:
+    return on_host(mask) and bool(mask.all())

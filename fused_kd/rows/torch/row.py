@@ -1,0 +1,211 @@
+"""Row implementation in plain PyTorch, for any device: blocks of rows that stay in cache, operations in place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...divergences import DIVERGENCES
+from ...objectives import Scalars
+from ..contract import Logits, RowInputs, RowOutputs
+from .math import (
+    LEFT_OUT,
+    TINY,
+    Lazy,
+    Over,
+    Scratch,
+    above,
+    add_at,
+    close_gradient,
+    cool,
+    difficulty_of,
+    excluded,
+    final_logits,
+    free_gradient,
+    head_share,
+    infinite,
+    known_all,
+    loss_of,
+    maybe_any,
+    on_host,
+    raised_,
+    rows_of_block,
+    scalars_of,
+    scale,
+    settled,
+    table_arguments,
+    target,
+    uses_divergence,
+)
+
+
+def row(inputs: RowInputs, outputs: RowOutputs) -> None:
+    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.contract`."""
+    C, V = inputs.student.raw.shape
+    block = rows_of_block(V, inputs.labels.device)
+    scratch = Scratch(min(block, C), V, inputs.labels.device)
+    scalars = scalars_of(inputs)
+    for start in range(0, C, block):
+        rows = slice(start, min(start + block, C))
+        _block(inputs, outputs, rows, scalars, scratch)
+
+
+class _Softmax(NamedTuple):
+    prob: Tensor  # (B, V)
+    lse: Tensor  # (B, 1)
+    log_prob_y: Tensor  # (B, 1)
+
+
+def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scratch: Scratch) -> None:
+    spec = inputs.spec
+    labels = inputs.labels[rows]
+    ignored = labels < 0
+    y = labels.clamp(min=0).unsqueeze(1)
+    dlogits = None if outputs.dlogits is None else outputs.dlogits[rows]
+    # Rounded to the output's dtype once, at the end.
+    work = scratch("dlogits", len(y)) if dlogits is not None and dlogits.dtype != torch.float32 else dlogits
+
+    z, slope = final_logits(inputs.student, rows, scratch, "z_s")
+    out = excluded(z, inputs.student.finite)
+    cold = None
+    if spec.divergence is None:
+        q = _softmax(z, y, scratch("q", len(y)))
+        loss = difficulty = _cross_entropy(q, out, y)
+        is_hard = torch.zeros_like(ignored)
+        if work is not None:
+            add_at(work.copy_(q.prob), y, -1.0)
+    else:
+        if inputs.cold_labels:
+            cold = _softmax(z, y, scratch("cold", len(y)))
+        z = cool(z, s.temperature, scratch("z_s", len(y)))
+        assert isinstance(inputs.teacher, Logits)
+        z_t, _ = final_logits(inputs.teacher, rows, scratch, "z_t")
+        outs = out, excluded(z_t, inputs.teacher.finite)
+        z_t = cool(z_t, s.temperature, scratch("z_t", len(y)))
+        given = None if inputs.hard is None else inputs.hard[rows]
+        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, outs, cold, given, work, s, scratch)
+
+    if work is not None and dlogits is not None:
+        if slope is not None:
+            work.mul_(slope)
+        else:
+            scale(work, inputs.student.scale)
+        if inputs.weights is not None:
+            work.mul_(inputs.weights[rows].unsqueeze(1))
+        if maybe_any(ignored):
+            work.masked_fill_(ignored.unsqueeze(1), 0.0)
+        if work is not dlogits:
+            dlogits.copy_(work)
+    for result, value in ((outputs.loss, loss), (outputs.difficulty, difficulty)):
+        result[rows] = settled(value, ignored)
+    outputs.is_hard[rows] = is_hard & ~ignored
+
+
+def _against_teacher(
+    inputs: RowInputs,
+    z: Tensor,
+    z_t: Tensor,
+    y: Tensor,
+    outs: tuple[Tensor | None, Tensor | None],
+    cold: _Softmax | None,
+    hard: Tensor | None,
+    dlogits: Tensor | None,
+    s: Scalars,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T
+    and which of them are excluded."""
+    spec = inputs.spec
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    B = len(y)
+    z, z_t = _aligned(z, z_t, scratch)
+    p = _softmax(z_t, y, scratch("p", B))
+    # The difference form cancels far less than two separate expectations.
+    difference = torch.sub(z_t, z, out=scratch("difference", B))
+    for out in outs:
+        if out is not None:
+            difference.masked_fill_(out, 0.0)
+    kl = (Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
+    needs_difference = "d" in divergence.reads and not divergence.free
+    q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
+    over = Over(above(q.prob, outs[1]), above(p.prob, outs[0]))
+    kl = raised_((kl + q.lse).clamp_(min=0.0), over.teacher)
+    ce = _cross_entropy(q, outs[0], y)
+    difficulty = difficulty_of(kl, p.log_prob_y, q.log_prob_y, ce, s)
+    if not spec.gated:
+        hard = torch.zeros_like(y, dtype=torch.bool).squeeze(1)
+    else:
+        hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
+
+    if cold is not None:
+        ce = _cross_entropy(cold, outs[0], y)
+    use = uses_divergence(divergence, spec, hard, s.alpha)
+    loss = loss_of(difficulty if spec.mixed else kl, ce, s, spec)
+    if dlogits is not None and (use is None or not known_all(use)):
+        free_gradient(p.prob, q.prob, y, None if cold is None else cold.prob, s, spec, dlogits)
+    if use is not None and maybe_any(use):
+        everything = known_all(use) or not on_host(y)
+        index = None if everything else use.nonzero().squeeze(1)
+
+        def pick(x: Tensor) -> Tensor:
+            return x if index is None else x.index_select(0, index)
+
+        q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
+        t = target(divergence, p_i, y_i, s, spec.mixed, scratch)
+        d = None
+        if needs_difference:
+            gap = pick(difference).sub_(pick(p.lse - q.lse))
+            d = Lazy(gap if outs[1] is None else gap.masked_fill_(pick(outs[1]), LEFT_OUT), scratch)
+        beta, alpha = head_share(t.value, q_i, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
+        arguments = table_arguments(divergence, t, Lazy(q_i, scratch), d, beta, alpha)
+        total = divergence.h(*arguments).value.sum(1, keepdim=True)
+        beyond = infinite(divergence, over, s.fraction, beta)
+        if beyond is not None:
+            raised_(total, pick(beyond))
+        value = loss_of(total, pick(ce), s, spec)
+        gradient = None
+        if dlogits is not None:
+            g = divergence.g(*arguments)
+            in_place = dlogits if known_all(use) else None
+            gradient = torch.addcmul(g.value, q_i, g.value.sum(1, keepdim=True), value=-1.0, out=in_place)
+            close_gradient(gradient, pick(cold.prob) if cold else q_i, y_i, s, spec)
+        if index is not None:
+            loss = loss.index_copy(0, index, value)
+            if gradient is not None and dlogits is not None:
+                dlogits.index_copy_(0, index, gradient)
+        else:
+            column = use.unsqueeze(1)
+            loss = value if known_all(use) else torch.where(column, value, loss)
+            if gradient is not None and dlogits is not None and not known_all(use):
+                dlogits.copy_(torch.where(column, gradient, dlogits))
+    return loss, difficulty, hard
+
+
+def _cross_entropy(q: _Softmax, out: Tensor | None, y: Tensor) -> Tensor:
+    """(B, 1): infinite where the student excludes the label."""
+    ce = -q.log_prob_y
+    return ce if out is None else raised_(ce, out.gather(1, y))
+
+
+def _aligned(z: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Both rows with maximum 0 where they are far apart: a large common offset would swallow their difference."""
+    top, top_t = z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)
+    if on_host(z) and bool(((top_t - top).abs() < 64.0).all()):
+        return z, z_t
+    return torch.sub(z, top, out=scratch("z_s", len(z))), torch.sub(z_t, top_t, out=scratch("z_t", len(z)))
+
+
+def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
+    torch.softmax(z, 1, out=out)
+    # On CPUs it adds up a long row naively: its norm is off by 1e-5 at V = 128256, sum()'s by 1e-7.
+    out.mul_(out.sum(1, keepdim=True).reciprocal_())
+    # A probability that has not underflowed gives lse without another sweep of exponentials: the label's where that
+    # can be seen for free, else the largest.
+    z_y, q_y = z.gather(1, y), out.gather(1, y)
+    if on_host(z) and bool((q_y > TINY).all()):
+        log_q_y = q_y.log_()
+        return _Softmax(out, z_y - log_q_y, log_q_y)
+    top, log_top = z.amax(1, keepdim=True), out.amax(1, keepdim=True).log()
+    return _Softmax(out, top - log_top, (z_y - top) + log_top)

@@ -1,0 +1,207 @@
+"""The columns over which a rank adds up: its slice of the logits, or of a top-k teacher's entries and their rest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...objectives import Scalars
+from ...workspace import empty
+from ..contract import LOG_ZERO, NOWHERE, Logits, RowInputs, Shards, Sparse
+from ..sharded import Joined
+from ..top_k import rest_gradient
+from .math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
+
+
+class Read(NamedTuple):
+    """(B, W) fp32 final logits over T of student and teacher; ``hot`` the student's at temperature 1, where the label's
+    cross-entropy is taken there; ``slope`` d final / d raw where that is more than the scale."""
+
+    z: Tensor
+    z_t: Tensor | None
+    hot: Tensor | None
+    slope: Tensor | None
+
+
+class Columns:
+    """A rank's slice of the logits.
+
+    Attributes:
+        width: columns. counted: the first of them, which this rank adds up for all.
+        condensed: whether they are a top-k teacher's entries instead of the logits themselves.
+        student_statistics, cold_statistics, rest_statistics: of the logits, where the columns do not give them.
+    """
+
+    condensed = False
+    student_statistics: Tensor | None = None
+    cold_statistics: Tensor | None = None
+    rest_statistics: Tensor | None = None
+
+    def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
+        self.inputs, self.s = inputs, s
+        self.width = self.counted = inputs.student.raw.shape[1]
+        local = inputs.labels - shards.start
+        self._owned = (inputs.labels >= 0) & (local >= 0) & (local < self.width)
+        self._label = local.clamp(0, max(self.width - 1, 0))
+        teacher = inputs.teacher
+        self._sparse = None if not isinstance(teacher, Sparse) else _Slice(teacher, shards)
+
+    def label(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1): a column to read for the label, and 1 where it is the label's own, else 0."""
+        return self._label[rows].unsqueeze(1), self._owned[rows].unsqueeze(1).float()
+
+    def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
+        student, teacher, s = self.inputs.student, self.inputs.teacher, self.s
+        z, slope = final_logits(student, rows, scratch, "z_s")
+        hot = z if self.inputs.cold_labels else None
+        if teacher is None:
+            return Read(z, None, None, slope)
+        z = cool(z, s.temperature, scratch("z_cool", len(z)))
+        if self._sparse is not None:
+            z_t = self._sparse.dense(rows, scratch("z_t", len(z)))
+        else:
+            assert isinstance(teacher, Logits)
+            z_t, _ = final_logits(teacher, rows, scratch, "z_t")
+            z_t = cool(z_t, s.temperature, scratch("z_t", len(z)))
+        return Read(z, z_t, hot, slope)
+
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
+        """Learn the logit of all unlisted entries together over the largest of all, and that, (C, 1) float64 each.
+
+        From then on the columns are logits over ``top``: the digits of the rest's logarithm would drown in a common
+        offset. Returns the teacher's rest, which is known.
+        """
+        raise NotImplementedError
+
+    def write(self, rows: slice, gradient: Tensor, read: Read, out: Tensor, of: Joined) -> None:
+        """Into the raw logits' gradient, from that of the columns' final logits, which may be overwritten."""
+        if read.slope is not None:
+            gradient.mul_(read.slope)
+        else:
+            scale(gradient, self.inputs.student.scale)
+        self._weigh(rows, gradient)
+        out[rows].copy_(gradient)
+
+    def _weigh(self, rows: slice, gradient: Tensor) -> None:
+        if self.inputs.weights is not None:
+            gradient.mul_(self.inputs.weights[rows].unsqueeze(1))
+        gradient.masked_fill_((self.inputs.labels[rows] < 0).unsqueeze(1), 0.0)
+
+
+# An entry of another slice, below log 0; the sum of many does not overflow.
+_ELSEWHERE = NOWHERE / 1e4
+
+
+class CondensedColumns(Columns):
+    """A top-k teacher's entries within the slice, and a last column for all others of the vocabulary.
+
+    The last column's student logit is known once the ranks have joined theirs; the first rank counts it.
+    """
+
+    condensed = True
+
+    def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
+        super().__init__(inputs, s, shards)
+        teacher = inputs.teacher
+        assert isinstance(teacher, Sparse) and self._sparse is not None
+        C, K = teacher.indices.shape
+        V, device = self.width, inputs.labels.device
+        self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
+        self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
+        self._z_t = torch.full_like(self._z, LOG_ZERO)
+        values = teacher.log_probs.clamp(min=LOG_ZERO)
+        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._sparse.present, LOG_ZERO)
+        self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
+        self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
+        self.student_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
+        self.rest_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
+        self.student_statistics[:, 0] = self.rest_statistics[:, 0] = _ELSEWHERE
+        if inputs.cold_labels:
+            self.cold_statistics = torch.zeros(C, 3, dtype=torch.float32, device=device)
+            self.cold_statistics[:, 0] = NOWHERE
+        self._block = max(1, min(C, rows_of_block(V, device)))
+        self._scratch = Scratch(self._block, V, device)
+        self._padded = empty((self._block, V + 1), torch.float32, device)
+        for start in range(0, C if V else 0, self._block):
+            self._condense(slice(start, min(start + self._block, C)))
+
+    def _condense(self, rows: slice) -> None:
+        assert self._sparse is not None and self.student_statistics is not None and self.rest_statistics is not None
+        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        z, _ = final_logits(self.inputs.student, rows, self._scratch, "z_s")
+        if self.cold_statistics is not None:
+            self.cold_statistics[rows, 0:2] = top_and_sum(z, self._scratch("work", len(z)))
+            column, own = super().label(rows)
+            entry = index.gather(1, column).clamp(max=z.shape[1] - 1)
+            self.cold_statistics[rows, 2:3] = z.gather(1, entry) * own
+        z = cool(z, self.s.temperature, self._scratch("z_cool", len(z)))
+        self.student_statistics[rows] = top_and_sum(z, self._scratch("work", len(z)))
+        self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, _ELSEWHERE)
+        self.rest_statistics[rows] = top_and_sum(self._unlisted(z, rows), self._scratch("work", len(z)))
+
+    def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
+        """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
+        assert self._sparse is not None
+        padded = self._padded[: len(z)]
+        padded[:, :-1] = z
+        return padded.scatter_(1, self._sparse.index[rows], NOWHERE)[:, :-1]
+
+    def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
+        return Read(self._z[rows], self._z_t[rows], None if self._hot is None else self._hot[rows], None)
+
+    def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
+        teacher = self.inputs.teacher
+        assert isinstance(teacher, Sparse)
+        self._top = top.float()
+        self._z.sub_(self._top).clamp_(min=LOG_ZERO)
+        self._z[:, -1:] = above.clamp(min=LOG_ZERO)
+        self._z_t[:, -1] = teacher.rest.clamp(min=LOG_ZERO)
+        return self._z_t[:, -1:]
+
+    def write(self, rows: slice, gradient: Tensor, read: Read, out: Tensor, of: Joined) -> None:
+        for start in range(rows.start, rows.stop, self._block):
+            part = slice(start, min(start + self._block, rows.stop))
+            self._expand(part, gradient[start - rows.start : part.stop - rows.start], out, of)
+
+    def _expand(self, rows: slice, gradient: Tensor, out: Tensor, of: Joined) -> None:
+        assert self._sparse is not None
+        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        hot, slope = final_logits(self.inputs.student, rows, self._scratch, "z_s")
+        z = cool(hot, self.s.temperature, self._scratch("z_cool", len(hot)))
+        # each entry that is not listed has its share of the rest's gradient
+        share = self._unlisted(z, rows).sub_(self._top[rows])
+        rest = self._z[rows, -1:]
+        share.sub_(rest).exp_().mul_(rest_gradient(gradient[:, -1:], rest))
+        work = self._scratch("work", len(z)).copy_(share)
+        if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
+            cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())
+            work.add_(cold.mul_(self.s.rest))
+        entries = gradient[:, :-1].masked_fill(~present, 0.0)
+        work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
+        super().write(rows, work, Read(z, None, None, slope), out, of)
+
+
+class _Slice:
+    """A top-k teacher's entries within a slice: ``present`` (C, K) and ``index``, the width where there is none."""
+
+    def __init__(self, teacher: Sparse, shards: Shards) -> None:
+        self.teacher, width = teacher, shards.size
+        local = teacher.indices - shards.start
+        self.present = (teacher.indices < shards.vocab) & (local >= 0) & (local < width)
+        self.index = torch.where(self.present, local, width)
+
+    def dense(self, rows: slice | Tensor, out: Tensor) -> Tensor:
+        """The logits of a uniform tail."""
+        teacher, index = self.teacher, self.index[rows]
+        padded = out.new_empty(out.shape[0], out.shape[1] + 1)
+        padded.copy_(teacher.rest[rows].clamp(min=LOG_ZERO).unsqueeze(1).expand_as(padded))
+        padded.scatter_(1, index, teacher.log_probs[rows].clamp(min=LOG_ZERO))
+        return out.copy_(padded[:, :-1])
+
+
+def columns_of(inputs: RowInputs, s: Scalars, shards: Shards) -> Columns:
+    """Of a chunk; ``s`` as the row reads them."""
+    sparse = isinstance(inputs.teacher, Sparse) and inputs.teacher.tail != "uniform"
+    return (CondensedColumns if sparse else Columns)(inputs, s, shards)

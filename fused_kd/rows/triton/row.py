@@ -1,0 +1,160 @@
+"""Row implementation in Triton: one launch of :mod:`fused_kd.rows.triton.kernel`, a program per row."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...divergences import DIVERGENCES
+from ...objectives import RowSpec
+from ...tuning import current
+from ..contract import Logits, RowInputs, RowOutputs, Sparse
+from .kernel import row_kernel
+
+
+def row(inputs: RowInputs, outputs: RowOutputs) -> None:
+    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says; the teacher may be a uniform tail.
+
+    Launches one kernel on the current stream and never synchronises. Vectors must be contiguous, else a
+    ``ValueError``. Logits with another stride than 1 along the vocabulary are copied.
+    """
+    for name, vector in (
+        ("loss", outputs.loss),
+        ("difficulty", outputs.difficulty),
+        ("is_hard", outputs.is_hard),
+        ("scalars", inputs.scalars),
+    ):
+        if not vector.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
+    C, V = inputs.student.raw.shape
+    if C == 0:
+        return
+    student, teacher = inputs.student, inputs.teacher if inputs.spec.divergence is not None else None
+    entries = rest = None
+    if isinstance(teacher, Sparse):
+        assert teacher.tail == "uniform", "other tails have no dense row"
+        entries, rest = teacher.indices, teacher.rest
+        teacher = Logits(teacher.log_probs, 1.0, None, False)
+    student_raw = unit_stride(student.raw)
+    teacher_raw = None if teacher is None else unit_stride(teacher.raw)
+    if outputs.dlogits is None:
+        dlogits = None
+    elif outputs.dlogits is student.raw:
+        dlogits = student_raw
+    else:
+        dlogits = unit_stride(outputs.dlogits)
+    capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
+    with guard(inputs.labels.device):
+        row_kernel[(C,)](
+            student_raw,
+            teacher_raw,
+            dlogits,
+            inputs.labels.contiguous(),
+            None if inputs.weights is None else inputs.weights.contiguous(),
+            inputs.scalars,
+            outputs.loss,
+            outputs.difficulty,
+            outputs.is_hard.view(torch.uint8),
+            None if inputs.hard is None else inputs.hard.contiguous().view(torch.uint8),
+            entries,
+            rest,
+            0 if entries is None else entries.shape[1],
+            V,
+            student_raw.stride(0),
+            0 if teacher_raw is None else teacher_raw.stride(0),
+            0 if dlogits is None else dlogits.stride(0),
+            *shape_of(student),
+            *shape_of(teacher),
+            **formula_constants(inputs.spec, inputs.cold_labels),
+            EXCLUDES=teacher is not None and not (student.finite and teacher.finite),
+            **launch_constants(
+                is_heavy(inputs.spec, capped),
+                student_raw,
+                None if entries is not None else teacher_raw,
+                dlogits,
+                adaptive=DIVERGENCES[inputs.spec.divergence or "kl"].adaptive,
+            ),
+        )
+    if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
+        outputs.dlogits.copy_(dlogits)
+
+
+def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
+    """A side's scale and softcap as the kernels take them: None where there is nothing to compute."""
+    return (None, None) if side is None else (None if side.scale == 1.0 else side.scale, side.softcap)
+
+
+def is_heavy(spec: RowSpec, capped: bool) -> bool:
+    """A tanh and two ratios need registers too: with whole blocks some targets would spill."""
+    return capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
+
+
+def launch_constants(
+    heavy: bool, student: Tensor, teacher: Tensor | None = None, dlogits: Tensor | None = None, adaptive: bool = False
+) -> dict[str, int]:
+    """A program's columns at once, its threads, and how many neighbouring columns of these logits one of them takes."""
+    tuning = current()
+    block = tuning.row_block // 2 if heavy else tuning.row_block
+    # As Triton decides, for all together: of unaligned rows a thread takes every LANES-th column.
+    widths = [16 // x.element_size() for x in (student, teacher, dlogits) if x is not None and _aligned(x)]
+    pack = min(max(widths, default=1), block // tuning.row_threads)
+    made = {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
+    if _on_nvidia() and (adaptive or any(x.element_size() == 2 for x in (student, teacher) if x is not None)):
+        # Left to itself, ptxas takes 80 for 16-bit logits, and spills at 48 what the adaptive divergence needs; at 64,
+        # 1024 threads share a multiprocessor.
+        made["maxnreg"] = 64
+    return made
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+
+
+@functools.cache
+def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
+    """What makes one kernel an objective's: its formulas and which parts of the loss it has."""
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    return {
+        "h": _FUNCTIONS[divergence.h],
+        "g": _FUNCTIONS[divergence.g],
+        "free_g": _FUNCTIONS[DIVERGENCES["kl"].g],
+        "FREE": divergence.free,
+        "MIXTURE": divergence.mixture,
+        "KL_AT_ONE": divergence.kl_at_one,
+        "ADAPTIVE": divergence.adaptive,
+        "EVERYWHERE": divergence.everywhere,
+        "MIXED": spec.mixed,
+        "HARD_LABEL": spec.hard_label,
+        "GATED": spec.gated,
+        "COLD": cold_labels and spec.hard_label and spec.divergence is not None,
+    }
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' own."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def warp_size() -> int:
+    return 32 if _INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def _on_nvidia() -> bool:
+    return not _INTERPRET and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+# The interpreter calls plain functions and asserts on jitted ones.
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_FUNCTIONS = {
+    f: f if _INTERPRET else triton.jit(f) for divergence in DIVERGENCES.values() for f in (divergence.h, divergence.g)
+}
