@@ -73,12 +73,11 @@ def markdown_expected() -> str:
     sheets = "\n".join(f"- {gpu}: {peak.source}" for gpu, peak in GPUS.items())
     return f"""\
 **Predicted, not measured**: milliseconds of a forward and backward in bf16, by `bench/prediction.py`. Every GPU is
-assumed to reach {100 * GEMM_SHARE:.0f} % of its data sheet's dense bf16 rate and {100 * COPY_SHARE:.0f} % of its
-memory bandwidth, as an H200 does (about 790 TFLOP/s and 4.3 TB/s), and in the streaming engine {100 * CACHE_SHARE:.0f} % of
-{CACHE_BYTES_A_CLOCK} bytes a clock from its L2 cache. Waves of tiles, fp32 results and the row's instructions are in it
-where multiprocessors and clock are known, so not for a B200. Of what an H200's own numbers predict its chunked
-engine took 1.0 to 1.15 times, its streaming engine 1.5 to 1.9 times (results/nvidia-h200/report.md). Workspace and plan
-are the chunked engine's.
+assumed to reach {GEMM_SHARE:.0%} of its data sheet's dense bf16 rate and {COPY_SHARE:.0%} of its memory bandwidth, as
+an H200 does (about 790 TFLOP/s and 4.3 TB/s), and in the streaming engine {CACHE_SHARE:.0%} of {CACHE_BYTES_A_CLOCK}
+bytes a clock from its L2 cache. Waves of tiles, fp32 results and the row's instructions are in it where multiprocessors
+and clock are known, so not for a B200. Of what an H200's own numbers predict its chunked engine took 1.0 to 1.15 times,
+its streaming engine 1.5 to 1.9 times (results/nvidia-h200/report.md). Workspace and plan are the chunked engine's.
 
 {table([*head, "workspace, GB", "tokens a chunk", "a group"], lines)}
 

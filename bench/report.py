@@ -200,9 +200,7 @@ def _steps(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         name = row["implementation"]
-        note = (
-            (row["objective"] or "").partition(", ")[2] if row["group"] != "self-evolution" or row.get("top_k") else ""
-        )
+        note = row["objective"].removeprefix(GROUPS[row["group"]]).removeprefix(", ")
         lead = [shape_of(row), str(Variant.of(row)), name + (f" ({note})" if note else "")]
         again = f'`python -m bench run --trial --shapes {row["shape"]["name"]} --only "{name}"`'
         if row["status"] != "ok":
