@@ -101,7 +101,9 @@ def test_the_numbers_of_a_row(name):
         further |= {"half_ignored"} if plain and ours else set()
         assert row["seconds"].keys() == {"floor", "step"} | further and row["interleaved"]
         assert all(len(samples) == 2 and min(samples) > 0 for samples in row["seconds"].values())
-        assert all(float(row["error"][k]) < 1e-5 for k in ("loss", "d_hidden", "d_weight")) and row["error"]["tokens"] == 8
+        assert (
+            all(float(row["error"][k]) < 1e-5 for k in ("loss", "d_hidden", "d_weight")) and row["error"]["tokens"] == 8
+        )
         if "memory" in row:
             found = row["memory"]
             assert found["over_inputs"] == found["peak"] - found["baseline"] + found["gradients"]
