@@ -52,12 +52,11 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, shrink: int 
     work = {GEMM: 2 * n * H * V, COPY: 2 * source.nbytes}
     calls: Calls = {GEMM: lambda: product(hidden, weight.t(), logits), COPY: lambda: target.copy_(source)}
     flush = Flush(device)
-    seconds: dict[str, list[float]] = {GEMM: [], COPY: []}
     interleaved(calls, 1, flush)
-    end = time.monotonic() + SECONDS / shrink
-    while len(seconds[GEMM]) < MIN_ROUNDS or time.monotonic() < end:
-        for name, (sample,) in interleaved(calls, 1, flush).items():
-            seconds[name].append(sample)
+    began = time.monotonic()
+    interleaved(calls, 1, flush)
+    rounds = max(MIN_ROUNDS, int(SECONDS / shrink / (time.monotonic() - began)))
+    seconds = interleaved(calls, rounds, flush)
     found: dict[str, float] = {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
     if on_host:
         return found

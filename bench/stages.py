@@ -21,7 +21,7 @@ from .machine import measure_machine
 from .measure import GAMMAS, Calls, Flush, RowProblem, interleaved
 from .problems import GPU_SHAPES, ODD_SHAPE, REHEARSAL_SHAPES, Inputs, Shape, Variant, make_inputs
 from .registry import GROUPS, IMPLEMENTATIONS, OURS, SELF_EVOLUTION, Step
-from .session import BROKEN, NO_GPU, Lines, device_works, read
+from .session import BROKEN, NO_GPU, ROOT, Lines, device_works, read
 from .worker import Case, guarded
 from .worker import row as row_of
 
@@ -136,7 +136,7 @@ def _tests(run: Run) -> int:
     if importlib.util.find_spec("pytest") is None:
         run.add("tests", "missing", reason="pytest is not installed")
         return 0
-    select = ["tests/test_tuning.py", "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
+    select = [_test_file("test_tuning.py"), "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
     found = gpu_tests.run_tests(
         run.out / "tests" / run.lines.code,  # what passed with other code must pass again
         gpu_tests.TEST_SECONDS,
@@ -149,6 +149,10 @@ def _tests(run: Run) -> int:
     run.add("tests", "failed" if first else "ok", reason=first, **found)
     print(first)
     return int(bool(first))
+
+
+def _test_file(name: str) -> str:
+    return str(next((ROOT / "tests").rglob(name)))
 
 
 def _tool(run: Run, name: str, options: list[str], command: list[str], log: str) -> None:
@@ -169,10 +173,20 @@ def _sanitizer(run: Run) -> None:
     """memcheck on two small tests of the CUDA row."""
     (run.out / "sanitizer").mkdir(exist_ok=True)
     share = ["-p", "bench.gpu_tests", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
-    pytest = ["-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-k", "cuda_row and small", "-p", "no:cacheprovider"]
+    pytest = [
+        "-m",
+        "pytest",
+        _test_file("test_gpu.py"),
+        "-m",
+        "gpu",
+        "-k",
+        "cuda_row and small",
+        "-p",
+        "no:cacheprovider",
+    ]
     # cuda-bindings asks for functions that a driver may lack: refused calls are no fault of a kernel.
     options = ["--tool", "memcheck", "--error-exitcode", "3", "--report-api-errors", "no"]
-    _tool(run, "compute-sanitizer", options, [*pytest, *share], "sanitizer.log")
+    _tool(run, "compute-sanitizer", options, [*pytest, "-p", "no:cacheprovider", *share], "sanitizer.log")
 
 
 def _ncu(run: Run, backend: str) -> None:

@@ -70,14 +70,6 @@ def test_a_step_is_that_of_the_models_logits(way, architecture, gamma, monkeypat
     assert not any(p.requires_grad for p in training.teacher.parameters()) and not training.teacher.training
 
 
-def test_ways_start_from_the_same_weights():
-    first, second = (Training(TINY, way, CPU) for way in ("fused_kd", "eager"))
-    for a, b in ((first.student, second.student), (first.teacher, second.teacher)):
-        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"way must be one of fused_kd, torch\.compile, eager, got 'none'"):
-        Training(TINY, "none", CPU)
-
-
 def test_architectures_are_the_real_ones():
     qwen = ARCHITECTURES["qwen2.5-0.5b"].student.build(torch.device("meta"), torch.bfloat16)
     assert qwen.num_parameters() == 494_032_768  # as published

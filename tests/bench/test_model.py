@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-import torch
 
 from bench import machine, model
 from bench.counts import Plan, choose_tiles, count_chunked, planned
@@ -49,15 +48,6 @@ def test_bf16_on_a_gpu_by_hand():
         before = predict(A, BF16, H200, on_host=False, hard=0.25)
     assert before.chunk == before.group == 2048
     assert before.parts["traffic"] == pytest.approx((3 * 8 + 6) * VH / bandwidth)  # three additions, rounded
-
-
-def test_several_groups_by_hand():
-    """Shape B, two groups of 4096 tokens: dW written twice, read once, rounded; fp16 is scaled, too."""
-    VH = 151936 * 896
-    for dtype, passes in ((BF16, 6), (torch.float16, 6 + 8)):
-        found = predict(B, dtype, H200, on_host=False)
-        assert (found.chunk, found.group) == (1024, 4096)
-        assert found.parts["traffic"] == pytest.approx((8 + passes) * VH / 4.3e12)
 
 
 def test_waves_of_tiles():
@@ -136,15 +126,6 @@ def test_infinite_bandwidth_leaves_the_floor():
             assert found.seconds == pytest.approx(2 * n * 150 * H / 10)
     streaming = predict(A, BF16, FREE, on_host=False, engine="streaming")
     assert streaming.ratio == pytest.approx((3 * 9216 + 2 * 4096) / (3 * 4096 + 5120))
-
-
-@pytest.mark.parametrize("engine", ["chunked", "streaming"])
-@pytest.mark.parametrize("size", ["N", "H_s", "H_t", "V"])
-def test_more_work_takes_longer(engine, size):
-    for moved in (H200, {**H200, "copy_bytes_per_s": 1e10}):
-        sizes = [A._replace(**{size: getattr(A, size) * k}) for k in (1, 2, 3)]
-        seconds = [predict(s, BF16, moved, on_host=False, engine=engine).seconds for s in sizes]
-        assert seconds[0] < seconds[1] < seconds[2]
 
 
 @pytest.mark.parametrize("name", ["fused_kd", "fused_kd top-k 64"])
@@ -323,13 +304,11 @@ def test_command_line_errors(arguments, message, capsys):
 
 def test_machine_is_work_over_the_median_second(monkeypatch):
     """The seconds are made up, the work is what the calls do."""
-    made_up = iter([9.0, 1.0, 4.0, 2.0])  # the first is the warm-up's
     seen = {}
 
     def interleaved(calls, rounds, before):
         seen.update(calls)
-        s = next(made_up)
-        return {name: [s * k] for name, k in zip(calls, (1, 3), strict=True)}
+        return {name: [k * s for s in (1.0, 4.0, 2.0)[:rounds]] for name, k in zip(calls, (1, 3), strict=True)}
 
     changes = {"interleaved": interleaved, "SECONDS": 0.0, "CPU_GEMM": (3, 5, 7), "CPU_COPY_BYTES": 64}
     for name, value in changes.items():
