@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import end_to_end
+from . import end_to_end, gpu
 from .machine import COPY, GEMM
 from .prediction import compare as beside_model
 from .problems import Variant
@@ -375,10 +375,13 @@ def write_report(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench report")
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="a run's .json, a GPU's gpu.jsonl")
     try:
         for path in parser.parse_args(arguments).results:
-            print(write_report(path))
+            if path.suffix == ".jsonl":
+                gpu.report(path.parent)
+            else:
+                print(write_report(path))
     except (OSError, ValueError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return 2
