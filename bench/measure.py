@@ -52,7 +52,6 @@ def interleaved(calls: Calls, rounds: int, before: Callable[[], None] = lambda: 
     ``before`` runs untimed ahead of every call. Nothing is warmed up here; Python collects no garbage meanwhile.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):

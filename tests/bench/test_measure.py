@@ -137,7 +137,7 @@ def test_what_fails_is_a_row_that_says_why(monkeypatch):
     (row,) = rows_of("fused_kd", dtype="float12")
     assert row["status"] == "failed" and "float12" in row["reason"]
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr("bench.worker.make_inputs", refuse)
