@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import __main__, gpu, gpu_report, machine, stages
+from bench import __main__, gpu, gpu_report, machine, measure, stages
 from bench.environment import LIBRARY, checkout, digest
 from bench.gpu_tests import run_tests
 from bench.session import BROKEN, Lines, Stage, append, current, read, run_stages
@@ -153,7 +153,7 @@ def rehearsal(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr + done.stdout
     assert "ncu:cuda | ok" in done.stdout
     small = {"SECONDS": 0.0, "CPU_GEMM": (64, 64, 512), "CPU_COPY_BYTES": 1 << 20}
-    with mock.patch.multiple(machine, **small):
+    with mock.patch.multiple(machine, **small), mock.patch.object(measure, "_trim"):
         for name in ("machine", "rows", "steps:A", "peers:eager", "profile", "streaming:B", "against:abc:ours:1"):
             with mock.patch.object(sys, "stdin", io.StringIO("\n")):
                 assert stages.run_stage(name, out, rehearse=True) == 0

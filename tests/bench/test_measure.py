@@ -16,6 +16,12 @@ from bench.worker import Case, rows
 from .helpers import CPU, FP32, WIDE, case
 
 
+@pytest.fixture
+def untrimmed(monkeypatch):
+    """Without the garbage collections that only the numbers of memory need."""
+    monkeypatch.setattr(measure, "_trim", lambda: None)
+
+
 def test_calls_take_turns(monkeypatch):
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
@@ -91,7 +97,7 @@ def test_a_row_and_what_it_is_compared_with():
 
 
 @pytest.mark.parametrize("name", ["fused_kd", "fused_kd top-k 64 bucket", "eager sft"])
-def test_the_numbers_of_a_row(name):
+def test_the_numbers_of_a_row(name, untrimmed):
     variants = (*EVERY, Variant(valid=0.5))
     for variant, row in zip(variants, rows(case(name, variants=variants)), strict=True):
         assert row["status"] == "ok" and "work_status" not in row, row
@@ -113,7 +119,7 @@ def test_the_numbers_of_a_row(name):
         assert row["hard_fraction"] == {"easy": 0.0, "hard": 1.0}.get(variant.tokens, 0.5)
 
 
-def test_rounds_are_as_many_as_fit_but_three(monkeypatch):
+def test_rounds_are_as_many_as_fit_but_three(monkeypatch, untrimmed):
     now = iter(range(10**6))
     monkeypatch.setattr(measure, "clock", lambda: float(next(now)))
     for seconds, rounds in ((0.0, 3), (12.0, 6), (1e9, 8)):  # floor and step take a second each
