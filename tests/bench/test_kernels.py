@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench import kernels
+from bench.kernels import offline
 
-from bench import kernels  # noqa: E402
-from bench.offline import offline  # noqa: E402
+from .helpers import ROOT
 
 
 def entry(folder: Path, where: str = "/elsewhere") -> Path:
@@ -29,37 +28,27 @@ def entry(folder: Path, where: str = "/elsewhere") -> Path:
     return kernel
 
 
-def test_entries_are_rewritten_for_where_they_are(tmp_path):
+def test_entries_are_rewritten_for_where_they_are(tmp_path, capsys):
     kernel = entry(tmp_path)
-    kernels.seal(tmp_path)
-    assert kernels.adopt(tmp_path) == 1
+    assert kernels.main(["seal", "--folder", str(tmp_path)]) == 0
+    for _ in range(2):
+        assert kernels.main(["adopt", "--folder", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.startswith("1 kernels of Triton are whole")
     paths = json.loads((kernel / "__grp__k.json").read_text())["child_paths"]
     assert paths == {name: str(kernel / name) for name in ("k.cubin", "k.json")}
-    assert kernels.adopt(tmp_path) == 1
 
 
-def flip(kernel: Path) -> None:
-    (kernel / "k.cubin").write_bytes(b"k.cubim")
-
-
-def truncate(kernel: Path) -> None:
-    (kernel / "k.cubin").write_bytes(b"k.cub")
-
-
-def remove(kernel: Path) -> None:
-    (kernel / "k.json").unlink()
-
-
-def unsealed(kernel: Path) -> None:
-    (kernel / "k.cubin.sum").unlink()
-
-
-def torn_group(kernel: Path) -> None:
-    group = kernel / "__grp__k.json"
-    group.write_text(group.read_text()[:-9])
-
-
-@pytest.mark.parametrize("damage", [flip, truncate, remove, unsealed, torn_group])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kernel: (kernel / "k.cubin").write_bytes(b"k.cubim"),
+        lambda kernel: (kernel / "k.cubin").write_bytes(b"k.cub"),
+        lambda kernel: (kernel / "k.json").unlink(),
+        lambda kernel: (kernel / "k.cubin.sum").unlink(),
+        lambda kernel: (kernel / "__grp__k.json").write_text('{"child_paths": {"k.cu'),
+    ],
+    ids=["flipped", "truncated", "removed", "unsealed", "torn group"],
+)
 def test_damaged_entries_are_taken_out(damage, tmp_path):
     kernel = entry(tmp_path)
     kernels.seal(tmp_path)
@@ -69,12 +58,8 @@ def test_damaged_entries_are_taken_out(damage, tmp_path):
 
 
 def test_what_was_made_here_since_is_kept(tmp_path):
-    kernel = entry(tmp_path, str(tmp_path.resolve()))
+    entry(tmp_path, str(tmp_path.resolve()))
     assert kernels.adopt(tmp_path) == 1
-    flip(kernel)
-    kernels.seal(tmp_path)
-    truncate(kernel)
-    assert kernels.adopt(tmp_path) == 0
 
 
 def test_bad_arguments(monkeypatch):
@@ -88,7 +73,7 @@ def test_bad_arguments(monkeypatch):
 ONE_STEP = """
 import json, sys
 import torch
-from bench.offline import CUDA, offline
+from bench.kernels import CUDA, offline
 import fused_kd as fk
 with offline("sm_90") as counts:
     for backend in sys.argv[1:]:
@@ -104,9 +89,8 @@ print(json.dumps(counts))
 def one_step(folder: Path, *backends: str) -> dict[str, int]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     environment |= {"TRITON_CACHE_DIR": str(folder / "triton"), "FUSED_KD_CACHE": str(folder / "cuda")}
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_STEP, *backends], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", ONE_STEP, *backends]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -115,9 +99,9 @@ def test_a_second_process_elsewhere_compiles_nothing(tmp_path):
     pytest.importorskip("triton")
     backends = ["triton"]
     try:
-        from fused_kd.rows.cuda import build as cuda_build
+        from fused_kd.rows.cuda import build
 
-        cuda_build._nvrtc_version()
+        build._nvrtc_version()
         backends.append("cuda")
     except ValueError:
         pass
@@ -132,24 +116,19 @@ def test_a_second_process_elsewhere_compiles_nothing(tmp_path):
     assert second.get("cuda found", 0) == first.get("cuda compiled", 0)
 
 
-def test_keys_of_another_build_need_the_same_sources(tmp_path):
-    triton = pytest.importorskip("triton")
-    (tmp_path / "triton").mkdir()
-    with pytest.raises(ValueError, match=f"is not as in triton {triton.__version__}"):
-        kernels.use_key_of(tmp_path)
-
-
 def test_the_key_of_another_build_holds_its_library(tmp_path, monkeypatch):
     """As a wheel for another Python: the same sources, another libtriton."""
     triton = pytest.importorskip("triton")
     from triton.runtime import cache
 
+    (tmp_path / "triton" / "_C").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"is not as in triton {triton.__version__}"):
+        kernels.use_key_of(tmp_path)
     source = Path(triton.__file__).parent
     for part in kernels.PARTS:
         target = tmp_path / "triton" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source / part)
-    (tmp_path / "triton" / "_C").mkdir()
     (tmp_path / "triton" / "_C" / "libtriton.so").write_bytes(b"another build")
     own = cache.triton_key()
     monkeypatch.setattr(cache, "triton_key", lambda: own)

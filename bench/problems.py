@@ -1,11 +1,10 @@
-"""The inputs that every implementation gets: peaked distributions, a teacher near the student or far from it, labels
-drawn from the teacher."""
+"""The problems: sizes of real pairs of models, what varies at each, and the tensors that every implementation gets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +13,85 @@ import fused_kd as fk
 from fused_kd.engines.gemm import Projection
 from fused_kd.reference import reference_kd_loss
 
-from .shapes import TEACHERS, Shape
+# Which tokens are hard decides what a gated objective computes: none of them, all of them, half of them.
+TOKENS = ("easy", "hard", "mixed")
+TEACHERS = ("near", "far")
+
+
+class Shape(NamedTuple):
+    """``N`` tokens, hidden sizes ``H_s`` (student) and ``H_t`` (teacher), vocabulary ``V``."""
+
+    name: str
+    N: int
+    H_s: int
+    H_t: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.N}, {self.H_s}, {self.H_t}, {self.V})"
+
+
+class Variant(NamedTuple):
+    """What is measured at one shape.
+
+    ``tokens``: which are hard. ``valid``: the share that is not ignored. ``teacher``: near the student (it agrees, but
+    not quite) or far (independent of it).
+    """
+
+    tokens: str = "mixed"
+    valid: float = 1.0
+    teacher: str = "near"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Variant:
+        """That of a row of results."""
+        return cls(*(row[name] for name in cls._fields))
+
+    def __str__(self) -> str:
+        parts = [self.tokens]
+        if self.valid != 1.0:
+            parts.append(f"{100 * self.valid:.0f} % valid")
+        if self.teacher != "near":
+            parts.append(f"{self.teacher} teacher")
+        return ", ".join(parts)
+
+
+EVERY = tuple(Variant(tokens) for tokens in TOKENS)
+FAR = Variant("hard", teacher="far")
+
+# Two cores take about a second for a step of these.
+CPU_SHAPES = (
+    Shape("32k", 1024, 512, 1024, 32000),
+    Shape("128k", 512, 256, 512, 128256),
+)
+# The peers', whose objectives have no gate.
+CPU_PEER_SHAPE = Shape("32k-512", 512, 256, 512, 32000)
+# Student and teacher of Llama 3 (8B head, a 13B-sized teacher), Qwen 2.5 (0.5B, 7B) and GPT-2 (small, XL), whose
+# vocabulary is odd.
+GPU_SHAPES = (
+    Shape("A", 8192, 4096, 5120, 128256),
+    Shape("B", 8192, 896, 3584, 151936),
+)
+ODD_SHAPE = Shape("odd", 8192, 768, 1600, 50257)
+REHEARSAL_SHAPES = (Shape("A", 64, 32, 48, 1024), Shape("B", 64, 16, 32, 1504), Shape("odd", 64, 16, 24, 517))
+QUICK_SHAPE = Shape("tiny", 96, 32, 48, 1000)
+
+# Curves: the same problem, one size varied; the vocabularies are Llama 2's, Llama 3's and Gemma 3's.
+CPU_CURVES = {
+    "N": tuple(Shape(f"N={N}", N, 128, 256, 32000) for N in (256, 1024, 4096)),
+    "V": tuple(Shape(f"V={V}", 256, 128, 256, V) for V in (32000, 128256, 262144)),
+}
+QUICK_CURVES = {
+    "N": tuple(Shape(f"N={N}", N, 16, 24, 500) for N in (16, 64)),
+    "V": tuple(Shape(f"V={V}", 32, 16, 24, V) for V in (200, 400)),
+}
+VALID = (1.0, 0.5, 0.25)
 
 LAM = 0.5
 BETA = 0.5
 IGNORE = -100
+# Entries of a top-k teacher's lists.
+TOP_K = 64
 LOGIT_STD = 4.0
 TEACHER_NOISE = 0.3
 CHUNK = 128
@@ -71,13 +144,16 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0, teacher: str = "near") -> Inputs:
-    """The same numbers for the same arguments, in any process on the same device; ``teacher`` is near or far."""
+    """Peaked distributions and labels drawn from the teacher, which is near the student or far from it.
+
+    The same numbers for the same arguments, in any process on the same device.
+    """
     if teacher not in TEACHERS:
         raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
     g = torch.Generator(device).manual_seed(seed)
     hidden_s = torch.randn(shape.N, shape.H_s, generator=g, device=device)
-    weight_s = torch.randn(shape.V, shape.H_s, generator=g, device=device).mul_(LOGIT_STD / shape.H_s**0.5)
     scale = LOGIT_STD / shape.H_s**0.5
+    weight_s = torch.randn(shape.V, shape.H_s, generator=g, device=device).mul_(scale)
     if teacher == "near":
         hidden_t = _near(hidden_s, shape.H_t, TEACHER_NOISE, g).to(dtype)
         weight_t = _near(weight_s, shape.H_t, TEACHER_NOISE * scale, g).to(dtype)
