@@ -15,8 +15,8 @@ from fused_kd.reference import reference_kd_loss
 
 from . import interpreter
 from .budget import ROUNDING, check_budget
+from .kernels.test_error_budget import LOSS_SCALE
 from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
-from .test_error_budget import LOSS_SCALE
 
 triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,11 +11,13 @@ import fused_kd as fk
 from fused_kd.engines.chunked import largest
 from fused_kd.reference import reference_kd_loss
 
-from .problems import CPU_BACKENDS, OBJECTIVES, gradients, problem, relative
-from .test_top_k import TAILS, cached
+from ..problems import OBJECTIVES, gradients, problem, relative
+from .contract import NATIVE, TORCH, TRITON, cases
+from .test_lists import TAILS, cached
 
 INF = math.inf
-HOST_BACKENDS = [backend for backend in CPU_BACKENDS if getattr(backend, "values", (backend,))[0] != "triton"]
+HOST_BACKENDS = [TORCH, NATIVE]
+ON_CPU = [TORCH, NATIVE, TRITON]
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
@@ -25,8 +27,10 @@ def default_dtype(request):
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("form", ["dense", "logits", *TAILS])
+FORMS = [*cases(["dense", "logits", *TAILS], backends=HOST_BACKENDS), *cases(["bucket"], backends=[TRITON])]
+
+
+@pytest.mark.parametrize("form, backend", FORMS, indirect=["backend"])
 def test_default_dtype(form, backend, default_dtype):
     """Loss and gradients are the same bits, whatever tensors are made of by default."""
     p = problem(N=5, V=61, bias=True)
@@ -35,7 +39,7 @@ def test_default_dtype(form, backend, default_dtype):
     objectives = [o for o in OBJECTIVES if form != "renormalize" or o.name not in ("reverse_kd", "adaptive_kl")]
     ways = [{}, {"reduction": "sum"}, {"num_items": 7}, {"token_weights": torch.rand(5)}]
     if backend == "triton":  # the interpreter is slow
-        objectives, ways = [fk.SelfEvolution()], ways[2:3]
+        objectives, ways, p.labels[1:] = [fk.SelfEvolution()], ways[2:3], -100
     for objective in objectives:
         for options in ways:
             found = []
@@ -52,7 +56,7 @@ def test_default_dtype(form, backend, default_dtype):
                 assert other.dtype == usual.dtype and torch.equal(other, usual), (objective, options)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU, indirect=True)
 @pytest.mark.parametrize("tail", ["bucket", "uniform"])
 def test_an_empty_list_is_uniform(tail, backend):
     z, y = torch.randn(2, 40), torch.tensor([1, 39])
@@ -72,7 +76,7 @@ def test_the_most_difficult_are_as_many_as_said():
         assert largest(torch.rand(n), labels, scalars).sum() == expected
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS, indirect=True)
 @pytest.mark.parametrize("offset", [1e3, 1e5])
 def test_an_offset_of_a_row_whose_label_both_exclude(offset, backend):
     z, z_t, y = torch.randn(4, 40), torch.randn(4, 40), torch.tensor([1, 5, 9, 39])
@@ -87,7 +91,7 @@ def test_an_offset_of_a_row_whose_label_both_exclude(offset, backend):
         assert relative(gradients(out.loss, leaves[:1])[0], gradients(expected.loss, leaves[1:])[0]) < 4e-6
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS, indirect=True)
 def test_a_student_that_excludes_all_beside_a_teacher_that_excludes_the_label(backend):
     """The row's result is its own, also beside one that is far off."""
     z, z_t, y = torch.full((2, 40), -INF), torch.randn(2, 40), torch.tensor([1, 1])
@@ -98,7 +102,7 @@ def test_a_student_that_excludes_all_beside_a_teacher_that_excludes_the_label(ba
     assert relative(together, expected) < 4e-6 and relative(alone, expected[:1]) < 4e-6
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS, indirect=True)
 def test_a_bias_that_excludes_only_when_rounded(backend):
     hidden, weight = (torch.randn(6, 8) / 2).half(), (torch.randn(33, 8) / 2).half()
     bias, y = torch.zeros(33), torch.zeros(6, dtype=torch.long)
@@ -109,7 +113,7 @@ def test_a_bias_that_excludes_only_when_rounded(backend):
     assert loss == INF and gradients(loss, [z])[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU, indirect=True)
 def test_weight_0_does_not_hide_nan(backend):
     z, z_t, y = torch.randn(6, 33), torch.randn(6, 33), torch.zeros(6, dtype=torch.long)
     z[0, 3], z[1, 0], weights = math.nan, -INF, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])

@@ -14,7 +14,8 @@ from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.top_k import sparse_teacher
 
-from .problems import CPU_BACKENDS, OBJECTIVES, Problem, _Head, gradients, problem, relative, rows_for
+from ..problems import OBJECTIVES, Problem, _Head, gradients, problem, relative
+from .contract import DTYPES, FP32, INTERPRETED, NEAR, ROUNDED, ROWS, cases, device_of, slow
 
 TAILS = ["renormalize", "uniform", "bucket"]
 TEACHED = [o for o in OBJECTIVES if o.spec.divergence is not None]
@@ -54,57 +55,58 @@ def compare(p: Problem, teacher: fk.TopK, objective, *, tight: float = TIGHT, he
     return out
 
 
-def rows(backend: str, objective=None) -> int:
-    """Half in Triton's interpreter, which takes its time."""
-    N = 15 if backend == "triton" else 29
-    return N if objective is None else rows_for(objective, backend, N=N)
+def rows(backend: str) -> int:
+    return 9 if slow(backend) else 29
 
 
 def allowed(objective, tail: str) -> bool:
     return not (tail == "renormalize" and DIVERGENCES[objective.spec.divergence].everywhere)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
-@pytest.mark.parametrize("objective", TEACHED, ids=lambda o: o.name)
-def test_matrix(objective, near, tail, backend):
-    p = problem(rows(backend, objective), std=3.0, near=near, bias=True)
+@pytest.mark.parametrize("near, tail, objective, backend", cases(NEAR, TAILS, TEACHED), indirect=["backend"])
+def test_matrix(near, tail, objective, backend):
+    p = problem(13 if slow(backend) else 29, std=3.0, near=near, bias=True, device=device_of(backend))
     if allowed(objective, tail):
         loose = near or objective.name == "total_variation"  # it jumps where p = q
         compare(p, cached(p, 8, tail), objective, backend=backend, tight=2e-5 if loose else TIGHT)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("K, V", [(1, 5), (3, 3), (4, 5), (5, 5), (64, 300), (256, 2311)])
-def test_sizes(K, V, tail, backend):
+SIZES = [(1, 5), (3, 3), (4, 5), (5, 5), (64, 300), (256, 2311)]
+
+
+@pytest.mark.parametrize("sizes, tail, backend", cases(SIZES, TAILS), indirect=["backend"])
+def test_sizes(sizes, tail, backend):
     """Lists of one and of the whole vocabulary, with the label in or out; rows longer than a kernel's block."""
-    p = problem(N=13, V=V, std=2.0)
+    K, V = sizes
+    p = problem(7, V=1030 if backend == "cuda" and V > 1030 else V, std=2.0, device=device_of(backend))
     compare(p, cached(p, K, tail, padded=False), fk.SelfEvolution(gamma=1.0), backend=backend)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("objective", [o for o in TEACHED if allowed(o, "renormalize")], ids=lambda o: o.name)
-@pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_temperature(objective, temperature, backend):
-    p = problem(rows(backend, objective), std=2.0)
+RENORMALIZED = [o for o in TEACHED if allowed(o, "renormalize")]
+
+
+@pytest.mark.parametrize("temperature, objective, backend", cases([0.7, 2.0], RENORMALIZED), indirect=["backend"])
+def test_temperature(temperature, objective, backend):
+    p = problem(rows(backend), std=2.0, device=device_of(backend))
     compare(p, cached(p, 8), objective, temperature=temperature, backend=backend, tight=1e-5)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("options", [
-    {"head": {"logit_scale": 0.4}},
-    {"head": {"logit_scale": 2.0, "softcap": 5.0}},
-    {"vocab_size": 480},
-    {"reduction": "none"},
-    {"token_weights": torch.rand(29, generator=torch.Generator().manual_seed(1))},
-    {"num_items": 7.0},
-    {"memory_budget": 6 * (4 * 517 + 8 * 24 + 64 * 10 + 16)},
-], ids=str)  # fmt: skip
-def test_options(options, tail, backend):
-    p = problem()
+OPTIONS = {
+    "scale": {"head": {"logit_scale": 0.4}},
+    "softcap": {"head": {"logit_scale": 2.0, "softcap": 5.0}},
+    "vocab_size": {"vocab_size": 480},
+    "none": {"reduction": "none"},
+    "weights": {"token_weights": torch.rand(29, generator=torch.Generator().manual_seed(1))},
+    "num_items": {"num_items": 7.0},
+    "budget": {"memory_budget": 6 * (4 * 517 + 8 * 24 + 64 * 10 + 16)},
+}
+
+
+@pytest.mark.parametrize("option, tail, backend", cases(list(OPTIONS), TAILS), indirect=["backend"])
+def test_options(option, tail, backend):
+    p, options = problem(device=device_of(backend)), dict(OPTIONS[option])
+    if "token_weights" in options:
+        options["token_weights"] = options["token_weights"].to(p.labels.device)
     p.labels.clamp_(max=479)
     teacher = cached(p, 8, tail)
     if "vocab_size" in options:
@@ -113,62 +115,54 @@ def test_options(options, tail, backend):
     compare(p, teacher, fk.SelfEvolution(gamma=1.0), backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_dtypes(dtype, index_dtype, backend):
-    p = problem(rows(backend), dtype=dtype)
-    for tail in TAILS:
-        teacher = cached(p, 8, tail)
-        teacher = fk.TopK(teacher.log_probs.to(dtype), teacher.indices.to(index_dtype), tail)
-        compare(p, teacher, fk.NoEvo(), backend=backend, tight={torch.float32: TIGHT}.get(dtype, 4e-3))
-
-
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_student_logits_are_read_only(dtype, tail, backend):
-    given = problem(rows(backend))
-    p = given.logits()
-    z = p.hidden.detach().to(dtype).requires_grad_()
+@pytest.mark.parametrize("dtype, tail, backend", cases(DTYPES, TAILS), indirect=["backend"])
+def test_dtypes(dtype, tail, backend):
+    """Of hidden states, lists and ids; and of logits at hand, which are read alone."""
+    p = problem(rows(backend), dtype=dtype, device=device_of(backend))
+    teacher = cached(p, 8, tail)
+    for ids in (torch.int32, torch.int64):
+        lists = fk.TopK(teacher.log_probs.to(dtype), teacher.indices.to(ids), tail)
+        compare(p, lists, fk.NoEvo(), backend=backend, tight=TIGHT if dtype == FP32 else 4e-3)
+    z = (p.hidden @ p.weight.T).detach().requires_grad_()
     before = z.detach().clone()
-    teacher = cached(given, 8, tail)
-    out = fk.kd_loss(z, teacher, p.labels, fk.SelfEvolution(), backend=backend)
-    (dz,) = gradients(out.loss, [z])
+    scale = 1024.0  # keeps fp16 gradients out of the subnormals, as a GradScaler does
+    (dz,) = gradients(scale * fk.kd_loss(z, teacher, p.labels, fk.SelfEvolution(), backend=backend).loss, [z])
     z64 = z.detach().double().requires_grad_()
-    (ref,) = gradients(reference_kd_loss(z64, teacher, p.labels, fk.SelfEvolution()).loss, [z64])
-    truncates = 2 if backend == "triton" else 1  # the interpreter truncates where a GPU rounds
-    assert relative(dz, ref) < {torch.float32: TIGHT, torch.bfloat16: 2**-8 * truncates}[dtype]
+    (ref,) = gradients(scale * reference_kd_loss(z64, teacher, p.labels, fk.SelfEvolution()).loss, [z64])
+    truncates = 2 if INTERPRETED and backend == "triton" else 1  # the interpreter truncates where a GPU rounds
+    assert relative(dz, ref) < max(TIGHT, ROUNDED[dtype] * truncates)
     assert torch.equal(z.detach(), before)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
 def test_the_whole_vocabulary_listed_is_the_dense_teacher(backend):
-    p = problem(rows(backend), V=61)
-    dense = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), backend=backend)
+    p = problem(rows(backend), V=61, device=device_of(backend))
     for tail in TAILS:
-        sparse = fk.kd_loss(
-            p.student(), cached(p, 61, tail, padded=False), p.labels, fk.SelfEvolution(), backend=backend
+        dense, sparse = (
+            fk.kd_loss(p.student(), teacher, p.labels, fk.SelfEvolution(), backend=backend)
+            for teacher in (p.teacher(), cached(p, 61, tail, padded=False))
         )
         assert relative(sparse.loss, dense.loss) < 1e-6
         for a, r in zip(gradients(sparse.loss, p.leaves), gradients(dense.loss, p.leaves), strict=True):
             assert relative(a, r) < TIGHT
-        dense = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), backend=backend)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_label_that_is_not_read_stays_in_the_bucket(backend):
+LABELLESS = [fk.GeneralizedJSD(), fk.SkewForward(), fk.SkewReverse(), fk.TotalVariation(), fk.AdaptiveKL()]
+
+
+@pytest.mark.parametrize("objective, backend", cases(LABELLESS, kinds=("generalized_jsd",)), indirect=["backend"])
+def test_a_label_that_is_not_read_stays_in_the_bucket(objective, backend):
     """Whatever label a token has, in the list or out of it, objectives without one have the same loss and gradient."""
-    p, listed = problem(N=3, V=50, ignored=0.0), torch.tensor([3, 7, 9])
-    teacher = fk.TopK(torch.tensor([[-1.0, -1.5, -3.0]] * 3), listed.expand(3, 3), "bucket")
-    for objective in (fk.GeneralizedJSD(), fk.SkewForward(), fk.SkewReverse(), fk.TotalVariation(), fk.AdaptiveKL()):
-        made = []
-        for label in (7, 20, 49):
-            p.labels = torch.full((3,), label)
-            out = compare(p, teacher, objective, backend=backend, tight=2e-5)
-            made.append((out.loss, out.difficulty, *gradients(out.loss, p.leaves)))
-        for other in made[1:]:
-            assert all(relative(a, b) < 1e-6 for a, b in zip(other, made[0], strict=True)), objective
+    p, listed = problem(N=2, V=50, ignored=0.0, device=device_of(backend)), torch.tensor([3, 7, 9])
+    teacher = fk.TopK(torch.tensor([[-1.0, -1.5, -3.0]] * 2), listed.expand(2, 3), "bucket")
+    teacher = fk.TopK(teacher.log_probs.to(p.hidden.device), teacher.indices.to(p.hidden.device), "bucket")
+    made = []
+    for label in (7, 20, 49):
+        p.labels = torch.full((2,), label, device=p.hidden.device)
+        out = compare(p, teacher, objective, backend=backend, tight=2e-5)
+        made.append((out.loss, out.difficulty, *gradients(out.loss, p.leaves)))
+    for other in made[1:]:
+        assert all(relative(a, b) < 1e-6 for a, b in zip(other, made[0], strict=True))
 
 
 def test_lists_one_token_off_are_another_loss():
@@ -209,10 +203,10 @@ def test_no_row_of_the_teacher_is_made():
     assert mode.numel <= 64 * 40000  # the chunk's view of z itself
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
 def test_malformed_lists_cost_nan_where_looking_would_synchronise(backend, monkeypatch):
     monkeypatch.setattr("fused_kd.ops.check_top_k", lambda *_: None)
-    p = problem(N=6, V=50, ignored=0.0)
+    p = problem(N=6, V=50, ignored=0.0, device=device_of(backend))
     teacher = cached(p, 4, padded=False)
     teacher.indices[1, 2] = 50
     teacher.indices[2, 0] = -3

@@ -12,15 +12,16 @@ from torch.utils.checkpoint import checkpoint
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import CPU_BACKENDS as BACKENDS
-from .problems import Problem, gradients, problem, relative
-from .test_top_k import TAILS, cached
+from ..problems import Problem, gradients, problem, relative
+from .contract import NATIVE, TORCH, TRITON, cases
+from .test_lists import cached
 
-TEACHERS = ["dense", *TAILS]
+# Nothing of it depends on the row, but which buffers it writes: a list's and a dense one's, in the interpreter once.
+CASES = cases(["dense", "bucket"], backends=[TORCH, NATIVE])
 TIGHT = 4e-6
 OBJECTIVE = fk.SelfEvolution(gamma=1.0)
 
-pytestmark = [pytest.mark.parametrize("form", TEACHERS), pytest.mark.parametrize("backend", BACKENDS)]
+trained = pytest.mark.parametrize("form, backend", CASES, indirect=["backend"])
 
 
 def teacher_of(p: Problem, form: str) -> fk.LMHead | fk.TopK:
@@ -36,6 +37,7 @@ def same_gradients(make, leaves, backend: str, tight: float = TIGHT) -> list[tor
     return actual
 
 
+@pytest.mark.parametrize("form, backend", [*CASES, *cases(["dense"], backends=[TRITON])], indirect=["backend"])
 def test_every_choice_of_what_is_trained(form, backend):
     """Head, hidden states and bias, frozen or not: what is trained gets the same gradient whatever else is."""
     whole = problem(N=7, V=61, bias=True)
@@ -56,6 +58,7 @@ def test_every_choice_of_what_is_trained(form, backend):
             assert relative(x.grad, r) < 1e-6 if on else x.grad is None
 
 
+@trained
 def test_tied_embedding_and_head(form, backend):
     p = problem(N=12, V=61)
     tokens = torch.randint(0, 61, (12,))
@@ -81,6 +84,7 @@ def test_tied_embedding_and_head(form, backend):
     assert relative(tied, one_use) > 0.5
 
 
+@trained
 def test_low_rank_adapter_on_the_head(form, backend):
     p = problem(N=7, V=61)
     teacher = teacher_of(p, form)
@@ -94,6 +98,7 @@ def test_low_rank_adapter_on_the_head(form, backend):
 
 
 @pytest.mark.parametrize("objective", [OBJECTIVE, fk.ForwardKD()], ids=lambda o: o.name)
+@trained
 def test_accumulation_with_num_items_is_one_big_batch(form, backend, objective):
     """Sequences with shifted labels, padded and weighted, in micro-batches of 1 and 3."""
     p = problem(N=12, V=61)
@@ -126,6 +131,7 @@ def test_accumulation_with_num_items_is_one_big_batch(form, backend, objective):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@trained
 def test_checkpoint_of_head_and_loss(form, backend, reentrant):
     p = problem(N=7, V=61)
     teacher = teacher_of(p, form)
@@ -139,6 +145,7 @@ def test_checkpoint_of_head_and_loss(form, backend, reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@trained
 def test_grad_scaler_steps_and_skips(form, backend, dtype):
     """Under autocast with master weights: the unscaled gradient is the plain one; an overflow skips the step."""
     p = problem(N=7, V=61, std=1.0)
@@ -169,6 +176,7 @@ def test_grad_scaler_steps_and_skips(form, backend, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@trained
 def test_second_derivatives_and_function_transforms_are_refused(form, backend, reduction):
     p = problem(N=7, V=61)
     teacher = teacher_of(p, form)
@@ -183,6 +191,7 @@ def test_second_derivatives_and_function_transforms_are_refused(form, backend, r
         torch.func.grad(loss)(p.hidden.detach())
 
 
+@trained
 def test_second_backward_repeats_the_first(form, backend):
     """Also where the first was scaled in place, and with the rows' own upstream gradients."""
     p = problem(N=7, V=61)
