@@ -54,6 +54,9 @@ ROUNDED = {FP32: 0.0, BF16: 2**-8, FP16: 2**-11}
 BUDGET = 2e-6
 
 
+PARAM = type(TORCH)
+
+
 def device_of(backend: str) -> str:
     return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
 
@@ -71,11 +74,11 @@ def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[
     for backend in backends:
         seen: set[Any] = set()
         for cell in itertools.product(*axes):
-            values = [x.values[0] if hasattr(x, "values") else x for x in cell]
+            values = [x.values[0] if isinstance(x, PARAM) else x for x in cell]
             names = [getattr(x, "name", None) for x in values]
             rare = next((name for name in names if name in fk.OBJECTIVES and name not in kinds), None)
             pairs = {rare} if rare else set(itertools.combinations(enumerate(map(repr, values)), min(2, len(values))))
-            marks = [*backend.marks, *(mark for x in cell for mark in getattr(x, "marks", ()))]
+            marks = [*backend.marks, *(mark for x in cell if isinstance(x, PARAM) for mark in x.marks)]
             if slow(backend.values[0]) and pairs <= seen:
                 marks.append(pytest.mark.exhaustive)
             seen |= pairs
@@ -85,9 +88,8 @@ def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[
 
 
 def _label(value: Any) -> str:
-    if getattr(value, "id", None) is not None:
+    if isinstance(value, PARAM):
         return str(value.id)
-    value = value.values[0] if hasattr(value, "values") else value
     return str(value.name if isinstance(value, (Objective, type)) else value).removeprefix("torch.")
 
 
