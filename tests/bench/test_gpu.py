@@ -154,7 +154,7 @@ def rehearsal(tmp_path_factory) -> Path:
     assert "ncu:cuda | ok" in done.stdout
     small = {"SECONDS": 0.0, "CPU_GEMM": (64, 64, 512), "CPU_COPY_BYTES": 1 << 20}
     with mock.patch.multiple(machine, **small), mock.patch.object(measure, "_trim"):
-        for name in ("machine", "rows", "steps:A", "peers:eager", "profile", "streaming:B", "against:abc:ours:1"):
+        for name in ("machine", "rows", "steps:A", "peers:eager", "profile", "against:abc:ours:1"):
             with mock.patch.object(sys, "stdin", io.StringIO("\n")):
                 assert stages.run_stage(name, out, rehearse=True) == 0
     gpu.report(out)
@@ -169,7 +169,7 @@ def test_a_rehearsal_measures_what_a_gpu_would(rehearsal):
     step = rows["steps:A", "fused_kd torch mixed"]
     assert step["error"]["d_hidden"] < 1e-5 and {"step", "floor", "half_ignored"} <= step["seconds"].keys()
     assert rows["peers:eager", "eager"]["status"] == "ok" and rows["profile", "A"]["top"]
-    assert rows["streaming:B", "easy"]["status"] in ("ok", "missing")
+    assert rows["against:abc:ours:1", "B native hard"]["seconds"].keys() == {"floor", "step"}
 
 
 def test_the_report_needs_nothing_but_the_lines(rehearsal, tmp_path):
