@@ -51,8 +51,8 @@ def blocks(page: str) -> list[Block]:
 # Names that the fragments of a page take for granted.
 
 
-def readme() -> dict[str, Any]:
-    """Tensors of one problem. V is above the ``vocab_size`` that the README cuts to, so everything else is tiny."""
+def using_the_loss() -> dict[str, Any]:
+    """Tensors of one problem. V is above the ``vocab_size`` that the page cuts to, so everything else is tiny."""
     N, H, V, K = 5, 4, 152_064, 3
     h_s, W_s = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     h_t, W_t = torch.randn(N, H + 2), torch.randn(V, H + 2)
@@ -84,7 +84,10 @@ def distributed() -> dict[str, Any]:
     return {"KDTrainer": trainer, "student": tiny(8, 0), "teacher": tiny(12, 1)}
 
 
-FIXTURES: dict[str, Callable[[], dict[str, Any]]] = {"README.md": readme, "docs/distributed.md": distributed}
+FIXTURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/using_the_loss.md": using_the_loss,
+    "docs/distributed.md": distributed,
+}
 
 
 def python_pages() -> list[str]:
@@ -145,6 +148,9 @@ def check_python(words: list[str]) -> None:
         module = script(words[0])
         if hasattr(module, "parse_arguments"):
             module.parse_arguments(words[1:])
+            return
+        if not hasattr(module, "parse"):
+            assert not words[1:], f"{words[0]} takes no arguments"
             return
         parse = module.parse
 
@@ -216,6 +222,7 @@ def test_commands_are_understood(page, monkeypatch, capsys):
         ("make dem", "no such target"),
         ("curl example.org", "teach"),
         ("python examples/nothing.py", "no such script"),
+        ("python examples/quickstart.py --size 3", "takes no arguments"),
         ("pip install '.[trane]'", "no such extra"),
         ("python examples/train.py examples/configs/nothing.yaml --output x", "nothing.yaml cannot be read"),
     ],

@@ -75,6 +75,8 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert metadata["Version"] == fk.__version__
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
+    assert f"fused_kd-{fk.__version__}.dist-info/licenses/LICENSE" in names
     assert [x for x in metadata.get_all("Requires-Dist") or [] if "extra ==" not in x] == ["torch>=2.8"]
 
 
@@ -83,7 +85,19 @@ def test_sdist_holds_what_the_tests_read(built):
     wanted = tracked(
         *("fused_kd/**/*.py", "fused_kd/py.typed", "csrc/*", "tests/**/*.py", "tests/**/*.json", "tests/**/*.[ch]*"),
         *("bench/**/*.py", "bench/**/*.md", "docs/**/*.md", "docs/*.py", "examples/**/*.py", "examples/**/*.yaml"),
-        *("examples/**/*.md", "examples/**/*.png", "*.md", "*.toml", "*.txt", "*.in", "Makefile", ".ci/run"),
+        *(
+            "examples/**/*.md",
+            "examples/**/*.png",
+            "docs/*.svg",
+            "*.md",
+            "LICENSE",
+            "*.cff",
+            "*.toml",
+            "*.txt",
+            "*.in",
+            "Makefile",
+            ".ci/run",
+        ),
     )
     assert len(wanted) > 300 and wanted - present == set()
     assert not any(name.endswith((".so", ".pyc")) for name in present)

@@ -1,4 +1,14 @@
-"""The loss inside a model's own forward, and the proof that its head is what its logits come from."""
+"""The loss inside a model's own forward, and the proof that its head is what its logits come from.
+
+One call of :func:`loss_of_heads`, where the loss is made all weights are gathered::
+
+    teacher(**inputs, head_loss=...)    the teacher's forward: its body, then its head module's call, where
+        student(head_t)                 its head is whole; no gradient up to here
+            model(**inputs, head_loss=...)  the student's forward: its body, then its head module's call, where
+                loss(head_s, head_t)    both heads are whole: the loss, and with it the gradients
+        {}                              all that the teacher's forward returns
+    {"loss": ...}                       what the student's forward returned: the backward begins there
+"""
 
 from __future__ import annotations
 
