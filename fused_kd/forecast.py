@@ -8,10 +8,11 @@ import torch
 
 from .divergences import DIVERGENCES
 from .engines import chunked
+from .engines.chunks import Chunks
 from .engines.dispatch import AUTO, ENGINES, choose_engine
 from .engines.gemm import has_fp32_output
-from .engines.head_gradient import gradient_dtype
 from .engines.plan import BudgetTooSmall, Plan
+from .engines.problem import Problem, Side, Wanted, gradient_dtype
 from .engines.streaming.plan import ALIGNED, Sizes, choose_tiles, plan_streaming
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
@@ -152,22 +153,28 @@ def chunked_plan(
     of ``top_k`` entries a token, or has ``H_t`` hidden states, or is none.
     """
 
-    def side(H: int) -> chunked.LogitSource:
+    def side(H: int) -> Side:
         hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (n, V))
-        made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
-        assert made.projection is not None
-        # It asks the tensors' device, which is not the one to be planned for.
-        made.projection.upcast = upcast and dtype != torch.float32
-        return made
+        return Side(hidden, weight)
 
-    teacher: chunked.LogitSource | chunked.TopKSide | None = None
+    teacher = None
     if top_k is not None:
         entries = torch.empty(n, top_k, dtype=torch.float32, device="meta")
-        teacher = chunked.TopKSide(entries, entries, "renormalize")
+        teacher = Side(entries, indices=entries, tail="renormalize")
     elif H_t is not None:
         teacher = side(H_t)
-    wanted = chunked.Wanted(source=True, weight=True, bias=False)
-    return chunked.plan(n, side(H_s), teacher, V, True, wanted, memory_budget, device)
+    nothing, labels = torch.empty(0, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+    problem = Problem(
+        student=side(H_s), teacher=teacher, labels=labels, weights=None, scale=nothing, scalars=nothing,
+        wanted=Wanted(source=True, weight=True, bias=False), spec=SelfEvolution.kind, cold_labels=False, vocab=V,
+        dtype=None, memory_budget=memory_budget, engine="chunked", backend="torch",
+    )  # fmt: skip
+    chunks = Chunks(problem, V, None, labels)
+    for source in (chunks.student, chunks.teacher):
+        if source is not None and source.projection is not None:
+            # It asks the tensors' device, which is not the one to be planned for.
+            source.projection.upcast = upcast and dtype != torch.float32
+    return chunked.plan(chunks, device)
 
 
 def _streamed(
@@ -184,12 +191,13 @@ def _streamed(
     """Tokens a chunk of dH, and bytes."""
     from .engines.streaming.kernels import FIELDS  # Triton is there where this engine was chosen
 
-    spec, copied = objective.spec, 4 * upcast
-    late = gradient_dtype(dtype) != torch.float32
+    spec, copy_bytes = objective.spec, 4 * upcast
+    low = gradient_dtype(dtype) != torch.float32
     sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
     sizes = Sizes(
-        N, N, V, FIELDS.value, sums, spec.gated, H, H_t if teacher else 0, dlogits=4 if upcast else dtype.itemsize,
-        gathered=dtype.itemsize + copied, copied=copied, early=True, early_weight=not late, late=late,
+        N, N, V, FIELDS.value, sums, spec.gated, H, H_t if teacher else 0,
+        dlogits_bytes=4 if upcast else dtype.itemsize, hidden_bytes=dtype.itemsize + copy_bytes, copy_bytes=copy_bytes,
+        by_tokens=True, weight_by_tokens=not low, by_columns=low,
     )  # fmt: skip
     operands = [dtype, dtype] if teacher else [dtype]
     plain = H % ALIGNED == 0 and (not teacher or H_t % ALIGNED == 0)
