@@ -196,11 +196,9 @@ def check_logits(name: str, side: object) -> None:
         raise ValueError(f"{name} logits must have shape (..., V), got {tuple(side.shape)}")
 
 
-def refuse_dtensors(*sides: LMHead | TopK | Tensor | None) -> None:
-    for side in sides:
-        for x in (side.hidden, side.weight) if isinstance(side, LMHead) else (side,):
-            if type(x).__name__ == "DTensor":
-                raise ValueError("student and teacher may hold DTensors only with tp_group, the mesh they lie on")
+def refuse_dtensors(*tensors: object) -> None:
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        raise ValueError("student and teacher may hold DTensors only with tp_group, the mesh they lie on")
 
 
 def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> int:

@@ -14,6 +14,7 @@ from .engines.problem import Problem, Side, Wanted
 from .inputs import KDOutput, LMHead, TopK, check_alike, check_logits, check_number, common_vocab, refuse_dtensors
 from .objectives import OBJECTIVES, Objective
 from .ops import KDFunction, pack
+from .rows.contract import Shards
 from .rows.select import BACKENDS
 from .tokens import labels_weights_scale
 
@@ -206,38 +207,21 @@ class KDLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> KDOutput:
         """As :meth:`forward`, with each token's difficulty and hardness."""
-        spec, group = self._spec, self._group
-        if group is None:
-            refuse_dtensors(student, teacher)
-        side, shape, sum_hidden = _flat("student", student, group)
-        side_t, tokens_t = None, None
+        spec = self._spec
+        side, shape, sum_hidden = _flat("student", student, self._group)
+        device, side_t, tokens_t = side.source.device, None, None
         if spec.divergence is not None:
-            if teacher is None:
-                name = type(self._objective).__name__
-                raise ValueError(f"teacher must be an LMHead, logits or a TopK for {name}, got None")
-            side_t, shape_t, _ = _flat("teacher", teacher, group)
+            self._check_teacher(teacher)
+            side_t, shape_t, _ = _flat("teacher", teacher, self._group)
             tokens_t = shape_t, side_t.source.device
-            if isinstance(teacher, TopK):
-                self._check_top_k(teacher)
-        columns, columns_t = side.vocab, None if side_t is None else side_t.vocab
-        assert columns is not None
-        slices: dict[str, Any] = {}
-        if group is None:
-            vocab = common_vocab(columns, columns_t, self.vocab_size)
-        else:
-            from .parallel import divide
-
-            shards = divide(group, columns, columns_t, self.vocab_size)
-            vocab = shards.vocab
-            slices = {"group": shards.group, "rank": shards.rank, "shard_sizes": shards.sizes, "sum_hidden": sum_hidden}
-        device = side.source.device
+        vocab, shards = self._vocab(side, side_t)
         check_alike(shape, device, tokens_t, labels, token_weights)
         engine, backend = choose_engine(
             self.engine, self.backend, spec.divergence, self.grad_filter_eps, device,
-            top_k=isinstance(teacher, TopK), sharded=group is not None,
+            top_k=isinstance(teacher, TopK), sharded=shards is not None,
         )  # fmt: skip
         labels = labels.long()
-        flat_labels, weights, scale = labels_weights_scale(
+        labels, weights, scale = labels_weights_scale(
             (_shifted(labels, self.ignore_index) if self.shift else labels).reshape(-1),
             None if token_weights is None else token_weights.reshape(-1),
             num_items,
@@ -253,7 +237,7 @@ class KDLoss(nn.Module):
         problem = Problem(
             student=side,
             teacher=side_t,
-            labels=flat_labels,
+            labels=labels,
             weights=weights,
             scale=scale,
             scalars=self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True),
@@ -267,18 +251,35 @@ class KDLoss(nn.Module):
             backend=backend,
             grad_filter_eps=self.grad_filter_eps,
             validate=self.validate,
-            **slices,
+            shards=shards,
+            sum_hidden=sum_hidden,
         )
         loss, difficulty, is_hard = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
             loss = loss.reshape(shape)
         return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape))
 
-    def _check_top_k(self, teacher: TopK) -> None:
+    def _vocab(self, student: Side, teacher: Side | None) -> tuple[int, Shards | None]:
+        """The columns that take part, and this rank's among them."""
+        columns, columns_t = student.vocab, None if teacher is None else teacher.vocab
+        assert columns is not None
+        if self._group is None:
+            return common_vocab(columns, columns_t, self.vocab_size), None
+        from .parallel import divide
+
+        shards = divide(self._group, columns, columns_t, self.vocab_size)
+        return shards.vocab, shards
+
+    def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
+        name = type(self._objective).__name__
+        if teacher is None:
+            raise ValueError(f"teacher must be an LMHead, logits or a TopK for {name}, got None")
+        if not isinstance(teacher, TopK):
+            return
         if teacher.tail == "renormalize":
             if DIVERGENCES[self._spec.divergence or "kl"].everywhere:
                 raise ValueError(
-                    f"tail must be 'uniform' or 'bucket' for {type(self._objective).__name__}, which is infinite "
+                    f"tail must be 'uniform' or 'bucket' for {name}, which is infinite "
                     "where the teacher is 0, got 'renormalize'"
                 )
         elif self.temperature != 1.0:
@@ -315,7 +316,7 @@ def kd_loss(
 _CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
 
 
-def _flat(name: str, given: LMHead | TopK | Tensor, group: Any) -> tuple[Side, torch.Size, bool]:
+def _flat(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[Side, torch.Size, bool]:
     """A side with its tokens in a row, their shape, and whether the engine is to add up its hidden gradient over the
     ranks of a ``group``. The teacher's tensors are constants."""
     if isinstance(given, TopK) and name == "teacher":
@@ -324,7 +325,9 @@ def _flat(name: str, given: LMHead | TopK | Tensor, group: Any) -> tuple[Side, t
     head = given if isinstance(given, LMHead) else None
     tensors: list[Any] = [given, None, None] if head is None else [head.hidden, head.weight, head.bias]
     sum_hidden = True
-    if group is not None:
+    if group is None:
+        refuse_dtensors(*tensors)
+    else:
         from .parallel import local_tensors
 
         tensors, sum_hidden = local_tensors(name, tensors, group)

@@ -16,11 +16,13 @@ from torch import Tensor
 from .engines.dispatch import run as run
 from .engines.problem import IGNORED, Problem, Result, Side, Wanted, gradient_dtype
 from .objectives import RowSpec
+from .rows.contract import Shards
 from .rows.select import installed
 from .tokens import check_top_k
 
-_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "spec": RowSpec}
-_NOBODY = Side(cast(Tensor, None))
+_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "spec": RowSpec, "shards": Shards}
+# What stands for a part that is None.
+_MISSING: dict[str, Any] = {"teacher": Side(cast(Tensor, None)), "shards": Shards("", 0, ())}
 _KINDS: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -62,7 +64,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     for name, inner, _ in _FIELDS:
         value = getattr(problem, name)
         if inner is not None:
-            value = getattr(_NOBODY if value is None else value, inner)
+            value = getattr(_MISSING[name] if value is None else value, inner)
         values.append(value)
     return tuple(values)
 
@@ -77,6 +79,8 @@ def unpack(values: tuple[Any, ...]) -> Problem:
     parts = {name: cls(**found[name]) for name, cls in _PARTS.items()}
     if parts["teacher"].source is None:
         parts["teacher"] = None
+    if not parts["shards"].group:
+        parts["shards"] = None
     return Problem(**(found | parts))
 
 

@@ -10,6 +10,7 @@ import torch
 import fused_kd as fk
 from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.ops import pack, unpack
+from fused_kd.rows.contract import Shards
 
 from .problems import gradients, problem, relative
 
@@ -85,7 +86,7 @@ def test_what_is_packed_is_unpacked():
             student=Side(torch.zeros(3, 4), torch.zeros(5, 4), None, 2.0, 3.0), teacher=other, labels=labels,
             weights=None, scale=torch.ones(()), scalars=torch.zeros(8), wanted=Wanted(True, False, True),
             spec=fk.SelfEvolution().spec, cold_labels=True, vocab=5, dtype=torch.bfloat16, memory_budget=7,
-            engine="auto", backend="torch", grad_filter_eps=0.5, validate=True, group="g", rank=1, shard_sizes=(2, 3),
+            engine="auto", backend="torch", grad_filter_eps=0.5, validate=True, shards=Shards("g", 1, (2, 3)),
             sum_hidden=False,
         )  # fmt: skip
         again = unpack(pack(call))

@@ -85,7 +85,7 @@ def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool
 
 def run(problem: Problem) -> Result:
     """The engine that :func:`choose_engine` has chosen; the sharded one where the vocabulary is divided."""
-    if problem.group:
+    if problem.shards is not None:
         from .sharded import engine as sharded
 
         return sharded.run(problem)

@@ -69,7 +69,7 @@ class Problem:
         grad_filter_eps: see :mod:`.tile_filter`.
         engine, backend: as :func:`.dispatch.choose_engine` has chosen them.
         validate: whether to look at values that are not on the host.
-        group, rank, shard_sizes: of :class:`fused_kd.rows.contract.Shards`; no group: the whole vocabulary is here.
+        shards: the vocabulary's slices over ranks; None: all of it is here.
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
     """
 
@@ -89,14 +89,8 @@ class Problem:
     backend: str
     grad_filter_eps: float = 0.0
     validate: bool = False
-    group: str = ""
-    rank: int = 0
-    shard_sizes: tuple[int, ...] = ()
+    shards: Shards | None = None
     sum_hidden: bool = True
-
-    @property
-    def shards(self) -> Shards | None:
-        return Shards(self.group, self.rank, tuple(self.shard_sizes)) if self.group else None
 
 
 class Result(NamedTuple):

@@ -29,9 +29,8 @@ def run(problem: Problem) -> Result:
     Its student and teacher are this rank's slices of weight and bias, or of the logits; hidden states and lists are
     whole. What lies beyond this rank's slice is cut off.
     """
-    shards = problem.shards
-    assert shards is not None
-    return _Engine(problem, shards).run()
+    assert problem.shards is not None
+    return _Engine(problem, problem.shards).run()
 
 
 class UnderWay(NamedTuple):
