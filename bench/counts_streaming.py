@@ -41,9 +41,6 @@ from fused_kd.engines.waves import MULTIPROCESSORS
 from .counts import gemm_flops
 from .shapes import Shape
 
-# ``streaming_kernels.FIELDS``, which only Triton can import.
-FIELDS = 10
-
 
 class StreamingCounts(NamedTuple):
     """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW or dH and
@@ -80,7 +77,7 @@ def count_streaming(
     n, x = round(valid * N), round(hard * round(valid * N)) if teacher else 0
     late = gradient_dtype(dtype) != torch.float32
     sizes = Sizes(
-        N, n, V, FIELDS, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
+        N, n, V, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
         dlogits_bytes=b, hidden_bytes=b, by_tokens=True, weight_by_tokens=not late, by_columns=late,
     )  # fmt: skip
     plain = shape.H_s % ALIGNED == 0 and (not teacher or shape.H_t % ALIGNED == 0)

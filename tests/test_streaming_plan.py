@@ -11,13 +11,12 @@ import fused_kd as fk
 from fused_kd.engines import gemm, waves
 from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming import plan as streaming_plan
-from fused_kd.engines.streaming.plan import Plan, plan_streaming
+from fused_kd.engines.streaming.plan import Plan, plan_streaming, sizes_of
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
-from fused_kd.engines.streaming import engine as streaming
 from fused_kd.engines.streaming import sweeps as streaming_sweeps
 
 
@@ -40,9 +39,7 @@ def plan_of(
         dtype=None, memory_budget=budget, engine="streaming", backend="triton",
     )  # fmt: skip
     sweeps = streaming_sweeps.Sweeps(problem, None, labels)
-    assert student.weight is not None
-    head = streaming._Head(problem, student.weight)
-    return plan_streaming(streaming._sizes(problem, sweeps, head), sweeps.tiles, budget)
+    return plan_streaming(sizes_of(problem, N, upcast=False), sweeps.tiles, budget)
 
 
 def test_memory_at_full_size(fp32_output):

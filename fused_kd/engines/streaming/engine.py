@@ -47,7 +47,7 @@ from torch import Tensor
 from ...workspace import empty
 from ..gemm import Projection
 from ..problem import Problem, Result, gradient_dtype, valid_tokens
-from .plan import Plan, Sizes, plan_streaming
+from .plan import Plan, Sizes, plan_streaming, sizes_of
 from .sweeps import Sweeps
 
 
@@ -70,14 +70,15 @@ def run(problem: Problem) -> Result:
     index, labels = valid_tokens(problem.labels, device)
     sweeps = Sweeps(problem, index, labels)
     head = None if problem.student.weight is None else _Head(problem, problem.student.weight)
-    plan = plan_streaming(_sizes(problem, sweeps, head), sweeps.tiles, problem.memory_budget)
+    sizes = sizes_of(problem, sweeps.n, upcast=head is not None and head.upcast)
+    plan = plan_streaming(sizes, sweeps.tiles, problem.memory_budget)
     result = Result.allocate(problem, sparse=index is not None)
     # Triton launches on the current device, whatever the tensors' own.
     with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
         if sweeps.n > 0:
             sweeps.measure(plan, result)
         if head is not None:
-            return _Backward(problem, sweeps, head, plan).run(result)
+            return _Backward(problem, sweeps, head, sizes, plan).run(result)
         if result.d_source is not None and sweeps.n > 0:
             _logit_gradient(problem, sweeps, result.d_source)
     return result
@@ -95,27 +96,16 @@ def _logit_gradient(problem: Problem, sweeps: Sweeps, out: Tensor) -> None:
 
 
 class _Head:
-    """The student's head as the gradient GEMMs see it, and in which pass each of its gradients is made.
-
-    The pass by tokens makes dH, an fp32 dW and, without the other pass, db; the pass by columns a low-precision dW and
-    db.
-    """
+    """The student's head as the gradient GEMMs see it."""
 
     def __init__(self, problem: Problem, weight: Tensor) -> None:
-        student, wanted = problem.student, problem.wanted
+        student = problem.student
         self.source, self.weight, self.bias = student.source.detach(), weight.detach(), student.bias
-        self.dtype = problem.dtype or student.source.dtype
+        self.dtype, self.wanted = problem.dtype or student.source.dtype, problem.wanted
         example = self.projection(slice(0, 1))
-        self.operand, self.dlogits_dtype = example.operand, example.gradient_dtype
+        self.upcast, self.operand, self.dlogits_dtype = example.upcast, example.operand, example.gradient_dtype
         # fp32 dlogits carry the factor of all gradients; rounded ones would lose their smallest values to it.
         self.scaled = self.dlogits_dtype == torch.float32
-        cast = self.source.dtype != self.dtype or self.weight.dtype != self.dtype
-        self.copy_bytes = self.dtype.itemsize * cast + 4 * example.upcast
-        self.wanted = wanted
-        low = gradient_dtype(self.weight.dtype) != torch.float32
-        self.by_columns = wanted.weight and low
-        self.weight_by_tokens = wanted.weight and not low
-        self.by_tokens = wanted.source or self.weight_by_tokens or (wanted.bias and not self.by_columns)
 
     def projection(self, columns: slice) -> Projection:
         return Projection(self.weight[columns], None, self.dtype)
@@ -127,8 +117,9 @@ class _Head:
 class _Backward:
     """The gradients of a head, from slabs of dlogits."""
 
-    def __init__(self, problem: Problem, sweeps: Sweeps, head: _Head, plan: Plan) -> None:
-        self._sweeps, self._head, self._plan, self._vocab = sweeps, head, plan, problem.vocab
+    def __init__(self, problem: Problem, sweeps: Sweeps, head: _Head, sizes: Sizes, plan: Plan) -> None:
+        self._sweeps, self._head, self._sizes, self._plan = sweeps, head, sizes, plan
+        self._vocab = problem.vocab
         self._scale, self._threshold = problem.scale, problem.grad_filter_eps
         self._weights = None if problem.weights is None else problem.weights[sweeps.tokens]
         if head.scaled:
@@ -146,10 +137,10 @@ class _Backward:
         if head.wanted.bias and head.bias is not None:
             d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
         if self._sweeps.n > 0:
-            if head.by_tokens and not self._plan.together:
-                others = (None, None) if head.by_columns else (d_weight, d_bias)
+            if self._sizes.by_tokens and not self._plan.together:
+                others = (None, None) if self._sizes.by_columns else (d_weight, d_bias)
                 self._by_tokens(result.d_source, *others)
-            if head.by_columns and d_weight is not None:
+            if self._sizes.by_columns and d_weight is not None:
                 self._by_columns(result.d_source if self._plan.together else None, d_weight, d_bias)
         if d_bias is not None and head.bias is not None:
             d_bias = self._finished(d_bias).to(gradient_dtype(head.bias.dtype))
@@ -202,7 +193,7 @@ class _Backward:
                 self._add_transposed(total, out, head.source, flags, sweeps.tokens, first=True)
             else:
                 self._dlogits(out, slice(0, sweeps.n), columns, by_token=True)
-                for part in _slices(N, plan.tokens if head.copy_bytes else N):
+                for part in _slices(N, plan.tokens if self._sizes.copy_bytes else N):
                     hidden = head.operand(head.source[part])
                     self._add_transposed(total, out[part], hidden, None, None, first=part.start == 0)
             d_weight[columns] = self._finished(total)
@@ -246,23 +237,6 @@ class _Backward:
     def _finished(self, gradient: Tensor) -> Tensor:
         """Times the factor of all gradients, in place, where dlogits have not carried it."""
         return gradient if self._head.scaled else gradient.mul_(self._scale)
-
-
-def _sizes(problem: Problem, sweeps: Sweeps, head: _Head | None) -> Sizes:
-    N, joinable = len(problem.student.source), problem.grad_filter_eps == 0.0
-    sizes = Sizes(N, sweeps.n, problem.vocab, sweeps.fields, sweeps.needs_sums, problem.spec.gated, joinable=joinable)
-    if head is None:
-        return sizes
-    return sizes._replace(
-        H=head.source.shape[1],
-        H_t=sweeps.teacher_units,
-        dlogits_bytes=head.dlogits_dtype.itemsize,
-        hidden_bytes=head.source.element_size() + head.copy_bytes,
-        copy_bytes=head.copy_bytes,
-        by_tokens=head.by_tokens,
-        weight_by_tokens=head.weight_by_tokens,
-        by_columns=head.by_columns,
-    )
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

@@ -31,6 +31,7 @@ from ...rows.triton.math import (
     moved,
     weighed,
 )
+from . import plan
 
 _EXCLUDED = tl.constexpr(EXCLUDED)
 
@@ -45,7 +46,7 @@ _T_LABEL = tl.constexpr(6)
 _KL = tl.constexpr(7)
 _S_OVER = tl.constexpr(8)  # the largest logit where the other side excludes a token
 _T_OVER = tl.constexpr(9)
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(plan.FIELDS)
 
 # What later sweeps must know of a token: (NORMS, n) fp32.
 _NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of rows.triton.math.arguments

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ...divergences import DIVERGENCES
 from ..plan import BudgetTooSmall
+from ..problem import Problem, gradient_dtype
 from ..waves import GEMM_TILE, MULTIPROCESSORS, fitting, gemm_waves, waves
 
 # Blocks of tokens whose programs run at about the same time, each beside as many parts of the vocabulary as fill the
@@ -32,6 +34,8 @@ DEFAULT_BYTES = 60_000_000
 FLOPS_A_BYTE = 256
 # Triton reads 16 bytes at a time where it knows that this divides sizes and strides.
 ALIGNED = 16
+# Statistics of a token and split.
+FIELDS = 10
 # Vectors over the tokens, with torch's temporaries while tokens are ordered (int64) and ranked.
 TOKEN_BYTES = 200
 
@@ -61,17 +65,16 @@ class KernelTiles(NamedTuple):
 class Sizes(NamedTuple):
     """What the plan depends on.
 
-    ``n`` of N tokens take part. The statistics hold ``fields`` floats a token and split; ``sums`` says that some rows
-    need sums, ``gated`` that only some do; ``joinable`` that one pass may make both gradients. For a student given as a
-    head, else 0: ``H`` and the teacher's ``H_t``; the bytes of an element of dlogits, of a chunk's hidden states once
-    they are gathered, and of a GEMM operand's copy in another dtype; and which passes there are: by chunks of tokens,
-    with or without an fp32 dW, and by slabs of columns, for a low-precision dW.
+    ``n`` of N tokens take part. ``sums`` says that some rows need sums, ``gated`` that only some do; ``joinable`` that
+    one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the bytes
+    of an element of dlogits, of a chunk's hidden states once they are gathered, and of a GEMM operand's copy in another
+    dtype; and which passes there are: by chunks of tokens, with or without an fp32 dW, and by slabs of columns, for a
+    low-precision dW.
     """
 
     N: int
     n: int
     V: int
-    fields: int
     sums: bool
     gated: bool
     H: int = 0
@@ -83,6 +86,29 @@ class Sizes(NamedTuple):
     weight_by_tokens: bool = False
     by_columns: bool = False
     joinable: bool = True
+
+
+def sizes_of(problem: Problem, n: int, *, upcast: bool) -> Sizes:
+    """``upcast``: low-precision operands of GEMMs are made fp32 first."""
+    student, teacher, wanted, divergence = problem.student, problem.teacher, problem.wanted, problem.spec.divergence
+    sums = divergence is not None and not DIVERGENCES[divergence].free
+    joinable = problem.grad_filter_eps == 0.0
+    sizes = Sizes(len(student.source), n, problem.vocab, sums, problem.spec.gated, joinable=joinable)
+    if student.weight is None:
+        return sizes
+    dtype = problem.dtype or student.source.dtype
+    copy_bytes = dtype.itemsize * (not student.source.dtype == student.weight.dtype == dtype) + 4 * upcast
+    low = gradient_dtype(student.weight.dtype) != torch.float32
+    return sizes._replace(
+        H=student.source.shape[1],
+        H_t=0 if teacher is None or teacher.weight is None else teacher.source.shape[1],
+        dlogits_bytes=4 if upcast else dtype.itemsize,
+        hidden_bytes=student.source.element_size() + copy_bytes,
+        copy_bytes=copy_bytes,
+        by_tokens=wanted.source or (wanted.weight and not low) or (wanted.bias and not (wanted.weight and low)),
+        weight_by_tokens=wanted.weight and not low,
+        by_columns=wanted.weight and low,
+    )
 
 
 class Plan(NamedTuple):
@@ -162,7 +188,7 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
     splits = _splits(n, V, tiles.statistics, halvings)
     # Hard rows may be few: more splits keep the device busy with them.
     sum_splits = _splits(n, V, tiles.sums, halvings, 4 if sizes.gated and not halvings else 1)
-    partials = 4 * n * max(splits * sizes.fields, 2 * sum_splits if sizes.sums else 0)
+    partials = 4 * n * max(splits * FIELDS, 2 * sum_splits if sizes.sums else 0)
 
     by_tokens = by_columns = 0
     BM, BN = tiles.gradient.tokens, tiles.gradient.columns

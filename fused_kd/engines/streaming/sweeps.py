@@ -18,8 +18,8 @@ from ...workspace import empty
 from ..problem import INVALID, Problem, Result, Side, largest
 from . import plan as streaming_plan
 from .gradient import flagged_product_kernel, gradient_kernel
-from .kernels import FIELDS, NORMS, combine_kernel, statistics_kernel
-from .plan import Plan, Tiles
+from .kernels import NORMS, combine_kernel, statistics_kernel
+from .plan import FIELDS, Plan, Tiles
 from .sums import sums_combine_kernel, sums_kernel
 
 # Tokens of a program that combines the splits: no more than a few such programs, so small ones.
@@ -65,17 +65,8 @@ class Sweeps:
         }
 
     @property
-    def fields(self) -> int:
-        return int(FIELDS.value)
-
-    @property
     def needs_sums(self) -> bool:
         return self._divergence is not None and not self._divergence.free
-
-    @property
-    def teacher_units(self) -> int:
-        """The teacher's hidden size, 0 without a teacher's head."""
-        return 0 if self._teacher is None else int(self._teacher[7])
 
     def measure(self, plan: Plan, result: Result) -> None:
         """Fill ``loss`` (NaN of invalid labels), ``difficulty``, ``is_hard``, and keep the norms for the gradient."""
@@ -97,7 +88,7 @@ class Sweeps:
         result.is_hard[self.tokens] = hard
 
     def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
-        partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
+        partials = empty((splits, FIELDS, self.n), torch.float32, self._labels.device)
         tiles = self.tiles.statistics
         statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
