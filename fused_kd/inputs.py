@@ -246,3 +246,10 @@ def check_alike(
         raise ValueError(f"token_weights must have the tokens' shape {tuple(shape)}, got {tuple(token_weights.shape)}")
     if token_weights.requires_grad:
         raise ValueError("token_weights must be constants, got a tensor that requires grad; detach it")
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels of the next tokens."""
+    if labels.dim() == 0:
+        raise ValueError("shift=True needs labels with a sequence dimension")
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)

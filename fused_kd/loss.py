@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from .divergences import DIVERGENCES
 from .engines.dispatch import ENGINES, choose_engine
 from .engines.problem import Problem, Side, Wanted
-from .inputs import KDOutput, LMHead, TopK, check_alike, check_logits, check_number, common_vocab, refuse_dtensors
+from .inputs import (
+    KDOutput,
+    LMHead,
+    TopK,
+    check_alike,
+    check_logits,
+    check_number,
+    common_vocab,
+    refuse_dtensors,
+    shifted,
+)
 from .objectives import OBJECTIVES, Objective
 from .ops import KDFunction, pack
 from .rows.contract import Shards
@@ -222,7 +232,7 @@ class KDLoss(nn.Module):
         )  # fmt: skip
         labels = labels.long()
         labels, weights, scale = labels_weights_scale(
-            (_shifted(labels, self.ignore_index) if self.shift else labels).reshape(-1),
+            (shifted(labels, self.ignore_index) if self.shift else labels).reshape(-1),
             None if token_weights is None else token_weights.reshape(-1),
             num_items,
             vocab=vocab,
@@ -341,12 +351,6 @@ def _flat(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[
         return Side(flat), shape, sum_hidden
     softcap = None if head.softcap is None else float(head.softcap)
     return Side(flat, weight, bias, float(head.logit_scale), softcap), shape, sum_hidden
-
-
-def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    if labels.dim() == 0:
-        raise ValueError("shift=True needs labels with a sequence dimension")
-    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
 
 
 def _autocast_dtype(device: torch.device, **sides: Side | None) -> torch.dtype | None:

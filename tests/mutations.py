@@ -53,7 +53,7 @@ def _not_numbers(case: str) -> str:
 
 _SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
 _LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
-_DIVERGENCES, _TOKENS, _LOSS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/loss.py"
+_DIVERGENCES, _TOKENS, _INPUTS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/inputs.py"
 _ENGINE, _OPS = "fused_kd/engines/chunked.py", "fused_kd/ops.py"
 _CHUNKS, _PROBLEM = "fused_kd/engines/chunks.py", "fused_kd/engines/problem.py"
 _FILTER, _FILTER_TRITON = "fused_kd/engines/tile_filter.py", "fused_kd/engines/tile_filter_triton.py"
@@ -535,7 +535,7 @@ MUTATIONS = [
         ("test_loss.py::test_num_items_makes_accumulation_exact",),
     ),
     Mutation(
-        "loss: shifted by two", _LOSS, "labels[..., 1:], torch.full_like(labels[..., :1]",
+        "loss: shifted by two", _INPUTS, "labels[..., 1:], torch.full_like(labels[..., :1]",
         "labels[..., 2:], torch.full_like(labels[..., :2]", ("test_loss.py::test_shift_aligns_next_token_labels",),
     ),
     Mutation(
