@@ -17,7 +17,7 @@ dW              2 n V H_s  b (n V + n H_s) + 4 (2 k - 1) V H_s
 Passes over a finished dW come on top: rounding a bf16 one, 4 + b an entry; for fp16, whose factor no row can carry,
 scaling in fp32, 8, and rounding in the backward pass, 4 + b. Where one group holds all tokens, a bf16 dW is made in s
 fp32 slabs that are rounded while they are in the L2 cache: then b (n V + s n H_s + V H_s) is all, and 8 V H_s more if
-the slabs do not stay there. Groups are chunks in fp32, under a tight budget and with ``tuning.gradient_groups=False``.
+the slabs do not stay there. Groups are chunks in fp32, under a tight budget and with ``tuning.device_chunk=0``.
 A backward pass with the factor 1 moves nothing.
 
 Where low-precision operands must be upcast first, groups are chunks, b is 4 for operands and logit gradients, b + 8 for
@@ -67,17 +67,15 @@ from typing import NamedTuple
 import torch
 
 from fused_kd.engines.gemm import has_fp32_output
-from fused_kd.engines.head_gradient import gradient_dtype, made_at_once, weight_slab
+from fused_kd.engines.head_gradient import made_at_once, weight_slab
 from fused_kd.engines.plan import Plan
+from fused_kd.engines.problem import gradient_dtype
 from fused_kd.engines.streaming.plan import ALIGNED, GROUP, Sizes, Tiles, choose_tiles, plan_streaming
 from fused_kd.engines.streaming.plan import Plan as StreamingPlan
 from fused_kd.engines.waves import MULTIPROCESSORS
 from fused_kd.forecast import chunked_plan
 
 from .problems import Inputs, Shape
-
-# ``streaming.kernels.FIELDS``, which only Triton can import.
-FIELDS = 10
 
 
 class Counts(NamedTuple):
@@ -260,13 +258,13 @@ def count_streaming(
     n, x = round(valid * N), round(hard * round(valid * N)) if teacher else 0
     late = gradient_dtype(dtype) != torch.float32
     sizes = Sizes(
-        N, n, V, FIELDS, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
-        dlogits=b, gathered=b, early=True, early_weight=not late, late=late,
+        N, n, V, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
+        dlogits_bytes=b, hidden_bytes=b, by_tokens=True, weight_by_tokens=not late, by_columns=late,
     )  # fmt: skip
     plain = shape.H_s % ALIGNED == 0 and (not teacher or shape.H_t % ALIGNED == 0)
     tiles = choose_tiles(*[dtype] * (2 if teacher else 1), plain=plain)
     plan = plan_streaming(sizes, tiles, memory_budget)
-    m, s = -(-n // plan.tokens), -(-V // plan.late_columns)
+    m, s = -(-n // plan.tokens), -(-V // plan.columns_of_all)
     again = late and not plan.together
     H = shape.H_s + (shape.H_t if teacher else 0)
 
@@ -281,12 +279,12 @@ def count_streaming(
         "d_weight": 2 * (N if late else n) * V * shape.H_s,
     }
     VH, nH = V * shape.H_s, n * shape.H_s
-    slab = plan.late_columns if plan.together else plan.columns
+    slab = plan.columns_of_all if plan.together else plan.columns
     reads = {
         "statistics": _rows(n, V, tiles.statistics, plan.splits),
         "sums": _rows(x, V, tiles.sums, plan.sum_splits) if x else 0,
         "dlogits": sum(_rows(t, v, tiles.gradient) for t in _pieces(n, plan.tokens) for v in _pieces(V, slab)),
-        "dlogits_again": sum(_rows(n, v, tiles.gradient) for v in _pieces(V, plan.late_columns)) if again else 0,
+        "dlogits_again": sum(_rows(n, v, tiles.gradient) for v in _pieces(V, plan.columns_of_all)) if again else 0,
     }
     moved = {part: b * H * rows for part, rows in reads.items()} | {
         "d_hidden": b * m * VH + 4 * nH,
@@ -299,7 +297,7 @@ def count_streaming(
         for name, work in sweeps.items()
         for tile in [kernels.get(name, tiles.gradient)]
     }
-    rows = min(plan.late_columns if late else plan.columns, V)
+    rows = min(plan.columns_of_all if late else plan.columns, V)
     results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
     return StreamingCounts(plan, flops, moved, added, cached, results)
 

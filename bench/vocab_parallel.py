@@ -46,7 +46,7 @@ class Step(NamedTuple):
 def predict_rank(shape: Shape, ranks: int, machine: dict[str, float] = H200, link: str = "link") -> Step:
     """One rank of ``ranks``, bf16, all gradients wanted, the loss reduced over all ranks."""
     local = shape._replace(V=-(-shape.V // ranks))
-    with tuned(gradient_groups=False):  # as the sharded engine, whose chunks alternate
+    with tuned(device_chunk=0):  # as the sharded engine, whose chunks alternate
         alone = predict(local, torch.bfloat16, {x: machine[x] for x in (GEMM, COPY)}, on_host=False)
     gemms = sum(value for name, value in alone.parts.items() if name != "row")
     row_seconds = ROW_BYTES * shape.N * local.V / machine[COPY]

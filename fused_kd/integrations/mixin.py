@@ -30,8 +30,8 @@ from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable,
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
+from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset

@@ -44,7 +44,7 @@ def test_bf16_on_a_gpu_by_hand():
     assert found.gradient_bytes == 2 * (8192 + 128256) * 4096
     on_chip = predict(A, BF16, H200, on_host=False, hard=0.25, backend="cuda")
     assert on_chip.parts["row"] == pytest.approx((8 + 2) * nV / bandwidth)
-    with tuned(gradient_groups=False):
+    with tuned(device_chunk=0):
         before = predict(A, BF16, H200, on_host=False, hard=0.25)
     assert before.chunk == before.group == 2048
     assert before.parts["traffic"] == pytest.approx((3 * 8 + 6) * VH / bandwidth)  # three additions, rounded
@@ -180,7 +180,7 @@ def test_compare_is_what_predict_says(numbers, grouped):
     """Of the plan that the row holds, whatever plans would be made here."""
     options = {"on_host": False, "hard": 0.5, "valid": 0.5}
     for name, backend in (("fused_kd", None), ("fused_kd cuda", "cuda")):
-        with tuned(gradient_groups=grouped):
+        with tuned(device_chunk=1024 if grouped else 0):
             said = predict(A, BF16, numbers, backend=backend, **options)
         plan = Plan(said.chunk, said.workspace_bytes, said.group)
         counts = count_chunked(A._replace(N=4096), BF16, plan, hard=0.5, recomputes=True)._asdict()
