@@ -148,7 +148,7 @@ def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], count
 
 def _divert_cuda(patch: Callable[..., Any], arch: str, counts: Counter[str]) -> None:
     from fused_kd.rows.cuda import build as cuda_build
-    from fused_kd.rows.cuda.row import Device, Launch
+    from fused_kd.rows.cuda.launch import Device, Launch
 
     major, minor = ARCHITECTURES[arch]
     block, multiprocessor = SHARED[major]

@@ -65,6 +65,7 @@ _SHARDED_KERNELS = "fused_kd/rows/triton/sharded_kernels.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
+_TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton/math.py", "fused_kd/rows/triton/sharded.py"
 _LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
@@ -396,7 +397,7 @@ MUTATIONS = [
         ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
     ),
     Mutation(
-        "top-k: no gradient for the rest", _TOP_K, "share.mul_((gradient.rest / norm).unsqueeze(1))", "share.mul_(0.0)",
+        "top-k: no gradient for the rest", _TOP_K_TORCH, "share.mul_((gradient.rest / norm).unsqueeze(1))", "share.mul_(0.0)",
         ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
     ),
     Mutation(
@@ -417,7 +418,7 @@ MUTATIONS = [
     ),
     Mutation(
         "native: lists exclude nothing from a head", "fused_kd/rows/native/row.py",
-        "student._replace(finite=False), None", "student, None",
+        "teacher = student._replace(finite=False)", "teacher = student",
         ("test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
     ),
     Mutation(
@@ -501,8 +502,8 @@ MUTATIONS = [
         ("test_ambient.py::test_an_offset_of_a_row_whose_label_both_exclude[100000.0-torch]",),
     ),
     Mutation(
-        "torch: an empty list excludes the last token", _TOP_K, "torch.where(present[:, :1], teacher.log_probs[:, :1], each)",
-        "teacher.log_probs[:, :1]", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
+        "torch: an empty list excludes the last token", _TORCH_MATH, "torch.where(some, values.gather(1, first), each)",
+        "values.gather(1, first)", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
     ),
     Mutation(
         "head: exclusions of the bias as given", _ENGINE, "known_all(rounded * side.logit_scale > EXCLUDED)", "known_all(bias.isfinite())",

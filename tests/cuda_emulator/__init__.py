@@ -21,7 +21,7 @@ import pytest
 from torch import Tensor
 
 from fused_kd.rows.cuda import build as cuda_build
-from fused_kd.rows.cuda.row import Device, Launch
+from fused_kd.rows.cuda.launch import Device, Launch
 from fused_kd.rows.expressions import c_table
 
 HERE = Path(__file__).resolve().parent
@@ -82,7 +82,7 @@ def run(call: Launch, clusters: int = 2, library: ctypes.CDLL | None = None) -> 
     function.restype = ctypes.c_char_p
     given = {name.removeprefix("FKD_").lower(): value for name, value in call.macros}
     macros = _Macros(**{name: given.get(name, 0) for name in _Macros.NAMES})
-    ranges = sorted(r for x in call.arguments if isinstance(x, Tensor) for r in _ranges(x))
+    ranges = sorted(r for x in call.arguments.values() if isinstance(x, Tensor) for r in _ranges(x))
     begins = (ctypes.c_uint64 * len(ranges))(*(r[0] for r in ranges))
     ends = (ctypes.c_uint64 * len(ranges))(*(r[1] for r in ranges))
     writable = (ctypes.c_uint8 * len(ranges))(*[1] * len(ranges))
@@ -91,9 +91,9 @@ def run(call: Launch, clusters: int = 2, library: ctypes.CDLL | None = None) -> 
         min(clusters, call.rows), cut.cluster, cut.threads, cut.shared_bytes, len(ranges),
         *(ctypes.cast(x, ctypes.c_void_p) for x in (begins, ends, writable)),
     )  # fmt: skip
-    values = cuda_build.typed(call.arguments, call.types)
-    arguments = [ctypes.c_void_p(x) if kind is int else x for kind, x in zip(call.types, values, strict=True)]
-    fault = function(ctypes.byref(grid), ctypes.byref(macros), *arguments)
+    values = [ctypes.c_void_p(x) if isinstance(x, int) else x for x in call.typed()]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+    fault = function(ctypes.byref(grid), ctypes.byref(macros), arguments)
     if fault:
         raise Fault(fault.decode())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...divergences import Divergence
 from ...objectives import RowSpec, Scalars
 from ...workspace import empty
-from ..contract import EXCLUDED, LOG_ZERO, Logits, RowInputs
+from ..contract import EXCLUDED, LOG_ZERO, Logits, RowInputs, Sparse
 
 # Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
 TINY = 1e-30
@@ -304,6 +304,19 @@ def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: s
     tanh = z.mul_(logits.scale / logits.softcap).tanh_()
     slope = torch.mul(tanh, tanh, out=scratch(name + "_slope", len(raw))).neg_().add_(1.0).mul_(logits.scale)
     return tanh.mul_(logits.softcap), slope
+
+
+def uniform_logits(teacher: Sparse, rows: slice | Tensor, start: int, out: Tensor) -> Tensor:
+    """(B, V) final logits of lists with a uniform tail, in ``out``, from vocabulary id ``start`` on."""
+    indices, values = teacher.indices[rows] - start, teacher.log_probs[rows]
+    each = teacher.rest[rows].unsqueeze(1)
+    present = (indices >= 0) & (indices < out.shape[1])
+    # Where there is no entry, the first that is there is written again; if none is, what all tokens have.
+    first = present.to(torch.int8).argmax(1, keepdim=True)
+    some = present.gather(1, first)
+    index = torch.where(present, indices, torch.where(some, indices.gather(1, first), 0))
+    values = torch.where(present, values, torch.where(some, values.gather(1, first), each))
+    return out.copy_(each.clamp(min=LOG_ZERO).expand_as(out)).scatter_(1, index, values.clamp(min=LOG_ZERO))
 
 
 def cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:

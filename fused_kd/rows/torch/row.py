@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...divergences import DIVERGENCES
 from ...objectives import Scalars
-from ..contract import Logits, RowInputs, RowOutputs
+from ..contract import Logits, RowInputs, RowOutputs, Sparse
 from .math import (
     LEFT_OUT,
     TINY,
@@ -37,12 +37,13 @@ from .math import (
     settled,
     table_arguments,
     target,
+    uniform_logits,
     uses_divergence,
 )
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.contract`."""
+    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says; the teacher may be a uniform tail."""
     C, V = inputs.student.raw.shape
     block = rows_of_block(V, inputs.labels.device)
     scratch = Scratch(min(block, C), V, inputs.labels.device)
@@ -80,9 +81,13 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
         if inputs.cold_labels:
             cold = _softmax(z, y, scratch("cold", len(y)))
         z = cool(z, s.temperature, scratch("z_s", len(y)))
-        assert isinstance(inputs.teacher, Logits)
-        z_t, _ = final_logits(inputs.teacher, rows, scratch, "z_t")
-        outs = out, excluded(z_t, inputs.teacher.finite)
+        teacher = inputs.teacher
+        if isinstance(teacher, Sparse):
+            z_t = uniform_logits(teacher, rows, 0, scratch("z_t", len(y)))
+        else:
+            assert teacher is not None
+            z_t, _ = final_logits(teacher, rows, scratch, "z_t")
+        outs = out, excluded(z_t, isinstance(teacher, Logits) and teacher.finite)
         z_t = cool(z_t, s.temperature, scratch("z_t", len(y)))
         given = None if inputs.hard is None else inputs.hard[rows]
         loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, outs, cold, given, work, s, scratch)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...objectives import Scalars
 from ...workspace import empty
-from ..contract import LOG_ZERO, NOWHERE, Logits, RowInputs, Shards, Sparse
+from ..contract import LOG_ZERO, NOWHERE, RowInputs, Shards, Sparse
 from ..sharded import Joined
 from ..top_k import rest_gradient
-from .math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
+from .math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum, uniform_logits
 
 
 class Read(NamedTuple):
@@ -45,8 +45,7 @@ class Columns:
         local = inputs.labels - shards.start
         self._owned = (inputs.labels >= 0) & (local >= 0) & (local < self.width)
         self._label = local.clamp(0, max(self.width - 1, 0))
-        teacher = inputs.teacher
-        self._sparse = None if not isinstance(teacher, Sparse) else _Slice(teacher, shards)
+        self._start = shards.start
 
     def label(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1): a column to read for the label, and 1 where it is the label's own, else 0."""
@@ -59,10 +58,9 @@ class Columns:
         if teacher is None:
             return Read(z, None, None, slope)
         z = cool(z, s.temperature, scratch("z_cool", len(z)))
-        if self._sparse is not None:
-            z_t = self._sparse.dense(rows, scratch("z_t", len(z)))
+        if isinstance(teacher, Sparse):
+            z_t = uniform_logits(teacher, rows, self._start, scratch("z_t", len(z)))
         else:
-            assert isinstance(teacher, Logits)
             z_t, _ = final_logits(teacher, rows, scratch, "z_t")
             z_t = cool(z_t, s.temperature, scratch("z_t", len(z)))
         return Read(z, z_t, hot, slope)
@@ -105,14 +103,17 @@ class CondensedColumns(Columns):
     def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
         super().__init__(inputs, s, shards)
         teacher = inputs.teacher
-        assert isinstance(teacher, Sparse) and self._sparse is not None
+        assert isinstance(teacher, Sparse)
         C, K = teacher.indices.shape
         V, device = self.width, inputs.labels.device
+        local = teacher.indices - shards.start
+        self._present = (teacher.indices < shards.vocab) & (local >= 0) & (local < V)
+        self._index = torch.where(self._present, local, V)
         self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
         self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
         self._z_t = torch.full_like(self._z, LOG_ZERO)
         values = teacher.log_probs.clamp(min=LOG_ZERO)
-        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._sparse.present, LOG_ZERO)
+        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
         self.student_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
@@ -128,8 +129,8 @@ class CondensedColumns(Columns):
             self._condense(slice(start, min(start + self._block, C)))
 
     def _condense(self, rows: slice) -> None:
-        assert self._sparse is not None and self.student_statistics is not None and self.rest_statistics is not None
-        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        assert self.student_statistics is not None and self.rest_statistics is not None
+        present, index = self._present[rows], self._index[rows]
         z, _ = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         if self.cold_statistics is not None:
             self.cold_statistics[rows, 0:2] = top_and_sum(z, self._scratch("work", len(z)))
@@ -143,10 +144,9 @@ class CondensedColumns(Columns):
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
         """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
-        assert self._sparse is not None
         padded = self._padded[: len(z)]
         padded[:, :-1] = z
-        return padded.scatter_(1, self._sparse.index[rows], NOWHERE)[:, :-1]
+        return padded.scatter_(1, self._index[rows], NOWHERE)[:, :-1]
 
     def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
         return Read(self._z[rows], self._z_t[rows], None if self._hot is None else self._hot[rows], None)
@@ -166,8 +166,7 @@ class CondensedColumns(Columns):
             self._expand(part, gradient[start - rows.start : part.stop - rows.start], out, of)
 
     def _expand(self, rows: slice, gradient: Tensor, out: Tensor, of: Joined) -> None:
-        assert self._sparse is not None
-        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        present, index = self._present[rows], self._index[rows]
         hot, slope = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         z = cool(hot, self.s.temperature, self._scratch("z_cool", len(hot)))
         # each entry that is not listed has its share of the rest's gradient
@@ -181,24 +180,6 @@ class CondensedColumns(Columns):
         entries = gradient[:, :-1].masked_fill(~present, 0.0)
         work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
         super().write(rows, work, Read(z, None, None, slope), out, of)
-
-
-class _Slice:
-    """A top-k teacher's entries within a slice: ``present`` (C, K) and ``index``, the width where there is none."""
-
-    def __init__(self, teacher: Sparse, shards: Shards) -> None:
-        self.teacher, width = teacher, shards.size
-        local = teacher.indices - shards.start
-        self.present = (teacher.indices < shards.vocab) & (local >= 0) & (local < width)
-        self.index = torch.where(self.present, local, width)
-
-    def dense(self, rows: slice | Tensor, out: Tensor) -> Tensor:
-        """The logits of a uniform tail."""
-        teacher, index = self.teacher, self.index[rows]
-        padded = out.new_empty(out.shape[0], out.shape[1] + 1)
-        padded.copy_(teacher.rest[rows].clamp(min=LOG_ZERO).unsqueeze(1).expand_as(padded))
-        padded.scatter_(1, index, teacher.log_probs[rows].clamp(min=LOG_ZERO))
-        return out.copy_(padded[:, :-1])
 
 
 def columns_of(inputs: RowInputs, s: Scalars, shards: Shards) -> Columns:

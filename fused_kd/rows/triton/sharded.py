@@ -9,35 +9,31 @@ import torch
 from torch import Tensor
 
 from ...divergences import Divergence
-from ..contract import Logits, RowInputs, RowOutputs, Shards
+from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepared
 from ..sharded import Joined, Messages, SweptRow
 from ..torch.math import TINY, label_target
-from .row import formula_constants, guard, is_heavy, launch_constants, shape_of, unit_stride
+from .row import formula_constants, guard, is_heavy, launch_constants, shape_of
 from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
-    """As :func:`fused_kd.rows.sharded.row`."""
-    yield from TritonRow(inputs, outputs, shards).run()
+    """Fill ``outputs`` for one chunk; shapes and meaning as of :mod:`fused_kd.rows.contract`, columns of this rank."""
+    own_inputs, own_outputs = prepared(inputs, outputs)
+    yield from TritonRow(own_inputs, own_outputs, shards).run()
+    copy_back(own_outputs, outputs)
 
 
 class TritonRow(SweptRow):
     def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
         super().__init__(inputs, outputs, shards)
-        self.student = unit_stride(inputs.student.raw)
-        self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options = (*shape_of(student), *shape_of(None))
-        capped = student.softcap is not None
-        if isinstance(teacher, Logits):
-            self.teacher = unit_stride(teacher.raw)
-            options = (*shape_of(student), *shape_of(teacher))
-            capped = capped or teacher.softcap is not None
-        self.options = options
-        excludes = isinstance(teacher, Logits) and not (student.finite and teacher.finite)
+        assert not isinstance(teacher, Sparse), "lists are the torch row's"
+        self.student, self.teacher = student.raw, None if teacher is None else teacher.raw
+        self.options = (*shape_of(student), *shape_of(teacher))
+        capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
+        excludes = teacher is not None and not (student.finite and teacher.finite)
         self.made = formula_constants(inputs.spec, inputs.cold_labels) | {"EXCLUDES": excludes}
-        self.labels = inputs.labels.contiguous()
-        self.scalars = inputs.scalars.contiguous()
+        self.labels, self.scalars = inputs.labels, inputs.scalars
         launch = launch_constants(is_heavy(inputs.spec, capped), self.student, self.teacher)
         self.lanes = {name: launch.pop(name) for name in ("LANES", "PACK")}
         self.launch = launch
@@ -88,18 +84,14 @@ class TritonRow(SweptRow):
     def gradient(
         self, of: Joined, divergence: Divergence | None, use: Tensor | None, total: Tensor | None, shares: Any
     ) -> None:
-        given = self.outputs.dlogits
-        if given is None or not given.shape[1]:
+        out = self.outputs.dlogits
+        if out is None or not out.shape[1]:
             return
-        out = self.student if given is self.inputs.student.raw else unit_stride(given)
-        weights = self.inputs.weights
         with guard(self.labels.device):
             gradient_kernel[(self.C,)](
-                self.student, self.teacher, out, self.labels, None if weights is None else weights.contiguous(),
-                self.scalars, self.known, None if use is None else use.view(torch.uint8),
+                self.student, self.teacher, out, self.labels, self.inputs.weights, self.scalars, self.known,
+                None if use is None else use.view(torch.uint8),
                 None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
                 out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
                 self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["EXCLUDES"], **self.launch,
             )  # fmt: skip
-        if out is not given:
-            given.copy_(out)
