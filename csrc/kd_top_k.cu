@@ -14,7 +14,7 @@ typedef struct {
     const float *scalars;
 } TopK;
 
-FKD_INLINE float temperature_of(const TopK *call) { return as_float(global_read4(call->scalars + 3)); }
+FKD_INLINE float temperature_of(const TopK *call) { return as_float(global_read4(call->scalars + SCALAR_temperature)); }
 
 FKD_INLINE bool ignored(const TopK *call, int64_t row) { return (int32_t)global_read8(call->labels + row).y < 0; }
 

@@ -36,6 +36,7 @@ from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, Scalars
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.sharded import Statistics
 from fused_kd.rows.torch.math import uses_divergence
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
@@ -248,7 +249,7 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
-    of = row._join(torch.ones(1, 1, 12))
+    of = row.join(Statistics.of(torch.ones(1, 1, 12)))
     divergence = DIVERGENCES[inputs.spec.divergence or "kl"]
     hard = torch.ones(1, dtype=torch.bool)
     use = None if inputs.spec.divergence is None else uses_divergence(divergence, inputs.spec, hard, 0.5)

@@ -234,7 +234,7 @@ def test_a_binary_of_other_sources_is_not_used(nvrtc, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"old")
     cuda_build.cubin("fkd_row", MACROS, "sm_90a")
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"new")
-    monkeypatch.setattr(cuda_build, "c_table", lambda: "another table\n")
+    monkeypatch.setattr(cuda_build, "c_header", lambda: "another table\n")
     assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"new"
 
 

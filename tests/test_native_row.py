@@ -19,7 +19,7 @@ from fused_kd.objectives import Objective, RowSpec
 from fused_kd.reference import reference_rows
 from fused_kd.rows import select
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
-from fused_kd.rows.expressions import c_expression, c_table
+from fused_kd.rows.expressions import c_expression, c_header
 from fused_kd.rows.native import build as native_build
 from fused_kd.rows.native import row as native_row
 
@@ -35,7 +35,7 @@ BLOCK = 1024  # of csrc/kd_row.c
 
 def library(tmp_path: Path, text: str, *flags: str) -> ctypes.CDLL:
     """``csrc/kd_row.c`` with ``text`` behind it."""
-    (tmp_path / "table.h").write_text(c_table())
+    (tmp_path / "table.h").write_text(c_header())
     (tmp_path / "test.c").write_text(f'#include "table.h"\n#include "{native_build.SOURCE}"\n{text}')
     output = tmp_path / "test.so"
     compiler = native_build.find_compiler()

@@ -7,7 +7,6 @@ Implementations never import each other.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,16 +14,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from ..objectives import LOG_ZERO as LOG_ZERO
+from ..divergences import EXCLUDED as EXCLUDED
 from ..objectives import RowSpec
-
-EXCLUDED = -1e18
-# Below log 0 at any temperature: what is no token of a row, such as one that a list holds among the rest.
-NOWHERE = -3e38
-"""Final logits below this, before the temperature, are those of excluded tokens, unless the row has no others."""
-
-LOG_LEAST = -126 * math.log(2.0)
-"""Smaller log-probabilities, those of numbers that are not normal in fp32, are log 0 where the other side excludes."""
 
 
 class Logits(NamedTuple):

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..divergences import LOG_ZERO
 from ..objectives import RowSpec, Scalars
-from .contract import LOG_ZERO, Logits, Row, RowInputs, RowOutputs, Sparse
+from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
 from .torch.math import weighed
 
 # By how much the logarithm of a probability near 1 may pass 0.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda.launch import Device, Launch
-from fused_kd.rows.expressions import c_table
+from fused_kd.rows.expressions import c_header
 
 HERE = Path(__file__).resolve().parent
 WARP = 4
@@ -53,14 +53,14 @@ def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None, flags: tup
     """The emulated kernels of csrc/ or a copy of it, kept in ``folder`` for other processes."""
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
-    key = [c_table(), *FLAGS, *flags, *(path.read_text() for path in sources if path.is_file())]
+    key = [c_header(), *FLAGS, *flags, *(path.read_text() for path in sources if path.is_file())]
     folder = folder or Path(tempfile.gettempdir(), f"fused_kd-emulator-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"emulator-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             table, output = Path(scratch, "table.h"), Path(scratch, "out.so")
-            table.write_text(c_table())
+            table.write_text(c_header())
             command = [compiler, *FLAGS, *flags, "-include", str(table), '-DFKD_PRIMITIVES="primitives.h"']
             command += [f"-I{csrc}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..build_cache import cache_folder, keep, kept
-from ..expressions import c_table
+from ..expressions import c_header
 from .launch import FOLDER, SOURCES, Cut, Device, Launch
 
 INSTEAD = "or use backend='triton'"
@@ -179,7 +179,7 @@ def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, *, fresh:
     Raises:
         CudaRowError: where NVRTC is missing or fails.
     """
-    source = c_table() + f'#include "{SOURCES[kernel]}"\n'
+    source = c_header() + f'#include "{SOURCES[kernel]}"\n'
     files = [FOLDER / SOURCES[kernel], *sorted(FOLDER.glob("*.h"))]
     key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(OPTIONS)])
     folder = cache_folder()

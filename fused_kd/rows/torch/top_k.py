@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...divergences import NOWHERE
 from ...objectives import Scalars
-from ..contract import LOG_ZERO, NOWHERE, RowInputs, RowOutputs, Sparse
+from ..contract import RowInputs, RowOutputs, Sparse
 from ..top_k import categories, category_rows
-from .math import Scratch, on_host
+from .math import Scratch, finish_logits_, on_host, to_raw_
 from .row import row as dense
 
 # The sweeps below come back to a block, which should still be in the last-level cache.
@@ -52,15 +53,7 @@ def _block(inputs: RowInputs, outputs: RowOutputs, scratch: Scratch) -> None:
     out = outputs.dlogits
     overwrites = out is not None and out.data_ptr() == student.raw.data_ptr() and out.dtype == torch.float32
     z = student.raw if overwrites else scratch("z", B).copy_(student.raw)
-    slope = None
-    if student.softcap is not None:
-        z.mul_(student.scale / student.softcap).tanh_()
-        slope = torch.mul(z, z, out=scratch("slope", B)).neg_().add_(1.0).mul_(student.scale)
-        z.mul_(student.softcap)
-    elif student.scale != 1.0:
-        z.mul_(student.scale)
-    if not student.finite:
-        z.clamp_(min=LOG_ZERO)
+    slope = finish_logits_(z, student, scratch, "slope")
     entries = z.gather(1, index).where(inputs.teacher.indices < V, NOWHERE)
     z.scatter_(1, index, NOWHERE)
 
@@ -87,10 +80,7 @@ def _block(inputs: RowInputs, outputs: RowOutputs, scratch: Scratch) -> None:
     if gradient.cold is not None and cold_share is not None:
         share.addcmul_(cold_share, (gradient.cold / cold_norm).unsqueeze(1))
     share.scatter_add_(1, index, gradient.entries)
-    if slope is not None:
-        share.mul_(slope)
-    elif student.scale != 1.0:
-        share.mul_(student.scale)
+    to_raw_(share, student, slope)
     if work is not out:
         out.copy_(work)
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import Divergence
+from ...divergences import TINY, Divergence
 from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepared
-from ..sharded import Joined, Messages, SweptRow
-from ..torch.math import TINY, label_target
+from ..sharded import Joined, Messages, Statistics, SweptRow
+from ..torch.math import label_target
+from .math import TEMPERATURE
 from .row import formula_constants, guard, is_heavy, launch_constants, shape_of
-from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
+from .sharded_kernels import STATISTICS, Known, gradient_kernel, statistics_kernel, sums_kernel
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
@@ -43,31 +44,37 @@ class TritonRow(SweptRow):
         return self.student.stride(0), 0 if self.teacher is None else self.teacher.stride(0)
 
     def statistics(self) -> Tensor:
-        message = torch.empty(self.C, 12, dtype=torch.float32, device=self.labels.device)
+        message = torch.empty(self.C, STATISTICS.value, dtype=torch.float32, device=self.labels.device)
         with guard(self.labels.device):
             statistics_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
                 *self._strides, *self.options, COLD=self.made["COLD"], EXCLUDES=self.made["EXCLUDES"],
                 **self.lanes, **self.launch,
             )  # fmt: skip
-        return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 9]
+        return self.said(message)
 
-    def _join(self, x: Tensor) -> Joined:
-        x, T = x.clone(), torch.ones_like(x[0, 0, 0])
+    def join(self, ranks: Statistics) -> Joined:
+        T = torch.ones_like(ranks.top[0, 0, 0])
         if self.teacher is not None:
-            T = self.scalars[3].to(torch.float64)
-            for column in (0, 2, 3, 6, 7, 8):  # logits
-                x[:, :, column] /= T
-            x[:, :, 5] *= math.log(2.0)
-        of = super()._join(x)
+            T = self.scalars[TEMPERATURE.value].to(torch.float64)
+            logits = ("top", "label", "top_t", "label_t", "beside", "beside_t")
+            ranks = ranks._replace(**{name: getattr(ranks, name) / T for name in logits})
+            ranks = ranks._replace(excess=ranks.excess * math.log(2.0))
+        of = super().join(ranks)
         label_d = torch.zeros_like(of.top)
         if self.teacher is not None:
             label_d = label_target(of.log_p_y, self.s).clamp(min=TINY).log() - of.log_q_y
-        columns = (
-            of.top * T, (-of.log_sum).exp(), of.top_t * T, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
-            label_d, of.cold_top, (-of.cold_log_sum).exp(),
-        )  # fmt: skip
-        self.known = torch.cat(columns, 1).float()
+        known = Known(
+            s_max=of.top * T,
+            s_inv=(-of.log_sum).exp(),
+            t_max=of.top_t * T,
+            t_inv=(-of.log_sum_t).exp(),
+            log_ratio=of.log_sum_t - of.log_sum,
+            label_d=label_d,
+            cold_max=of.cold_top,
+            cold_inv=(-of.cold_log_sum).exp(),
+        )
+        self.known = torch.cat(known, 1).float()
         return of
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Any) -> Tensor:

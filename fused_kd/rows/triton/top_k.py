@@ -10,14 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import LOG_ZERO, RowInputs, RowOutputs, Sparse, compiled
+from ..contract import RowInputs, RowOutputs, Sparse, compiled
 from ..top_k import categories, category_rows
-from .math import LOG2_E, exponent, exponent_scale
+from .math import LOG2_E, LOG_ZERO, TEMPERATURE, exponent, exponent_scale
 from .row import guard, launch_constants, shape_of
 from .row import row as dense
 from .sweeps import add_exponentials, by_lane, logits, store_block, student_block, write_zeros
-
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 
 @compiled
@@ -71,13 +69,13 @@ def condense_kernel(
     PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(scalars_ptr + 3)
+    temperature = tl.load(scalars_ptr + TEMPERATURE)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     k = exponent_scale(scalars_ptr)
-    top = tl.full((LANES,), _LOG_ZERO, tl.float32)
+    top = tl.full((LANES,), LOG_ZERO, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
     student = (student_row, student_scale, student_cap)
@@ -100,7 +98,7 @@ def condense_kernel(
     origin = tl.maximum(rest, tl.max(entry_z, axis=0))
     categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
-    entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
+    entry_z = tl.where(entries < V, entry_z - origin, LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
     tl.store(categories_row + K1, (rest - origin) + _log_sum(rest, k, top, z_sum) * temperature)
     if COLD:
