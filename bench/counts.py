@@ -17,7 +17,7 @@ dW              2 n V H_s  b (n V + n H_s) + 4 (2 k - 1) V H_s
 Passes over a finished dW come on top: rounding a bf16 one, 4 + b an entry; for fp16, whose factor no row can carry,
 scaling in fp32, 8, and rounding in the backward pass, 4 + b. Where one group holds all tokens, a bf16 dW is made in s
 fp32 slabs that are rounded while they are in the L2 cache: then b (n V + s n H_s + V H_s) is all, and 8 V H_s more if
-the slabs do not stay there. Groups are chunks in fp32, under a tight budget and with ``tuning.gradient_groups=False``.
+the slabs do not stay there. Groups are chunks in fp32, under a tight budget and with ``tuning.device_chunk=0``.
 A backward pass with the factor 1 moves nothing.
 
 Where low-precision operands must be upcast first, groups are chunks, b is 4 for operands and logit gradients, b + 8 for

@@ -34,15 +34,12 @@ from typing import NamedTuple
 
 import torch
 
-from fused_kd.engines.head_gradient import gradient_dtype
+from fused_kd.engines.problem import gradient_dtype
 from fused_kd.engines.streaming.plan import ALIGNED, GROUP, Plan, Sizes, Tiles, choose_tiles, plan_streaming
 from fused_kd.engines.waves import MULTIPROCESSORS
 
 from .counts import gemm_flops
 from .shapes import Shape
-
-# ``streaming_kernels.FIELDS``, which only Triton can import.
-FIELDS = 10
 
 
 class StreamingCounts(NamedTuple):
@@ -80,13 +77,13 @@ def count_streaming(
     n, x = round(valid * N), round(hard * round(valid * N)) if teacher else 0
     late = gradient_dtype(dtype) != torch.float32
     sizes = Sizes(
-        N, n, V, FIELDS, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
-        dlogits=b, gathered=b, early=True, early_weight=not late, late=late,
+        N, n, V, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
+        dlogits_bytes=b, hidden_bytes=b, by_tokens=True, weight_by_tokens=not late, by_columns=late,
     )  # fmt: skip
     plain = shape.H_s % ALIGNED == 0 and (not teacher or shape.H_t % ALIGNED == 0)
     tiles = choose_tiles(*[dtype] * (2 if teacher else 1), plain=plain)
     plan = plan_streaming(sizes, tiles, memory_budget)
-    m, s = -(-n // plan.tokens), -(-V // plan.late_columns)
+    m, s = -(-n // plan.tokens), -(-V // plan.columns_of_all)
     again = late and not plan.together
     H = shape.H_s + (shape.H_t if teacher else 0)
 
@@ -108,12 +105,12 @@ def count_streaming(
     if plan.together:
         flops["d_hidden"] = everything["d_hidden"]
     VH, nH = V * shape.H_s, n * shape.H_s
-    slab = plan.late_columns if plan.together else plan.columns
+    slab = plan.columns_of_all if plan.together else plan.columns
     reads = {
         "statistics": _rows(n, V, tiles.statistics, plan.splits),
         "sums": _rows(x, V, tiles.sums, plan.sum_splits) if x else 0,
         "dlogits": sum(_rows(t, v, tiles.gradient) for t in _pieces(n, plan.tokens) for v in _pieces(V, slab)),
-        "dlogits_again": sum(_rows(n, v, tiles.gradient) for v in _pieces(V, plan.late_columns)) if again else 0,
+        "dlogits_again": sum(_rows(n, v, tiles.gradient) for v in _pieces(V, plan.columns_of_all)) if again else 0,
     }
     moved = {part: b * H * rows for part, rows in reads.items()} | {
         "d_hidden": b * m * VH + 4 * nH,
@@ -126,7 +123,7 @@ def count_streaming(
         for name, work in sweeps.items()
         for tile in [kernels.get(name, tiles.gradient)]
     }
-    rows = min(plan.late_columns if late else plan.columns, V)
+    rows = min(plan.columns_of_all if late else plan.columns, V)
     results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
     return StreamingCounts(plan, flops, moved, added, cached, results)
 

@@ -104,7 +104,7 @@ def predict_rank(
 ) -> Step:
     """One rank of ``ranks``, bf16, all gradients wanted; ``swept`` and ``reduce`` as of ``predicted_traffic``."""
     local = shape._replace(V=-(-shape.V // ranks))
-    with tuned(gradient_groups=False):  # as the sharded engine, whose chunks alternate
+    with tuned(device_chunk=0):  # as the sharded engine, whose chunks alternate
         alone = predict(local, torch.bfloat16, machine, on_host=False)
     gemms = sum(value for name, value in alone.parts.items() if name != "row")
     row_seconds = bytes_per_logit * shape.N * local.V / machine[COPY]

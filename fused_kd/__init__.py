@@ -1,8 +1,8 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
-from .inputs import LMHead, TopK
-from .loss import KDLoss, KDOutput, kd_loss
+from .inputs import KDOutput, LMHead, TopK
+from .loss import KDLoss, kd_loss
 from .objectives import (
     OBJECTIVES,
     SFT,

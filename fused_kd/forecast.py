@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from .divergences import DIVERGENCES
 from .engines import chunked
+from .engines.chunks import Chunks
 from .engines.dispatch import AUTO, ENGINES, choose_engine
 from .engines.gemm import has_fp32_output
-from .engines.head_gradient import gradient_dtype
 from .engines.plan import BudgetTooSmall, Plan
-from .engines.streaming.plan import ALIGNED, Sizes, choose_tiles, plan_streaming
+from .engines.problem import Problem, Side, Wanted
+from .engines.streaming.plan import ALIGNED, choose_tiles, plan_streaming, sizes_of
 from .inputs import FLOAT_DTYPES
-from .objectives import Objective, SelfEvolution
+from .objectives import Objective, RowSpec, SelfEvolution
 from .rows.select import BACKENDS, _native_works
 
 
@@ -108,7 +108,8 @@ def plan_for(
             too_small, chosen = error, "streaming"
     if chosen == "streaming":
         try:
-            chunk, workspace = _streamed(N, H_s, H_t, V, objective, teacher, dtype, upcast, memory_budget)
+            problem = _problem(N, H_s, H_t if teacher else None, V, dtype, spec, lists, memory_budget)
+            chunk, workspace = _streamed(problem, dtype, upcast)
         except BudgetTooSmall as error:
             if too_small is None:
                 raise
@@ -151,50 +152,53 @@ def chunked_plan(
     ``upcast``: operands of low precision are made fp32 first, as where GEMMs have no fp32 output. The teacher is a list
     of ``top_k`` entries a token, or has ``H_t`` hidden states, or is none.
     """
+    problem = _problem(n, H_s, H_t, V, dtype, SelfEvolution.kind, top_k, memory_budget)
+    chunks = Chunks(problem, V, None, problem.labels)
+    for source in (chunks.student, chunks.teacher):
+        if source is not None and source.projection is not None:
+            # It asks the tensors' device, which is not the one to be planned for.
+            source.projection.upcast = upcast and dtype != torch.float32
+    return chunked.plan(chunks, device)
 
-    def side(H: int) -> chunked.LogitSource:
+
+def _streamed(problem: Problem, dtype: torch.dtype, upcast: bool) -> tuple[int, int]:
+    """Tokens a chunk of dH, and bytes."""
+    heads = [side for side in (problem.student, problem.teacher) if side is not None]
+    plain = all(side.source.shape[1] % ALIGNED == 0 for side in heads)
+    tiles = choose_tiles(*[dtype] * len(heads), plain=plain, target=_target())
+    sizes = sizes_of(problem, len(problem.labels), upcast=upcast)
+    plan = plan_streaming(sizes, tiles, problem.memory_budget)
+    return plan.tokens, plan.workspace
+
+
+def _problem(
+    n: int,
+    H_s: int,
+    H_t: int | None,
+    V: int,
+    dtype: torch.dtype,
+    spec: RowSpec,
+    top_k: int | None,
+    memory_budget: int | None,
+) -> Problem:
+    """Of tensors without data."""
+
+    def side(H: int) -> Side:
         hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (n, V))
-        made = chunked.LogitSource(chunked.Side(hidden, weight, None, 1.0, None), V, None)
-        assert made.projection is not None
-        # It asks the tensors' device, which is not the one to be planned for.
-        made.projection.upcast = upcast and dtype != torch.float32
-        return made
+        return Side(hidden, weight)
 
-    teacher: chunked.LogitSource | chunked.TopKSide | None = None
+    teacher = None
     if top_k is not None:
         entries = torch.empty(n, top_k, dtype=torch.float32, device="meta")
-        teacher = chunked.TopKSide(entries, entries, "renormalize")
+        teacher = Side(entries, indices=entries, tail="renormalize")
     elif H_t is not None:
         teacher = side(H_t)
-    wanted = chunked.Wanted(source=True, weight=True, bias=False)
-    return chunked.plan(n, side(H_s), teacher, V, True, wanted, memory_budget, device)
-
-
-def _streamed(
-    N: int,
-    H: int,
-    H_t: int,
-    V: int,
-    objective: Objective,
-    teacher: bool,
-    dtype: torch.dtype,
-    upcast: bool,
-    memory_budget: int | None,
-) -> tuple[int, int]:
-    """Tokens a chunk of dH, and bytes."""
-    from .engines.streaming.kernels import FIELDS  # Triton is there where this engine was chosen
-
-    spec, copied = objective.spec, 4 * upcast
-    late = gradient_dtype(dtype) != torch.float32
-    sums = teacher and not DIVERGENCES[spec.divergence or "kl"].free
-    sizes = Sizes(
-        N, N, V, FIELDS.value, sums, spec.gated, H, H_t if teacher else 0, dlogits=4 if upcast else dtype.itemsize,
-        gathered=dtype.itemsize + copied, copied=copied, early=True, early_weight=not late, late=late,
+    nothing, labels = torch.empty(0, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+    return Problem(
+        student=side(H_s), teacher=teacher, labels=labels, weights=None, scale=nothing, scalars=nothing,
+        wanted=Wanted(source=True, weight=True, bias=False), spec=spec, cold_labels=False, vocab=V, dtype=None,
+        memory_budget=memory_budget, engine="", backend="",
     )  # fmt: skip
-    operands = [dtype, dtype] if teacher else [dtype]
-    plain = H % ALIGNED == 0 and (not teacher or H_t % ALIGNED == 0)
-    plan = plan_streaming(sizes, choose_tiles(*operands, plain=plain, target=_target()), memory_budget)
-    return plan.tokens, plan.workspace
 
 
 def _target() -> str:

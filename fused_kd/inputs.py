@@ -1,9 +1,11 @@
-"""What the loss is given: a language-model head that has not been applied yet, or a teacher's cached top entries."""
+"""What the loss is given, a head that has not been applied yet or a teacher's cached top entries, and what it gives;
+and whether all that fits together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,3 +174,75 @@ def check_number(name: str, value: object, *, low: float = -LARGEST) -> None:
         raise TypeError(f"{name} must be a number in [{low:g}, {LARGEST:g}], got {value!r}")
     if not low <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [{low:g}, {LARGEST:g}], got {value!r}")
+
+
+class KDOutput(NamedTuple):
+    """``loss`` scalar (or per token for ``reduction="none"``); per token, in the shape of the labels and without
+    gradient, ``difficulty`` = KL(yt||q) in nats (fp32) and ``is_hard`` (bool: took the hard branch of a gated
+    objective). Ignored tokens hold 0 and False."""
+
+    loss: Tensor
+    difficulty: Tensor
+    is_hard: Tensor
+
+
+def check_logits(name: str, side: object) -> None:
+    """Of a side that is neither a head nor a list: those have checked themselves."""
+    if not isinstance(side, Tensor):
+        allowed = "an LMHead, a TopK or a tensor of logits" if name == "teacher" else "an LMHead or a tensor of logits"
+        raise TypeError(f"{name} must be {allowed}, got {type(side).__name__}")
+    check_float_tensor(name, side)
+    if side.dim() < 2 or side.shape[-1] < 1:
+        raise ValueError(f"{name} logits must have shape (..., V), got {tuple(side.shape)}")
+
+
+def refuse_dtensors(*tensors: object) -> None:
+    if any(type(x).__name__ == "DTensor" for x in tensors):
+        raise ValueError("student and teacher may hold DTensors only with tp_group, the mesh they lie on")
+
+
+def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> int:
+    """What both sides, with vocabularies of these sizes (None: it does not know), are cut to."""
+    sizes = [student] if teacher is None else [student, teacher]
+    if vocab_size is not None:
+        if vocab_size > min(sizes):
+            raise ValueError(f"vocab_size must be at most {min(sizes)}, the smaller vocabulary, got {vocab_size}")
+        return vocab_size
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"student and teacher have unequal vocabularies, {sizes[0]} and {sizes[1]}; if one is padded, pass "
+            "vocab_size (the tokenizer's size) to cut both"
+        )
+    return sizes[0]
+
+
+def check_alike(
+    shape: torch.Size,
+    device: torch.device,
+    teacher: tuple[torch.Size, torch.device] | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+) -> None:
+    """That all is said of the student's tokens, of this shape, and on its device."""
+    if teacher is not None and teacher[0] != shape:
+        raise ValueError(f"teacher must hold the student's tokens, shape {tuple(shape)}, got {tuple(teacher[0])}")
+    if teacher is not None and teacher[1] != device:
+        raise ValueError(f"teacher is on {teacher[1]}, student on {device}; they must share one device")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    check_dense("labels", labels)
+    if labels.shape != shape:
+        raise ValueError(f"labels must have the tokens' shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device != device and labels.device.type != "cpu":
+        raise ValueError(f"labels must be on the student's device {device} or on the CPU, got {labels.device}")
+    if token_weights is None:
+        return
+    if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
+        raise TypeError("token_weights must be a floating-point tensor")
+    check_dense("token_weights", token_weights)
+    if token_weights.shape != shape:
+        raise ValueError(f"token_weights must have the tokens' shape {tuple(shape)}, got {tuple(token_weights.shape)}")
+    if token_weights.requires_grad:
+        raise ValueError("token_weights must be constants, got a tensor that requires grad; detach it")

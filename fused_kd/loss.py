@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from .amounts import weights_and_scale
 from .divergences import DIVERGENCES
-from .engines.dispatch import choose_engine
-from .inputs import LMHead, TopK
+from .engines.dispatch import ENGINES, choose_engine
+from .engines.problem import Problem, Side, Wanted
+from .inputs import KDOutput, LMHead, TopK, check_alike, check_logits, check_number, common_vocab, refuse_dtensors
 from .objectives import OBJECTIVES, Objective
-from .ops import KDFunction, Options
-from .options import LossOptions, checked_option
-from .sides import autocast_dtype, check_alike, common_vocab, flatten, refuse_dtensors, shifted
+from .ops import KDFunction, pack
+from .rows.contract import Shards
+from .rows.select import BACKENDS
+from .tokens import labels_weights_scale
+
+# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
+LEAST_TEMPERATURE = 1e-8
+REDUCTIONS = ("mean", "sum", "none")
+_INT64 = 2**63
 
 
-class KDOutput(NamedTuple):
-    """``loss`` scalar (or per token for ``reduction="none"``); per token, in the shape of the labels and without
-    gradient, ``difficulty`` = KL(yt||q) in nats (fp32) and ``is_hard`` (bool: took the hard branch of a gated
-    objective). Ignored tokens hold 0 and False."""
+class LossOptions(TypedDict, total=False):
+    """Keyword options of :class:`KDLoss`, accepted by :func:`kd_loss` too."""
 
-    loss: Tensor
-    difficulty: Tensor
-    is_hard: Tensor
+    ignore_index: int
+    reduction: str
+    temperature: float
+    vocab_size: int | None
+    shift: bool
+    memory_budget: int | None
+    backend: str | None
+    validate: bool
+    engine: str | None
+    grad_filter_eps: float
+    tp_group: Any
 
 
 class KDLoss(nn.Module):
@@ -61,9 +73,9 @@ class KDLoss(nn.Module):
             which only the streaming engine filters all the same.
         tp_group: process group, or device mesh of one dimension, over which the vocabulary of both heads is divided:
             each rank gives its own rows (or logits), the same tokens and the whole vocabulary's labels. Weights and
-            hidden states may be DTensors, see :func:`fused_kd.parallel.local_side`. All ranks get the same loss; each
-            gets its own rows' gradient, and the hidden states' summed over the ranks. ``backend`` is "triton" (dense
-            teachers, all objectives but ``AdaptiveKL``) or "torch".
+            hidden states may be DTensors, see :func:`fused_kd.parallel.local_tensors`. All ranks get the same loss;
+            each gets its own rows' gradient, and the hidden states' summed over the ranks. ``backend`` is "triton"
+            (dense teachers, all objectives but ``AdaptiveKL``) or "torch".
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.
@@ -131,7 +143,11 @@ class KDLoss(nn.Module):
         if name in LossOptions.__annotations__:
             value = checked_option(name, value)
         if name == "tp_group":
-            self._group = None if value is None else _group_of(value)
+            self._group = None
+            if value is not None:
+                from .parallel import group_of
+
+                self._group = group_of(value)
         super().__setattr__(name, value)
         if name == "temperature" and "scalars" in self._buffers:
             self._write_scalars()
@@ -192,54 +208,24 @@ class KDLoss(nn.Module):
     ) -> KDOutput:
         """As :meth:`forward`, with each token's difficulty and hardness."""
         spec = self._spec
-        sum_hidden, shards = True, None
-        if self._group is None:
-            refuse_dtensors(student, teacher)
-        else:
-            from .parallel import divide, local_side
-
-            student, sum_hidden = local_side("student", student, self._group)
-            teacher, _ = local_side("teacher", teacher, self._group)
-        side_s = flatten("student", student)
-        if spec.divergence is None:
-            side_t = None
-        elif teacher is None:
-            raise ValueError(
-                f"teacher must be an LMHead, logits or a TopK for {type(self._objective).__name__}, got None"
-            )
-        else:
-            side_t = flatten("teacher", teacher)
-            if isinstance(teacher, TopK):
-                self._check_top_k(teacher)
-        if self._group is None:
-            vocab = common_vocab(side_s, side_t, self.vocab_size)
-        else:
-            assert side_s.vocab is not None
-            local_t = None if side_t is None else side_t.vocab
-            shards = divide(self._group, side_s.vocab, local_t, self.vocab_size)
-            vocab = shards.vocab
-        shape = side_s.shape
-        check_alike(side_s, side_t, labels, token_weights)
-        device = side_s.source.device
+        side, shape, sum_hidden = _flat("student", student, self._group)
+        device, side_t, tokens_t = side.source.device, None, None
+        if spec.divergence is not None:
+            self._check_teacher(teacher)
+            side_t, shape_t, _ = _flat("teacher", teacher, self._group)
+            tokens_t = shape_t, side_t.source.device
+        vocab, shards = self._vocab(side, side_t)
+        check_alike(shape, device, tokens_t, labels, token_weights)
         engine, backend = choose_engine(
-            self.engine,
-            self.backend,
-            spec.divergence,
-            self.grad_filter_eps,
-            device,
-            top_k=isinstance(teacher, TopK),
-            sharded=shards is not None,
-        )
-
+            self.engine, self.backend, spec.divergence, self.grad_filter_eps, device,
+            top_k=isinstance(teacher, TopK), sharded=shards is not None,
+        )  # fmt: skip
         labels = labels.long()
-        labels = shifted(labels, self.ignore_index) if self.shift else labels
-        flat_labels = labels.reshape(-1)
-        if token_weights is not None:
-            token_weights = token_weights.reshape(-1)
-        weights, scale = weights_and_scale(
-            flat_labels,
-            token_weights,
+        labels, weights, scale = labels_weights_scale(
+            (_shifted(labels, self.ignore_index) if self.shift else labels).reshape(-1),
+            None if token_weights is None else token_weights.reshape(-1),
             num_items,
+            vocab=vocab,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             validate=self.validate,
@@ -247,50 +233,53 @@ class KDLoss(nn.Module):
         )
         if self.scalars.is_meta and device.type != "meta":  # built there, and never emptied onto a device
             self.scalars = self._scalars(device)
-        scalars = self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
-        options = Options(
-            *spec,
+        grad = torch.is_grad_enabled()
+        problem = Problem(
+            student=side,
+            teacher=side_t,
+            labels=labels,
+            weights=weights,
+            scale=scale,
+            scalars=self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True),
+            wanted=Wanted(*(grad and x is not None and x.requires_grad for x in (side.source, side.weight, side.bias))),
+            spec=spec,
             cold_labels=self.temperature != 1.0 and spec.hard_label and spec.divergence is not None,
-            logit_scale_s=side_s.logit_scale,
-            softcap_s=side_s.softcap,
-            logit_scale_t=side_t.logit_scale if side_t else 1.0,
-            softcap_t=side_t.softcap if side_t else 0.0,
-            tail=teacher.tail if isinstance(teacher, TopK) else "",
             vocab=vocab,
-            ignore_index=self.ignore_index,
-            backend=backend,
-            dtype=autocast_dtype(device, side_s, side_t),
-            memory_budget=-1 if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
-            validate=self.validate,
+            dtype=_autocast_dtype(device, student=side, teacher=side_t),
+            memory_budget=None if self.memory_budget is None else min(self.memory_budget, _INT64 - 1),
             engine=engine,
+            backend=backend,
             grad_filter_eps=self.grad_filter_eps,
-            group="" if shards is None else shards.group,
-            rank=0 if shards is None else shards.rank,
-            shard_sizes=() if shards is None else shards.sizes,
+            validate=self.validate,
+            shards=shards,
             sum_hidden=sum_hidden,
         )
-        enabled = torch.is_grad_enabled()
-        # Fields by name: Dynamo of torch 2.8 cannot slice a NamedTuple.
-        student_tensors = (side_s.source, side_s.weight, side_s.bias)
-        wanted = tuple(enabled and x is not None and x.requires_grad for x in student_tensors)
-        teacher_tensors = (
-            (None,) * 4
-            if side_t is None
-            else tuple(map(_detached, (side_t.source, side_t.weight, side_t.bias, side_t.indices)))
-        )
-        loss, difficulty, is_hard = KDFunction.apply(  # type: ignore[no-untyped-call]
-            *student_tensors, *teacher_tensors, flat_labels, weights, scale, scalars,
-            wanted, self.reduction == "none", tuple(options),
-        )  # fmt: skip
+        loss, difficulty, is_hard = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
             loss = loss.reshape(shape)
         return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape))
 
-    def _check_top_k(self, teacher: TopK) -> None:
+    def _vocab(self, student: Side, teacher: Side | None) -> tuple[int, Shards | None]:
+        """The columns that take part, and this rank's among them."""
+        columns, columns_t = student.vocab, None if teacher is None else teacher.vocab
+        assert columns is not None
+        if self._group is None:
+            return common_vocab(columns, columns_t, self.vocab_size), None
+        from .parallel import divide
+
+        shards = divide(self._group, columns, columns_t, self.vocab_size)
+        return shards.vocab, shards
+
+    def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
+        name = type(self._objective).__name__
+        if teacher is None:
+            raise ValueError(f"teacher must be an LMHead, logits or a TopK for {name}, got None")
+        if not isinstance(teacher, TopK):
+            return
         if teacher.tail == "renormalize":
             if DIVERGENCES[self._spec.divergence or "kl"].everywhere:
                 raise ValueError(
-                    f"tail must be 'uniform' or 'bucket' for {type(self._objective).__name__}, which is infinite "
+                    f"tail must be 'uniform' or 'bucket' for {name}, which is infinite "
                     "where the teacher is 0, got 'renormalize'"
                 )
         elif self.temperature != 1.0:
@@ -327,11 +316,87 @@ def kd_loss(
 _CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
 
 
-def _group_of(tp_group: Any) -> Any:
-    from .parallel import group_of
+def _flat(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[Side, torch.Size, bool]:
+    """A side with its tokens in a row, their shape, and whether the engine is to add up its hidden gradient over the
+    ranks of a ``group``. The teacher's tensors are constants."""
+    if isinstance(given, TopK) and name == "teacher":
+        values, indices = (x.detach().reshape(-1, x.shape[-1]) for x in (given.log_probs, given.indices))
+        return Side(values, indices=indices, tail=given.tail), given.log_probs.shape[:-1], True
+    head = given if isinstance(given, LMHead) else None
+    tensors: list[Any] = [given, None, None] if head is None else [head.hidden, head.weight, head.bias]
+    sum_hidden = True
+    if group is None:
+        refuse_dtensors(*tensors)
+    else:
+        from .parallel import local_tensors
 
-    return group_of(tp_group)
+        tensors, sum_hidden = local_tensors(name, tensors, group)
+    if head is None:
+        check_logits(name, tensors[0])
+    if name == "teacher":
+        tensors = [None if x is None else x.detach() for x in tensors]
+    source, weight, bias = tensors
+    shape, flat = source.shape[:-1], source.reshape(-1, source.shape[-1])
+    if head is None:
+        return Side(flat), shape, sum_hidden
+    softcap = None if head.softcap is None else float(head.softcap)
+    return Side(flat, weight, bias, float(head.logit_scale), softcap), shape, sum_hidden
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    if labels.dim() == 0:
+        raise ValueError("shift=True needs labels with a sequence dimension")
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
+
+
+def _autocast_dtype(device: torch.device, **sides: Side | None) -> torch.dtype | None:
+    """The dtype of GEMM operands under autocast, else None; without autocast a head's tensors must agree."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    for name, side in sides.items():
+        if side is not None and side.weight is not None and side.weight.dtype != side.source.dtype:
+            raise TypeError(
+                f"{name} hidden is {side.source.dtype} and weight {side.weight.dtype}; outside autocast they must "
+                "have one dtype"
+            )
+    return None
+
+
+def checked_option(name: str, value: Any) -> Any:
+    """``value`` as :class:`KDLoss` keeps it.
+
+    Raises:
+        TypeError, ValueError: where it is none of what the option of this name may be.
+    """
+    if name in ("shift", "validate"):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    elif name == "reduction":
+        _check_name(name, value, REDUCTIONS)
+    elif name in ("engine", "backend"):
+        if value is not None:
+            _check_name(name, value, ENGINES if name == "engine" else BACKENDS, "None or ")
+    elif name in ("vocab_size", "memory_budget"):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be a positive integer or None, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+    elif name == "ignore_index":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"ignore_index must be an integer, got {value!r}")
+        if not -_INT64 <= value < _INT64:
+            raise ValueError(f"ignore_index must be a 64-bit integer, got {value!r}")
+    elif name == "temperature":
+        check_number(name, value, low=LEAST_TEMPERATURE)
+        return float(value)
+    elif name == "grad_filter_eps":
+        check_number(name, value)
+        if value < 0:
+            raise ValueError(f"grad_filter_eps must be at least 0, got {value!r}")
+        return float(value)
+    return value
+
+
+def _check_name(name: str, value: Any, known: Iterable[str], or_none: str = "") -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be {or_none}one of {', '.join(map(repr, known))}, got {value!r}")

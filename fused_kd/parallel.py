@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .engines.sharded.exchange import Traffic, count_traffic
-from .inputs import LMHead
+from .inputs import common_vocab
 from .rows.contract import Shards
 
 __all__ = ["Shards", "Traffic", "count_traffic", "predicted_traffic", "shard_rows"]
@@ -60,15 +60,7 @@ def divide(group: dist.ProcessGroup, local_s: int, local_t: int | None, vocab_si
     sides = [[local for local, _ in _layouts[key]]]
     if local_t is not None:
         sides.append([local for _, local in _layouts[key] if local is not None])
-    totals = [sum(sizes) for sizes in sides]
-    if vocab_size is not None and vocab_size > min(totals):
-        raise ValueError(f"vocab_size must be at most {min(totals)}, the smaller vocabulary, got {vocab_size}")
-    if vocab_size is None and len(set(totals)) > 1:
-        raise ValueError(
-            f"student and teacher have unequal vocabularies, {totals[0]} and {totals[1]}; if one is padded, pass "
-            "vocab_size (the tokenizer's size) to cut both"
-        )
-    vocab = totals[0] if vocab_size is None else vocab_size
+    vocab = common_vocab(sum(sides[0]), None if local_t is None else sum(sides[1]), vocab_size)
     cut = [_cut(sizes, vocab) for sizes in sides]
     if cut[0] != cut[-1]:
         raise ValueError(
@@ -86,8 +78,9 @@ def _cut(sizes: list[int], vocab: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def local_side(name: str, source: Any, group: dist.ProcessGroup) -> tuple[Any, bool]:
-    """A head or logits with this rank's tensors for DTensors, and whether the hidden gradient is to be summed here.
+def local_tensors(name: str, tensors: list[Any], group: dist.ProcessGroup) -> tuple[list[Any], bool]:
+    """This rank's tensors for DTensors of a head, ``[hidden, weight, bias]``, or of logits, ``[logits, None, None]``;
+    and whether the hidden gradient is to be summed here.
 
     A weight that is ``Shard(0)`` or ``Replicate`` over the group gives this rank's rows. Hidden states that are
     ``Replicate`` are taken as they are; those divided over tokens are gathered, and their gradient is then summed by
@@ -110,6 +103,7 @@ def local_side(name: str, source: Any, group: dist.ProcessGroup) -> tuple[Any, b
     def rows(which: str, x: Tensor | None, dim: int = 0) -> Tensor | None:
         if not isinstance(x, DTensor):
             return x
+        dim %= x.dim()
         found = placement(which, x)
         if isinstance(found, Replicate):
             x = x.redistribute(placements=[Shard(dim)])
@@ -117,29 +111,20 @@ def local_side(name: str, source: Any, group: dist.ProcessGroup) -> tuple[Any, b
             raise ValueError(f"{name} {which} must be Shard({dim}) or Replicate over tp_group, got {found}")
         return x.to_local(grad_placements=[Shard(dim)])
 
-    if isinstance(source, Tensor):
-        return rows("logits", source, source.dim() - 1), True
-    if not isinstance(source, LMHead):
-        return source, True
-    hidden, sum_hidden = source.hidden, True
-    if isinstance(hidden, DTensor):
-        found = placement("hidden", hidden)
+    source, weight, bias = tensors
+    if weight is None:
+        return [rows("logits", source, -1), None, None], True
+    sum_hidden = True
+    if isinstance(source, DTensor):
+        found = placement("hidden", source)
         if isinstance(found, Replicate):
-            hidden = hidden.to_local(grad_placements=[Replicate()])
-        elif isinstance(found, Shard) and found.dim < hidden.dim() - 1:
-            hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+            source = source.to_local(grad_placements=[Replicate()])
+        elif isinstance(found, Shard) and found.dim < source.dim() - 1:
+            source = source.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
             sum_hidden = False
         else:
             raise ValueError(f"{name} hidden must be Replicate or divided over tokens, got {found}")
-    weight, bias = rows("weight", source.weight), rows("bias", source.bias)
-    return _LocalHead(hidden, weight, bias, source.logit_scale, source.softcap), sum_hidden  # type: ignore[arg-type]
-
-
-class _LocalHead(LMHead):
-    """A rank's part of a head that has been checked as a whole; it may be without a row."""
-
-    def __post_init__(self) -> None:
-        pass
+    return [source, rows("weight", weight), rows("bias", bias)], sum_hidden
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .inputs import LMHead, TopK
-from .loss import KDOutput
+from .inputs import KDOutput, LMHead, TopK
 from .objectives import (
     SFT,
     AdaptiveKL,

@@ -25,14 +25,12 @@ class Tuning:
     """The choices in force.
 
     Attributes:
-        gradient_groups: on a GPU several chunks share the gradients' GEMMs.
-        device_chunk: tokens of such a chunk.
+        device_chunk: on a GPU, tokens of a chunk, of which several share the gradients' GEMMs; 0: none shares.
         row_block: columns that a program of the Triton row takes at once. 2048 fp32 elements are whole 16-byte loads in
             any dtype, and 16 KB in flight a program.
         row_threads: threads of such a program.
     """
 
-    gradient_groups: bool = field(default=True, metadata={"others": (False,), "affects": ("step",)})
     device_chunk: int = field(default=1024, metadata={"others": (512, 2048, 4096), "affects": ("step",)})
     row_block: int = field(default=2048, metadata={"others": (1024, 4096), "affects": ("row",)})
     row_threads: int = field(default=256, metadata={"others": (128, 512), "affects": ("row",)})

@@ -29,9 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fused_kd.divergences import DIVERGENCES
-from fused_kd.engines.chunked import Side
 from fused_kd.engines.gemm import Projection
 from fused_kd.engines.hand_over import scale_in_place
+from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, Scalars
@@ -281,9 +281,13 @@ def _sweeps(
     weight = torch.empty(V, H, dtype=dtype) if heads else None
     side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
     teacher = None if spec.divergence is None else side
-    return Sweeps(
-        side, teacher, None, torch.zeros(n, dtype=torch.int64), torch.ones(len(Scalars._fields)), spec, cold, V, None
-    )
+    labels, scalars = torch.zeros(n, dtype=torch.int64), torch.ones(len(Scalars._fields))
+    problem = Problem(
+        student=side, teacher=teacher, labels=labels, weights=None, scale=torch.ones(()), scalars=scalars,
+        wanted=Wanted(True, True, True), spec=spec, cold_labels=cold, vocab=V, dtype=None, memory_budget=None,
+        engine="streaming", backend="triton",
+    )  # fmt: skip
+    return Sweeps(problem, None, labels)
 
 
 def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:

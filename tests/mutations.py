@@ -53,8 +53,9 @@ def _not_numbers(case: str) -> str:
 
 _SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
 _LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
-_DIVERGENCES, _AMOUNTS, _SIDES = "fused_kd/divergences.py", "fused_kd/amounts.py", "fused_kd/sides.py"
+_DIVERGENCES, _TOKENS, _LOSS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/loss.py"
 _ENGINE, _OPS = "fused_kd/engines/chunked.py", "fused_kd/ops.py"
+_CHUNKS, _PROBLEM = "fused_kd/engines/chunks.py", "fused_kd/engines/problem.py"
 _FILTER, _FILTER_TRITON = "fused_kd/engines/tile_filter.py", "fused_kd/engines/tile_filter_triton.py"
 _HEAD, _PLAN = "fused_kd/engines/head_gradient.py", "fused_kd/engines/plan.py"
 _TORCH, _TRITON = "fused_kd/rows/torch/row.py", "fused_kd/rows/triton/kernel.py"
@@ -332,12 +333,12 @@ MUTATIONS = [
     ),
     Mutation("engine: scaled twice", _HEAD, "d_hidden.mul_(self._scale)", "d_hidden.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
-        "engine: ignored tokens computed", _ENGINE, "(labels != ignore_index).nonzero()", "(labels == labels).nonzero()",
+        "engine: ignored tokens computed", _PROBLEM, "(labels != IGNORED).nonzero()", "(labels == labels).nonzero()",
         ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
     ),
     Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = d_hidden", "result.d_source[first:last] = d_hidden", (_budget("sft"),)),
     Mutation(
-        "engine: another chunk's hard tokens", _ENGINE, "else hard[span]", "else hard[: span.stop - span.start]",
+        "engine: another chunk's hard tokens", _CHUNKS, "else hard[self.span]", "else hard[: len(self.labels)]",
         ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
     ),
     Mutation(
@@ -349,7 +350,7 @@ MUTATIONS = [
         "groups: every chunk's dlogits in the same place", _ENGINE, "slice(span.start - first, span.stop - first)",
         "slice(0, span.stop - span.start)", (_groups("no_evo-groups-bf16"),),
     ),
-    Mutation("groups: the first chunk's tokens alone", _ENGINE, "hidden = side_s.operand(tokens)", "pass", (_groups("no_evo-groups-bf16"),)),
+    Mutation("groups: the first chunk's tokens alone", _ENGINE, "hidden = chunks.student.operand(tokens)", "pass", (_groups("no_evo-groups-bf16"),)),
     Mutation(
         "groups: the factor twice", _HEAD, "elif not self._scaled and not self._at_once", "elif not self._at_once",
         (_groups("no_evo-groups-bf16"), "test_gradient_groups.py::test_budget_of_groups[no_evo-bf16]"),
@@ -422,7 +423,7 @@ MUTATIONS = [
         ("test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
     ),
     Mutation(
-        "a bias excludes whatever its scale", _ENGINE, "rounded * side.logit_scale > EXCLUDED", "rounded > EXCLUDED",
+        "a bias excludes whatever its scale", _CHUNKS, "rounded * side.logit_scale > EXCLUDED", "rounded > EXCLUDED",
         ("test_infinite_loss.py::test_a_scale_decides_what_a_bias_excludes[native]",),
     ),
     Mutation(
@@ -493,8 +494,8 @@ MUTATIONS = [
     ),
     # what stands around a call, or beside a row
     Mutation(
-        "loss: a factor in the default dtype", _AMOUNTS, "scale = torch.full((), 1.0 / float(num_items), dtype=torch.float32, ",
-        "scale = torch.full((), 1.0 / float(num_items), ", ("test_ambient.py::test_default_dtype[bf16-logits-native]",),
+        "loss: a factor in the default dtype", _TOKENS, "scale = torch.full((), 1.0 / float(number), dtype=torch.float32, ",
+        "scale = torch.full((), 1.0 / float(number), ", ("test_ambient.py::test_default_dtype[bf16-logits-native]",),
     ),
     Mutation(
         "torch: far rows told by the smallest logit", _TORCH, "z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)",
@@ -506,7 +507,7 @@ MUTATIONS = [
         "values.gather(1, first)", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
     ),
     Mutation(
-        "head: exclusions of the bias as given", _ENGINE, "known_all(rounded * side.logit_scale > EXCLUDED)", "known_all(bias.isfinite())",
+        "head: exclusions of the bias as given", _CHUNKS, "known_all(rounded * side.logit_scale > EXCLUDED)", "known_all(bias.isfinite())",
         ("test_ambient.py::test_a_bias_that_excludes_only_when_rounded[native]",),
     ),
     Mutation(
@@ -514,7 +515,7 @@ MUTATIONS = [
         ("test_ambient.py::test_weight_0_does_not_hide_nan[torch]",),
     ),
     Mutation(
-        "ranking: a millionth too few", _ENGINE, "fraction * (1 - 2**-24)", "fraction * (1 - 1e-6)",
+        "ranking: a millionth too few", _PROBLEM, "fraction * (1 - 2**-24)", "fraction * (1 - 1e-6)",
         ("test_ambient.py::test_the_most_difficult_are_as_many_as_said",),
     ),
     # autograd and options
@@ -531,19 +532,19 @@ MUTATIONS = [
         ("test_loss.py::test_double_backward_is_refused",),
     ),
     Mutation(
-        "loss: num_items ignored", _AMOUNTS, "1.0 / float(num_items)", "1.0 / labels.numel()",
+        "loss: num_items ignored", _TOKENS, "1.0 / float(number)", "1.0 / labels.numel()",
         ("test_loss.py::test_num_items_makes_accumulation_exact",),
     ),
     Mutation(
-        "loss: shifted by two", _SIDES, "labels[..., 1:], torch.full_like(labels[..., :1]",
+        "loss: shifted by two", _LOSS, "labels[..., 1:], torch.full_like(labels[..., :1]",
         "labels[..., 2:], torch.full_like(labels[..., :2]", ("test_loss.py::test_shift_aligns_next_token_labels",),
     ),
     Mutation(
-        "loss: weighted mean by the count", _AMOUNTS, "total = weights.sum()", "total = valid.sum()",
+        "loss: weighted mean by the count", _TOKENS, "else weights.sum()", "else valid.sum()",
         ("test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
     ),
     Mutation(
-        "loss: weights of ignored tokens are read", _AMOUNTS, ".masked_fill(~valid.to(device, non_blocking=True), 0.0)", "",
+        "loss: weights of ignored tokens are read", _TOKENS, ".masked_fill(~valid.to(device, non_blocking=True), 0.0)", "",
         ("test_amounts.py::test_weights_of_ignored_tokens_are_not_read",),
     ),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engines.chunked import largest
+from fused_kd.engines.problem import largest
 from fused_kd.reference import reference_kd_loss
 
 from .problems import CPU_BACKENDS, OBJECTIVES, gradients, problem, relative

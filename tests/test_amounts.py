@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.amounts import _amounts
 from fused_kd.reference import reference_kd_loss
+from fused_kd.tokens import _tokens
 
 from .problems import gradients, problem, relative
 
@@ -124,11 +124,11 @@ def test_where_looking_would_wait_bad_ones_are_nan(bad, monkeypatch):
     weights = torch.tensor([1.0, -1.0 if bad == "weights" else 1.0, NAN])
     items = torch.tensor(NAN if bad == "num_items" else 2.0).as_subclass(Elsewhere)
     cpu = torch.device("cpu")
-    found, scale = _amounts(labels, weights, items, -100, True, False, cpu)
+    _, found, scale = _tokens(labels, weights, items, 2, -100, True, False, cpu)
     assert found.isnan().tolist() == [False, bad == "weights", False]
     assert scale.isnan().item() == (bad == "num_items")
     with pytest.raises(ValueError, match="must be"):
-        _amounts(labels, weights, items, -100, True, True, cpu)
+        _tokens(labels, weights, items, 2, -100, True, True, cpu)
 
 
 def test_no_token_needs_no_denominator():

@@ -151,7 +151,7 @@ def test_slabs_are_those_of_the_engine(monkeypatch):
 def test_counts_at_real_shapes(shape, grouped):
     """bf16 on a GPU: at A one group and 63 slabs of 2048 rows, at B two groups; else four chunks of 2048 tokens."""
     N, H, H_t, V = shape[1:]
-    with tuned(gradient_groups=grouped):
+    with tuned(device_chunk=1024 if grouped else 0):
         plan = chunked_plan(
             N, H, H_t, V, dtype=torch.bfloat16, device=torch.device("cuda"), upcast=False
         )  # fmt: skip

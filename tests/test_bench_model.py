@@ -82,7 +82,7 @@ def test_bf16_on_a_gpu_by_hand():
     on_chip = predict(A, BF16, H200, on_host=False, hard=0.25, backend="cuda")
     assert on_chip.parts["row"] == pytest.approx((8 + 2) * nV / bandwidth)
     assert on_chip.seconds - on_chip.parts["row"] == pytest.approx(found.seconds - found.parts["row"])
-    with tuned(gradient_groups=False):
+    with tuned(device_chunk=0):
         before = predict(A, BF16, H200, on_host=False, hard=0.25)
     assert before.chunk == before.group == 2048
     assert before.parts["traffic"] == pytest.approx((3 * 8 + 6) * VH / bandwidth)  # three additions, rounded
@@ -113,7 +113,7 @@ def test_bf16_on_a_cpu_is_upcast():
 def test_addition_to_dw_costs_what_was_seen():
     """10-16 % at 1024 tokens a chunk (fused_kd/engines/plan.py), against one chunk and its bf16 dW."""
     for shape, share in ((A, 0.159), (B, 0.096)):
-        with tuned(gradient_groups=False):
+        with tuned(device_chunk=0):
             at = [predict(shape, BF16, H200, on_host=False, chunk=chunk) for chunk in (1024, 8192)]
         assert [found.group for found in at] == [1024, 8192]
         assert (at[0].seconds - at[1].seconds) / at[1].floor_seconds == pytest.approx(share, abs=0.005)
@@ -146,7 +146,7 @@ def test_streaming_bytes_by_hand():
     """
     counts = count_streaming(A, BF16, hard=0.5)
     m, s = 8192 // 1024, math.ceil(128256 / 1024)
-    assert (counts.plan.tokens, counts.plan.columns, counts.plan.late_columns) == (1024, 4096, 1024)
+    assert (counts.plan.tokens, counts.plan.columns, counts.plan.columns_of_all) == (1024, 4096, 1024)
     assert counts.gemm_bytes == {
         "statistics": 2 * (8192 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
         "sums": 2 * (4096 * math.ceil(128256 / (12 * 128)) + 128256 * math.ceil(64 / 11)) * 9216,
@@ -158,7 +158,7 @@ def test_streaming_bytes_by_hand():
     assert counts.traffic == 0
     joined = count_streaming(A, BF16, memory_budget=1 << 30)
     s = math.ceil(128256 / 4096)
-    assert joined.plan.together and joined.plan.late_columns == 4096
+    assert joined.plan.together and joined.plan.columns_of_all == 4096
     # The last of 32 slabs is 10 tiles wide: 13 blocks.
     assert joined.gemm_bytes["dlogits"] == 2 * (8192 * (3 * 31 + 1) + 126976 * 6 + 1280 * 5) * 9216
     assert joined.gemm_bytes["dlogits_again"] == 0
@@ -316,7 +316,7 @@ def test_compare_is_what_predict_says(numbers, grouped):
     options = {"on_host": False, "hard": 0.5, "valid": 0.5}
     half = A._replace(N=4096)
     for name, backend in (("fused_kd", None), ("fused_kd cuda", "cuda")):
-        with tuned(gradient_groups=grouped):
+        with tuned(device_chunk=1024 if grouped else 0):
             said = predict(A, BF16, numbers, backend=backend, **options)
         plan = Plan(said.chunk, said.workspace_bytes, said.group)
         counts = count_chunked(half, BF16, plan, hard=0.5, recomputes=True)._asdict()

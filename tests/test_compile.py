@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.ops import Options
+from fused_kd.engines.problem import Problem, Side, Wanted
+from fused_kd.ops import pack, unpack
+from fused_kd.rows.contract import Shards
 
 from .problems import gradients, problem, relative
 
@@ -59,17 +63,39 @@ def test_annealing_does_not_recompile():
 
 def test_opcheck():
     p = problem(N=11, V=53, bias=True)
-    scalars = torch.tensor(fk.SelfEvolution().scalars())
-    options = Options(
-        *fk.SelfEvolution().spec, cold_labels=False, logit_scale_s=1.0, softcap_s=0.0, logit_scale_t=1.0, softcap_t=0.0,
-        tail="", vocab=53, ignore_index=-100, backend="torch", dtype=None, memory_budget=-1, validate=False,
-        engine="chunked", grad_filter_eps=0.0,
-    )  # fmt: skip
-    args = (p.hidden, p.weight, p.bias, p.hidden_t, p.weight_t, None, None, p.labels, None, torch.ones(()), scalars)
-    args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
-    torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, True, True, True, *options))
-    torch.library.opcheck(torch.ops.fused_kd.kd.default, (*args, False, True, False, *options))
-    torch.library.opcheck(torch.ops.fused_kd.scale_gradient.default, (args[0], torch.tensor(2.0), torch.bfloat16))
+    hidden = p.hidden.detach()
+    tokens = torch.ops.fused_kd.tokens
+    given = p.labels, torch.rand(11), None, 53, -100, True, False, torch.device("cpu")
+    torch.library.opcheck(tokens.default, given)
+    for wanted in (Wanted(True, True, True), Wanted(False, True, False)):
+        call = Problem(
+            student=Side(hidden, p.weight.detach(), p.bias.detach()), teacher=Side(p.hidden_t, p.weight_t),
+            labels=tokens(*given)[0], weights=None, scale=torch.ones(()),
+            scalars=torch.tensor(fk.SelfEvolution().scalars()), wanted=wanted, spec=fk.SelfEvolution().spec,
+            cold_labels=False, vocab=53, dtype=None, memory_budget=None, engine="chunked", backend="torch",
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.fused_kd.kd.default, pack(call))
+    torch.library.opcheck(torch.ops.fused_kd.scale_gradient.default, (hidden, torch.tensor(2.0), torch.bfloat16))
+
+
+def test_what_is_packed_is_unpacked():
+    labels, lists = torch.tensor([0, -1, -2]), torch.zeros(3, 2)
+    teacher = Side(lists, indices=lists.long(), tail="bucket")
+    for other in (None, teacher):
+        call = Problem(
+            student=Side(torch.zeros(3, 4), torch.zeros(5, 4), None, 2.0, 3.0), teacher=other, labels=labels,
+            weights=None, scale=torch.ones(()), scalars=torch.zeros(8), wanted=Wanted(True, False, True),
+            spec=fk.SelfEvolution().spec, cold_labels=True, vocab=5, dtype=torch.bfloat16, memory_budget=7,
+            engine="auto", backend="torch", grad_filter_eps=0.5, validate=True, shards=Shards("g", 1, (2, 3)),
+            sum_hidden=False,
+        )  # fmt: skip
+        again = unpack(pack(call))
+        for name in (field.name for field in dataclasses.fields(Problem)):
+            found, expected = getattr(again, name), getattr(call, name)
+            if isinstance(expected, Side):
+                assert vars(found) == vars(expected)
+            else:
+                assert found is expected or found == expected
 
 
 def test_autocast_rounds_operands_as_a_linear_layer_would():

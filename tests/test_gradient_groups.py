@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.engines import buffers, chunked, gemm, head_gradient
+from fused_kd.engines import chunked, chunks, gemm, head_gradient
 from fused_kd.engines.plan import BudgetTooSmall, Plan, Workspace, plan_chunks
+from fused_kd.engines.problem import Side, Wanted
 from fused_kd.tuning import tuned
 
 from .budget import check_budget
@@ -30,9 +31,9 @@ class Device:
         self.products: list[tuple[int, int, int]] = []
         self.plans: list = []
         plan = chunked.plan_chunks
-        for module in (buffers, chunked):
+        for module in (chunks, chunked):
             monkeypatch.setattr(module, "row_stride", lambda V, device_type: -(-V // 64) * 64)
-        for module in (buffers, head_gradient):
+        for module in (chunks, head_gradient):
             monkeypatch.setattr(module, "empty", self.poisoned)
         monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
         monkeypatch.setattr(gemm, "wide_product", self.product)
@@ -171,7 +172,7 @@ def test_plans_at_real_shapes(shape):
     assert found.workspace == expected + (0 if whole else 4 * V * H_s)
     assert whole == (shape is A)
     assert all(at(N, **shape).workspace <= before for N in (1, 2048, 4096, 16384, 131072))
-    with tuned(gradient_groups=False):
+    with tuned(device_chunk=0):
         assert at(8192, **shape)[:3] == (2048, before, 2048)
 
 
@@ -181,12 +182,12 @@ def test_memory_under_autocast_goes_by_the_weight_s_own_dtype(monkeypatch):
     A copy of the weight counts for as many columns as were said, so that ranks with slices of other widths agree.
     """
     monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
-    wanted = chunked.Wanted(source=True, weight=True, bias=False)
+    wanted = Wanted(source=True, weight=True, bias=False)
 
     def workspace(weight: torch.dtype, operands: torch.dtype, columns: int = 600) -> Workspace:
         hidden, head = torch.empty(5, 40, dtype=weight), torch.empty(512, 40, dtype=weight)
-        side = chunked.LogitSource(chunked.Side(hidden, head, None, 1.0, None), 512, operands)
-        return chunked.workspace_bytes(side, None, columns, True, wanted, 640)
+        side = chunks.LogitSource(Side(hidden, head), 512, operands)
+        return chunks.workspace_bytes(side, None, None, columns, wanted, 640)
 
     accumulator, slab, copy = 4 * 600 * 40, 32 << 20, 2 * 600 * 40
     assert workspace(torch.float32, BF16)[2:] == (0, copy)

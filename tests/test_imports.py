@@ -1,11 +1,16 @@
-"""Optional packages are optional: proved in fresh processes."""
+"""Optional packages are optional, proved in fresh processes; and imports point one way, read from the sources."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from .import_graph import Graph, circles, import_graph, upward
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HIDE = """
 import sys
@@ -72,7 +77,8 @@ def test_missing_triton_is_named():
 def test_missing_cuda_core_is_named():
     run(
         "import torch\n"
-        "from fused_kd.rows import choose_backend, cuda_build\n"
+        "from fused_kd.rows.cuda import build as cuda_build\n"
+        "from fused_kd.rows.select import choose_backend\n"
         "for call in (lambda: choose_backend('cuda', torch.device('cuda')), cuda_build.require):\n"
         "    try: call()\n"
         "    except ValueError as e: assert \"pip install 'fused_kd[cuda]'\" in str(e), e\n"
@@ -86,3 +92,97 @@ def test_public_names():
 
     assert set(fk.__all__) <= set(dir(fk))
     assert {"KDLoss", "kd_loss", "KDOutput", "LMHead", "OBJECTIVES", "__version__"} <= set(fk.__all__)
+
+
+# From the bottom up; a module imports what is in its own layer or below. A name stands for all modules within it.
+LAYERS = (
+    ("fused_kd._version", "fused_kd.divergences", "fused_kd.objectives", "fused_kd.tuning", "fused_kd.workspace"),
+    ("fused_kd.rows",),
+    ("fused_kd.inputs",),
+    ("fused_kd.reference", "fused_kd.engines"),
+    ("fused_kd.tokens",),
+    ("fused_kd.ops",),
+    ("fused_kd.parallel",),
+    ("fused_kd.loss",),
+    ("fused_kd",),
+    ("fused_kd.forecast", "fused_kd.info"),
+    ("fused_kd.integrations",),
+    ("fused_kd.training",),
+    ("examples",),
+    ("bench", "tests"),
+)
+TREES = ("fused_kd", "examples", "bench", "tests")
+ROWS = ("torch", "triton", "native", "cuda")
+
+
+def row_of(module: str) -> str | None:
+    """The backend of a row's module."""
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["fused_kd", "rows"] and len(parts) > 2 and parts[2] in ROWS else None
+
+
+def between_rows(graph: Graph) -> set[tuple[str, str]]:
+    return {
+        (module, other)
+        for module, others in graph.items()
+        for other in others
+        if row_of(module) and row_of(other) and row_of(module) != row_of(other)
+    }
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return import_graph(ROOT, TREES)
+
+
+def test_nothing_imports_upward(graph):
+    assert upward(graph, LAYERS) == set()
+
+
+def test_there_are_no_circles(graph):
+    assert circles({module: others for module, others in graph.items() if module.startswith("fused_kd")}) == []
+
+
+def test_rows_do_not_import_each_other(graph):
+    assert between_rows(graph) == set()
+
+
+def test_the_reference_shares_nothing_with_kernels(graph):
+    allowed = {"fused_kd.inputs", "fused_kd.objectives"}
+    assert graph["fused_kd.reference"] <= allowed
+
+
+@pytest.mark.parametrize(
+    "module, text",
+    [
+        ("fused_kd/rows/torch/row.py", "from ...engines import chunked\n"),
+        ("fused_kd/engines/chunked.py", "def f():\n    from fused_kd.loss import kd_loss\n"),
+        ("fused_kd/rows/torch/row.py", "from ..triton.row import row\n"),
+        ("fused_kd/engines/gemm.py", "import fused_kd.engines.chunked\n"),
+        ("fused_kd/loss.py", "if TYPE_CHECKING:\n    from .training.fit import fit\n"),
+    ],
+    ids=["upward", "lazily", "another row", "a circle", "for types"],
+)
+def test_a_wrong_import_is_seen(module, text, tmp_path):
+    files = {
+        "fused_kd/__init__.py": "from .loss import kd_loss\n",
+        "fused_kd/loss.py": "from .engines import chunked\n",
+        "fused_kd/engines/__init__.py": "",
+        "fused_kd/engines/chunked.py": "from .gemm import Projection\nfrom ..rows.torch.row import row\n",
+        "fused_kd/engines/gemm.py": "import torch\n",
+        "fused_kd/rows/__init__.py": "",
+        "fused_kd/rows/torch/row.py": "import torch\n",
+        "fused_kd/rows/triton/row.py": "import triton\n",
+        "fused_kd/training/fit.py": "from fused_kd.loss import kd_loss\n",
+    }
+
+    def wrong() -> list[object]:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+        found = import_graph(tmp_path, ["fused_kd"])
+        return [*upward(found, LAYERS), *circles(found), *between_rows(found)]
+
+    assert wrong() == []
+    files[module] += text
+    assert len(wrong()) > 0

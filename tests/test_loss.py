@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
 from fused_kd import ops
-from fused_kd.engines import buffers, dispatch, gemm, head_gradient
+from fused_kd.engines import chunks, dispatch, gemm, head_gradient
 from fused_kd.engines.plan import rounded_rows
 from fused_kd.reference import reference_kd_loss
 
@@ -303,7 +303,7 @@ def test_uninitialised_memory_is_never_read(backend, monkeypatch):
         x = torch.empty(shape, dtype=dtype, device=device)
         return x.fill_(float("nan") if dtype.is_floating_point else True)
 
-    for module in (buffers, head_gradient, torch_math):
+    for module in (chunks, head_gradient, torch_math):
         monkeypatch.setattr(module, "empty", poisoned)
     monkeypatch.setattr(native_row, "empty", poisoned)
     for objective in OBJECTIVES:

@@ -89,14 +89,14 @@ def test_messages_travel_beside_another_chunks_work(messages: int) -> None:
             assert (yield f"{chunk}.{number}") == f"{chunk}.{number}"
         events.append(f"gradient {chunk}")
 
-    def begin(span: slice) -> sharded._UnderWay:
+    def begin(span: slice) -> sharded.UnderWay:
         events.append(f"logits {span.start}")
         asked = row(span.start)
-        return sharded._UnderWay(span, span, None, None, asked, exchange.gather(next(asked)))  # type: ignore[arg-type]
+        return sharded.UnderWay(span, None, asked, exchange.gather(next(asked)))  # type: ignore[arg-type]
 
     exchange: Any = Exchange()
-    for done in sharded._two_at_a_time([slice(n, n + 1) for n in range(4)], begin, exchange):
-        events.append(f"GEMMs {done.span.start}")
+    for done in sharded.two_at_a_time([slice(n, n + 1) for n in range(4)], begin, exchange):
+        events.append(f"GEMMs {done.chunk.start}")
     assert events[-1] == "GEMMs 3" and len(events) == 4 * (3 + 3 * messages)
     for chunk in range(4):
         for number in range(messages):

@@ -50,7 +50,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(streaming_plan, "LEAST_SPLITS", 2)
     monkeypatch.setattr(streaming_plan, "GROUP", 1)
-    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES", "DEFAULT_BYTES"):
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "WEIGHT_BYTES", "DEFAULT_BYTES"):
         monkeypatch.setattr(streaming_plan, name, 1)
     for module in (streaming, streaming_sweeps):
         monkeypatch.setattr(module, "empty", poisoned)
@@ -73,7 +73,7 @@ def run(p: Problem, objective, **options) -> tuple[fk.KDOutput, list[Tensor]]:
 def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of tokens, one slab: programs and launches are what costs time in the interpreter."""
     monkeypatch.setattr(streaming_plan, "choose_tiles", lambda *_, **__: KernelTiles(*[Tiles(32, 64, 32, 4, 2)] * 3))
-    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "WEIGHT_BYTES"):
         monkeypatch.setattr(streaming_plan, name, 1 << 20)
 
 
@@ -315,16 +315,13 @@ def test_nothing_to_learn(labels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_labels_on_the_device_ignored_or_out_of_range(dtype, monkeypatch):
     """As on an accelerator, where nothing looks at labels: the ignored are unknown, others past the end are NaN."""
-    from fused_kd import ops
+    from fused_kd import tokens
 
-    monkeypatch.setattr(ops, "check_labels", lambda *_: None)
-
-    def on_device(labels, ignore_index, device):
-        return None, torch.where(labels == ignore_index, -1, torch.where(labels < 0, 2**62, labels))
+    monkeypatch.setattr(tokens, "check_labels", lambda *_: None)
 
     p = make(dtype=dtype, bias=True)
     expected, refs = run(p, fk.SelfEvolution(gamma=1.0))
-    monkeypatch.setattr(streaming, "valid_tokens", on_device)
+    monkeypatch.setattr(streaming, "valid_tokens", lambda labels, device: (None, labels))
     out, grads = run(p, fk.SelfEvolution(gamma=1.0))
     assert torch.equal(out.is_hard, expected.is_hard)
     for a, r in zip((out.loss, out.difficulty, *grads), (expected.loss, expected.difficulty, *refs), strict=True):
@@ -534,7 +531,7 @@ def flags(monkeypatch):
     ids=["sft-fp32", "sft-fp32-one_slab", "self_evolution-fp32", "skew-bf16"],
 )
 def test_filter_skips_tiles_within_its_bound(objective, dtype, slab_bytes, flags, monkeypatch):
-    for name in ("SLAB_BYTES", "CHUNK_BYTES", "LATE_BYTES"):
+    for name in ("SLAB_BYTES", "CHUNK_BYTES", "WEIGHT_BYTES"):
         monkeypatch.setattr(streaming_plan, name, slab_bytes)
     eps = 1e-4
     student, teacher, p = peaked(dtype)

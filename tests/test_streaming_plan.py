@@ -9,15 +9,14 @@ import torch
 
 import fused_kd as fk
 from fused_kd.engines import gemm, waves
-from fused_kd.engines.chunked import Side, Wanted
+from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming import plan as streaming_plan
-from fused_kd.engines.streaming.plan import Plan, plan_streaming
+from fused_kd.engines.streaming.plan import Plan, plan_streaming, sizes_of
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
-from fused_kd.engines.streaming import engine as streaming
 from fused_kd.engines.streaming import sweeps as streaming_sweeps
 
 
@@ -31,13 +30,16 @@ def plan_of(
     N: int, H: int, V: int, dtype: torch.dtype, budget: int | None = None, wanted: Wanted | None = None
 ) -> Plan:
     """The plan of a call with these shapes on a GPU."""
-    student = Side(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, H), (V, H))), None, 1.0, None)
+    student = Side(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, H), (V, H))))
     labels = torch.empty(N, dtype=torch.int64, device="meta")
     scalars = torch.empty(5, device="meta")
-    sweeps = streaming_sweeps.Sweeps(student, student, None, labels, scalars, fk.SelfEvolution().spec, False, V, None)
-    assert student.weight is not None
-    head = streaming._Head(student, student.weight, None, wanted or Wanted(True, True, False))
-    return plan_streaming(streaming._sizes(sweeps, head, N, V, True), sweeps.tiles, budget)
+    problem = Problem(
+        student=student, teacher=student, labels=labels, weights=None, scale=scalars, scalars=scalars,
+        wanted=wanted or Wanted(True, True, False), spec=fk.SelfEvolution().spec, cold_labels=False, vocab=V,
+        dtype=None, memory_budget=budget, engine="streaming", backend="triton",
+    )  # fmt: skip
+    sweeps = streaming_sweeps.Sweeps(problem, None, labels)
+    return plan_streaming(sizes_of(problem, N, upcast=False), sweeps.tiles, budget)
 
 
 def test_memory_at_full_size(fp32_output):
@@ -54,10 +56,10 @@ def test_memory_at_full_size(fp32_output):
 def test_slabs_fill_whole_waves(fp32_output):
     """H100: dW's GEMM of 1024 x 4096 is 128 tiles of 128 x 256, its dlogits 512 of 128 x 128; 132 at a time."""
     plan = plan_of(8192, 4096, 128256, torch.bfloat16)
-    assert (plan.tokens, plan.columns, plan.late_columns, plan.together) == (1024, 4096, 1024, False)
+    assert (plan.tokens, plan.columns, plan.columns_of_all, plan.together) == (1024, 4096, 1024, False)
     for N, H in ((8192, 4096), (8192, 2048), (4096, 3072), (2048, 1024)):
         plan = plan_of(N, H, 128256, torch.bfloat16)
-        grids = [(N // 128) * (plan.late_columns // 128)]
+        grids = [(N // 128) * (plan.columns_of_all // 128)]
         if not plan.together:
             grids += [(plan.tokens // 128) * (plan.columns // 128), (plan.tokens // 128) * (H // 256)]
         assert min(grid / (132 * -(-grid // 132)) for grid in grids) > 0.85, (N, H, plan)
@@ -78,7 +80,7 @@ def test_one_pass_where_memory_allows(fp32_output):
 
 def side(dtype: torch.dtype, H: int = 32, stride: int = 1, bias: bool = False) -> Side:
     source, weight = (torch.empty(n, H * stride, dtype=dtype)[:, ::stride] for n in (4, 8))
-    return Side(source, weight, torch.empty(8) if bias else None, 1.0, None)
+    return Side(source, weight, torch.empty(8) if bias else None)
 
 
 def test_tiles_are_wide_where_registers_allow(fp32_output):

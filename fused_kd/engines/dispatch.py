@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..divergences import DIVERGENCES
-from ..rows.contract import Shards
 from ..rows.select import CUDA_OR_TRITON, choose_backend, get_row
 from . import chunked
 from .plan import BudgetTooSmall
+from .problem import Problem, Result
 
 ENGINES = ("chunked", "streaming")
 AUTO = "auto"
@@ -85,38 +83,25 @@ def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool
     return None
 
 
-def run(
-    engine: str,
-    backend: str,
-    shards: Shards | None,
-    student: chunked.Side,
-    teacher: chunked.Side | chunked.TopKSide | None,
-    *args: Any,
-    grad_filter_eps: float,
-    sum_hidden: bool,
-    **options: Any,
-) -> chunked.Result:
-    """Arguments as for :func:`fused_kd.engines.chunked.run`, without the row; ``shards`` where the vocabulary is
-    divided, with ``sum_hidden`` as of :func:`fused_kd.engines.sharded.engine.run`."""
-    if shards is not None:
+def run(problem: Problem) -> Result:
+    """The engine that :func:`choose_engine` has chosen; the sharded one where the vocabulary is divided."""
+    if problem.shards is not None:
         from .sharded import engine as sharded
 
-        del options["vocab"]
-        return sharded.run(student, teacher, *args, shards=shards, backend=backend, sum_hidden=sum_hidden, **options)
-    if engine == "streaming":
-        assert not isinstance(teacher, chunked.TopKSide)
+        return sharded.run(problem)
+    if problem.engine == "streaming":
         from .streaming import engine as streaming
 
-        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
+        return streaming.run(problem)
     try:
-        return chunked.run(student, teacher, *args, row=get_row(backend), grad_filter_eps=grad_filter_eps, **options)
+        return chunked.run(problem, get_row(problem.backend))
     except BudgetTooSmall as error:
-        if engine != AUTO or isinstance(teacher, chunked.TopKSide):
+        if problem.engine != AUTO:
             raise
         too_small = error
     from .streaming import engine as streaming
 
     try:
-        return streaming.run(student, teacher, *args, grad_filter_eps=grad_filter_eps, **options)
+        return streaming.run(problem)
     except BudgetTooSmall as error:
         raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None

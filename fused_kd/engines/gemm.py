@@ -7,6 +7,7 @@ weight one slab of vocabulary rows at a time, so that no fp32 copy of it is held
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -105,6 +106,29 @@ class Projection:
         for start in range(0, V, step):
             rows = slice(start, min(start + step, V))
             yield rows, self.weight[rows].to(self.dtype).float()
+
+
+class Products(Protocol):
+    """The two products of a group's dlogits (G, V)."""
+
+    def hidden(self) -> Tensor:
+        """(G, H) fp32: dlogits @ weight."""
+
+    def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
+        """``out (columns, H) += dlogits[:, columns].T @ hidden`` in fp32; ``first`` overwrites instead."""
+
+
+class Dense:
+    """Of all of dlogits."""
+
+    def __init__(self, projection: Projection, dlogits: Tensor) -> None:
+        self._projection, self._dlogits = projection, dlogits
+
+    def hidden(self) -> Tensor:
+        return self._projection.hidden_gradient(self._dlogits)
+
+    def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
+        self._projection.accumulate(out, self._dlogits[:, columns], hidden, first)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from ..workspace import empty
-from .gemm import SLAB_BYTES, Projection
-from .tile_filter import TILE, Dense, Products, tiles_of
-from .waves import fitting, gemm_waves
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp16 gradients wait in fp32 for the loss scale, which comes with the backward pass; else they would underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
+from .gemm import SLAB_BYTES, Dense, Products, Projection
+from .problem import gradient_dtype
+from .tile_filter import tiles_of
+from .waves import TILE, fitting, gemm_waves
 
 
 def carries_scale(projection: Projection | None) -> bool:

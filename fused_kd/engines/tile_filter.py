@@ -11,40 +11,13 @@ their flags.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from .gemm import SLAB_BYTES, Projection, slab_rows
+from .gemm import SLAB_BYTES, Products, Projection, slab_rows
 
-# Tokens and columns of a tile on a GPU.
-TILE = 128
 # Fewer tokens leave out more, but make smaller products.
 HOST_TOKENS = 128
-
-
-class Products(Protocol):
-    """The two products of a group's dlogits (G, V)."""
-
-    def hidden(self) -> Tensor:
-        """(G, H) fp32: dlogits @ weight."""
-
-    def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
-        """``out (columns, H) += dlogits[:, columns].T @ hidden`` in fp32; ``first`` overwrites instead."""
-
-
-class Dense:
-    """All of them."""
-
-    def __init__(self, projection: Projection, dlogits: Tensor) -> None:
-        self._projection, self._dlogits = projection, dlogits
-
-    def hidden(self) -> Tensor:
-        return self._projection.hidden_gradient(self._dlogits)
-
-    def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
-        self._projection.accumulate(out, self._dlogits[:, columns], hidden, first)
 
 
 def tiles_of(projection: Projection, dlogits: Tensor, factors: Tensor | None, eps: float) -> Products:

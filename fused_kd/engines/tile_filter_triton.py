@@ -11,7 +11,7 @@ from ..rows.triton.row import guard, warp_size
 from ..workspace import empty
 from .gemm import Projection
 from .streaming.gradient import flagged_product_kernel
-from .tile_filter import TILE
+from .waves import TILE
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # fp32 products, on the ordinary cores, hold their operands in registers.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 MULTIPROCESSORS = 132
 # A tile of a GEMM's result, as BLAS libraries choose it on an H100, either way round.
 GEMM_TILE = (128, 256)
+# Tokens and columns of what :mod:`.tile_filter` looks at as one.
+TILE = 128
 
 
 def waves(programs: int) -> int:

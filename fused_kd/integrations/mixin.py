@@ -16,8 +16,8 @@ from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
+from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions
 from fused_kd.training.averaging import count_targets, without_first_targets
 from fused_kd.training.data.prompts import LABEL_PAD
 from fused_kd.training.distributed import (

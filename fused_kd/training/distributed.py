@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 
 from fused_kd import TopK
-from fused_kd.engines.chunked import largest
+from fused_kd.engines.problem import largest
 from fused_kd.objectives import Objective
 
 if TYPE_CHECKING:

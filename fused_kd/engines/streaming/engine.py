@@ -44,92 +44,68 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...objectives import RowSpec
 from ...workspace import empty
-from ..chunked import Result, Side, Wanted, allocate, valid_tokens
 from ..gemm import Projection
-from ..head_gradient import gradient_dtype
-from .plan import Plan, Sizes, plan_streaming
+from ..problem import Problem, Result, gradient_dtype, valid_tokens
+from .plan import Plan, Sizes, plan_streaming, sizes_of
 from .sweeps import Sweeps
 
 
-def run(
-    student: Side,
-    teacher: Side | None,
-    labels: Tensor,
-    *,
-    weights: Tensor | None,
-    scale: Tensor,
-    scalars: Tensor,
-    spec: RowSpec,
-    cold_labels: bool,
-    vocab: int,
-    ignore_index: int,
-    dtype: torch.dtype | None,
-    memory_budget: int | None,
-    wanted: Wanted,
-    grad_filter_eps: float = 0.0,
-) -> Result:
-    """Losses of all tokens and the wanted gradients; arguments as for :func:`fused_kd.engines.chunked.run`.
+def run(problem: Problem) -> Result:
+    """Losses of all tokens and the wanted gradients.
 
     Ignored tokens cost the kernels nothing, wherever the labels are; the gradient GEMMs take them along as zeros where
     the host does not know them, and in a low-precision dW.
 
-    Args:
-        grad_filter_eps: where positive, a tile of dlogits whose every entry is below it in size, before token weights
-            and ``scale``, counts as zero. An entry of dlogits is off by less than it, so a token's hidden gradient by
-            less than ``eps * sum_v |W_v|`` and a vocabulary entry's weight gradient by less than
-            ``eps * sum_i |h_i|``, each term times the token's factor (``1 / n`` for a mean).
+    Where ``grad_filter_eps`` is positive, a tile of dlogits whose every entry is below it in size, before token weights
+    and ``scale``, counts as zero. An entry of dlogits is off by less than it, so a token's hidden gradient by less than
+    ``eps * sum_v |W_v|`` and a vocabulary entry's weight gradient by less than ``eps * sum_i |h_i|``, each term times
+    the token's factor (``1 / n`` for a mean).
 
     Raises:
         ValueError: for an adaptive divergence, whose head would take 30 more sweeps.
         BudgetTooSmall: for a ``memory_budget`` below the smallest plan.
     """
-    device = student.source.device
-    N = student.source.shape[0]
-    index, labels = valid_tokens(labels, ignore_index, device)
-    in_range = labels < vocab
-    bad, labels = ~in_range, torch.where(in_range, labels, -1)
-    sweeps = Sweeps(student, teacher, index, labels, scalars, spec, cold_labels, vocab, dtype)
-    head = None if student.weight is None else _Head(student, student.weight, dtype, wanted)
-    sizes = _sizes(sweeps, head, N, vocab, spec.gated)._replace(joinable=grad_filter_eps == 0.0)
-    plan = plan_streaming(sizes, sweeps.tiles, memory_budget)
-    result = allocate(student, N, index is not None, wanted)
+    device = problem.student.source.device
+    index, labels = valid_tokens(problem.labels, device)
+    sweeps = Sweeps(problem, index, labels)
+    head = None if problem.student.weight is None else _Head(problem, problem.student.weight)
+    sizes = sizes_of(problem, sweeps.n, upcast=head is not None and head.upcast)
+    plan = plan_streaming(sizes, sweeps.tiles, problem.memory_budget)
+    result = Result.allocate(problem, sparse=index is not None)
     # Triton launches on the current device, whatever the tensors' own.
     with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
         if sweeps.n > 0:
-            sweeps.measure(plan, result, bad)
+            sweeps.measure(plan, result)
         if head is not None:
-            backward = _Backward(sweeps, head, weights, scale, grad_filter_eps, plan, vocab)
-            return backward.run(result)
+            return _Backward(problem, sweeps, head, sizes, plan).run(result)
         if result.d_source is not None and sweeps.n > 0:
-            factor = scale.expand(sweeps.n) if weights is None else weights[sweeps.tokens] * scale
-            everything = slice(0, sweeps.n), slice(0, vocab)
-            flags = sweeps.flags(*everything) if grad_filter_eps > 0 else None
-            sweeps.gradient(
-                result.d_source, *everything, by_token=True, weights=factor.contiguous(), flags=flags,
-                threshold=grad_filter_eps,
-            )  # fmt: skip
+            _logit_gradient(problem, sweeps, result.d_source)
     return result
 
 
-class _Head:
-    """The student's head as the gradient GEMMs see it, and in which pass each of its gradients is made."""
+def _logit_gradient(problem: Problem, sweeps: Sweeps, out: Tensor) -> None:
+    """That of a student given as logits."""
+    weights, scale, threshold = problem.weights, problem.scale, problem.grad_filter_eps
+    factor = scale.expand(sweeps.n) if weights is None else weights[sweeps.tokens] * scale
+    everything = slice(0, sweeps.n), slice(0, problem.vocab)
+    flags = sweeps.flags(*everything) if threshold > 0 else None
+    sweeps.gradient(
+        out, *everything, by_token=True, weights=factor.contiguous(), flags=flags, threshold=threshold
+    )  # fmt: skip
 
-    def __init__(self, student: Side, weight: Tensor, dtype: torch.dtype | None, wanted: Wanted) -> None:
+
+class _Head:
+    """The student's head as the gradient GEMMs see it."""
+
+    def __init__(self, problem: Problem, weight: Tensor) -> None:
+        student = problem.student
         self.source, self.weight, self.bias = student.source.detach(), weight.detach(), student.bias
-        self.dtype = dtype or student.source.dtype
+        self.dtype, self.wanted = problem.dtype or student.source.dtype, problem.wanted
         example = self.projection(slice(0, 1))
-        self.operand, self.dlogits_dtype = example.operand, example.gradient_dtype
+        self.upcast, self.operand, self.dlogits_dtype = example.upcast, example.operand, example.gradient_dtype
         # fp32 dlogits carry the factor of all gradients; rounded ones would lose their smallest values to it.
         self.scaled = self.dlogits_dtype == torch.float32
-        cast = self.source.dtype != self.dtype or self.weight.dtype != self.dtype
-        self.copied = self.dtype.itemsize * cast + 4 * example.upcast
-        self.wanted = wanted
-        low = gradient_dtype(self.weight.dtype) != torch.float32
-        self.late = wanted.weight and low
-        self.early_weight = wanted.weight and not low
-        self.early = wanted.source or self.early_weight or (wanted.bias and not self.late)
 
     def projection(self, columns: slice) -> Projection:
         return Projection(self.weight[columns], None, self.dtype)
@@ -141,21 +117,13 @@ class _Head:
 class _Backward:
     """The gradients of a head, from slabs of dlogits."""
 
-    def __init__(
-        self,
-        sweeps: Sweeps,
-        head: _Head,
-        weights: Tensor | None,
-        scale: Tensor,
-        threshold: float,
-        plan: Plan,
-        vocab: int,
-    ) -> None:
-        self._sweeps, self._head, self._plan, self._vocab = sweeps, head, plan, vocab
-        self._scale, self._threshold = scale, threshold
-        self._weights = None if weights is None else weights[sweeps.tokens]
+    def __init__(self, problem: Problem, sweeps: Sweeps, head: _Head, sizes: Sizes, plan: Plan) -> None:
+        self._sweeps, self._head, self._sizes, self._plan = sweeps, head, sizes, plan
+        self._vocab = problem.vocab
+        self._scale, self._threshold = problem.scale, problem.grad_filter_eps
+        self._weights = None if problem.weights is None else problem.weights[sweeps.tokens]
         if head.scaled:
-            factor = scale.expand(sweeps.n)
+            factor = problem.scale.expand(sweeps.n)
             self._weights = factor.contiguous() if self._weights is None else self._weights * factor
 
     def run(self, result: Result) -> Result:
@@ -169,16 +137,16 @@ class _Backward:
         if head.wanted.bias and head.bias is not None:
             d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
         if self._sweeps.n > 0:
-            if head.early and not self._plan.together:
-                early = (d_weight, d_bias) if not head.late else (None, None)
-                self._over_tokens(result.d_source, *early)
-            if head.late and d_weight is not None:
-                self._over_columns(result.d_source if self._plan.together else None, d_weight, d_bias)
+            if self._sizes.by_tokens and not self._plan.together:
+                others = (None, None) if self._sizes.by_columns else (d_weight, d_bias)
+                self._by_tokens(result.d_source, *others)
+            if self._sizes.by_columns and d_weight is not None:
+                self._by_columns(result.d_source if self._plan.together else None, d_weight, d_bias)
         if d_bias is not None and head.bias is not None:
             d_bias = self._finished(d_bias).to(gradient_dtype(head.bias.dtype))
         return result._replace(d_weight=d_weight, d_bias=d_bias)
 
-    def _over_tokens(self, d_source: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
+    def _by_tokens(self, d_source: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
         """Chunks of tokens outside, slabs of columns inside: dH is summed a chunk at a time, dW in its fp32 result."""
         sweeps, head, plan = self._sweeps, self._head, self._plan
         device, H = head.source.device, head.source.shape[1]
@@ -204,7 +172,7 @@ class _Backward:
         if d_weight is not None:
             self._finished(d_weight[: self._vocab])
 
-    def _over_columns(self, d_source: Tensor | None, d_weight: Tensor, d_bias: Tensor | None) -> None:
+    def _by_columns(self, d_source: Tensor | None, d_weight: Tensor, d_bias: Tensor | None) -> None:
         """Slabs of columns outside, all tokens inside: a low-precision dW is summed in fp32 and rounded once.
 
         With ``d_source`` dH is summed beside it, over all columns.
@@ -213,10 +181,10 @@ class _Backward:
         device, (N, H) = head.source.device, head.source.shape
         # By token, so that the hidden states need no gathering. Rows of ignored tokens are never written.
         make = empty if self._filters else torch.zeros
-        dlogits = make((N, plan.late_columns), dtype=head.dlogits_dtype, device=device)
-        slab_sum = empty((plan.late_columns, H), torch.float32, device)
+        dlogits = make((N, plan.columns_of_all), dtype=head.dlogits_dtype, device=device)
+        slab_sum = empty((plan.columns_of_all, H), torch.float32, device)
         source_sum = None if d_source is None else empty((N, H), torch.float32, device)
-        for columns in _slices(self._vocab, plan.late_columns):
+        for columns in _slices(self._vocab, plan.columns_of_all):
             width = columns.stop - columns.start
             out, total = dlogits[:, :width], slab_sum[:width]
             if self._filters:
@@ -225,7 +193,7 @@ class _Backward:
                 self._add_transposed(total, out, head.source, flags, sweeps.tokens, first=True)
             else:
                 self._dlogits(out, slice(0, sweeps.n), columns, by_token=True)
-                for part in _slices(N, plan.tokens if head.copied else N):
+                for part in _slices(N, plan.tokens if self._sizes.copy_bytes else N):
                     hidden = head.operand(head.source[part])
                     self._add_transposed(total, out[part], hidden, None, None, first=part.start == 0)
             d_weight[columns] = self._finished(total)
@@ -269,22 +237,6 @@ class _Backward:
     def _finished(self, gradient: Tensor) -> Tensor:
         """Times the factor of all gradients, in place, where dlogits have not carried it."""
         return gradient if self._head.scaled else gradient.mul_(self._scale)
-
-
-def _sizes(sweeps: Sweeps, head: _Head | None, N: int, vocab: int, gated: bool) -> Sizes:
-    sizes = Sizes(N, sweeps.n, vocab, sweeps.fields, sweeps.needs_sums, gated)
-    if head is None:
-        return sizes
-    return sizes._replace(
-        H=head.source.shape[1],
-        H_t=sweeps.teacher_units,
-        dlogits=head.dlogits_dtype.itemsize,
-        gathered=head.source.element_size() + head.copied,
-        copied=head.copied,
-        early=head.early,
-        early_weight=head.early_weight,
-        late=head.late,
-    )
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Triton kernels that make tiles of logits, use them and forget them: statistics and sums over the vocabulary.
+"""Triton kernels that make tiles of logits, use them and forget them: statistics over the vocabulary; and the tiles.
 
 A program owns BM tokens. It makes tiles (BM, BN) of both sides' final logits, by ``tl.dot`` over blocks of BK hidden
 units or by loading them where logits were given. What becomes of a tile is the row's arithmetic, from
@@ -21,7 +21,6 @@ from ...rows.triton.math import (
     LOG2_E,
     OUTSIDE,
     above_zero,
-    arguments,
     cross_entropy,
     exponent,
     exponent_scale,
@@ -32,6 +31,7 @@ from ...rows.triton.math import (
     moved,
     weighed,
 )
+from . import plan
 
 _EXCLUDED = tl.constexpr(EXCLUDED)
 
@@ -46,10 +46,10 @@ _T_LABEL = tl.constexpr(6)
 _KL = tl.constexpr(7)
 _S_OVER = tl.constexpr(8)  # the largest logit where the other side excludes a token
 _T_OVER = tl.constexpr(9)
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(plan.FIELDS)
 
 # What later sweeps must know of a token: (NORMS, n) fp32.
-_NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of triton_math.arguments
+_NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of rows.triton.math.arguments
 _NORM_S_INV = tl.constexpr(1)
 _NORM_T_MAX = tl.constexpr(2)
 _NORM_T_INV = tl.constexpr(3)
@@ -57,7 +57,7 @@ _NORM_LOG_RATIO = tl.constexpr(4)
 _LABEL_D = tl.constexpr(5)
 COLD_MAX = tl.constexpr(6)
 COLD_INV = tl.constexpr(7)
-_BASE = tl.constexpr(8)  # the part of the loss that no sum over h gives
+BASE = tl.constexpr(8)  # the part of the loss that no sum over h gives
 G_TOTAL = tl.constexpr(9)
 NORMS = 10
 
@@ -253,7 +253,7 @@ def combine_kernel(
         tl.store(norms + _NORM_T_INV * n, 1.0 / t_sum, mask=valid)
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
         tl.store(norms + _LABEL_D * n, label_log_t - label_log_q, mask=valid)
-        tl.store(norms + _BASE * n, base, mask=valid)
+        tl.store(norms + BASE * n, base, mask=valid)
     else:
         loss = ce
         difficulty = ce
@@ -264,94 +264,6 @@ def combine_kernel(
     tl.store(loss_ptr + positions, tl.where(valid, loss, 0.0), mask=within)
     tl.store(difficulty_ptr + positions, tl.where(valid, difficulty, 0.0), mask=within)
     tl.store(hard_ptr + positions, hard & valid, mask=within)
-
-
-@triton.jit(do_not_specialize=["n"])
-def sums_kernel(
-    student,
-    teacher,
-    chosen_ptr,  # (n,) positions of the rows that need sums, first
-    chosen_count_ptr,  # how many they are, int32
-    tokens_ptr,
-    labels_ptr,
-    norms_ptr,
-    scalars_ptr,
-    partials_ptr,  # (splits, 2, n) by place in chosen_ptr
-    n,
-    V,
-    span,
-    h: tl.constexpr,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-    ROUND_S: tl.constexpr,
-    ROUND_T: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """``sum h`` and ``sum g`` of the chosen rows over a split of the vocabulary."""
-    block, split = placed(GROUP)
-    first = block * BM
-    count = tl.load(chosen_count_ptr)
-    if first >= count:
-        return
-    places = first + tl.arange(0, BM)
-    positions = tl.load(chosen_ptr + tl.minimum(places, count - 1))
-    tokens = tl.load(tokens_ptr + positions)
-    labels = tl.load(labels_ptr + positions).to(tl.int32)
-    target, norms = row_terms(norms_ptr, scalars_ptr, positions, n)
-
-    h_sum = tl.zeros((BM,), tl.float32)
-    g_sum = tl.zeros((BM,), tl.float32)
-    for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
-        columns = start + tl.arange(0, BN)
-        z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
-        z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
-        at_label = columns[None, :] == labels[:, None]
-        t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-            z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
-        )
-        h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
-        g_sum += tl.sum(g(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
-
-    out = partials_ptr + (split.to(tl.int64) * 2) * n + places
-    tl.store(out, h_sum, mask=places < count)
-    tl.store(out + n, g_sum, mask=places < count)
-
-
-@triton.jit(do_not_specialize=["n", "splits"])
-def sums_combine_kernel(
-    partials_ptr,
-    chosen_ptr,
-    chosen_count_ptr,
-    norms_ptr,
-    scalars_ptr,
-    loss_ptr,
-    n,
-    splits,
-    MIXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The chosen rows' loss and ``sum g`` from the sums of the splits."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = places < tl.load(chosen_count_ptr)
-    positions = tl.load(chosen_ptr + places, mask=valid, other=0)
-    share = 1.0
-    if not MIXED:
-        share = tl.load(scalars_ptr)
-    h_sum = tl.zeros((BLOCK,), tl.float32)
-    g_sum = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
-        part = partials_ptr + tl.cast(split, tl.int64) * 2 * n + places
-        h_sum += tl.load(part, mask=valid, other=0.0)
-        g_sum += tl.load(part + n, mask=valid, other=0.0)
-    base = tl.load(norms_ptr + _BASE * n + positions, mask=valid, other=0.0)
-    tl.store(loss_ptr + positions, share * h_sum + base, mask=valid)
-    tl.store(norms_ptr + G_TOTAL * n + positions, g_sum, mask=valid)
 
 
 @triton.jit
@@ -423,7 +335,7 @@ def norm(norms_ptr, field: tl.constexpr, positions, n):
 
 @triton.jit
 def row_terms(norms_ptr, scalars_ptr, positions, n):
-    """``target`` and ``norms`` of triton_math.arguments, as columns."""
+    """``target`` and ``norms`` of rows.triton.math.arguments, as columns."""
     label_d = norm(norms_ptr, _LABEL_D, positions, n)
     beta, alpha = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 6)
     target = (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), label_d)

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ...divergences import DIVERGENCES
 from ..plan import BudgetTooSmall
+from ..problem import Problem, gradient_dtype
 from ..waves import GEMM_TILE, MULTIPROCESSORS, fitting, gemm_waves, waves
 
 # Blocks of tokens whose programs run at about the same time, each beside as many parts of the vocabulary as fill the
@@ -22,7 +24,7 @@ SLAB_BYTES = 8 << 20
 # A chunk's fp32 dH, what it is rounded to and its gathered hidden states: fewer would read the weights more often.
 CHUNK_BYTES = 32 << 20
 # All tokens' dlogits of a slab and its fp32 dW, on their way to a low-precision dW.
-LATE_BYTES = 32 << 20
+WEIGHT_BYTES = 32 << 20
 # Likewise where the fp32 dH of all tokens is summed beside it: longer slabs, as dH is read and written for each, but of
 # no fewer columns than repay that four times over. Without a budget all memory may come to DEFAULT_BYTES.
 JOINT_BYTES = 128 << 20
@@ -32,6 +34,8 @@ DEFAULT_BYTES = 60_000_000
 FLOPS_A_BYTE = 256
 # Triton reads 16 bytes at a time where it knows that this divides sizes and strides.
 ALIGNED = 16
+# Statistics of a token and split.
+FIELDS = 10
 # Vectors over the tokens, with torch's temporaries while tokens are ordered (int64) and ranked.
 TOKEN_BYTES = 200
 
@@ -61,42 +65,63 @@ class KernelTiles(NamedTuple):
 class Sizes(NamedTuple):
     """What the plan depends on.
 
-    ``n`` of N tokens take part. The statistics hold ``fields`` floats a token and split; ``sums`` says that some rows
-    need sums, ``gated`` that only some do. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the
-    bytes of an element of ``dlogits``, of a chunk's hidden states once ``gathered``, and of a GEMM operand ``copied``
-    into another dtype.
-    ``early`` is the pass over chunks of tokens, with or without an fp32 dW, ``late`` the one for a low-precision dW;
-    ``joinable`` says that one pass may do for both.
+    ``n`` of N tokens take part. ``sums`` says that some rows need sums, ``gated`` that only some do; ``joinable`` that
+    one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the bytes
+    of an element of dlogits, of a chunk's hidden states once they are gathered, and of a GEMM operand's copy in another
+    dtype; and which passes there are: by chunks of tokens, with or without an fp32 dW, and by slabs of columns, for a
+    low-precision dW.
     """
 
     N: int
     n: int
     V: int
-    fields: int
     sums: bool
     gated: bool
     H: int = 0
     H_t: int = 0
-    dlogits: int = 0
-    gathered: int = 0
-    copied: int = 0
-    early: bool = False
-    early_weight: bool = False
-    late: bool = False
+    dlogits_bytes: int = 0
+    hidden_bytes: int = 0
+    copy_bytes: int = 0
+    by_tokens: bool = False
+    weight_by_tokens: bool = False
+    by_columns: bool = False
     joinable: bool = True
+
+
+def sizes_of(problem: Problem, n: int, *, upcast: bool) -> Sizes:
+    """``upcast``: low-precision operands of GEMMs are made fp32 first."""
+    student, teacher, wanted, divergence = problem.student, problem.teacher, problem.wanted, problem.spec.divergence
+    sums = divergence is not None and not DIVERGENCES[divergence].free
+    joinable = problem.grad_filter_eps == 0.0
+    sizes = Sizes(len(student.source), n, problem.vocab, sums, problem.spec.gated, joinable=joinable)
+    if student.weight is None:
+        return sizes
+    dtype = problem.dtype or student.source.dtype
+    copy_bytes = dtype.itemsize * (not student.source.dtype == student.weight.dtype == dtype) + 4 * upcast
+    low = gradient_dtype(student.weight.dtype) != torch.float32
+    return sizes._replace(
+        H=student.source.shape[1],
+        H_t=0 if teacher is None or teacher.weight is None else teacher.source.shape[1],
+        dlogits_bytes=4 if upcast else dtype.itemsize,
+        hidden_bytes=student.source.element_size() + copy_bytes,
+        copy_bytes=copy_bytes,
+        by_tokens=wanted.source or (wanted.weight and not low) or (wanted.bias and not (wanted.weight and low)),
+        weight_by_tokens=wanted.weight and not low,
+        by_columns=wanted.weight and low,
+    )
 
 
 class Plan(NamedTuple):
     """Sizes of one call.
 
-    ``tokens`` x ``columns`` dlogits at a time for dH (and an fp32 dW), all tokens x ``late_columns`` for a
-    low-precision dW, and ``together`` for dH as well; ``splits`` of the vocabulary for the statistics, ``sum_splits``
+    ``tokens`` x ``columns`` dlogits at a time by tokens, all tokens x ``columns_of_all`` by columns, and
+    ``together`` for dH as well; ``splits`` of the vocabulary for the statistics, ``sum_splits``
     for the sums; ``workspace`` bytes beyond inputs, results and their gradients.
     """
 
     tokens: int
     columns: int
-    late_columns: int
+    columns_of_all: int
     together: bool
     splits: int
     sum_splits: int
@@ -144,10 +169,10 @@ def plan_streaming(sizes: Sizes, tiles: KernelTiles, memory_budget: int | None) 
     Raises:
         BudgetTooSmall: where one tile of dlogits at a time does not fit.
     """
-    if sizes.early and sizes.late and sizes.joinable:
+    if sizes.by_tokens and sizes.by_columns and sizes.joinable:
         limit = DEFAULT_BYTES if memory_budget is None else memory_budget
         plan = _plan(sizes, tiles, 0, joint=limit)
-        if plan.workspace <= limit and plan.late_columns >= min(LEAST_JOINT_COLUMNS, sizes.V):
+        if plan.workspace <= limit and plan.columns_of_all >= min(LEAST_JOINT_COLUMNS, sizes.V):
             return plan
     for halvings in range(CHUNK_BYTES.bit_length()):
         plan = _plan(sizes, tiles, halvings)
@@ -163,23 +188,23 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
     splits = _splits(n, V, tiles.statistics, halvings)
     # Hard rows may be few: more splits keep the device busy with them.
     sum_splits = _splits(n, V, tiles.sums, halvings, 4 if sizes.gated and not halvings else 1)
-    partials = 4 * n * max(splits * sizes.fields, 2 * sum_splits if sizes.sums else 0)
+    partials = 4 * n * max(splits * FIELDS, 2 * sum_splits if sizes.sums else 0)
 
-    early = late = 0
+    by_tokens = by_columns = 0
     BM, BN = tiles.gradient.tokens, tiles.gradient.columns
     tokens, columns = min(BM, n), min(BN, V)
-    late_columns = columns
-    if sizes.early:
+    columns_of_all = columns
+    if sizes.by_tokens:
         # dH, what it is rounded to, and the hidden states of a chunk.
-        per_token = H * (8 + (sizes.gathered if sizes.early_weight else 0))
+        per_token = H * (8 + (sizes.hidden_bytes if sizes.weight_by_tokens else 0))
         tokens = fitting((CHUNK_BYTES >> halvings) // per_token, BM, n, lambda rows: gemm_waves(rows, H))
-    if sizes.early and joint is None:
-        per_column = tokens * sizes.dlogits + H * sizes.copied
+    if sizes.by_tokens and joint is None:
+        per_column = tokens * sizes.dlogits_bytes + H * sizes.copy_bytes
         blocks = -(-tokens // BM)
         columns = fitting((SLAB_BYTES >> halvings) // per_column, BN, V, lambda c: waves(blocks * -(-c // BN)))
-        early = tokens * per_token + columns * per_column
-    if sizes.late:
-        per_column = N * sizes.dlogits + H * (4 + sizes.copied)
+        by_tokens = tokens * per_token + columns * per_column
+    if sizes.by_columns:
+        per_column = N * sizes.dlogits_bytes + H * (4 + sizes.copy_bytes)
         blocks = -(-n // BM)
 
         def work(width: int) -> int:
@@ -189,14 +214,14 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
             adding = 0 if joint is None else 8 * N * H * FLOPS_A_BYTE // MULTIPROCESSORS
             return logits + d_weight + adding
 
-        fixed = tokens * H * sizes.copied + (0 if joint is None else 4 * N * H)
-        slab = LATE_BYTES >> halvings if joint is None else min(JOINT_BYTES, joint - TOKEN_BYTES * N - fixed)
-        late_columns = fitting(slab // per_column, BN, V, work)
-        late = late_columns * per_column + fixed
-        if joint is not None and not sizes.copied:
+        fixed = tokens * H * sizes.copy_bytes + (0 if joint is None else 4 * N * H)
+        slab = WEIGHT_BYTES >> halvings if joint is None else min(JOINT_BYTES, joint - TOKEN_BYTES * N - fixed)
+        columns_of_all = fitting(slab // per_column, BN, V, work)
+        by_columns = columns_of_all * per_column + fixed
+        if joint is not None and not sizes.copy_bytes:
             tokens = n
-    workspace = TOKEN_BYTES * N + max(partials, early, late)
-    return Plan(tokens, columns, late_columns, joint is not None, splits, sum_splits, workspace)
+    workspace = TOKEN_BYTES * N + max(partials, by_tokens, by_columns)
+    return Plan(tokens, columns, columns_of_all, joint is not None, splits, sum_splits, workspace)
 
 
 def _splits(n: int, V: int, tiles: Tiles, halvings: int, times: int = 1) -> int:

@@ -12,14 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...objectives import RowSpec, Scalars
+from ...objectives import Scalars
 from ...rows.triton.row import formula_constants
 from ...workspace import empty
-from ..chunked import Result, Side, largest
+from ..problem import INVALID, Problem, Result, Side, largest
 from . import plan as streaming_plan
 from .gradient import flagged_product_kernel, gradient_kernel
-from .kernels import FIELDS, NORMS, combine_kernel, statistics_kernel, sums_combine_kernel, sums_kernel
-from .plan import Plan, Tiles
+from .kernels import NORMS, combine_kernel, statistics_kernel
+from .plan import FIELDS, Plan, Tiles
+from .sums import sums_combine_kernel, sums_kernel
 
 # Tokens of a program that combines the splits: no more than a few such programs, so small ones.
 COMBINE_BLOCK = 128
@@ -36,26 +37,17 @@ class Sweeps:
         tiles: what each kernel is compiled for.
     """
 
-    def __init__(
-        self,
-        student: Side,
-        teacher: Side | None,
-        index: Tensor | None,
-        labels: Tensor,
-        scalars: Tensor,
-        spec: RowSpec,
-        cold_labels: bool,
-        vocab: int,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, problem: Problem, index: Tensor | None, labels: Tensor) -> None:
+        """``index`` and ``labels`` as of :func:`..problem.valid_tokens`."""
+        student, teacher, spec, vocab = problem.student, problem.teacher, problem.spec, problem.vocab
         self.n = labels.shape[0]
         self._order, self._count = _front(labels >= 0)
         self.tokens = self._order if index is None else index[self._order]
         self._labels = labels[self._order]
-        self._scalars, self._spec, self._vocab = scalars, spec, vocab
+        self._scalars, self._spec, self._vocab = problem.scalars, spec, vocab
         self._divergence = None if spec.divergence is None else DIVERGENCES[spec.divergence]
         sides = [student] if teacher is None else [student, teacher]
-        operands = [None if side.weight is None else dtype or side.source.dtype for side in sides]
+        operands = [None if side.weight is None else problem.dtype or side.source.dtype for side in sides]
         capped = any(side.softcap is not None for side in sides)
         plain = all(_plain(side, operand) for side, operand in zip(sides, operands, strict=True))
         self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, plain=plain, target=_target())
@@ -64,7 +56,7 @@ class Sweeps:
         self._chosen: Tensor | None = None
         # Heads make finite logits, unless by their bias.
         excludes = teacher is not None and any(side.weight is None or side.bias is not None for side in sides)
-        self._formulas = formula_constants(spec, cold_labels) | {"EXCLUDES": excludes}
+        self._formulas = formula_constants(spec, problem.cold_labels) | {"EXCLUDES": excludes}
         self._constants: dict[str, Any] = {
             "ROUND_S": _TYPES[operands[0] or torch.float32],
             "ROUND_T": _TYPES[operands[-1] or torch.float32],
@@ -73,20 +65,11 @@ class Sweeps:
         }
 
     @property
-    def fields(self) -> int:
-        return int(FIELDS.value)
-
-    @property
     def needs_sums(self) -> bool:
         return self._divergence is not None and not self._divergence.free
 
-    @property
-    def teacher_units(self) -> int:
-        """The teacher's hidden size, 0 without a teacher's head."""
-        return 0 if self._teacher is None else int(self._teacher[7])
-
-    def measure(self, plan: Plan, result: Result, bad: Tensor) -> None:
-        """Fill ``loss`` (NaN where ``bad``), ``difficulty`` and ``is_hard``, and keep the norms for the gradient."""
+    def measure(self, plan: Plan, result: Result) -> None:
+        """Fill ``loss`` (NaN of invalid labels), ``difficulty``, ``is_hard``, and keep the norms for the gradient."""
         device = self._labels.device
         loss, difficulty = (empty((self.n,), torch.float32, device) for _ in range(2))
         hard = empty((self.n,), torch.bool, device)
@@ -100,12 +83,12 @@ class Sweeps:
                 chosen = chosen & (self._scalar("alpha") > 0.0)
             self._sums(plan.sum_splits, chosen, loss)
             self._chosen = chosen
-        result.loss[self.tokens] = loss.masked_fill(bad[self._order], math.nan)
+        result.loss[self.tokens] = loss.masked_fill(self._labels == INVALID, math.nan)
         result.difficulty[self.tokens] = difficulty
         result.is_hard[self.tokens] = hard
 
     def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
-        partials = empty((splits, self.fields, self.n), torch.float32, self._labels.device)
+        partials = empty((splits, FIELDS, self.n), torch.float32, self._labels.device)
         tiles = self.tiles.statistics
         statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,

@@ -1,0 +1,224 @@
+"""A chunk of tokens: the logits of both sides, the buffers that they lie in, and what it takes of memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives import RowSpec
+from ..rows.contract import EXCLUDED, Logits, RowInputs, RowOutputs, Sparse
+from ..rows.top_k import sparse_teacher
+from ..rows.torch.math import known_all
+from ..workspace import empty
+from .gemm import SLAB_BYTES, Projection
+from .head_gradient import HeadGradient, carries_scale
+from .plan import Plan, Workspace
+from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
+
+# 128 bytes of bf16, 256 of fp32.
+ROW_MULTIPLE = 64
+
+
+def row_stride(V: int, device_type: str) -> int:
+    """Elements from row to row of a buffer: on a GPU rows begin where vector loads and the BLAS's fast kernels can."""
+    return V if device_type == "cpu" else -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+class Buffers:
+    """Of a chunk's logits and a group's dlogits, ``V`` columns each: made when asked for, used by each in turn."""
+
+    def __init__(self, plan: Plan, V: int, device: torch.device) -> None:
+        self._plan, self._V, self._device = plan, V, device
+        self._held: dict[str, Tensor] = {}
+        self.chunk: Chunk | None = None  # whose logits they hold
+
+    def logits(self, name: str, rows: int) -> Tensor:
+        most = max(self._plan.rows, self._plan.chunk) if name == "student" else self._plan.chunk
+        return self._matrix(name, torch.float32, most)[:rows]
+
+    def dlogits(self, dtype: torch.dtype, rows: slice) -> Tensor:
+        return self._matrix("dlogits", dtype, self._plan.group)[rows]
+
+    def outputs(self, count: int) -> RowOutputs:
+        """Of a row, without dlogits."""
+        float32 = torch.float32
+        loss, difficulty = (self._vector(name, float32)[:count] for name in ("loss", "difficulty"))
+        return RowOutputs(loss, difficulty, self._vector("is_hard", torch.bool)[:count], None)
+
+    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self._held:
+            self._held[name] = empty((self._plan.chunk,), dtype, self._device)
+        return self._held[name]
+
+    def _matrix(self, name: str, dtype: torch.dtype, rows: int) -> Tensor:
+        if name not in self._held:
+            self._held[name] = empty((rows, row_stride(self._V, self._device.type)), dtype, self._device)
+        return self._held[name][:, : self._V]
+
+
+class LogitSource:
+    """A side, unless it is a top-k teacher, as a source of logit chunks: its first ``columns``."""
+
+    def __init__(self, side: Side, columns: int, dtype: torch.dtype | None) -> None:
+        self.projection: Projection | None = None
+        self.source = side.source.detach()
+        if side.weight is None:
+            self.source, finite = self.source[:, :columns], False
+        else:
+            bias = None if side.bias is None else side.bias.detach()[:columns]
+            self.projection = Projection(side.weight[:columns], bias, dtype or side.source.dtype)
+            rounded = self.projection.bias  # a finite fp32 bias may be -inf in fp16
+            finite = rounded is None or known_all(rounded * side.logit_scale > EXCLUDED)
+        self._template = (side.logit_scale, side.softcap, finite)
+
+    def chunk(self, tokens: slice | Tensor, buffers: Buffers, name: str) -> tuple[Tensor | None, Logits]:
+        """The GEMM operand (None for logits) and the raw logits of some tokens."""
+        if self.projection is None:
+            return None, Logits(self.source[tokens], *self._template)
+        hidden = self.operand(tokens)
+        raw = buffers.logits(name, hidden.shape[0])
+        self.projection.logits(hidden, raw)
+        return hidden, Logits(raw, *self._template)
+
+    def operand(self, tokens: slice | Tensor) -> Tensor:
+        """The GEMM operand of some tokens."""
+        assert self.projection is not None
+        return self.projection.operand(self.source[tokens])
+
+
+class Chunk(NamedTuple):
+    """Of the tokens of ``span``, among those to process: ``tokens`` are their places among all, ``hidden`` the
+    student's GEMM operand (None for logits), ``bad`` (C,) bool those whose loss is NaN."""
+
+    span: slice
+    tokens: slice | Tensor
+    hidden: Tensor | None
+    student: Logits
+    teacher: Logits | Sparse | None
+    labels: Tensor
+    bad: Tensor
+
+    def inputs(self, problem: Problem, weights: Tensor | None, hard: Tensor | None) -> RowInputs:
+        """For the loss; ``weights`` of all tokens, ``hard`` of those to process."""
+        return RowInputs(
+            self.student, self.teacher, self.labels, None if weights is None else weights[self.tokens],
+            problem.scalars, problem.spec, problem.cold_labels, None if hard is None else hard[self.span],
+        )  # fmt: skip
+
+    def difficulty_inputs(self, problem: Problem) -> RowInputs:
+        """For ``KL(yt||q)`` alone."""
+        spec = RowSpec("kl", mixed=True)
+        return RowInputs(self.student, self.teacher, self.labels, None, problem.scalars, spec, cold_labels=False)
+
+
+class Chunks:
+    """The chunks of a call: its sides' logits ``columns`` wide, its tokens to process."""
+
+    def __init__(self, problem: Problem, columns: int, index: Tensor | None, labels: Tensor) -> None:
+        self.problem, self.index, self.labels = problem, index, labels
+        teacher = problem.teacher
+        self.student = LogitSource(problem.student, columns, problem.dtype)
+        self.teacher = None
+        if teacher is not None and teacher.indices is None:
+            self.teacher = LogitSource(teacher, columns, problem.dtype)
+
+    def chunk(self, span: slice, buffers: Buffers) -> Chunk:
+        """The logits of a span, unless they are in ``buffers`` already."""
+        if buffers.chunk is None or buffers.chunk.span != span:
+            buffers.chunk = self._made(span, buffers)
+        return buffers.chunk
+
+    def _made(self, span: slice, buffers: Buffers) -> Chunk:
+        tokens = span if self.index is None else self.index[span]
+        labels = self.labels[span]
+        bad = labels == INVALID
+        hidden, student = self.student.chunk(tokens, buffers, "student")
+        teacher: Logits | Sparse | None = None
+        of = self.problem.teacher
+        if self.teacher is not None:
+            _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
+        elif of is not None and of.indices is not None:
+            lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
+            teacher, malformed = sparse_teacher(*lists, labels, self.problem.vocab, of.tail, reads_label=reads_label)
+            bad |= malformed
+        return Chunk(span, tokens, hidden, student, teacher, labels, bad)
+
+    def gradient_buffer(self, chunk: Chunk, d_source: Tensor | None, buffers: Buffers, place: slice) -> Tensor:
+        """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow;
+        else into the chunk's ``place`` among those of its group."""
+        raw, projection = chunk.student.raw, self.student.projection
+        if projection is not None:
+            dtype = projection.gradient_dtype
+            return raw if dtype == torch.float32 else buffers.dlogits(dtype, place)
+        assert d_source is not None
+        if isinstance(chunk.tokens, slice):
+            return d_source[chunk.tokens, : raw.shape[1]]
+        return buffers.dlogits(d_source.dtype, place)
+
+    def head(self, *, whole: bool) -> HeadGradient | None:
+        """None where the student is given as logits, or nothing of its head or hidden states is wanted.
+
+        ``whole``: one group holds all tokens.
+        """
+        problem, projection = self.problem, self.student.projection
+        if problem.student.weight is None or projection is None or not any(problem.wanted):
+            return None
+        return HeadGradient(
+            problem.student.weight, problem.student.bias, projection, problem.scale,
+            want_weight=problem.wanted.weight, want_bias=problem.wanted.bias, whole=whole,
+            grad_filter_eps=problem.grad_filter_eps,
+        )  # fmt: skip
+
+    def row_weights(self) -> Tensor | None:
+        """The row's weights of all tokens, with the factor of all gradients where it is the row that applies it."""
+        problem = self.problem
+        if not (any(problem.wanted) and carries_scale(self.student.projection)):
+            return problem.weights
+        if problem.weights is None:
+            return problem.scale.expand(len(self.student.source)).contiguous()
+        return (problem.weights * problem.scale).contiguous()
+
+    @property
+    def sparse_logits(self) -> bool:
+        """Whether the gradient of given logits is that of some tokens among all."""
+        return self.student.projection is None and self.index is not None
+
+    def workspace(self, columns: int, stride: int) -> Workspace:
+        """With ``columns`` a side in rows of ``stride``."""
+        return workspace_bytes(self.student, self.teacher, self.problem.teacher, columns, self.problem.wanted, stride)
+
+
+def workspace_bytes(
+    student: LogitSource, teacher: LogitSource | None, lists: Side | None, vocab: int, wanted: Wanted, stride: int
+) -> Workspace:
+    """From what the sides' tensors are, not what is in them; ``lists`` are a top-k teacher where they have indices."""
+    token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
+    if lists is not None and lists.indices is not None:  # sorted entries, and categories with their gradient
+        token += 64 * (lists.indices.shape[1] + 2)
+    for side in (student, teacher):
+        if side is None:
+            continue
+        if side.projection is None:
+            token += vocab * side.source.element_size()  # gathered when tokens are dropped
+            continue
+        token += 4 * stride + 8 * side.source.shape[1]
+        if side.projection.copied:
+            fixed += vocab * side.source.shape[1] * side.projection.dtype.itemsize
+        if side.projection.upcast:
+            slab = SLAB_BYTES
+    projection = student.projection
+    if any(wanted) and projection is None:
+        token += vocab * student.source.element_size()
+    if any(wanted) and projection is not None:
+        H, dtype = projection.weight.shape[1], projection.gradient_dtype
+        if dtype != torch.float32:
+            # The student's hidden states, once more than a chunk's, and their gradient are the group's.
+            token, grouped = token - 6 * H, dtype.itemsize * stride + 8 * H
+        if wanted.weight and projection.weight_dtype != torch.float32:
+            if gradient_dtype(projection.weight_dtype) == torch.float32:  # fp16's is held to the end
+                fixed += 4 * vocab * H
+            else:
+                accumulator, slab = 4 * vocab * H, SLAB_BYTES
+    return Workspace(token, grouped, accumulator, fixed + slab)

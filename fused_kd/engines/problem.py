@@ -1,0 +1,154 @@
+"""What an engine is given and gives back: a call's tensors and options, the labels' encoding, the ranking of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives import RowSpec, Scalars
+from ..rows.contract import RowOutputs, Shards
+
+# Labels of tokens that are left out, and of those whose loss is NaN; all others are in [0, vocab).
+IGNORED, INVALID = -1, -2
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Student or teacher, on all N tokens.
+
+    ``source`` is (N, H) with ``weight`` (V, H); or logits (N, V) with neither weight nor indices; or, of a top-k
+    teacher, log-probabilities (N, K) with ``indices`` (N, K) and ``tail``, see :class:`fused_kd.inputs.TopK`. Where the
+    vocabulary is divided over ranks, V are this rank's rows.
+    """
+
+    source: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    indices: Tensor | None = None
+    tail: str = ""
+
+    @property
+    def vocab(self) -> int | None:
+        """V; None of a top-k teacher, which does not know."""
+        if self.indices is not None:
+            return None
+        return self.source.shape[1] if self.weight is None else self.weight.shape[0]
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student to make; what is not wanted costs nothing."""
+
+    source: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """One call of an engine.
+
+    Attributes:
+        teacher: None where the objective has none.
+        labels: (N,) int64 in [0, vocab), :data:`IGNORED` or :data:`INVALID`, on the student's device or on the CPU. On
+            the CPU, ignored tokens are dropped without a synchronisation; on an accelerator their number is unknown to
+            the host, so their rows are skipped instead.
+        weights: (N,) fp32 token weights or None.
+        scale: 0-d fp32 factor of all gradients.
+        scalars: (8,) fp32, see :class:`fused_kd.objectives.Scalars`.
+        wanted, spec: gradients; what a row must know before it is compiled.
+        cold_labels: the label's own cross-entropy is taken at temperature 1, the rest at another one.
+        vocab: both sides are cut to their first ``vocab`` logits.
+        dtype: of the GEMM operands under autocast; None takes that of each side.
+        memory_budget: bytes of workspace, or None.
+        grad_filter_eps: see :mod:`.tile_filter`.
+        engine, backend: as :func:`.dispatch.choose_engine` has chosen them.
+        validate: whether to look at values that are not on the host.
+        shards: the vocabulary's slices over ranks; None: all of it is here.
+        sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
+    """
+
+    student: Side
+    teacher: Side | None
+    labels: Tensor
+    weights: Tensor | None
+    scale: Tensor
+    scalars: Tensor
+    wanted: Wanted
+    spec: RowSpec
+    cold_labels: bool
+    vocab: int
+    dtype: torch.dtype | None
+    memory_budget: int | None
+    engine: str
+    backend: str
+    grad_filter_eps: float = 0.0
+    validate: bool = False
+    shards: Shards | None = None
+    sum_hidden: bool = True
+
+
+class Result(NamedTuple):
+    """Unweighted ``loss``, ``difficulty``, ``is_hard`` (N,); gradients of ``scale * sum(weights * loss)``."""
+
+    loss: Tensor
+    difficulty: Tensor
+    is_hard: Tensor
+    d_source: Tensor | None
+    d_weight: Tensor | None = None
+    d_bias: Tensor | None = None
+
+    @staticmethod
+    def allocate(problem: Problem, *, sparse: bool) -> Result:
+        """Of no token yet; ``sparse`` says that some are never written."""
+        student, device, N = problem.student, problem.student.source.device, len(problem.student.source)
+        d_source = None
+        if problem.wanted.source:
+            # Dropped tokens (and dropped columns) are never written, so their gradient must start as zero.
+            make = torch.zeros if sparse or student.weight is None else torch.empty
+            d_source = make(student.source.shape, dtype=gradient_dtype(student.source.dtype), device=device)
+        return Result(
+            torch.zeros(N, dtype=torch.float32, device=device),
+            torch.zeros(N, dtype=torch.float32, device=device),
+            torch.zeros(N, dtype=torch.bool, device=device),
+            d_source,
+        )
+
+    def record(self, tokens: slice | Tensor, rows: RowOutputs, bad: Tensor, *, sparse_logits: bool) -> None:
+        """A chunk's losses, NaN for ``bad`` tokens; for ``sparse_logits`` also their gradient, of some tokens."""
+        self.loss[tokens] = rows.loss.masked_fill(bad, math.nan)
+        self.difficulty[tokens] = rows.difficulty
+        self.is_hard[tokens] = rows.is_hard
+        if sparse_logits and rows.dlogits is not None and self.d_source is not None:
+            self.d_source[:, : rows.dlogits.shape[1]][tokens] = rows.dlogits
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 gradients wait in fp32 for the loss scale, which comes with the backward pass; else they would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def valid_tokens(labels: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Positions of the tokens to process (None: all of them) and their labels, both on ``device``."""
+    if labels.device.type != "cpu":
+        return None, labels
+    index = (labels != IGNORED).nonzero().squeeze(1)
+    if index.shape[0] == labels.shape[0]:
+        return None, labels.to(device, non_blocking=True)
+    return index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
+
+
+def largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
+    """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
+    valid = labels >= 0
+    fraction = scalars[Scalars._fields.index("fraction")].double()
+    # fp32 scalars but 1 are off by 6e-8: 0.1 * 10 must not become 2.
+    count = (torch.where(fraction < 1.0, fraction * (1 - 2**-24), fraction) * valid.sum()).ceil()
+    order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return valid & (rank < count)
