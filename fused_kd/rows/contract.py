@@ -14,7 +14,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from ..divergences import EXCLUDED as EXCLUDED
 from ..objectives import RowSpec
 
 

@@ -11,8 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from .contract import Row as Row
-from .contract import RowInputs, RowOutputs, Sparse
+from .contract import Row, RowInputs, RowOutputs, Sparse
 
 _Answer = TypeVar("_Answer", bound=Callable[..., object])
 

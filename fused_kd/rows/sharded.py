@@ -20,13 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, EXCLUDED, LOG_LEAST, Divergence
+from ..divergences import DIVERGENCES, EXCLUDED, LOG_LEAST, TINY, Divergence
+from ..objectives import Scalars
 from .contract import RowInputs, RowOutputs, Shards
 from .torch.math import (
     Over,
     difficulty_of,
     infinite,
     known_all,
+    label_target,
     loss_of,
     maybe_any,
     on_host,
@@ -243,6 +245,11 @@ def _log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """From (P, C, 1) maxima and sums of exponentials over them: the maximum, and the logarithm of the sum over it."""
     top = tops.amax(0)
     return top, (sums * (tops - top).exp()).sum(0).log()
+
+
+def label_d(of: Joined, s: Scalars) -> Tensor:
+    """(C, 1) float64: ``log yt - log q`` of the label."""
+    return label_target(of.log_p_y, s).clamp(min=TINY).log() - of.log_q_y
 
 
 def joined(gathered: Tensor) -> Tensor:

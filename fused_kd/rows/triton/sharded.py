@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import TINY, Divergence
+from ...divergences import Divergence
 from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepared
-from ..sharded import Joined, Messages, Statistics, SweptRow
-from ..torch.math import label_target
+from ..sharded import Joined, Messages, Statistics, SweptRow, label_d
 from .math import TEMPERATURE
 from .row import formula_constants, guard, is_heavy, launch_constants, shape_of
 from .sharded_kernels import STATISTICS, Known, gradient_kernel, statistics_kernel, sums_kernel
@@ -61,16 +60,13 @@ class TritonRow(SweptRow):
             ranks = ranks._replace(**{name: getattr(ranks, name) / T for name in logits})
             ranks = ranks._replace(excess=ranks.excess * math.log(2.0))
         of = super().join(ranks)
-        label_d = torch.zeros_like(of.top)
-        if self.teacher is not None:
-            label_d = label_target(of.log_p_y, self.s).clamp(min=TINY).log() - of.log_q_y
         known = Known(
             s_max=of.top * T,
             s_inv=(-of.log_sum).exp(),
             t_max=of.top_t * T,
             t_inv=(-of.log_sum_t).exp(),
             log_ratio=of.log_sum_t - of.log_sum,
-            label_d=label_d,
+            label_d=torch.zeros_like(of.top) if self.teacher is None else label_d(of, self.s),
             cold_max=of.cold_top,
             cold_inv=(-of.cold_log_sum).exp(),
         )
