@@ -244,7 +244,7 @@ def _divert_triton(patch: Callable[..., Any], capability: tuple[int, int], count
 
 def _divert_cuda(patch: Callable[..., Any], capability: tuple[int, int], counts: Counter[str]) -> None:
     from fused_kd.rows.cuda import build as cuda_build
-    from fused_kd.rows.cuda.row import Device, Launch
+    from fused_kd.rows.cuda.launch import Device, Launch
 
     major, minor = capability
     device = Device(cuda_build.PORTABLE_CLUSTER if major >= 9 else 1, *SHARED[major])

@@ -1,7 +1,7 @@
 // Sweep 2 of csrc/kd_row.cu: a divergence's h and g from the one table of formulas, their sums, and the weight of an
 // adaptive one.
 //
-// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s,
+// FKD_DIVERGENCES(X) comes from fused_kd/rows/expressions.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s,
 // log_s, beta and alpha. FKD_DIVERGENCE is a position in that list; FKD_MIXTURE, FKD_MIXED, FKD_HARD_LABEL and FKD_COLD say
 // what the divergence reads and what else the loss has.
 #pragma once
@@ -53,7 +53,7 @@ FKD_INLINE void evaluate(const Norms *norms, float z_s, float z_t, bool at_label
         t += norms->rest;
         d = norms->label_d;
     }
-    if (FKD_EXCLUDES && z_t < norms->bound) d = 1.0f;  // as if the token were left out of KL(q||t)
+    if (FKD_EXCLUDES && z_t < norms->bound) d = LEFT_OUT;
     float r = t, log_r = d, s = *q, log_s = d;
     if (FKD_MIXTURE) {
         t += TINY;

@@ -7,13 +7,7 @@
 #endif
 #include FKD_PRIMITIVES
 
-#define LOG_ZERO (-1e30f)    // stands for log 0
-#define OUTSIDE (-2e30f)     // beyond the row: loses even against excluded tokens
-#define EXCLUDED (-1e18f)    // logits below it, before the temperature, are those of excluded tokens
-#define LOG_LEAST (-87.3365448f)  // smaller log-probabilities are log 0 where the other side excludes
 #define INFINITE as_float(0x7f800000u)
-#define TINY 1e-30f          // keeps ratios of two underflowed probabilities defined
-#define COLDEST 1e8f         // of 1 / T: beyond it, differences of LOG_ZERO would overflow
 #define LOG2_E 1.44269504f
 #define LOG2_E_LOW 1.92596303e-8f  // what it lacks
 #define LN_2 0.693147181f

@@ -9,8 +9,6 @@
 #error "build through fused_kd.rows.native.build, which defines FKD_DIVERGENCES"
 #endif
 
-static const float TINY = 1e-30f;      // keeps ratios of two underflowed probabilities defined
-
 #define FKD_NAME(name, h, g) FKD_##name,
 enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
 
@@ -23,6 +21,8 @@ typedef struct {
     int32_t uniform;
 } Lists;
 
+#define FKD_FLOAT(name) float name;
+
 typedef struct {  // mirrored by fused_kd/rows/native/row.py
     int64_t C, V;
     Logits student, teacher;
@@ -33,7 +33,7 @@ typedef struct {  // mirrored by fused_kd/rows/native/row.py
     int32_t divergence;
     int32_t free, mixture, reads_d, kl_at_one, adaptive, everywhere;  // of the divergence, see fused_kd.divergences.Divergence
     int32_t mixed, hard_label, gated, cold;
-    float lam, beta, gamma, temperature, fraction, rest, alpha, log_lam;  // of fused_kd.objectives.Scalars
+    FKD_SCALARS(FKD_FLOAT)  // of fused_kd.objectives.Scalars
     const int64_t *labels;  // (C,)
     const float *weights;   // (C,) or NULL
     const uint8_t *given;   // (C,) which rows are hard, or NULL

@@ -58,8 +58,8 @@ static void arguments(const Row *r, int64_t block, float *restrict t, float *res
     if (c->mixed) offset += c->log_lam;
 #pragma omp simd
     for (int i = 0; i < n; i++) d[i] = ((z_t[i] - max_t) - (z_s[i] - max_s)) + offset;
-    if (teacher_excludes)  // as if the token were left out of KL(q||t)
-        for (int i = 0; i < n; i++) d[i] = out[i] ? 1.0f : d[i];
+    if (teacher_excludes)
+        for (int i = 0; i < n; i++) d[i] = out[i] ? LEFT_OUT : d[i];
     if (label >= 0) d[label] = (float)r->label_d;
 }
 

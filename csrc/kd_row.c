@@ -8,8 +8,9 @@
 //   3. the gradient is then a linear combination of what scratch holds.
 // Rows of a top-k teacher are condensed to a short dense row between sweep 1 and 3.
 //
-// FKD_DIVERGENCES(X) comes from fused_kd/divergences.py through fused_kd/rows/native/build.py: X(name, h, g) with C
-// expressions over t, q, d, r, log_r, s, log_s, beta and alpha.
+// fused_kd/rows/expressions.py puts before this file: FKD_DIVERGENCES(X), X(name, h, g) with C expressions over t, q, d,
+// r, log_r, s, log_s, beta and alpha; FKD_SCALARS(X), X(name); and the numbers of fused_kd/divergences.py that stand for
+// something, such as LOG_ZERO.
 //
 // Sums run in fp32 within a block and in double beyond it. NaN logits become NaN losses: comparisons are written so
 // that NaN falls through, and nothing here may be compiled with -ffast-math.

@@ -195,7 +195,7 @@ FKD_INLINE float cross_entropy(float label_z, float top, float log_total, float 
 
 // Whether the largest of a side's logits where the other excludes a token, if it excludes but some, is above log 0.
 FKD_INLINE bool above_zero(float z, float top, float log_total, float inv_T, float other_top) {
-    return (z - top) * inv_T - log_total > LOG_LEAST && other_top >= EXCLUDED;
+    return (z - top) * inv_T - log_total > (float)LOG_LEAST && other_top >= EXCLUDED;
 }
 
 FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *sums, const Pair *totals, int64_t next) {
@@ -213,7 +213,7 @@ FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *s
 
 FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float *sums, const float *over, Pair *totals,
                               int64_t next, int *phase) {
-    const float lam = norms->lam, rest = norms->rest, log_lam = scalar(call, 7);
+    const float lam = norms->lam, rest = norms->rest, log_lam = scalar(call, SCALAR_log_lam);
     const Pair s_total = totals[S_SUM - FKD_MAXIMA], t_total = totals[T_SUM - FKD_MAXIMA];
     const Pair s_norm = inverse(s_total, 1.0f), t_norm = inverse(t_total, 1.0f);
     // One logarithm of the ratio: two would each be rounded at their own size.
@@ -235,7 +235,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
     if (rest > 0.0f && ce == INFINITE) difficulty += INFINITE;
     bool hard = false;
     if (FKD_GATED)
-        hard = call->given ? global_read1(call->given + norms->row) != 0 : difficulty > scalar(call, 2);
+        hard = call->given ? global_read1(call->given + norms->row) != 0 : difficulty > scalar(call, SCALAR_gamma);
 
     const float share = FKD_MIXED ? 1.0f : lam;
     norms->divergence = share * inv_T;
@@ -252,8 +252,8 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float
     Form form = LINEAR;
     if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->alpha > 0.0f) && (!FKD_GATED || hard)) {
         if (FKD_ADAPTIVE) {
-            head_share(&call->rows, norms, scalar(call, 4), phase);
-            student_above = (student_above && scalar(call, 4) < 1.0f) || (teacher_above && norms->beta > 0.0f);
+            head_share(&call->rows, norms, scalar(call, SCALAR_fraction), phase);
+            student_above = (student_above && scalar(call, SCALAR_fraction) < 1.0f) || (teacher_above && norms->beta > 0.0f);
         }
         form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
         divergence_sums(&call->rows, norms, form == KEPT, sums);
@@ -316,11 +316,11 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
     cluster_barrier();  // the other blocks' shared memory exists from here on
     while (row < C) {
         const int64_t next = next_row(&call, row + cluster_count()), label = label_of(&call, row);
-        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, 3)), COLDEST);
+        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, SCALAR_temperature)), COLDEST);
         Norms norms;
         norms.row = row;
         norms.label = label < V ? (int)label : -1;
-        norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, 3));
+        norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, SCALAR_temperature));
         float sums[FKD_RECORD], over[FKD_RECORD];
         Pair totals[FKD_RECORD];
         statistics(&call, &norms, next, sums, over);
@@ -335,8 +335,8 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
         if (FKD_TEACHER < 0) {
             cross_entropy_row(&call, &norms, sums, totals, next);
         } else {
-            norms.lam = scalar(&call, 0), norms.beta = scalar(&call, 1);
-            norms.rest = scalar(&call, 5), norms.alpha = scalar(&call, 6);
+            norms.lam = scalar(&call, SCALAR_lam), norms.beta = scalar(&call, SCALAR_beta);
+            norms.rest = scalar(&call, SCALAR_rest), norms.alpha = scalar(&call, SCALAR_alpha);
             distilled_row(&call, &norms, inv_T, sums, over, totals, next, &phase);
         }
         row = next;

@@ -4,9 +4,6 @@
 #include "kd_math.h"
 
 #define BLOCK 1024
-static const float LOG_ZERO = -1e30f;        // stands for log 0
-static const float EXCLUDED = -1e18f;        // logits below it, before the temperature, are those of excluded tokens
-static const double LOG_LEAST = -87.33654475;  // smaller log-probabilities are log 0 where the other side excludes
 
 enum Dtype { FP32, BF16, FP16 };
 

@@ -14,7 +14,7 @@ typedef struct {
     const float *scalars;
 } TopK;
 
-FKD_INLINE float temperature_of(const TopK *call) { return as_float(global_read4(call->scalars + 3)); }
+FKD_INLINE float temperature_of(const TopK *call) { return as_float(global_read4(call->scalars + SCALAR_temperature)); }
 
 FKD_INLINE bool ignored(const TopK *call, int64_t row) { return (int32_t)global_read8(call->labels + row).y < 0; }
 
@@ -49,10 +49,12 @@ FKD_INLINE float entry_logit(const TopK *call, int64_t row, int i) {
 #if !defined(FKD_EXPAND) || !FKD_EXPAND
 // categories (C, K + 1): the entries' final logits and the rest's log-sum-exp times the temperature, all relative to
 // origins (C,), the largest logit, lest an offset swallow their digits; cold (C,) or NULL: the rest's at temperature 1.
-FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float scale, float cap,  // strides in bytes
+FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride,  // strides in bytes
+                             float student_scale, float student_cap,
                              const int64_t *entries, int32_t K, int64_t C, int32_t V, const int64_t *labels,
                              const float *scalars, float *categories, float *origins, float *cold) {
-    const TopK call = call_of(student, student_stride, scale, cap, 0, 0, entries, K, V, labels, scalars);
+    const TopK call =
+        call_of(student, student_stride, student_scale, student_cap, 0, 0, entries, K, V, labels, scalars);
     const Rows *rows = &call.rows;
     const float T = temperature_of(&call), k = exponent_scale(T);
     int phase = 0;
@@ -90,13 +92,14 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride, float 
 #if !defined(FKD_EXPAND) || FKD_EXPAND
 // d loss / d final logit: entry_gradient (C, K), rest_gradient (C,), and cold_gradient (C,) or NULL the rest's at
 // temperature 1.
-FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride, float scale, float cap,  // strides in bytes
+FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride,  // strides in bytes
+                           float student_scale, float student_cap,
                            void *dlogits, int64_t dlogits_stride, const int64_t *entries, int32_t K, int64_t C,
                            int32_t V, const int64_t *labels, const float *scalars, const float *categories,
                            const float *origins, const float *cold, const float *entry_gradient,
                            const float *rest_gradient, const float *cold_gradient) {
-    const TopK call =
-        call_of(student, student_stride, scale, cap, dlogits, dlogits_stride, entries, K, V, labels, scalars);
+    const TopK call = call_of(student, student_stride, student_scale, student_cap, dlogits, dlogits_stride, entries, K,
+                              V, labels, scalars);
     const Rows *rows = &call.rows;
     const float k = exponent_scale(temperature_of(&call));
     for (int64_t row = cluster_index(); row < C; row += cluster_count()) {

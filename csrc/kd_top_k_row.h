@@ -23,9 +23,6 @@ static Categories new_categories(int64_t K, char *scratch) {
     return x;
 }
 
-// Stands for a listed token among the rest: below what an excluded one has there.
-static const float LISTED = 2.0f * LOG_ZERO;
-
 // The largest logit of the rest before the temperature.
 static double top_of(const Softmax *x, double T) {
     if (x->max <= 1.5f * LOG_ZERO) return -INFINITY;  // all are listed
@@ -51,12 +48,12 @@ static void condense(Row *r, const Categories *small) {
             for (; next < K && indices[next] < start + n; next++) {
                 small->student[next] = buffer[indices[next] - start];
                 if (small->student[next] > top) top = small->student[next];
-                buffer[indices[next] - start] = LISTED;
+                buffer[indices[next] - start] = OUTSIDE;  // of the rest
             }
         }
         if (c->cold) add_part(&r->cold, b, z, n);
         z = cooled(z, n, c->temperature, buffer);
-        for (int64_t i = first; i < next; i++) buffer[indices[i] - start] = LISTED;
+        for (int64_t i = first; i < next; i++) buffer[indices[i] - start] = OUTSIDE;
         add_part(&r->student, b, z, n);
     }
     join_parts(&r->student, r->blocks);

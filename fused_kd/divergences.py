@@ -1,4 +1,4 @@
-"""The one table of divergences: every backend's maths comes from here.
+"""The one table of divergences, and the numbers that stand for something: every backend's maths comes from here.
 
 A divergence between a constant target ``t`` and the student ``q = softmax(z)`` is a sum over the vocabulary of
 ``h(t_v, q_v)``. With ``g = dh/dlog q`` its gradient in the logits is
@@ -28,9 +28,35 @@ out of ``g``: it cancels in ``dz``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+LOG_ZERO = -1e30
+"""Stands for log 0 and for logits of -inf: ``exp`` of it is 0, differences of it are 0, products with 0 are 0."""
+
+EXCLUDED = -1e18
+"""Final logits below this, before the temperature, are those of excluded tokens, unless the row has no others."""
+
+OUTSIDE = -2e30
+"""A logit before the temperature of what is no token of the row: loses even against :data:`LOG_ZERO`, and is still
+finite when divided by the least temperature."""
+
+NOWHERE = -3e38
+"""The same after the temperature: below :data:`LOG_ZERO` divided by the least."""
+
+LOG_LEAST = -126 * math.log(2.0)
+"""Smaller log-probabilities, those of numbers that are not normal in fp32, are log 0 where the other side excludes."""
+
+TINY = 1e-30
+"""Keeps ratios of two underflowed probabilities defined; far below any probability that matters."""
+
+LEFT_OUT = 1.0
+"""``d`` of an entry that the target excludes: with it, ``h`` and ``g`` are as if it were left out of ``KL(q||t)``."""
+
+COLDEST = 1e8
+"""The inverse of the least temperature: beyond it, differences of :data:`OUTSIDE` would overflow."""
 
 
 def kl_h(t, q, d, r, log_r, s, log_s, beta, alpha):

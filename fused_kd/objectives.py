@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from .divergences import LOG_ZERO
+
 
 class RowSpec(NamedTuple):
     """What a row must know before it is compiled; everything else is a run-time scalar.
@@ -39,7 +41,7 @@ class Scalars(NamedTuple):
     """Run-time scalars of a row, in the order in which kernels read them: host numbers, or 0-d tensors on a device.
 
     ``rest`` is ``1 - lam`` and ``alpha`` is ``1 - beta``: formed from fp32 numbers near 1 they would lose their digits.
-    ``log_lam`` is ``log lam``, and :data:`LOG_ZERO` where ``lam`` is 0.
+    ``log_lam`` is ``log lam``, and :data:`fused_kd.divergences.LOG_ZERO` where ``lam`` is 0.
     """
 
     lam: float | Tensor
@@ -50,10 +52,6 @@ class Scalars(NamedTuple):
     rest: float | Tensor
     alpha: float | Tensor
     log_lam: float | Tensor
-
-
-LOG_ZERO = -1e30
-"""Stands for log 0 and for logits of -inf: ``exp`` of it is 0, differences of it are 0, products with 0 are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -35,10 +36,11 @@ from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, Scalars
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.sharded import Statistics
 from fused_kd.rows.torch.math import uses_divergence
+from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
-from fused_kd.rows.triton.top_k import row as top_k_row
 
 from . import sass
 
@@ -118,7 +120,8 @@ def _top_k(K: int, dtype: torch.dtype, cold: bool) -> None:
     """The row's own two kernels; what is left of it is a dense row."""
     inputs, outputs = _case("forward_kd", dtype, dtype, dtype, cold=cold)
     teacher = Sparse(torch.zeros(1, K + 1, dtype=torch.int64), torch.zeros(1, K + 1), torch.zeros(1), "bucket")
-    top_k_row(lambda inputs, outputs: None, inputs._replace(teacher=teacher), outputs)
+    with mock.patch.object(triton_top_k, "dense", lambda inputs, outputs: None):
+        triton_top_k.row(inputs._replace(teacher=teacher), outputs)
 
 
 def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
@@ -246,7 +249,7 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
-    of = row._join(torch.ones(1, 1, 12))
+    of = row.join(Statistics.of(torch.ones(1, 1, 12)))
     divergence = DIVERGENCES[inputs.spec.divergence or "kl"]
     hard = torch.ones(1, dtype=torch.bool)
     use = None if inputs.spec.divergence is None else uses_divergence(divergence, inputs.spec, hard, 0.5)

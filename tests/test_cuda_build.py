@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
-import re
 import sys
+from ctypes import c_float, c_int32, c_int64
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +19,8 @@ from fused_kd.rows import build_cache, select
 from fused_kd.rows.build_cache import CACHE_VARIABLE
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
-from fused_kd.rows.cuda import top_k as top_k_cuda
 from fused_kd.rows.cuda.build import CudaRowError
+from fused_kd.rows.cuda.launch import Cut, Device, Launch, parameters
 
 GPU = torch.device("cuda:0")
 
@@ -73,7 +72,7 @@ def test_gpus_get_their_own_binary(monkeypatch, major, minor, arch, cluster):
         major=major, minor=minor, name="", shared_memory_per_block_optin=1, shared_memory_per_multiprocessor=2
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: found)
-    assert cuda_build.device.__wrapped__(GPU) == cuda_row.Device(cluster, 1, 2)
+    assert cuda_build.device.__wrapped__(GPU) == Device(cluster, 1, 2)
     assert cuda_build.architecture(major, minor) == arch
 
 
@@ -235,7 +234,7 @@ def test_a_binary_of_other_sources_is_not_used(nvrtc, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"old")
     cuda_build.cubin("fkd_row", MACROS, "sm_90a")
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"new")
-    monkeypatch.setattr(cuda_build, "c_table", lambda: "another table\n")
+    monkeypatch.setattr(cuda_build, "c_header", lambda: "another table\n")
     assert cuda_build.cubin("fkd_row", MACROS, "sm_90a") == b"new"
 
 
@@ -265,23 +264,13 @@ def test_what_nvrtc_says_is_passed_on(nvrtc, monkeypatch, tmp_path):
         cuda_build.cubin("fkd_row", MACROS, "sm_20")
 
 
-C_TYPES = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
-
-
-@pytest.mark.parametrize(
-    "kernel, types",
-    [
-        ("fkd_row", cuda_row.ROW_TYPES),
-        ("fkd_condense", top_k_cuda.CONDENSE_TYPES),
-        ("fkd_expand", top_k_cuda.EXPAND_TYPES),
-    ],
-)
-def test_both_languages_agree_on_the_arguments(kernel, types):
-    text = re.sub(r"//[^\n]*", "", (cuda_build.FOLDER / cuda_build.SOURCES[kernel]).read_text())
-    signature = re.search(rf"FKD_KERNEL void {kernel}\(([^)]*)\)", text)
-    assert signature is not None
-    declared = signature[1].split(",")
-    assert types == tuple(int if "*" in x else C_TYPES[x.split()[0]] for x in declared)
+def test_arguments_go_by_the_names_of_the_kernel():
+    found = parameters("fkd_condense")
+    assert (found["student"], found["K"], found["C"], found["student_cap"]) == (int, c_int32, c_int64, c_float)
+    assert (next(iter(found)), list(found)[-1]) == ("student", "cold")
+    launch = Launch("fkd_condense", (), Cut(1, 128, 0, 0), 1, dict.fromkeys(found, 1) | {"no_such": 1})
+    with pytest.raises(TypeError, match=r"fkd_condense takes student, .*, cold, got student, .*, cold, no_such"):
+        launch.typed()
 
 
 def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
@@ -323,16 +312,19 @@ def test_a_launch_as_cuda_core_is_asked_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(multi_processor_count=5))
     monkeypatch.setattr(cuda_build, "device", lambda where: SimpleNamespace(block_bytes=232448))
     x = torch.zeros(3)
-    types = (int, int, ctypes.c_int64, ctypes.c_float)
+    given = {name: None if kind is int else 0 for name, kind in parameters("fkd_row").items()}
+    given |= {"student": x, "C": 7, "student_scale": 0.5}
     for cluster, threads, rows_, grid in ((8, 512, 100, 3), (8, 512, 2, 2), (1, 128, 100, 10)):
-        cut = cuda_row.Cut(cluster, threads, 1, 4096)
-        cuda_build.launch(GPU, cuda_row.Launch("fkd_row", ((str(rows_), 0),), cut, rows_, (x, None, 7, 0.5), types))
-        stream, config, launched_kernel, *arguments = launched[-1]
+        cut = Cut(cluster, threads, 1, 4096)
+        cuda_build.launch(GPU, Launch("fkd_row", ((str(rows_), 0),), cut, rows_, given))
+        stream, config, launched_kernel, *values = launched[-1]
+        arguments = dict(zip(given, values, strict=True))
         assert stream == "legacy" and launched_kernel is kernel
         assert config.pop("cluster", 1) == cluster
         assert config == {"grid": grid, "block": threads, "shmem_size": 4096}
-        assert arguments[:2] == [x.data_ptr(), 0]
-        assert isinstance(arguments[2], ctypes.c_int64) and arguments[2].value == 7 and arguments[3].value == 0.5
+        assert (arguments["student"], arguments["teacher"]) == (x.data_ptr(), 0)
+        assert isinstance(arguments["C"], c_int64) and arguments["C"].value == 7
+        assert arguments["student_scale"].value == 0.5
         # All that a block may have, whatever this cut takes: another may launch the same kernel.
         assert attributes[-1] == ("most", 232448, "handle", 0) and modes[-1] == "global"
     cuda_build._prepared.cache_clear()

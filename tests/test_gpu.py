@@ -14,6 +14,7 @@ from fused_kd.rows import select
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
+from fused_kd.rows.cuda.launch import cut_rows
 
 from .kernels.test_lists import TAILS, cached
 from .problems import OBJECTIVES, gradients, problem, relative
@@ -253,7 +254,6 @@ def cuda_row_call(C: int, V: int) -> tuple[RowInputs, RowOutputs]:
 @pytest.mark.parametrize("V", [128256, 151936])
 def test_cuda_row_asking_ahead_changes_nothing(V, monkeypatch):
     """Bit by bit, of many rows a cluster: a copy that is not waited for would show."""
-    cut_rows = cuda_row.cut_rows
     with monkeypatch.context() as patch:
         patch.setattr(cuda_row, "cut_rows", lambda *about: cut_rows(*about)._replace(ahead=0))
         inputs, plain = cuda_row_call(200, V)

@@ -20,7 +20,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.rows import build_cache, select
 from fused_kd.rows.build_cache import CACHE_VARIABLE
-from fused_kd.rows.expressions import c_table
+from fused_kd.rows.expressions import c_header
 from fused_kd.rows.native import build as native_build
 
 from .problems import needs_compiler
@@ -74,7 +74,7 @@ def fresh(monkeypatch, tmp_path):
 
 @functools.cache
 def _library() -> bytes:
-    return native_build._compile(native_build.find_compiler(), [*native_build.FLAGS, "-O0"], c_table())
+    return native_build._compile(native_build.find_compiler(), [*native_build.FLAGS, "-O0"], c_header())
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows.select import Row
+from ..rows.contract import Row
 from ..tuning import current
 from .chunks import Buffers, Chunks, row_stride
 from .plan import Plan, plan_chunks, preferred_chunk

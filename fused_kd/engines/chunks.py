@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..divergences import EXCLUDED
 from ..objectives import RowSpec
-from ..rows.contract import EXCLUDED, Logits, RowInputs, RowOutputs, Sparse
+from ..rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
 from ..workspace import empty

@@ -6,22 +6,15 @@ Implementations never import each other.
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..objectives import LOG_ZERO as LOG_ZERO
+from ..divergences import DIVERGENCES
 from ..objectives import RowSpec
-
-EXCLUDED = -1e18
-# Below log 0 at any temperature: what is no token of a row, such as one that a list holds among the rest.
-NOWHERE = -3e38
-"""Final logits below this, before the temperature, are those of excluded tokens, unless the row has no others."""
-
-LOG_LEAST = -126 * math.log(2.0)
-"""Smaller log-probabilities, those of numbers that are not normal in fp32, are log 0 where the other side excludes."""
 
 
 class Logits(NamedTuple):
@@ -80,6 +73,86 @@ class RowOutputs(NamedTuple):
     difficulty: Tensor
     is_hard: Tensor
     dlogits: Tensor | None
+
+
+Row = Callable[[RowInputs, RowOutputs], None]
+
+
+@functools.cache
+def traits(spec: RowSpec, cold_labels: bool) -> dict[str, bool]:
+    """What makes a compiled row an objective's, beside its formulas: parts of its divergence and of the loss."""
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    hard_label = spec.hard_label and spec.divergence is not None
+    return {
+        "free": divergence.free,
+        "mixture": divergence.mixture,
+        "kl_at_one": divergence.kl_at_one,
+        "adaptive": divergence.adaptive,
+        "everywhere": divergence.everywhere,
+        "mixed": spec.mixed,
+        "hard_label": hard_label,
+        "gated": spec.gated,
+        "cold": cold_labels and hard_label,
+    }
+
+
+def compiled(row: Row) -> Row:
+    """The prologue and epilogue of a row that reads and writes by address: ``row`` for any strides, or no rows at all.
+
+    ``row`` is called as :func:`prepared` says. The result raises a ``ValueError`` for vectors of ``outputs``, or
+    scalars, that are not contiguous.
+    """
+
+    @functools.wraps(row)
+    def whole(inputs: RowInputs, outputs: RowOutputs) -> None:
+        vectors = {name: getattr(outputs, name) for name in ("loss", "difficulty", "is_hard")}
+        for name, vector in (vectors | {"scalars": inputs.scalars}).items():
+            if not vector.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
+        if len(inputs.labels) == 0:
+            return
+        own_inputs, own_outputs = prepared(inputs, outputs)
+        row(own_inputs, own_outputs)
+        copy_back(own_outputs, outputs)
+
+    return whole
+
+
+def prepared(inputs: RowInputs, outputs: RowOutputs) -> tuple[RowInputs, RowOutputs]:
+    """Both with unit stride along the vocabulary and the rest contiguous, copied where they are not, and without a
+    teacher that the objective does not read.
+
+    dlogits that are the student's raw logits stay so; what is written elsewhere is for :func:`copy_back`.
+    """
+    student, teacher, dlogits = inputs.student, inputs.teacher, outputs.dlogits
+    raw = _unit_stride(student.raw)
+    if dlogits is not None:
+        dlogits = raw if dlogits is student.raw else _unit_stride(dlogits)
+    if inputs.spec.divergence is None:
+        teacher = None
+    elif isinstance(teacher, Logits):
+        teacher = teacher._replace(raw=_unit_stride(teacher.raw))
+    elif isinstance(teacher, Sparse):
+        indices, log_probs, rest, tail = teacher
+        teacher = Sparse(indices.contiguous(), log_probs.contiguous(), rest.contiguous(), tail)
+    own = inputs._replace(
+        student=student._replace(raw=raw),
+        teacher=teacher,
+        labels=inputs.labels.contiguous(),
+        weights=None if inputs.weights is None else inputs.weights.contiguous(),
+        hard=None if inputs.hard is None else inputs.hard.contiguous(),
+    )
+    return own, outputs._replace(dlogits=dlogits)
+
+
+def copy_back(written: RowOutputs, outputs: RowOutputs) -> None:
+    """What a row has written to :func:`prepared` outputs, to where it was wanted."""
+    if outputs.dlogits is not None and written.dlogits is not None and written.dlogits is not outputs.dlogits:
+        outputs.dlogits.copy_(written.dlogits)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)

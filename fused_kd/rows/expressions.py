@@ -1,4 +1,4 @@
-"""Formulas of :mod:`fused_kd.divergences` as C expressions, for rows written in C or CUDA."""
+"""Formulas, numbers and scalar slots of the other rows as C text, for rows written in C or CUDA."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from ..divergences import DIVERGENCES
+from ..divergences import COLDEST, DIVERGENCES, EXCLUDED, LEFT_OUT, LOG_LEAST, LOG_ZERO, OUTSIDE, TINY
+from ..objectives import Scalars
 
+_NUMBERS = {
+    "LOG_ZERO": LOG_ZERO,
+    "EXCLUDED": EXCLUDED,
+    "OUTSIDE": OUTSIDE,
+    "TINY": TINY,
+    "LEFT_OUT": LEFT_OUT,
+    "COLDEST": COLDEST,
+}
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
@@ -44,7 +53,15 @@ def _translate(node: ast.expr, function: str, names: set[str]) -> str:
     raise ValueError(f"{function}: only + - * / >, integers and parameters become C, got {ast.unparse(node)!r}")
 
 
-def c_table() -> str:
-    """``#define FKD_DIVERGENCES(X)``: ``X(name, h, g)`` for every divergence, in the table's order."""
-    rows = (f"X({name}, {c_expression(entry.h)}, {c_expression(entry.g)})" for name, entry in DIVERGENCES.items())
-    return "#define FKD_DIVERGENCES(X) \\\n    " + " \\\n    ".join(rows) + "\n"
+def c_header() -> str:
+    """What every C source is compiled behind: ``FKD_DIVERGENCES(X)``, ``X(name, h, g)`` for every divergence in the
+    table's order; ``FKD_SCALARS(X)``, ``X(name)`` for every scalar of a row in theirs; and the numbers that stand for
+    something, in fp32 but for the double ``LOG_LEAST``."""
+    divergences = (
+        f"X({name}, {c_expression(entry.h)}, {c_expression(entry.g)})" for name, entry in DIVERGENCES.items()
+    )
+    lines = ["#define FKD_DIVERGENCES(X) \\\n    " + " \\\n    ".join(divergences)]
+    lines.append("#define FKD_SCALARS(X) " + " ".join(f"X({name})" for name in Scalars._fields))
+    lines += [f"#define {name} ({value!r}f)" for name, value in _NUMBERS.items()]
+    lines.append(f"#define LOG_LEAST ({LOG_LEAST!r})")
+    return "\n".join(lines) + "\n"

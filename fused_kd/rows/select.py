@@ -11,9 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from .contract import Logits, RowInputs, RowOutputs, Sparse
+from .contract import Row, RowInputs, RowOutputs, Sparse
 
-Row = Callable[[RowInputs, RowOutputs], None]
 _Answer = TypeVar("_Answer", bound=Callable[..., object])
 
 BACKENDS = ("torch", "triton", "cuda", "native")
@@ -97,11 +96,11 @@ def get_row(backend: str) -> Row:
         return _cuda_or_triton()
     if backend == "triton":
         from .triton.row import row as dense
-        from .triton.top_k import row as sparse
+        from .triton.top_k import row as listed
     elif backend == "cuda":
         from .cuda import build as cuda_build
         from .cuda.row import row as dense
-        from .cuda.top_k import row as sparse
+        from .cuda.top_k import row as listed
 
         cuda_build.require()
     elif backend == "native" or (backend == NATIVE_OR_TORCH and _native_works()):
@@ -110,19 +109,15 @@ def get_row(backend: str) -> Row:
         prepare()
         return row
     else:
-        from .top_k import row as sparse
         from .torch.row import row as dense
+        from .torch.top_k import row as listed
 
-    return functools.partial(_row, dense, sparse)
+    return functools.partial(_row, dense, listed)
 
 
-def _row(
-    dense: Row, sparse: Callable[[Row, RowInputs, RowOutputs], None], inputs: RowInputs, outputs: RowOutputs
-) -> None:
-    if isinstance(inputs.teacher, Sparse):
-        sparse(dense, inputs, outputs)
-    else:
-        dense(inputs, outputs)
+def _row(dense: Row, listed: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
+    condensed = isinstance(inputs.teacher, Sparse) and inputs.teacher.tail != "uniform"
+    (listed if condensed else dense)(inputs, outputs)
 
 
 @functools.cache
@@ -165,6 +160,3 @@ def _native_works() -> bool:
         warnings.warn(f"the slower torch row is used: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
-
-
-__all__ = ["BACKENDS", "Logits", "Row", "RowInputs", "RowOutputs", "Sparse", "choose_backend", "get_row"]

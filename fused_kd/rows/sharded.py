@@ -20,13 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, Divergence
-from .contract import EXCLUDED, LOG_LEAST, RowInputs, RowOutputs, Shards
+from ..divergences import DIVERGENCES, EXCLUDED, LOG_LEAST, TINY, Divergence
+from ..objectives import Scalars
+from .contract import RowInputs, RowOutputs, Shards
 from .torch.math import (
     Over,
     difficulty_of,
     infinite,
     known_all,
+    label_target,
     loss_of,
     maybe_any,
     on_host,
@@ -42,6 +44,34 @@ Messages = Generator[Tensor, Tensor, None]
 
 Shares = tuple[float | Tensor, float | Tensor]
 """``beta`` and ``alpha`` of :mod:`fused_kd.divergences`, of an adaptive divergence (C', 1)."""
+
+
+class Statistics(NamedTuple):
+    """What a rank says of each token's logits in its slice, one column of a message each.
+
+    A message ends before what there is none of: a teacher, another temperature of the label's cross-entropy, lists.
+    """
+
+    top: Tensor  # the student's maximum
+    total: Tensor  # the sum of exponentials over it
+    label: Tensor  # the label's logit
+    top_t: Tensor  # the same of the teacher
+    total_t: Tensor
+    excess: Tensor  # the teacher's expectation of its logits over their maximum less the student's, times total_t
+    label_t: Tensor
+    beside: Tensor  # the largest logit of the student where the teacher excludes the token
+    beside_t: Tensor
+    cold_top: Tensor  # the student's at temperature 1
+    cold_total: Tensor
+    cold_label: Tensor
+    rest_top: Tensor  # the student's of all that a top-k teacher does not list
+    rest_total: Tensor
+
+    @classmethod
+    def of(cls, message: Tensor) -> Statistics:
+        """The columns (..., 1) of a message (..., k), 0 where it has none."""
+        padded = torch.nn.functional.pad(message, (0, len(cls._fields) - message.shape[-1]))
+        return cls(*padded.split(1, -1))
 
 
 class Joined(NamedTuple):
@@ -79,11 +109,16 @@ class SweptRow:
         self.ignored = inputs.labels < 0
 
     def statistics(self) -> Tensor:
-        """(C, k) fp32 of this slice: maximum, sum of exponentials over it and label's logit of the student (k = 3);
-        the same of the teacher, with the expectation of ``z_t - z`` over the maxima before the label's, and the largest
-        logits of the student and the teacher where the other excludes a token (9); the same as the first of the student
-        at temperature 1 (12); maximum and sum of what a top-k teacher does not list (14)."""
+        """(C, k) fp32 :class:`Statistics` of this slice, as far as :meth:`said` goes."""
         raise NotImplementedError
+
+    def said(self, message: Tensor) -> Tensor:
+        """The columns of a message that there is something to say in."""
+        if self.condensed:
+            return message
+        if self.inputs.cold_labels:
+            return message[:, : Statistics._fields.index("rest_top")]
+        return message[:, : Statistics._fields.index("top_t" if self.inputs.teacher is None else "cold_top")]
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
         """(C', 2) fp32: this slice's ``sum h`` and ``sum g``, of the rows at ``index`` where that is given."""
@@ -111,7 +146,7 @@ class SweptRow:
     def run(self) -> Messages:
         spec, s = self.spec, self.s
         gathered = yield self.statistics()
-        of = self._join(gathered.to(torch.float64))
+        of = self.join(Statistics.of(gathered.to(torch.float64)))
         hard = torch.zeros_like(self.ignored)
         if spec.divergence is None:
             loss = difficulty = of.ce
@@ -149,38 +184,37 @@ class SweptRow:
         self._write(loss, difficulty, hard)
         self.gradient(of, divergence, use, total.float(), shares)
 
-    def _join(self, x: Tensor) -> Joined:
-        """From (P, C, k) statistics."""
-        x = torch.nn.functional.pad(x, (0, 14 - x.shape[2]))
+    def join(self, ranks: Statistics) -> Joined:
+        """From (P, C, 1) float64 of all ranks."""
         # compared with each bound in turn: a tensor of them would have to be copied to the device
-        bounds = list(itertools.accumulate(self.shards.sizes))[:-1]
         owner = torch.zeros_like(self.inputs.labels)
-        for bound in bounds:
+        for bound in list(itertools.accumulate(self.shards.sizes))[:-1]:
             owner += self.inputs.labels >= bound
         owner = owner[None, :, None]
 
-        def of_label(column: int) -> Tensor:
-            return x[:, :, column : column + 1].gather(0, owner)[0]
+        def of_label(label: Tensor) -> Tensor:
+            return label.gather(0, owner)[0]
 
-        top, total = _log_sum(x[:, :, 0:1], x[:, :, 1:2])
-        log_q_y = (of_label(2) - top) - total
+        top, total = _log_sum(ranks.top, ranks.total)
+        label = of_label(ranks.label)
+        log_q_y = (label - top) - total
         nothing = torch.zeros_like(top)
         limit = EXCLUDED / (self.s.temperature if self.inputs.teacher is not None else 1.0)
-        label_out = (of_label(2) < limit) & (top >= limit)
+        label_out = (label < limit) & (top >= limit)
         warm_ce = raised_(-log_q_y, label_out)
         kl = log_p_y = top_t = total_t = nothing
         over = Over(nothing > 0.0, nothing > 0.0)
         if self.inputs.teacher is not None:
-            largest = x[:, :, 7:9].amax(0)
-            above, b, mass, excess = x[:, :, 0:1] - top, x[:, :, 3:4], x[:, :, 4:5], x[:, :, 5:6]
+            beside, beside_t = ranks.beside.amax(0), ranks.beside_t.amax(0)
+            above, b, mass, excess = ranks.top - top, ranks.top_t, ranks.total_t, ranks.excess
             if self.condensed:
                 # the rest is one more entry, that no rank has alone
-                rest, rest_sum = _log_sum(x[:, :, 12:13], x[:, :, 13:14])
+                rest, rest_sum = _log_sum(ranks.rest_top, ranks.rest_total)
                 rest_above = (rest - top) + rest_sum  # log 0 would swallow the logarithm
                 rest = rest + rest_sum
                 rest_t = self.join_rest(rest_above, top).to(torch.float64)
-                over_s, over_t = rest.where(rest_t < limit, -math.inf), rest_t.where(rest < limit, -math.inf)
-                largest = torch.maximum(largest, torch.cat([over_s, over_t], 1))
+                beside = torch.maximum(beside, rest.where(rest_t < limit, -math.inf))
+                beside_t = torch.maximum(beside_t, rest_t.where(rest < limit, -math.inf))
                 above, b = torch.cat([above, rest_above[None]]), torch.cat([b, rest_t[None]])
                 mass = torch.cat([mass, nothing[None] + 1.0])
                 excess = torch.cat([excess, nothing[None]])
@@ -188,15 +222,15 @@ class SweptRow:
             share = (b - top_t).exp()
             ratio = (share * (excess + mass * ((b - top_t) - above))).sum(0) / total_t.exp()
             over = Over(
-                (largest[:, 0:1] - top - total > LOG_LEAST) & (top_t >= limit),
-                (largest[:, 1:2] - top_t - total_t > LOG_LEAST) & (top >= limit),
+                (beside - top - total > LOG_LEAST) & (top_t >= limit),
+                (beside_t - top_t - total_t > LOG_LEAST) & (top >= limit),
             )
             kl = raised_((ratio - total_t + total).clamp_(min=0.0), over.teacher)
-            log_p_y = (of_label(6) - top_t) - total_t
+            log_p_y = (of_label(ranks.label_t) - top_t) - total_t
         cold_top, cold_total, ce = nothing, nothing, warm_ce
         if self.inputs.cold_labels:
-            cold_top, cold_total = _log_sum(x[:, :, 9:10], x[:, :, 10:11])
-            ce = raised_(cold_total - (of_label(11) - cold_top), label_out)
+            cold_top, cold_total = _log_sum(ranks.cold_top, ranks.cold_total)
+            ce = raised_(cold_total - (of_label(ranks.cold_label) - cold_top), label_out)
         if self.condensed:
             top = nothing
         return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over)
@@ -211,6 +245,11 @@ def _log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """From (P, C, 1) maxima and sums of exponentials over them: the maximum, and the logarithm of the sum over it."""
     top = tops.amax(0)
     return top, (sums * (tops - top).exp()).sum(0).log()
+
+
+def label_d(of: Joined, s: Scalars) -> Tensor:
+    """(C, 1) float64: ``log yt - log q`` of the label."""
+    return label_target(of.log_p_y, s).clamp(min=TINY).log() - of.log_q_y
 
 
 def joined(gathered: Tensor) -> Tensor:

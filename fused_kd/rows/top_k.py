@@ -7,27 +7,21 @@ implementation then gives loss, gate and gradient, whatever the objective: where
 to ``q``, so that summing the rest first changes nothing. Back on the vocabulary, listed entries take their category's
 gradient, and each of the others its share ``q_v / q_rest`` of the rest's.
 
-A uniform tail is a dense target: its rows are swept as such, with the teacher's logits made where they are used.
+A uniform tail is a dense target: dense rows make the teacher's logits where they use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..divergences import LOG_ZERO
 from ..objectives import RowSpec, Scalars
-from ..workspace import empty
-from .contract import LOG_ZERO, NOWHERE, Logits, RowInputs, RowOutputs, Sparse
+from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
 from .torch.math import weighed
 
-DenseRow = Callable[[RowInputs, RowOutputs], None]
-
-# The sweeps below come back to a block, which should still be in the last-level cache.
-BLOCK_BYTES = 8 << 20
-DEVICE_BLOCK_BYTES = 256 << 20
 # By how much the logarithm of a probability near 1 may pass 0.
 ROUNDING = 1e-4
 
@@ -107,7 +101,7 @@ def rest_gradient(gradient: Tensor, rest: Tensor) -> Tensor:
 
 
 def category_rows(
-    dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, small: Categories, cold_rest: Tensor | None
+    dense: Row, inputs: RowInputs, outputs: RowOutputs, small: Categories, cold_rest: Tensor | None
 ) -> CategoryGradient | None:
     """Fill ``outputs`` but for dlogits by a dense row over categories; their gradient unless none is wanted.
 
@@ -145,122 +139,3 @@ def category_rows(
         return None
     ce_gradient *= share
     return CategoryGradient(gradient[:, :-1] + ce_gradient[:, :-1], of_rest(gradient), of_rest(ce_gradient))
-
-
-def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk in plain PyTorch, with ``dense`` for what is left of each row.
-
-    Shapes and meaning: :mod:`fused_kd.rows.contract`, the teacher :class:`fused_kd.rows.contract.Sparse`.
-    """
-    assert isinstance(inputs.teacher, Sparse)
-    C, V = inputs.student.raw.shape
-    on_host = inputs.labels.device.type == "cpu"
-    B = max(1, min(C, (BLOCK_BYTES if on_host else DEVICE_BLOCK_BYTES) // (4 * V)))
-    block = _uniform_block if inputs.teacher.tail == "uniform" else _block
-    scratch = _Scratch(B, V, inputs.labels.device)
-    for start in range(0, C, B):
-        rows = slice(start, min(start + B, C))
-        out = RowOutputs(outputs.loss[rows], outputs.difficulty[rows], outputs.is_hard[rows], None)
-        if outputs.dlogits is not None:
-            out = out._replace(dlogits=outputs.dlogits[rows])
-        block(dense, _rows_of(inputs, rows), out, scratch)
-
-
-def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
-    teacher, student = inputs.teacher, inputs.student
-    assert isinstance(teacher, Sparse)
-    return inputs._replace(
-        student=student._replace(raw=student.raw[rows]),
-        teacher=Sparse(teacher.indices[rows], teacher.log_probs[rows], teacher.rest[rows], teacher.tail),
-        labels=inputs.labels[rows],
-        weights=None if inputs.weights is None else inputs.weights[rows],
-        hard=None if inputs.hard is None else inputs.hard[rows],
-    )
-
-
-class _Scratch:
-    """(B, V) fp32 buffers by name, made when first asked for."""
-
-    def __init__(self, B: int, V: int, device: torch.device) -> None:
-        self._shape, self._device = (B, V), device
-        self._held: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, rows: int) -> Tensor:
-        if name not in self._held:
-            self._held[name] = empty(self._shape, torch.float32, self._device)
-        return self._held[name][:rows]
-
-
-def _block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Scratch) -> None:
-    assert isinstance(inputs.teacher, Sparse)
-    student, B, V = inputs.student, *inputs.student.raw.shape
-    small = categories(inputs.teacher, inputs.labels)
-    # Where there is no entry, one of the others stands in: what is written there twice is the same, or 0.
-    index = torch.minimum(inputs.teacher.indices, inputs.teacher.indices[:, :1]).clamp_(max=V - 1)
-    index = torch.where(inputs.teacher.indices < V, inputs.teacher.indices, index)
-    out = outputs.dlogits
-    overwrites = out is not None and out.data_ptr() == student.raw.data_ptr() and out.dtype == torch.float32
-    z = student.raw if overwrites else scratch("z", B).copy_(student.raw)
-    slope = None
-    if student.softcap is not None:
-        z.mul_(student.scale / student.softcap).tanh_()
-        slope = torch.mul(z, z, out=scratch("slope", B)).neg_().add_(1.0).mul_(student.scale)
-        z.mul_(student.softcap)
-    elif student.scale != 1.0:
-        z.mul_(student.scale)
-    if not student.finite:
-        z.clamp_(min=LOG_ZERO)
-    entries = z.gather(1, index).where(inputs.teacher.indices < V, NOWHERE)
-    z.scatter_(1, index, NOWHERE)
-
-    work = out if out is not None and out.dtype == torch.float32 else scratch("work", B)
-    top = z.amax(1)
-    # Only differences count: a large common offset would swallow the digits of the rest's logarithm.
-    origin = torch.maximum(top, entries.amax(1))
-    torch.sub(entries, origin.unsqueeze(1), out=small.student[:, :-1])
-    top = top - origin
-    cold_share = cold_rest = None
-    if inputs.cold_labels:
-        cold_share = torch.softmax(z, 1, out=scratch("cold", B))
-        cold_rest, cold_norm = _log_sum(top, cold_share, 1.0)
-    temperature = Scalars(*inputs.scalars).temperature
-    if not (inputs.labels.device.type == "cpu" and float(temperature) == 1.0):
-        z.div_(temperature).scatter_(1, index, NOWHERE)
-    share = torch.softmax(z, 1, out=work)  # may overwrite z
-    small.student[:, -1], norm = _log_sum(top, share, temperature)
-
-    gradient = category_rows(dense, inputs, outputs, small, cold_rest)
-    if gradient is None or out is None:
-        return
-    share.mul_((gradient.rest / norm).unsqueeze(1))
-    if gradient.cold is not None and cold_share is not None:
-        share.addcmul_(cold_share, (gradient.cold / cold_norm).unsqueeze(1))
-    share.scatter_add_(1, index, gradient.entries)
-    if slope is not None:
-        share.mul_(slope)
-    elif student.scale != 1.0:
-        share.mul_(student.scale)
-    if work is not out:
-        out.copy_(work)
-
-
-def _log_sum(top: Tensor, share: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``T log sum exp(z / T)`` (B,) of rows with maxima ``top`` and softmax ``share``; and the sum of ``share``, not
-    quite 1."""
-    norm = share.sum(1)
-    return top - (share.amax(1) / norm).log() * temperature, norm
-
-
-def _uniform_block(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs, scratch: _Scratch) -> None:
-    teacher = inputs.teacher
-    assert isinstance(teacher, Sparse)
-    B, V = inputs.student.raw.shape
-    each = teacher.rest.clamp(min=LOG_ZERO).unsqueeze(1)
-    z_t = scratch("z_t", B).copy_(each.expand(B, V))
-    # Where there is no entry, the row's first is written again; in an empty list, what all tokens have.
-    present = teacher.indices < V
-    first = teacher.indices[:, :1].clamp(max=V - 1)
-    index = torch.where(present, teacher.indices, first)
-    values = torch.where(present, teacher.log_probs, torch.where(present[:, :1], teacher.log_probs[:, :1], each))
-    z_t.scatter_(1, index, values)
-    dense(inputs._replace(teacher=Logits(z_t, 1.0, None, False)), outputs)

@@ -21,8 +21,8 @@ import pytest
 from torch import Tensor
 
 from fused_kd.rows.cuda import build as cuda_build
-from fused_kd.rows.cuda.row import Device, Launch
-from fused_kd.rows.expressions import c_table
+from fused_kd.rows.cuda.launch import Device, Launch
+from fused_kd.rows.expressions import c_header
 
 HERE = Path(__file__).resolve().parent
 WARP = 4
@@ -53,14 +53,14 @@ def build(csrc: Path = cuda_build.FOLDER, folder: Path | None = None, flags: tup
     """The emulated kernels of csrc/ or a copy of it, kept in ``folder`` for other processes."""
     assert compiler is not None
     sources = [*sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cu")), *sorted(HERE.iterdir())]
-    key = [c_table(), *FLAGS, *flags, *(path.read_text() for path in sources if path.is_file())]
+    key = [c_header(), *FLAGS, *flags, *(path.read_text() for path in sources if path.is_file())]
     folder = folder or Path(tempfile.gettempdir(), f"fused_kd-emulator-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"emulator-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             table, output = Path(scratch, "table.h"), Path(scratch, "out.so")
-            table.write_text(c_table())
+            table.write_text(c_header())
             command = [compiler, *FLAGS, *flags, "-include", str(table), '-DFKD_PRIMITIVES="primitives.h"']
             command += [f"-I{csrc}", f"-I{HERE}", str(HERE / "emulator.cpp"), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -82,7 +82,7 @@ def run(call: Launch, clusters: int = 2, library: ctypes.CDLL | None = None) -> 
     function.restype = ctypes.c_char_p
     given = {name.removeprefix("FKD_").lower(): value for name, value in call.macros}
     macros = _Macros(**{name: given.get(name, 0) for name in _Macros.NAMES})
-    ranges = sorted(r for x in call.arguments if isinstance(x, Tensor) for r in _ranges(x))
+    ranges = sorted(r for x in call.arguments.values() if isinstance(x, Tensor) for r in _ranges(x))
     begins = (ctypes.c_uint64 * len(ranges))(*(r[0] for r in ranges))
     ends = (ctypes.c_uint64 * len(ranges))(*(r[1] for r in ranges))
     writable = (ctypes.c_uint8 * len(ranges))(*[1] * len(ranges))
@@ -91,9 +91,9 @@ def run(call: Launch, clusters: int = 2, library: ctypes.CDLL | None = None) -> 
         min(clusters, call.rows), cut.cluster, cut.threads, cut.shared_bytes, len(ranges),
         *(ctypes.cast(x, ctypes.c_void_p) for x in (begins, ends, writable)),
     )  # fmt: skip
-    values = cuda_build.typed(call.arguments, call.types)
-    arguments = [ctypes.c_void_p(x) if kind is int else x for kind, x in zip(call.types, values, strict=True)]
-    fault = function(ctypes.byref(grid), ctypes.byref(macros), *arguments)
+    values = [ctypes.c_void_p(x) if isinstance(x, int) else x for x in call.typed()]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+    fault = function(ctypes.byref(grid), ctypes.byref(macros), arguments)
     if fault:
         raise Fault(fault.decode())
 

@@ -1,6 +1,8 @@
 // Runs the kernels of csrc/ on threads of this process, one cluster after the other.
 #include "primitives.h"
 
+#include <utility>
+
 #include "kd_row.cu"
 #include "kd_top_k.cu"
 
@@ -46,37 +48,22 @@ template <typename F> static const char *run(const Grid *grid, const Macros *cho
     return fault;
 }
 
-extern "C" const char *emulate_row(const Grid *grid, const Macros *chosen, const void *student, int64_t student_stride,
-                                   float student_scale, float student_cap, const void *teacher, int64_t teacher_stride,
-                                   float teacher_scale, float teacher_cap, void *dlogits, int64_t dlogits_stride,
-                                   const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V,
-                                   int32_t resident, int32_t ahead, const int64_t *labels, const float *weights,
-                                   const float *scalars, const uint8_t *given, float *loss, float *difficulty,
-                                   uint8_t *is_hard) {
-    return run(grid, chosen, [=] {
-        fkd_row(student, student_stride, student_scale, student_cap, teacher, teacher_stride, teacher_scale,
-                teacher_cap, dlogits, dlogits_stride, entries, rest, K, C, V, resident, ahead, labels, weights, scalars,
-                given, loss, difficulty, is_hard);
-    });
+// `arguments` are addresses of what the kernel takes, in its order.
+template <typename... P, size_t... I>
+static const char *launch(const Grid *grid, const Macros *chosen, void (*kernel)(P...), void **arguments,
+                          std::index_sequence<I...>) {
+    return run(grid, chosen, [=] { kernel(*(P *)arguments[I]...); });
 }
 
-extern "C" const char *emulate_condense(const Grid *grid, const Macros *chosen, const void *student, int64_t stride,
-                                        float scale, float cap, const int64_t *entries, int32_t K, int64_t C, int32_t V,
-                                        const int64_t *labels, const float *scalars, float *categories, float *origins,
-                                        float *cold) {
-    return run(grid, chosen, [=] {
-        fkd_condense(student, stride, scale, cap, entries, K, C, V, labels, scalars, categories, origins, cold);
-    });
+template <typename... P>
+static const char *launch(const Grid *grid, const Macros *chosen, void (*kernel)(P...), void **arguments) {
+    return launch(grid, chosen, kernel, arguments, std::index_sequence_for<P...>());
 }
 
-extern "C" const char *emulate_expand(const Grid *grid, const Macros *chosen, const void *student, int64_t stride,
-                                      float scale, float cap, void *dlogits, int64_t dlogits_stride,
-                                      const int64_t *entries, int32_t K, int64_t C, int32_t V, const int64_t *labels,
-                                      const float *scalars, const float *categories, const float *origins,
-                                      const float *cold, const float *entry_gradient, const float *rest_gradient,
-                                      const float *cold_gradient) {
-    return run(grid, chosen, [=] {
-        fkd_expand(student, stride, scale, cap, dlogits, dlogits_stride, entries, K, C, V, labels, scalars, categories,
-                   origins, cold, entry_gradient, rest_gradient, cold_gradient);
-    });
-}
+#define EMULATE(name)                                                                                  \
+    extern "C" const char *emulate_##name(const Grid *grid, const Macros *chosen, void **arguments) { \
+        return launch(grid, chosen, fkd_##name, arguments);                                            \
+    }
+EMULATE(row)
+EMULATE(condense)
+EMULATE(expand)

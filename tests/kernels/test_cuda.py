@@ -11,7 +11,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
-from fused_kd.rows.cuda.row import Device
+from fused_kd.rows.cuda.launch import Device, cut_rows
 
 from .. import cuda_emulator
 from ..cuda_emulator import SMALL, needs_cpp_compiler
@@ -60,7 +60,6 @@ def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objecti
 def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated, monkeypatch):
     """Bit by bit, with rows left out in between, a gradient and without one, and more or fewer rows than clusters."""
     emulated(device=DEVICES[device])
-    cut_rows = cuda_row.cut_rows
     assert cut_rows(517, 4, 8, DEVICES[device]).ahead == ahead
     z, z_t, labels = make(7, 517)
     z, labels[3] = z.to(dtype), -100
@@ -76,7 +75,7 @@ def test_asking_ahead_changes_nothing(device, ahead, dtype, emulated, monkeypatc
 def test_room_ahead_on_gpus():
     """What is idle beside a row holds the next one's first slots; blocks that share a multiprocessor keep to theirs."""
     hopper = Device(8, 232_448, 233_472)
-    cuts = [cuda_row.cut_rows(V, 4, 8, hopper) for V in (32_000, 128_256, 151_936, 227_000, 262_144)]
+    cuts = [cut_rows(V, 4, 8, hopper) for V in (32_000, 128_256, 151_936, 227_000, 262_144)]
     assert [(cut.resident, cut.ahead, cut.whole) for cut in cuts] == [
         (8, 0, True), (8, 6, True), (10, 4, True), (14, 0, True), (14, 0, False),
     ]  # fmt: skip
@@ -105,12 +104,12 @@ def test_rows_that_a_gpu_holds_whole():
     for gpu, device in gpus.items():
         for V in (1, 517, 32_000, 50_257, 128_256, 151_936, 201_088, 227_000, 262_144):
             for width, column_bytes in ((4, 8), (8, 4), (4, 6), (4, 4)):
-                cut = cuda_row.cut_rows(V, width, column_bytes, device)
+                cut = cut_rows(V, width, column_bytes, device)
                 assert cut.shared_bytes <= device.block_bytes and cut.cluster <= device.largest_cluster
                 whole = cut.resident * cut.cluster * cut.threads * width >= V
                 assert whole or gpu != "H100, H200, B200" or V == 262_144
                 assert cut.resident > 0
-    assert cuda_row.cut_rows(128_256, 4, 8, gpus["H100, H200, B200"]).cluster == 8
+    assert cut_rows(128_256, 4, 8, gpus["H100, H200, B200"]).cluster == 8
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, BF16), (FP32, FP32, FP32), (BF16, BF16, BF16), (BF16, FP32, BF16)])

@@ -16,7 +16,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.rows import select
-from fused_kd.rows.expressions import c_expression, c_table
+from fused_kd.rows.expressions import c_expression, c_header
 from fused_kd.rows.native import build as native_build
 from fused_kd.rows.native import row as native_row
 
@@ -31,7 +31,7 @@ NAMES = [objective.name for objective in ALL]
 
 def library(tmp_path: Path, text: str, *flags: str) -> ctypes.CDLL:
     """``csrc/kd_row.c`` with ``text`` behind it."""
-    (tmp_path / "table.h").write_text(c_table())
+    (tmp_path / "table.h").write_text(c_header())
     (tmp_path / "test.c").write_text(f'#include "table.h"\n#include "{native_build.SOURCE}"\n{text}')
     output = tmp_path / "test.so"
     compiler = native_build.find_compiler()

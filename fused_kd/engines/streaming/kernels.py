@@ -15,8 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...rows.contract import EXCLUDED
 from ...rows.triton.math import (
+    ALPHA,
+    BETA,
+    EXCLUDED,
+    GAMMA,
     LN_2,
     LOG2_E,
     OUTSIDE,
@@ -32,8 +35,6 @@ from ...rows.triton.math import (
     weighed,
 )
 from . import plan
-
-_EXCLUDED = tl.constexpr(EXCLUDED)
 
 # What a split of the vocabulary says of a token: (splits, FIELDS, n) fp32. Maxima are those before the temperature.
 _S_MAX = tl.constexpr(0)
@@ -121,8 +122,8 @@ def statistics_kernel(
         if TEACHER:
             t_label += tl.sum(tl.where(at_label, z_t, 0.0), axis=1)
             if EXCLUDES:
-                s_over = tl.maximum(s_over, tl.max(tl.where(z_t < _EXCLUDED, z_s, OUTSIDE), axis=1))
-                t_over = tl.maximum(t_over, tl.max(tl.where(z_s < _EXCLUDED, z_t, OUTSIDE), axis=1))
+                s_over = tl.maximum(s_over, tl.max(tl.where(z_t < EXCLUDED, z_s, OUTSIDE), axis=1))
+                t_over = tl.maximum(t_over, tl.max(tl.where(z_s < EXCLUDED, z_t, OUTSIDE), axis=1))
             new_t = tl.maximum(t_max, tl.max(z_t, axis=1))
             s_step = exponent(s_max, k, new_s)
             t_step = exponent(t_max, k, new_t)
@@ -179,7 +180,7 @@ def combine_kernel(
     of_label = label_scalars(scalars_ptr)
     lam, rest, _log_lam = of_label
     inv_T = inverse_temperature(scalars_ptr)
-    gamma = tl.load(scalars_ptr + 2)
+    gamma = tl.load(scalars_ptr + GAMMA)
     k = exponent_scale(scalars_ptr)
     s_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
     t_max = tl.full((BLOCK,), OUTSIDE, tl.float32)
@@ -337,7 +338,7 @@ def norm(norms_ptr, field: tl.constexpr, positions, n):
 def row_terms(norms_ptr, scalars_ptr, positions, n):
     """``target`` and ``norms`` of rows.triton.math.arguments, as columns."""
     label_d = norm(norms_ptr, _LABEL_D, positions, n)
-    beta, alpha = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 6)
+    beta, alpha = tl.load(scalars_ptr + BETA), tl.load(scalars_ptr + ALPHA)
     target = (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), label_d)
     s_max, s_inv = norm(norms_ptr, _NORM_S_MAX, positions, n), norm(norms_ptr, _NORM_S_INV, positions, n)
     t_max, t_inv = norm(norms_ptr, _NORM_T_MAX, positions, n), norm(norms_ptr, _NORM_T_INV, positions, n)

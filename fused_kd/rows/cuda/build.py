@@ -11,21 +11,15 @@ import functools
 import hashlib
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..build_cache import cache_folder, keep, kept
-from ..expressions import c_table
+from ..expressions import c_header
+from .launch import FOLDER, SOURCES, Cut, Device, Launch
 
-if TYPE_CHECKING:
-    from .row import Cut, Device, Launch
-
-FOLDER = Path(__file__).resolve().parents[2] / "_csrc"
-SOURCES = {"fkd_row": "kd_row.cu", "fkd_condense": "kd_top_k.cu", "fkd_expand": "kd_top_k.cu"}
 INSTEAD = "or use backend='triton'"
 PORTABLE_CLUSTER = 8
 # Rows in the int32 arithmetic of columns, a tile beyond their end included.
@@ -65,8 +59,6 @@ def device(which: torch.device) -> Device:
     Raises:
         CudaRowError: for a GPU below sm_80.
     """
-    from .row import Device
-
     found: Any = torch.cuda.get_device_properties(which)  # PyTorch's stubs lack one of these
     if (found.major, found.minor) < (8, 0):
         raise CudaRowError(
@@ -87,15 +79,7 @@ def launch(where: torch.device, call: Launch) -> None:
     with torch.cuda.device(where):
         kernel, clusters = _prepared(call.kernel, call.macros, call.cut, where)
         config = _config(core, call.cut, min(clusters, call.rows))
-        core.launch(_current_stream(core, where), config, kernel, *typed(call.arguments, call.types))
-
-
-def typed(values: tuple[Any, ...], types: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as a launch takes them; tensors become their addresses, None becomes 0."""
-    return tuple(
-        (x.data_ptr() if isinstance(x, Tensor) else x or 0) if kind is int else kind(x)
-        for x, kind in zip(values, types, strict=True)
-    )
+        core.launch(_current_stream(core, where), config, kernel, *call.typed())
 
 
 class _Stream:
@@ -195,7 +179,7 @@ def cubin(kernel: str, macros: tuple[tuple[str, int], ...], arch: str, *, fresh:
     Raises:
         CudaRowError: where NVRTC is missing or fails.
     """
-    source = c_table() + f'#include "{SOURCES[kernel]}"\n'
+    source = c_header() + f'#include "{SOURCES[kernel]}"\n'
     files = [FOLDER / SOURCES[kernel], *sorted(FOLDER.glob("*.h"))]
     key = "\0".join([source, *(path.read_text() for path in files), repr(macros), arch, repr(OPTIONS)])
     folder = cache_folder()

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from ..build_cache import CACHE_VARIABLE as CACHE_VARIABLE
 from ..build_cache import cache_folder, keep, kept
-from ..expressions import c_table
+from ..expressions import c_header
 
 SOURCE = Path(__file__).resolve().parents[2] / "_csrc" / "kd_row.c"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp-simd"]
@@ -46,7 +45,7 @@ def load() -> ctypes.CDLL:
     """
     compiler = find_compiler()
     try:
-        header = c_table()
+        header = c_header()
         source = "".join(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))])
         flags = [*FLAGS, MACHINE_FLAG]
         version = _version(compiler)

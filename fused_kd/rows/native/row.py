@@ -10,11 +10,10 @@ from torch import Tensor
 from ...divergences import DIVERGENCES
 from ...objectives import Scalars
 from ...workspace import empty
-from ..contract import Logits, RowInputs, RowOutputs, Sparse
+from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
 from . import build as native_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LIST_TENSORS = ("indices", "log_probs", "rest")
 _DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
@@ -63,42 +62,25 @@ class _Call(ctypes.Structure):
     )
 
 
+@compiled
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.contract`.
 
-    Runs on ``torch.get_num_threads()`` threads of PyTorch's own pool; results do not depend on their number. Vectors
-    of ``outputs`` must be contiguous, else a ``ValueError``. Logits with another stride than 1 along the vocabulary
-    are copied.
+    Runs on ``torch.get_num_threads()`` threads of PyTorch's own pool; results do not depend on their number.
 
     Raises:
         NativeRowError: as :func:`prepare`.
     """
-    for name, vector in (("loss", outputs.loss), ("difficulty", outputs.difficulty), ("is_hard", outputs.is_hard)):
-        if not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
     library, pool = native_build.load(), native_build.thread_pool()
-    C, V = inputs.student.raw.shape
-    if C == 0:
-        return
-    spec = inputs.spec
-    divergence = DIVERGENCES[spec.divergence or "kl"]
-    student = inputs.student._replace(raw=_unit_stride(inputs.student.raw))
-    teacher, lists = student._replace(finite=False), None  # lists may exclude what they do not hold
-    if spec.divergence is not None:
-        if isinstance(inputs.teacher, Sparse):
-            lists = inputs.teacher._replace(**{x: getattr(inputs.teacher, x).contiguous() for x in _LIST_TENSORS})
-        else:
-            assert isinstance(inputs.teacher, Logits)
-            teacher = inputs.teacher._replace(raw=_unit_stride(inputs.teacher.raw))
+    spec, student, teacher = inputs.spec, inputs.student, inputs.teacher
+    C, V = student.raw.shape
+    lists = teacher if isinstance(teacher, Sparse) else None
+    if not isinstance(teacher, Logits):
+        teacher = student._replace(finite=False)  # not read; lists may exclude what they do not hold
     dlogits = outputs.dlogits
-    if dlogits is not None:
-        dlogits = student.raw if dlogits is inputs.student.raw else _unit_stride(dlogits)
-    labels = inputs.labels.contiguous()
-    weights = None if inputs.weights is None else inputs.weights.contiguous()
-    given = None if inputs.hard is None else inputs.hard.contiguous()
     threads = min(torch.get_num_threads(), C)
     K = 0 if lists is None else lists.indices.shape[1]
-    scratch = empty((threads, library.fkd_scratch(V, K) // 4), torch.float32, labels.device)
+    scratch = empty((threads, library.fkd_scratch(V, K) // 4), torch.float32, inputs.labels.device)
     call = _Call(
         C=C,
         V=V,
@@ -109,28 +91,18 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         dlogits_dtype=0 if dlogits is None else _DTYPES[dlogits.dtype],
         divergence=-1 if spec.divergence is None else _DIVERGENCES[spec.divergence],
-        free=divergence.free,
-        mixture=divergence.mixture,
-        reads_d="d" in divergence.reads,
-        kl_at_one=divergence.kl_at_one,
-        adaptive=divergence.adaptive,
-        everywhere=divergence.everywhere,
-        mixed=spec.mixed,
-        hard_label=spec.hard_label,
-        gated=spec.gated,
-        cold=inputs.cold_labels and spec.hard_label,
+        reads_d="d" in DIVERGENCES[spec.divergence or "kl"].reads,
+        **traits(spec, inputs.cold_labels),
         **Scalars(*inputs.scalars.tolist())._asdict(),
-        labels=_pointer(labels),
-        weights=_pointer(weights),
-        given=_pointer(given),
+        labels=_pointer(inputs.labels),
+        weights=_pointer(inputs.weights),
+        given=_pointer(inputs.hard),
         loss=_pointer(outputs.loss),
         difficulty=_pointer(outputs.difficulty),
         is_hard=_pointer(outputs.is_hard),
         scratch=_pointer(scratch),
     )
     library.fkd_row(ctypes.byref(call), pool, threads)
-    if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
-        outputs.dlogits.copy_(dlogits)
 
 
 def prepare() -> None:
@@ -145,13 +117,9 @@ def _logits(logits: Logits) -> _Logits:
 
 
 def _lists(teacher: Sparse) -> _Lists:
-    tensors = {name: _pointer(getattr(teacher, name)) for name in _LIST_TENSORS}
-    return _Lists(**tensors, K=teacher.indices.shape[1], uniform=teacher.tail == "uniform")
+    indices, log_probs, rest, tail = teacher
+    return _Lists(_pointer(indices), _pointer(log_probs), _pointer(rest), indices.shape[1], tail == "uniform")
 
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

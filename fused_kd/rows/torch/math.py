@@ -9,16 +9,10 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
-from ...divergences import Divergence
+from ...divergences import EXCLUDED, LOG_ZERO, TINY, Divergence
 from ...objectives import RowSpec, Scalars
 from ...workspace import empty
-from ..contract import EXCLUDED, LOG_ZERO, Logits, RowInputs
-
-# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
-TINY = 1e-30
-
-# log(t / q) of a token that the target excludes: with it, h and g are as if the token were left out of KL(q||t).
-LEFT_OUT = 1.0
+from ..contract import Logits, RowInputs, Sparse
 
 # A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
 CPU_BLOCK_BYTES = 2 << 20
@@ -130,10 +124,10 @@ def raised_(value: Tensor, where: Tensor) -> Tensor:
     return value.masked_fill_(where & (value == value), math.inf)
 
 
-def top_and_sum(z: Tensor, work: Tensor) -> Tensor:
-    """(B, 2): maxima, and sums of exponentials over them."""
+def top_and_sum(z: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) each: maxima, and sums of exponentials over them."""
     top = z.amax(1, keepdim=True)
-    return torch.cat([top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)], 1)
+    return top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)
 
 
 def label_target(log_p_y: Tensor, s: Scalars) -> Tensor:
@@ -186,7 +180,7 @@ def target(
     scratch: Scratch,
     own: float | Tensor = 1.0,
 ) -> Lazy:
-    """``yt`` or ``p``, with :data:`TINY` added for ratios.
+    """``yt`` or ``p``, with :data:`fused_kd.divergences.TINY` added for ratios.
 
     ``own`` (B, 1) is 0 where the label is none of these columns.
     """
@@ -298,12 +292,41 @@ def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: s
     if logits.softcap is None and logits.scale == 1.0 and logits.finite and raw.dtype == torch.float32:
         return raw, None
     z = scratch(name, len(raw)).copy_(raw)
+    return z, finish_logits_(z, logits, scratch, name + "_slope")
+
+
+def finish_logits_(z: Tensor, logits: Logits, scratch: Scratch, slope_name: str) -> Tensor | None:
+    """From raw fp32 logits to final ones, in place; d final / d raw where that is more than the scale."""
     if logits.softcap is None:
         scale(z, logits.scale)
-        return z if logits.finite else z.clamp_(min=LOG_ZERO), None
+        if not logits.finite:
+            z.clamp_(min=LOG_ZERO)
+        return None
     tanh = z.mul_(logits.scale / logits.softcap).tanh_()
-    slope = torch.mul(tanh, tanh, out=scratch(name + "_slope", len(raw))).neg_().add_(1.0).mul_(logits.scale)
-    return tanh.mul_(logits.softcap), slope
+    slope = torch.mul(tanh, tanh, out=scratch(slope_name, len(z))).neg_().add_(1.0).mul_(logits.scale)
+    tanh.mul_(logits.softcap)
+    return slope
+
+
+def to_raw_(gradient: Tensor, logits: Logits, slope: Tensor | None) -> None:
+    """From the gradient in final logits to that in the raw ones, in place; ``slope`` of :func:`final_logits`."""
+    if slope is not None:
+        gradient.mul_(slope)
+    else:
+        scale(gradient, logits.scale)
+
+
+def uniform_logits(teacher: Sparse, rows: slice | Tensor, start: int, out: Tensor) -> Tensor:
+    """(B, V) final logits of lists with a uniform tail, in ``out``, from vocabulary id ``start`` on."""
+    indices, values = teacher.indices[rows] - start, teacher.log_probs[rows]
+    each = teacher.rest[rows].unsqueeze(1)
+    present = (indices >= 0) & (indices < out.shape[1])
+    # Where there is no entry, the first that is there is written again; if none is, what all tokens have.
+    first = present.to(torch.int8).argmax(1, keepdim=True)
+    some = present.gather(1, first)
+    index = torch.where(present, indices, torch.where(some, indices.gather(1, first), 0))
+    values = torch.where(present, values, torch.where(some, values.gather(1, first), each))
+    return out.copy_(each.clamp(min=LOG_ZERO).expand_as(out)).scatter_(1, index, values.clamp(min=LOG_ZERO))
 
 
 def cool(z: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...divergences import DIVERGENCES
-from ...objectives import Scalars
-from ..contract import Logits, RowInputs, RowOutputs
+from ...divergences import DIVERGENCES, LEFT_OUT, TINY, Divergence
+from ...objectives import RowSpec, Scalars
+from ..contract import Logits, RowInputs, RowOutputs, Sparse
 from .math import (
-    LEFT_OUT,
-    TINY,
     Lazy,
     Over,
     Scratch,
@@ -33,16 +31,17 @@ from .math import (
     raised_,
     rows_of_block,
     scalars_of,
-    scale,
     settled,
     table_arguments,
     target,
+    to_raw_,
+    uniform_logits,
     uses_divergence,
 )
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk. Shapes and meaning: :mod:`fused_kd.rows.contract`."""
+    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says; the teacher may be a uniform tail."""
     C, V = inputs.student.raw.shape
     block = rows_of_block(V, inputs.labels.device)
     scratch = Scratch(min(block, C), V, inputs.labels.device)
@@ -59,7 +58,7 @@ class _Softmax(NamedTuple):
 
 
 def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scratch: Scratch) -> None:
-    spec = inputs.spec
+    """Fill some rows of ``outputs``."""
     labels = inputs.labels[rows]
     ignored = labels < 0
     y = labels.clamp(min=0).unsqueeze(1)
@@ -69,29 +68,22 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
 
     z, slope = final_logits(inputs.student, rows, scratch, "z_s")
     out = excluded(z, inputs.student.finite)
-    cold = None
-    if spec.divergence is None:
+    if inputs.spec.divergence is None:
         q = _softmax(z, y, scratch("q", len(y)))
         loss = difficulty = _cross_entropy(q, out, y)
         is_hard = torch.zeros_like(ignored)
         if work is not None:
             add_at(work.copy_(q.prob), y, -1.0)
     else:
-        if inputs.cold_labels:
-            cold = _softmax(z, y, scratch("cold", len(y)))
+        cold = _softmax(z, y, scratch("cold", len(y))) if inputs.cold_labels else None
         z = cool(z, s.temperature, scratch("z_s", len(y)))
-        assert isinstance(inputs.teacher, Logits)
-        z_t, _ = final_logits(inputs.teacher, rows, scratch, "z_t")
-        outs = out, excluded(z_t, inputs.teacher.finite)
-        z_t = cool(z_t, s.temperature, scratch("z_t", len(y)))
+        z_t, out_t = _teacher(inputs.teacher, rows, s, scratch)
+        sides = _compared(z, z_t, y, (out, out_t), scratch, keep_difference=_reads_difference(inputs.spec))
         given = None if inputs.hard is None else inputs.hard[rows]
-        loss, difficulty, is_hard = _against_teacher(inputs, z, z_t, y, outs, cold, given, work, s, scratch)
+        loss, difficulty, is_hard = _against_teacher(inputs.spec, sides, y, cold, given, work, s, scratch)
 
     if work is not None and dlogits is not None:
-        if slope is not None:
-            work.mul_(slope)
-        else:
-            scale(work, inputs.student.scale)
+        to_raw_(work, inputs.student, slope)
         if inputs.weights is not None:
             work.mul_(inputs.weights[rows].unsqueeze(1))
         if maybe_any(ignored):
@@ -103,22 +95,41 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
     outputs.is_hard[rows] = is_hard & ~ignored
 
 
-def _against_teacher(
-    inputs: RowInputs,
+def _teacher(
+    teacher: Logits | Sparse | None, rows: slice, s: Scalars, scratch: Scratch
+) -> tuple[Tensor, Tensor | None]:
+    """(B, V) logits at temperature T, and which of them are excluded."""
+    assert teacher is not None
+    B = rows.stop - rows.start
+    if isinstance(teacher, Sparse):
+        z = uniform_logits(teacher, rows, 0, scratch("z_t", B))
+        out = excluded(z, False)
+    else:
+        z, _ = final_logits(teacher, rows, scratch, "z_t")
+        out = excluded(z, teacher.finite)
+    return cool(z, s.temperature, scratch("z_t", B)), out
+
+
+class _Sides(NamedTuple):
+    """Student and teacher at temperature T."""
+
+    q: _Softmax
+    p: _Softmax
+    difference: Tensor  # (B, V) teacher's less student's logits, 0 where either side excludes the token; if it is kept
+    outs: tuple[Tensor | None, Tensor | None]  # (B, V) which tokens student and teacher exclude
+    over: Over
+    kl: Tensor  # (B, 1) KL(p||q)
+
+
+def _compared(
     z: Tensor,
     z_t: Tensor,
     y: Tensor,
     outs: tuple[Tensor | None, Tensor | None],
-    cold: _Softmax | None,
-    hard: Tensor | None,
-    dlogits: Tensor | None,
-    s: Scalars,
     scratch: Scratch,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and difficulty (B, 1), hardness (B,), and the gradient in the final logits, from logits at temperature T
-    and which of them are excluded."""
-    spec = inputs.spec
-    divergence = DIVERGENCES[spec.divergence or "kl"]
+    *,
+    keep_difference: bool,
+) -> _Sides:
     B = len(y)
     z, z_t = _aligned(z, z_t, scratch)
     p = _softmax(z_t, y, scratch("p", B))
@@ -128,59 +139,100 @@ def _against_teacher(
         if out is not None:
             difference.masked_fill_(out, 0.0)
     kl = (Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
-    needs_difference = "d" in divergence.reads and not divergence.free
-    q = _softmax(z, y, scratch("q" if needs_difference else "difference", B))
+    q = _softmax(z, y, scratch("q" if keep_difference else "difference", B))
     over = Over(above(q.prob, outs[1]), above(p.prob, outs[0]))
-    kl = raised_((kl + q.lse).clamp_(min=0.0), over.teacher)
-    ce = _cross_entropy(q, outs[0], y)
-    difficulty = difficulty_of(kl, p.log_prob_y, q.log_prob_y, ce, s)
+    return _Sides(q, p, difference, outs, over, raised_((kl + q.lse).clamp_(min=0.0), over.teacher))
+
+
+class _Chosen:
+    """The rows that take the divergence's own sweeps: on the host those alone, elsewhere all, as looking would wait."""
+
+    def __init__(self, use: Tensor) -> None:
+        self._use, self.everything = use, known_all(use)
+        self._index = use.nonzero().squeeze(1) if on_host(use) and not self.everything else None
+
+    def pick(self, x: Tensor) -> Tensor:
+        return x if self._index is None else x.index_select(0, self._index)
+
+    def put_(self, into: Tensor, values: Tensor) -> None:
+        """Of the picked rows, to where they are from."""
+        if self._index is not None:
+            into.index_copy_(0, self._index, values)
+        elif values is not into:
+            torch.where(self._use.unsqueeze(1), values, into, out=into)
+
+
+def _against_teacher(
+    spec: RowSpec,
+    sides: _Sides,
+    y: Tensor,
+    cold: _Softmax | None,
+    hard: Tensor | None,
+    dlogits: Tensor | None,
+    s: Scalars,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and difficulty (B, 1), hardness (B,), and in ``dlogits`` the gradient in the final logits."""
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    q, p = sides.q, sides.p
+    ce = _cross_entropy(q, sides.outs[0], y)
+    difficulty = difficulty_of(sides.kl, p.log_prob_y, q.log_prob_y, ce, s)
     if not spec.gated:
         hard = torch.zeros_like(y, dtype=torch.bool).squeeze(1)
     else:
         hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
 
     if cold is not None:
-        ce = _cross_entropy(cold, outs[0], y)
+        ce = _cross_entropy(cold, sides.outs[0], y)
     use = uses_divergence(divergence, spec, hard, s.alpha)
-    loss = loss_of(difficulty if spec.mixed else kl, ce, s, spec)
+    loss = loss_of(difficulty if spec.mixed else sides.kl, ce, s, spec)
     if dlogits is not None and (use is None or not known_all(use)):
         free_gradient(p.prob, q.prob, y, None if cold is None else cold.prob, s, spec, dlogits)
     if use is not None and maybe_any(use):
-        everything = known_all(use) or not on_host(y)
-        index = None if everything else use.nonzero().squeeze(1)
-
-        def pick(x: Tensor) -> Tensor:
-            return x if index is None else x.index_select(0, index)
-
-        q_i, p_i, y_i = pick(q.prob), pick(p.prob), pick(y)
-        t = target(divergence, p_i, y_i, s, spec.mixed, scratch)
-        d = None
-        if needs_difference:
-            gap = pick(difference).sub_(pick(p.lse - q.lse))
-            d = Lazy(gap if outs[1] is None else gap.masked_fill_(pick(outs[1]), LEFT_OUT), scratch)
-        beta, alpha = head_share(t.value, q_i, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
-        arguments = table_arguments(divergence, t, Lazy(q_i, scratch), d, beta, alpha)
-        total = divergence.h(*arguments).value.sum(1, keepdim=True)
-        beyond = infinite(divergence, over, s.fraction, beta)
-        if beyond is not None:
-            raised_(total, pick(beyond))
-        value = loss_of(total, pick(ce), s, spec)
-        gradient = None
-        if dlogits is not None:
-            g = divergence.g(*arguments)
-            in_place = dlogits if known_all(use) else None
-            gradient = torch.addcmul(g.value, q_i, g.value.sum(1, keepdim=True), value=-1.0, out=in_place)
-            close_gradient(gradient, pick(cold.prob) if cold else q_i, y_i, s, spec)
-        if index is not None:
-            loss = loss.index_copy(0, index, value)
-            if gradient is not None and dlogits is not None:
-                dlogits.index_copy_(0, index, gradient)
-        else:
-            column = use.unsqueeze(1)
-            loss = value if known_all(use) else torch.where(column, value, loss)
-            if gradient is not None and dlogits is not None and not known_all(use):
-                dlogits.copy_(torch.where(column, gradient, dlogits))
+        chosen = _Chosen(use)
+        loss = loss.clone()  # the difficulty's own memory
+        chosen.put_(loss, _evaluated(spec, divergence, sides, chosen, y, ce, cold, dlogits, s, scratch))
     return loss, difficulty, hard
+
+
+def _evaluated(
+    spec: RowSpec,
+    divergence: Divergence,
+    sides: _Sides,
+    chosen: _Chosen,
+    y: Tensor,
+    ce: Tensor,
+    cold: _Softmax | None,
+    dlogits: Tensor | None,
+    s: Scalars,
+    scratch: Scratch,
+) -> Tensor:
+    """(B', 1) the loss of the chosen rows by ``h`` and ``g`` of the table, and in ``dlogits`` the gradient."""
+    pick, out_t = chosen.pick, sides.outs[1]
+    q, p, y = pick(sides.q.prob), pick(sides.p.prob), pick(y)
+    t = target(divergence, p, y, s, spec.mixed, scratch)
+    d = None
+    if _reads_difference(spec):
+        gap = pick(sides.difference).sub_(pick(sides.p.lse - sides.q.lse))
+        d = Lazy(gap if out_t is None else gap.masked_fill_(pick(out_t), LEFT_OUT), scratch)
+    beta, alpha = head_share(t.value, q, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
+    arguments = table_arguments(divergence, t, Lazy(q, scratch), d, beta, alpha)
+    total = divergence.h(*arguments).value.sum(1, keepdim=True)
+    beyond = infinite(divergence, sides.over, s.fraction, beta)
+    if beyond is not None:
+        raised_(total, pick(beyond))
+    if dlogits is not None:
+        g = divergence.g(*arguments)
+        out = dlogits if chosen.everything else None
+        gradient = torch.addcmul(g.value, q, g.value.sum(1, keepdim=True), value=-1.0, out=out)
+        close_gradient(gradient, q if cold is None else pick(cold.prob), y, s, spec)
+        chosen.put_(dlogits, gradient)
+    return loss_of(total, pick(ce), s, spec)
+
+
+def _reads_difference(spec: RowSpec) -> bool:
+    divergence = DIVERGENCES[spec.divergence or "kl"]
+    return "d" in divergence.reads and not divergence.free
 
 
 def _cross_entropy(q: _Softmax, out: Tensor | None, y: Tensor) -> Tensor:

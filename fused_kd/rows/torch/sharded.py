@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import Divergence
-from ..contract import EXCLUDED, NOWHERE, Logits, RowInputs, RowOutputs, Shards
-from ..sharded import Joined, Messages, Shares, SweptRow, joined
+from ...divergences import EXCLUDED, LEFT_OUT, NOWHERE, Divergence
+from ..contract import Logits, RowInputs, RowOutputs, Shards
+from ..sharded import Joined, Messages, Shares, Statistics, SweptRow, joined
 from .math import (
-    LEFT_OUT,
     Lazy,
     Scratch,
     add_at,
@@ -55,43 +54,40 @@ class _TorchRow(SweptRow):
             yield rows if index is None else index[rows]
 
     def statistics(self) -> Tensor:
-        columns, message = self.columns, torch.zeros(self.C, 14, dtype=torch.float32, device=self.ignored.device)
-        for column in (0, 3, 9, 12):
-            message[:, column] = NOWHERE
-        message[:, 7:9] = -math.inf
+        columns, scratch = self.columns, self.scratch
+        message = torch.zeros(self.C, len(Statistics._fields), dtype=torch.float32, device=self.ignored.device)
+        own = Statistics(*message.split(1, 1))
+        for name in ("top", "top_t", "cold_top", "rest_top"):
+            getattr(own, name).fill_(NOWHERE)
+        for name in ("beside", "beside_t"):
+            getattr(own, name).fill_(-math.inf)
+        for name, known in columns.known.items():
+            getattr(own, name).copy_(known)
         for rows in self._blocks() if columns.width else ():
-            read = columns.read(rows, self.scratch)
-            y, own = columns.label(rows)
-            part = message[rows]
-            if columns.student_statistics is not None:
-                part[:, 0:2] = columns.student_statistics[rows]
-            else:
-                part[:, 0:2] = top_and_sum(read.z, self.scratch("work", len(y)))
-            part[:, 2:3] = read.z.gather(1, y) * own
+            part = Statistics(*message[rows].split(1, 1))
+            read = columns.read(rows, scratch)
+            y, is_own = columns.label(rows)
+            if "top" not in columns.known:
+                part.top[:], part.total[:] = top_and_sum(read.z, scratch("work", len(y)))
+            part.label[:] = read.z.gather(1, y) * is_own
             if read.z_t is not None:
                 bound = EXCLUDED / self.s.temperature
-                for column, z, other in ((7, read.z, read.z_t), (8, read.z_t, read.z)) if self.excludes else ():
-                    beside = self.scratch("work", len(y)).copy_(z).masked_fill_(other >= bound, -math.inf)
-                    part[:, column] = beside.amax(1)
-                top_t = read.z_t.amax(1, keepdim=True)
-                excess = torch.sub(read.z_t, top_t, out=self.scratch("work", len(y)))
-                weight = torch.exp(excess, out=self.scratch("p", len(y)))
-                part[:, 3:4], part[:, 4] = top_t, weight.sum(1)
+                sides = ((part.beside, read.z, read.z_t), (part.beside_t, read.z_t, read.z))
+                for beside, z, other in sides if self.excludes else ():
+                    left = scratch("work", len(y)).copy_(z).masked_fill_(other >= bound, -math.inf)
+                    beside[:] = left.amax(1, keepdim=True)
+                part.top_t[:] = read.z_t.amax(1, keepdim=True)
+                excess = torch.sub(read.z_t, part.top_t, out=scratch("work", len(y)))
+                weight = torch.exp(excess, out=scratch("p", len(y)))
+                part.total_t[:] = weight.sum(1, keepdim=True)
                 # over the maxima: a large common offset would swallow the difference
-                ratio = excess.sub_(torch.sub(read.z, part[:, 0:1], out=self.scratch("q", len(y))))
-                part[:, 5] = weight.mul_(ratio).sum(1)
-                part[:, 6:7] = read.z_t.gather(1, y) * own
-            if read.hot is not None:
-                part[:, 9:11] = top_and_sum(read.hot, self.scratch("work", len(y)))
-                part[:, 11:12] = read.hot.gather(1, y) * own
-            message[rows] = part
-        if columns.cold_statistics is not None:
-            message[:, 9:12] = columns.cold_statistics
-        if columns.rest_statistics is not None:
-            message[:, 12:14] = columns.rest_statistics
-        if columns.condensed:
-            return message
-        return message[:, :12] if self.inputs.cold_labels else message[:, : 3 if self.inputs.teacher is None else 9]
+                ratio = excess.sub_(torch.sub(read.z, part.top, out=scratch("q", len(y))))
+                part.excess[:] = weight.mul_(ratio).sum(1, keepdim=True)
+                part.label_t[:] = read.z_t.gather(1, y) * is_own
+            if read.hot is not None and "cold_top" not in columns.known:
+                part.cold_top[:], part.cold_total[:] = top_and_sum(read.hot, scratch("work", len(y)))
+                part.cold_label[:] = read.hot.gather(1, y) * is_own
+        return self.said(message)
 
     def _probability(self, z: Tensor, top: Tensor, log_sum: Tensor, rows: slice | Tensor, name: str) -> Tensor:
         out = torch.sub(z, top[rows].float(), out=self.scratch(name, len(z))[:, : z.shape[1]]).exp_()

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...divergences import LOG_ZERO, NOWHERE
 from ...objectives import Scalars
 from ...workspace import empty
-from ..contract import LOG_ZERO, NOWHERE, Logits, RowInputs, Shards, Sparse
+from ..contract import RowInputs, Shards, Sparse
 from ..sharded import Joined
 from ..top_k import rest_gradient
-from .math import Scratch, cool, final_logits, rows_of_block, scale, top_and_sum
+from .math import Scratch, cool, final_logits, rows_of_block, to_raw_, top_and_sum, uniform_logits
 
 
 class Read(NamedTuple):
@@ -31,22 +32,19 @@ class Columns:
     Attributes:
         width: columns. counted: the first of them, which this rank adds up for all.
         condensed: whether they are a top-k teacher's entries instead of the logits themselves.
-        student_statistics, cold_statistics, rest_statistics: of the logits, where the columns do not give them.
+        known: (C, 1) of :class:`fused_kd.rows.sharded.Statistics` by name, those that the columns do not give.
     """
 
     condensed = False
-    student_statistics: Tensor | None = None
-    cold_statistics: Tensor | None = None
-    rest_statistics: Tensor | None = None
 
     def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
         self.inputs, self.s = inputs, s
+        self.known: dict[str, Tensor] = {}
         self.width = self.counted = inputs.student.raw.shape[1]
         local = inputs.labels - shards.start
         self._owned = (inputs.labels >= 0) & (local >= 0) & (local < self.width)
         self._label = local.clamp(0, max(self.width - 1, 0))
-        teacher = inputs.teacher
-        self._sparse = None if not isinstance(teacher, Sparse) else _Slice(teacher, shards)
+        self._start = shards.start
 
     def label(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1): a column to read for the label, and 1 where it is the label's own, else 0."""
@@ -59,10 +57,9 @@ class Columns:
         if teacher is None:
             return Read(z, None, None, slope)
         z = cool(z, s.temperature, scratch("z_cool", len(z)))
-        if self._sparse is not None:
-            z_t = self._sparse.dense(rows, scratch("z_t", len(z)))
+        if isinstance(teacher, Sparse):
+            z_t = uniform_logits(teacher, rows, self._start, scratch("z_t", len(z)))
         else:
-            assert isinstance(teacher, Logits)
             z_t, _ = final_logits(teacher, rows, scratch, "z_t")
             z_t = cool(z_t, s.temperature, scratch("z_t", len(z)))
         return Read(z, z_t, hot, slope)
@@ -77,17 +74,11 @@ class Columns:
 
     def write(self, rows: slice, gradient: Tensor, read: Read, out: Tensor, of: Joined) -> None:
         """Into the raw logits' gradient, from that of the columns' final logits, which may be overwritten."""
-        if read.slope is not None:
-            gradient.mul_(read.slope)
-        else:
-            scale(gradient, self.inputs.student.scale)
-        self._weigh(rows, gradient)
-        out[rows].copy_(gradient)
-
-    def _weigh(self, rows: slice, gradient: Tensor) -> None:
+        to_raw_(gradient, self.inputs.student, read.slope)
         if self.inputs.weights is not None:
             gradient.mul_(self.inputs.weights[rows].unsqueeze(1))
         gradient.masked_fill_((self.inputs.labels[rows] < 0).unsqueeze(1), 0.0)
+        out[rows].copy_(gradient)
 
 
 # An entry of another slice, below log 0; the sum of many does not overflow.
@@ -105,22 +96,23 @@ class CondensedColumns(Columns):
     def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
         super().__init__(inputs, s, shards)
         teacher = inputs.teacher
-        assert isinstance(teacher, Sparse) and self._sparse is not None
+        assert isinstance(teacher, Sparse)
         C, K = teacher.indices.shape
         V, device = self.width, inputs.labels.device
+        local = teacher.indices - shards.start
+        self._present = (teacher.indices < shards.vocab) & (local >= 0) & (local < V)
+        self._index = torch.where(self._present, local, V)
         self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
         self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
         self._z_t = torch.full_like(self._z, LOG_ZERO)
         values = teacher.log_probs.clamp(min=LOG_ZERO)
-        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._sparse.present, LOG_ZERO)
+        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
-        self.student_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
-        self.rest_statistics = torch.zeros(C, 2, dtype=torch.float32, device=device)
-        self.student_statistics[:, 0] = self.rest_statistics[:, 0] = _ELSEWHERE
-        if inputs.cold_labels:
-            self.cold_statistics = torch.zeros(C, 3, dtype=torch.float32, device=device)
-            self.cold_statistics[:, 0] = NOWHERE
+        tops = {"top": _ELSEWHERE, "rest_top": _ELSEWHERE} | ({"cold_top": NOWHERE} if inputs.cold_labels else {})
+        self.known |= {name: torch.full_like(self._z[:, :1], value) for name, value in tops.items()}
+        totals = ("total", "rest_total", *(("cold_total", "cold_label") if inputs.cold_labels else ()))
+        self.known |= {name: torch.zeros_like(self._z[:, :1]) for name in totals}
         self._block = max(1, min(C, rows_of_block(V, device)))
         self._scratch = Scratch(self._block, V, device)
         self._padded = empty((self._block, V + 1), torch.float32, device)
@@ -128,25 +120,25 @@ class CondensedColumns(Columns):
             self._condense(slice(start, min(start + self._block, C)))
 
     def _condense(self, rows: slice) -> None:
-        assert self._sparse is not None and self.student_statistics is not None and self.rest_statistics is not None
-        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        known = {name: column[rows] for name, column in self.known.items()}
+        present, index = self._present[rows], self._index[rows]
         z, _ = final_logits(self.inputs.student, rows, self._scratch, "z_s")
-        if self.cold_statistics is not None:
-            self.cold_statistics[rows, 0:2] = top_and_sum(z, self._scratch("work", len(z)))
+        if self._hot is not None:
+            known["cold_top"][:], known["cold_total"][:] = top_and_sum(z, self._scratch("work", len(z)))
             column, own = super().label(rows)
             entry = index.gather(1, column).clamp(max=z.shape[1] - 1)
-            self.cold_statistics[rows, 2:3] = z.gather(1, entry) * own
+            known["cold_label"][:] = z.gather(1, entry) * own
         z = cool(z, self.s.temperature, self._scratch("z_cool", len(z)))
-        self.student_statistics[rows] = top_and_sum(z, self._scratch("work", len(z)))
+        known["top"][:], known["total"][:] = top_and_sum(z, self._scratch("work", len(z)))
         self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, _ELSEWHERE)
-        self.rest_statistics[rows] = top_and_sum(self._unlisted(z, rows), self._scratch("work", len(z)))
+        unlisted = self._unlisted(z, rows)
+        known["rest_top"][:], known["rest_total"][:] = top_and_sum(unlisted, self._scratch("work", len(z)))
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
         """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
-        assert self._sparse is not None
         padded = self._padded[: len(z)]
         padded[:, :-1] = z
-        return padded.scatter_(1, self._sparse.index[rows], NOWHERE)[:, :-1]
+        return padded.scatter_(1, self._index[rows], NOWHERE)[:, :-1]
 
     def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
         return Read(self._z[rows], self._z_t[rows], None if self._hot is None else self._hot[rows], None)
@@ -166,8 +158,7 @@ class CondensedColumns(Columns):
             self._expand(part, gradient[start - rows.start : part.stop - rows.start], out, of)
 
     def _expand(self, rows: slice, gradient: Tensor, out: Tensor, of: Joined) -> None:
-        assert self._sparse is not None
-        present, index = self._sparse.present[rows], self._sparse.index[rows]
+        present, index = self._present[rows], self._index[rows]
         hot, slope = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         z = cool(hot, self.s.temperature, self._scratch("z_cool", len(hot)))
         # each entry that is not listed has its share of the rest's gradient
@@ -181,24 +172,6 @@ class CondensedColumns(Columns):
         entries = gradient[:, :-1].masked_fill(~present, 0.0)
         work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
         super().write(rows, work, Read(z, None, None, slope), out, of)
-
-
-class _Slice:
-    """A top-k teacher's entries within a slice: ``present`` (C, K) and ``index``, the width where there is none."""
-
-    def __init__(self, teacher: Sparse, shards: Shards) -> None:
-        self.teacher, width = teacher, shards.size
-        local = teacher.indices - shards.start
-        self.present = (teacher.indices < shards.vocab) & (local >= 0) & (local < width)
-        self.index = torch.where(self.present, local, width)
-
-    def dense(self, rows: slice | Tensor, out: Tensor) -> Tensor:
-        """The logits of a uniform tail."""
-        teacher, index = self.teacher, self.index[rows]
-        padded = out.new_empty(out.shape[0], out.shape[1] + 1)
-        padded.copy_(teacher.rest[rows].clamp(min=LOG_ZERO).unsqueeze(1).expand_as(padded))
-        padded.scatter_(1, index, teacher.log_probs[rows].clamp(min=LOG_ZERO))
-        return out.copy_(padded[:, :-1])
 
 
 def columns_of(inputs: RowInputs, s: Scalars, shards: Shards) -> Columns:

@@ -31,9 +31,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import LOG_ZERO
 from .math import (
+    ALPHA,
+    BETA,
+    FRACTION,
+    GAMMA,
     LN_2,
+    LOG_ZERO,
     above_zero,
     cross_entropy,
     exponent,
@@ -55,8 +59,6 @@ from .sweeps import (
     write_label_gradient,
     write_zeros,
 )
-
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
 
 
 @triton.jit
@@ -191,9 +193,9 @@ def _distill(
     """Stores loss, difficulty, hardness and, given a ``dlogits_row``, the gradient with a teacher."""
     of_label = label_scalars(scalars_ptr)
     lam, rest, _log_lam = of_label
-    beta = tl.load(scalars_ptr + 1)
-    alpha = tl.load(scalars_ptr + 6)
-    gamma = tl.load(scalars_ptr + 2)
+    beta = tl.load(scalars_ptr + BETA)
+    alpha = tl.load(scalars_ptr + ALPHA)
+    gamma = tl.load(scalars_ptr + GAMMA)
     inv_T = inverse_temperature(scalars_ptr)
     k = exponent_scale(scalars_ptr)
     student_row, student_scale, student_cap = student
@@ -248,43 +250,32 @@ def _distill(
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
     cold = (s_max, cold_inv)
     shares = (share * inv_T, ce_weight)
-    if FREE:
-        if dlogits_row is not None:
-            write_gradient(
-                student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
-            )  # fmt: skip
-    else:
-        use = True
-        if KL_AT_ONE:
-            use = alpha > 0.0
-        if GATED:
-            use = hard & use
-        if use:
-            if ADAPTIVE:
-                fraction = tl.load(scalars_ptr + 4)
-                beta, alpha = _head_share(student, teacher, V, norms, k, fraction, BLOCK)
-                target = (of_label, beta, alpha, k, label_log_t - label_log_q)
-                student_above = student_above & (fraction < 1.0)
-                student_above = student_above | (teacher_above & (beta > 0.0))
-            h_sum, g_sum = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
-            if EXCLUDES and EVERYWHERE:
-                h_sum += tl.where(student_above, float("inf"), 0.0)
-            loss = weighed(share, h_sum)
-            if HARD_LABEL:
-                loss += weighed(ce_weight, ce)
-            tl.store(loss_ptr + row, loss)
-            if dlogits_row is not None:
-                write_gradient(
-                    student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                    weights_ptr, g_sum, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
-                )  # fmt: skip
-        else:
-            if dlogits_row is not None:
-                write_gradient(
-                    student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                    weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
-                )  # fmt: skip
+    # Which rows take sweep 2, and the sum of g: -1 without it.
+    use = not FREE
+    g_total = -1.0
+    if KL_AT_ONE:
+        use = alpha > 0.0
+    if GATED:
+        use = hard & use
+    if use:
+        if ADAPTIVE:
+            fraction = tl.load(scalars_ptr + FRACTION)
+            beta, alpha = _head_share(student, teacher, V, norms, k, fraction, BLOCK)
+            target = (of_label, beta, alpha, k, label_log_t - label_log_q)
+            student_above = student_above & (fraction < 1.0)
+            student_above = student_above | (teacher_above & (beta > 0.0))
+        h_sum, g_total = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
+        if EXCLUDES and EVERYWHERE:
+            h_sum += tl.where(student_above, float("inf"), 0.0)
+        loss = weighed(share, h_sum)
+        if HARD_LABEL:
+            loss += weighed(ce_weight, ce)
+        tl.store(loss_ptr + row, loss)
+    if dlogits_row is not None:
+        write_gradient(
+            use, g_total, student, teacher, dlogits_row, V, row, label, target, norms, cold, shares, weights_ptr,
+            g, free_g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -334,5 +325,5 @@ def _teacher_label_logit(teacher, label, V):
         z = logits(row_ptr, label, label < V, scale, cap)
     else:
         entries = entries_ptr + row * K
-        z = tl.maximum(tl.load(row_ptr + tl.minimum(first_entry(entries, K, label), K - 1)), _LOG_ZERO)
+        z = tl.maximum(tl.load(row_ptr + tl.minimum(first_entry(entries, K, label), K - 1)), LOG_ZERO)
     return z

@@ -9,21 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import EXCLUDED, LOG_LEAST, LOG_ZERO
+from ... import divergences
+from ...objectives import Scalars
 
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
-_EXCLUDED = tl.constexpr(EXCLUDED)
-_LOG_LEAST = tl.constexpr(LOG_LEAST)
-# log(t / q) of a token that the target excludes: with it, h and g are as if the token were left out of KL(q||t).
-LEFT_OUT = tl.constexpr(1.0)
-# Beyond the row's end: below LOG_ZERO, to lose even against excluded tokens; still finite when divided by T.
-OUTSIDE = tl.constexpr(-2e30)
-# Of 1 / T: beyond it, differences of OUTSIDE would overflow.
-COLDEST = tl.constexpr(1e8)
+LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
+EXCLUDED = tl.constexpr(divergences.EXCLUDED)
+OUTSIDE = tl.constexpr(divergences.OUTSIDE)
+LOG_LEAST = tl.constexpr(divergences.LOG_LEAST)
+TINY = tl.constexpr(divergences.TINY)
+LEFT_OUT = tl.constexpr(divergences.LEFT_OUT)
+COLDEST = tl.constexpr(divergences.COLDEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Keeps ratios of two underflowed probabilities defined; far below any probability that matters.
-TINY = tl.constexpr(1e-30)
+
+# Where a row's scalars lie.
+LAM, BETA, GAMMA, TEMPERATURE, FRACTION, REST, ALPHA, LOG_LAM = (tl.constexpr(i) for i in range(len(Scalars._fields)))
 
 
 @triton.jit
@@ -36,20 +36,20 @@ def weighed(weight, value):
 @triton.jit
 def cross_entropy(label_z, z_max, log_total, temperature_inv):
     """``-log q_y``, infinite where the label is excluded and not all of the row."""
-    out = (label_z < _EXCLUDED) & (z_max >= _EXCLUDED)
+    out = (label_z < EXCLUDED) & (z_max >= EXCLUDED)
     return log_total + tl.where(out, float("inf"), (z_max - label_z) * temperature_inv)
 
 
 @triton.jit
 def above_zero(z, k, z_max, log_total, other_max):
     """Whether the largest logit beside tokens that the other side excludes, if it excludes but some, is above log 0."""
-    return (exponent(z, k, z_max) * LN_2 - log_total > _LOG_LEAST) & (other_max >= _EXCLUDED)
+    return (exponent(z, k, z_max) * LN_2 - log_total > LOG_LEAST) & (other_max >= EXCLUDED)
 
 
 @triton.jit
 def label_scalars(scalars_ptr):
     """``lam, 1 - lam, log lam``"""
-    return tl.load(scalars_ptr), tl.load(scalars_ptr + 5), tl.load(scalars_ptr + 7)
+    return tl.load(scalars_ptr + LAM), tl.load(scalars_ptr + REST), tl.load(scalars_ptr + LOG_LAM)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def exponent_scale(scalars_ptr):
 
 @triton.jit
 def inverse_temperature(scalars_ptr):
-    return tl.minimum(1.0 / tl.load(scalars_ptr + 3), COLDEST)
+    return tl.minimum(1.0 / tl.load(scalars_ptr + TEMPERATURE), COLDEST)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: t
             t += TINY
         d = tl.fma(a_t - a_s, LN_2, -log_ratio)
     if EXCLUDES:
-        bound = tl.where(t_max >= _EXCLUDED, _EXCLUDED, -float("inf"))
+        bound = tl.where(t_max >= EXCLUDED, EXCLUDED, -float("inf"))
         d = tl.where(z_t < bound, LEFT_OUT, d)
     r = t
     log_r = d
@@ -184,7 +184,7 @@ def final_logits(z, scale, cap):
         z = z * (slope / cap)
     elif scale is not None:
         z = z * scale
-    z = tl.where(z < _LOG_ZERO, _LOG_ZERO, z)  # not before: a large factor would make it -inf again
+    z = tl.where(z < LOG_ZERO, LOG_ZERO, z)  # not before: a large factor would make it -inf again
     if cap is not None:
         z, steepness = tanh(z)
         slope = slope * steepness

@@ -14,59 +14,41 @@ from torch import Tensor
 from ...divergences import DIVERGENCES
 from ...objectives import RowSpec
 from ...tuning import current
-from ..contract import Logits, RowInputs, RowOutputs, Sparse
+from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
 from .kernel import row_kernel
 
 
+@compiled
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says; the teacher may be a uniform tail.
 
-    Launches one kernel on the current stream and never synchronises. Vectors must be contiguous, else a
-    ``ValueError``. Logits with another stride than 1 along the vocabulary are copied.
+    Launches one kernel on the current stream and never synchronises.
     """
-    for name, vector in (
-        ("loss", outputs.loss),
-        ("difficulty", outputs.difficulty),
-        ("is_hard", outputs.is_hard),
-        ("scalars", inputs.scalars),
-    ):
-        if not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
-    C, V = inputs.student.raw.shape
-    if C == 0:
-        return
-    student, teacher = inputs.student, inputs.teacher if inputs.spec.divergence is not None else None
+    student, teacher, dlogits = inputs.student, inputs.teacher, outputs.dlogits
+    C, V = student.raw.shape
     entries = rest = None
     if isinstance(teacher, Sparse):
-        assert teacher.tail == "uniform", "other tails have no dense row"
         entries, rest = teacher.indices, teacher.rest
         teacher = Logits(teacher.log_probs, 1.0, None, False)
-    student_raw = unit_stride(student.raw)
-    teacher_raw = None if teacher is None else unit_stride(teacher.raw)
-    if outputs.dlogits is None:
-        dlogits = None
-    elif outputs.dlogits is student.raw:
-        dlogits = student_raw
-    else:
-        dlogits = unit_stride(outputs.dlogits)
+    teacher_raw = None if teacher is None else teacher.raw
     capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
     with guard(inputs.labels.device):
         row_kernel[(C,)](
-            student_raw,
+            student.raw,
             teacher_raw,
             dlogits,
-            inputs.labels.contiguous(),
-            None if inputs.weights is None else inputs.weights.contiguous(),
+            inputs.labels,
+            inputs.weights,
             inputs.scalars,
             outputs.loss,
             outputs.difficulty,
             outputs.is_hard.view(torch.uint8),
-            None if inputs.hard is None else inputs.hard.contiguous().view(torch.uint8),
+            None if inputs.hard is None else inputs.hard.view(torch.uint8),
             entries,
             rest,
             0 if entries is None else entries.shape[1],
             V,
-            student_raw.stride(0),
+            student.raw.stride(0),
             0 if teacher_raw is None else teacher_raw.stride(0),
             0 if dlogits is None else dlogits.stride(0),
             *shape_of(student),
@@ -75,14 +57,12 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             EXCLUDES=teacher is not None and not (student.finite and teacher.finite),
             **launch_constants(
                 is_heavy(inputs.spec, capped),
-                student_raw,
+                student.raw,
                 None if entries is not None else teacher_raw,
                 dlogits,
                 adaptive=DIVERGENCES[inputs.spec.divergence or "kl"].adaptive,
             ),
         )
-    if outputs.dlogits is not None and dlogits is not None and dlogits is not outputs.dlogits:
-        outputs.dlogits.copy_(dlogits)
 
 
 def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
@@ -124,15 +104,7 @@ def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
         "h": _FUNCTIONS[divergence.h],
         "g": _FUNCTIONS[divergence.g],
         "free_g": _FUNCTIONS[DIVERGENCES["kl"].g],
-        "FREE": divergence.free,
-        "MIXTURE": divergence.mixture,
-        "KL_AT_ONE": divergence.kl_at_one,
-        "ADAPTIVE": divergence.adaptive,
-        "EVERYWHERE": divergence.everywhere,
-        "MIXED": spec.mixed,
-        "HARD_LABEL": spec.hard_label,
-        "GATED": spec.gated,
-        "COLD": cold_labels and spec.hard_label and spec.divergence is not None,
+        **{name.upper(): value for name, value in traits(spec, cold_labels).items()},
     }
 
 
@@ -147,10 +119,6 @@ def warp_size() -> int:
 
 def _on_nvidia() -> bool:
     return not _INTERPRET and triton.runtime.driver.active.get_current_target().backend == "cuda"
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 # The interpreter calls plain functions and asserts on jitted ones.

@@ -9,35 +9,31 @@ import torch
 from torch import Tensor
 
 from ...divergences import Divergence
-from ..contract import Logits, RowInputs, RowOutputs, Shards
-from ..sharded import Joined, Messages, SweptRow
-from ..torch.math import TINY, label_target
-from .row import formula_constants, guard, is_heavy, launch_constants, shape_of, unit_stride
-from .sharded_kernels import gradient_kernel, statistics_kernel, sums_kernel
+from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepared
+from ..sharded import Joined, Messages, Statistics, SweptRow, label_d
+from .math import TEMPERATURE
+from .row import formula_constants, guard, is_heavy, launch_constants, shape_of
+from .sharded_kernels import STATISTICS, Known, gradient_kernel, statistics_kernel, sums_kernel
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
-    """As :func:`fused_kd.rows.sharded.row`."""
-    yield from TritonRow(inputs, outputs, shards).run()
+    """Fill ``outputs`` for one chunk; shapes and meaning as of :mod:`fused_kd.rows.contract`, columns of this rank."""
+    own_inputs, own_outputs = prepared(inputs, outputs)
+    yield from TritonRow(own_inputs, own_outputs, shards).run()
+    copy_back(own_outputs, outputs)
 
 
 class TritonRow(SweptRow):
     def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
         super().__init__(inputs, outputs, shards)
-        self.student = unit_stride(inputs.student.raw)
-        self.teacher = None
         student, teacher = inputs.student, inputs.teacher
-        options = (*shape_of(student), *shape_of(None))
-        capped = student.softcap is not None
-        if isinstance(teacher, Logits):
-            self.teacher = unit_stride(teacher.raw)
-            options = (*shape_of(student), *shape_of(teacher))
-            capped = capped or teacher.softcap is not None
-        self.options = options
-        excludes = isinstance(teacher, Logits) and not (student.finite and teacher.finite)
+        assert not isinstance(teacher, Sparse), "lists are the torch row's"
+        self.student, self.teacher = student.raw, None if teacher is None else teacher.raw
+        self.options = (*shape_of(student), *shape_of(teacher))
+        capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
+        excludes = teacher is not None and not (student.finite and teacher.finite)
         self.made = formula_constants(inputs.spec, inputs.cold_labels) | {"EXCLUDES": excludes}
-        self.labels = inputs.labels.contiguous()
-        self.scalars = inputs.scalars.contiguous()
+        self.labels, self.scalars = inputs.labels, inputs.scalars
         launch = launch_constants(is_heavy(inputs.spec, capped), self.student, self.teacher)
         self.lanes = {name: launch.pop(name) for name in ("LANES", "PACK")}
         self.launch = launch
@@ -47,31 +43,34 @@ class TritonRow(SweptRow):
         return self.student.stride(0), 0 if self.teacher is None else self.teacher.stride(0)
 
     def statistics(self) -> Tensor:
-        message = torch.empty(self.C, 12, dtype=torch.float32, device=self.labels.device)
+        message = torch.empty(self.C, STATISTICS.value, dtype=torch.float32, device=self.labels.device)
         with guard(self.labels.device):
             statistics_kernel[(self.C,)](
                 self.student, self.teacher, self.labels, self.scalars, message, self.shards.start, self.shards.size,
                 *self._strides, *self.options, COLD=self.made["COLD"], EXCLUDES=self.made["EXCLUDES"],
                 **self.lanes, **self.launch,
             )  # fmt: skip
-        return message if self.inputs.cold_labels else message[:, : 3 if self.teacher is None else 9]
+        return self.said(message)
 
-    def _join(self, x: Tensor) -> Joined:
-        x, T = x.clone(), torch.ones_like(x[0, 0, 0])
+    def join(self, ranks: Statistics) -> Joined:
+        T = torch.ones_like(ranks.top[0, 0, 0])
         if self.teacher is not None:
-            T = self.scalars[3].to(torch.float64)
-            for column in (0, 2, 3, 6, 7, 8):  # logits
-                x[:, :, column] /= T
-            x[:, :, 5] *= math.log(2.0)
-        of = super()._join(x)
-        label_d = torch.zeros_like(of.top)
-        if self.teacher is not None:
-            label_d = label_target(of.log_p_y, self.s).clamp(min=TINY).log() - of.log_q_y
-        columns = (
-            of.top * T, (-of.log_sum).exp(), of.top_t * T, (-of.log_sum_t).exp(), of.log_sum_t - of.log_sum,
-            label_d, of.cold_top, (-of.cold_log_sum).exp(),
-        )  # fmt: skip
-        self.known = torch.cat(columns, 1).float()
+            T = self.scalars[TEMPERATURE.value].to(torch.float64)
+            logits = ("top", "label", "top_t", "label_t", "beside", "beside_t")
+            ranks = ranks._replace(**{name: getattr(ranks, name) / T for name in logits})
+            ranks = ranks._replace(excess=ranks.excess * math.log(2.0))
+        of = super().join(ranks)
+        known = Known(
+            s_max=of.top * T,
+            s_inv=(-of.log_sum).exp(),
+            t_max=of.top_t * T,
+            t_inv=(-of.log_sum_t).exp(),
+            log_ratio=of.log_sum_t - of.log_sum,
+            label_d=torch.zeros_like(of.top) if self.teacher is None else label_d(of, self.s),
+            cold_max=of.cold_top,
+            cold_inv=(-of.cold_log_sum).exp(),
+        )
+        self.known = torch.cat(known, 1).float()
         return of
 
     def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Any) -> Tensor:
@@ -88,18 +87,14 @@ class TritonRow(SweptRow):
     def gradient(
         self, of: Joined, divergence: Divergence | None, use: Tensor | None, total: Tensor | None, shares: Any
     ) -> None:
-        given = self.outputs.dlogits
-        if given is None or not given.shape[1]:
+        out = self.outputs.dlogits
+        if out is None or not out.shape[1]:
             return
-        out = self.student if given is self.inputs.student.raw else unit_stride(given)
-        weights = self.inputs.weights
         with guard(self.labels.device):
             gradient_kernel[(self.C,)](
-                self.student, self.teacher, out, self.labels, None if weights is None else weights.contiguous(),
-                self.scalars, self.known, None if use is None else use.view(torch.uint8),
+                self.student, self.teacher, out, self.labels, self.inputs.weights, self.scalars, self.known,
+                None if use is None else use.view(torch.uint8),
                 None if total is None else total.contiguous(), self.shards.start, self.shards.size, *self._strides,
                 out.stride(0), *self.options, self.made["g"], self.made["free_g"], self.made["MIXTURE"],
                 self.made["MIXED"], self.made["HARD_LABEL"], self.made["COLD"], self.made["EXCLUDES"], **self.launch,
             )  # fmt: skip
-        if out is not given:
-            given.copy_(out)

@@ -6,14 +6,38 @@ two wrote. The sweeps are those of :mod:`fused_kd.rows.triton.kernel`, and so ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .math import exponent_scale, inverse_temperature, label_scalars
+from ..sharded import Statistics
+from .math import ALPHA, BETA, exponent_scale, inverse_temperature, label_scalars
 from .sweeps import logits, sweep_both, sweep_student, sweep_sums, write_gradient, write_label_gradient, write_zeros
 
-STATISTICS = tl.constexpr(12)
-KNOWN = tl.constexpr(8)
+# The columns of a message.
+TOP, TOTAL, LABEL, TOP_T, TOTAL_T, EXCESS, LABEL_T, BESIDE, BESIDE_T, COLD_TOP, COLD_TOTAL, COLD_LABEL = (
+    tl.constexpr(i) for i in range(Statistics._fields.index("rest_top"))
+)
+STATISTICS = tl.constexpr(Statistics._fields.index("rest_top"))
+
+
+class Known(NamedTuple):
+    """What later sweeps must know of each token, (C, 1) each: ``norms`` and d at the label of
+    :func:`fused_kd.rows.triton.math.arguments`; maximum and inverse sum of the student at temperature 1."""
+
+    s_max: Tensor
+    s_inv: Tensor
+    t_max: Tensor
+    t_inv: Tensor
+    log_ratio: Tensor
+    label_d: Tensor
+    cold_max: Tensor
+    cold_inv: Tensor
+
+
+KNOWN = tl.constexpr(len(Known._fields))
 
 
 @triton.jit
@@ -22,7 +46,7 @@ def statistics_kernel(
     teacher_ptr,  # the same or None
     labels_ptr,  # (C,) ids of the whole vocabulary
     scalars_ptr,
-    out_ptr,  # (C, STATISTICS), as sharded_row lays them out; logits before the temperature, KL's in powers of 2
+    out_ptr,  # (C, STATISTICS) of fused_kd.rows.sharded; logits before the temperature, KL's in powers of 2
     first,  # the slice's first id
     V,
     student_stride,
@@ -53,19 +77,19 @@ def statistics_kernel(
             student, teacher, V, k, COLD, EXCLUDES, BLOCK, LANES, PACK
         )
         label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
-        tl.store(out + 3, t_max)
-        tl.store(out + 4, t_total)
-        tl.store(out + 5, kl_total)
-        tl.store(out + 6, label_t)
-        tl.store(out + 7, s_over)
-        tl.store(out + 8, t_over)
+        tl.store(out + TOP_T, t_max)
+        tl.store(out + TOTAL_T, t_total)
+        tl.store(out + EXCESS, kl_total)
+        tl.store(out + LABEL_T, label_t)
+        tl.store(out + BESIDE, s_over)
+        tl.store(out + BESIDE_T, t_over)
         if COLD:
-            tl.store(out + 9, s_max)
-            tl.store(out + 10, cold_total)
-            tl.store(out + 11, label_z)
-    tl.store(out, s_max)
-    tl.store(out + 1, s_total)
-    tl.store(out + 2, label_z)
+            tl.store(out + COLD_TOP, s_max)
+            tl.store(out + COLD_TOTAL, cold_total)
+            tl.store(out + COLD_LABEL, label_z)
+    tl.store(out + TOP, s_max)
+    tl.store(out + TOTAL, s_total)
+    tl.store(out + LABEL, label_z)
 
 
 @triton.jit
@@ -74,7 +98,7 @@ def sums_kernel(
     teacher_ptr,
     labels_ptr,
     scalars_ptr,
-    known_ptr,  # (C, KNOWN), see _known
+    known_ptr,  # (C, KNOWN)
     use_ptr,  # (C,) which rows take the sweep; the others' sums are 0
     out_ptr,  # (C, 2)
     first,
@@ -158,16 +182,10 @@ def gradient_kernel(
         use, total = 0, 0.0
         if use_ptr is not None:
             use, total = tl.load(use_ptr + row).to(tl.int32), tl.load(totals_ptr + row)
-        if use != 0:
-            write_gradient(
-                student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, total, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
-            )  # fmt: skip
-        else:
-            write_gradient(
-                student, teacher, dlogits_row, V, row, label, target, norms, cold, shares,
-                weights_ptr, -1.0, free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
-            )  # fmt: skip
+        write_gradient(
+            use != 0, total, student, teacher, dlogits_row, V, row, label, target, norms, cold, shares, weights_ptr,
+            g, free_g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -180,8 +198,9 @@ def _own_label(label, first, V):
 @triton.jit
 def _known(known_ptr, scalars_ptr, row):
     """``target``, ``norms`` and ``cold`` of a row, as the functions of the whole row's kernel take them."""
-    at = known_ptr + row * KNOWN
-    beta, alpha = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 6)
-    target = (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), tl.load(at + 5))
+    at = known_ptr + row * KNOWN  # a Known
     norms = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
-    return target, norms, (tl.load(at + 6), tl.load(at + 7))
+    label_d = tl.load(at + 5)
+    cold = (tl.load(at + 6), tl.load(at + 7))
+    beta, alpha = tl.load(scalars_ptr + BETA), tl.load(scalars_ptr + ALPHA)
+    return (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), label_d), norms, cold

@@ -12,11 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import EXCLUDED, LOG_ZERO
-from .math import LOG2_E, OUTSIDE, arguments, exponent, final_logits, first_entry, moved
-
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
-_EXCLUDED = tl.constexpr(EXCLUDED)
+from .math import EXCLUDED, LOG2_E, LOG_ZERO, OUTSIDE, arguments, exponent, final_logits, first_entry, moved
 
 
 @triton.jit
@@ -113,8 +109,8 @@ def _add_both(
     z_s = by_lane(z_s, LANES, PACK)
     z_t = by_lane(z_t, LANES, PACK)
     if EXCLUDES:
-        s_over = tl.maximum(s_over, lane_max(tl.where(z_t < _EXCLUDED, z_s, OUTSIDE)))
-        t_over = tl.maximum(t_over, lane_max(tl.where(z_s < _EXCLUDED, z_t, OUTSIDE)))
+        s_over = tl.maximum(s_over, lane_max(tl.where(z_t < EXCLUDED, z_s, OUTSIDE)))
+        t_over = tl.maximum(t_over, lane_max(tl.where(z_s < EXCLUDED, z_t, OUTSIDE)))
     if COLD:
         _new, cold_sum = add_exponentials(z_s, LOG2_E, s_max, cold_sum)
     new_s = tl.maximum(s_max, lane_max(z_s))
@@ -237,6 +233,8 @@ def _write_label_block(student, dlogits_row, start, end, label, z_max, inv_total
 
 @triton.jit
 def write_gradient(
+    use,  # whether the row has taken sweep 2; else its gradient is that of KL(t||q)
+    g_total,
     student,
     teacher,
     dlogits_row,
@@ -248,8 +246,8 @@ def write_gradient(
     cold,
     shares,
     weights_ptr,
-    g_total,
     g: tl.constexpr,
+    free_g: tl.constexpr,
     MIXTURE: tl.constexpr,
     MIXED: tl.constexpr,
     HARD_LABEL: tl.constexpr,
@@ -265,6 +263,39 @@ def write_gradient(
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row)
+    if use:
+        _write_blocks(
+            student, teacher, dlogits_row, V, label, target, norms, cold, shares, weight, g_total,
+            g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+        )  # fmt: skip
+    else:
+        _write_blocks(
+            student, teacher, dlogits_row, V, label, target, norms, cold, shares, weight, -1.0,
+            free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_blocks(
+    student,
+    teacher,
+    dlogits_row,
+    V,
+    label,
+    target,
+    norms,
+    cold,
+    shares,
+    weight,
+    g_total,
+    g: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    MIXED: tl.constexpr,
+    HARD_LABEL: tl.constexpr,
+    COLD: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     # Backwards: the end of the row is what the sweep before has left in the cache.
     blocks = V // BLOCK
     if blocks * BLOCK < V:
@@ -342,9 +373,9 @@ def teacher_block(teacher, start, offsets, end, BLOCK: tl.constexpr):
             z = logits(row_ptr, offsets, offsets < end, scale, cap)
     else:
         entries = entries_ptr + row * K
-        z = tl.zeros((BLOCK,), tl.float32) + tl.maximum(tl.load(rest_ptr + row), _LOG_ZERO)
+        z = tl.zeros((BLOCK,), tl.float32) + tl.maximum(tl.load(rest_ptr + row), LOG_ZERO)
         for j in range(first_entry(entries, K, start), first_entry(entries, K, start + BLOCK)):
-            own = tl.maximum(tl.load(row_ptr + j), _LOG_ZERO)
+            own = tl.maximum(tl.load(row_ptr + j), LOG_ZERO)
             z = tl.where(offsets == tl.load(entries + j), own, z)
         if end is not None:
             z = tl.where(offsets < end, z, OUTSIDE)

@@ -10,55 +10,42 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import LOG_ZERO, RowInputs, RowOutputs, Sparse
-from ..top_k import DenseRow, categories, category_rows
-from .math import LOG2_E, exponent, exponent_scale
-from .row import guard, launch_constants, shape_of, unit_stride
+from ..contract import RowInputs, RowOutputs, Sparse, compiled
+from ..top_k import categories, category_rows
+from .math import LOG2_E, LOG_ZERO, TEMPERATURE, exponent, exponent_scale
+from .row import guard, launch_constants, shape_of
+from .row import row as dense
 from .sweeps import add_exponentials, by_lane, logits, store_block, student_block, write_zeros
 
-_LOG_ZERO = tl.constexpr(LOG_ZERO)
 
-
-def row(dense: DenseRow, inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk; shapes and meaning as in :func:`fused_kd.rows.top_k.row`."""
-    teacher, student, C = inputs.teacher, inputs.student, len(inputs.labels)
+@compiled
+def row(inputs: RowInputs, outputs: RowOutputs) -> None:
+    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says, of a teacher's lists without a uniform
+    tail."""
+    teacher, student, dlogits = inputs.teacher, inputs.student, outputs.dlogits
     assert isinstance(teacher, Sparse)
-    if C == 0:
-        return
-    if teacher.tail == "uniform":
-        dense(inputs, outputs)
-        return
-    V, K1 = student.raw.shape[1], teacher.indices.shape[1]
+    (C, V), K1 = student.raw.shape, teacher.indices.shape[1]
     small = categories(teacher, inputs.labels)
     scale, cap = shape_of(student)
-    raw, labels = unit_stride(student.raw), inputs.labels.contiguous()
-    origin = torch.empty(C, dtype=torch.float32, device=labels.device)
+    origin = torch.empty(C, dtype=torch.float32, device=inputs.labels.device)
     cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
+    lists = (student.raw, inputs.labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest)
     common = {
         "K1": K1,
         "V": V,
-        "student_stride": raw.stride(0),
+        "student_stride": student.raw.stride(0),
         "student_scale": scale,
         "student_cap": cap,
         "COLD": inputs.cold_labels,
         "BLOCK_K": triton.next_power_of_2(K1),
-    } | launch_constants(True, raw)
-    with guard(labels.device):
-        condense_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest, **common
-        )  # fmt: skip
+    } | launch_constants(True, student.raw)
+    with guard(inputs.labels.device):
+        condense_kernel[(C,)](*lists, **common)
         gradient = category_rows(dense, inputs, outputs, small, cold_rest)
-        if gradient is None or outputs.dlogits is None:
+        if gradient is None or dlogits is None:
             return
-        out = outputs.dlogits
-        dlogits = raw if out is student.raw else unit_stride(out)
-        expand_kernel[(C,)](
-            raw, labels, teacher.indices, inputs.scalars, small.student, origin, cold_rest,
-            *(None if x is None else x.contiguous() for x in gradient), dlogits, dlogits.stride(0),
-            **common,
-        )  # fmt: skip
-        if dlogits is not out:
-            out.copy_(dlogits)
+        parts = (None if x is None else x.contiguous() for x in gradient)
+        expand_kernel[(C,)](*lists, *parts, dlogits, dlogits.stride(0), **common)
 
 
 @triton.jit
@@ -82,13 +69,13 @@ def condense_kernel(
     PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(scalars_ptr + 3)
+    temperature = tl.load(scalars_ptr + TEMPERATURE)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
     k = exponent_scale(scalars_ptr)
-    top = tl.full((LANES,), _LOG_ZERO, tl.float32)
+    top = tl.full((LANES,), LOG_ZERO, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
     student = (student_row, student_scale, student_cap)
@@ -111,7 +98,7 @@ def condense_kernel(
     origin = tl.maximum(rest, tl.max(entry_z, axis=0))
     categories_row = categories_ptr + row * (K1 + 1)
     tl.store(origin_ptr + row, origin)
-    entry_z = tl.where(entries < V, entry_z - origin, _LOG_ZERO)
+    entry_z = tl.where(entries < V, entry_z - origin, LOG_ZERO)
     tl.store(categories_row + lanes_k, entry_z, mask=lanes_k < K1)
     tl.store(categories_row + K1, (rest - origin) + _log_sum(rest, k, top, z_sum) * temperature)
     if COLD:
