@@ -1,13 +1,15 @@
-"""Two results files, row by row: ``python -m bench compare BEFORE.json AFTER.json``; exit code 1 past a regression."""
+"""``python -m bench compare BEFORE.json AFTER.json``: two results files, row by row; exit code 1 past a regression."""
 
 from __future__ import annotations
 
-from statistics import quantiles
+import argparse
+import json
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .samples import ratios
-from .store import row_key
-from .tables import error_of, fixed, median, memory_of, table, variant_of
+from .problems import Variant
+from .tables import Row, error_of, fixed, median, memory_of, over, quartiles, ratios, table
 
 # A digit more or less of an error that is rounding alone says nothing.
 ERROR_LIMIT = 2.0
@@ -16,7 +18,7 @@ ERROR_LIMIT = 2.0
 class Change(NamedTuple):
     """AFTER over BEFORE: of time as a multiple of the floor, memory, dH error. ``worse`` names what exceeds limits."""
 
-    row: dict[str, Any]
+    row: Row
     time: float | None
     memory: float | None
     error: float | None
@@ -40,20 +42,26 @@ def compare(before: dict[str, Any], after: dict[str, Any], limit: float) -> list
         old, new = before["settings"][name], after["settings"][name]
         if old != new:
             raise ValueError(f"results must have the same {name}, got {old} and {new}")
-    earlier = {row_key(row): row for row in before["rows"] if row["status"] == "ok"}
-    later = {row_key(row): row for row in after["rows"]}
+    earlier = {_key(row): row for row in before["rows"] if row["status"] == "ok"}
+    later = {_key(row): row for row in after["rows"]}
     return [_change(earlier[key], later[key], limit) for key in earlier if key in later]
 
 
-def _change(old: dict[str, Any], new: dict[str, Any], limit: float) -> Change:
+def _key(row: Row) -> tuple:
+    return (row["shape"]["name"], row["implementation"], row["purpose"], Variant.of(row))
+
+
+def _change(old: Row, new: Row, limit: float) -> Change:
     if new["status"] != "ok":
         return Change(new, None, None, None, (f"{new['status']}: {new['reason']}",))
     olds, news = ratios(old), ratios(new)
-    time = _over(median(news), median(olds))
-    memory, error = _over(memory_of(new), memory_of(old)), _over(error_of(new, "d_hidden"), error_of(old, "d_hidden"))
+    time = over(median(news), median(olds))
+    memory, error = over(memory_of(new), memory_of(old)), over(error_of(new), error_of(old))
     worse = []
-    if time and time > limit and _apart(olds, news):
-        worse.append("time")
+    if olds and news and time and time > limit:
+        apart = quartiles(news)[0] > quartiles(olds)[1]
+        if apart or min(len(olds), len(news)) < 2:
+            worse.append("time")
     if memory and memory > limit:
         worse.append("memory")
     if error and error > ERROR_LIMIT:
@@ -61,28 +69,12 @@ def _change(old: dict[str, Any], new: dict[str, Any], limit: float) -> Change:
     return Change(new, time, memory, error, tuple(worse))
 
 
-def _apart(olds: list[float] | None, news: list[float] | None) -> bool:
-    if not olds or not news:
-        return False
-    if min(len(olds), len(news)) < 2:
-        return True
-    return quantiles(news, n=4, method="inclusive")[0] > quantiles(olds, n=4, method="inclusive")[2]
-
-
-def _over(new: float | None, old: float | None) -> float | None:
-    return new / old if new is not None and old else None
-
-
 def markdown(changes: list[Change], limit: float) -> str:
     """Worst first."""
     lines = [
         [
-            change.row["shape"]["name"],
-            str(variant_of(change.row)),
-            change.row["implementation"],
-            fixed(change.time, 3),
-            fixed(change.memory, 3),
-            fixed(change.error, 3),
+            *(change.row["shape"]["name"], str(Variant.of(change.row)), change.row["implementation"]),
+            *(fixed(value, 3) for value in (change.time, change.memory, change.error)),
             ", ".join(change.worse),
         ]
         for change in sorted(changes, key=lambda c: (not c.worse, -(c.time or 0)))
@@ -91,3 +83,25 @@ def markdown(changes: list[Change], limit: float) -> str:
     worse = sum(bool(change.worse) for change in changes)
     limits = f"limits: time and memory {limit:g}, dH error {ERROR_LIMIT:g}"
     return f"{table(head, lines)}\n\n{worse} of {len(changes)} rows are worse ({limits}; after / before)."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("before", type=Path, metavar="BEFORE.json")
+    parser.add_argument("after", type=Path, metavar="AFTER.json")
+    parser.add_argument(
+        "--limit", type=float, default=1.1, help="the largest ratio of time or memory that is none (default 1.1)"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
+        changes = compare(before, after, args.limit)
+    except (OSError, ValueError) as error:
+        print(f"bench compare: {error}", file=sys.stderr)
+        return 2
+    print(markdown(changes, args.limit))
+    return int(any(change.worse for change in changes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,9 +1,9 @@
 """FLOPs, special functions and bytes of one forward and backward, counted from the algorithm; nothing is run.
 
-n valid tokens of N, hidden sizes H_s and H_t, vocabulary V, m chunks of C tokens in k groups of G, as planned. b bytes
-an operand of a GEMM and a logit gradient (both of the inputs' dtype); logits, dH and the sum of dW are fp32. Operands
-are read once a chunk or group, results written once; dW is read and written by every group but the first, which only
-writes:
+**The chunked engine.** n valid tokens of N, hidden sizes H_s and H_t, vocabulary V, m chunks of C tokens in k groups of
+G, as planned. b bytes an operand of a GEMM and a logit gradient (both of the inputs' dtype); logits, dH and the sum of
+dW are fp32. Operands are read once a chunk or group, results written once; dW is read and written by every group but
+the first, which only writes:
 
 =============== ========== ===================================================
 GEMM            FLOPs      bytes
@@ -31,6 +31,33 @@ again (Triton's), a hard token's also 1 logarithm and 1 division (2 where made a
 
 Left out as small: vectors, passes over n x H, the columns that a buffer's rows are padded by, the lists of a top-k
 teacher and the row over its K + 2 categories.
+
+**The streaming engine.** By its plan m chunks of tokens, where dH and an fp32 dW are made, and s slabs of the
+vocabulary, where a low-precision dW is; where the plan says together, dH too comes from those (then m = 1 and there is
+no dlogits_again). H = H_s + H_t; x the share of tokens that need sums, the hard ones; b bytes an operand.
+
+The tiles that are made at the same time, one a multiprocessor, are R blocks of BM tokens beside C parts of BN columns:
+they share what they read in the cache, and by the next of them it is gone. So a sweep over t tokens and v columns
+reads each token's hidden states v / (C BN) times and each column's weights t / (R BM) times, rounded up:
+r(t, v) = b H (t ceil(v / (C BN)) + v ceil(t / (R BM))) bytes. Slabs of dlogits and the sums of a chunk or slab stay in
+the cache:
+
+============= ================================== ==========================================
+part          FLOPs                              bytes
+============= ================================== ==========================================
+statistics    2 n V H                            r(n, V)
+sums          2 x n V H                          r(x n, V); none for x = 0
+dlogits       2 n V H                            r of each chunk and slab
+dlogits_again 2 n V H, low-precision dW          r(n, V / s), s times
+d_hidden      2 n V H_s, or 2 N V H_s together   b m V H_s + 4 n H_s
+d_weight      2 n V H_s, fp32 dW                 b n H_s + 4 (2 m - 1) V H_s
+              2 N V H_s, low-precision dW: all   b s N H_s + b V H_s
+              tokens, ignored ones as zeros
+============= ================================== ==========================================
+
+On top come, together, the additions to dH, 8 (s - 1) N H_s. No bytes for a row: its arithmetic sits in the sweeps. A
+backward pass with the factor 1 moves nothing. From the L2 cache, every tile of tokens x columns logits reads both of
+its operands: b / tokens + b / columns a multiply-add.
 """
 
 from __future__ import annotations
@@ -40,12 +67,17 @@ from typing import NamedTuple
 import torch
 
 from fused_kd.engines.gemm import has_fp32_output
-from fused_kd.engines.head_gradient import made_at_once, weight_slab
+from fused_kd.engines.head_gradient import gradient_dtype, made_at_once, weight_slab
 from fused_kd.engines.plan import Plan
+from fused_kd.engines.streaming.plan import ALIGNED, GROUP, Sizes, Tiles, choose_tiles, plan_streaming
+from fused_kd.engines.streaming.plan import Plan as StreamingPlan
+from fused_kd.engines.waves import MULTIPROCESSORS
 from fused_kd.forecast import chunked_plan
 
-from .inputs import Inputs
-from .shapes import Shape
+from .problems import Inputs, Shape
+
+# ``streaming.kernels.FIELDS``, which only Triton can import.
+FIELDS = 10
 
 
 class Counts(NamedTuple):
@@ -109,8 +141,7 @@ def gemm_products(
         read = operand * n * hidden + weight * len(chunks) * V * hidden
         return Product(read, result * nV, [(size, V) for size in chunks])
 
-    step = weight_slab(V, H) if slabs else V
-    pieces = [(min(step, V - start), H) for start in range(0, V, step)]
+    pieces = [(rows, H) for rows in _pieces(V, weight_slab(V, H) if slabs else V)]
     d_hidden = Product(operand * nV + weight * len(groups) * V * H, 4 * n * H, [(sum(group), H) for group in groups])
     read = operand * (nV + len(pieces) * n * H)
     d_weight = Product(read, 0 if slabs else 4 * V * H, pieces * len(groups))
@@ -139,9 +170,8 @@ def count_chunked(
         upcasts: the GEMMs take no low-precision operands (irrelevant in fp32).
     """
     upcasts = upcasts and dtype != torch.float32
-    n, V = round(valid * shape.N), shape.V
-    b = dtype.itemsize
-    g = 4 if upcasts else b
+    n, V, b = round(valid * shape.N), shape.V, dtype.itemsize
+    written = 4 if upcasts else b
     slabs = in_slabs(dtype, plan, n, upcasts)
     products = gemm_products(shape, dtype, plan, top_k=top_k, valid=valid, upcasts=upcasts, slabs=slabs)
     gemm_bytes = {name: product.read + product.written for name, product in products.items()}
@@ -164,8 +194,8 @@ def count_chunked(
         gemm_flops(shape, top_k, valid),
         gemm_bytes,
         round(specials * nV),
-        row_bytes(nV, g, sides),
-        row_bytes(nV, g, sides, sweeps),
+        row_bytes(nV, written, sides),
+        row_bytes(nV, written, sides, sweeps),
         plan.workspace,
     )
 
@@ -183,7 +213,6 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
 
 def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher: bool = True) -> Counts:
     """fused_kd on these inputs with a row implementation, by :func:`fused_kd.rows.select.choose_backend`'s name."""
-    device = inputs.labels.device
     return count_chunked(
         shape,
         inputs.hidden_s.dtype,
@@ -192,5 +221,96 @@ def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher
         top_k=inputs.top_k is not None or not teacher,
         hard=hard,
         recomputes=backend == "triton",
-        upcasts=not has_fp32_output(device),
+        upcasts=not has_fp32_output(inputs.labels.device),
     )
+
+
+class StreamingCounts(NamedTuple):
+    """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW or dH and
+    of passes over a finished one. ``cache_bytes`` by sweep; ``results``: (rows, columns) of the gradients' GEMMs."""
+
+    plan: StreamingPlan
+    flops: dict[str, int]
+    gemm_bytes: dict[str, int]
+    traffic: int
+    cache_bytes: dict[str, float]
+    results: dict[str, tuple[int, int]]
+
+
+def count_streaming(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    teacher: bool = True,
+    valid: float = 1.0,
+    hard: float = 0.0,
+    memory_budget: int | None = None,
+) -> StreamingCounts:
+    """The streaming engine on an NVIDIA GPU with a gated mixture as the objective, all gradients wanted.
+
+    Args:
+        shape, dtype: of the inputs; ``teacher``: whether there is one.
+        valid, hard: fractions of tokens that are not ignored, and of those that are hard.
+        memory_budget: bytes of workspace.
+
+    Raises:
+        BudgetTooSmall: for a ``memory_budget`` below the smallest plan.
+    """
+    N, V, b = shape.N, shape.V, dtype.itemsize
+    n, x = round(valid * N), round(hard * round(valid * N)) if teacher else 0
+    late = gradient_dtype(dtype) != torch.float32
+    sizes = Sizes(
+        N, n, V, FIELDS, sums=teacher, gated=teacher, H=shape.H_s, H_t=shape.H_t if teacher else 0,
+        dlogits=b, gathered=b, early=True, early_weight=not late, late=late,
+    )  # fmt: skip
+    plain = shape.H_s % ALIGNED == 0 and (not teacher or shape.H_t % ALIGNED == 0)
+    tiles = choose_tiles(*[dtype] * (2 if teacher else 1), plain=plain)
+    plan = plan_streaming(sizes, tiles, memory_budget)
+    m, s = -(-n // plan.tokens), -(-V // plan.late_columns)
+    again = late and not plan.together
+    H = shape.H_s + (shape.H_t if teacher else 0)
+
+    sweeps = {
+        "statistics": 2 * n * V * H,
+        "sums": 2 * x * V * H,
+        "dlogits": 2 * n * V * H,
+        "dlogits_again": 2 * n * V * H if again else 0,
+    }
+    flops = sweeps | {
+        "d_hidden": 2 * (N if plan.together else n) * V * shape.H_s,
+        "d_weight": 2 * (N if late else n) * V * shape.H_s,
+    }
+    VH, nH = V * shape.H_s, n * shape.H_s
+    slab = plan.late_columns if plan.together else plan.columns
+    reads = {
+        "statistics": _rows(n, V, tiles.statistics, plan.splits),
+        "sums": _rows(x, V, tiles.sums, plan.sum_splits) if x else 0,
+        "dlogits": sum(_rows(t, v, tiles.gradient) for t in _pieces(n, plan.tokens) for v in _pieces(V, slab)),
+        "dlogits_again": sum(_rows(n, v, tiles.gradient) for v in _pieces(V, plan.late_columns)) if again else 0,
+    }
+    moved = {part: b * H * rows for part, rows in reads.items()} | {
+        "d_hidden": b * m * VH + 4 * nH,
+        "d_weight": b * s * N * shape.H_s + b * VH if late else b * nH + 4 * VH,
+    }
+    added = 8 * (s - 1) * N * shape.H_s if plan.together else 0 if late else 8 * (m - 1) * VH
+    kernels = {"statistics": tiles.statistics, "sums": tiles.sums}
+    cached = {
+        name: b * (1 / tile.tokens + 1 / tile.columns) / 2 * work
+        for name, work in sweeps.items()
+        for tile in [kernels.get(name, tiles.gradient)]
+    }
+    rows = min(plan.late_columns if late else plan.columns, V)
+    results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
+    return StreamingCounts(plan, flops, moved, added, cached, results)
+
+
+def _rows(tokens: int, columns: int, tiles: Tiles, splits: int | None = None) -> int:
+    """Rows of hidden states and weights that a sweep reads, programs of a grid started group by group."""
+    blocks, parts = -(-tokens // tiles.tokens), splits or -(-columns // tiles.columns)
+    R = min(blocks, max(GROUP, MULTIPROCESSORS // parts))
+    C = min(parts, MULTIPROCESSORS // R)
+    return tokens * -(-columns // (C * tiles.columns)) + columns * -(-tokens // (R * tiles.tokens))
+
+
+def _pieces(size: int, step: int) -> list[int]:
+    return [min(step, size - start) for start in range(0, size, step)]

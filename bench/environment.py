@@ -1,40 +1,48 @@
-"""Where and of what a measurement was made."""
+"""Where and of what a measurement was made: hardware, versions, digests of code, another checkout to compare with."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.torch_version import TorchVersion
 
 from fused_kd.info import processor
 
-from .checkout import LIBRARY, digest
-from .process import ROOT
+from .session import ROOT
 
-PACKAGES = (
-    "torch", "triton", "transformers", "pytest-benchmark", "liger-kernel", "trl", "cut-cross-entropy",
-    "fla-core",
-)  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "fla-core")
+LIBRARY = ("fused_kd/*.py", "fused_kd/engines/**/*.py", "fused_kd/rows/**/*.py", "csrc/*")
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
-MEASURED = (
-    "accuracy", "architectures", "bandwidth", "counts", "counts_streaming", "eager", "end_to_end", "floor", "fused",
-    "implementation", "implementations", "inputs", "largest", "machine", "measure", "peers", "suite", "tally", "trial",
-    "worker",
-)  # fmt: skip
+MEASURED = ("counts", "end_to_end", "machine", "measure", "problems", "registry", "worker")
 SOURCES = (*LIBRARY, *(f"bench/{name}.py" for name in MEASURED))
 # What the results of a run on a GPU depend on besides.
-GPU_SOURCES = ("bench/stages.py", "bench/stage_tools.py", "tests/**/*.py")
+GPU_SOURCES = ("bench/stages.py", "bench/gpu_tests.py", "tests/**/*.py")
+IMPORT_SECONDS = 60.0
+# An editable installation would lend the modules that a checkout lacks.
+_TRY = """
+import sys
+import bench  # this one, and then the other fused_kd
+sys.path.insert(0, sys.argv[1])
+import bench.stages
+for name, module in sorted(sys.modules.items()):
+    if name.split(".")[0] == "fused_kd" and not (module.__file__ or "").startswith(sys.argv[1]):
+        raise ImportError(f"no module named {name!r} in it")
+"""
 
 
-def hardware(device: str) -> dict:
+def hardware(device: str) -> dict[str, Any]:
     """Names and sizes of the processor, and of the GPU for ``device="cuda"``."""
-    found: dict = {
+    found: dict[str, Any] = {
         "cpu": processor(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -48,18 +56,15 @@ def hardware(device: str) -> dict:
             "gpu_memory": gpu.total_memory,
             "multiprocessors": gpu.multi_processor_count,
             "capability": f"{gpu.major}.{gpu.minor}",
-            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "clocks_and_power": _first_line(
-                "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
-            ),
+            "driver": _smi("driver_version"),
+            "clocks_and_power": _smi("clocks.max.sm,clocks.max.mem,power.limit"),
         }
     return found
 
 
-def smi() -> str | None:
+def now() -> str | None:
     """Clocks, temperature, power and memory in use of the GPUs at this moment; None without nvidia-smi."""
-    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used,clocks_throttle_reasons.active"
-    return _first_line("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return _smi("clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used,clocks_throttle_reasons.active")
 
 
 def unsupported() -> str | None:
@@ -73,15 +78,10 @@ def unsupported() -> str | None:
     return None
 
 
-def machine(found: dict) -> str:
+def machine_name(found: dict[str, Any]) -> str:
     """A folder's name for this hardware."""
     name = found.get("gpu") or f"{found['cpu']} {found['usable_cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def results_folder(found: dict, quick: bool) -> Path:
-    """Where a suite writes by default: results worth keeping under bench/, trials where git does not look."""
-    return ROOT / "build" / "bench" if quick else ROOT / "bench" / "results" / machine(found)
 
 
 def use_threads(threads: int | None) -> None:
@@ -106,15 +106,60 @@ def source(*more: str) -> dict[str, str | bool | None]:
     """``commit``, whether tracked or new files differ from it (``dirty``), and a ``digest`` of the measured
     code and of the files that the patterns ``more`` find."""
     changes = _run("git", "status", "--porcelain")
+    commit = (_run("git", "rev-parse", "HEAD") or "").strip()
     return {
-        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "commit": commit or None,
         "dirty": None if changes is None else bool(changes.strip()),
         "digest": digest(ROOT, (*SOURCES, *more)),
     }
 
 
-def _first_line(*command: str) -> str | None:
-    lines = (_run(*command) or "").strip().splitlines()
+def digest(root: Path, patterns: Iterable[str]) -> str:
+    """Of the files that the patterns find, and of their names."""
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            if path.is_file():
+                found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Checkout(NamedTuple):
+    """``name``: a commit's first digits, or the digest of a folder's library."""
+
+    name: str
+    folder: Path
+
+
+def checkout(what: str, out: Path) -> Checkout:
+    """A folder as it is; a commit of this repository unpacked into ``out/against/<commit>``.
+
+    Raises:
+        ValueError: where it is neither, or this bench cannot import what it needs from it; in one line.
+    """
+    if Path(what).is_dir():
+        folder = Path(what).resolve()
+        found = Checkout(digest(folder, LIBRARY), folder)
+    else:
+        commit = (_run("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}") or "").strip()[:12]
+        if not commit:
+            raise ValueError("no folder, and no commit of this repository")
+        found = Checkout(commit, out / "against" / commit)
+        found.folder.mkdir(parents=True, exist_ok=True)
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(found.folder)], input=archive, check=True)
+    if not (found.folder / "fused_kd" / "__init__.py").is_file():
+        raise ValueError("it has no fused_kd")
+    command = [sys.executable, "-c", _TRY, str(found.folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise ValueError(f"it lacks what this bench imports: {last}")
+    return found
+
+
+def _smi(fields: str) -> str | None:
+    lines = (_run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") or "").strip().splitlines()
     return lines[0].strip() if lines else None
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator
-from typing import Any
 
-from .gpu_choices import suggestions
 from .machine import options
 from .prediction import compare
-from .samples import ratios
-from .tables import error_of, fixed, memory_of, scientific, size, table
+from .session import Row, current, machine_of
+from .tables import error_of, fixed, median, memory_of, quartiles, ratios, scientific, size, table
 
-Row = dict[str, Any]
-
-
-def current(rows: list[Row]) -> list[Row]:
-    """The latest row of each stage and key, of the code that ran last."""
-    code = next((row["code"] for row in reversed(rows) if row["stage"] == "environment"), None)
-    return list({(row["stage"], row["key"]): row for row in rows if row["code"] == code}.values())
+# The CUDA row needs another package and another compiler than everything else: it must earn them.
+CUDA_GAIN = 1.15
+# A choice is changed for no less.
+GAIN = 0.98
+PLACES = [f"{shape} {tokens}" for shape in "AB" for tokens in ("easy", "hard")]
+COUNTS = ("passed", "failed", "crashed", "timed out", "skipped", "not reached")
 
 
 def failed(rows: list[Row]) -> bool:
@@ -28,22 +25,20 @@ def failed(rows: list[Row]) -> bool:
 
 def markdown(rows: list[Row]) -> str:
     found = current(rows)
-    of = _by_stage(found)
     sections = {
         "Stages": stages(found),
-        "Tests": _tests(of),
-        "The machine": _rates(of.get("machine", [])),
-        "GEMMs": _gemms(of),
-        "The row alone, against a copy of device memory": _rows(of.get("rows", [])),
-        "Steps": _steps(_of_kinds(of, "steps", "streaming"), machine=_machine(of)),
-        "Another checkout": _against(of),
-        "Choices against their defaults": _choices(of),
-        "Peers": _steps(_of_kinds(of, "peers")),
-        "A step's kernels": _profile(of.get("profile", [])),
-        "What did not run": _reasons(found),
+        "Tests": tests(found),
+        "The machine": rates(found),
+        "The row alone, against a copy of device memory": row_table(found),
+        "Steps": step_table(of_kinds(found, "steps", "streaming"), machine=machine_of(found)),
+        "Another checkout": against(found),
+        "Choices against their defaults": choices(found),
+        "Peers": step_table(of_kinds(found, "peers")),
+        "A step's kernels": profile(found),
+        "What did not run": reasons(found),
         "Suggested choices": "\n".join(f"- {line}" for line in suggestions(found)),
     }
-    parts = ["# fused_kd on a GPU", _about(of)]
+    parts = ["# fused_kd on a GPU", about(found)]
     for title, text in sections.items():
         if text:
             parts += [f"## {title}", text]
@@ -53,71 +48,51 @@ def markdown(rows: list[Row]) -> str:
 def short(rows: list[Row]) -> str:
     """What passed, what failed, what was not reached; steps, rows and choices in a line each."""
     found = current(rows)
-    of = _by_stage(found)
-    parts = [_rows(of.get("rows", [])), _steps(_of_kinds(of, "steps", "streaming"), brief=True)]
-    parts += ["\n".join(suggestions(found)), _tests(of), stages(found)]
+    steps = step_table(of_kinds(found, "steps", "streaming"), brief=True)
+    parts = [row_table(found), steps, "\n".join(suggestions(found)), tests(found), stages(found)]
     return "\n\n".join(filter(None, parts))
+
+
+def of_kinds(found: list[Row], *kinds: str) -> list[Row]:
+    """The rows of stages by the first part of their name."""
+    return [row for row in found if row["stage"].split(":")[0] in kinds]
+
+
+def about(found: list[Row]) -> str:
+    row = of_kinds(found, "environment")[0]
+    hardware, source = row["hardware"], row["source"]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
+    commit = (source["commit"] or "unknown")[:12] + (" with uncommitted changes" if source["dirty"] else "")
+    return f"""\
+- {hardware.get("gpu", "a rehearsal on a CPU: its numbers mean nothing")}
+- driver {hardware.get("driver")}; at most {hardware.get("clocks_and_power")}; at first {row["now"]}
+- {versions}
+- commit {commit}, code {row["code"]}
+- {row.get("cache", "no")} compiled kernels of Triton brought along"""
 
 
 def stages(found: list[Row]) -> str:
     """A line a stage: how it ended, how many of its rows were measured, failed, or are missing here."""
+    by_name: dict[str, list[Row]] = {}
+    for row in found:
+        if row["stage"] != "environment":
+            by_name.setdefault(row["stage"], []).append(row)
     lines = []
-    for name, rows in _by_stage(found).items():
-        if name == "environment":
-            continue
+    for name, rows in by_name.items():
         end: Row = next((row for row in rows if row["key"] == "stage"), {"status": "running when cut"})
         own = [row["status"] for row in rows if row["key"] != "stage"]
-        counts = [str(sum(map(test, own)) or "") for test in (_is_ok, _is_bad, _is_missing)]
-        lines.append([name, end["status"], *counts, fixed(end.get("took"), 0), end.get("reason", "")[:120]])
+        counts = [own.count("ok"), sum(status not in ("ok", "missing") for status in own), own.count("missing")]
+        cells = [str(count or "") for count in counts]
+        lines.append([name, end["status"], *cells, fixed(end.get("took"), 0), end.get("reason", "")[:120]])
     return table(["stage", "", "rows", "failed", "missing", "s", "why"], lines)
 
 
-def _is_ok(status: str) -> bool:
-    return status == "ok"
-
-
-def _is_missing(status: str) -> bool:
-    return status == "missing"
-
-
-def _is_bad(status: str) -> bool:
-    return not _is_ok(status) and not _is_missing(status)
-
-
-def _by_stage(found: list[Row]) -> dict[str, list[Row]]:
-    stages: dict[str, list[Row]] = {}
-    for row in found:
-        stages.setdefault(row["stage"], []).append(row)
-    return stages
-
-
-def _of_kinds(of: dict[str, list[Row]], *kinds: str) -> list[Row]:
-    return [row for name, rows in of.items() if name.split(":")[0] in kinds for row in rows]
-
-
-def _about(of: dict[str, list[Row]]) -> str:
-    about = of["environment"][0]
-    hardware, source = about["hardware"], about["source"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    commit = (source["commit"] or "unknown")[:12] + (" with uncommitted changes" if source["dirty"] else "")
-    return "\n".join(
-        [
-            f"- {hardware.get('gpu', 'a rehearsal on a CPU: its numbers mean nothing')}",
-            f"- driver {hardware.get('driver')}; at most {hardware.get('clocks_and_power')}; at first {about['now']}",
-            f"- {versions}",
-            f"- commit {commit}, code {about['code']}",
-            f"- {about.get('cache', 'no')} compiled kernels of Triton brought along",
-        ]
-    )  # fmt: skip
-
-
-def _tests(of: dict[str, list[Row]]) -> str:
-    row = next((row for row in of.get("tests", []) if row["key"] == "tests"), None)
+def tests(found: list[Row]) -> str:
+    row = next((row for row in of_kinds(found, "tests") if row["key"] == "tests"), None)
     if row is None or "passed" not in row:
         return f"Tests: {row['reason'] if row else 'no outcome'}."
-    counts = ("passed", "failed", "crashed", "timed out", "skipped", "not reached")
     bad = [f"- `{name}`: {reason}" for name, reason in row["failing"].items()] + [f"- {e}" for e in row["errors"]]
-    return "\n".join(["Tests: " + ", ".join(f"{row[kind]} {kind}" for kind in counts) + ".", *bad[:40]])
+    return "\n".join(["Tests: " + ", ".join(f"{row[kind]} {kind}" for kind in COUNTS) + ".", *bad[:40]])
 
 
 def milliseconds(samples: list[float]) -> str:
@@ -126,9 +101,9 @@ def milliseconds(samples: list[float]) -> str:
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
-def _rates(rows: list[Row]) -> str:
+def rates(found: list[Row]) -> str:
     lines, more = [], ""
-    for row in rows:
+    for row in of_kinds(found, "machine"):
         if "seconds" in row:
             (samples,) = row["seconds"].values()
             work, unit = (row["flops"], "TFLOP/s") if "flops" in row else (row["bytes"], "TB/s")
@@ -138,28 +113,9 @@ def _rates(rows: list[Row]) -> str:
     return "\n\n".join(filter(None, [table(["", "ms", "rate"], lines) if lines else "", more]))
 
 
-def _machine(of: dict[str, list[Row]]) -> dict[str, float] | None:
-    """What the performance model predicts from, as measured here."""
-    return next((row["machine"] for row in of.get("machine", []) if "machine" in row), None)
-
-
-def _gemms(of: dict[str, list[Row]]) -> str:
-    peak = next((_rate(row) for row in of.get("machine", []) if "flops" in row), None)
-    lines = [
-        [row["stage"].partition(":")[2], row["key"], milliseconds(row["seconds"]["gemm"]),
-         f"{_rate(row) / 1e12:.0f}", fixed(_rate(row) / peak if peak else None)]
-        for row in _of_kinds(of, "gemms") if "seconds" in row
-    ]  # fmt: skip
-    return table(["shape", "GEMM, result, tokens", "ms", "TFLOP/s", "of the largest GEMM"], lines) if lines else ""
-
-
-def _rate(row: Row) -> float:
-    return float(row["flops"]) / statistics.median(row["seconds"]["gemm"])
-
-
-def _rows(rows: list[Row]) -> str:
+def row_table(found: list[Row]) -> str:
     lines = []
-    for row in rows:
+    for row in of_kinds(found, "rows"):
         for name, samples in row.get("seconds", {}).items():
             if name != "copy":
                 share = row["least_bytes"] / row["copy_bytes"] * statistics.median(ratios(row, "copy", name) or [0.0])
@@ -168,70 +124,98 @@ def _rows(rows: list[Row]) -> str:
     return table(["shape, tokens", "row", "ms", "GB/s", "of the copy's"], lines) if lines else ""
 
 
-def _steps(rows: list[Row], brief: bool = False, machine: dict[str, float] | None = None) -> str:
+def step_table(rows: list[Row], brief: bool = False, machine: dict[str, float] | None = None) -> str:
     lines = []
     for row in rows:
-        if "step" not in row.get("seconds", {}):
+        seconds = row.get("seconds", {})
+        if "step" not in seconds:
             continue
-        seconds = row["seconds"]
-        floor = seconds.get("floor")
-        share = statistics.median(1 / x for x in ratios(row) or [float("nan")])
-        cells = [
-            f"{row['shape']['name']} {row['implementation']}",
-            row["key"].removeprefix(row["implementation"]).strip(),
-        ]
-        cells += [milliseconds(seconds["step"]), fixed(share if floor else None)]
+        times, floor, half = ratios(row), seconds.get("floor"), seconds.get("half_ignored")
+        variant = row["key"].removeprefix(row["implementation"]).strip()
+        cells = [f"{row['shape']['name']} {row['implementation']}", variant, milliseconds(seconds["step"])]
+        cells.append(fixed(median([1 / x for x in times]) if times else None))
         if not brief:
-            half = seconds.get("half_ignored")
-            cells += [milliseconds(half) if half else "", milliseconds(floor) if floor else ""]
+            cells += [milliseconds(samples) if samples else "" for samples in (half, floor)]
         if machine:
             model = compare(row, machine)
-            cells += [fixed(1 + model["seconds_error"] if model else None)]
-        cells += [size(memory_of(row)), scientific(error_of(row, "d_hidden")), scientific(error_of(row, "d_weight"))]
+            cells.append(fixed(1 + model["seconds_error"] if model else None))
+        cells += [size(memory_of(row)), scientific(error_of(row)), scientific(error_of(row, "d_weight"))]
         lines.append(cells)
     more = [] if brief else ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
     head = ["", "variant", "step, ms", "share of the GEMMs'", *more, "GB over results", "dH error", "dW error"]
     return table(head, lines) if lines else ""
 
 
-def _against(of: dict[str, list[Row]]) -> str:
+def against(found: list[Row]) -> str:
     """Both processes of each checkout, side by side with ours in the same turns."""
     samples: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in _of_kinds(of, "against"):
+    for row in of_kinds(found, "against"):
         if "step" in row.get("seconds", {}):
             _, other, whose, _ = row["stage"].split(":")
             samples.setdefault((other, row["key"]), {}).setdefault(whose, []).extend(row["seconds"]["step"])
     lines = [
-        [other, key, *(milliseconds(x[w]) for w in ("theirs", "ours")), fixed(_median_over(x["ours"], x["theirs"]), 3)]
-        for (other, key), x in samples.items() if len(x) == 2
+        [*place, milliseconds(x["theirs"]), milliseconds(x["ours"]),
+         f"{statistics.median(x['ours']) / statistics.median(x['theirs']):.3f}"]
+        for place, x in samples.items() if len(x) == 2
     ]  # fmt: skip
     return table(["other", "", "theirs, ms", "ours, ms", "ours / theirs"], lines) if lines else ""
 
 
-def _median_over(a: list[float], b: list[float]) -> float:
-    return statistics.median(a) / statistics.median(b)
-
-
-def _choices(of: dict[str, list[Row]]) -> str:
+def choices(found: list[Row]) -> str:
     lines = []
-    for row in _of_kinds(of, "choices"):
-        if "field" in row and "seconds" in row:
-            quotients = ratios(row, "other", "default") or []
+    for row in of_kinds(found, "choices"):
+        if quotients := ratios(row, "other", "default"):
             spread = f"{statistics.median(quotients):.3f} ({min(quotients):.3f}-{max(quotients):.3f})"
             lines.append([row["what"], row["field"], f"{row['value']} / {row['default']}", spread])
     return table(["", "field", "values", "time of the other / default"], lines) if lines else ""
 
 
-def _profile(rows: list[Row]) -> str:
+def profile(found: list[Row]) -> str:
+    rows = of_kinds(found, "profile")
     lines = [[name, str(count), f"{ms:.3f}"] for row in rows for name, count, ms in row.get("top", ())]
     return table(["kernel", "calls", "ms"], lines) if lines else ""
 
 
-def _reasons(found: list[Row]) -> str:
-    return "\n".join(_lines_of_reasons(found))
+def reasons(found: list[Row]) -> str:
+    return "\n".join(
+        f"- {row['stage']}, {row['key']}: {row['status']}, {row.get('reason', '')}"
+        for row in found
+        if row["status"] != "ok" and row["key"] != "stage"
+    )
 
 
-def _lines_of_reasons(found: list[Row]) -> Iterator[str]:
-    for row in found:
-        if row["status"] != "ok" and row["key"] != "stage":
-            yield f"- {row['stage']}, {row['key']}: {row['status']}, {row.get('reason', '')}"
+def suggestions(found: list[Row]) -> list[str]:
+    """A sentence a choice; what was not measured says so."""
+    return [row_backend(found), *fields(found)]
+
+
+def row_backend(found: list[Row]) -> str:
+    """The CUDA row where it is faster by the factor at both shapes, easy and hard, and none of the tests failed."""
+    rule = f"CUDA row if at least {CUDA_GAIN:g} times as fast at {', '.join(PLACES)} and no test failed"
+    rows = {row["key"]: row for row in of_kinds(found, "rows")}
+    gains = {place: median(ratios(rows.get(place, {}), "triton", "cuda")) for place in PLACES}
+    known = [gain for gain in gains.values() if gain is not None]
+    if len(known) < len(gains):
+        return f"row backend: not measured ({rule})"
+    outcome = next((row["status"] for row in of_kinds(found, "tests") if row["key"] == "tests"), "not run")
+    chosen = "cuda" if outcome == "ok" and min(known) >= CUDA_GAIN else "triton"
+    listed = ", ".join(f"{place} {gain:.2f}" for place, gain in gains.items())
+    return f"row backend: {chosen} (triton / cuda: {listed}; tests {outcome}; rule: {rule})"
+
+
+def fields(found: list[Row]) -> list[str]:
+    """Each other value of a field: taken if it is faster on the whole and nowhere slower beyond its spread."""
+    rule = f"changed if the geometric mean is below {GAIN:g} and no lower quartile above 1"
+    measured: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in of_kinds(found, "choices"):
+        if quotients := ratios(row, "other", "default"):
+            measured.setdefault((row["field"], row["default"], row["value"]), {})[row["what"]] = quotients
+    lines = []
+    for (field, default, value), by_place in measured.items():
+        mean = math.exp(statistics.fmean(math.log(statistics.median(x)) for x in by_place.values()))
+        slower = [place for place, x in by_place.items() if quartiles(x)[0] > 1]
+        where = "everywhere" if len(slower) == len(by_place) else f"at {', '.join(slower)}"
+        chosen = value if mean < GAIN and not slower else default
+        beside = f", slower {where}" if slower else ""
+        lines.append(f"{field}: {chosen} ({value} / {default}: {mean:.3f} over {len(by_place)}{beside}; rule: {rule})")
+    return lines or [f"fields of fused_kd.tuning: none measured ({rule})"]

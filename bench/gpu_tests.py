@@ -1,18 +1,26 @@
-"""The tests marked gpu in parallel processes: a crash costs one of them, a cut keeps every outcome so far."""
+"""The tests marked gpu in parallel processes: a crash costs one of them, a cut keeps every outcome so far.
+
+Also the plugin of pytest that each process runs: a share of the chosen tests, each told to a file as it starts and
+ends, with a limit of its own (``-p bench.gpu_tests --share 0/12 --part others --lines FILE --done FOLDER --each 60``).
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import hashlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
-from .lines import append, read
-from .process import ROOT, kill, start, why
+from .session import BROKEN, ROOT, append, device_works, kill, python_path, read, start, why
+
+if TYPE_CHECKING:
+    import pytest
 
 PROCESSES = 12
 # For all of them, and for one.
@@ -24,6 +32,9 @@ CUDA_SHARE = 0.3
 MOST_STARTS = 10
 # pytest's exit codes after which nothing is left to do (all passed, some failed, none chosen) or nothing can be done.
 FINISHED, HOPELESS = (0, 1, 5), (2, 3, 4)
+OTHERS, CUDA_ROW = "others", "cuda row"
+OUTCOMES = ("passed", "failed", "crashed", "timed out", "skipped", "cut")
+BAD = ("failed", "crashed", "timed out")
 
 
 def gpu_files(root: Path = ROOT) -> list[str]:
@@ -38,6 +49,13 @@ class _Process(NamedTuple):
     share: str
     lines: Path
     starts: int
+
+    @property
+    def log(self) -> str:
+        return self.lines.with_suffix(".log").read_text(errors="replace")
+
+    def collected(self) -> bool:
+        return any("selected" in row for row in read(self.lines))
 
 
 def run_tests(
@@ -58,59 +76,45 @@ def run_tests(
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     _forget_failures(folder)
-    for part, until in (("others", 1 - CUDA_SHARE), ("cuda row", 1.0)):
+
+    def begun(part: str, share: str, starts: int) -> _Process:
+        lines = folder / f"{part.replace(' ', '-')}-{share.replace('/', '-of-')}.jsonl"
+        command = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider"]
+        command += ["-p", "no:faulthandler", "--share", share, "--part", part, "--lines", str(lines)]
+        command += ["--done", str(folder), "--each", str(each), *select]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": python_path(root)}
+        process = start(command, lines.with_suffix(".log"), environment, root)
+        return _Process(process, part, share, lines, starts)
+
+    def after(one: _Process) -> _Process | None:
+        """The process, what goes on in its place after a crash, or None where its share is done."""
+        code = one.process.poll()
+        if code is None:
+            return one
+        died = _close(one, "crashed")
+        if not died and one.collected() and code in FINISHED:
+            return None
+        if one.starts == MOST_STARTS or not one.collected() or code in HOPELESS:
+            append(one.lines, {"error": f"share {one.share} of {one.part}: {why(code, one.log)}"})
+            return None
+        return begun(one.part, one.share, one.starts + 1)
+
+    for part, until in ((OTHERS, 1 - CUDA_SHARE), (CUDA_ROW, 1.0)):
         end = begin + seconds * until
-        shares = [f"{i}/{processes}" for i in range(processes)]
-        running = [_start(folder, part, share, select, each, root, 1) for share in shares]
+        running = [begun(part, f"{i}/{processes}", 1) for i in range(processes)]
         tell(f"{part}: {processes} processes")
         try:
             while running and time.monotonic() < end:
                 time.sleep(0.05)
-                running = [again for one in running if (again := _next(one, folder, select, each, root)) is not None]
+                running = [again for one in running if (again := after(one)) is not None]
         finally:
             for one in running:
                 kill(one.process)
-                if not _close(one, "cut") and not any("selected" in row for row in read(one.lines)):
+                if not _close(one, "cut") and not one.collected():
                     append(one.lines, {"error": f"share {one.share} of {one.part}: cut before it had begun"})
-    found = summary(folder)
     write_junit(folder)
-    return found
-
-
-def _start(folder: Path, part: str, share: str, select: list[str], each: float, root: Path, starts: int) -> _Process:
-    lines = folder / f"{part.replace(' ', '-')}-{share.replace('/', '-of-')}.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "bench.share",
-        *["-p", "no:cacheprovider", "-p", "no:faulthandler"],
-    ]
-    command += ["--share", share, "--part", part, "--lines", str(lines), "--done", str(folder), "--each", str(each)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": _python_path(root)}
-    process = start([*command, *select], lines.with_suffix(".log"), environment, root)
-    return _Process(process, part, share, lines, starts)
-
-
-def _python_path(root: Path) -> str:
-    return os.pathsep.join(filter(None, [str(root), str(ROOT), os.environ.get("PYTHONPATH")]))
-
-
-def _next(one: _Process, folder: Path, select: list[str], each: float, root: Path) -> _Process | None:
-    """The process, what goes on in its place after a crash, or None where its share is done."""
-    code = one.process.poll()
-    if code is None:
-        return one
-    died, collected = _close(one, "crashed"), any("selected" in row for row in read(one.lines))
-    if not died and collected and code in FINISHED:
-        return None
-    if one.starts == MOST_STARTS or not collected or code in HOPELESS:
-        reason = why(code, one.lines.with_suffix(".log").read_text(errors="replace"))
-        append(one.lines, {"error": f"share {one.share} of {one.part}: {reason}"})
-        return None
-    return _start(folder, one.part, one.share, select, each, root, one.starts + 1)
+    return summary(folder)
 
 
 def _close(one: _Process, outcome: str) -> bool:
@@ -118,7 +122,7 @@ def _close(one: _Process, outcome: str) -> bool:
     rows = read(one.lines)
     if not rows or "started" not in rows[-1]:
         return False
-    log = one.lines.with_suffix(".log").read_text(errors="replace")
+    log = one.log
     reason = why(one.process.returncode or 0, log)
     dump = log.rfind("Timeout (")  # what faulthandler's limit writes as it ends a process, innermost frame first
     if outcome == "crashed" and one.process.returncode == 1 and dump >= 0:
@@ -138,7 +142,7 @@ def _forget_failures(folder: Path) -> None:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
-    """The latest row of every test that has one."""
+    """The latest row of every test that has one: that need not run again, or that this run has begun."""
     return {row["test"]: row for path in sorted(folder.glob("*.jsonl")) for row in read(path) if "test" in row}
 
 
@@ -152,10 +156,6 @@ def summary(folder: Path) -> dict[str, Any]:
     bad = {name: f"{row['outcome']}: {row['reason']}" for name, row in found.items() if row["outcome"] in BAD}
     errors = [row["error"] for row in rows if "error" in row]
     return {**counts, "failing": bad, "errors": errors}
-
-
-OUTCOMES = ("passed", "failed", "crashed", "timed out", "skipped", "cut")
-BAD = ("failed", "crashed", "timed out")
 
 
 def write_junit(folder: Path) -> None:
@@ -172,3 +172,66 @@ def write_junit(folder: Path) -> None:
         elif row["outcome"] != "passed":
             ElementTree.SubElement(case, "skipped", message=row["reason"])
     ElementTree.ElementTree(suite).write(folder / "junit.xml", encoding="utf-8", xml_declaration=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("share")
+    group.addoption("--share", default="0/1", help="which of how many shares")
+    group.addoption("--part", choices=(OTHERS, CUDA_ROW), help="without the CUDA row's tests, or they alone")
+    group.addoption("--lines", type=Path, help="what happens is appended to this file, as lines of JSON")
+    group.addoption("--done", type=Path, help="tests that a .jsonl of this folder names as done are left out")
+    group.addoption("--each", type=float, default=EACH_SECONDS, help="seconds for one test; then the process ends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--lines") is not None:
+        config.pluginmanager.register(_Share(config), "share")
+
+
+def of_cuda_row(item: pytest.Item) -> bool:
+    """Whether a test needs the row that cuda-core launches: only those carry this mark."""
+    return any("extra cuda" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
+
+
+class _Share:
+    def __init__(self, config: pytest.Config) -> None:
+        self.lines: Path = config.getoption("--lines")
+        self.part: str | None = config.getoption("--part")
+        self.index, self.count = map(int, config.getoption("--share").split("/"))
+        self.done: Path | None = config.getoption("--done")
+        self.limit: float = config.getoption("--each")
+        self.traces = self.lines.with_suffix(".log").open("a")
+        self.outcome, self.reason, self.seconds = "passed", "", 0.0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """After other plugins have chosen by marks and names."""
+        part = [x for x in session.items if self.part is None or of_cuda_row(x) == (self.part == CUDA_ROW)]
+        # Every twelfth of tests with parameters can be the same slow parameter.
+        order = sorted(part, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        chosen = set(order[self.index :: self.count])
+        mine = [item for item in part if item in chosen]
+        append(self.lines, {"selected": [item.nodeid for item in mine]})
+        before = outcomes(self.done) if self.done else {}
+        session.items[:] = [item for item in mine if item.nodeid not in before]
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        append(self.lines, {"started": nodeid})
+        self.outcome, self.reason, self.seconds = "passed", "", 0.0
+        faulthandler.dump_traceback_later(self.limit, exit=True, file=self.traces)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds += report.duration
+        if report.failed:
+            lines = (report.longreprtext or "").strip().splitlines()
+            errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+            self.outcome, self.reason = "failed", (errors or lines or ["?"])[0][:300]
+        elif report.skipped and self.outcome == "passed":
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.outcome, self.reason = "skipped", reason[:300]
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        row = {"test": nodeid, "outcome": self.outcome, "seconds": round(self.seconds, 2), "reason": self.reason}
+        append(self.lines, row)
+        if self.outcome == "failed" and not device_works():
+            os._exit(BROKEN)

@@ -1,6 +1,6 @@
-"""The numbers of a machine that bench/model.py predicts from: measured here, or from public data sheets.
+"""The numbers of a machine that bench/prediction.py predicts from: measured here, or from public data sheets.
 
-``python -m bench.machine`` prints those of this machine: two of any, and of a GPU its multiprocessors and clock.
+``python -m bench machine`` prints those of this machine: two of any, and of a GPU its multiprocessors and clock.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .floor import _gemm
-from .measure import Calls, Flush, interleaved
+from .measure import Calls, Flush, interleaved, product
 
 GEMM, COPY = "gemm_flops_per_s", "copy_bytes_per_s"
 # Of GPUs, where known.
@@ -40,40 +39,30 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, shrink: int 
     and of a copy, whose bytes are read and written. The two take turns, in the caller's threads. Of a CUDA device also
     ``multiprocessors`` and, where PyTorch knows it, ``clock_hz``, the highest that it may run at. ``shrink`` divides
     every size and the time, to try it out.
-
-    Raises:
-        ValueError: for another device or dtype.
     """
     device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     on_host = device.type == "cpu"
-    operands = torch.float32 if on_host else dtype
     n, H, V = (size // shrink for size in (CPU_GEMM if on_host else CUDA_GEMM))
     # Random digits: power, and with it the clock, depends on them.
+    operands = torch.float32 if on_host else dtype
     hidden, weight = (torch.randn(size, H, device=device).to(operands) for size in (n, V))
     logits = torch.zeros(n, V, device=device)
     source = torch.ones((CPU_COPY_BYTES if on_host else CUDA_COPY_BYTES) // (4 * shrink), device=device)
     target = torch.zeros_like(source)
     work = {GEMM: 2 * n * H * V, COPY: 2 * source.nbytes}
-    calls: Calls = {GEMM: lambda: _gemm(hidden, weight.t(), logits), COPY: lambda: target.copy_(source)}
+    calls: Calls = {GEMM: lambda: product(hidden, weight.t(), logits), COPY: lambda: target.copy_(source)}
     flush = Flush(device)
-    seconds: dict[str, list[float]] = {GEMM: [], COPY: []}
     interleaved(calls, 1, flush)
-    end = time.monotonic() + SECONDS / shrink
-    while len(seconds[GEMM]) < MIN_ROUNDS or time.monotonic() < end:
-        for name, (sample,) in interleaved(calls, 1, flush).items():
-            seconds[name].append(sample)
-    found = {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
-    return found if on_host else found | _multiprocessors(device)
-
-
-def _multiprocessors(device: torch.device) -> dict[str, float]:
+    began = time.monotonic()
+    interleaved(calls, 1, flush)
+    rounds = max(MIN_ROUNDS, int(SECONDS / shrink / (time.monotonic() - began)))
+    seconds = interleaved(calls, rounds, flush)
+    found: dict[str, float] = {name: work[name] / statistics.median(samples) for name, samples in seconds.items()}
+    if on_host:
+        return found
     about = torch.cuda.get_device_properties(device)
     kilohertz = getattr(about, "clock_rate", None)
-    found: dict[str, float] = {MULTIPROCESSORS: about.multi_processor_count}
+    found[MULTIPROCESSORS] = about.multi_processor_count
     return found | ({CLOCK: 1e3 * kilohertz} if kilohertz else {})
 
 
@@ -117,8 +106,6 @@ CACHE_SHARE = 0.6
 
 def assumed_machine(gpu: str) -> dict[str, float]:
     """The numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
-    if gpu not in GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
     peak = GPUS[gpu]
     found: dict[str, float] = {GEMM: peak.flops * GEMM_SHARE, COPY: peak.bytes * COPY_SHARE}
     if peak.multiprocessors is not None and peak.clock is not None:
@@ -138,12 +125,12 @@ def options(found: Mapping[str, float], dtype: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The numbers of this machine.")
+    parser = argparse.ArgumentParser(prog="python -m bench machine", description="The numbers of this machine.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32; bfloat16 on cuda")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench.machine: --device cuda needs an NVIDIA GPU", file=sys.stderr)
+        print("bench machine: --device cuda needs an NVIDIA GPU", file=sys.stderr)
         return 2
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     print(options(measure_machine(args.device, getattr(torch, dtype)), dtype))

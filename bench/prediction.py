@@ -16,16 +16,16 @@ memory   the plan's workspace + the gradients of hidden states and weight
 ======== ====================================================================================
 
 The addition to dW counts as traffic that no arithmetic hides: 15 % at 1024 tokens a chunk at the shape A of
-bench/shapes.py and 9 % at B on an H200. A GPU that hides it takes less: chunks of 2048 cost an H200 up to 2.5 % more
+bench/problems.py and 9 % at B on an H200. A GPU that hides it takes less: chunks of 2048 cost an H200 up to 2.5 % more
 than groups that add nothing, where this says 5 % at A.
 
 Three further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what
-the last wave of tiles wastes (bench/multiprocessors.py), and a GEMM's fp32 result counts as not hidden either: a tile
-is written when its products are done. R is then what a GEMM with little to write and full waves reaches. With the clock
-too, a dense row takes the time of its instructions where that is longer. With the bytes a second of the L2 cache, the
-streaming engine's sweeps take no less than the operands of every tile need from there.
+the last wave of tiles wastes (:func:`waste`), and a GEMM's fp32 result counts as not hidden either: a tile is written
+when its products are done. R is then what a GEMM with little to write and full waves reaches. With the clock too, a
+dense row takes the time of its instructions where that is longer (:func:`row_seconds`). With the bytes a second of the
+L2 cache, the streaming engine's sweeps take no less than the operands of every tile need from there.
 
-The streaming engine has the parts of bench/counts_streaming.py, each by the same roofline, and traffic, but no row.
+The streaming engine has its own parts, each by the same roofline, and traffic, but no row.
 
 What is left out, and where predictions are therefore too low: on a CPU exponentials and logarithms (most of the row's
 time) and how a BLAS repacks the weights of every chunk; GEMMs too small for R, the starting of kernels, and with two
@@ -36,27 +36,37 @@ ignored tokens.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from fused_kd.engines.dispatch import ENGINES
 from fused_kd.engines.plan import Plan
+from fused_kd.engines.waves import GEMM_TILE
 from fused_kd.forecast import chunked_plan
 from fused_kd.rows.select import BACKENDS
 
-from .counts import Counts, Product, count_chunked, gemm_flops, gemm_products, in_slabs
-from .counts_streaming import StreamingCounts, count_streaming
-from .implementations import TOP_K, preferred_chunk
+from .counts import (
+    Counts,
+    Product,
+    StreamingCounts,
+    count_chunked,
+    count_streaming,
+    gemm_flops,
+    gemm_products,
+    in_slabs,
+)
 from .machine import CACHE, CLOCK, COPY, GEMM, MULTIPROCESSORS
-from .multiprocessors import ROW_COSTS, row_seconds, waste
-from .shapes import Shape
+from .problems import TOP_K, Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Rows whose logits stay on chip from sweep to sweep, beside all on a CPU.
 ON_CHIP = ("cuda", "native")
+# Instructions of threads that a multiprocessor issues and special functions that it does, a clock (CUDA C++ programming
+# guide, arithmetic instructions of 9.0).
+ISSUED = 4 * 32
+SPECIAL = 16
 
 
 class Prediction(NamedTuple):
@@ -68,7 +78,6 @@ class Prediction(NamedTuple):
 
     seconds: float
     floor_seconds: float
-    ratio: float
     workspace_bytes: int
     chunk: int
     group: int
@@ -76,19 +85,8 @@ class Prediction(NamedTuple):
     gradient_bytes: int
 
     @property
-    def memory_bytes(self) -> int:
-        """Beyond the inputs."""
-        return self.workspace_bytes + self.gradient_bytes
-
-
-class Best(NamedTuple):
-    """The best ``chunk`` and its ``prediction``, the planner's own (``planned``), and how much ``slower`` that is than
-    the fastest plan (0.03 is 3 %)."""
-
-    chunk: int
-    prediction: Prediction
-    planned: Prediction
-    slower: float
+    def ratio(self) -> float:
+        return self.seconds / self.floor_seconds
 
 
 def predict(
@@ -103,7 +101,6 @@ def predict(
     valid: float = 1.0,
     hard: float = 0.0,
     backend: str | None = None,
-    chunk: int | None = None,
     memory_budget: int | None = None,
 ) -> Prediction:
     """fused_kd, all gradients wanted, in one chunk after the other or streaming.
@@ -114,67 +111,50 @@ def predict(
         top_k: the teacher is a list of 64 entries a token; ``teacher=False``: there is none, as for SFT.
         valid, hard: fractions of tokens that are not ignored, and of those that are hard.
         backend: row implementation; None is the device's own (on a GPU Triton's).
-        chunk: tokens that a chunk should hold where every chunk is a group; None is the planner's choice. Where
-            groups hold several chunks, the plan takes at most the memory of such chunks.
         memory_budget: bytes of workspace.
 
     Raises:
         ValueError: for a number out of range, an unknown name, or what an engine cannot do.
         BudgetTooSmall: (a ValueError) for a ``memory_budget`` below the smallest plan.
     """
-    _check(
-        shape, dtype, machine, valid=valid, hard=hard, engine=engine, backend=backend, chunk=chunk,
-        memory_budget=memory_budget,
-    )  # fmt: skip
+    for name, value, allowed, fine in (
+        *((x, getattr(shape, x), "at least 1", getattr(shape, x) >= 1) for x in ("N", "H_s", "H_t", "V")),
+        *((f"machine[{x!r}]", machine.get(x), "above 0", machine.get(x, 0) > 0) for x in {GEMM, COPY, *machine}),
+        ("valid", valid, f"in (0, 1] and leave one of {shape.N} tokens", 0 < valid <= 1 and round(valid * shape.N) > 0),
+        ("hard", hard, "in [0, 1]", 0 <= hard <= 1),
+        ("engine", engine, f"one of {', '.join(map(repr, ENGINES))}", engine in ENGINES),
+        ("backend", backend, f"None or one of {', '.join(map(repr, BACKENDS))}", backend in (None, *BACKENDS)),
+        ("memory_budget", memory_budget, "None or at least 1 byte", memory_budget is None or memory_budget >= 1),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
     n = round(valid * shape.N)
     work = _Work(shape, dtype, machine, n, on_host, not teacher or top_k)
     if engine == "streaming":
-        if on_host or top_k or backend not in (None, "triton") or chunk is not None:
+        if on_host or top_k or backend not in (None, "triton"):
             raise ValueError(
-                "engine='streaming' needs a GPU, a dense teacher, backend='triton' or None and chunk=None, got "
-                f"on_host={on_host}, top_k={top_k}, backend={backend!r}, chunk={chunk}"
+                "engine='streaming' needs a GPU, a dense teacher and backend='triton' or None, got "
+                f"on_host={on_host}, top_k={top_k}, backend={backend!r}"
             )
         found = count_streaming(shape, dtype, teacher=teacher, valid=valid, hard=hard, memory_budget=memory_budget)
-        plan = Plan(found.plan.tokens, found.plan.workspace, found.plan.tokens)
-        return work.prediction(work.streaming(found), plan)
-    plan = _plan(shape, n, dtype, on_host, top_k, teacher, chunk, memory_budget)
-    counts = count_chunked(
-        shape, dtype, plan, top_k=work.alone, valid=n / shape.N, hard=hard, upcasts=on_host,
+        return work.prediction(work.streaming(found), Plan(found.plan.tokens, found.plan.workspace, found.plan.tokens))
+    plan = chunked_plan(
+        n, shape.H_s, shape.H_t if teacher else None, shape.V, dtype=dtype,
+        device=torch.device("cpu" if on_host else "cuda"), upcast=on_host,
+        top_k=min(TOP_K, shape.V) if top_k else None, memory_budget=memory_budget,
     )  # fmt: skip
+    counts = count_chunked(shape, dtype, plan, top_k=work.alone, valid=n / shape.N, hard=hard, upcasts=on_host)
     return work.prediction(work.chunked(counts, backend), plan)
 
 
-def best_chunk(
-    shape: Shape, dtype: torch.dtype, machine: Mapping[str, float], *, within: float = 0.0, **options: Any
-) -> Best:
-    """The plan of least memory whose predicted time is at most ``1 + within`` of the least, over all chunks.
-
-    Plans make equal chunks, so those of n tokens are the ceilings of n / 1, n / 2, ...
-
-    Args:
-        within: what memory may cost, at least 0. options: of :func:`predict`, ``memory_budget`` above all.
-    """
-    if not within >= 0:
-        raise ValueError(f"within must be at least 0, got {within!r}")
-    if options.get("engine", "chunked") != "chunked" or options.get("chunk") is not None:
-        raise ValueError("best_chunk chooses the chunk of engine='chunked'; leave out engine and chunk")
-    at = partial(predict, shape, dtype, machine, **options)
-    planned = at()
-    n = round(options.get("valid", 1.0) * shape.N)
-    found = [at(chunk=chunk) for chunk in sorted({-(-n // m) for m in range(1, n + 1)})]
-    least = min(p.seconds for p in found)
-    best = min((p for p in found if p.seconds <= (1 + within) * least), key=lambda p: p.workspace_bytes)
-    return Best(best.chunk, best, planned, planned.seconds / least - 1)
-
-
 def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
-    """What is predicted of a row of a results file (bench/worker.py) beside its medians; None where there is nothing.
+    """What is predicted of a row of results (bench/worker.py) beside its medians; None where there is nothing.
 
     From the counts that the row holds. Errors are ``predicted / measured - 1``; what was not measured is None.
     ``memory`` is in bytes over inputs and gradients, as the workspace is.
     """
-    seconds, name = row.get("seconds") or {}, row["implementation"]
-    if not name.startswith("fused_kd") or row.get("status") != "ok" or "step" not in seconds:
+    seconds = row.get("seconds") or {}
+    if not row.get("implementation", "").startswith("fused_kd") or row.get("status") != "ok" or "step" not in seconds:
         return None
     found = _from_row(row, machine)
     if found is None:
@@ -183,60 +163,36 @@ def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, A
     floor = medians.get("floor")
     pairs = {
         "seconds": (found.seconds, medians["step"]),
-        "floor_seconds": (found.floor_seconds, floor),
         "ratio": (found.ratio, None if floor is None else medians["step"] / floor),
         "memory": (found.workspace_bytes, (row.get("memory") or {}).get("over_inputs_and_gradients")),
     }
-    result: dict[str, Any] = {"chunk": found.chunk, "group": found.group, "parts": found.parts}
+    result: dict[str, Any] = {}
     for key, (predicted, measured) in pairs.items():
-        error = None if not measured else predicted / measured - 1
-        result |= {f"predicted_{key}": predicted, f"measured_{key}": measured, f"{key}_error": error}
+        result[f"predicted_{key}"] = predicted
+        result[f"{key}_error"] = predicted / measured - 1 if measured else None
     return result
-
-
-def best_for(row: Mapping[str, Any], machine: Mapping[str, float], within: float) -> Best | None:
-    """:func:`best_chunk` for what a row of a results file ran; None where it did not run the chunked engine."""
-    flops = row.get("counts", {}).get("flops", {})
-    if not row["implementation"].startswith("fused_kd") or "gemm_bytes" not in row.get("counts", {}):
-        return None
-    shape = Shape(**row["shape"])
-    return best_chunk(
-        shape, DTYPES[row["dtype"]], machine, within=within, on_host=row["device"] == "cpu",
-        top_k=row.get("top_k", False), teacher="teacher_logits" in flops, valid=_valid(shape, flops),
-        hard=float(row.get("hard_fraction", 0.0)), backend=_backend(row),
-    )  # fmt: skip
 
 
 def _from_row(row: Mapping[str, Any], machine: Mapping[str, float]) -> Prediction | None:
     shape, dtype, on_host = Shape(**row["shape"]), DTYPES[row["dtype"]], row["device"] == "cpu"
-    found = row.get("counts", {})
-    flops, hard = found.get("flops", {}), float(row.get("hard_fraction", 0.0))
+    found, hard = row.get("counts", {}), float(row.get("hard_fraction", 0.0))
+    flops = found.get("flops", {})
     if "streaming" in row["implementation"]:
         if on_host or not flops:  # on a host it is Triton's interpreter that ran
             return None
-        teacher = "teacher_logits" in flops
-        options = {"teacher": teacher, "valid": row.get("valid", 1.0), "hard": hard}
-        return predict(shape, dtype, machine, engine="streaming", on_host=False, **options)
+        return predict(
+            shape, dtype, machine, engine="streaming", on_host=False, teacher="teacher_logits" in flops,
+            valid=row.get("valid", 1.0), hard=hard,
+        )  # fmt: skip
     if "gemm_bytes" not in found:  # counting failed
         return None
     # Files from before there were groups name none.
     counts = Counts(**{"group": found["chunk"]} | {field: found[field] for field in Counts._fields if field in found})
-    valid = _valid(shape, flops)
-    _check(shape, dtype, machine, valid=valid, hard=hard)
-    work = _Work(shape, dtype, machine, round(valid * shape.N), on_host, "teacher_logits" not in flops)
-    plan = Plan(counts.chunk, counts.workspace_bytes, counts.group)
-    return work.prediction(work.chunked(counts, _backend(row)), plan)
-
-
-def _valid(shape: Shape, flops: Mapping[str, int]) -> float:
-    """The fraction of tokens that FLOPs were counted for."""
-    return flops["student_logits"] / (2 * shape.N * shape.V * shape.H_s)
-
-
-def _backend(row: Mapping[str, Any]) -> str | None:
-    """The one that an implementation's name ends with."""
-    name = row["implementation"].rsplit(" ", 1)[-1]
-    return name if name in BACKENDS else None
+    n = flops["student_logits"] // (2 * shape.V * shape.H_s)
+    work = _Work(shape, dtype, machine, n, on_host, "teacher_logits" not in flops)
+    backend = row["implementation"].rsplit(" ", 1)[-1]
+    parts = work.chunked(counts, backend if backend in BACKENDS else None)
+    return work.prediction(parts, Plan(counts.chunk, counts.workspace_bytes, counts.group))
 
 
 class _Work:
@@ -295,55 +251,69 @@ class _Work:
         flops = gemm_flops(self.shape, self.alone, self.n / self.shape.N)
         bare = self.products(Plan(self.n, 0, self.n), slabs=False)
         floor = sum(self.gemm(flops[name], product) for name, product in bare.items())
-        seconds = sum(parts.values())
         gradients = self.dtype.itemsize * (self.shape.N + self.shape.V) * self.shape.H_s
-        return Prediction(
-            seconds, floor, seconds / floor, plan.workspace, plan.chunk, plan.group, parts, gradients
-        )  # fmt: skip
+        return Prediction(sum(parts.values()), floor, plan.workspace, plan.chunk, plan.group, parts, gradients)
 
 
-def _plan(
-    shape: Shape,
-    n: int,
-    dtype: torch.dtype,
-    on_host: bool,
-    top_k: bool,
-    teacher: bool,
-    chunk: int | None,
-    memory_budget: int | None,
-) -> Plan:
-    """The chunked engine's, from tensors without data; a wanted ``chunk`` takes the place of the preferred one."""
-    with preferred_chunk(chunk):
-        return chunked_plan(
-            n, shape.H_s, shape.H_t if teacher else None, shape.V, dtype=dtype,
-            device=torch.device("cpu" if on_host else "cuda"), upcast=on_host,
-            top_k=min(TOP_K, shape.V) if top_k else None, memory_budget=memory_budget,
-        )  # fmt: skip
+def waste(results: Iterable[tuple[int, int]], multiprocessors: int) -> float:
+    """Time over that of full waves without a margin, at least 1, of GEMMs with results of these (rows, columns).
+
+    A result is made in tiles, one a multiprocessor at a time, and the last wave takes as long as a full one. Smaller
+    tiles, or a long inner dimension split over several, would lose less where tiles are few.
+    """
+    made = useful = 0
+    for rows, columns in results:
+        tiles = min(-(-rows // a) * -(-columns // b) for a, b in (GEMM_TILE, GEMM_TILE[::-1]))
+        made += -(-tiles // multiprocessors) * multiprocessors * GEMM_TILE[0] * GEMM_TILE[1]
+        useful += rows * columns
+    return made / useful
 
 
-def _check(
-    shape: Shape,
-    dtype: torch.dtype,
-    machine: Mapping[str, float],
-    *,
-    valid: float = 1.0,
-    hard: float = 0.0,
-    engine: str = "chunked",
-    backend: str | None = None,
-    chunk: int | None = None,
-    memory_budget: int | None = None,
-) -> None:
-    sizes = ("N", "H_s", "H_t", "V")
-    for name, value, allowed, fine in (
-        *((name, getattr(shape, name), "at least 1", getattr(shape, name) >= 1) for name in sizes),
-        ("dtype", dtype, f"one of {', '.join(map(str, DTYPES.values()))}", dtype in DTYPES.values()),
-        *((f"machine[{x!r}]", machine.get(x), "above 0", (machine.get(x) or 0) > 0) for x in (GEMM, COPY)),
-        ("valid", valid, f"in (0, 1] and leave one of {shape.N} tokens", 0 < valid <= 1 and round(valid * shape.N) > 0),
-        ("hard", hard, "in [0, 1]", 0 <= hard <= 1),
-        ("engine", engine, f"one of {', '.join(map(repr, ENGINES))}", engine in ENGINES),
-        ("backend", backend, f"None or one of {', '.join(map(repr, BACKENDS))}", backend in (None, *BACKENDS)),
-        ("chunk", chunk, "None or at least 1", chunk is None or chunk >= 1),
-        ("memory_budget", memory_budget, "None or at least 1 byte", memory_budget is None or memory_budget >= 1),
-    ):
-        if not fine:
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+class Sweep(NamedTuple):
+    """Of an element in one sweep."""
+
+    instructions: float
+    specials: float
+
+
+class RowCost(NamedTuple):
+    """A dense teacher's row under a gated mixture; the gradient of a ``hard`` token and of an ``easy`` one."""
+
+    statistics: Sweep
+    sums: Sweep
+    hard: Sweep
+    easy: Sweep
+    on_chip: bool
+
+
+# Counted from sm_90 machine code of SelfEvolution on fp32 logits with bf16 gradients: Triton's are the main loops of
+# tests/kernel_budget.json; the CUDA row's what a thread executes, with what it asks for ahead.
+ROW_COSTS = {
+    "triton": RowCost(Sweep(17.4, 2.25), Sweep(45.8, 3), Sweep(29.6, 3), Sweep(19.1, 2), on_chip=False),
+    "cuda": RowCost(Sweep(29.7, 2.5), Sweep(49.8, 3), Sweep(15.8, 0), Sweep(26.5, 2), on_chip=True),
+}
+
+
+def row_seconds(
+    cost: RowCost, elements: float, hard: float, written: int, bandwidth: float, multiprocessors: float, clock: float
+) -> float:
+    """Of ``elements`` fp32 logits a side, a share ``hard`` of them in hard rows; ``written`` bytes a logit gradient.
+
+    Each sweep takes the longest of its bytes, instructions and special functions. A row that stays on chip reads the
+    next one's logits in its first and last sweep; what it asks for ahead, so that memory works in the sums between, is
+    not counted. No kernel issues at every clock: these are least times.
+    """
+
+    def arithmetic(*sweeps: Sweep) -> float:
+        instructions, specials = (sum(column) for column in zip(*sweeps, strict=True))
+        return max(instructions / ISSUED, specials / SPECIAL) / (multiprocessors * clock)
+
+    read = 8 / bandwidth
+    gradient = Sweep(*(hard * a + (1 - hard) * b for a, b in zip(cost.hard, cost.easy, strict=True)))
+    if cost.on_chip:
+        moving = max(read + written / bandwidth, arithmetic(cost.statistics, gradient))
+        return elements * (moving + hard * arithmetic(cost.sums))
+    sums = max(read, arithmetic(cost.sums))
+    return elements * (
+        max(read, arithmetic(cost.statistics)) + hard * sums + max(read + written / bandwidth, arithmetic(gradient))
+    )

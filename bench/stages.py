@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,22 +16,16 @@ import torch
 
 from fused_kd.tuning import Alternative, alternatives, tuned
 
-from . import environment, stage_tools
-from .bandwidth import GAMMAS, RowProblem
-from .floor import _gemm
-from .implementation import Step
-from .implementations import GROUPS, IMPLEMENTATIONS, OURS
-from .inputs import Inputs, make_inputs
-from .lines import Lines
+from . import environment, gpu_tests
 from .machine import measure_machine
-from .measure import Calls, Flush, interleaved
-from .process import BROKEN, NO_GPU, device_works
-from .shapes import GPU_SHAPES, ODD_SHAPE, REHEARSAL_SHAPES, Shape, Variant
+from .measure import GAMMAS, Calls, Flush, RowProblem, interleaved
+from .problems import GPU_SHAPES, ODD_SHAPE, REHEARSAL_SHAPES, Inputs, Shape, Variant, make_inputs
+from .registry import GROUPS, IMPLEMENTATIONS, OURS, SELF_EVOLUTION, Step
+from .session import BROKEN, NO_GPU, ROOT, Lines, device_works, read
 from .worker import Case, guarded
 from .worker import row as row_of
 
 EASY, HARD, MIXED = Variant("easy"), Variant("hard"), Variant()
-GEMM_TOKENS = (1024, 2048, 4096, 8192)
 ROW_TOKENS = 2048
 BACKENDS = ("triton", "cuda")
 
@@ -91,7 +88,7 @@ def run_stage(name: str, out: Path, *, rehearse: bool, cache: Path | None = None
     kind, _, rest = name.partition(":")
     if kind == "environment":
         return _environment(out, rehearse, cache)
-    about = [row for row in Lines(out / "gpu.jsonl").all() if row["stage"] == "environment"][-1]
+    about = [row for row in read(out / "gpu.jsonl") if row["stage"] == "environment"][-1]
     return STAGES[kind](Run(name, out, rehearse, about["code"]), *([rest] if rest else [])) or 0
 
 
@@ -102,14 +99,13 @@ def _environment(out: Path, rehearse: bool, cache: Path | None) -> int:
     device = "cpu" if rehearse else "cuda"
     source = environment.source(*environment.GPU_SOURCES)
     fields: dict[str, Any] = {"hardware": environment.hardware(device), "versions": environment.versions()}
-    fields |= {"source": source, "now": environment.smi(), "peers": peers_in_order()}
+    fields |= {"source": source, "now": environment.now(), "peers": peers_in_order()}
     if cache is not None:
         from .kernels import adopt
 
         fields["cache"] = adopt(cache)
-    Lines(out / "gpu.jsonl", f"{source['digest']}{'-rehearsal' if rehearse else ''}").put(
-        "environment", "environment", "ok", **fields
-    )
+    code = f"{source['digest']}{'-rehearsal' if rehearse else ''}"
+    Lines(out / "gpu.jsonl", code).put("environment", "environment", "ok", **fields)
     return 0
 
 
@@ -120,9 +116,9 @@ def peers_in_order() -> list[str]:
         name
         for group in GROUPS
         for name, known in sorted(IMPLEMENTATIONS.items(), key=lambda item: item[0].startswith(plain))
-        if known.group == group and name not in plain and (group != "self-evolution" or "top-k" in name)
+        if known.group == group and name not in plain and (group != SELF_EVOLUTION or "top-k" in name)
     ]
-    return [*plain, *(name for name in others if "top-k" not in name), *(name for name in others if "top-k" in name)]
+    return [*plain, *sorted(others, key=lambda name: "top-k" in name)]
 
 
 def _machine(run: Run) -> None:
@@ -136,67 +132,98 @@ def _machine(run: Run) -> None:
     run.put("numbers", lambda: {"machine": numbers(), "dtype": str(run.dtype)})
 
 
+def _tests(run: Run) -> int:
+    if importlib.util.find_spec("pytest") is None:
+        run.add("tests", "missing", reason="pytest is not installed")
+        return 0
+    select = [_test_file("test_tuning.py"), "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
+    found = gpu_tests.run_tests(
+        run.out / "tests" / run.lines.code,  # what passed with other code must pass again
+        gpu_tests.TEST_SECONDS,
+        select=select,
+        processes=2 if run.rehearse else gpu_tests.PROCESSES,
+        tell=partial(print, flush=True),
+    )
+    bad = [f"{name}: {reason}" for name, reason in found["failing"].items()] + found["errors"]
+    first = bad[0][:300] if bad else f"{found['not reached']} not reached" if found["not reached"] else ""
+    run.add("tests", "failed" if first else "ok", reason=first, **found)
+    print(first)
+    return int(bool(first))
+
+
+def _test_file(name: str) -> str:
+    return str(next((ROOT / "tests").rglob(name)))
+
+
+def _tool(run: Run, name: str, options: list[str], command: list[str], log: str) -> None:
+    """A tool of the CUDA toolkit around a command of Python's, where it is on the PATH."""
+    path = shutil.which(name)
+    if path is None:
+        run.add(name, "missing", reason=f"{name} is not on the PATH")
+        return
+    done = subprocess.run([path, *options, sys.executable, *command], capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    (run.out / log).write_text(text)
+    said = [line for line in text.splitlines() if line.startswith(("=====", "==ERROR"))]
+    reason = "" if done.returncode == 0 else (said or text.strip().splitlines() or ["?"])[-1][:300]
+    run.add(name, "failed" if reason else "ok", reason=reason, file=log)
+
+
+def _sanitizer(run: Run) -> None:
+    """memcheck on two small tests of the CUDA row."""
+    (run.out / "sanitizer").mkdir(exist_ok=True)
+    share = ["-p", "bench.gpu_tests", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
+    pytest = [
+        "-m",
+        "pytest",
+        _test_file("test_gpu.py"),
+        "-m",
+        "gpu",
+        "-k",
+        "cuda_row and small",
+        "-p",
+        "no:cacheprovider",
+    ]
+    # cuda-bindings asks for functions that a driver may lack: refused calls are no fault of a kernel.
+    options = ["--tool", "memcheck", "--error-exitcode", "3", "--report-api-errors", "no"]
+    _tool(run, "compute-sanitizer", options, [*pytest, "-p", "no:cacheprovider", *share], "sanitizer.log")
+
+
+def _ncu(run: Run, backend: str) -> None:
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
+    # ncu would lock the clocks, which are not ours to set.
+    options = ["--clock-control", "none", *(text for section in sections for text in ("--section", section))]
+    options += ["--kernel-name", "regex:row", "--launch-count", "1"]
+    command = ["-m", "bench", "gpu", "--out", str(run.out), "--stage", f"one-row:{backend}"]
+    _tool(run, "ncu", options, command, f"ncu-{backend}.log")
+
+
 def _one_row(run: Run, backend: str) -> None:
     """For a profiler to look at."""
     shape = run.shapes["A"]
     RowProblem(64 if run.rehearse else 1024, shape.V, run.device, run.dtype).call(backend, "hard")()
 
 
-def _gemms(run: Run, name: str) -> None:
-    """Four kinds, fp32 and low-precision results, several numbers of tokens, dW overwritten and added to."""
-    shape = run.shapes[name]
-    g = torch.Generator(run.device).manual_seed(0)
-    make = partial(torch.randn, generator=g, device=run.device)
-    h_s, h_t = make(shape.N, shape.H_s).to(run.dtype), make(shape.N, shape.H_t).to(run.dtype)
-    w_s, w_t = make(shape.V, shape.H_s).to(run.dtype), make(shape.V, shape.H_t).to(run.dtype)
-    for C in (shape.N // 2, shape.N) if run.rehearse else GEMM_TOKENS:
-        dz = make(C, shape.V).to(run.dtype)
-        kinds = {
-            "logits": (h_s[:C], w_s.t()),
-            "teacher": (h_t[:C], w_t.t()),
-            "dH": (dz, w_s),
-            "dW": (dz.t(), h_s[:C]),
-        }
-        for kind, (a, b) in kinds.items():
-            for result in (torch.float32, torch.bfloat16):
-                for beta in (0, 1) if kind == "dW" else (0,):
-                    key = f"{kind} {'fp32' if result == torch.float32 else 'bf16'} beta {beta} {C}"
-                    _one_gemm(run, key, a, b, result, beta)
-
-
-def _one_gemm(run: Run, key: str, a: torch.Tensor, b: torch.Tensor, result: torch.dtype, beta: int) -> None:
-    if result != torch.float32 and run.rehearse:
-        a, b = a.bfloat16(), b.bfloat16()
-    out = torch.zeros(a.shape[0], b.shape[1], dtype=result, device=a.device)
-
-    def call() -> None:
-        if result == a.dtype:
-            torch.addmm(out, a, b, out=out) if beta else torch.mm(a, b, out=out)
-        elif beta:
-            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-        else:
-            _gemm(a, b, out)
-
-    run.measure(key, {"gemm": call}, {"flops": 2 * a.shape[0] * a.shape[1] * b.shape[1]}, 5)
-
-
 def _row_call(run: Run, key: str, problem: RowProblem, backend: str, tokens: str) -> Callable[[], None] | None:
     """A row that has run once; None where it does not, and a row of the results that says why."""
+    if key in run.finished:  # it failed before
+        return None
+    calls: list[Callable[[], None]] = []
 
     def first() -> dict[str, Any]:
         call = problem.call(backend, tokens)
         call()
-        return {"call": call}
+        calls.append(call)
+        return {}
 
-    found = guarded(first, "status")
-    if "call" not in found:
-        run.add(key, found["status"], reason=found["reason"])
+    if failure := guarded(first, "status"):
+        run.add(key, failure["status"], reason=failure["reason"])
         return None
-    call: Callable[[], None] = found["call"]
-    return call
+    return calls[0]
 
 
 def _rows(run: Run) -> None:
+    """Each row alone beside a copy of device memory, in turns."""
     for name in run.shapes:
         for tokens in GAMMAS:
             key = f"{name} {tokens}"
@@ -205,23 +232,10 @@ def _rows(run: Run) -> None:
             problem = run.row_problem(name)
             calls: Calls = {"copy": problem.copy}
             for backend in run.backends:
-                call = None
-                if f"{key} {backend}" not in run.finished:  # where it failed before
-                    call = _row_call(run, f"{key} {backend}", problem, backend, tokens)
-                if call is not None:
+                if call := _row_call(run, f"{key} {backend}", problem, backend, tokens):
                     calls[backend] = call
             about = {"copy_bytes": problem.copy_bytes, "least_bytes": problem.least_bytes}
             run.measure(key, calls, about)
-
-
-def _steps(run: Run, name: str) -> None:
-    shape = run.shapes[name]
-    ways = [f"fused_kd {backend}" for backend in run.backends]
-    errors = min(shape.N, 256)
-    inputs: Inputs | None = None
-    for variant in (EASY, HARD, MIXED):
-        for way in ways:
-            inputs = _case(run, f"{way} {variant}", run.case(shape, way, error_tokens=errors), variant, inputs)
 
 
 def _case(run: Run, key: str, case: Case, variant: Variant, inputs: Inputs | None) -> Inputs | None:
@@ -231,9 +245,18 @@ def _case(run: Run, key: str, case: Case, variant: Variant, inputs: Inputs | Non
     if reason := case.missing():
         run.add(key, "missing", reason=reason)
         return inputs
-    found, inputs = row_of(case, variant, interleaved, inputs)
+    found, inputs = row_of(case, variant, inputs)
     run.add(key, found.pop("status"), **found)
     return inputs
+
+
+def _steps(run: Run, name: str) -> None:
+    shape = run.shapes[name]
+    inputs: Inputs | None = None
+    for variant in (EASY, HARD, MIXED):
+        for backend in run.backends:
+            case = run.case(shape, f"fused_kd {backend}", error_tokens=min(shape.N, 256))
+            inputs = _case(run, f"{case.implementation} {variant}", case, variant, inputs)
 
 
 def _streaming(run: Run, name: str) -> None:
@@ -253,6 +276,11 @@ def _against(run: Run, which: str) -> None:
                 inputs = _case(run, f"{name} {backend} {variant}", case, variant, inputs)
 
 
+def _peers(run: Run, name: str) -> None:
+    case = run.case(run.shapes["A"], name, error_tokens=64 if run.rehearse else 256, rounds=5)
+    _case(run, name, case, MIXED, None)
+
+
 def _choices(run: Run, affects: str) -> None:
     """Every other value of a field of fused_kd.tuning against its default, in turns."""
     found = alternatives(affects)
@@ -261,8 +289,7 @@ def _choices(run: Run, affects: str) -> None:
             backend, problem = run.backends[0], run.row_problem(name)
             for tokens in GAMMAS:
                 what = f"{name} {backend} {tokens}"
-                call = None if what in run.finished else _row_call(run, what, problem, backend, tokens)
-                if call is not None:
+                if call := _row_call(run, what, problem, backend, tokens):
                     _compare(run, what, call, found, run.flush)
             continue
         inputs = make_inputs(run.shapes[name], run.device, run.dtype)
@@ -301,12 +328,12 @@ def _profile(run: Run) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         inputs = make_inputs(run.shapes["A"], run.device, run.dtype)
-        step = IMPLEMENTATIONS[OURS["self-evolution"]].build(inputs, inputs.gamma("mixed"))
-        step(inputs.labels).backward()
+        step = IMPLEMENTATIONS[OURS[SELF_EVOLUTION]].build(inputs, inputs.gamma("mixed"))
+        _backward(step, inputs.labels)
         on_gpu = run.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
             inputs.drop_gradients()
-            step(inputs.labels).backward()
+            _backward(step, inputs.labels)
             if on_gpu:
                 torch.cuda.synchronize()
         events = found.key_averages()
@@ -319,25 +346,17 @@ def _profile(run: Run) -> None:
     run.put("A", profiled)
 
 
-def _peers(run: Run, name: str) -> None:
-    shape = run.shapes["A"]
-    tokens = 64 if run.rehearse else 256
-    case = run.case(shape, name, error_tokens=tokens, rounds=5)
-    _case(run, name, case, MIXED, None)
-
-
 STAGES: dict[str, Callable[..., int | None]] = {
     "machine": _machine,
-    "tests": stage_tools.tests,
-    "sanitizer": stage_tools.sanitizer,
-    "gemms": _gemms,
+    "tests": _tests,
+    "sanitizer": _sanitizer,
     "rows": _rows,
     "steps": _steps,
     "against": _against,
     "streaming": _streaming,
     "choices": _choices,
     "profile": _profile,
-    "ncu": stage_tools.ncu,
+    "ncu": _ncu,
     "one-row": _one_row,
     "peers": _peers,
 }

@@ -1,57 +1,40 @@
-"""The measurements, on pytest-benchmark: ``pytest bench/suite.py``, a row a benchmark.
+"""A step of each implementation under pytest-benchmark: ``pytest bench/suite.py --benchmark-group-by=param:shape``.
 
-``python -m bench run`` starts each case here in a process of its own. Run by hand, pytest-benchmark's own options and
-tables apply; memory then is that of a process which has run other cases before.
+For a look with its own tables, histograms and comparisons (``--benchmark-compare``); ``python -m bench`` is what the
+reports come from: processes of their own, the GEMMs in turns, memory and errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from .measure import Calls, seconds_of
-from .plans import cpu_plan
-from .store import json_safe
-from .worker import Case, row
+from .problems import CPU_PEER_SHAPE, GPU_SHAPES, QUICK_SHAPE, Shape, make_inputs
+from .registry import IMPLEMENTATIONS
 
-# Inputs are made once for the variants of a case.
-_kept: dict[tuple, Any] = {}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    texts = metafunc.config.getoption("--case")
-    cases = [Case.from_json(text) for text in texts] if texts else cpu_plan()
-    params = [(case, variant) for case in cases for variant in case.variants]
-    ids = [f"{case.shape.name}-{case.implementation}-{variant}".replace(" ", "_") for case, variant in params]
-    metafunc.parametrize(("case", "variant"), params, ids=ids)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+SHAPES = GPU_SHAPES if DEVICE.type == "cuda" else (QUICK_SHAPE, CPU_PEER_SHAPE)
 
 
-def test_step(case: Case, variant, benchmark, sink: Callable[[dict], None]) -> None:
-    """Forward and backward; the floor and the other calls take turns with it, timed in its set-up."""
-
-    def sampler(calls: Calls, rounds: int, before: Callable[[], None]) -> dict[str, list[float]]:
-        others = {name: call for name, call in calls.items() if name != "step"}
-        samples: dict[str, list[float]] = {name: [] for name in others}
-
-        def setup() -> None:
-            for name, call in others.items():
-                before()
-                samples[name].append(seconds_of(call))
-            before()
-
-        benchmark.pedantic(calls["step"], setup=setup, rounds=rounds, iterations=1)
-        return samples | {"step": list(benchmark.stats.stats.data)}
-
-    if (reason := case.missing()) is not None:
-        sink(case.row(variant, status="missing", reason=reason))
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_step(shape: Shape, name: str, benchmark: Any) -> None:
+    """Forward and backward, half of the tokens hard; the gradients are dropped before each."""
+    implementation = IMPLEMENTATIONS[name]
+    if (reason := implementation.missing(DEVICE.type)) is not None:
         pytest.skip(reason)
-    key = (case.shape, case.implementation, variant.teacher)
-    found, inputs = row(case, variant, sampler, _kept.get(key))
-    _kept.clear()
-    _kept[key] = inputs
-    sink(found)
-    benchmark.extra_info.update(json_safe(found))
-    if found["status"] != "ok":
-        pytest.skip(f"{found['status']}: {found['reason']}")
+    inputs = implementation.prepare(make_inputs(shape, DEVICE, DTYPE))
+    step = implementation.build(inputs, inputs.gamma("mixed"))
+
+    def run() -> None:
+        step(inputs.labels).backward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    run()  # compiles
+    benchmark.extra_info["tokens"] = shape.N
+    benchmark.pedantic(run, setup=inputs.drop_gradients, rounds=5)
+    assert inputs.hidden_s.grad is not None and inputs.hidden_s.grad.isfinite().all()

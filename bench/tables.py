@@ -1,4 +1,4 @@
-"""Numbers as text, rows as Markdown."""
+"""Rows of results as numbers and text."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from .shapes import Variant
+Row = dict[str, Any]
 
 
-def table(head: list[str], lines: Iterable[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+def ratios(row: Row, of: str = "step", to: str = "floor") -> list[float] | None:
+    """Sample by sample; by the median of ``to`` where the two were not interleaved."""
+    seconds = row.get("seconds") or {}
+    if of not in seconds or to not in seconds:
+        return None
+    if not row.get("interleaved", True):
+        base = statistics.median(seconds[to])
+        return [x / base for x in seconds[of]]
+    return [x / y for x, y in zip(seconds[of], seconds[to], strict=True)]
 
 
-def shape_of(row: dict[str, Any]) -> str:
-    s = row["shape"]
-    return f"{s['name']}: {s['N']}, {s['H_s']}, {s['H_t']}, {s['V']}"
-
-
-def variant_of(row: dict[str, Any]) -> Variant:
-    return Variant(*(row[name] for name in Variant._fields))
-
-
-def memory_of(row: dict[str, Any]) -> float | None:
+def memory_of(row: Row) -> float | None:
     """Bytes over inputs and gradients."""
     return row.get("memory", {}).get("over_inputs_and_gradients")
 
 
-def error_of(row: dict[str, Any], name: str) -> float | None:
+def error_of(row: Row, name: str = "d_hidden") -> float | None:
     return float(row["error"][name]) if "error" in row else None
+
+
+def shape_of(row: Row) -> str:
+    s = row["shape"]
+    return f"{s['name']}: {s['N']}, {s['H_s']}, {s['H_t']}, {s['V']}"
 
 
 def over(a: float | None, b: float | None) -> float | None:
@@ -40,21 +42,18 @@ def median(values: list[float] | None) -> float | None:
     return statistics.median(values) if values else None
 
 
-def spread(values: list[float]) -> str:
-    """The median and, in brackets, quartiles."""
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third."""
     if len(values) < 2:
-        return f"{values[0]:.2f}"
+        return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{statistics.median(values):.2f} ({low:.2f}-{high:.2f})"
+    return low, high
 
 
-def judged(value: float | None, limit: float | None, strict: bool = False) -> str:
-    if value is None:
-        return "not measured"
-    if limit is None:
-        return f"{value:.2f}"
-    met = value < limit if strict else value <= limit
-    return f"{value:.2f} {'met' if met else 'not met'}"
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
@@ -69,9 +68,10 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
+def signed(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:+.1f} %"
+
+
 def size(value: float | None) -> str:
+    """Bytes in GB."""
     return "" if value is None else f"{value / 1e9:.3f}"
-
-
-def giga(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e9:.4g}"

@@ -1,24 +1,23 @@
-"""One implementation at one shape: every number of its rows."""
+"""One implementation at one shape: every number of its rows. Also the process that measures cases for ``bench run``."""
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .accuracy import relative_errors
-from .floor import Floor
-from .implementations import IMPLEMENTATIONS, Implementation, preferred_chunk
-from .inputs import Inputs, make_inputs
-from .measure import Calls, Flush, Sampler, interleaved, peak_memory
-from .shapes import Shape, Variant
-from .tally import measured_flops, row_scratch_bytes
+from .measure import Calls, Floor, Flush, interleaved, peak_memory, relative_errors
+from .problems import Inputs, Shape, Variant, make_inputs
+from .registry import IMPLEMENTATIONS, Implementation
+from .session import Lines
 
 MIN_ROUNDS = 3
 
@@ -45,14 +44,10 @@ class Case:
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, or None."""
-        known = IMPLEMENTATIONS.get(self.implementation)
-        return known.missing(self.device) if known else None
-
-    def row_keys(self) -> list[tuple]:
-        return [(self.shape.name, self.implementation, *variant) for variant in self.variants]
+        return IMPLEMENTATIONS[self.implementation].missing(self.device)
 
     def row(self, variant: Variant, **fields: Any) -> dict[str, Any]:
-        known = IMPLEMENTATIONS.get(self.implementation)
+        known = IMPLEMENTATIONS[self.implementation]
         return {
             "shape": self.shape._asdict(),
             "implementation": self.implementation,
@@ -60,8 +55,8 @@ class Case:
             "purpose": self.purpose,
             "device": self.device,
             "dtype": self.dtype,
-            "objective": known.objective if known else None,
-            "group": known.group if known else None,
+            "objective": known.objective,
+            "group": known.group,
             **fields,
         }
 
@@ -76,50 +71,49 @@ class Case:
         return Case(**fields)
 
 
-def rows(case: Case, sampler: Sampler = interleaved) -> Iterator[dict[str, Any]]:
+def rows(case: Case) -> Iterator[dict[str, Any]]:
     """One row per variant; what cannot be measured says why instead of raising."""
     inputs: Inputs | None = None
     previous: Variant | None = None
     for variant in case.variants:
         same = previous is not None and variant.teacher == previous.teacher
-        found, inputs = row(case, variant, sampler, inputs if same else None)
+        found, inputs = row(case, variant, inputs if same else None)
         previous = variant
         yield found
 
 
-def row(
-    case: Case, variant: Variant, sampler: Sampler, inputs: Inputs | None = None
-) -> tuple[dict[str, Any], Inputs | None]:
+def row(case: Case, variant: Variant, inputs: Inputs | None = None) -> tuple[dict[str, Any], Inputs | None]:
     """The row of one variant, and the inputs, to be given back for the next one with the same teacher."""
-    found = guarded(partial(_row, case, variant, sampler, inputs), "status")
+    found = guarded(partial(_row, case, variant, inputs), "status")
     if "row" in found:
         return found["row"], found["inputs"]
     return case.row(variant, **found), None
 
 
-def _row(case: Case, variant: Variant, sampler: Sampler, inputs: Inputs | None) -> dict[str, Any]:
+def _row(case: Case, variant: Variant, inputs: Inputs | None) -> dict[str, Any]:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     implementation = IMPLEMENTATIONS[case.implementation]
     if inputs is None:
         inputs = implementation.prepare(make_inputs(case.shape, device, dtype, teacher=variant.teacher))
     gamma = inputs.gamma(variant.tokens)
-    measured = guarded(partial(_measure, case, implementation, inputs, gamma, variant, sampler), "status")
+    measured = guarded(partial(_measure, case, implementation, inputs, gamma, variant), "status")
     inputs.drop_gradients()
     about = {"gamma": gamma, "hard_fraction": inputs.hard_fraction(gamma), "top_k": inputs.top_k is not None}
     return {"row": case.row(variant, **about, **measured), "inputs": inputs}
 
 
 def _measure(
-    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant, sampler: Sampler
+    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant
 ) -> dict[str, Any]:
-    with preferred_chunk(variant.chunk):
-        found = _speed_and_memory(case, implementation, inputs, gamma, variant, sampler)
-        inputs.drop_gradients()
-        found |= guarded(partial(_work, case, implementation, inputs, gamma, variant), "work_status")
-        inputs.drop_gradients()
-        if case.error_tokens == 0:
-            return found
-        return found | guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
+    found = _speed_and_memory(case, implementation, inputs, gamma, variant)
+    inputs.drop_gradients()
+    tokens = round(variant.valid * case.shape.N)
+    part = inputs if tokens == case.shape.N else inputs.first(tokens)
+    shape, hard = case.shape._replace(N=tokens), inputs.hard_fraction(gamma)
+    found |= guarded(lambda: {"counts": implementation.work(shape, part, hard)}, "work_status")
+    if case.error_tokens == 0:
+        return found
+    return found | guarded(lambda: {"error": _errors(case, implementation, inputs, gamma)}, "error_status")
 
 
 def _labels(inputs: Inputs, implementation: Implementation, valid: float) -> Tensor:
@@ -131,7 +125,7 @@ def _labels(inputs: Inputs, implementation: Implementation, valid: float) -> Ten
 
 
 def _speed_and_memory(
-    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant, sampler: Sampler
+    case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant
 ) -> dict[str, Any]:
     device = inputs.labels.device
     step = implementation.build(inputs, gamma)
@@ -164,12 +158,10 @@ def _speed_and_memory(
             half = _labels(inputs, implementation, 0.5)
             calls["half_ignored"] = lambda: call(half)
     tokens = round(variant.valid * case.shape.N)
-    return found | _time(case, calls, inputs, partial(Floor, inputs, implementation.teacher, tokens), sampler)
+    return found | _time(case, calls, inputs, partial(Floor, inputs, implementation.teacher, tokens))
 
 
-def _time(
-    case: Case, calls: Calls, inputs: Inputs, make_floor: Callable[[], Floor], sampler: Sampler
-) -> dict[str, Any]:
+def _time(case: Case, calls: Calls, inputs: Inputs, make_floor: Callable[[], Floor]) -> dict[str, Any]:
     flush = Flush(inputs.labels.device)
 
     def before() -> None:
@@ -181,7 +173,7 @@ def _time(
         tried = interleaved(warm | {"step": what["step"]}, 1, before)
         each = sum(s for samples in tried.values() for s in samples) / len(tried)
         rounds = min(case.rounds, max(MIN_ROUNDS, int(case.seconds / max(each * len(what), 1e-9))))
-        return sampler(what, rounds, before)
+        return interleaved(what, rounds, before)
 
     def with_floor() -> dict[str, Any]:
         floor = make_floor()
@@ -203,30 +195,6 @@ def _time(
     else:
         found |= {"floor_status": alone["floor_status"], "floor_reason": alone["reason"]}
     return found
-
-
-def _work(case: Case, implementation: Implementation, inputs: Inputs, gamma: float, variant: Variant) -> dict[str, Any]:
-    """Counted from the algorithm, and tallied in one more call."""
-    tokens = round(variant.valid * case.shape.N)
-    part = inputs if tokens == case.shape.N else inputs.first(tokens)
-    work = implementation.work(case.shape._replace(N=tokens), part, inputs.hard_fraction(gamma))
-    found: dict[str, Any] = {"counts": work}
-    step = implementation.build(inputs, gamma)
-    labels = _labels(inputs, implementation, variant.valid)
-
-    def call() -> None:
-        inputs.drop_gradients()
-        step(labels).backward()
-
-    # A counter would switch a compiled graph off; which tokens are hard changes no GEMM.
-    if implementation.compiles or case.purpose != "table" or variant.tokens != "mixed":
-        return found
-
-    def counted() -> None:
-        found["measured_flops"] = measured_flops(call)
-
-    scratch = row_scratch_bytes(counted)
-    return found | {"row_scratch_bytes": scratch}
 
 
 def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: float) -> dict[str, float | int]:
@@ -262,3 +230,18 @@ def guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return found
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m bench.worker LINES CODE STAGE CASE...``: rows of the cases into a file of lines."""
+    path, code, stage, *cases = arguments
+    sys.stdin.readline()
+    lines = Lines(Path(path), code)
+    for case in map(Case.from_json, cases):
+        for found in rows(case):
+            lines.put(stage, f"{case.shape.name} {Variant.of(found)}", found.pop("status"), **found)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -41,7 +41,7 @@ TORCHES = {
     "2.11.0": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4"),
     "newest": ("torch", "triton", "numpy"),
 }
-TORCH_TESTS = ("test_compile", "test_loss", "test_streaming", "test_triton_row")
+TORCH_TESTS = ("test_compile", "test_loss", "test_streaming", "kernels/test_triton", "kernels/test_rows")
 
 
 class CompatError(RuntimeError):

@@ -20,7 +20,7 @@ class Mutation(NamedTuple):
 
 
 def _budget(objective: str, near: str = "far") -> str:
-    return f"test_error_budget.py::test_hidden_fp32[{objective}-1.0-{near}-torch-cpu]"
+    return f"kernels/test_error_budget.py::test_hidden_fp32[1.0-{near}-{objective}-torch]"
 
 
 def _table(divergence: str) -> str:
@@ -32,7 +32,7 @@ def _groups(case: str) -> str:
 
 
 def _emulated(objective: str) -> str:
-    return f"test_cuda_row.py::test_logits[{objective}-fp32]"
+    return f"kernels/test_error_budget.py::test_logits[fp32-far-{objective}-cuda]"
 
 
 def _slices(objective: str, form: str, backend: str) -> str:
@@ -40,7 +40,7 @@ def _slices(objective: str, form: str, backend: str) -> str:
 
 
 def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
-    return f"test_extremes.py::test_logits[{case}-{objective}-{backend}]"
+    return f"kernels/test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
 def _exact(objective: str, backend: str) -> str:
@@ -175,7 +175,7 @@ MUTATIONS = [
     ),
     Mutation(
         "top-k: the label is always its own category", _TOP_K, "    if reads_label:\n", "    if True:\n",
-        ("test_top_k.py::test_a_label_that_is_not_read_stays_in_the_bucket[torch]",),
+        ("kernels/test_lists.py::test_a_label_that_is_not_read_stays_in_the_bucket[generalized_jsd-torch]",),
     ),
     # the torch row
     Mutation("torch: label off by one", _TORCH, "y = labels.clamp(min=0)", "y = (labels - 1).clamp(min=0)", (_budget("sft"),)),
@@ -187,11 +187,11 @@ MUTATIONS = [
     ),
     Mutation(
         "torch: token weights missing", _TORCH, "if inputs.weights is not None:", "if False:",
-        ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
+        ("kernels/test_extremes.py::test_rows_left_out_and_weighted[dense-torch]",),
     ),
     Mutation(
         "torch: ignored rows written", _TORCH, "if maybe_any(ignored):", "if False:",
-        ("test_stress.py::test_rows_left_out_and_weighted[dense-torch]",),
+        ("kernels/test_extremes.py::test_rows_left_out_and_weighted[dense-torch]",),
     ),
     Mutation(
         "torch: teacher's temperature missing", _TORCH,
@@ -233,18 +233,18 @@ MUTATIONS = [
     Mutation(
         "triton: maximum not subtracted", _TRITON_SWEEPS,
         "tl.exp2(exponent(z, LOG2_E, z_max)) * inv_total", "tl.exp2(z * LOG2_E) * inv_total",
-        ("test_triton_row.py::test_offsets_of_the_logits_do_not_matter[sft]",),
+        ("kernels/test_rows.py::test_excluded_tokens_and_large_offsets[sft-triton]",),
     ),
     Mutation(
         "triton: row's end not masked", _TRITON_SWEEPS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
-        ("test_triton_row.py::test_any_vocabulary[127-no_evo]",),
+        ("kernels/test_rows.py::test_any_vocabulary[127-no_evo-triton]",),
     ),
     Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
     Mutation(
         "triton: token weights missing", _TRITON_SWEEPS,
         f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
         f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * slope)",
-        ("test_stress.py::test_rows_left_out_and_weighted[dense-triton]",),
+        ("kernels/test_extremes.py::test_rows_left_out_and_weighted[dense-triton]",),
     ),
     Mutation(
         "triton: ranking ignored", _TRITON, "hard = tl.load(given_ptr + row) != 0", "hard = difficulty > gamma",
@@ -252,37 +252,37 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
-        ("test_stress.py::test_rows_beyond_2_31_elements[dense-triton]",),
+        ("kernels/test_extremes.py::test_rows_beyond_2_31_elements[dense-triton]",),
     ),
     Mutation(
         "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
         "tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)", "tl.sum(z_sum, axis=0)",
-        ("test_triton_row.py::test_any_vocabulary[1025-sft]",),
+        ("kernels/test_rows.py::test_any_vocabulary[1025-sft-triton]",),
     ),
     Mutation(
         "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
         "kl_sum = moved(kl_sum, t_sum, s_step, t_step)\n    t_sum", "kl_sum = kl_sum * tl.exp2(t_step)\n    t_sum",
-        ("test_triton_row.py::test_any_vocabulary[1025-forward_kd]",),
+        ("kernels/test_rows.py::test_any_vocabulary[1025-forward_kd-triton]",),
     ),
     Mutation(
         "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        of_h", "if whole > V:\n        of_h",
-        ("test_triton_row.py::test_rows_of_wider_buffers[77-reverse_kd]",),
+        ("kernels/test_rows.py::test_strided_inputs_and_outputs[aligned-reverse_kd-triton]",),
     ),
     Mutation(
         "triton: the last whole block left out", _TRITON_SWEEPS, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
-        ("test_triton_row.py::test_any_vocabulary[2048-forward_kd]",),
+        ("kernels/test_rows.py::test_any_vocabulary[2048-forward_kd-triton]",),
     ),
     Mutation(
         "triton: written beyond the row", _TRITON_SWEEPS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
-        ("test_triton_row.py::test_rows_of_wider_buffers[77-forward_kd]",),
+        ("kernels/test_rows.py::test_strided_inputs_and_outputs[aligned-forward_kd-triton]",),
     ),
     Mutation(
         "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
-        ("test_triton_row.py::test_temperature[reverse_kd-2.0]",),
+        ("kernels/test_rows.py::test_temperature_scale_and_softcap[T-reverse_kd-triton]",),
     ),
     Mutation(
         "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",
-        ("test_triton_row.py::test_ratios_and_logarithms_keep_relative_precision",),
+        ("kernels/test_triton.py::test_ratios_and_logarithms_keep_relative_precision",),
     ),
     Mutation(
         "sharded triton: statistics left in powers of 2", _SHARDED_TRITON, "x[:, :, 5] *= math.log(2.0)", "x[:, :, 5] *= 1.0",
@@ -293,19 +293,19 @@ MUTATIONS = [
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
     Mutation(
         "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",
-        "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("test_cuda_row.py::test_rows_beyond_2_31_elements[dense]",),
+        "rows->dlogits + (int32_t)(row * rows->dlogits_stride)", ("kernels/test_extremes.py::test_rows_beyond_2_31_elements[dense-cuda]",),
     ),
     Mutation(
         "cuda: the next row in this row's place", _CUDA, "rows->turn = next_turn(rows);", "",
-        ("test_cuda_row.py::test_asking_ahead_changes_nothing[room ahead-5-fp32]",),
+        ("kernels/test_cuda.py::test_asking_ahead_changes_nothing[room ahead-5-fp32]",),
     ),
     Mutation(
         "cuda top-k: listed entries stay in the rest", _CUDA_TOP_K, ">= 0) z[i] = OUTSIDE;", ">= 0) z[i] += 0.0f;",
-        ("test_cuda_row.py::test_top_k[no_evo-far-bucket]",),
+        ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-cuda]",),
     ),
     Mutation(
         "cuda: -inf in the sweeps after the maxima", _CUDA_SLOTS, "max_or_nan(raw, LOG_ZERO)", "raw",
-        ("test_cuda_row.py::test_rows_of_excluded_tokens_alone_are_uniform[sft]",),
+        ("kernels/test_rows.py::test_rows_of_excluded_tokens_alone_are_uniform[sft-cuda]",),
     ),
     Mutation(
         "cuda: -inf out of the way before a scale", _CUDA_SLOTS,
@@ -323,11 +323,11 @@ MUTATIONS = [
     ),
     Mutation(
         "engine: weight gradient of the last chunk alone", _HEAD, "first=self._first)", "first=True)",
-        ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
+        ("kernels/test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch]",),
     ),
     Mutation(
         "engine: bias gradient of the last chunk alone", _HEAD, "[: self._vocab] += dlogits.sum(", "[: self._vocab] = dlogits.sum(",
-        ("test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch-cpu]",),
+        ("kernels/test_error_budget.py::test_bias_and_chunks_with_short_last[no_evo-torch]",),
     ),
     Mutation("engine: scaled twice", _HEAD, "d_hidden.mul_(self._scale)", "d_hidden.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
@@ -341,7 +341,7 @@ MUTATIONS = [
     ),
     Mutation(
         "engine: padding's weight gradient not cleared", _HEAD, "self._d_weight[self._vocab :].zero_()", "pass",
-        ("test_stress.py::test_uninitialised_memory_is_never_read_with_a_top_k_teacher[bucket-torch]",),
+        ("kernels/test_extremes.py::test_uninitialised_memory_is_never_read_with_a_top_k_teacher[bucket-torch]",),
     ),
     # groups of chunks, as on a GPU
     Mutation(
@@ -389,19 +389,19 @@ MUTATIONS = [
     # top-k teachers
     Mutation(
         "top-k: label's mass counted twice", _TOP_K, "each * (V - (entries < V).sum(1))", "missing",
-        ("test_top_k.py::test_matrix[no_evo-far-bucket-torch]",),
+        ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-torch]",),
     ),
     Mutation(
         "top-k: another column for the label", _TOP_K, ".to(torch.int8).argmax(1)", ".to(torch.int8).argmin(1)",
-        ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
+        ("kernels/test_lists.py::test_matrix[far-renormalize-no_evo-torch]",),
     ),
     Mutation(
         "top-k: no gradient for the rest", _TOP_K, "share.mul_((gradient.rest / norm).unsqueeze(1))", "share.mul_(0.0)",
-        ("test_top_k.py::test_matrix[no_evo-far-renormalize-torch]",),
+        ("kernels/test_lists.py::test_matrix[far-renormalize-no_evo-torch]",),
     ),
     Mutation(
         "top-k: duplicates unnoticed", _TOP_K, "(entries[:, 1:] == entries[:, :-1])", "(entries[:, 1:] < entries[:, :-1])",
-        ("test_top_k.py::test_malformed_lists_cost_nan_where_looking_would_synchronise[torch]",),
+        ("kernels/test_lists.py::test_malformed_lists_cost_nan_where_looking_would_synchronise[torch]",),
     ),
     Mutation(
         "top-k: an excluded rest's gradient to anyone", _TOP_K, "rest < LOG_ZERO / 2", "rest < LOG_ZERO * 2",
@@ -431,11 +431,11 @@ MUTATIONS = [
     ),
     Mutation(
         "top-k: listed entries stay in the rest", _TOP_K_TRITON, '-float("inf"), z)', "z, z)",
-        ("test_top_k.py::test_matrix[no_evo-far-bucket-triton]",),
+        ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-triton]",),
     ),
     Mutation(
         "top-k: the rest's origin forgotten", _TOP_K_TRITON, "((z - origin) - rest)", "(z - rest)",
-        ("test_top_k.py::test_matrix[no_evo-far-bucket-triton]",),
+        ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-triton]",),
     ),
     # the row in C
     Mutation(
@@ -448,23 +448,23 @@ MUTATIONS = [
     ),
     Mutation(
         "native: blocks' maxima not compared", _NATIVE, "r->kl[b] + t->sum * apart", "r->kl[b]",
-        ("test_native_row.py::test_any_vocabulary[2049-no_evo]",),
+        ("kernels/test_rows.py::test_any_vocabulary[2049-no_evo-native]",),
     ),
     Mutation(
         "native: listed entries stay in the rest", _NATIVE_TOP_K, "= 2.0f * LOG_ZERO", "= 0.0f",
-        ("test_top_k.py::test_matrix[no_evo-far-bucket-native]",),
+        ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-native]",),
     ),
     Mutation(
         "native: no gradient for the rest", _NATIVE_TOP_K, "out[i] = share * e_s[i]", "out[i] = 0.0f * e_s[i]",
-        ("test_top_k.py::test_matrix[no_evo-far-renormalize-native]",),
+        ("kernels/test_lists.py::test_matrix[far-renormalize-no_evo-native]",),
     ),
     Mutation(
         "native: cold labels share the rest's temperature", _NATIVE_TOP_K, "log_sum(&r->cold, 1.0, origin)", "log_sum(&r->student, 1.0, origin)",
-        ("test_top_k.py::test_temperature[2.0-forward_kd-native]",),
+        ("kernels/test_lists.py::test_temperature[2.0-forward_kd-native]",),
     ),
     Mutation(
         "native: uniform tail of another row", _NATIVE_CALL, "c->lists.rest[row]", "c->lists.rest[0]",
-        ("test_top_k.py::test_matrix[no_evo-far-uniform-native]",),
+        ("kernels/test_lists.py::test_matrix[far-uniform-no_evo-native]",),
     ),
     # the streaming engine
     Mutation(
@@ -493,33 +493,33 @@ MUTATIONS = [
     # what stands around a call, or beside a row
     Mutation(
         "loss: a factor in the default dtype", _AMOUNTS, "scale = torch.full((), 1.0 / float(num_items), dtype=torch.float32, ",
-        "scale = torch.full((), 1.0 / float(num_items), ", ("test_ambient.py::test_default_dtype[bf16-logits-native]",),
+        "scale = torch.full((), 1.0 / float(num_items), ", ("kernels/test_ambient.py::test_default_dtype[bf16-logits-native]",),
     ),
     Mutation(
         "torch: far rows told by the smallest logit", _TORCH, "z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)",
         "z.amin(1, keepdim=True), z_t.amin(1, keepdim=True)",
-        ("test_ambient.py::test_an_offset_of_a_row_whose_label_both_exclude[100000.0-torch]",),
+        ("kernels/test_ambient.py::test_an_offset_of_a_row_whose_label_both_exclude[100000.0-torch]",),
     ),
     Mutation(
         "torch: an empty list excludes the last token", _TOP_K, "torch.where(present[:, :1], teacher.log_probs[:, :1], each)",
-        "teacher.log_probs[:, :1]", ("test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
+        "teacher.log_probs[:, :1]", ("kernels/test_ambient.py::test_an_empty_list_is_uniform[uniform-torch]",),
     ),
     Mutation(
         "head: exclusions of the bias as given", _ENGINE, "known_all(rounded * side.logit_scale > EXCLUDED)", "known_all(bias.isfinite())",
-        ("test_ambient.py::test_a_bias_that_excludes_only_when_rounded[native]",),
+        ("kernels/test_ambient.py::test_a_bias_that_excludes_only_when_rounded[native]",),
     ),
     Mutation(
         "ops: weight 0 hides NaN", _OPS, "(weights == 0) & (loss == math.inf)", "weights == 0",
-        ("test_ambient.py::test_weight_0_does_not_hide_nan[torch]",),
+        ("kernels/test_ambient.py::test_weight_0_does_not_hide_nan[torch]",),
     ),
     Mutation(
         "ranking: a millionth too few", _ENGINE, "fraction * (1 - 2**-24)", "fraction * (1 - 1e-6)",
-        ("test_ambient.py::test_the_most_difficult_are_as_many_as_said",),
+        ("kernels/test_ambient.py::test_the_most_difficult_are_as_many_as_said",),
     ),
     # autograd and options
     Mutation(
         "ops: second backward scaled twice", _OPS, "gradients, ctx.ready = ctx.ready, None", "gradients = ctx.ready",
-        ("test_stress_autograd.py::test_second_backward_repeats_the_first[dense-torch]",),
+        ("kernels/test_training.py::test_second_backward_repeats_the_first[dense-torch]",),
     ),
     Mutation(
         "ops: upstream gradient ignored", _OPS, "gradient.mul_(factor)", "gradient.mul_(1.0)",

@@ -27,8 +27,8 @@ import fused_kd as fk
 from fused_kd import parallel
 
 from .budget import LIMIT, UNIT
+from .kernels.test_lists import cached
 from .problems import OBJECTIVES, Problem, oracle64, problem, relative
-from .test_top_k import cached
 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order

@@ -15,8 +15,8 @@ from fused_kd.rows.cuda import build as cuda_build
 
 from . import cuda_emulator
 from .cuda_emulator import Fault, emulated, needs_cpp_compiler
-from .test_cuda_row import DEVICES, call
-from .test_native_row import check, make, oracle
+from .kernels.contract import call, check, make, oracle
+from .kernels.test_cuda import DEVICES
 
 pytestmark = needs_cpp_compiler
 
@@ -43,7 +43,7 @@ def on_aligned_rows() -> RowOutputs:
     """Two blocks of a cluster, rows whose beginnings are aligned and whose ends are not."""
     z, z_t, labels = make(5, 518)
     z, z_t, dlogits = (torch.nn.functional.pad(x, (0, 2))[:, :518] for x in (z, z_t, z))
-    return call(z, z_t, labels, fk.SelfEvolution(gamma=1.0), dlogits=dlogits)
+    return call("cuda", z, z_t, labels, fk.SelfEvolution(gamma=1.0), dlogits=dlogits)
 
 
 # File, what stands there, what is planted, and what the emulator says of it.
@@ -113,7 +113,7 @@ def rows_in_turn() -> None:
     """Five rows for two clusters of a GPU with room for the next row's first slots."""
     data = make(5, 517)
     for objective in (fk.SelfEvolution(gamma=1.0), fk.SkewTeacher(lam=0.3)):
-        check(call(*data, objective), oracle(*data, objective))
+        check(call("cuda", *data, objective), oracle(*data, objective))
 
 
 @pytest.mark.parametrize("name", AHEAD)
@@ -130,8 +130,8 @@ def battery() -> None:
     weights, given = torch.tensor([0.5, 2.0, 1.0, -1.0, 3.0, 1.5]), torch.arange(6) % 2 == 0
     for objective in (fk.SFT(), fk.SkewTeacher(lam=0.3), fk.SelfEvolution(gamma=1.0)):
         loss, difficulty, hard, gradient = oracle(*data, objective)
-        check(call(*data, objective, weights=weights), (loss, difficulty, hard, gradient * weights[:, None]))
-    assert torch.equal(call(*data, fk.SelfEvolution(), hard=given).is_hard, given)
+        check(call("cuda", *data, objective, weights=weights), (loss, difficulty, hard, gradient * weights[:, None]))
+    assert torch.equal(call("cuda", *data, fk.SelfEvolution(), hard=given).is_hard, given)
 
 
 WRONG = {

@@ -15,9 +15,9 @@ from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
 
+from .kernels.test_lists import TAILS, cached
 from .problems import OBJECTIVES, gradients, problem, relative
 from .test_sharded_row import allowed, in_turns, inputs_of, whole
-from .test_top_k import TAILS, cached
 
 pytestmark = [
     pytest.mark.gpu,

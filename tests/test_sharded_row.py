@@ -18,6 +18,7 @@ from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
 from fused_kd.rows.torch.sharded import row as torch_row
 
+from .kernels.contract import KINDS
 from .problems import NAMES, OBJECTIVES, relative
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
@@ -161,6 +162,16 @@ def combinations(temperature: float = 1.0) -> list:
     ]
 
 
+def by_kind(found: list) -> list:
+    """Of the interpreted ones the kinds that steer the kernels differently; the others in make test-all."""
+    return [
+        pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
+        if case.values[2] == "triton" and case.values[0].name not in KINDS
+        else case
+        for case in found
+    ]
+
+
 @pytest.mark.parametrize("objective, form, backend", combinations())
 def test_slices_against_the_whole(objective, form: str, backend: str) -> None:
     slices = ([61], [30, 31], [1, 0, 50, 10], [0, 20, 41])
@@ -168,12 +179,12 @@ def test_slices_against_the_whole(objective, form: str, backend: str) -> None:
         compare(inputs_of(objective, form, rows(backend)), sizes, backend=backend)
 
 
-@pytest.mark.parametrize("objective, form, backend", combinations(2.0))
+@pytest.mark.parametrize("objective, form, backend", by_kind(combinations(2.0)))
 def test_temperature(objective, form: str, backend: str) -> None:
     compare(inputs_of(objective, form, rows(backend), temperature=2.0), [1, 60], backend=backend)
 
 
-@pytest.mark.parametrize("objective, form, backend", combinations())
+@pytest.mark.parametrize("objective, form, backend", by_kind(combinations()))
 def test_scale_softcap_weights_and_bf16(objective, form: str, backend: str) -> None:
     inputs = inputs_of(objective, form, rows(backend), softcap=3.0, scale=0.5, weighted=True)
     compare(inputs, [20, 41], backend=backend)

@@ -15,8 +15,9 @@ from fused_kd.reference import reference_kd_loss
 
 from . import interpreter
 from .budget import ROUNDING, check_budget
+from .kernels.contract import DTYPES, NEAR, TRITON, cases
+from .kernels.test_error_budget import LOSS_SCALE
 from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
-from .test_error_budget import LOSS_SCALE
 
 triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,10 +78,8 @@ def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(streaming_plan, name, 1 << 20)
 
 
-@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("objective", STREAMED, ids=STREAMED_NAMES)
-def test_heads(objective, dtype, near, one_piece):
+@pytest.mark.parametrize("near, dtype, objective, backend", cases(NEAR, DTYPES, STREAMED, backends=[TRITON]))
+def test_heads(near, dtype, objective, backend, one_piece):
     p = make(dtype=dtype, near=near, N=22, V=100)
     check_budget(p, objective, *run(p, objective))
 
@@ -95,9 +94,8 @@ def test_the_check_catches_wrong_gradients(mutation, one_piece):
                 check_budget(p, fk.Skew(), out, grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("objective", STREAMED, ids=STREAMED_NAMES)
-def test_logits(objective, dtype, one_piece):
+@pytest.mark.parametrize("dtype, objective, backend", cases(DTYPES, STREAMED, backends=[TRITON]))
+def test_logits(dtype, objective, backend, one_piece):
     p = make(N=22, V=100)
     z = (p.hidden @ p.weight.T).detach().to(dtype).requires_grad_()
     z_t = (p.hidden_t @ p.weight_t.T).to(dtype)

@@ -15,7 +15,8 @@ from fused_kd.engines.gemm import Projection
 from fused_kd.engines.plan import Plan
 from fused_kd.engines.tile_filter import HostTiles
 
-from .problems import CPU_BACKENDS, gradients, problem, relative
+from .kernels.contract import DTYPES, NATIVE, TORCH, TRITON, cases
+from .problems import gradients, problem, relative
 from .test_gradient_groups import Device
 
 EPS = 1e-4
@@ -46,11 +47,13 @@ def kept(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("objective", [fk.SFT(), fk.SelfEvolution(gamma=0.5), fk.Skew()], ids=lambda o: o.name)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_within_the_bound_and_left_out(objective, dtype, weighted, backend, kept):
+FILTERED = cases(
+    [False, True], DTYPES[:2], [fk.SFT(), fk.SelfEvolution(gamma=0.5), fk.Skew()], backends=[TORCH, NATIVE, TRITON]
+)
+
+
+@pytest.mark.parametrize("weighted, dtype, objective, backend", FILTERED)
+def test_within_the_bound_and_left_out(weighted, dtype, objective, backend, kept):
     student, teacher, p = peaked(dtype)
     valid = p.labels != -100
     weights = torch.linspace(0, 3, len(p.labels)) if weighted else None

@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import paper_table
 import torch
 import transformers
-from paper_table import print_tables, write_report
 from transformers import TrainingArguments
 
 import fused_kd
@@ -246,7 +246,7 @@ class PaperTable:
         self.held = max((c.sentences for c in sets if c.start == "student"), default=0)
         self.contents = {name: model_content(name) for name in self.models}
         prompt = dataclasses.asdict(self.template)
-        self.texts = {"prompt": prompt, "max_length": config.max_length, "train": fingerprint(self.train)}
+        self.texts = {"prompt": prompt, "max_length": config.max_length, "pairs": fingerprint(self.train)}
         self.tested = {"prompt": prompt, "test": fingerprint(self.tests)}
 
     @cached_property
@@ -270,7 +270,7 @@ class PaperTable:
 
     def pretrained(self, name: str) -> Path:
         """The "teacher", trained on every pair, or the "student", which has not seen the distillation sets."""
-        start, options = getattr(self.config, name), getattr(self.config, f"train_{name}")
+        start, options = getattr(self.config, name), {"seed": 0, **getattr(self.config, f"train_{name}")}
         held, seed = (0, 0) if name == "teacher" else (self.held, 1)
 
         def work(folder: Path) -> None:
@@ -477,9 +477,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             if not running.worker:
                 results = table.results(done)
                 write_json(folder / "results.json", results)
-                write_report(results, folder)
+                paper_table.write_report(results, folder)
     if results is not None:
-        print_tables(results)
+        for condition in config.conditions:
+            shown = paper_table.Table(paper_table.Results(results), condition, "bleu")
+            print(f"\n{condition}\n\n{shown.markdown()}\n\n{shown.caption()}\n")
         print(f"results.json, results.md, results.csv, figures, translations and models are in {folder}")
     return results
 

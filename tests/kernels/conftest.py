@@ -1,0 +1,18 @@
+"""Fixtures of the rows' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..cuda_emulator import emulated
+from .contract import device_of
+
+__all__ = ["backend", "emulated"]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """A row's name; the CUDA row is emulated where there is no GPU. For ``indirect`` parameters."""
+    if request.param == "cuda" and device_of("cuda") == "cpu":
+        request.getfixturevalue("emulated")
+    return str(request.param)

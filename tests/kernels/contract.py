@@ -1,0 +1,191 @@
+"""One harness for every row: which of them run here, how one is called, and what is right.
+
+Without a GPU, rows of Triton and CUDA run in an interpreter and an emulator. A case costs a tenth of a second there, so
+that these two take the objectives that steer their code differently, each pair of values once; ``make test-all`` takes
+every case.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_kd as fk
+from fused_kd.objectives import Objective, RowSpec
+from fused_kd.reference import reference_rows
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
+from fused_kd.rows.select import get_row, installed
+
+from ..cuda_emulator import needs_cpp_compiler
+from ..problems import OBJECTIVES, needs_compiler, relative
+
+GPU = torch.cuda.is_available()
+INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    not (INTERPRETED or (GPU and installed("triton"))), reason="needs Triton, and a GPU or its interpreter"
+)
+needs_cuda = (
+    pytest.mark.skipif(not installed("cuda.core"), reason="needs the extra cuda") if GPU else needs_cpp_compiler
+)
+on_gpu = [pytest.mark.gpu] if GPU else []
+
+TORCH = pytest.param("torch", id="torch")
+NATIVE = pytest.param("native", id="native", marks=needs_compiler)
+TRITON = pytest.param("triton", id="triton", marks=[needs_triton, *on_gpu])
+CUDA = pytest.param("cuda", id="cuda", marks=[needs_cuda, *on_gpu])
+ROWS = [TORCH, NATIVE, TRITON, CUDA]
+
+ALL = [objective for objective in OBJECTIVES if not objective.kind.ranked]
+# No teacher; the free gradient; differences and a label of its own; a gate and a mixture; both sums; two of a row.
+KINDS = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
+# Their gradients jump, or cancel on peaked rows.
+LOOSE = ("total_variation", "generalized_jsd", "adaptive_kl")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NEAR = [pytest.param(False, id="far"), pytest.param(True, id="near")]
+DTYPES = [pytest.param(x, id=name) for x, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16"))]
+ROUNDED = {FP32: 0.0, BF16: 2**-8, FP16: 2**-11}
+BUDGET = 2e-6
+
+
+PARAM = type(TORCH)
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
+
+
+def slow(backend: str) -> bool:
+    return device_of(backend) == "cpu" and backend in ("triton", "cuda")
+
+
+def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[str] = KINDS) -> list[Any]:
+    """The product of the axes and the backends, in this order; of slow backends each pair of values once.
+
+    An axis of objectives, or of their classes, counts by ``kinds`` there: another objective is one case.
+    """
+    made = []
+    for backend in backends:
+        seen: set[Any] = set()
+        for cell in itertools.product(*axes):
+            values = [x.values[0] if isinstance(x, PARAM) else x for x in cell]
+            names = [getattr(x, "name", None) for x in values]
+            rare = next((name for name in names if name in fk.OBJECTIVES and name not in kinds), None)
+            pairs = {rare} if rare else set(itertools.combinations(enumerate(map(repr, values)), min(2, len(values))))
+            marks = [*backend.marks, *(mark for x in cell if isinstance(x, PARAM) for mark in x.marks)]
+            if slow(backend.values[0]) and pairs <= seen:
+                marks.append(pytest.mark.exhaustive)
+            seen |= pairs
+            label = "-".join([*map(_label, cell), str(backend.id)])
+            made.append(pytest.param(*values, backend.values[0], id=label, marks=marks))
+    return made
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, PARAM):
+        return str(value.id)
+    return str(value.name if isinstance(value, (Objective, type)) else value).removeprefix("torch.")
+
+
+def make(C: int, V: int, *, std: float = 2.0, near: bool = True, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Student's and teacher's logits (C, V) and labels (C,), half of them likely."""
+    g = torch.Generator().manual_seed(seed)
+    z, z_t = torch.randn(C, V, generator=g) * std, torch.randn(C, V, generator=g) * (1.0 if near else std)
+    z_t = z_t + z if near else z_t
+    labels = torch.randint(V, (C,), generator=g)
+    labels[::2] = z_t[::2].argmax(1)
+    return z, z_t, labels
+
+
+def call(
+    backend: str,
+    z: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    T: float = 1.0,
+    weights: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    gradient: bool = True,
+    scale: tuple[float, float] = (1.0, 1.0),
+    cap: tuple[float | None, float | None] = (None, None),
+    spec: RowSpec | None = None,
+    hard: Tensor | None = None,
+    finite: bool = False,
+) -> RowOutputs:
+    """One row's results. They start as NaN (is_hard as True); ``dlogits`` may be ``z`` itself."""
+    device, spec = device_of(backend), spec or objective.spec
+    C, V = z.shape
+    student = z.to(device)
+    if dlogits is z:
+        dlogits = student
+    elif gradient and dlogits is None:
+        dlogits = torch.full((C, V), math.nan, device=device)
+    nan = torch.full((2, C), math.nan, device=device)
+    outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device=device), dlogits)
+    teacher = None
+    if z_t is not None and spec.divergence is not None:
+        teacher = Logits(z_t.to(device), scale[1], cap[1], finite)
+    scalars = torch.tensor(objective.scalars(T), device=device)
+    cold = T != 1.0 and spec.hard_label and spec.divergence is not None
+    given = None if hard is None else hard.to(device)
+    factors = None if weights is None else weights.to(device)
+    before = student.clone()
+    inputs = RowInputs(
+        Logits(student, scale[0], cap[0], finite), teacher, labels.to(device), factors, scalars, spec, cold, given
+    )
+    get_row(backend)(inputs, outputs)
+    if dlogits is not student and backend != "torch":
+        assert torch.equal(student.nan_to_num(), before.nan_to_num()), "the student's logits were changed"
+    return outputs
+
+
+def oracle(
+    z: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    T: float = 1.0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    cap: tuple[float | None, float | None] = (None, None),
+) -> RowOutputs:
+    """The same in float64, from the reference."""
+    raw = z.detach().cpu().double().requires_grad_()
+
+    def final(x: Tensor, side: int) -> Tensor:
+        x, limit = x.clamp(min=-1e30) * scale[side], cap[side]
+        return x if limit is None else limit * torch.tanh(x / limit)
+
+    teacher = None if z_t is None else final(z_t.cpu().double(), 1)
+    loss, difficulty, hard = reference_rows(final(raw, 0), teacher, labels.cpu(), objective, T)
+    gradient = torch.autograd.grad(loss.sum(), raw)[0] if loss.requires_grad else torch.zeros_like(raw)
+    return RowOutputs(loss.detach(), difficulty.detach(), hard, gradient)
+
+
+def check(actual: RowOutputs, expected: RowOutputs, budget: float = BUDGET, loss: float = 1e-6) -> None:
+    """Relative errors of the gradient, and of the losses, of which near rows leave little to be relative to."""
+    for name in ("loss", "difficulty"):
+        value, truth = getattr(actual, name).cpu().double(), getattr(expected, name).double()
+        assert (value - truth).norm() <= loss * truth.norm() + 2e-7 * len(truth) ** 0.5, name
+    assert torch.equal(actual.is_hard.cpu(), expected.is_hard)
+    if expected.dlogits is not None:
+        assert actual.dlogits is not None and expected.dlogits is not None
+        if expected.dlogits.norm() < 1e-12:  # nothing to be relative to
+            assert actual.dlogits.abs().max() <= 1e-6
+        else:
+            assert relative(actual.dlogits, expected.dlogits) <= budget
+
+
+def rounded(truth: Tensor, dtype: torch.dtype) -> float:
+    """The error of a gradient that is rounded to ``dtype`` once. A few large values can make it all of one rounding."""
+    if INTERPRETED and dtype == BF16:
+        return 2**-7  # the interpreter truncates
+    return BUDGET + 1.01 * relative(truth.to(dtype), truth)
