@@ -78,7 +78,9 @@ SIZES = [(1, 5), (3, 3), (4, 5), (5, 5), (64, 300), (256, 2311)]
 def test_sizes(sizes, tail, backend):
     """Lists of one and of the whole vocabulary, with the label in or out; rows longer than a kernel's block."""
     K, V = sizes
-    p = problem(7, V=1030 if backend == "cuda" and V > 1030 else V, std=2.0, device=device_of(backend))
+    p = problem(
+        4 if slow(backend) else 7, V=1030 if backend == "cuda" and V > 1030 else V, std=2.0, device=device_of(backend)
+    )
     compare(p, cached(p, K, tail, padded=False), fk.SelfEvolution(gamma=1.0), backend=backend)
 
 
@@ -104,15 +106,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option, tail, backend", cases(list(OPTIONS), TAILS), indirect=["backend"])
 def test_options(option, tail, backend):
-    p, options = problem(device=device_of(backend)), dict(OPTIONS[option])
+    p, options = problem(rows(backend), device=device_of(backend)), dict(OPTIONS[option])
     if "token_weights" in options:
-        options["token_weights"] = options["token_weights"].to(p.labels.device)
+        options["token_weights"] = options["token_weights"][: len(p.labels)].to(p.labels.device)
     p.labels.clamp_(max=479)
     teacher = cached(p, 8, tail)
     if "vocab_size" in options:
         outside = teacher.indices >= 480
         teacher = fk.TopK(teacher.log_probs.masked_fill(outside, -math.inf), teacher.indices, tail)
-    compare(p, teacher, fk.SelfEvolution(gamma=1.0), backend=backend, **options)
+    tight = 1e-5 if slow(backend) else TIGHT  # of few rows one can be most of the norm
+    compare(p, teacher, fk.SelfEvolution(gamma=1.0), backend=backend, tight=tight, **options)
 
 
 @pytest.mark.parametrize("dtype, tail, backend", cases(DTYPES, TAILS), indirect=["backend"])

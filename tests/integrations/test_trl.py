@@ -381,7 +381,7 @@ def test_models_by_name_and_the_example(tmp_path: Path, monkeypatch: pytest.Monk
     args = arguments(gkd.GKDConfig, tmp_path / "run", lmbda=0.0, **fields)
     by_name = train(ours.GKDTrainer, args, dialogues(), names)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    path = Path(__file__).parents[1] / "examples" / "trl_gkd.py"
+    path = Path(__file__).parents[2] / "examples" / "trl_gkd.py"
     spec = importlib.util.spec_from_file_location("trl_gkd", path)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -507,8 +507,8 @@ def zero3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("zero3")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_integrations_trl", str(folder)],
-        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "tests.integrations.test_trl", str(folder)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     logs = "".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log")))
     assert done.returncode == 0, done.stderr[-3000:] + logs

@@ -21,7 +21,7 @@ from fused_kd.integrations.transformers import (  # noqa: E402
     rows_of,
 )
 from fused_kd.reference import reference_kd_loss  # noqa: E402
-from tests.test_integrations_transformers import assert_near, batch, tiny, written_out  # noqa: E402
+from tests.integrations.test_transformers import assert_near, batch, tiny, written_out  # noqa: E402
 
 INPUTS = {key: value for key, value in batch().items() if key != "use_cache"}
 LORA = {"r": 4, "lora_alpha": 8}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_kd as fk
 
-from . import interpreter
+from .. import interpreter
 
 pytest.importorskip("liger_kernel", reason="needs the package that the page compares with")
 pytest.importorskip("transformers")
@@ -32,13 +32,13 @@ from liger_kernel.transformers import (  # noqa: E402
 
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 
-from .training.tiny import rows, tiny  # noqa: E402
+from ..training.tiny import rows, tiny  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
 if not INTERPRETED:
     pytestmark.append(pytest.mark.gpu)
-PAGE = Path(__file__).parents[1] / "docs" / "from_liger.md"
+PAGE = Path(__file__).parents[2] / "docs" / "from_liger.md"
 # relative: one call, and a whole run
 CALL, RUN = 1e-5, 1e-4
 BETAS = [0.0, 0.1, 0.5, 1.0]

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 from fused_kd.training.collate import Collator, PackingCollator  # noqa: E402
 from fused_kd.training.models import train_tokenizer  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
-from tests.test_integrations_transformers_mixin import collator  # noqa: E402
+from tests.integrations.test_transformers_mixin import collator  # noqa: E402
 from tests.training.distributed_worker import Cache, with_top_k  # noqa: E402
 from tests.training.tiny import rows, tiny  # noqa: E402
 

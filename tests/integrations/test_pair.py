@@ -18,7 +18,7 @@ import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.pair import AdaptersOff, check_pair, shared_parameters  # noqa: E402
 from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
-from tests.test_integrations_transformers_mixin import arguments, collator, quiet  # noqa: E402
+from tests.integrations.test_transformers_mixin import arguments, collator, quiet  # noqa: E402
 from tests.training.test_trainer import trainer as make_trainer  # noqa: E402
 from tests.training.test_trainer import weights  # noqa: E402
 from tests.training.tiny import rows, tiny  # noqa: E402
@@ -127,7 +127,7 @@ def of_mixin(folder: Path, student: Any, teacher: Any, **options: Any) -> Any:
 
 def of_trl(name: str, folder: Path, student: Any, teacher: Any, **options: Any) -> Any:
     pytest.importorskip("trl")
-    import tests.test_integrations_trl as trl_tests
+    import tests.integrations.test_trl as trl_tests
 
     if name == "gkd":
         args = trl_tests.arguments(trl_tests.gkd.GKDConfig, folder, lmbda=0.0, seq_kd=True, max_new_tokens=4, **options)
@@ -179,7 +179,7 @@ def test_adapters_that_the_trainer_puts_on(tmp_path: Path) -> None:
     """SFTTrainer and GKD with ``peft_config``: the model given is the base, and may be the teacher."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    import tests.test_integrations_trl as trl_tests
+    import tests.integrations.test_trl as trl_tests
 
     class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
         pass

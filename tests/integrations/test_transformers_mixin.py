@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
 from fused_kd.reference import reference_kd_loss  # noqa: E402
-from tests.test_integrations_transformers import BART_SIZES, T5_SIZES  # noqa: E402
+from tests.integrations.test_transformers import BART_SIZES, T5_SIZES  # noqa: E402
 from tests.training.test_trainer import weights  # noqa: E402
 from tests.training.tiny import VOCAB, rows, tiny  # noqa: E402
 
@@ -327,7 +327,7 @@ def test_another_loss_of_trl_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="loss_type must be 'nll', got 'dft': the objective is the loss"):
         KDSFTTrainer(tiny(16, 1), args, teacher=tiny(24, 2), objective=OBJECTIVE)
     # SFTTrainer turns the router's loss on by itself
-    import tests.test_integrations_trl as trl_tests
+    import tests.integrations.test_trl as trl_tests
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.MixtralConfig(vocab_size=45, num_hidden_layers=1, num_local_experts=2, **sizes)
