@@ -132,8 +132,10 @@ class _OnGpu(TorchFunctionMode):
         if func in (torch.Tensor.cuda, torch.Tensor.cpu):
             return args[0]
         kwargs = kwargs or {}
-        if not str(func).startswith("fused_kd."):  # in whose arguments "cuda" is a backend
-            args, kwargs = tuple(map(_on_cpu, args)), {k: _on_cpu(v) for k, v in kwargs.items()}
+        # In arguments of fused_kd's ops "cuda" is a backend, unless it is a device.
+        ours = str(func).startswith("fused_kd.")
+        args = tuple(x if ours and isinstance(x, str) else _on_cpu(x) for x in args)
+        kwargs = {name: x if ours and isinstance(x, str) else _on_cpu(x) for name, x in kwargs.items()}
         return _product(name, args, kwargs) if name in PRODUCTS else func(*args, **kwargs)
 
 

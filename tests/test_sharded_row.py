@@ -214,6 +214,13 @@ def test_blocks_of_a_long_slice() -> None:
     compare(inputs_of(fk.SelfEvolution(gamma=1.0), C=3, V=7000), [2049, 4951], backend="triton")
 
 
+@pytest.mark.parametrize("form", ["renormalize", "bucket"])
+@pytest.mark.parametrize("sizes", [[0, 3], [3, 0], [0, 0, 2]], ids=str)
+def test_a_rank_without_columns_beside_one_whose_columns_are_all_listed(sizes: list[int], form: str) -> None:
+    for seed in range(3):
+        compare(inputs_of(fk.ForwardKD(lam=0.3), form, 4, sum(sizes), seed=seed), sizes, tight=1e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(OBJECTIVES),

@@ -241,7 +241,7 @@ def test_one_word_vocabulary(form, backend):
         teacher = fk.TopK(torch.tensor([[0.0], [-0.5]]), torch.zeros(2, 1, dtype=torch.long), form)
     for objective in objectives(backend, form):
         out, dz = evaluate(torch.randn(2, 1), teacher, torch.tensor([0, 0]), objective, backend=backend)
-        assert out.loss.abs() < 1e-20 and not dz.any()
+        assert out.loss.abs() < 1e-7 and not dz.any()
 
 
 VALID = [pytest.param(x, id=name) for x, name in ((None, "no token"), (0, "all ignored"), (1, "one valid"))]

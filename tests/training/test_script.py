@@ -97,7 +97,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
 def test_every_script_ends_this_way(path: Path) -> None:
-    if "\ndef main(" in (text := path.read_text()):
+    if "\ndef main(" in (text := path.read_text()) and path.stem != "quickstart":  # that needs torch alone
         assert text.endswith('if __name__ == "__main__":\n    run_script(main)\n') or path.stem.startswith("trl_")
 
 

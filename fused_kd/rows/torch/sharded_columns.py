@@ -109,7 +109,7 @@ class CondensedColumns(Columns):
         self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
-        tops = {"top": _ELSEWHERE, "rest_top": _ELSEWHERE} | ({"cold_top": NOWHERE} if inputs.cold_labels else {})
+        tops = {"top": _ELSEWHERE, "rest_top": NOWHERE} | ({"cold_top": NOWHERE} if inputs.cold_labels else {})
         self.known |= {name: torch.full_like(self._z[:, :1], value) for name, value in tops.items()}
         totals = ("total", "rest_total", *(("cold_total", "cold_label") if inputs.cold_labels else ()))
         self.known |= {name: torch.zeros_like(self._z[:, :1]) for name in totals}
