@@ -224,6 +224,10 @@ MUTATIONS = [
         (_slices("skew", "bucket", "torch"),),
     ),
     Mutation(
+        "sharded: the rest of a rank without columns", _SHARDED_COLUMNS, '"rest_top": NOWHERE}', '"rest_top": _ELSEWHERE}',
+        ("test_sharded_row.py::test_a_rank_without_columns_beside_one_whose_columns_are_all_listed[[0, 3]-renormalize]",),
+    ),
+    Mutation(
         "sharded triton: label off by one", _SHARDED_KERNELS, "local = label - first", "local = label - first + 1",
         (_slices("sft", "dense", "triton"),),
     ),
