@@ -25,14 +25,13 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from fused_kd.integrations.precision import low_precision_parameters
+from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
-from fused_kd.training.fit import DEFAULTS, finished, fit
+from fused_kd.training.fit import DEFAULTS, best_checkpoint, finished, fit
 from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
 from fused_kd.training.prompts import (
     concatenate,
@@ -135,10 +134,9 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
                 f"{args.per_device_train_batch_size} x {args.world_size}, got {train.global_batch}"
             )
         args.gradient_accumulation_steps = train.global_batch // together
-    if train.select == "best":  # seen twice an epoch, and the best checkpoint must be among the saved
-        args.eval_strategy = args.save_strategy = IntervalStrategy.STEPS
-        args.eval_steps = args.save_steps = min(0.5 / max(args.num_train_epochs, 1.0), 0.5)
-        args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    if train.select == "best":
+        for name, value in best_checkpoint(args.num_train_epochs).items():
+            setattr(args, name, value)
     how = {
         name: value for name, value in args.to_dict().items() if name not in FREE and not name.startswith(FREE_PREFIXES)
     }
@@ -205,10 +203,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.lora is not None:
         set_seed(seed)
         student = with_adapters(student, LoRA(**train.lora), "CAUSAL_LM")
-    if low_precision_parameters(student) and not getattr(student, "is_quantized", False):
-        student = student.float()  # else most updates would round to nothing
     trainer = KDTrainer(
-        student,
+        trained_in_float32(student),
         teacher,
         objective,
         temperature=train.temperature,

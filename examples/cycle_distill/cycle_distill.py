@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import random_split
 from transformers.utils import logging
 
-from fused_kd.integrations.precision import low_precision_parameters
+from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.training import KDTrainer, LoRA, Pair, PromptTemplate, Rows, Stages, TeacherCache, models
 from fused_kd.training.cache import fingerprint_teacher, write_lists
 from fused_kd.training.collate import Collator, padding_id
@@ -505,10 +505,8 @@ class Cycle:
         valid: Any = None,
     ) -> KDTrainer:  # fmt: skip
         """Trains a model on rows by the loss that an objective's text names."""
-        if low_precision_parameters(model) and not getattr(model, "is_quantized", False):
-            model = model.float()  # else most updates would round to nothing
         return KDTrainer(
-            model,
+            trained_in_float32(model),
             teacher,
             parse_objective(objective).objective,
             args=training_arguments(out, **options),

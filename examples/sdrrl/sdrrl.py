@@ -36,10 +36,10 @@ from caption_tasks import COMPLETE, CaptionStudy, caption_files, score_answers
 from transfer import Arm, Row, read_rows, write_rows
 
 import fused_kd
-from fused_kd.integrations.precision import low_precision_parameters
+from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs, parse_direction
-from fused_kd.training.fit import fit, training_arguments
+from fused_kd.training.fit import best_checkpoint, fit, training_arguments
 from fused_kd.training.generate import Decoding, generate_to
 from fused_kd.training.models import PRESETS, load_model, load_pretrained, load_tokenizer, threads_for, train_tokenizer
 from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
@@ -245,15 +245,12 @@ class Study:
             )
         values["gradient_accumulation_steps"] = steps // processes
         if len(sets) > 1:
-            # twice an epoch, as a share of the training; the best checkpoint must be among the saved
-            every = min(0.5 / max(values.get("num_train_epochs", 3), 1), 0.5)
-            values |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
-            values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+            values |= best_checkpoint(values.get("num_train_epochs", 3.0))
             values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
         arguments = training_arguments(out, **values)  # first: it says how to load what will be sharded
         tokenizer, model = self.tokenizer(name), self.load(name, start, seed)
         trainer = KDTrainer(
-            model.float() if low_precision_parameters(model) else model,  # else most updates would round to nothing
+            trained_in_float32(model),
             None,
             parse_objective("sft").objective,
             args=arguments,

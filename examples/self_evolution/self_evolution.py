@@ -35,7 +35,7 @@ from fused_kd.training.cache import TeacherCache, write_cache
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign
 from fused_kd.training.difficulty import with_quantile_gamma
-from fused_kd.training.fit import fit, training_arguments
+from fused_kd.training.fit import best_checkpoint, fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.prompts import Rows, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.score import paired_bootstrap, similarity, translate
@@ -343,13 +343,10 @@ class PaperTable:
 
     def fit(self, folder: Path, title: str, options: dict[str, Any], valid: Rows | None = None, **what: Any) -> None:
         """Train into ``folder / "model"``; with ``valid`` the checkpoint with the least loss there is kept."""
-        if valid is not None:  # twice an epoch, so that the best one is among the saved
-            every = min(0.5 / max(options.get("num_train_epochs", 3.0), 1.0), 0.5)
+        if valid is not None:
             batch = options.get("per_device_train_batch_size", 8)
-            options = options | {
-                "eval_strategy": "steps", "eval_steps": every, "save_steps": every, "per_device_eval_batch_size": batch,
-                "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
-            }  # fmt: skip
+            best = best_checkpoint(options.get("num_train_epochs", 3.0))
+            options = options | best | {"per_device_eval_batch_size": batch}
         arguments, collator = training_arguments(folder, **options), Collator(padding_id(self.tokenizer))
         more = {"data_collator": collator, "processing_class": self.tokenizer, "eval_dataset": valid}
         trainer = KDTrainer(**what, args=arguments, **more)

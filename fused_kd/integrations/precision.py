@@ -18,6 +18,15 @@ def low_precision_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]
     return [value for value in parameters if value.dtype in _LOW]
 
 
+def trained_in_float32(model: Any) -> Any:
+    """``model``, in float32 where its trained weights are in half precision, as most updates would round to nothing.
+
+    Quantised models stay as they are.
+    """
+    whole = low_precision_parameters(model) and not getattr(model, "is_quantized", False)
+    return model.float() if whole else model
+
+
 @torch.no_grad()
 def warn_of_lost_updates(model: torch.nn.Module, args: Any, accelerator: Any) -> None:
     """Warn once of trained bf16 or fp16 weights, with the share of them that a step of ``args.learning_rate`` leaves

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from fused_kd.integrations.sampling import LengthGroupedEpochs
 from fused_kd.training.checkpoints import MANIFEST, WholeCheckpoints, check_room, fault_of, seal
@@ -49,6 +50,20 @@ def training_arguments(folder: str | Path, **options: Any) -> TrainingArguments:
     if "dataloader_pin_memory" not in options:
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
     return arguments
+
+
+def best_checkpoint(epochs: float) -> dict[str, Any]:
+    """Options of ``TrainingArguments`` that keep the checkpoint with the least validation loss, of two an epoch."""
+    every = min(0.5 / max(epochs, 1.0), 0.5)  # a share of the training; the best one must be among the saved
+    return {
+        "eval_strategy": IntervalStrategy.STEPS,
+        "eval_steps": every,
+        "save_strategy": SaveStrategy.STEPS,
+        "save_steps": every,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
 
 
 def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.pair import AdaptersOff, check_pair, shared_parameters  # noqa: E402
+from fused_kd.integrations.precision import trained_in_float32  # noqa: E402
 from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402
 from tests.integrations.test_transformers_mixin import arguments, collator, quiet  # noqa: E402
@@ -264,3 +265,12 @@ def test_nothing_to_train(tmp_path: Path) -> None:
         of_kd_trainer(tmp_path, student, tiny(24, 2))
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     assert KDTrainer(student, tiny(24, 2), OBJECTIVE, args=args)  # to evaluate
+
+
+def test_what_is_trained_in_half_precision_is_put_into_float32() -> None:
+    """Neither a frozen model, such as the base of adapters, nor a quantised one, whose weights are none."""
+    assert trained_in_float32(tiny(16, 1).bfloat16()).lm_head.weight.dtype == torch.float32
+    assert trained_in_float32(tiny(16, 1).bfloat16().requires_grad_(False)).lm_head.weight.dtype == torch.bfloat16
+    quantised = tiny(16, 1).bfloat16()
+    quantised.is_quantized = True
+    assert trained_in_float32(quantised).lm_head.weight.dtype == torch.bfloat16
