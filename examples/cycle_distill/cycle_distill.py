@@ -246,7 +246,7 @@ def load_sentences(source: str, language: str, limit: int) -> list[str]:
         rows = (Row(f"{path}, line {n}", {"text": line}) for n, line in lines if line.strip() and not text_fault(line))
     else:
         rows = read_rows(source, "all" if path.is_file() else "train", text)
-    found = first_of(rows, parse, f"monolingual={source!r}", limit=limit, seed=None, skip_bad=True)
+    found = first_of(rows, parse, f"monolingual={source!r}", limit=limit, skip_bad=True)
     return [item[0] for item in found]
 
 

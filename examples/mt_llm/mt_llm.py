@@ -40,7 +40,15 @@ from fused_kd.training import Collator, KDTrainer, LoRA, ModuleTrainer, Stages, 
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
-from fused_kd.training.models import PRESETS, language_id, load_model, load_tokenizer, model_content, train_tokenizer
+from fused_kd.training.models import (
+    PRESETS,
+    language_id,
+    load_model,
+    load_tokenizer,
+    model_content,
+    threads_for,
+    train_tokenizer,
+)
 from fused_kd.training.reading import file_rows, read_rows, sound
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.stage import read_json, read_lines, write_json, write_lines
@@ -653,8 +661,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config.check_inputs()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if config.llm is None and config.tiny_llm in PRESETS and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(PRESETS[config.tiny_llm].threads)
+    if config.llm is None and (threads := threads_for([config.tiny_llm])) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
 
     folder = Path(running.output)
     recipe = Recipe(config, Stages(folder))

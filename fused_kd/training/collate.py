@@ -41,10 +41,9 @@ class Collator:
 
     Args:
         pad_token_id: fills ``input_ids``.
-        label_pad: fills ``labels``; default -100.
         pad_to_multiple_of: round the length up to a multiple; None (default) pads to the longest row.
         side: where the padding goes, ``"right"`` (default) or ``"left"``; there a row's first label becomes
-            ``label_pad``, as the padding before it predicts nothing.
+            -100, as the padding before it predicts nothing.
 
     Returns on call:
         ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with a cached teacher's
@@ -56,21 +55,17 @@ class Collator:
     Raises:
         TypeError: a row that is no dict.
         ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
-            ``labels``, lists in some rows only or of several K, more or
-            fewer of them than labels.
+            ``labels``, lists in some rows only or of several K, more or fewer of them than labels.
     """
 
     pad_token_id: int
-    label_pad: int = LABEL_PAD
     pad_to_multiple_of: int | None = None
     side: Literal["right", "left"] = "right"
 
     def __post_init__(self) -> None:
         if self.side not in ("right", "left"):
             raise ValueError(f"side={self.side!r}: expected 'right' or 'left'")
-        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
-            raise TypeError(f"pad_token_id must be an int, got {self.pad_token_id!r}")
-        if self.pad_token_id < 0:
+        if self.pad_token_id is None or self.pad_token_id < 0:
             raise ValueError(f"pad_token_id={self.pad_token_id}: expected at least 0")
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: expected at least 1, or None")
@@ -83,43 +78,40 @@ class Collator:
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
         size = (len(rows), length)
-        input_ids = torch.full(size, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(size, dtype=torch.int64)
-        labels = torch.full(size, self.label_pad, dtype=torch.int64)
+        batch = {
+            "input_ids": torch.full(size, self.pad_token_id, dtype=torch.int64),
+            "attention_mask": torch.zeros(size, dtype=torch.int64),
+            "labels": torch.full(size, LABEL_PAD, dtype=torch.int64),
+        }
         for number, row in enumerate(rows):
             count = len(row["input_ids"])
-            span = slice(0, count) if self.side == "right" else slice(length - count, length)
-            input_ids[number, span] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
-            attention_mask[number, span] = 1
-            labels[number, span] = torch.as_tensor(row["labels"], dtype=torch.int64)
-            if self.side == "left" and count:
-                labels[number, length - count] = self.label_pad
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            first = 0 if self.side == "right" else length - count
+            for name, values in (("input_ids", row["input_ids"]), ("attention_mask", 1), ("labels", row["labels"])):
+                batch[name][number, first : first + count] = torch.as_tensor(values, dtype=torch.int64)
+            if self.side == "left":
+                batch["labels"][number, first : first + 1] = LABEL_PAD
         if any("teacher_log_probs" in row for row in rows):
-            batch |= self._teacher_lists(rows, length)
+            batch |= self._teacher_lists(rows, batch["labels"][:, 1:] != LABEL_PAD)
         return batch
 
-    def _teacher_lists(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
-        if not all("teacher_log_probs" in row and "teacher_indices" in row for row in rows):
+    def _teacher_lists(self, rows: Sequence[dict[str, Any]], targets: Tensor) -> dict[str, Tensor]:
+        """Of the rows' lists, one a target (rows, length - 1)."""
+        if not all(name in row for row in rows for name in TEACHER_COLUMNS):
             raise ValueError("teacher_log_probs and teacher_indices must be in every row of a batch or in none")
-        widths = {row[name].shape[-1] for row in rows for name in ("teacher_log_probs", "teacher_indices")}
+        widths = {row[name].shape[-1] for row in rows for name in TEACHER_COLUMNS}
         if len(widths) > 1:
             raise ValueError(f"teacher_log_probs must have one K in a batch, got {sorted(widths)}")
-        K = widths.pop()
-        log_probs = torch.full((len(rows), length, K), -math.log(K), dtype=torch.float32)
-        indices = torch.arange(K).repeat(len(rows), length, 1)
-        for number, row in enumerate(rows):
-            targets = torch.as_tensor(row["labels"])[1:] != self.label_pad
-            positions = targets.nonzero().squeeze(1)
-            if not len(positions) == len(row["teacher_log_probs"]) == len(row["teacher_indices"]):
+        for row, count in zip(rows, targets.sum(1).tolist(), strict=True):
+            lists, ids = (len(row[name]) for name in TEACHER_COLUMNS)
+            if not lists == ids == count:
                 raise ValueError(
-                    f"teacher_log_probs has {len(row['teacher_log_probs'])} lists and teacher_indices "
-                    f"{len(row['teacher_indices'])} for {len(positions)} labels with loss"
+                    f"teacher_log_probs has {lists} lists and teacher_indices {ids} for {count} labels with loss"
                 )
-            if self.side == "left":
-                positions = positions + length - len(row["input_ids"])
-            log_probs[number, positions] = row["teacher_log_probs"].float()
-            indices[number, positions] = row["teacher_indices"].long()
+        K, (count, before) = widths.pop(), targets.shape
+        log_probs = torch.full((count, before + 1, K), -math.log(K), dtype=torch.float32)
+        indices = torch.arange(K).repeat(count, before + 1, 1)
+        log_probs[:, :-1][targets] = torch.cat([row["teacher_log_probs"] for row in rows]).float()
+        indices[:, :-1][targets] = torch.cat([row["teacher_indices"] for row in rows]).long()
         return {"teacher_log_probs": log_probs, "teacher_indices": indices}
 
 

@@ -11,26 +11,23 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from fused_kd.training.reading import BUILTIN, Row, canonical_split, check_request, read_rows, select, text_fault
+from fused_kd.training.reading import BUILTIN, Row, canonical_split, read_rows, select, text_fault
 
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "et": "Estonian", "fi": "Finnish", "fr": "French", "ha": "Hausa", "he": "Hebrew",
     "hi": "Hindi", "hu": "Hungarian", "is": "Icelandic", "it": "Italian", "ja": "Japanese", "ko": "Korean",
-    "lt": "Lithuanian", "lv": "Latvian",
-    "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
-    "ru": "Russian", "sv": "Swedish", "tr": "Turkish", "uk": "Ukrainian", "zh": "Chinese",
+    "lt": "Lithuanian", "lv": "Latvian", "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese",
+    "ro": "Romanian", "ru": "Russian", "sv": "Swedish", "tr": "Turkish", "uk": "Ukrainian", "zh": "Chinese",
 }  # fmt: skip
 
 _CODE = r"[A-Za-z]{2,3}(?:_[A-Za-z]{2,4})?"
 _DIRECTION = re.compile(rf"({_CODE})-({_CODE})")
-
-
-SIZES = {"train": 20_000, "valid": 500, "test": 500}
+TOY_SPLITS = ("train", "valid", "test")
 
 # what Alpaca's prompts begin with, for a task with and without an input beside it
 WITH_INPUT = (
@@ -56,10 +53,8 @@ def parse_direction(direction: str) -> tuple[str, str]:
     """``"en-de"`` -> ``("en", "de")``.
 
     Raises:
-        TypeError: not a string. ValueError: not two different language codes joined by a hyphen.
+        ValueError: not two different language codes joined by a hyphen.
     """
-    if not isinstance(direction, str):
-        raise TypeError(f"direction must be a string such as 'en-de', got {direction!r}")
     match = _DIRECTION.fullmatch(direction)
     if match is None or match[1] == match[2]:
         raise ValueError(
@@ -74,13 +69,7 @@ def language_name(code: str) -> str:
 
 
 def load_pairs(
-    source: str,
-    split: str,
-    direction: str,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    skip_bad: bool = False,
+    source: str, split: str, direction: str, *, limit: int | None = None, skip_bad: bool = False
 ) -> list[Pair]:
     """Parallel text as a list of `Pair`.
 
@@ -100,63 +89,44 @@ def load_pairs(
         split: ``"train"``, ``"valid"`` or ``"test"``. In a directory also a full file stem
             (``"test_2016_flickr"``); on the hub also any split of the data set; for a file also ``"all"``.
         direction: source and target language, ``"en-de"``.
-        limit: at most this many pairs; None (default) takes all.
-        seed: shuffle with this seed before `limit` is applied; None (default) keeps the order.
+        limit: the first so many pairs, at least 1; None (default) takes all.
         skip_bad: leave out bad rows, with one warning that counts them, instead of raising. A broken JSON
             array, and text files with unequal numbers of lines, raise all the same, as the rows after the
             break cannot be found.
 
     Raises:
         ValueError: unknown source, split or direction; a bad row (not JSON, a language missing or empty),
-            with its file and line; no rows at all. TypeError: an argument of the wrong type.
+            with its file and line; no rows at all.
     """
     languages = parse_direction(direction)
-    check_request(source, split, limit, seed)
+
+    def key(value: Any) -> str | None:
+        """The same text whatever the direction."""
+        pair = _to_pair(value, (min(languages), max(languages)))
+        return pair.source if isinstance(pair, Pair) else None
+
     if str(source) == BUILTIN:
         if set(languages) != {"en", "de"}:
             raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
         toy = toy_corpus(canonical_split(split) or split)
-        rows: Iterator[Row] = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
+        rows = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
     else:
-        rows = read_rows(source, split, lambda value: _text(value, min(languages)), languages)
+        rows = read_rows(source, split, key, languages)
     what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
-    return select(rows, lambda value: _to_pair(value, languages), what, limit=limit, seed=seed, skip_bad=skip_bad)
+    return select(rows, lambda value: _to_pair(value, languages), what, limit=limit, skip_bad=skip_bad)
 
 
 def load_directions(
-    source: str | Mapping[str, str],
-    split: str,
-    directions: Sequence[str],
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    skip_bad: bool = False,
+    source: str, split: str, directions: Sequence[str], *, limit: int | None = None, skip_bad: bool = False
 ) -> dict[str, list[Pair]]:
-    """`load_pairs` for several directions, in their order: direction -> pairs.
-
-    ``source`` may be one for all or a mapping from each direction to its own (a hub data set with a
-    configuration a language pair). ``limit`` is that of one direction. The seed is the same for all, so the
-    two directions of one file have the same pairs, turned around.
+    """`load_pairs` for several directions, in their order: direction -> pairs. ``limit`` is that of one direction.
 
     Raises:
-        ValueError: as `load_pairs`; also no directions, one twice, or one without a source.
-        TypeError: as `load_pairs`; also one string for the directions.
+        ValueError: as `load_pairs`; also no directions, or one twice.
     """
-    if isinstance(directions, str):
-        raise TypeError(f"directions must be a sequence such as ['en-de', 'de-en'], got {directions!r}")
-    directions = list(directions)
-    for direction in directions:
-        parse_direction(direction)
     if not directions or len(set(directions)) != len(directions):
         raise ValueError(f"directions={directions!r}: expected at least one, and each once")
-    sources = source if isinstance(source, Mapping) else dict.fromkeys(directions, source)
-    missing = [direction for direction in directions if direction not in sources]
-    if missing:
-        raise ValueError(f"source has no entry for {', '.join(missing)} (there: {', '.join(sources) or 'none'})")
-    return {
-        direction: load_pairs(sources[direction], split, direction, limit=limit, seed=seed, skip_bad=skip_bad)
-        for direction in directions
-    }
+    return {d: load_pairs(source, split, d, limit=limit, skip_bad=skip_bad) for d in directions}
 
 
 class Instruction(NamedTuple):
@@ -173,7 +143,7 @@ class Instruction(NamedTuple):
 
 
 def load_instructions(
-    source: str, split: str, *, limit: int | None = None, seed: int | None = None, skip_bad: bool = False
+    source: str, split: str, *, limit: int | None = None, skip_bad: bool = False
 ) -> list[Instruction]:
     """Rows of ``instruction``, ``input`` and ``output`` as a list of `Instruction`.
 
@@ -182,23 +152,26 @@ def load_instructions(
 
     Args:
         source: a directory, a JSON file (lines or one array, plain or gzip) or a hub data set, as in
-            `fused_kd.training.data.pairs.load_pairs`; a file without a split in its name (``alpaca_data.json``)
-            is divided by a hash of instruction and input.
-        split, limit, seed, skip_bad: as in `load_pairs`.
+            `load_pairs`; a file without a split in its name (``alpaca_data.json``) is divided by a hash of
+            instruction and input.
+        split, limit, skip_bad: as in `load_pairs`.
 
     Raises:
         ValueError: unknown source or split; a bad row (not JSON, no instruction or output, one that is no
-            text or empty), with its file and line; no rows at all. TypeError: an argument of the wrong type.
+            text or empty), with its file and line; no rows at all.
     """
-    check_request(source, split, limit, seed)
+
+    def key(value: Any) -> str | None:
+        found = _to_instruction(value)
+        return f"{found.instruction}\n{found.input}" if isinstance(found, Instruction) else None
+
     if str(source) == BUILTIN:
         raise ValueError(f"source={BUILTIN!r}: the built-in corpus has translations, no instructions")
-    rows = read_rows(source, split, _key)
     what = f"source={str(source)!r}, split={split!r}"
-    return select(rows, _to_instruction, what, limit=limit, seed=seed, skip_bad=skip_bad)
+    return select(read_rows(source, split, key), _to_instruction, what, limit=limit, skip_bad=skip_bad)
 
 
-def toy_corpus(split: str, size: int | None = None) -> list[dict[str, str]]:
+def toy_corpus(split: str) -> list[dict[str, str]]:
     """Sentence pairs of the built-in toy language, ``{"en": ..., "de": ...}``: 20,000 to train, 500 valid, 500 test.
 
     They exist so that everything runs, and means something, without any data at hand: German words and grammar (gender,
@@ -209,17 +182,14 @@ def toy_corpus(split: str, size: int | None = None) -> list[dict[str, str]]:
 
     Args:
         split: ``"train"``, ``"valid"`` or ``"test"``.
-        size: the first so many rows; None (default): all.
 
     Raises:
-        ValueError: an unknown split, a size that is below 1 or above what there is.
+        ValueError: an unknown split.
     """
-    if split not in SIZES:
-        raise ValueError(f"split={split!r}: the built-in corpus has {', '.join(SIZES)}")
-    if size is not None and not 1 <= size <= SIZES[split]:
-        raise ValueError(f"size={size}: expected 1 to {SIZES[split]}")
+    if split not in TOY_SPLITS:
+        raise ValueError(f"split={split!r}: the built-in corpus has {', '.join(TOY_SPLITS)}")
     packed = resources.files("fused_kd.training").joinpath("toy", f"{split}.jsonl.gz").read_bytes()
-    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()[:size]]
+    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
 
 
 def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
@@ -240,22 +210,11 @@ def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
     return mixed
 
 
-def _texts(value: Any) -> dict[str, Any] | None:
-    if not isinstance(value, dict):
-        return None
-    nested = value.get("translation")
-    return nested if isinstance(nested, dict) else value
-
-
-def _text(value: Any, language: str) -> str | None:
-    text = (_texts(value) or {}).get(language)
-    return text if isinstance(text, str) else None
-
-
 def _to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
     """The pair of a row, or what is wrong with it."""
-    texts = _texts(value)
-    if texts is None:
+    nested = value.get("translation") if isinstance(value, dict) else None
+    texts = nested if isinstance(nested, dict) else value
+    if not isinstance(texts, dict):
         return f"expected an object with one text a language, got {str(value)[:80]}"
     sides = []
     for language in languages:
@@ -267,11 +226,6 @@ def _to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
             return f"the text for the language {language!r} is {fault if text else 'empty'}"
         sides.append(text)
     return Pair(*sides)
-
-
-def _key(value: Any) -> str | None:
-    parsed = _to_instruction(value)
-    return None if isinstance(parsed, str) else f"{parsed.instruction}\n{parsed.input}"
 
 
 def _to_instruction(value: Any) -> Instruction | str:

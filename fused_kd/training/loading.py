@@ -12,11 +12,6 @@ _SAFE = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
     "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
 }
-_LARGEST = 1 << 20  # bytes of an adapter_config.json
-
-
-class IncompleteModelError(ValueError):
-    """The files of a model lack tensors, or have some of another shape."""
 
 
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
@@ -27,11 +22,10 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     architectures (such as RWKV) and some quantised files (mxfp4, eetq, fp8, nvfp4).
 
     Raises:
-        IncompleteModelError: names a model's missing and mismatched tensors, which transformers fills at random.
-        ValueError, OSError: its own; also for damaged files, where code would be needed, for adapters that
-            :func:`read_adapter_config` refuses, and for an implementation of attention or experts that is a kernel
-            from the hub or a package that is not installed, unless the caller named it as ``attn_implementation`` or
-            ``experts_implementation``.
+        ValueError, OSError: its own; also for damaged files, for tensors that are missing or of another shape (which
+            transformers fills at random), where code would be needed, for adapters that :func:`read_adapter_config`
+            refuses, and for an implementation of attention or experts that is a kernel from the hub or a package that
+            is not installed, unless the caller named it as ``attn_implementation`` or ``experts_implementation``.
     """
     try:
         if not loader.__name__.startswith("AutoModel"):
@@ -49,9 +43,8 @@ def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
     """The adapter configuration of a folder or hub name; None where there is none.
 
     Raises:
-        ValueError: a file of more than 1 MiB or that is no JSON object; one that names a module to import
-            (``megatron_core``), or that is not of LoRA: other kinds of adapters load tokenizers and models that it
-            names.
+        ValueError: a file that is no JSON object, that names a module to import (``megatron_core``), or that is not
+            of LoRA: other kinds of adapters load tokenizers and models that it names.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -59,14 +52,12 @@ def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
     if path is None:
         return None
     where = f"adapter_config.json of {str(name)!r}"
-    with open(path, "rb") as opened:
-        content = opened.read(_LARGEST + 1)
     try:
-        config = json.loads(content) if len(content) <= _LARGEST else None
+        config = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must be JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{where} must be a JSON object of at most {_LARGEST} bytes, got {content[:80]!r}")
+        raise ValueError(f"{where} must be a JSON object, got {str(config)[:80]}")
     # every file that peft writes has the default megatron_core
     if config.get("megatron_config") is not None or config.get("megatron_core") not in (None, "megatron.core"):
         raise ValueError(
@@ -90,9 +81,7 @@ def _whole_model(loader: Any, name: str, **options: Any) -> Any:
             for what, names in (("missing", missing), ("of another shape", wrong), ("unreadable", found["error_msgs"]))
             if names
         ]
-        raise IncompleteModelError(
-            f"the files of {name!r} must hold every tensor of {type(model).__name__}: {', '.join(told)}"
-        )
+        raise ValueError(f"its files must hold every tensor of {type(model).__name__}: {', '.join(told)}")
     return model
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fused_kd.training.checkpoints import seal
-from fused_kd.training.loading import IncompleteModelError, read_adapter_config
 from fused_kd.training.loading import load_pretrained as load_pretrained
+from fused_kd.training.loading import read_adapter_config
 from fused_kd.training.stage import fingerprint, fingerprint_file, remove_folder, replace_folder
 
 if TYPE_CHECKING:
@@ -210,19 +210,15 @@ def with_adapters(model: nn.Module, lora: LoRA | None, task_type: str | None = N
     """
     if lora is None:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("lora needs the 'peft' package: install fused_kd[lora]") from error
-    targets = lora.target_modules
-    config = LoraConfig(
+    peft, targets = _peft(), lora.target_modules
+    config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task_type,
     )
-    return get_peft_model(model, config)
+    return peft.get_peft_model(model, config)
 
 
 def load_adapters(model: Any, name: str | Path) -> Any:
@@ -232,17 +228,13 @@ def load_adapters(model: Any, name: str | Path) -> Any:
         ValueError: no adapters there, or a configuration that :func:`read_adapter_config` refuses; tensors of the
             adapters are missing. ImportError: no peft.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError("adapters need the 'peft' package: install fused_kd[lora]") from error
+    peft = _peft()
     if read_adapter_config(name) is None:
         raise ValueError(f"{str(name)!r} is no folder and no hub name at hand with an adapter_config.json")
-    missing = "Found missing adapter keys"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", missing)
-            return PeftModel.from_pretrained(model, str(name))
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, str(name))
     except UserWarning as error:
         raise ValueError(f"the adapters of {str(name)!r} must be whole: {str(error)[:500]}") from error
 
@@ -260,6 +252,14 @@ def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerB
     tokenizer.save_pretrained(partial)
     seal(partial)
     replace_folder(partial, folder)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need the 'peft' package: install fused_kd[lora]") from error
+    return peft
 
 
 def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -286,8 +286,6 @@ def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: 
 def _pretrained(loader: Any, name: str, **options: Any) -> Any:
     try:
         return load_pretrained(loader, name, **options)
-    except IncompleteModelError:
-        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "

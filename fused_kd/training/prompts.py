@@ -114,19 +114,19 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
     return whole[:start], whole[start + len(alone) :]
 
 
+@dataclass(repr=False, eq=False)
 class Rows(Dataset[dict[str, list[int]]]):
     """Tokenised rows for a `torch.utils.data.DataLoader` or a `transformers.Trainer`.
 
     Attributes:
-        rows: dicts of ``input_ids`` and ``labels``, as of `encode_pair`.
+        rows: dicts of ``input_ids`` and ``labels``.
         skipped: pairs left out because the prompt alone filled `max_length`.
         truncated: rows whose response was cut.
     """
 
-    def __init__(self, rows: list[dict[str, list[int]]], skipped: int = 0, truncated: int = 0) -> None:
-        self.rows = rows
-        self.skipped = skipped
-        self.truncated = truncated
+    rows: list[dict[str, list[int]]]
+    skipped: int = 0
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,19 +147,17 @@ def tokenize_pairs(
     *,
     skip_long: bool = True,
 ) -> Rows:
-    """`encode_pair` for many pairs at once.
+    """A row a pair: prompt, response and EOS, in this order, with the loss on response and EOS.
 
-    A pair whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or raises
-    with ``skip_long=False``. Order is kept.
+    A response that leads beyond `max_length` tokens is cut at its end. A pair whose prompt alone fills `max_length` is
+    left out and counted in ``.skipped`` (default), or raises with ``skip_long=False``. Order is kept.
 
     Raises:
-        ValueError: as `encode_pair`; also where no row is left.
+        ValueError: an unknown template or direction, a `max_length` below 2, a tokenizer without EOS, no row left.
     """
-    parse_direction(direction)
     template, pairs = get_prompt(template), list(pairs)
     prompts = [template.render(pair.source, direction) for pair in pairs]
-    responses = [pair.target for pair in pairs]
-    return tokenize_texts(tokenizer, prompts, responses, max_length, skip_long=skip_long, items=pairs)
+    return tokenize_texts(tokenizer, prompts, [pair.target for pair in pairs], max_length, skip_long=skip_long)
 
 
 def tokenize_texts(
@@ -169,14 +167,8 @@ def tokenize_texts(
     max_length: int,
     *,
     skip_long: bool = True,
-    items: Sequence[Any] | None = None,
 ) -> Rows:
-    """`tokenize_pairs` for any task: rendered prompts, each with its response, which may end in EOS already.
-
-    ``items`` stand for the prompts in errors; default: the prompts themselves.
-    """
-    if isinstance(max_length, bool) or not isinstance(max_length, int):
-        raise TypeError(f"max_length must be an int, got {max_length!r}")
+    """`tokenize_pairs` for any task: rendered prompts, each with its response, which may end in EOS already."""
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: expected at least 2")
     eos = tokenizer.eos_token_id
@@ -184,14 +176,13 @@ def tokenize_texts(
         raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
     rows: list[dict[str, list[int]]] = []
     encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
-    named = prompts if items is None else items
-    for item, prompt, response in zip(named, encode_prompts(tokenizer, prompts), encoded, strict=True):
+    for text, prompt, response in zip(prompts, encode_prompts(tokenizer, prompts), encoded, strict=True):
         whole = response if response[-1:] == [eos] else [*response, eos]
         response = whole[: max(max_length - len(prompt), 0)]
         if response:
             rows.append({"input_ids": prompt + response, "labels": [LABEL_PAD] * len(prompt) + response})
         elif not skip_long:
-            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt of {item!r}")
+            raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt {text!r}")
     if not rows:
         raise ValueError(f"no rows: {len(prompts)} pairs given, max_length={max_length}")
     truncated = sum(row["input_ids"][-1] != eos for row in rows)
@@ -199,33 +190,23 @@ def tokenize_texts(
 
 
 def tokenize_instructions(
-    tokenizer: PreTrainedTokenizerBase, instructions: Iterable[Instruction], max_length: int, *, skip_long: bool = True
+    tokenizer: PreTrainedTokenizerBase, instructions: Iterable[Instruction], max_length: int
 ) -> Rows:
-    """Rows as of `tokenize_pairs`: loss on the output and EOS alone.
+    """`tokenize_pairs` for instructions: loss on the output and EOS alone.
 
-    An instruction whose prompt alone fills `max_length` is left out and counted in ``.skipped`` (default), or
-    raises with ``skip_long=False``; a longer output is cut at its end.
+    An instruction whose prompt alone fills `max_length` is left out and counted in ``.skipped``; a longer output is
+    cut at its end.
 
     Raises:
         ValueError: a `max_length` below 2, a tokenizer without EOS, no row left.
     """
     instructions = list(instructions)
     prompts = [instruction.prompt() for instruction in instructions]
-    outputs = [instruction.output for instruction in instructions]
-    return tokenize_texts(tokenizer, prompts, outputs, max_length, skip_long=skip_long, items=instructions)
+    return tokenize_texts(tokenizer, prompts, [instruction.output for instruction in instructions], max_length)
 
 
 def concatenate(datasets: Sequence[Rows]) -> Rows:
-    """One data set of several (directions, tasks), in their order; rows are shared, the counts are sums.
-
-    Raises:
-        ValueError: none given. TypeError: something other than `Rows`.
-    """
-    for index, dataset in enumerate(datasets):
-        if not isinstance(dataset, Rows):
-            raise TypeError(f"datasets[{index}] must be a Rows, got {type(dataset).__name__}")
-    if not datasets:
-        raise ValueError("datasets is empty: expected at least one")
+    """One data set of several (directions, tasks), in their order; rows are shared, the counts are sums."""
     return Rows(
         [row for dataset in datasets for row in dataset.rows],
         skipped=sum(dataset.skipped for dataset in datasets),

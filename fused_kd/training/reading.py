@@ -10,13 +10,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import random
 import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -25,11 +23,10 @@ SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
 _NAMED_DIRECTION = re.compile(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})(?=$|[._])")
-# a single file without splits of its own: shares of 1000 for test and valid
+# of a single file without splits of its own: shares of 1000 for test and valid
 _HELD_OUT = 50
 
 Item = TypeVar("Item")
-_GAP = re.compile(r"\s*")
 
 
 class Row(NamedTuple):
@@ -61,35 +58,30 @@ def read_rows(
     path = Path(source).expanduser()
     if path.is_dir():
         return file_rows(find_file(path, split, languages), languages)
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(
-                f"source={str(path)!r}: expected a file name that ends in one of {', '.join(SUFFIXES)}; "
-                "of parallel text the path without the language"
-            )
-        return _part_of_file(path, split, file_rows(path, None), key)
-    if languages and any(_side(path, language) for language in languages):
+    is_file, is_json = path.is_file(), path.name.endswith(SUFFIXES)
+    if is_file and not is_json:
+        raise ValueError(
+            f"source={str(path)!r}: expected a file name that ends in one of {', '.join(SUFFIXES)}; "
+            "of parallel text the path without the language"
+        )
+    if is_file or any(_side(path, language) for language in languages or ()):
         return _part_of_file(path, split, file_rows(path, languages), key)
-    if path.name.endswith(SUFFIXES) or path.is_absolute() or str(source).startswith((".", "~")):
+    if is_json or path.is_absolute() or str(source).startswith((".", "~")):
         beside = "".join(f", nor {path.name}.{language}" for language in languages or ())
         raise ValueError(f"source={str(source)!r}: no such file or directory{beside}")
     return _hub_rows(str(source), split)
 
 
 def select(
-    rows: Iterable[Row],
-    parse: Callable[[Any], Item | str],
-    what: str,
-    *,
-    limit: int | None,
-    seed: int | None,
-    skip_bad: bool,
+    rows: Iterable[Row], parse: Callable[[Any], Item | str], what: str, *, limit: int | None, skip_bad: bool
 ) -> list[Item]:
-    """At most `limit` items of the rows, shuffled first where there is a `seed`.
+    """The first `limit` items of the rows; None takes all.
 
     ``parse`` makes an item of a row's value, or says what is wrong with it; that raises, or with `skip_bad`
     goes into one warning. ``what`` names the rows in the error for none at all.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1, or None")
     items: list[Item] = []
     complaints: list[str] = []
     for place, value in rows:
@@ -100,32 +92,14 @@ def select(
             complaints.append(f"{place}: {item}")
         else:
             raise ValueError(f"{place}: {item}")
-        # without a shuffle nothing past the limit needs to be read
-        if seed is None and len(items) == limit:
+        if len(items) == limit:
             break
     if complaints:
         count = f"skipped {len(complaints)} bad rows of {len(complaints) + len(items)}"
         warnings.warn(f"{count}; the first: {complaints[0]}", stacklevel=3)
     if not items:
         raise ValueError(f"{what}: no usable rows")
-    if seed is not None:
-        random.Random(seed).shuffle(items)
-    return items[:limit]
-
-
-def check_request(source: object, split: object, limit: object, seed: object) -> None:
-    """The checks of arguments that all loaders share."""
-    if not isinstance(split, str):
-        raise TypeError(f"split must be a string, got {split!r}")
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"source must be a string or a path, got {source!r}")
-    for name, value, low in (("limit", limit, 1), ("seed", seed, 0)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int or None, got {value!r}")
-        if value < low:
-            raise ValueError(f"{name}={value}: expected at least {low}, or None")
+    return items
 
 
 def canonical_split(split: str) -> str | None:
@@ -139,73 +113,56 @@ def find_file(directory: Path, split: str, languages: tuple[str, str] | None = N
     Raises:
         ValueError: no file fits, or several do and none is the obvious one.
     """
-    paths = [path for path in directory.iterdir() if path.is_file()]
-    files = [path for path in paths if path.name.endswith(SUFFIXES)]
-    prefixes, lone = _text_prefixes(paths, languages)
-    files = sorted([*files, *prefixes])
-    for path in files:
-        if _stem(path) == split and split not in chain(*SPLIT_NAMES.values()):
-            return path
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
     wanted = canonical_split(split)
-    ranked: list[tuple[int, bool, str, Path]] = []
-    reverse = None
-    for path in files:
+
+    def rank(path: Path) -> int | None:
+        """0 is the best; None: not of this split and direction."""
+        stem = _stem(path)
         if wanted is None or _split_of(path) != wanted:
-            continue
-        named = _NAMED_DIRECTION.search(_stem(path)) if languages else None
+            return 0 if stem == split else None
+        named = _NAMED_DIRECTION.search(stem) if languages else None
         if named is None:
-            ranked.append((1, _stem(path) not in SPLIT_NAMES[wanted], path.name, path))
-        elif named.groups() == languages:
-            ranked.append((0, False, path.name, path))
-        elif named.groups()[::-1] == languages:
-            reverse = path
-            if wanted != "test":
-                ranked.append((2, False, path.name, path))
+            return 1 if stem in SPLIT_NAMES[wanted] else 2
+        if named.groups() == languages:
+            return 0
+        return 3 if named.groups()[::-1] == languages and wanted != "test" else None
+
+    files = [name for name in names if name.endswith(SUFFIXES)] + _text_prefixes(names, languages)
+    ranked = [(place, name) for name in files if (place := rank(directory / name)) is not None]
     if not ranked:
-        known = ", ".join(_stem(path) for path in files) or "none"
         of = f", direction={'-'.join(languages)!r}" if languages else ""
-        hint = f"; split={_stem(reverse)!r} takes the file of the reverse direction" if reverse else ""
-        hint += f"; without its other side: {', '.join(lone)}" if lone else ""
-        raise ValueError(f"split={split!r}{of}: no file fits in {directory} (there: {known}){hint}")
-    ranked.sort()
-    ties = [entry for entry in ranked if entry[:2] == ranked[0][:2]]
-    if len(ties) > 1 and wanted != "test":
-        names = ", ".join(entry[2] for entry in ties)
-        raise ValueError(f"split={split!r} is ambiguous in {directory} ({names}): give a full file stem as split")
-    return ranked[0][3]
+        raise ValueError(
+            f"split={split!r}{of}: no file fits in {directory} (there: {', '.join(names) or 'none'}); "
+            "split may be a file's stem, and text needs a file of each language"
+        )
+    best = sorted(name for place, name in ranked if place == min(ranked)[0])
+    if len(best) > 1 and wanted != "test":
+        raise ValueError(
+            f"split={split!r} is ambiguous in {directory} ({', '.join(best)}): give a full file stem as split"
+        )
+    return directory / best[0]
 
 
 def file_rows(path: Path, languages: tuple[str, str] | None) -> Iterator[Row]:
     """All rows of a JSON file, or, in `languages`, of the text with that prefix."""
-    if languages is not None and not path.name.endswith(SUFFIXES):
-        return aligned_rows(text_paths(path, languages), languages)
-    return json_rows(path)
-
-
-def text_paths(prefix: Path, languages: tuple[str, str]) -> tuple[Path, Path]:
-    """Both files of parallel text. Raises ``ValueError`` naming the one that is missing."""
-    first, second = (_side(prefix, language) for language in languages)
-    if first is None or second is None:
-        missing = languages[0] if first is None else languages[1]
-        raise ValueError(f"source={str(prefix)!r}: there is no {prefix.name}.{missing} or {prefix.name}.{missing}.gz")
-    return first, second
+    return json_rows(path) if languages is None or path.name.endswith(SUFFIXES) else aligned_rows(path, languages)
 
 
 def _side(prefix: Path, language: str) -> Path | None:
+    """The file of one language of parallel text."""
     names = (f"{prefix.name}.{language}", f"{prefix.name}.{language}.gz")
     return next((path for path in map(prefix.with_name, names) if path.is_file()), None) if prefix.name else None
 
 
-def _text_prefixes(paths: list[Path], languages: tuple[str, str] | None) -> tuple[list[Path], list[str]]:
-    """Prefixes that have both sides, and the names of files that have no other side."""
-    found: dict[Path, dict[str, str]] = {}
-    for path in paths:
-        name = path.name.removesuffix(".gz")
-        for language in languages or ():
-            if name.endswith(f".{language}") and name != f".{language}":
-                found.setdefault(path.with_name(name.removesuffix(f".{language}")), {})[language] = path.name
-    whole = [prefix for prefix, sides in found.items() if len(sides) == 2]
-    return whole, sorted(name for sides in found.values() if len(sides) == 1 for name in sides.values())
+def _text_prefixes(names: list[str], languages: tuple[str, str] | None) -> list[str]:
+    """Prefixes of the files of which both languages are there."""
+    if languages is None:
+        return []
+    first, second = (f".{language}" for language in languages)
+    plain = {name.removesuffix(".gz") for name in names}
+    prefixes = {name.removesuffix(first) for name in plain if name.endswith(first)}
+    return [prefix for prefix in prefixes if prefix and prefix + second in plain]
 
 
 def _stem(path: Path) -> str:
@@ -214,9 +171,7 @@ def _stem(path: Path) -> str:
 
 def _split_of(path: Path) -> str | None:
     stem = _stem(path)
-    if stem.startswith("test"):
-        return "test"
-    return canonical_split(re.split(r"[._-]", stem, maxsplit=1)[0])
+    return "test" if stem.startswith("test") else canonical_split(re.split(r"[._-]", stem, maxsplit=1)[0])
 
 
 def _part_of_file(path: Path, split: str, rows: Iterator[Row], key: Callable[[Any], str | None]) -> Iterator[Row]:
@@ -299,13 +254,21 @@ def text_fault(text: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        return f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate {code:#x}"
+        code, before = ord(text[error.start]), text[max(0, error.start - 20) : error.start]
+        fault = f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate {code:#x}"
+        return f"{fault} after {before!r}"
     return None
 
 
-def aligned_rows(paths: tuple[Path, Path], languages: tuple[str, str]) -> Iterator[Row]:
-    """Line i of both files as one row. Raises ``ValueError`` where one has more lines."""
+def aligned_rows(prefix: Path, languages: tuple[str, str]) -> Iterator[Row]:
+    """Line i of both files as one row. Raises ``ValueError`` where a file is missing or one has more lines."""
+    paths = []
+    for language in languages:
+        if (path := _side(prefix, language)) is None:
+            raise ValueError(
+                f"source={str(prefix)!r}: there is no {prefix.name}.{language} or {prefix.name}.{language}.gz"
+            )
+        paths.append(path)
     # a missing line anywhere shifts all that follow: nothing may be taken before both are counted
     (fewer, shorter), (more, longer) = sorted((sum(1 for _ in text_lines(path)), path) for path in paths)
     if fewer != more:
@@ -314,25 +277,38 @@ def aligned_rows(paths: tuple[Path, Path], languages: tuple[str, str]) -> Iterat
             f"got {more} and {fewer}"
         )
     for number, texts in enumerate(zip(*map(text_lines, paths), strict=True), start=1):
-        faults = [text_fault(text) for text in texts]
-        fault = faults[0] or faults[1]
-        first = faults[0] or (not faults[1] and (not texts[0].strip() or texts[1].strip()))
-        value = ValueError(fault) if fault else dict(zip(languages, texts, strict=True))
-        yield Row(f"{paths[0] if first else paths[1]}, line {number}", value)
+        yield Row(f"{prefix}, line {number}", dict(zip(languages, texts, strict=True)))
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of one JSON object a line, or of one array, plain or gzip.
+    """The rows of a file of one JSON object a line, or of arrays of them, plain or gzip.
 
     Raises:
         ValueError: it cannot be read, or is an array that is broken or followed by anything.
     """
+    for place, value in json_values(path):
+        if isinstance(value, list):
+            yield from (Row(f"{place}, row {number}", row) for number, row in enumerate(value, start=1))
+        else:
+            yield Row(place, value)
+
+
+def json_values(path: Path) -> Iterator[Row]:
+    """The values of a file that has one a line, or one on many lines; a line that is broken is a `ValueError`.
+
+    Raises:
+        ValueError: it cannot be read, or is a broken array: what comes after the break cannot be found.
+    """
     with reading(path) as file:
-        first = next((line for line in file if line.strip()), "")
+        begin, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (1, ""))
+        if first and isinstance(json_value(first), ValueError):
+            whole = json_value("\n" * (begin - 1) + first + file.read())
+            if not isinstance(whole, ValueError):
+                yield Row(f"{path}, line {begin}", whole)
+                return
+            if first.lstrip().startswith("["):
+                raise ValueError(f"{path}, array from line {begin}: {whole}")
     with reading(path) as file:
-        if first.lstrip().startswith("["):
-            yield from _array_rows(path, file.read())
-            return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield Row(f"{path}, line {number}", json_value(line))
@@ -346,39 +322,3 @@ def json_value(text: str) -> Any:
         return ValueError("not JSON: nested too deeply")
     except ValueError as error:
         return ValueError(f"not JSON: {error}")
-
-
-def _array_rows(path: Path, text: str) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
-    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-
-    def skip(end: int) -> int:
-        """The place of the next character after ``end`` that is no white space; counts the lines on the way."""
-        nonlocal line
-        found = _GAP.match(text, end).end()  # type: ignore[union-attr]
-        line += text.count("\n", position, found)
-        return found
-
-    position = skip(position)
-    closed = text.startswith("]", position)
-    while not closed:
-        place = f"{path}, line {line}"
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except RecursionError as error:
-            raise ValueError(f"{place}: not a JSON array: nested too deeply") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not a JSON array: {error.msg}") from error
-        fault = text_fault(text[position:end])
-        yield Row(place, ValueError(fault) if fault else value)
-        position = skip(end)
-        closed = text.startswith("]", position)
-        if not closed and not text.startswith(",", position):
-            raise ValueError(f"{path}, line {line}: not a JSON array: expected ',' or ']' after a row")
-        if not closed:
-            position = skip(position + 1)
-    if text[position + 1 :].strip():
-        raise ValueError(
-            f"{path}, line {line}: expected nothing after the array that ends there; rows are one array, or one "
-            "object a line"
-        )

@@ -8,21 +8,17 @@ the position before. The token itself is always listed, beyond the k largest whe
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_kd.training.reading import Row, json_value, reading, sound
+from fused_kd.training.reading import json_values, sound
 from fused_kd.training.teacher_cache import target_positions
 
 # the server's stand-in for -inf, which JSON does not have
 MINUS_INFINITY = -9999.0
-# of decimal digits alone, in the one way to write a number with them
-_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class PromptLogprobs(NamedTuple):
@@ -43,46 +39,25 @@ def read_prompt_logprobs(path: str | Path) -> Iterator[PromptLogprobs]:
     Raises:
         ValueError: not JSON, or something else in it, with file and line.
     """
-    for place, value in sound(_values(Path(path))):
-        try:
-            yield from _rows_of(value, place)
-        except RecursionError as error:
-            raise ValueError(f"{place}: nested too deeply") from error
-
-
-def _values(path: Path) -> Iterator[Row]:
-    """A value a line, or one value on many lines."""
-    with reading(path) as file:
-        begin, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (1, ""))
-    with reading(path) as file:
-        if first and isinstance(json_value(first), ValueError):
-            yield Row(f"{path}, line {begin}", json_value(file.read()))
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield Row(f"{path}, line {number}", json_value(line))
+    for place, value in sound(json_values(Path(path))):
+        yield from _rows_of(value, place)
 
 
 def _rows_of(value: Any, place: str) -> Iterator[PromptLogprobs]:
-    if isinstance(value, list) and value and value[0] is None:
-        yield _row(place, value, None)
-        return
-    if isinstance(value, list):
-        for number, item in enumerate(value, start=1):
-            yield from _rows_of(item, f"{place}, item {number}")
-        return
     found = value if isinstance(value, dict) else {}
     choices, response = found.get("choices"), found.get("response")
-    if isinstance(found.get("prompt_logprobs"), list):
+    if isinstance(value, list) and value[:1] == [None]:
+        yield _row(place, value, None)
+    elif isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            yield from _rows_of(item, f"{place}, item {number}")
+    elif isinstance(found.get("prompt_logprobs"), list):
         yield _row(place, found["prompt_logprobs"], found.get("prompt_token_ids"))
-    elif isinstance(choices, list):
-        for choice in choices:
-            if not isinstance(choice, dict) or type(choice.get("index", 0)) is not int:
-                raise ValueError(f"{place}: choices must be objects with an int as index, got {_shown(choice)}")
+    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
             yield from _rows_of(choice, place)
-    elif isinstance(response, dict) and isinstance(response.get("body"), dict):
-        yield from _rows_of(response["body"], place)
+    elif isinstance(response, dict):
+        yield from _rows_of(response.get("body"), place)
     else:
         raise ValueError(f"{place}: expected prompt_logprobs, a list that starts with null, got {_shown(value)}")
 
@@ -93,9 +68,7 @@ def _row(place: str, entries: list[Any], token_ids: Any) -> PromptLogprobs:
             raise ValueError(
                 f"{place}: the entry at position {position} must be an object or null, got {_shown(entry)}"
             )
-    if token_ids is not None and (
-        not isinstance(token_ids, list) or any(type(token) is not int for token in token_ids)
-    ):
+    if not isinstance(token_ids, list | None):
         raise ValueError(f"{place}: prompt_token_ids must be a list of ints, got {_shown(token_ids)}")
     return PromptLogprobs(place, entries, token_ids)
 
@@ -103,8 +76,15 @@ def _row(place: str, entries: list[Any], token_ids: Any) -> PromptLogprobs:
 def row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(n, k) log-probabilities and ids of the positions whose next label is valid."""
     tokens = [int(token) for token in row["input_ids"]]
-    if found.token_ids is not None and list(found.token_ids) != tokens:
-        raise ValueError(f"{found.place}: prompt_token_ids are not the row's input_ids: {_difference(found, tokens)}")
+    theirs = tokens if found.token_ids is None else found.token_ids
+    if theirs != tokens:
+        where = next((i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b), None)
+        difference = (
+            f"{len(theirs)} instead of {len(tokens)}"
+            if where is None
+            else f"{theirs[where]!r} instead of {tokens[where]} at position {where}"
+        )
+        raise ValueError(f"{found.place}: prompt_token_ids are not the row's input_ids: {difference}")
     if len(found.entries) != len(tokens):
         raise ValueError(f"{found.place}: {len(found.entries)} entries for a row of {len(tokens)} tokens")
     positions = target_positions(row["labels"])
@@ -126,27 +106,16 @@ def row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tuple
 
 
 def _token(text: str, place: str) -> int:
-    if not _ID.fullmatch(text):
+    if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"{place}: token ids must be decimal digits, got {_shown(text)}")
     return int(text)
 
 
 def _logprob(value: Any, place: str) -> float:
     number = value.get("logprob") if isinstance(value, dict) else value  # old versions: the number itself
-    try:
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not math.isnan(number):
-            return float(number)
-    except OverflowError:  # an int of hundreds of digits
-        pass
-    raise ValueError(f"{place}: logprob must be a number, got {_shown(number)}")
-
-
-def _difference(found: PromptLogprobs, tokens: list[int]) -> str:
-    theirs = list(found.token_ids or [])
-    if len(theirs) != len(tokens):
-        return f"{len(theirs)} instead of {len(tokens)}"
-    where = next(i for i, (a, b) in enumerate(zip(theirs, tokens, strict=True)) if a != b)
-    return f"{theirs[where]} instead of {tokens[where]} at position {where}"
+    if not isinstance(number, (int, float)) or number != number:
+        raise ValueError(f"{place}: logprob must be a number, got {_shown(number)}")
+    return float(number)
 
 
 def _shown(value: Any) -> str:

@@ -26,6 +26,7 @@ from fused_kd.training.reading import find_file
 
 ROWS = [{"en": f"Line {i}.", "de": f"Zeile {i}."} for i in range(30)]
 PAIRS = [Pair(row["en"], row["de"]) for row in ROWS]
+TURNED = [Pair(b, a) for a, b in PAIRS]
 
 
 def write(path: Path, text: str) -> Path:
@@ -40,13 +41,18 @@ def lines(rows: list) -> str:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("form", ["lines", "array", "pretty"])
+@pytest.mark.parametrize("form", ["lines", "array", "pretty", "arrays"])
 def test_every_form_gives_the_same_pairs(tmp_path: Path, nested: bool, form: str) -> None:
     rows = [{"translation": row} for row in ROWS] if nested else ROWS
-    text = lines(rows) if form == "lines" else json.dumps(rows, indent=2 if form == "pretty" else None)
+    text = {
+        "lines": lines(rows),
+        "array": json.dumps(rows),
+        "pretty": "\n" + json.dumps(rows, indent=2),
+        "arrays": lines([rows[:9], rows[9:]]),
+    }[form]
     path = write(tmp_path / ("train.json.gz" if nested else "train.jsonl"), text)
     assert load_pairs(str(path), "train", "en-de") == PAIRS
-    assert load_pairs(str(tmp_path), "train", "de-en") == [Pair(p.target, p.source) for p in PAIRS]
+    assert load_pairs(str(tmp_path), "train", "de-en", limit=4) == TURNED[:4]
 
 
 def test_white_space_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
@@ -56,65 +62,68 @@ def test_white_space_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path / "dev.json", "\n\n  [ ]\n")
     with pytest.raises(ValueError, match="no usable rows"):
         load_pairs(str(tmp_path), "valid", "de-en")
+    with pytest.raises(ValueError, match="limit=0: expected at least 1, or None"):
+        load_pairs(str(path), "train", "de-en", limit=0)
 
 
-def test_limit_and_seed(tmp_path: Path) -> None:
-    source = str(write(tmp_path / "train.jsonl", lines(ROWS)))
-    assert load_pairs(source, "train", "en-de", limit=4) == PAIRS[:4]
-    shuffled = load_pairs(source, "train", "en-de", seed=7)
-    assert shuffled != PAIRS and sorted(shuffled) == sorted(PAIRS)
-    assert load_pairs(source, "train", "en-de", seed=7, limit=5) == shuffled[:5]
-    for options, error in (({"limit": 0}, ValueError), ({"limit": True}, TypeError), ({"seed": -1}, ValueError)):
-        with pytest.raises(error, match=r"limit|seed"):
-            load_pairs(source, "train", "en-de", **options)
+GOOD_TASK = {"instruction": "Translate {this}.", "input": "A dog", "output": "Ein Hund"}
+BAD = {
+    "pairs": [
+        (b'{"en": "x"}', r"no text for the language 'de' \(columns: en\)"),
+        (b'{"en": "x", "de": "  "}', "the text for the language 'de' is empty"),
+        (b'{"en": "x", "de": "y"', "not JSON"),
+        (b'["x"]', "expected an object"),
+        (b'{"translation": {"en": "x"}}', r"no text for the language 'de' \(columns: en\)"),
+        (b'{"en": ' + b"[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"en": "\xff", "de": "b"}', """not UTF-8: byte 0xff after '{"en": "'"""),
+        (rb'{"en": "\ud83d", "de": "b"}', "the text for the language 'en' is a lone surrogate 0xd83d"),
+    ],
+    "tasks": [
+        (b'{"instruction": "x"}', r"no text for 'output' \(columns: instruction\)"),
+        (b'{"instruction": "x", "input": 3, "output": "y"}', "no text for 'input'"),
+        (b'{"instruction": " ", "output": "y"}', "the text for 'instruction' is empty"),
+        (b'["x"]', "expected an object with instruction, input and output"),
+    ],
+}
 
 
-BAD = [
-    (b'{"en": "x"}', "no text for the language 'de'"),
-    (b'{"en": "x", "de": "  "}', "the text for the language 'de' is empty"),
-    (b'{"en": "x", "de": "y"', "not JSON"),
-    (b'["x", "y"]', "expected an object"),
-    (b'{"translation": {"en": "x"}}', r"no text for the language 'de' \(columns: en\)"),
-    (b'{"en": ' + b"[" * 100_000, "nested too deeply"),
-    (b'{"en": "\xff", "de": "b"}', "not UTF-8: byte 0xff"),
-    (rb'{"en": "\ud83d", "de": "b"}', "a lone surrogate 0xd83d"),
-]
+@pytest.mark.parametrize(
+    ("kind", "bad", "message"), [(kind, *row) for kind in BAD for row in BAD[kind]], ids=lambda value: str(value)[:20]
+)
+def test_bad_rows_name_file_and_line_or_are_skipped(tmp_path: Path, kind: str, bad: bytes, message: str) -> None:
+    path = tmp_path / "train.jsonl"
 
+    def load(**options: bool) -> list:
+        if kind == "pairs":
+            return load_pairs(str(path), "train", "en-de", **options)
+        return load_instructions(str(path), "train", **options)
 
-@pytest.mark.parametrize(("bad", "message"), BAD, ids=lambda value: str(value)[:20])
-def test_bad_rows_name_file_and_line_or_are_skipped(tmp_path: Path, bad: bytes, message: str) -> None:
-    good, path = json.dumps(ROWS[0]).encode(), tmp_path / "train.jsonl"
+    good = json.dumps(ROWS[0] if kind == "pairs" else GOOD_TASK).encode()
+    path.write_bytes(good + b"\n\n")
+    expected = load()
     path.write_bytes(good + b"\n\n" + bad + b"\n" + good + b"\n")
-    with pytest.raises(ValueError, match=rf"train\.jsonl, line 3: .*{message}"):
-        load_pairs(str(path), "train", "en-de")
+    with pytest.raises(ValueError, match=rf"train\.jsonl, line 3(, row 1)?: {message}"):
+        load()
     with pytest.warns(UserWarning, match="skipped 1 bad rows of 3.*line 3"):
-        assert load_pairs(str(path), "train", "en-de", skip_bad=True) == [PAIRS[0]] * 2
-    path.write_bytes(b"[\n" + good + b",\n\n" + bad + b"]")
-    if "JSON" in message or "nested" in message:  # the rows after the break cannot be found
-        with pytest.raises(ValueError, match=r"line \d+: not a JSON array"):
-            load_pairs(str(path), "train", "en-de", skip_bad=True)
+        assert load(skip_bad=True) == expected * 2
+    path.write_bytes(b"\n[\n" + good + b",\n\n" + bad + b"]")
+    if "not " in message:  # the rows after the break cannot be found
+        with pytest.raises(ValueError, match=r"train\.jsonl, array from line 2: not (JSON|UTF-8)"):
+            load(skip_bad=True)
         return
-    with pytest.raises(ValueError, match=f"line 4: .*{message}"):
-        load_pairs(str(path), "train", "en-de")
-    with pytest.warns(UserWarning, match=r"skipped 1 bad rows of 2; the first: .*line 4"):
-        assert load_pairs(str(path), "train", "en-de", skip_bad=True) == [PAIRS[0]]
+    with pytest.raises(ValueError, match=r"line 2, row 2: "):
+        load()
+    with pytest.warns(UserWarning, match=r"skipped 1 bad rows of 2; the first: .*line 2, row 2: "):
+        assert load(skip_bad=True) == expected
 
 
 def test_a_broken_array_and_one_with_more_after_it(tmp_path: Path) -> None:
-    """Not one row of several, nor the first of several arrays."""
+    """Nothing of a file is taken for the whole."""
     row, path = '{"en": "a", "de": "b"}', tmp_path / "train.json"
-    for text, line, message in (
-        (f"[\n{row}\n{{}}]", 3, "not a JSON array"),
-        (f"[{row},\n", 2, "not a JSON array"),
-        ("[\n{'a'}]", 2, "not a JSON array"),
-        (f"[{row}]\n[{row}]", 1, "expected nothing after the array"),
-        (f"[]\n\n{row}", 1, "expected nothing after the array"),
-    ):
+    for text, line in ((f"[\n{row}\n{{}}]", 3), (f"[{row},\n", 2), ("[\n{'a'}]", 2), (f"[\n{row}]\n[{row}]", 3)):
         write(path, text)
-        with pytest.raises(ValueError, match=f"line {line}: {message}"):
+        with pytest.raises(ValueError, match=f"train.json, array from line 1: not JSON: .* line {line} "):
             load_pairs(str(path), "train", "en-de", skip_bad=True)
-    write(path, f"\n [{row}\n,\t{row} ] \n\n")
-    assert load_pairs(str(path), "train", "en-de") == [Pair("a", "b")] * 2
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -126,54 +135,58 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             load_pairs(str(path), "train", "en-de")
 
 
-def test_several_directions(tmp_path: Path) -> None:
+def test_directions_and_language_names(tmp_path: Path) -> None:
+    assert parse_direction("zh_cn-en") == ("zh_cn", "en")
+    assert [language_name(code) for code in ("de", "zh_cn", "xx")] == ["German", "Chinese", "xx"]
+    for direction in ("en", "en-en", "english-german", "en_de", "", "en-de-fr"):
+        with pytest.raises(ValueError, match="direction="):
+            load_pairs("builtin", "train", direction)
     write(tmp_path / "train.jsonl", lines(ROWS))
-    write(tmp_path / "cs" / "train.cs-en.jsonl", lines([{"en": "Hi", "cs": "Ahoj"}]))
-    made = load_directions(str(tmp_path), "train", ["de-en", "en-de"], seed=3, limit=5)
-    assert list(made) == ["de-en", "en-de"] and len(made["en-de"]) == 5
-    assert made["de-en"] == [Pair(b, a) for a, b in made["en-de"]]
-    sources = {"en-de": str(tmp_path), "cs-en": str(tmp_path / "cs")}
-    assert load_directions(sources, "train", ["cs-en"]) == {"cs-en": [Pair("Ahoj", "Hi")]}
-    with pytest.raises(ValueError, match=r"no entry for de-en \(there: en-de, cs-en\)"):
-        load_directions(sources, "train", ["de-en"])
+    made = load_directions(str(tmp_path), "train", ["de-en", "en-de"], limit=5)
+    assert list(made.items()) == [("de-en", TURNED[:5]), ("en-de", PAIRS[:5])]
     for directions in ([], ["en-de", "en-de"]):
         with pytest.raises(ValueError, match="directions="):
             load_directions(str(tmp_path), "train", directions)
-    with pytest.raises(TypeError, match="directions must be"):
-        load_directions(str(tmp_path), "train", "en-de")
 
 
-def found(directory: Path, split: str, direction: str = "en-de") -> str:
-    return find_file(directory, split, parse_direction(direction)).name
+DIRECTORIES: dict[str, list[tuple[str, str, str]]] = {
+    "train.jsonl.gz val.jsonl test_2018.jsonl test_2016.jsonl.gz notes.txt train_log.js": [
+        ("train", "en-de", "train.jsonl.gz"),
+        ("valid", "en-de", "val.jsonl"),
+        ("val", "en-de", "val.jsonl"),
+        ("test", "en-de", "test_2016.jsonl.gz"),
+        ("test_2018", "en-de", "test_2018.jsonl"),
+        ("tets", "en-de", r"split='tets', direction='en-de': no file fits .*test_2018.jsonl"),
+    ],
+    "dev.jsonl val.jsonl": [("valid", "en-de", r"ambiguous in .*\(dev\.jsonl, val\.jsonl\)")],
+    "train.cs-en.jsonl train.de-en.jsonl test.de-en.jsonl": [
+        ("train", "en-de", "train.de-en.jsonl"),
+        ("test", "de-en", "test.de-en.jsonl"),
+        ("test", "en-de", r"no file fits .*test\.de-en\.jsonl.*split may be a file's stem"),
+        ("test.de-en", "en-de", "test.de-en.jsonl"),
+        ("train", "en-fr", "no file fits"),
+    ],
+    "train.de-en.jsonl train.en-de.jsonl test.de-en.jsonl test.en-de.jsonl": [
+        ("train", "en-de", "train.en-de.jsonl"),
+        ("test", "en-de", "test.en-de.jsonl"),
+    ],
+    "train.en train.de.gz test.de .en .de": [
+        ("train", "de-en", "train"),
+        ("test", "de-en", r"no file fits .*test\.de.* a file of each language"),
+    ],
+}
 
 
-def names(directory: Path, *files: str) -> None:
-    for file in files:
-        write(directory / file, lines(ROWS[:1]))
-
-
-def test_directory_finds_the_obvious_file(tmp_path: Path) -> None:
-    names(tmp_path, "train.jsonl.gz", "val.jsonl", "test_2018.jsonl", "test_2016.jsonl.gz", "notes.txt", "train_log.js")
-    assert [found(tmp_path, split) for split in ("train", "valid", "val", "test", "test_2018")] == [
-        "train.jsonl.gz", "val.jsonl", "val.jsonl", "test_2016.jsonl.gz", "test_2018.jsonl",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"split='tets'.*test_2018"):
-        found(tmp_path, "tets")
-    names(tmp_path, "dev.jsonl")
-    with pytest.raises(ValueError, match=r"ambiguous.*dev\.jsonl, val\.jsonl"):
-        found(tmp_path, "valid")
-
-
-def test_directory_respects_the_direction_in_the_name(tmp_path: Path) -> None:
-    names(tmp_path, "train.cs-en.jsonl", "train.de-en.jsonl", "test.de-en.jsonl")
-    assert found(tmp_path, "train") == "train.de-en.jsonl" and found(tmp_path, "test", "de-en") == "test.de-en.jsonl"
-    with pytest.raises(ValueError, match=r"split='test\.de-en' takes the file of the reverse direction"):
-        found(tmp_path, "test")
-    assert found(tmp_path, "test.de-en") == "test.de-en.jsonl"
-    names(tmp_path, "test.en-de.jsonl", "train.en-de.jsonl")
-    assert found(tmp_path, "test") == "test.en-de.jsonl" and found(tmp_path, "train") == "train.en-de.jsonl"
-    with pytest.raises(ValueError, match="no file fits"):
-        found(tmp_path, "train", "en-fr")
+@pytest.mark.parametrize(("names", "wanted"), DIRECTORIES.items(), ids=lambda value: str(value)[:20])
+def test_directory_finds_the_obvious_file(tmp_path: Path, names: str, wanted: list[tuple[str, str, str]]) -> None:
+    for name in names.split():
+        write(tmp_path / name, "")
+    for split, direction, expected in wanted:
+        if " " not in expected:
+            assert find_file(tmp_path, split, parse_direction(direction)).name == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                find_file(tmp_path, split, parse_direction(direction))
 
 
 def test_files_with_and_without_a_split_name(tmp_path: Path) -> None:
@@ -204,7 +217,7 @@ def test_text_by_directory_and_by_prefix(tmp_path: Path, english: str, german: s
     prefix = tmp_path / english.removesuffix(".gz").removesuffix(".en")
     for source in (tmp_path, prefix):
         assert load_pairs(str(source), "train", "en-de") == PAIRS
-        assert load_pairs(str(source), "train", "de-en") == [Pair(p.target, p.source) for p in PAIRS]
+        assert load_pairs(str(source), "train", "de-en") == TURNED
     with pytest.raises(ValueError, match="holds the train split"):
         load_pairs(str(prefix), "valid", "en-de")
 
@@ -216,53 +229,34 @@ def test_text_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert load_pairs(str(tmp_path), "train", "en-de") == expected
 
 
-def test_text_of_unequal_length_is_never_taken(tmp_path: Path) -> None:
-    write(tmp_path / "train.en", "a\nb\nc\nd\n")
-    write(tmp_path / "train.de", "eins\nzwei")
-    for direction in ("en-de", "de-en"):
-        with pytest.raises(ValueError, match=r"train\.en, line 3: .*train\.de has no such line.*got 4 and 2"):
-            load_pairs(str(tmp_path), "train", direction, limit=1, skip_bad=True)
-
-
 def test_bad_lines_of_text_name_file_and_line_or_are_skipped(tmp_path: Path) -> None:
-    for english, german, file, message in (
-        (b"x", b" \t", "de", "the text for the language 'de' is empty"),
-        (b"", b"y", "en", "the text for the language 'en' is empty"),
-        (b"x", "ü".encode("latin-1"), "de", "not UTF-8: byte 0xfc"),
+    for english, german, message in (
+        (b"x", b" \t", "'de' is empty"),
+        (b"", b"y", "'en' is empty"),
+        (b"x", "ü".encode("latin-1"), "'de' is not UTF-8: byte 0xfc"),
     ):
         (tmp_path / "train.en").write_bytes(b"a\n" + english + b"\nb\n")
         (tmp_path / "train.de").write_bytes(b"eins\n" + german + b"\nzwei\n")
-        with pytest.raises(ValueError, match=rf"train\.{file}, line 2: {message}"):
+        with pytest.raises(ValueError, match=rf"train, line 2: the text for the language {message}"):
             load_pairs(str(tmp_path / "train"), "train", "en-de")
-        with pytest.warns(UserWarning, match=rf"skipped 1 bad rows of 3.*train\.{file}, line 2"):
+        with pytest.warns(UserWarning, match=r"skipped 1 bad rows of 3.*train, line 2"):
             pairs = load_pairs(str(tmp_path), "train", "en-de", skip_bad=True)
         assert pairs == [Pair("a", "eins"), Pair("b", "zwei")]
+    write(tmp_path / "train.en", "a\nb\nc\nd\n")
+    for direction in ("en-de", "de-en"):  # a missing line may be anywhere
+        with pytest.raises(ValueError, match=r"train\.en, line 4: .*train\.de has no such line.*got 4 and 3"):
+            load_pairs(str(tmp_path), "train", direction, limit=1, skip_bad=True)
     (tmp_path / "train.de").unlink()
     with pytest.raises(ValueError, match=r"train': there is no train\.de or train\.de\.gz"):
         load_pairs(str(tmp_path / "train"), "train", "en-de")
-    with pytest.raises(ValueError, match=r"no file fits .*without its other side: train\.en"):
-        load_pairs(str(tmp_path), "train", "en-de")
     with pytest.raises(ValueError, match="of parallel text the path without the language"):
         load_pairs(str(tmp_path / "train.en"), "train", "en-de")
-
-
-def test_directions_and_language_names() -> None:
-    assert parse_direction("zh_cn-en") == ("zh_cn", "en")
-    assert [language_name(code) for code in ("de", "zh_cn", "xx")] == ["German", "Chinese", "xx"]
-    for direction in ("en", "en-en", "english-german", "en_de", "", "en-de-fr"):
-        with pytest.raises(ValueError, match="direction="):
-            load_pairs("builtin", "train", direction)
-    with pytest.raises(TypeError, match="direction"):
-        parse_direction(None)  # type: ignore[arg-type]
 
 
 def test_missing_paths_are_not_taken_for_hub_names(tmp_path: Path) -> None:
     for source in (str(tmp_path / "none"), "./none", "none/train.jsonl", "~/none-at-all"):
         with pytest.raises(ValueError, match="no such file or directory"):
             load_pairs(source, "train", "en-de")
-    other = write(tmp_path / "train.csv", "a,b")
-    with pytest.raises(ValueError, match="file name that ends in one of"):
-        load_pairs(str(other), "train", "en-de")
 
 
 def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +273,7 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", here(load))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert load_pairs("owner/pairs:de-en", "train", "en-de") == PAIRS
-    assert load_pairs("owner/pairs", "valid", "de-en") == [Pair(b, a) for a, b in PAIRS[:2]]
+    assert load_pairs("owner/pairs", "valid", "de-en") == TURNED[:2]
     with pytest.raises(ValueError, match=r"split='test': owner/pairs has train, validation"):
         load_pairs("owner/pairs", "test", "en-de")
 
@@ -294,6 +288,9 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_pairs("nobody/nothing", "train", "en-de")
 
 
+TOY = {"train": "bc15841d1aec", "valid": "9f22d2edc7c2", "test": "064e27292ffe"}
+
+
 def test_the_toy_corpus_is_what_it_was() -> None:
     """The rows that results and docs were made with."""
     digests = {}
@@ -302,17 +299,14 @@ def test_the_toy_corpus_is_what_it_was() -> None:
         assert len(rows) == len({r["en"] for r in rows}) == len({r["de"] for r in rows}) == count
         digests[split] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
     assert digests == TOY
-    assert toy_corpus("test", 3) == toy_corpus("test")[:3]
-    for options in (("tests",), ("test", 0), ("test", 501)):
-        with pytest.raises(ValueError, match=r"split=|size="):
-            toy_corpus(*options)
     pairs = load_pairs("builtin", "valid", "en-de")
     assert load_pairs("builtin", "dev", "de-en", limit=3) == [Pair(b, a) for a, b in pairs[:3]]
-    with pytest.raises(ValueError, match="'en-de' and 'de-en' only"):
-        load_pairs("builtin", "train", "en-fr")
-
-
-TOY = {"train": "bc15841d1aec", "valid": "9f22d2edc7c2", "test": "064e27292ffe"}
+    for split, direction, message in (
+        ("train", "en-fr", "'en-de' and 'de-en' only"),
+        ("tests", "en-de", "split='tests'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pairs("builtin", split, direction)
 
 
 def test_misalign() -> None:
@@ -327,20 +321,15 @@ def test_misalign() -> None:
         misalign(pairs, 1.2)
 
 
-ALONE = Instruction("Name two\ncolours.", "", "Red,\nblue.")
-WITH = Instruction("Translate {this}.", "A dog", "Ein Hund")
-TASKS = [
-    {"instruction": " Name two\ncolours. ", "input": "", "output": "Red,\nblue.\n"},
-    {"instruction": "Translate {this}.", "input": "A dog", "output": "Ein Hund"},
-]
-
-
 @pytest.mark.parametrize("missing", [{"input": ""}, {"input": None}, {"input": " \n"}, {}])
 def test_instructions_are_read(tmp_path: Path, missing: dict) -> None:
-    rows = [{**{key: TASKS[0][key] for key in ("instruction", "output")}, **missing}, TASKS[1]]
+    rows = [{"instruction": " Name two\ncolours. ", "output": "Red,\nblue.\n", **missing}, GOOD_TASK]
     path = write(tmp_path / "train.json", json.dumps(rows, indent=1) if missing else lines(rows))
-    assert load_instructions(str(path), "train") == [ALONE, WITH]
-    assert load_instructions(str(tmp_path), "train", limit=1) == [ALONE]
+    first = Instruction("Name two\ncolours.", "", "Red,\nblue.")
+    assert load_instructions(str(path), "train") == [first, Instruction(**GOOD_TASK)]
+    assert load_instructions(str(tmp_path), "train", limit=1) == [first]
+    with pytest.raises(ValueError, match="no instructions"):
+        load_instructions("builtin", "train")
 
 
 def test_a_file_of_instructions_is_divided(tmp_path: Path) -> None:
@@ -352,27 +341,7 @@ def test_a_file_of_instructions_is_divided(tmp_path: Path) -> None:
     assert sum(map(len, parts.values())) == 2_000 and all(60 < len(parts[split]) < 160 for split in ("valid", "test"))
     tasks = [{row.instruction for row in part} for part in parts.values()]
     assert not tasks[0] & tasks[1] and not tasks[0] & tasks[2] and not tasks[1] & tasks[2]
-    assert sorted(load_instructions(path, "all", seed=5)) == sorted(chain(*parts.values()))
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ('{"instruction": "x"}', r"no text for 'output' \(columns: instruction\)"),
-        ('{"instruction": "x", "input": 3, "output": "y"}', "no text for 'input'"),
-        ('{"instruction": " ", "output": "y"}', "the text for 'instruction' is empty"),
-        ('["x"]', "expected an object with instruction, input and output"),
-    ],
-)
-def test_bad_instructions_name_file_and_line_or_are_skipped(tmp_path: Path, bad: str, message: str) -> None:
-    good, path = json.dumps(TASKS[1]), tmp_path / "tasks.jsonl"
-    path.write_text(f"{good}\n\n{bad}\n{good}\n")
-    with pytest.raises(ValueError, match=rf"tasks\.jsonl, line 3: {message}"):
-        load_instructions(str(path), "train")
-    with pytest.warns(UserWarning, match=r"skipped 1 bad rows of \d.*line 3"):
-        assert load_instructions(str(path), "all", skip_bad=True) == [WITH] * 2
-    with pytest.raises(ValueError, match="no instructions"):
-        load_instructions("builtin", "train")
+    assert sorted(load_instructions(path, "all")) == sorted(chain(*parts.values()))
 
 
 @pytest.mark.parametrize(

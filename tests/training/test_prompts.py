@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from fused_kd.training.data import Instruction, Pair
 from fused_kd.training.prompts import (
     PROMPTS,
     PromptTemplate,
-    Rows,
     concatenate,
     encode_prompts,
     get_prompt,
@@ -126,39 +125,21 @@ def test_many_pairs_are_the_pairs_one_by_one(tokenizer: PreTrainedTokenizerFast)
     expected = [encode_pair(tokenizer, "tiny", pair, "en-de", 60) for pair in (pairs[0], *pairs[2:])]
     assert [rows[index] for index in range(3)] == expected
     assert repr(rows) == "Rows(3 rows, skipped=1, truncated=1)"
-    with pytest.raises(ValueError, match="leaves no room"):
-        tokenize_pairs(tokenizer, "tiny", pairs, "en-de", 60, skip_long=False)
-    with pytest.raises(ValueError, match="no rows: 0 pairs"):
-        tokenize_pairs(tokenizer, "tiny", [], "en-de", 60)
-    with pytest.raises(ValueError, match="no rows: 1 pairs"):
-        tokenize_pairs(tokenizer, "tiny", pairs[1:2], "en-de", 60)
-
-
-def test_several_data_sets_become_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    long, cut = Pair("the cat " * 30, "die"), Pair("cat", "die Katze " * 30)
-    forth = tokenize_pairs(tokenizer, "tiny", [PAIR, long, cut], "en-de", 60)
-    back = tokenize_pairs(tokenizer, "tiny", [long, Pair(PAIR.target, PAIR.source), long], "de-en", 60)
-    both = concatenate([forth, back])
-    assert [both[index] for index in range(3)] == [forth[0], forth[1], back[0]]
-    assert (len(both), both.skipped, both.truncated) == (3, 3, 1)
-    assert len(forth) == 2 and concatenate([forth]).rows is not forth.rows
-    with pytest.raises(ValueError, match="datasets is empty"):
-        concatenate([])
-    with pytest.raises(TypeError, match=r"datasets\[1\] must be a Rows, got list"):
-        concatenate([Rows([]), []])  # type: ignore[list-item]
-
-
-def test_bad_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="max_length=1"):
-        encode_pair(tokenizer, "tiny", PAIR, "en-de", 1)
-    with pytest.raises(TypeError, match="max_length"):
-        encode_pair(tokenizer, "tiny", PAIR, "en-de", 9.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="direction="):
-        encode_pair(tokenizer, "tiny", PAIR, "ende", 64)
+    both = concatenate([rows, tokenize_pairs(tokenizer, "tiny", pairs[:2], "de-en", 60)])
+    assert repr(both) == "Rows(4 rows, skipped=2, truncated=1)" and both.rows[:3] == rows.rows
     bare = make_tokenizer(TEXTS)
     bare.eos_token = None
-    with pytest.raises(ValueError, match="no EOS token"):
-        encode_pair(bare, "tiny", PAIR, "en-de", 64)
+    for made_by, given, direction, length, message in (
+        (tokenizer, pairs, "en-de", 60, "max_length=60 leaves no room .*the cat"),
+        (tokenizer, [], "en-de", 60, "no rows: 0 pairs given, max_length=60"),
+        (tokenizer, pairs, "en-de", 1, "max_length=1: expected at least 2"),
+        (tokenizer, pairs, "ende", 60, "direction='ende'"),
+        (bare, pairs, "en-de", 60, "no EOS token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenize_pairs(made_by, "tiny", given, direction, length, skip_long=False)
+    with pytest.raises(ValueError, match="no rows: 1 pairs"):
+        tokenize_pairs(tokenizer, "tiny", pairs[1:2], "en-de", 60)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -208,33 +189,28 @@ def test_collator_aligns_cached_teachers(side: str) -> None:
                 assert batch["labels"][row, position + 1] != -100
 
 
-def test_collator_rejects_odd_teachers() -> None:
-    row = {"input_ids": [5, 6], "labels": [-100, 6]}
-    lists = {"teacher_log_probs": torch.zeros(1, 1), "teacher_indices": torch.zeros(1, 1, dtype=torch.int64)}
-    wider = {name: value.repeat(1, 2) for name, value in lists.items()}
-    for rows, message in (
-        ([{**row, **lists}, row], "in every row of a batch or in none"),
-        ([{**row, "teacher_log_probs": torch.zeros(1, 1)}], "in every row of a batch or in none"),
-        ([{**row, **lists}, {**row, **wider}], r"one K .*\[1, 2\]"),
-        ([{**row, **lists, "labels": [5, -100]}], "has 1 lists and teacher_indices 1 for 0 labels"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Collator(0)(rows)
+LISTS = {"teacher_log_probs": torch.zeros(1, 1), "teacher_indices": torch.zeros(1, 1, dtype=torch.int64)}
+ROW: dict[str, Any] = {"input_ids": [5, 6], "labels": [-100, 6]}
 
 
-def test_collator_rejects_nonsense() -> None:
-    for options, message in (
-        ({"side": "middle"}, "side='middle'"),
-        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Collator(0, **options)
-    with pytest.raises(ValueError, match="pad_token_id=-1"):
-        Collator(-1)
-    with pytest.raises(TypeError, match="pad_token_id"):
-        Collator(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch is empty"):
-        Collator(0)([])
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"side": "middle"}, [], "side='middle': expected 'right' or 'left'"),
+        ({"pad_to_multiple_of": 0}, [], "pad_to_multiple_of=0: expected at least 1, or None"),
+        ({"pad_token_id": -1}, [], "pad_token_id=-1: expected at least 0"),
+        ({"pad_token_id": None}, [], "pad_token_id=None: expected at least 0"),
+        ({}, [], "batch is empty"),
+        ({}, [ROW | LISTS, ROW], "in every row of a batch or in none"),
+        ({}, [ROW | {"teacher_log_probs": torch.zeros(1, 1)}], "in every row of a batch or in none"),
+        ({}, [ROW | LISTS, ROW | {name: v.repeat(1, 2) for name, v in LISTS.items()}], r"one K .*\[1, 2\]"),
+        ({}, [ROW | LISTS | {"labels": [5, -100]}], "has 1 lists and teacher_indices 1 for 0 labels"),
+    ],
+    ids=range(9),
+)
+def test_collator_rejects_nonsense(options: dict, rows: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Collator(**{"pad_token_id": 0, **options})(rows)
 
 
 def test_instructions_carry_loss_on_the_output_alone() -> None:
@@ -254,8 +230,6 @@ def test_instructions_carry_loss_on_the_output_alone() -> None:
         assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == task.output
     rows = tokenize_instructions(tokenizer, [alone, with_input], len(prompts[0]) + 1)
     assert (len(rows), rows.skipped, rows.truncated) == (1, 1, 1)
-    with pytest.raises(ValueError, match=r"leaves no room .*Instruction\(instruction='Translate"):
-        tokenize_instructions(tokenizer, [alone, with_input], len(prompts[0]) + 1, skip_long=False)
 
 
 def test_render_sample_shows_which_tokens_carry_loss(tokenizer: PreTrainedTokenizerFast) -> None:
