@@ -13,16 +13,8 @@ peft = pytest.importorskip("peft")
 
 import fused_kd as fk  # noqa: E402
 from tests.training.distributed_worker import tiny, with_lora  # noqa: E402
-from tests.training.test_trainer import assert_same_weights, plain_training, trainer, weights  # noqa: E402
+from tests.training.test_trainer import SGD, assert_same_weights, plain_training, trainer, weights  # noqa: E402
 from tests.training.tiny import rows  # noqa: E402
-
-OPTIONS = {
-    "max_steps": 4,
-    "optim": "sgd",
-    "learning_rate": 0.5,
-    "max_grad_norm": 0.0,
-    "train_sampling_strategy": "sequential",
-}
 
 
 def test_same_as_full_logits(tmp_path: Path) -> None:
@@ -33,15 +25,9 @@ def test_same_as_full_logits(tmp_path: Path) -> None:
     start = weights(student)
     kwargs = {"use_reentrant": True}  # the kind that needs an input with gradient
     run = trainer(
-        tmp_path,
-        student,
-        objective,
-        data,
-        teacher=teacher,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=kwargs,
-        **OPTIONS,
-    )
+        tmp_path, student, objective, data, teacher=teacher, max_steps=4, max_grad_norm=0.0,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs, **SGD,
+    )  # fmt: skip
     run.train()
     trained = weights(student)
     assert_same_weights(trained, weights(plain), 1e-5)

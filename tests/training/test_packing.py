@@ -12,8 +12,8 @@ import fused_kd as fk
 from fused_kd.integrations.packed import check_mask, check_packed
 from fused_kd.integrations.transformers import route_head_loss
 from fused_kd.training.collate import Collator, PackingCollator
-from fused_kd.training.trainer import KDTrainer
 from tests.training.distributed_worker import Cache, tiny, with_top_k
+from tests.training.test_trainer import SGD, assert_same_weights, trainer, weights
 from tests.training.tiny import rows
 
 
@@ -22,31 +22,13 @@ def train(folder: Path, collator: object, *, attention: str = "sdpa", cached: bo
     for model in (student, teacher):
         model.set_attn_implementation(attention)
     data = rows(16)
-    run = KDTrainer(
-        student,
-        Cache() if cached else teacher,
-        fk.SelfEvolution(gamma=2.0),
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_steps=2,
-            optim="sgd",
-            learning_rate=0.5,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            use_cpu=True,
-        ),
-        train_dataset=with_top_k(data) if cached else data,
-        data_collator=collator,
-    )
-    run.remove_callback(transformers.trainer_callback.PrinterCallback)
+    run = trainer(
+        folder, student, fk.SelfEvolution(gamma=2.0), with_top_k(data) if cached else data,
+        teacher=Cache() if cached else teacher, gradient_accumulation_steps=2, max_steps=2, logging_steps=1, **SGD,
+    )  # fmt: skip
+    run.data_collator = collator
     run.train()
-    weights = {name: value.detach() for name, value in student.named_parameters()}
-    return weights, [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return weights(student), [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("options", [{"attention": "eager"}, {"cached": True}], ids=["eager", "sdpa-cached"])
@@ -54,8 +36,7 @@ def test_packed_equals_padded(tmp_path: Path, options: dict) -> None:
     padded, expected = train(tmp_path, Collator(0), **options)
     packed, losses = train(tmp_path, PackingCollator(), **options)
     assert losses == pytest.approx(expected, rel=1e-5)
-    for name, value in padded.items():
-        assert (packed[name] - value).norm() / value.norm() <= 1e-6, name
+    assert_same_weights(packed, padded, 1e-6)
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -85,16 +66,10 @@ def test_a_model_that_mixes_packed_rows_is_found(family: str, apart: bool, dtype
 
 
 def test_a_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    models = {"student": tiny(16, seed=1), "teacher": model_of("Falcon")}
-    run = KDTrainer(
-        models["student"],
-        models["teacher"],
-        "forward_kd",
-        args=transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True),
-        train_dataset=rows(4),
-        eval_dataset=rows(4),
-        data_collator=PackingCollator(),
+    run = trainer(
+        tmp_path, tiny(16, seed=1), "forward_kd", rows(4), teacher=model_of("Falcon"), eval_data=rows(4), max_steps=1
     )
+    run.data_collator = PackingCollator()
     for start in (run.train, run.evaluate):
         with pytest.raises(ValueError, match="FalconForCausalLM must keep packed rows apart"):
             start()
@@ -102,19 +77,19 @@ def test_a_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
     run.train()
 
 
-def test_rows_without_limits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM must keep packed rows apart"):
-        train(tmp_path, PackingCollator(return_position_ids=False))
+class Masked(PackingCollator):
+    def __call__(self, *args: object, **options: object) -> dict:
+        batch = super().__call__(*args, **options)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-def test_a_mask_over_packed_rows_is_refused(tmp_path: Path) -> None:
-    class Masked(PackingCollator):
-        def __call__(self, *args: object, **options: object) -> dict:
-            batch = super().__call__(*args, **options)
-            return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-
-    with pytest.raises(ValueError, match=r"attention_mask and position_ids that begin anew at token \d+ of row 0"):
-        train(tmp_path, Masked())
+def test_rows_that_nothing_keeps_apart_are_refused(tmp_path: Path) -> None:
+    for collator, message in (
+        (PackingCollator(return_position_ids=False), "LlamaForCausalLM must keep packed rows apart"),
+        (Masked(), r"attention_mask and position_ids that begin anew at token \d+ of row 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, collator)
     # positions that begin anew in the padding are those of generation
     check_mask({"attention_mask": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1]])})
 

