@@ -11,7 +11,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -77,26 +77,25 @@ def load_pairs(
         source: one of
 
             - ``"builtin"``: the built-in English-German corpus (`toy_corpus`);
-            - a directory: the split's file is found by its name (``train``, ``val``/``valid``/``validation``/
-              ``dev``, ``test*``; of several test files the first by name). A direction in the name
-              (``test.en-de.jsonl.gz``) is respected; a file of the reverse direction serves for train and
-              valid. Text files count where both sides are there: ``train.en`` and ``train.de``, or
-              ``train.de-en.en`` and ``train.de-en.de``, plain or with ``.gz``;
-            - a JSON file, or the prefix of two text files (``corpus`` for ``corpus.en`` and ``corpus.de``):
-              where the name tells the split, that one only; otherwise about 90/5/5 % of its rows are
-              train/valid/test, chosen by a hash of the text, so that the splits never overlap;
+            - a directory: the split's file is found by its name (``train``, ``val``/``valid``/``validation``/``dev``,
+              ``test*``; of several test files the first by name). A direction in the name (``test.en-de.jsonl.gz``)
+              is respected; a file of the reverse direction serves for train and valid. Text files count where both
+              sides are there: ``train.en`` and ``train.de``, or ``train.de-en.en`` and ``train.de-en.de``, plain or
+              with ``.gz``;
+            - a JSON file, or the prefix of two text files (``corpus`` for ``corpus.en`` and ``corpus.de``): where the
+              name tells the split, that one only; otherwise about 90/5/5 % of its rows are train/valid/test, chosen
+              by a hash of the text, so that the splits never overlap;
             - a hub data set, ``"name"`` or ``"name:config"`` (``"wmt16:de-en"``), through `datasets`.
         split: ``"train"``, ``"valid"`` or ``"test"``. In a directory also a full file stem
             (``"test_2016_flickr"``); on the hub also any split of the data set; for a file also ``"all"``.
         direction: source and target language, ``"en-de"``.
         limit: the first so many pairs, at least 1; None (default) takes all.
-        skip_bad: leave out bad rows, with one warning that counts them, instead of raising. A broken JSON
-            array, and text files with unequal numbers of lines, raise all the same, as the rows after the
-            break cannot be found.
+        skip_bad: leave out bad rows, with one warning that counts them, instead of raising. A broken JSON array, and
+            text files with unequal numbers of lines, raise all the same, as the rows after the break cannot be found.
 
     Raises:
-        ValueError: unknown source, split or direction; a bad row (not JSON, a language missing or empty),
-            with its file and line; no rows at all.
+        ValueError: unknown source, split or direction; a bad row (not JSON, a language missing or empty), with its
+            file and line; no rows at all.
     """
     languages = parse_direction(direction)
 
@@ -109,7 +108,7 @@ def load_pairs(
         if set(languages) != {"en", "de"}:
             raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
         toy = toy_corpus(canonical_split(split) or split)
-        rows = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
+        rows: Iterator[Row] = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
     else:
         rows = read_rows(source, split, key, languages)
     what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
@@ -147,18 +146,16 @@ def load_instructions(
 ) -> list[Instruction]:
     """Rows of ``instruction``, ``input`` and ``output`` as a list of `Instruction`.
 
-    ``input`` may be missing, null or empty. White space around each text is dropped, white space within is
-    kept.
+    ``input`` may be missing, null or empty. White space around each text is dropped, white space within is kept.
 
     Args:
-        source: a directory, a JSON file (lines or one array, plain or gzip) or a hub data set, as in
-            `load_pairs`; a file without a split in its name (``alpaca_data.json``) is divided by a hash of
-            instruction and input.
+        source: a directory, a JSON file (lines or one array, plain or gzip) or a hub data set, as in `load_pairs`; a
+            file without a split in its name (``alpaca_data.json``) is divided by a hash of instruction and input.
         split, limit, skip_bad: as in `load_pairs`.
 
     Raises:
-        ValueError: unknown source or split; a bad row (not JSON, no instruction or output, one that is no
-            text or empty), with its file and line; no rows at all.
+        ValueError: unknown source or split; a bad row (not JSON, no instruction or output, one that is no text or
+            empty), with its file and line; no rows at all.
     """
 
     def key(value: Any) -> str | None:
@@ -195,8 +192,7 @@ def toy_corpus(split: str) -> list[dict[str, str]]:
 def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
     """Rotate the targets of a random ``share`` of the pairs among themselves, so that each gets a wrong one.
 
-    The number of pairs is rounded; a single one is left alone, as there is nothing to swap it with. Order is
-    kept.
+    The number of pairs is rounded; a single one is left alone, as there is nothing to swap it with. Order is kept.
 
     Raises:
         ValueError: ``share`` outside [0, 1].

@@ -42,18 +42,17 @@ def read_rows(
     """The rows of a split.
 
     Args:
-        source: a directory (the file is found by `find_file`); a JSON file or a prefix of parallel text (by
-            its name all rows are of one split, or a hash of `key` splits them); else a hub data set,
-            ``"name"`` or ``"name:config"``.
-        split: ``"train"``, ``"valid"``, ``"test"`` or another spelling of them; a file's stem; ``"all"`` for
-            a file; any split that a hub data set has.
-        key: the text of a row's value that decides on its part of a file without splits; None for a row
-            without that text, which is in every part, so that it is complained about.
+        source: a directory (the file is found by `find_file`); a JSON file or a prefix of parallel text (by its name
+            all rows are of one split, or a hash of `key` splits them); else a hub data set, ``"name"`` or
+            ``"name:config"``.
+        split: ``"train"``, ``"valid"``, ``"test"`` or another spelling of them; a file's stem; ``"all"`` for a file;
+            any split that a hub data set has.
+        key: the text of a row's value that decides on its part of a file without splits; None for a row without that
+            text, which is in every part, so that it is complained about.
         languages: source and target of parallel text; None (default) for other data.
 
     Raises:
-        ValueError, ImportError: a missing path or split, text without its other side, a file that cannot be
-        read, or no `datasets` for a hub name.
+        ValueError: a missing path or split, text without its other side, or a file that cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -196,13 +195,8 @@ def _hash_split(text: str | None) -> str | None:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"source={source!r} is not a file or directory, and hub data sets need the 'datasets' package: "
-            "install fused_kd[train]"
-        ) from error
+    import datasets
+
     name, _, config = source.partition(":")
     try:
         known = datasets.get_dataset_split_names(name, config or None)

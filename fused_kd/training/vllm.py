@@ -9,6 +9,7 @@ the position before. The token itself is always listed, beyond the k largest whe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,14 +78,10 @@ def row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tuple
     """(n, k) log-probabilities and ids of the positions whose next label is valid."""
     tokens = [int(token) for token in row["input_ids"]]
     theirs = tokens if found.token_ids is None else found.token_ids
-    if theirs != tokens:
-        where = next((i for i, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b), None)
-        difference = (
-            f"{len(theirs)} instead of {len(tokens)}"
-            if where is None
-            else f"{theirs[where]!r} instead of {tokens[where]} at position {where}"
-        )
-        raise ValueError(f"{found.place}: prompt_token_ids are not the row's input_ids: {difference}")
+    for position, (their, own) in enumerate(zip_longest(theirs, tokens)):
+        if their != own:
+            difference = f"{their} instead of {own} at position {position}"
+            raise ValueError(f"{found.place}: prompt_token_ids are not the row's input_ids: {difference}")
     if len(found.entries) != len(tokens):
         raise ValueError(f"{found.place}: {len(found.entries)} entries for a row of {len(tokens)} tokens")
     positions = target_positions(row["labels"])
@@ -97,25 +94,24 @@ def row_lists(found: PromptLogprobs, row: Any, k: int, vocab_size: int) -> tuple
                 f"{found.place}: the entry at position {position} does not list the row's token {tokens[position]}: it "
                 "belongs to other tokens, or to another position"
             )
-        place = f"{found.place}, the entry at position {position}"
-        listed = sorted((-_logprob(value, place), _token(token, place)) for token, value in entry.items())
-        listed = [item for item in listed if item[0] < -MINUS_INFINITY and item[1] < vocab_size][:k]
-        log_probs[number, : len(listed)] = [-negative for negative, _ in listed]
+        listed = _largest_first(entry, f"{found.place}, the entry at position {position}")
+        listed = [item for item in listed if item[0] > MINUS_INFINITY and item[1] < vocab_size][:k]
+        log_probs[number, : len(listed)] = [value for value, _ in listed]
         indices[number, : len(listed)] = [token for _, token in listed]
     return log_probs, indices
 
 
-def _token(text: str, place: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{place}: token ids must be decimal digits, got {_shown(text)}")
-    return int(text)
-
-
-def _logprob(value: Any, place: str) -> float:
-    number = value.get("logprob") if isinstance(value, dict) else value  # old versions: the number itself
-    if not isinstance(number, (int, float)) or number != number:
-        raise ValueError(f"{place}: logprob must be a number, got {_shown(number)}")
-    return float(number)
+def _largest_first(entry: dict[str, Any], place: str) -> list[tuple[float, int]]:
+    """(log-probability, id) of each token of an entry; of equal ones the smaller id comes first."""
+    found = []
+    for token, value in entry.items():
+        number = value.get("logprob") if isinstance(value, dict) else value  # old versions: the number itself
+        if not isinstance(number, (int, float)) or number != number:
+            raise ValueError(f"{place}: logprob must be a number, got {_shown(number)}")
+        if not (token.isascii() and token.isdecimal()):
+            raise ValueError(f"{place}: token ids must be decimal digits, got {_shown(token)}")
+        found.append((float(number), int(token)))
+    return sorted(found, key=lambda item: (-item[0], item[1]))
 
 
 def _shown(value: Any) -> str:
