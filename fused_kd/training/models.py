@@ -22,22 +22,13 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-@dataclass(frozen=True)
-class ModelPreset:
-    """Sizes of a Llama-style model with tied embeddings; the vocabulary is the tokenizer's."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-
-
+# sizes of Llama-style models with four heads and tied embeddings; the vocabulary is the tokenizer's
 PRESETS = {
-    "tiny-teacher": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
-    "tiny-student": ModelPreset(hidden_size=64, layers=2, heads=4, intermediate_size=176),
-    "medium-teacher": ModelPreset(hidden_size=192, layers=3, heads=4, intermediate_size=512),
-    "small-teacher": ModelPreset(hidden_size=224, layers=4, heads=4, intermediate_size=608),
-    "small-student": ModelPreset(hidden_size=128, layers=2, heads=4, intermediate_size=352),
+    "tiny-teacher": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 352},
+    "tiny-student": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 176},
+    "medium-teacher": {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 512},
+    "small-teacher": {"hidden_size": 224, "num_hidden_layers": 4, "intermediate_size": 608},
+    "small-student": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 352},
 }
 
 
@@ -73,7 +64,7 @@ def load_model(
     """
     name = str(name_or_path)
     if name in PRESETS:
-        return _from_preset(PRESETS[name], tokenizer, seed)
+        return _from_preset(name, tokenizer, seed)
     from transformers import AutoModelForCausalLM
 
     same_tokenizer(load_tokenizer(name), tokenizer, name)
@@ -262,16 +253,13 @@ def _peft() -> Any:
     return peft
 
 
-def _from_preset(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def _from_preset(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
+        **PRESETS[name],
         vocab_size=len(tokenizer),
-        hidden_size=preset.hidden_size,
-        intermediate_size=preset.intermediate_size,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.heads,
+        num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

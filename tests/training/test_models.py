@@ -84,7 +84,7 @@ def test_presets(tokenizer) -> None:
     for name, preset in PRESETS.items():
         model = load_model(name, tokenizer, seed=3)
         assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
-        assert model.config.hidden_size == preset.hidden_size and len(model.model.layers) == preset.layers
+        assert preset.items() <= model.config.to_dict().items()
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     first, again, other = (load_model("tiny-student", tokenizer, seed).lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -236,13 +236,12 @@ def test_an_installed_package_may_be_named(folder: Path, tokenizer, monkeypatch:
         load_model(folder, tokenizer, 0)
 
 
-@pytest.mark.parametrize("dtype", ["auto", None])
-def test_the_check_changes_nothing_of_a_model(folder: Path, tokenizer, dtype: str | None) -> None:
+def test_the_check_changes_nothing_of_a_model(folder: Path, tokenizer) -> None:
     model = load_model(folder, tokenizer, 0, dtype=torch.bfloat16)
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    checked = load_pretrained(AutoModelForCausalLM, str(folder), dtype=dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    checked = load_pretrained(AutoModelForCausalLM, str(folder), dtype="auto")
     assert checked.config.to_dict() == plain.config.to_dict() and checked.dtype == plain.dtype
     assert checked.generation_config.to_dict() == plain.generation_config.to_dict()
     assert all(torch.equal(a, b) for a, b in zip(checked.parameters(), plain.parameters(), strict=True))

@@ -142,51 +142,33 @@ def test_many_pairs_are_the_pairs_one_by_one(tokenizer: PreTrainedTokenizerFast)
         tokenize_pairs(tokenizer, "tiny", pairs[1:2], "en-de", 60)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize(("multiple", "length"), [(None, 3), (8, 8), (3, 3)])
-def test_collator(side: str, multiple: int | None, length: int) -> None:
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(9, pad_to_multiple_of=multiple, side=side)(rows)  # type: ignore[arg-type]
-    assert list(batch) == ["input_ids", "attention_mask", "labels"]
-    for name, fill, values in (
-        ("input_ids", 9, [[5, 6, 7], [8]]),
-        ("attention_mask", 0, [[1, 1, 1], [1]]),
-        ("labels", -100, [[-100, 6, 7], [8 if side == "right" else -100]]),
-    ):
-        pads = [[fill] * (length - len(row)) for row in values]
-        expected = [r + p if side == "right" else p + r for r, p in zip(values, pads, strict=True)]
-        assert batch[name].dtype == torch.int64 and batch[name].tolist() == expected
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_collator_aligns_cached_teachers(side: str) -> None:
-    """Position i holds the list of the token at i + 1; the others are uniform over the first K ids."""
-    values = torch.arange(8.0).view(4, 2) * -1
-    rows = [
-        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},  # predicted at 1 and 2
-        {"input_ids": [9, 4], "labels": [-100, 4]},  # predicted at 0
-        {"input_ids": [3], "labels": [3]},  # a first label has no prediction
+@pytest.mark.parametrize(("side", "start"), [("right", 0), ("left", 1)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_collator(side: str, start: int, cached: bool) -> None:
+    """Position i holds the cached list of the token at i + 1; the others are uniform over the first K ids."""
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},  # predicted at its positions 0 and 1
+        {"input_ids": [8], "labels": [8]},  # a first label has no prediction
     ]
-    for row, count, start in zip(rows, (2, 1, 0), (0, 2, 3), strict=True):
-        row["teacher_log_probs"] = values[start : start + count].half()
-        ids = [[30 + start + n, 20] for n in range(count)]
-        row["teacher_indices"] = torch.tensor(ids, dtype=torch.int32).view(-1, 2)
-    batch = Collator(0, side=side, pad_to_multiple_of=5)(rows)  # type: ignore[arg-type]
-    log_probs, indices = batch["teacher_log_probs"], batch["teacher_indices"]
-    assert log_probs.shape == indices.shape == (3, 5, 2)
-    assert log_probs.dtype == torch.float32 and indices.dtype == torch.int64
+    values = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    if cached:
+        rows[0] |= {"teacher_log_probs": values.half(), "teacher_indices": torch.tensor([[30, 20], [31, 20]]).int()}
+        rows[1] |= {"teacher_log_probs": values[:0].half(), "teacher_indices": torch.empty(0, 2).int()}
+    batch = Collator(9, pad_to_multiple_of=2, side=side)(rows)  # type: ignore[arg-type]
     left = side == "left"
-    places = {(0, 1 + left): (0, 30), (0, 2 + left): (1, 31), (1, 3 * left): (2, 32)}
-    for row in range(3):
-        for position in range(5):
-            number, token = places.get((row, position), (None, None))
-            if number is None:
-                assert indices[row, position].tolist() == [0, 1]
-                assert log_probs[row, position].exp().tolist() == pytest.approx([0.5, 0.5])
-            else:
-                assert indices[row, position].tolist() == [token, 20]
-                assert log_probs[row, position].tolist() == values[number].tolist()
-                assert batch["labels"][row, position + 1] != -100
+    expected = {
+        "input_ids": [[9, 5, 6, 7], [9, 9, 9, 8]] if left else [[5, 6, 7, 9], [8, 9, 9, 9]],
+        "attention_mask": [[0, 1, 1, 1], [0, 0, 0, 1]] if left else [[1, 1, 1, 0], [1, 0, 0, 0]],
+        "labels": [[-100, -100, 6, 7], [-100] * 4] if left else [[-100, 6, 7, -100], [8, -100, -100, -100]],
+    }
+    if cached:
+        log_probs, indices = torch.full((2, 4, 2), 0.5).log(), torch.tensor([0, 1]).repeat(2, 4, 1)
+        log_probs[0, start : start + 2], indices[0, start : start + 2] = values, torch.tensor([[30, 20], [31, 20]])
+        assert torch.allclose(batch.pop("teacher_log_probs"), log_probs)
+        expected["teacher_indices"] = indices.tolist()
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert Collator(9)(rows)["labels"].shape == (2, 3)
 
 
 LISTS = {"teacher_log_probs": torch.zeros(1, 1), "teacher_indices": torch.zeros(1, 1, dtype=torch.int64)}
