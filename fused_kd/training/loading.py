@@ -97,11 +97,10 @@ def _safe_config(name: str, options: dict[str, Any]) -> Any:
         if not isinstance(name, str):
             raise ValueError(f"its adapter_config.json must name a model as base_model_name_or_path, got {name!r}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    named: set[Any] = set()
-    for key in _SAFE:
-        if key in options:
-            setattr(config, f"_{key}", options[key])
-            named |= {value for _, value in _implementations({key: options[key]})}
+    chosen = {key: options[key] for key in _SAFE if key in options}
+    for key, value in chosen.items():
+        setattr(config, f"_{key}", value)
+    named = {value for _, value in _implementations(chosen)}
     for key, value in _implementations(config):
         safe = _SAFE[key]
         if value is not None and value not in named | safe and not _is_installed(value):

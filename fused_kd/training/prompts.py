@@ -1,9 +1,9 @@
 """Prompts, and the tokenised rows made of them, with the loss on the response only.
 
-A row is ``prompt tokens + response tokens + EOS``. Prompt and response are tokenised apart, never as one
-string, so no token straddles the boundary: the mask is exact, and a prompt alone (as in generation) has the
-very tokens it had in training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt. Text of a
-chat template, which has its own BOS and ends of turns, gets no second BOS or EOS, and keeps those ends.
+A row is ``prompt tokens + response tokens + EOS``. Prompt and response are tokenised apart, never as one string, so no
+token straddles the boundary: the mask is exact, and a prompt alone (as in generation) has the very tokens it had in
+training. Special tokens that the tokenizer puts in front (BOS) belong to the prompt. Text of a chat template, which has
+its own BOS and ends of turns, gets no second BOS or EOS, and keeps those ends.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PromptTemplate:
     Args:
         name: the key in `PROMPTS`.
         template: a format string with ``{source}`` (the text to translate) and any of ``{source_language}``,
-            ``{target_language}`` (English names), ``{source_code}``, ``{target_code}``. The response follows
-            its last character directly.
+            ``{target_language}`` (English names), ``{source_code}``, ``{target_code}``. The response follows its last
+            character directly.
 
     Raises:
         ValueError: no ``{source}``, or a gap with another name.
@@ -235,8 +235,7 @@ def training_texts(template: PromptTemplate, pairs: Mapping[str, Sequence[Pair]]
 def render_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
     """One tokenised row as text, for a look at the data before training.
 
-    The first line counts tokens; then each run without loss as decoded text, each run with loss token by
-    token.
+    The first line counts tokens; then each run without loss as decoded text, each run with loss token by token.
     """
     ids, labels = [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
     carrying = sum(label != LABEL_PAD for label in labels)
