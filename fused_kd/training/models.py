@@ -23,7 +23,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 # sizes of Llama-style models with four heads and tied embeddings; the vocabulary is the tokenizer's
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "tiny-teacher": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 352},
     "tiny-student": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 176},
     "medium-teacher": {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 512},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -22,21 +23,25 @@ from fused_kd.training.vllm import read_prompt_logprobs  # noqa: E402
 from .caching import VOCAB, Words, files, model, rows, write  # noqa: E402
 
 
-def answer(row: dict, teacher: transformers.PreTrainedModel, k: int) -> dict:
-    """What vLLM's server says of a row: the token at each position is listed, beyond the k largest if it must be."""
-    with torch.no_grad():
-        logits = teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0][:, :VOCAB]
-    entries: list[dict | None] = [None]
-    for token, log_probs in zip(row["input_ids"][1:], logits.log_softmax(-1), strict=False):
-        order = log_probs.argsort(descending=True).tolist()
-        wanted = [token, *(i for i in order[:k] if i != token)]
-        entries.append(
-            {
-                str(i): {"logprob": float(log_probs[i]), "rank": order.index(i) + 1, "decoded_token": f"t{i}"}
-                for i in wanted
-            }
-        )
-    return {"prompt_token_ids": row["input_ids"], "prompt_logprobs": entries, "text": ""}
+@functools.cache
+def answered() -> str:
+    """What vLLM's server says of the rows: the token at each position is listed, beyond the 5 largest if it must be."""
+    teacher, answers = model(0), []
+    for row in rows():
+        with torch.no_grad():
+            logits = teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0][:, :VOCAB]
+        entries: list[dict | None] = [None]
+        for token, log_probs in zip(row["input_ids"][1:], logits.log_softmax(-1), strict=False):
+            order = log_probs.argsort(descending=True).tolist()
+            wanted = [token, *(i for i in order[:5] if i != token)]
+            said = [{"logprob": float(log_probs[i]), "rank": order.index(i) + 1, "decoded_token": "x"} for i in wanted]
+            entries.append(dict(zip(map(str, wanted), said, strict=True)))
+        answers.append({"prompt_token_ids": row["input_ids"], "prompt_logprobs": entries, "text": ""})
+    return json.dumps(answers)
+
+
+def lines(items: list) -> str:
+    return "".join(json.dumps(item) + "\n" for item in items)
 
 
 def convert(folder: Path, path: Path, **options) -> TeacherCache:
@@ -45,13 +50,11 @@ def convert(folder: Path, path: Path, **options) -> TeacherCache:
 
 
 def test_vllm_in_every_wrapping(tmp_path: Path) -> None:
-    teacher = model(0)
-    answers = [answer(row, teacher, 5) for row in rows()]
+    answers = json.loads(answered())
     assert {len(entry) for a in answers for entry in a["prompt_logprobs"] if entry} == {5, 6}
     bare = [a["prompt_logprobs"] for a in answers]
     choices = [{"index": i, **{k: v for k, v in a.items() if k != "text"}} for i, a in enumerate(answers)]
     batches = [{"custom_id": str(i), "response": {"status_code": 200, "body": a}} for i, a in enumerate(answers)]
-    lines = lambda items: "".join(json.dumps(item) + "\n" for item in items)  # noqa: E731
     whole = write(tmp_path / "model", dtype="fp32")
     for name, text in {
         "rows.jsonl": lines(answers),
@@ -69,11 +72,11 @@ def test_vllm_in_every_wrapping(tmp_path: Path) -> None:
                 assert torch.allclose(ours.double(), theirs.double(), atol=1e-5)
     cache.check(tokenizer=Words(), rows=rows(), template="tiny")
     with pytest.raises(ValueError, match=r"teacher_config \(not known"):
-        cache.check(tokenizer=Words(), rows=rows(), template="tiny", teacher=teacher)
+        cache.check(tokenizer=Words(), rows=rows(), template="tiny", teacher=model(0))
 
 
 def test_vllm_short_lists_and_stand_ins(tmp_path: Path) -> None:
-    answers = [answer(row, model(0), 5) for row in rows()]
+    answers = json.loads(answered())
     entry = answers[0]["prompt_logprobs"][-1]
     token = str(rows()[0]["input_ids"][-1])
     entry.clear()
@@ -81,13 +84,13 @@ def test_vllm_short_lists_and_stand_ins(tmp_path: Path) -> None:
     entry["57"] = {"logprob": -1.5, "rank": 2, "decoded_token": "padding of the head"}
     entry["51" if token != "51" else "50"] = {"logprob": -9999.0, "rank": 3, "decoded_token": "-inf"}
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(a) + "\n" for a in answers))
+    path.write_text(lines(answers))
     log_probs, indices = convert(tmp_path / "cache", path)[0]
     assert log_probs[-1].tolist() == [-0.5] + [-math.inf] * 4 and indices[-1].tolist() == [int(token), 0, 0, 0, 0]
 
 
 def damaged(how: str) -> list:
-    answers = [answer(row, model(0), 5) for row in rows()]
+    answers = json.loads(answered())
     first = answers[0]["prompt_logprobs"]
     if how == "ids":
         answers[1]["prompt_token_ids"] = [52, *answers[1]["prompt_token_ids"][1:]]
@@ -122,7 +125,7 @@ def damaged(how: str) -> list:
 )
 def test_vllm_of_something_else(tmp_path: Path, how: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(a) + "\n" for a in damaged(how)))
+    path.write_text(lines(damaged(how)))
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "cache", path)
     with pytest.raises(ValueError, match=r"holds no teacher cache|is not finished"):
@@ -131,7 +134,7 @@ def test_vllm_of_something_else(tmp_path: Path, how: str, message: str) -> None:
 
 def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(answer(row, model(0), 5)) + "\n" for row in rows()))
+    path.write_text(lines(json.loads(answered())))
     convert(tmp_path / "cache", path)
     whole = files(tmp_path / "cache")
     (tmp_path / "cache" / "shards" / "00001.safetensors").unlink()
