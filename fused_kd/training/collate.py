@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
 from fused_kd.integrations.distributed import TEACHER_COLUMNS
-from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -74,25 +76,23 @@ class Collator:
         if not rows:
             raise ValueError("the batch is empty: expected at least one row")
         check_rows(rows)
-        length = max(len(row["input_ids"]) for row in rows)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        size = (len(rows), length)
         batch = {
-            "input_ids": torch.full(size, self.pad_token_id, dtype=torch.int64),
-            "attention_mask": torch.zeros(size, dtype=torch.int64),
-            "labels": torch.full(size, LABEL_PAD, dtype=torch.int64),
+            "input_ids": self._padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": self._padded([row["labels"] for row in rows], LABEL_PAD),
         }
-        for number, row in enumerate(rows):
-            count = len(row["input_ids"])
-            first = 0 if self.side == "right" else length - count
-            for name, values in (("input_ids", row["input_ids"]), ("attention_mask", 1), ("labels", row["labels"])):
-                batch[name][number, first : first + count] = torch.as_tensor(values, dtype=torch.int64)
-            if self.side == "left":
-                batch["labels"][number, first : first + 1] = LABEL_PAD
+        if self.side == "left":
+            batch = without_first_targets(batch)
         if any("teacher_log_probs" in row for row in rows):
             batch |= self._teacher_lists(rows, batch["labels"][:, 1:] != LABEL_PAD)
         return batch
+
+    def _padded(self, rows: Sequence[Any], fill: int) -> Tensor:
+        """(rows, length) int64."""
+        sequences = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+        batch = pad_sequence(sequences, batch_first=True, padding_value=fill, padding_side=self.side)
+        more = -batch.shape[1] % (self.pad_to_multiple_of or 1)
+        return pad(batch, (0, more) if self.side == "right" else (more, 0), value=fill)
 
     def _teacher_lists(self, rows: Sequence[dict[str, Any]], targets: Tensor) -> dict[str, Tensor]:
         """Of the rows' lists, one a target (rows, length - 1)."""
