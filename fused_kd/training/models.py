@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-# sizes of Llama-style models with four heads and tied embeddings; the vocabulary is the tokenizer's
+# sizes of Llama-style models with tied embeddings; the vocabulary is the tokenizer's
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny-teacher": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 352},
-    "tiny-student": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 176},
-    "medium-teacher": {"hidden_size": 192, "num_hidden_layers": 3, "intermediate_size": 512},
-    "small-teacher": {"hidden_size": 224, "num_hidden_layers": 4, "intermediate_size": 608},
-    "small-student": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 352},
+    "tiny-teacher": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352},
+    "tiny-student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 176},
+    "medium-teacher": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
+    "small-teacher": {"hidden_size": 224, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 608},
+    "small-student": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352},
 }
 
 
@@ -259,7 +259,6 @@ def _from_preset(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
     config = LlamaConfig(
         **PRESETS[name],
         vocab_size=len(tokenizer),
-        num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
