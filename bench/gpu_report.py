@@ -31,7 +31,6 @@ def markdown(rows: list[Row]) -> str:
         "The machine": rates(found),
         "The row alone, against a copy of device memory": row_table(found),
         "Steps": step_table(of_kinds(found, "steps", "streaming"), machine=machine_of(found)),
-        "Another checkout": against(found),
         "Choices against their defaults": choices(found),
         "Peers": step_table(of_kinds(found, "peers")),
         "A step's kernels": profile(found),
@@ -46,9 +45,9 @@ def markdown(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row]) -> str:
-    """What passed, what failed, what was not reached; steps, rows and choices in a line each."""
+    """Rows and steps, choices in a line each; what passed, what failed, what was not reached."""
     found = current(rows)
-    steps = step_table(of_kinds(found, "steps", "streaming"), brief=True)
+    steps = step_table(of_kinds(found, "steps", "streaming"))
     parts = [row_table(found), steps, "\n".join(suggestions(found)), tests(found), stages(found)]
     return "\n\n".join(filter(None, parts))
 
@@ -124,7 +123,7 @@ def row_table(found: list[Row]) -> str:
     return table(["shape, tokens", "row", "ms", "GB/s", "of the copy's"], lines) if lines else ""
 
 
-def step_table(rows: list[Row], brief: bool = False, machine: dict[str, float] | None = None) -> str:
+def step_table(rows: list[Row], machine: dict[str, float] | None = None) -> str:
     lines = []
     for row in rows:
         seconds = row.get("seconds", {})
@@ -134,31 +133,15 @@ def step_table(rows: list[Row], brief: bool = False, machine: dict[str, float] |
         variant = row["key"].removeprefix(row["implementation"]).strip()
         cells = [f"{row['shape']['name']} {row['implementation']}", variant, milliseconds(seconds["step"])]
         cells.append(fixed(median([1 / x for x in times]) if times else None))
-        if not brief:
-            cells += [milliseconds(samples) if samples else "" for samples in (half, floor)]
+        cells += [milliseconds(samples) if samples else "" for samples in (half, floor)]
         if machine:
             model = compare(row, machine)
             cells.append(fixed(1 + model["seconds_error"] if model else None))
         cells += [size(memory_of(row)), scientific(error_of(row)), scientific(error_of(row, "d_weight"))]
         lines.append(cells)
-    more = [] if brief else ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
+    more = ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
     head = ["", "variant", "step, ms", "share of the GEMMs'", *more, "GB over results", "dH error", "dW error"]
     return table(head, lines) if lines else ""
-
-
-def against(found: list[Row]) -> str:
-    """Both processes of each checkout, side by side with ours in the same turns."""
-    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in of_kinds(found, "against"):
-        if "step" in row.get("seconds", {}):
-            _, other, whose, _ = row["stage"].split(":")
-            samples.setdefault((other, row["key"]), {}).setdefault(whose, []).extend(row["seconds"]["step"])
-    lines = [
-        [*place, milliseconds(x["theirs"]), milliseconds(x["ours"]),
-         f"{statistics.median(x['ours']) / statistics.median(x['theirs']):.3f}"]
-        for place, x in samples.items() if len(x) == 2
-    ]  # fmt: skip
-    return table(["other", "", "theirs, ms", "ours, ms", "ours / theirs"], lines) if lines else ""
 
 
 def choices(found: list[Row]) -> str:
