@@ -19,7 +19,7 @@ from fused_kd.engines.dispatch import ENGINES
 from fused_kd.rows.select import BACKENDS
 
 from .machine import CLOCK, COPY, GEMM, MULTIPROCESSORS
-from .prediction import DTYPES, Prediction, compare, predict
+from .prediction import DTYPES, Prediction, beside_model, predict
 from .problems import GPU_SHAPES, Shape
 from .session import current, machine_of, read
 from .tables import signed, table
@@ -111,7 +111,7 @@ def markdown_errors(folder: Path = RESULTS) -> str:
         else:
             rows = current(read(path))
             machine = machine_of(rows)
-        found = [errors for row in rows if machine and (errors := compare(row, machine)) is not None]
+        found = [errors for row in rows if machine and (errors := beside_model(row, machine)) is not None]
         if found:
             spreads = [_spread([x[f"{name}_error"] for x in found]) for name in ("seconds", "ratio", "memory")]
             lines.append([str(path.relative_to(folder)), str(len(found)), *spreads])

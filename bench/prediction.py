@@ -146,7 +146,7 @@ def predict(
     return work.prediction(work.chunked(counts, backend), plan)
 
 
-def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
+def beside_model(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
     """What is predicted of a row of results (bench/worker.py) beside its medians; None where there is nothing.
 
     From the counts that the row holds. Errors are ``predicted / measured - 1``; what was not measured is None.

@@ -20,6 +20,11 @@ def ratios(row: Row, of: str = "step", to: str = "floor") -> list[float] | None:
     return [x / y for x, y in zip(seconds[of], seconds[to], strict=True)]
 
 
+def over_floor(row: Row) -> float | None:
+    """The median of a step's time as a multiple of the floor."""
+    return median(ratios(row))
+
+
 def memory_of(row: Row) -> float | None:
     """Bytes over inputs and gradients."""
     return row.get("memory", {}).get("over_inputs_and_gradients")

@@ -11,7 +11,7 @@ from bench import machine, model
 from bench.counts import Plan, count_chunked, planned
 from bench.machine import measure_machine
 from bench.model import assumed_machine
-from bench.prediction import ISSUED, SPECIAL, RowCost, Sweep, compare, predict, row_seconds, waste
+from bench.prediction import ISSUED, SPECIAL, RowCost, Sweep, beside_model, predict, row_seconds, waste
 from bench.problems import GPU_SHAPES, Shape, make_inputs
 from bench.registry import IMPLEMENTATIONS
 from fused_kd.tuning import tuned
@@ -155,16 +155,16 @@ def test_compare_by_hand():
     # dW is read and written again by the second and third chunk.
     seconds = (528 + 652 + 528 + (640 - 4 * 4 * 14) + 4 * 4 * 14 + 840) / 5
     floor = (4 * (20 + 14 + 70) * 3 + 4 * (30 + 21 + 70)) / 5
-    assert compare(measured_row(), UNIT) == pytest.approx(
+    assert beside_model(measured_row(), UNIT) == pytest.approx(
         {
             "predicted_seconds": seconds, "seconds_error": seconds / 900 - 1,
             "predicted_ratio": seconds / floor, "ratio_error": seconds / floor / 3 - 1,
             "predicted_memory": 448, "memory_error": 0.12,
         }
     )  # fmt: skip
-    other = compare(measured_row(counts={**COUNTS, "row_bytes_once": 1840, "workspace_bytes": 800}), UNIT)
+    other = beside_model(measured_row(counts={**COUNTS, "row_bytes_once": 1840, "workspace_bytes": 800}), UNIT)
     assert other["predicted_seconds"] == pytest.approx(seconds + 200) and other["memory_error"] == 1.0
-    unknown = compare(measured_row(memory=None, seconds={"step": [900.0]}), UNIT)
+    unknown = beside_model(measured_row(memory=None, seconds={"step": [900.0]}), UNIT)
     assert unknown["seconds_error"] is not None and unknown["memory_error"] is unknown["ratio_error"] is None
 
 
@@ -179,11 +179,11 @@ def test_compare_is_what_predict_says(numbers, grouped):
         plan = Plan(said.chunk, said.workspace_bytes, said.group)
         counts = count_chunked(A._replace(N=4096), BF16, plan, hard=0.5, recomputes=True)._asdict()
         row = {"shape": A._asdict(), "implementation": name, "dtype": "bfloat16", "device": "cuda", "counts": counts}
-        found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
+        found = beside_model(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
         assert found["predicted_seconds"] == pytest.approx(said.seconds)
         assert found["predicted_ratio"] == pytest.approx(said.ratio)
     row |= {"implementation": "fused_kd streaming", "counts": {"flops": {"student_logits": 1, "teacher_logits": 1}}}
-    found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
+    found = beside_model(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
     assert found["predicted_seconds"] == predict(A, BF16, numbers, engine="streaming", **options).seconds
 
 
@@ -196,7 +196,7 @@ def test_nothing_to_compare():
         {"counts": {"flops": {"student_logits": 1}}},
         {"implementation": "fused_kd streaming"},  # Triton's interpreter on a CPU
     ):
-        assert compare(measured_row(**changes), UNIT) is None
+        assert beside_model(measured_row(**changes), UNIT) is None
 
 
 def test_errors_of_results_files(tmp_path):
