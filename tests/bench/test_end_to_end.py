@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import sys
 
 import pytest
 import torch
@@ -125,8 +127,16 @@ def test_a_way_that_computes_another_loss_fails(tmp_path, monkeypatch):
     assert "loss 0.2501 is further than 2.5e-06 from eager's 0.25" in rows["fused_kd"]["reason"]
 
 
-def test_a_process_of_its_own(capsys, monkeypatch):
-    monkeypatch.setattr(end_to_end, "TURNS", 1)
+def test_the_command_and_its_trials(capsys, monkeypatch):
+    """The trials in this process: each of its own imports for ten seconds."""
+
+    def run(stages, lines, end, logs):
+        (stage,) = stages
+        assert stage.command[:4] == [sys.executable, "-m", "bench.end_to_end", "--trial"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        assert end_to_end.main(stage.command[3:]) == 0
+
+    monkeypatch.setattr(end_to_end, "run_stages", run)
     assert end_to_end.main(["--architecture", "tiny", "--way", "eager", "--batch", "2"]) == 0
     out = capsys.readouterr().out
     assert "| tiny: 2 x 16 tokens | eager |" in out and "--architecture tiny --way eager --batch 2" in out
