@@ -60,9 +60,9 @@ class Implementation(NamedTuple):
 
     ``build(inputs, gamma)`` makes the step. ``missing(device type)`` says in a line why it cannot run there, or None.
     ``note`` says what a reader must know beside the group's formula: what the teacher is, or what is left out.
-    ``drops_ignored`` says that ignored tokens cost it less, and that labels may be on the host; ``compiles`` that it
-    runs graphs of torch.compile. ``prepare(inputs)`` is untimed set-up. ``counted`` is :meth:`work` where more is
-    known than the FLOPs that none can spare.
+    ``drops_ignored`` says that ignored tokens cost it less, and that labels may be on the host.
+    ``prepare(inputs)`` is untimed set-up. ``counted`` is :meth:`work` where more is known than the FLOPs that none can
+    spare.
     """
 
     group: str
@@ -70,7 +70,6 @@ class Implementation(NamedTuple):
     missing: Callable[[str], str | None] = lambda device: None
     note: str = ""
     drops_ignored: bool = False
-    compiles: bool = False
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     counted: Callable[[Shape, Inputs, float], dict[str, Any]] | None = None
 
@@ -219,7 +218,7 @@ def _plain(group: str, loss: Callable[..., Tensor], compiled: bool) -> Implement
             further = (torch.tensor(gamma, device=inputs.hidden_s.device), LAM, BETA)
         return lambda labels: call(*tensors, labels, *further)
 
-    return Implementation(group, build, compiles=compiled)
+    return Implementation(group, build)
 
 
 PLAIN: dict[str, Implementation] = {
@@ -360,10 +359,10 @@ _CCE_GPU = _needs("cut-cross-entropy", "cut_cross_entropy", cuda=True)
 
 PEERS: dict[str, Implementation] = {
     "liger fused jsd": Implementation(JSD, partial(_liger_fused, JSD_BETA), _LIGER_GPU),
-    "liger chunked jsd": Implementation(JSD, partial(_liger_chunked, JSD_BETA), _LIGER, compiles=True),
+    "liger chunked jsd": Implementation(JSD, partial(_liger_chunked, JSD_BETA), _LIGER),
     "trl chunked jsd": Implementation(JSD, partial(_trl, JSD_BETA), _TRL, drops_ignored=True),
     "liger fused kl": Implementation(KL, partial(_liger_fused, 0.0), _LIGER_GPU),
-    "liger chunked kl": Implementation(KL, partial(_liger_chunked, 0.0), _LIGER, compiles=True),
+    "liger chunked kl": Implementation(KL, partial(_liger_chunked, 0.0), _LIGER),
     "liger kl div": Implementation(
         KL, _liger_kl_div, _LIGER_GPU, "takes the teacher's probabilities, which are made first, N x V in fp32"
     ),
@@ -378,7 +377,6 @@ PEERS: dict[str, Implementation] = {
         _CCE_GPU,
         "skips gradients far below rounding (its default); no fp32",
         drops_ignored=True,
-        compiles=True,
     ),
     "cce torch_compile": Implementation(
         SFT,
@@ -386,7 +384,6 @@ PEERS: dict[str, Implementation] = {
         _CCE,
         "full logits, compiled",
         drops_ignored=True,
-        compiles=True,
     ),
 }
 

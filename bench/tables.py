@@ -69,10 +69,6 @@ def scientific(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} %"
-
-
 def signed(share: float | None) -> str:
     return "" if share is None else f"{100 * share:+.1f} %"
 
