@@ -72,11 +72,10 @@ class Case:
 def rows(case: Case) -> Iterator[dict[str, Any]]:
     """One row per variant; what cannot be measured says why instead of raising."""
     inputs: Inputs | None = None
-    previous: Variant | None = None
+    teacher = ""
     for variant in case.variants:
-        same = previous is not None and variant.teacher == previous.teacher
-        found, inputs = row(case, variant, inputs if same else None)
-        previous = variant
+        found, inputs = row(case, variant, inputs if variant.teacher == teacher else None)
+        teacher = variant.teacher
         yield found
 
 
