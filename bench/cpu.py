@@ -35,7 +35,7 @@ from .worker import Case
 
 SCHEMA = 2
 CASE_SECONDS = 600.0
-MIXED = (Variant(),)
+MIXED: tuple[Variant, ...] = (Variant(),)
 # Beyond these a step of plain PyTorch takes two cores a quarter of a minute.
 EAGER_LOGITS = 34_000_000
 
