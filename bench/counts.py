@@ -56,8 +56,7 @@ d_weight      2 n V H_s, fp32 dW                 b n H_s + 4 (2 m - 1) V H_s
 ============= ================================== ==========================================
 
 On top come, together, the additions to dH, 8 (s - 1) N H_s. No bytes for a row: its arithmetic sits in the sweeps. A
-backward pass with the factor 1 moves nothing. From the L2 cache, every tile of tokens x columns logits reads both of
-its operands: b / tokens + b / columns a multiply-add.
+backward pass with the factor 1 moves nothing.
 """
 
 from __future__ import annotations
@@ -225,13 +224,12 @@ def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher
 
 class StreamingCounts(NamedTuple):
     """FLOPs and bytes by part, those of the products alone; ``traffic``: bytes of additions to an earlier dW or dH and
-    of passes over a finished one. ``cache_bytes`` by sweep; ``results``: (rows, columns) of the gradients' GEMMs."""
+    of passes over a finished one. ``results``: (rows, columns) of the gradients' GEMMs."""
 
     plan: StreamingPlan
     flops: dict[str, int]
     gemm_bytes: dict[str, int]
     traffic: int
-    cache_bytes: dict[str, float]
     results: dict[str, tuple[int, int]]
 
 
@@ -291,15 +289,9 @@ def count_streaming(
         "d_weight": b * s * N * shape.H_s + b * VH if late else b * nH + 4 * VH,
     }
     added = 8 * (s - 1) * N * shape.H_s if plan.together else 0 if late else 8 * (m - 1) * VH
-    kernels = {"statistics": tiles.statistics, "sums": tiles.sums}
-    cached = {
-        name: b * (1 / tile.tokens + 1 / tile.columns) / 2 * work
-        for name, work in sweeps.items()
-        for tile in [kernels.get(name, tiles.gradient)]
-    }
     rows = min(plan.columns_of_all if late else plan.columns, V)
     results = {"d_hidden": (plan.tokens, shape.H_s), "d_weight": (rows, shape.H_s)}
-    return StreamingCounts(plan, flops, moved, added, cached, results)
+    return StreamingCounts(plan, flops, moved, added, results)
 
 
 def _rows(tokens: int, columns: int, tiles: Tiles, splits: int | None = None) -> int:

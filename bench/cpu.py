@@ -9,8 +9,6 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from .problems import (
     FAR,
     QUICK_CURVES,
     QUICK_SHAPE,
-    TOKENS,
     VALID,
     Shape,
     Variant,
@@ -38,73 +35,54 @@ from .worker import Case
 
 SCHEMA = 2
 CASE_SECONDS = 600.0
-# Kept back for the report.
-SPARE_SECONDS = 10.0
-MIXED = (Variant(),)
+MIXED: tuple[Variant, ...] = (Variant(),)
 # Beyond these a step of plain PyTorch takes two cores a quarter of a minute.
 EAGER_LOGITS = 34_000_000
 
 
-def cpu_plan(rounds: int = 5) -> list[Case]:
-    """fp32. Every implementation that a CPU has, the gated objective at two shapes, the peers' at smaller ones. What a
-    deadline cuts off is the end of the list."""
+def make_plan(quick: bool = False) -> list[Case]:
+    """fp32. Every implementation that a CPU has, the gated objective at two shapes, the peers' at smaller ones; with
+    ``quick`` all at tiny shapes, to see whether it works."""
+    shapes, peer_shape = ((QUICK_SHAPE,), QUICK_SHAPE) if quick else (CPU_SHAPES, CPU_PEER_SHAPE)
+    curves, rounds = (QUICK_CURVES, 3) if quick else (CPU_CURVES, 5)
 
     def case(shape: Shape, name: str, variants: tuple[Variant, ...], **changes: Any) -> Case:
         settings = {"warmup": 1, "error_tokens": 64, "seconds": 8.0, **changes}
         return Case(shape, name, variants, "cpu", "float32", rounds, **settings)
 
-    plan = [case(shape, "fused_kd", EVERY, seconds=12.0) for shape in CPU_SHAPES]
-    plan += [case(shape, "torch.compile", MIXED) for shape in CPU_SHAPES]
+    plan = [case(shape, "fused_kd", EVERY, seconds=12.0) for shape in shapes]
+    plan += [case(shape, "torch.compile", MIXED) for shape in shapes]
     beside = ("eager", "fused_kd top-k 64", "fused_kd top-k 64 bucket", "fused_kd torch")
-    plan += [case(CPU_SHAPES[0], name, MIXED) for name in beside]
+    plan += [case(shapes[0], name, MIXED) for name in beside]
     for group in (JSD, KL, SFT):  # plain PyTorch costs much the same in every group
         names = [name for name, known in IMPLEMENTATIONS.items() if known.group == group]
-        plan += [case(CPU_PEER_SHAPE, name, MIXED, seconds=3.5) for name in names if not name.startswith("eager")]
-    plan += [case(CPU_PEER_SHAPE, name, (FAR,), seconds=3.5) for name in ("fused_kd", "torch.compile")]
-    for axis, shape, name, variants in _curves(CPU_CURVES, ("fused_kd", "torch.compile", "eager")):
-        if name != "eager" or (axis != "valid" and shape.N * shape.V <= EAGER_LOGITS):
-            plan.append(case(shape, name, variants, purpose=axis, error_tokens=0, seconds=2.0))
+        plan += [case(peer_shape, name, MIXED, seconds=3.5) for name in names if not name.startswith("eager")]
+    plan += [case(peer_shape, name, (FAR,), seconds=3.5) for name in ("fused_kd", "torch.compile")]
+
+    points = [(axis, shape, MIXED) for axis, along in curves.items() for shape in along]
+    points.append(("valid", curves["N"][1]._replace(name="valid"), tuple(Variant(valid=valid) for valid in VALID)))
+    for name in ("fused_kd", "torch.compile", "eager"):
+        for axis, shape, variants in points:
+            if name != "eager" or (axis != "valid" and shape.N * shape.V <= EAGER_LOGITS):
+                plan.append(case(shape, name, variants, purpose=axis, error_tokens=0, seconds=2.0))
     return plan
 
 
-def quick_plan(rounds: int = 3) -> list[Case]:
-    """Everything at tiny shapes, to see whether it works."""
-
-    def case(shape: Shape, name: str, variants: tuple[Variant, ...], **changes: Any) -> Case:
-        return Case(shape, name, variants, "cpu", "float32", rounds, 1, 96, **changes)
-
-    names = [name for name in IMPLEMENTATIONS if name != "fused_kd streaming"]
-    plan = [case(QUICK_SHAPE, name, (*EVERY, FAR) if name == "fused_kd" else MIXED) for name in names]
-    curves = _curves(QUICK_CURVES, ("fused_kd", "eager"))
-    return plan + [case(shape, name, variants, purpose=axis) for axis, shape, name, variants in curves]
-
-
-def _curves(
-    curves: dict[str, tuple[Shape, ...]], names: Iterable[str]
-) -> Iterator[tuple[str, Shape, str, tuple[Variant, ...]]]:
-    """(axis, shape, implementation, variants) of every point."""
-    for name in names:
-        for axis, shapes in curves.items():
-            yield from ((axis, shape, name, MIXED) for shape in shapes)
-        yield "valid", curves["N"][1]._replace(name="valid"), name, tuple(Variant(valid=valid) for valid in VALID)
-
-
-def chosen(cases: list[Case], shapes: list[str] | None, only: list[str] | None, tokens: list[str] | None) -> list[Case]:
-    """The cases of some shapes, implementations and tokens; ValueError for a name that the plan does not have."""
+def chosen(cases: list[Case], shapes: list[str] | None, only: list[str] | None) -> list[Case]:
+    """The cases of some shapes and implementations; ValueError for a name that the plan does not have."""
     for argument, names, known in (
         ("--shapes", shapes, {case.shape.name for case in cases}),
         ("--only", only, {case.implementation for case in cases}),
     ):
         if unknown := sorted(set(names or ()) - known):
             raise ValueError(f"{argument} must name some of {', '.join(sorted(known))}; got {', '.join(unknown)}")
-    found = []
-    for case in cases:
-        variants = tuple(v for v in case.variants if tokens is None or v.tokens in tokens)
-        here = (shapes is None or case.shape.name in shapes) and (only is None or case.implementation in only)
-        if here and variants:
-            found.append(replace(case, variants=variants))
+    found = [
+        case
+        for case in cases
+        if (shapes is None or case.shape.name in shapes) and (only is None or case.implementation in only)
+    ]
     if not found:
-        raise ValueError("--shapes, --only and --tokens leave nothing of the plan to measure")
+        raise ValueError("--shapes and --only leave nothing of the plan to measure")
     return found
 
 
@@ -124,7 +102,7 @@ def _key(case: Case, variant: Variant) -> tuple[str, str]:
     return _stage(case), f"{case.shape.name} {variant}"
 
 
-def run_cases(cases: list[Case], lines: Lines, end: float) -> None:
+def run_cases(cases: list[Case], lines: Lines) -> None:
     """Measure what is not finished yet, each batch in a process with a limit."""
     for batch in batches(cases):
         records, todo = lines.rows(), []
@@ -137,7 +115,7 @@ def run_cases(cases: list[Case], lines: Lines, end: float) -> None:
             command = [sys.executable, "-m", "bench.worker", str(lines.path), lines.code, stage]
             command += [case.to_json() for case in todo]
             # One at a time: what the next one imports would cost this one's time.
-            run_stages([Stage(stage, CASE_SECONDS * len(todo), command)], lines, end, lines.path.parent / "logs")
+            run_stages([Stage(stage, CASE_SECONDS * len(todo), command)], lines, math.inf, lines.path.parent / "logs")
 
 
 def results(plan: list[Case], cases: list[Case], lines: Lines) -> list[Row]:
@@ -163,18 +141,10 @@ def run(args: argparse.Namespace) -> Path:
     """Measure on the CPU what is not finished yet; the results file, with its report beside it.
 
     Raises:
-        ValueError: for arguments out of range or unknown names.
+        ValueError: for unknown names.
     """
-    for name in ("rounds", "minutes", "threads"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} must be above 0, got {value}")
-    environment.use_threads(args.threads or (1 if args.quick else None))
-    own = {} if args.rounds is None else {"rounds": args.rounds}
-    whole = quick_plan(**own) if args.quick else cpu_plan(**own)
-    cases = chosen(whole, args.shapes, args.only, args.tokens)
-    end = math.inf if args.minutes is None else time.monotonic() + 60.0 * args.minutes - SPARE_SECONDS
-
+    whole = make_plan(args.quick)
+    cases = chosen(whole, args.shapes, args.only)
     hardware = environment.hardware("cpu")
     header: dict[str, Any] = {
         "suite": "cpu",
@@ -196,11 +166,10 @@ def run(args: argparse.Namespace) -> Path:
 
     if ("machine", "numbers") not in lines.rows():
         lines.put("machine", "numbers", "ok", machine=machine.measure_machine("cpu", torch.float32))
-    run_cases(cases, lines, end)
+    run_cases(cases, lines)
     if not args.trial and len(cases) == len(whole):
-        # Two cores take minutes for a pair; the other is measured by `python -m bench end_to_end`.
-        pairs = end_to_end.suite("cpu", args.quick)[:1]
-        header["end_to_end"] = end_to_end.measure_pairs(pairs, end_to_end.WAYS, "cpu", lines, end)
+        pair = end_to_end.PAIRS["tiny" if args.quick else "llama-3-small"]
+        header["end_to_end"] = end_to_end.measure_pair(pair, end_to_end.WAYS, lines)
     header["machine"] = lines.rows()["machine", "numbers"]["machine"]
     path = folder / f"{name}.json"
     write_results(path, header | {"rows": results(whole, cases, lines)})
@@ -225,10 +194,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="measure finished cases again")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="shapes to measure (default: all of the plan)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations to measure (default: all)")
-    parser.add_argument("--tokens", nargs="+", choices=TOKENS, help="which tokens are hard (default: all of the plan)")
-    parser.add_argument("--rounds", type=int, help="timed rounds at the most (default 5)")
-    parser.add_argument("--minutes", type=float, help="the whole run's limit (default: none)")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: PyTorch's own; 1 with --quick)")
     parser.add_argument("--output", type=Path, help="folder of the results (default bench/results/<machine>)")
     try:
         run(parser.parse_args(arguments))

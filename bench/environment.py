@@ -1,4 +1,4 @@
-"""Where and of what a measurement was made: hardware, versions, digests of code, another checkout to compare with."""
+"""Where and of what a measurement was made: hardware, versions, digests of code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.torch_version import TorchVersion
@@ -21,23 +20,14 @@ from fused_kd.info import processor
 from .session import ROOT
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "fla-core")
-LIBRARY = ("fused_kd/*.py", "fused_kd/engines/**/*.py", "fused_kd/rows/**/*.py", "csrc/*")
 # Everything that a number depends on; reports and command lines may change without voiding measurements.
 MEASURED = ("counts", "end_to_end", "machine", "measure", "problems", "registry", "worker")
-SOURCES = (*LIBRARY, *(f"bench/{name}.py" for name in MEASURED))
+SOURCES = (
+    *("fused_kd/*.py", "fused_kd/engines/**/*.py", "fused_kd/rows/**/*.py", "csrc/*"),
+    *(f"bench/{name}.py" for name in MEASURED),
+)
 # What the results of a run on a GPU depend on besides.
 GPU_SOURCES = ("bench/stages.py", "bench/gpu_tests.py", "tests/**/*.py")
-IMPORT_SECONDS = 60.0
-# An editable installation would lend the modules that a checkout lacks.
-_TRY = """
-import sys
-import bench  # this one, and then the other fused_kd
-sys.path.insert(0, sys.argv[1])
-import bench.stages
-for name, module in sorted(sys.modules.items()):
-    if name.split(".")[0] == "fused_kd" and not (module.__file__ or "").startswith(sys.argv[1]):
-        raise ImportError(f"no module named {name!r} in it")
-"""
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -84,13 +74,6 @@ def machine_name(found: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def use_threads(threads: int | None) -> None:
-    """Threads of PyTorch here and in processes started from here; None leaves PyTorch's own choice."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and the packages; None where absent."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
@@ -122,40 +105,6 @@ def digest(root: Path, patterns: Iterable[str]) -> str:
             if path.is_file():
                 found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return found.hexdigest()[:16]
-
-
-class Checkout(NamedTuple):
-    """``name``: a commit's first digits, or the digest of a folder's library."""
-
-    name: str
-    folder: Path
-
-
-def checkout(what: str, out: Path) -> Checkout:
-    """A folder as it is; a commit of this repository unpacked into ``out/against/<commit>``.
-
-    Raises:
-        ValueError: where it is neither, or this bench cannot import what it needs from it; in one line.
-    """
-    if Path(what).is_dir():
-        folder = Path(what).resolve()
-        found = Checkout(digest(folder, LIBRARY), folder)
-    else:
-        commit = (_run("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}") or "").strip()[:12]
-        if not commit:
-            raise ValueError("no folder, and no commit of this repository")
-        found = Checkout(commit, out / "against" / commit)
-        found.folder.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-x", "-C", str(found.folder)], input=archive, check=True)
-    if not (found.folder / "fused_kd" / "__init__.py").is_file():
-        raise ValueError("it has no fused_kd")
-    command = [sys.executable, "-c", _TRY, str(found.folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=IMPORT_SECONDS)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["?"])[-1]
-        raise ValueError(f"it lacks what this bench imports: {last}")
-    return found
 
 
 def _smi(fields: str) -> str | None:

@@ -4,15 +4,13 @@ things first.
 Each stage is a process with a limit of its own, whose results are lines of FOLDER/gpu.jsonl, each on the disk before
 the next is measured. A run that is cut keeps them; the next one in the same folder goes on from there, and measures
 again only with other code or ``--fresh``. Needs no network and nothing installed; what is missing is a row that says
-so. ``--rehearse`` does the same on a CPU at tiny shapes: does the script work? ``--report FOLDER`` writes the tables
-again.
+so. ``--rehearse`` does the same on a CPU at tiny shapes: does the script work?
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +29,6 @@ STAGES = {
     "rows": 70.0,
     "steps:A": 70.0,
     "steps:B": 60.0,
-    "against": 50.0,
     "streaming:A": 45.0,
     "streaming:B": 40.0,
     "choices:row": 50.0,
@@ -41,34 +38,27 @@ STAGES = {
     "ncu:cuda": 45.0,
     "peers": 60.0,
 }
-"""In order, each with its limit in seconds: ``against`` once a turn of another checkout, ``peers`` once a peer."""
-TURNS = ("theirs:1", "ours:1", "theirs:2", "ours:2")
+"""In order, each with its limit in seconds; ``peers`` once a peer."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; an earlier run there is continued")
-    place.add_argument("--report", type=Path, metavar="FOLDER", help="the tables of a run, from its lines alone")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", required=True, help="where results go; an earlier run there is continued"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"the whole run's limit (default {MINUTES:g})")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages, as steps:A or, for all of a kind, steps")
-    parser.add_argument("--against", metavar="COMMIT_OR_FOLDER", help="steps of another checkout too, in turns")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="compiled kernels, of `python -m bench kernels`")
     parser.add_argument("--fresh", action="store_true", help="measure again what the folder has")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
-    parser.add_argument("--tree", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.stage is not None:
-        if args.tree is not None:
-            sys.path.insert(0, str(args.tree))  # another fused_kd under this bench
         from .stages import run_stage
 
         return run_stage(args.stage, args.out, rehearse=args.rehearse, cache=args.cache)
-    if args.report is not None:
-        return report(args.report)
     if not args.minutes > 0:
         print(f"bench gpu: --minutes must be above 0, got {args.minutes}", file=sys.stderr)
         return 2
@@ -101,34 +91,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench gpu: {reason}", file=sys.stderr)
         return NO_GPU if code == NO_GPU else 1
     about = [row for row in read(results) if row["stage"] == FIRST][-1]
-    against, tree = None, []
-    if args.against:
-        from .environment import checkout
-
-        try:
-            other = checkout(args.against, out)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            print(f"bench gpu: --against {args.against}: {error}", file=sys.stderr)
-            return 2
-        against, tree = other.name, ["--tree", str(other.folder)]
     lines = Lines(results, about["code"])
     ended = {stage for (stage, key), row in lines.rows().items() if key == "stage" and row["status"] == "ok"}
     todo = [
-        Stage(name, seconds, [*command, *(tree if ":theirs:" in name else []), "--stage", name])
-        for name, seconds in stages(about["peers"], against)
+        Stage(name, seconds, [*command, "--stage", name])
+        for kind, seconds in STAGES.items()
+        for name in ([f"peers:{peer}" for peer in about["peers"]] if kind == "peers" else [kind])
         if name not in ended and (not args.only or name in args.only or name.split(":")[0] in args.only)
     ]
     run_stages(todo, lines, end, logs, environment)
     return report(out)
-
-
-def stages(peers: list[str], against: str | None) -> list[tuple[str, float]]:
-    """Names and limits of :data:`STAGES`; ``against``: the name of another checkout, if there is one."""
-    several = {
-        "against": [f"against:{against}:{turn}" for turn in TURNS] if against else [],
-        "peers": [f"peers:{name}" for name in peers],
-    }
-    return [(name, seconds) for kind, seconds in STAGES.items() for name in several.get(kind, [kind])]
 
 
 def report(out: Path) -> int:

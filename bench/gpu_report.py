@@ -6,7 +6,7 @@ import math
 import statistics
 
 from .machine import options
-from .prediction import compare
+from .prediction import beside_model
 from .session import Row, current, machine_of
 from .tables import error_of, fixed, median, memory_of, quartiles, ratios, scientific, size, table
 
@@ -26,15 +26,14 @@ def failed(rows: list[Row]) -> bool:
 def markdown(rows: list[Row]) -> str:
     found = current(rows)
     sections = {
-        "Stages": stages(found),
-        "Tests": tests(found),
-        "The machine": rates(found),
+        "Stages": stage_table(found),
+        "Tests": test_counts(found),
+        "The machine": rate_table(found),
         "The row alone, against a copy of device memory": row_table(found),
         "Steps": step_table(of_kinds(found, "steps", "streaming"), machine=machine_of(found)),
-        "Another checkout": against(found),
-        "Choices against their defaults": choices(found),
+        "Choices against their defaults": choice_table(found),
         "Peers": step_table(of_kinds(found, "peers")),
-        "A step's kernels": profile(found),
+        "A step's kernels": profile_table(found),
         "What did not run": reasons(found),
         "Suggested choices": "\n".join(f"- {line}" for line in suggestions(found)),
     }
@@ -46,10 +45,10 @@ def markdown(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row]) -> str:
-    """What passed, what failed, what was not reached; steps, rows and choices in a line each."""
+    """Rows and steps, choices in a line each; what passed, what failed, what was not reached."""
     found = current(rows)
-    steps = step_table(of_kinds(found, "steps", "streaming"), brief=True)
-    parts = [row_table(found), steps, "\n".join(suggestions(found)), tests(found), stages(found)]
+    steps = step_table(of_kinds(found, "steps", "streaming"))
+    parts = [row_table(found), steps, "\n".join(suggestions(found)), test_counts(found), stage_table(found)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -71,7 +70,7 @@ def about(found: list[Row]) -> str:
 - {row.get("cache", "no")} compiled kernels of Triton brought along"""
 
 
-def stages(found: list[Row]) -> str:
+def stage_table(found: list[Row]) -> str:
     """A line a stage: how it ended, how many of its rows were measured, failed, or are missing here."""
     by_name: dict[str, list[Row]] = {}
     for row in found:
@@ -87,7 +86,7 @@ def stages(found: list[Row]) -> str:
     return table(["stage", "", "rows", "failed", "missing", "s", "why"], lines)
 
 
-def tests(found: list[Row]) -> str:
+def test_counts(found: list[Row]) -> str:
     row = next((row for row in of_kinds(found, "tests") if row["key"] == "tests"), None)
     if row is None or "passed" not in row:
         return f"Tests: {row['reason'] if row else 'no outcome'}."
@@ -101,7 +100,7 @@ def milliseconds(samples: list[float]) -> str:
     return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
-def rates(found: list[Row]) -> str:
+def rate_table(found: list[Row]) -> str:
     lines, more = [], ""
     for row in of_kinds(found, "machine"):
         if "seconds" in row:
@@ -124,7 +123,7 @@ def row_table(found: list[Row]) -> str:
     return table(["shape, tokens", "row", "ms", "GB/s", "of the copy's"], lines) if lines else ""
 
 
-def step_table(rows: list[Row], brief: bool = False, machine: dict[str, float] | None = None) -> str:
+def step_table(rows: list[Row], machine: dict[str, float] | None = None) -> str:
     lines = []
     for row in rows:
         seconds = row.get("seconds", {})
@@ -134,34 +133,18 @@ def step_table(rows: list[Row], brief: bool = False, machine: dict[str, float] |
         variant = row["key"].removeprefix(row["implementation"]).strip()
         cells = [f"{row['shape']['name']} {row['implementation']}", variant, milliseconds(seconds["step"])]
         cells.append(fixed(median([1 / x for x in times]) if times else None))
-        if not brief:
-            cells += [milliseconds(samples) if samples else "" for samples in (half, floor)]
+        cells += [milliseconds(samples) if samples else "" for samples in (half, floor)]
         if machine:
-            model = compare(row, machine)
+            model = beside_model(row, machine)
             cells.append(fixed(1 + model["seconds_error"] if model else None))
         cells += [size(memory_of(row)), scientific(error_of(row)), scientific(error_of(row, "d_weight"))]
         lines.append(cells)
-    more = [] if brief else ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
+    more = ["half ignored, ms", "GEMMs, ms"] + ["predicted / measured"] * bool(machine)
     head = ["", "variant", "step, ms", "share of the GEMMs'", *more, "GB over results", "dH error", "dW error"]
     return table(head, lines) if lines else ""
 
 
-def against(found: list[Row]) -> str:
-    """Both processes of each checkout, side by side with ours in the same turns."""
-    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in of_kinds(found, "against"):
-        if "step" in row.get("seconds", {}):
-            _, other, whose, _ = row["stage"].split(":")
-            samples.setdefault((other, row["key"]), {}).setdefault(whose, []).extend(row["seconds"]["step"])
-    lines = [
-        [*place, milliseconds(x["theirs"]), milliseconds(x["ours"]),
-         f"{statistics.median(x['ours']) / statistics.median(x['theirs']):.3f}"]
-        for place, x in samples.items() if len(x) == 2
-    ]  # fmt: skip
-    return table(["other", "", "theirs, ms", "ours, ms", "ours / theirs"], lines) if lines else ""
-
-
-def choices(found: list[Row]) -> str:
+def choice_table(found: list[Row]) -> str:
     lines = []
     for row in of_kinds(found, "choices"):
         if quotients := ratios(row, "other", "default"):
@@ -170,7 +153,7 @@ def choices(found: list[Row]) -> str:
     return table(["", "field", "values", "time of the other / default"], lines) if lines else ""
 
 
-def profile(found: list[Row]) -> str:
+def profile_table(found: list[Row]) -> str:
     rows = of_kinds(found, "profile")
     lines = [[name, str(count), f"{ms:.3f}"] for row in rows for name, count, ms in row.get("top", ())]
     return table(["kernel", "calls", "ms"], lines) if lines else ""

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from xml.etree import ElementTree
 
 from .session import BROKEN, ROOT, append, device_works, kill, python_path, read, start, why
 
@@ -70,8 +69,8 @@ def run_tests(
 ) -> dict[str, Any]:
     """Run what ``select`` (arguments of pytest) chooses, without what an earlier run in ``folder`` has passed.
 
-    The CUDA row's tests come last, in processes of their own. ``folder`` gets a .jsonl and a .log for each share and,
-    at the end, junit.xml; what :func:`summary` returns is a matter of the .jsonl alone.
+    The CUDA row's tests come last, in processes of their own. ``folder`` gets a .jsonl and a .log for each share;
+    what :func:`summary` returns is a matter of the .jsonl alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -113,7 +112,6 @@ def run_tests(
                 kill(one.process)
                 if not _close(one, "cut") and not one.collected():
                     append(one.lines, {"error": f"share {one.share} of {one.part}: cut before it had begun"})
-    write_junit(folder)
     return summary(folder)
 
 
@@ -156,22 +154,6 @@ def summary(folder: Path) -> dict[str, Any]:
     bad = {name: f"{row['outcome']}: {row['reason']}" for name, row in found.items() if row["outcome"] in BAD}
     errors = [row["error"] for row in rows if "error" in row]
     return {**counts, "failing": bad, "errors": errors}
-
-
-def write_junit(folder: Path) -> None:
-    """The outcomes as other tools read them."""
-    suite = ElementTree.Element("testsuite", name="gpu")
-    for name, row in outcomes(folder).items():
-        where, _, title = name.partition("::")
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=where.removesuffix(".py").replace("/", "."), name=title,
-            time=str(row.get("seconds", 0)),
-        )  # fmt: skip
-        if row["outcome"] in BAD:
-            ElementTree.SubElement(case, "failure", message=f"{row['outcome']}: {row['reason']}")
-        elif row["outcome"] != "passed":
-            ElementTree.SubElement(case, "skipped", message=row["reason"])
-    ElementTree.ElementTree(suite).write(folder / "junit.xml", encoding="utf-8", xml_declaration=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

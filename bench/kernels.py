@@ -331,7 +331,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="sm_90", help="default sm_90: H100, H200")
     parser.add_argument("--triton-of", type=Path, metavar="WHEEL", help="an unpacked wheel of triton to make keys for")
-    parser.add_argument("--skip-tests", action="store_true", help="without the kernels of the tests marked gpu")
     args = parser.parse_args(arguments)
     folder: Path = args.folder.resolve()
     if args.command == "seal":
@@ -351,9 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench kernels: {error}", file=sys.stderr)
         return 2
-    total: Counter[str] = Counter(counts)
-    if not args.skip_tests:
-        total += run_tests_offline(args.arch, folder / "counts.json", args.triton_of)
+    total = counts + run_tests_offline(args.arch, folder / "counts.json", args.triton_of)
     seal(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{', '.join(f'{what} {total[what]}' for what in COUNTED)}; {size / 1e6:.1f} MB in {folder}")

@@ -1,4 +1,4 @@
-"""The numbers of a machine that bench/prediction.py predicts from: measured here, or from public data sheets.
+"""The numbers of a machine that bench/prediction.py predicts from.
 
 ``python -m bench machine`` prints those of this machine: two of any, and of a GPU its multiprocessors and clock.
 """
@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 
@@ -18,7 +17,7 @@ from .measure import Calls, Flush, interleaved, product
 
 GEMM, COPY = "gemm_flops_per_s", "copy_bytes_per_s"
 # Of GPUs, where known.
-MULTIPROCESSORS, CLOCK, CACHE = "multiprocessors", "clock_hz", "l2_bytes_per_s"
+MULTIPROCESSORS, CLOCK = "multiprocessors", "clock_hz"
 
 SECONDS = 2.5
 MIN_ROUNDS = 3
@@ -64,54 +63,6 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, shrink: int 
     kilohertz = getattr(about, "clock_rate", None)
     found[MULTIPROCESSORS] = about.multi_processor_count
     return found | ({CLOCK: 1e3 * kilohertz} if kilohertz else {})
-
-
-class Peak(NamedTuple):
-    """Of one GPU: dense bf16 FLOPs and bytes of HBM a second by its data sheet, and which that is.
-
-    Then, where a whitepaper gives them, multiprocessors and the clock that FLOPs are stated at: FLOPs / multiprocessors
-    / 4096 a clock (2048 on an A100). Other work may be clocked higher, 1.98 GHz by an H100's fp32 peak, or lower.
-    """
-
-    flops: float
-    bytes: float
-    source: str
-    multiprocessors: int | None = None
-    clock: float | None = None
-
-
-GPUS = {
-    "A100-80G SXM": Peak(
-        312e12, 2.039e12, "NVIDIA A100 Tensor Core GPU data sheet; A100 architecture whitepaper: 108 multiprocessors",
-        108, 1.41e9,
-    ),
-    "H100 SXM": Peak(
-        989.4e12, 3.35e12, "NVIDIA H100 Tensor Core GPU data sheet, half of the rate with sparsity; H100 (Hopper) "
-        "architecture whitepaper, SXM5: 132 multiprocessors", 132, 1.83e9,
-    ),
-    "H200": Peak(
-        989.4e12, 4.8e12, "NVIDIA H200 Tensor Core GPU data sheet, half of the rate with sparsity; the H100's "
-        "multiprocessors and clock, as its rate is the same", 132, 1.83e9,
-    ),
-    "B200": Peak(2250e12, 8.0e12, "NVIDIA Blackwell architecture brief, HGX B200, half of the rate with sparsity"),
-}  # fmt: skip
-# What an H200 reaches of its data sheet, about 790 bf16 TFLOP/s and 4.3 TB/s. Taken for all: an assumption.
-GEMM_SHARE = 790e12 / GPUS["H200"].flops
-COPY_SHARE = 4.3e12 / GPUS["H200"].bytes
-# Bytes of L2 reads a clock: an A100's by its whitepaper; Hopper's gives none. That Hopper has as many, and that kernels
-# reach this share of them, are assumptions: 5.6 TB/s on an H100.
-CACHE_BYTES_A_CLOCK = 5120
-CACHE_SHARE = 0.6
-
-
-def assumed_machine(gpu: str) -> dict[str, float]:
-    """The numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
-    peak = GPUS[gpu]
-    found: dict[str, float] = {GEMM: peak.flops * GEMM_SHARE, COPY: peak.bytes * COPY_SHARE}
-    if peak.multiprocessors is not None and peak.clock is not None:
-        cache = CACHE_BYTES_A_CLOCK * CACHE_SHARE * peak.clock
-        found |= {MULTIPROCESSORS: peak.multiprocessors, CLOCK: peak.clock, CACHE: cache}
-    return found
 
 
 def options(found: Mapping[str, float], dtype: str) -> str:

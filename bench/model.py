@@ -11,27 +11,15 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_kd.engines.dispatch import ENGINES
 from fused_kd.rows.select import BACKENDS
 
-from .machine import (
-    CACHE,
-    CACHE_BYTES_A_CLOCK,
-    CACHE_SHARE,
-    CLOCK,
-    COPY,
-    COPY_SHARE,
-    GEMM,
-    GEMM_SHARE,
-    GPUS,
-    MULTIPROCESSORS,
-    assumed_machine,
-)
-from .prediction import DTYPES, Prediction, compare, predict
+from .machine import CLOCK, COPY, GEMM, MULTIPROCESSORS
+from .prediction import DTYPES, Prediction, beside_model, predict
 from .problems import GPU_SHAPES, Shape
 from .session import current, machine_of, read
 from .tables import signed, table
@@ -42,18 +30,48 @@ WAYS: dict[str, dict[str, Any]] = {
     "CUDA row": {"backend": "cuda"},
     "streaming": {"engine": "streaming"},
 }
-# By whose machine code instructions were counted, and where the CUDA row is meant to run.
-HOPPER = ("H100 SXM", "H200")
+
+
+class Gpu(NamedTuple):
+    """Dense bf16 ``flops`` and ``bytes`` of HBM a second by the data sheet ``source``; ``multiprocessors``, and the
+    ``clock`` that the FLOPs are stated at, 4096 a clock and multiprocessor. Other work may be clocked higher or lower.
+    """
+
+    flops: float
+    bytes: float
+    multiprocessors: int
+    clock: float
+    source: str
+
+
+# Those by whose machine code the row's instructions were counted.
+GPUS = {
+    "H100 SXM": Gpu(
+        989.4e12, 3.35e12, 132, 1.83e9, "NVIDIA H100 Tensor Core GPU data sheet, half of the rate with sparsity; H100 "
+        "(Hopper) architecture whitepaper, SXM5: 132 multiprocessors",
+    ),
+    "H200": Gpu(
+        989.4e12, 4.8e12, 132, 1.83e9, "NVIDIA H200 Tensor Core GPU data sheet, half of the rate with sparsity; the "
+        "H100's multiprocessors and clock, as its rate is the same",
+    ),
+}  # fmt: skip
+# What an H200 reaches of its data sheet, about 790 bf16 TFLOP/s and 4.3 TB/s. Taken for both: an assumption.
+GEMM_SHARE = 790e12 / GPUS["H200"].flops
+COPY_SHARE = 4.3e12 / GPUS["H200"].bytes
+
+
+def assumed_machine(gpu: str) -> dict[str, float]:
+    """The numbers of a GPU in :data:`GPUS`: its data sheet times what an H200 reaches of its own."""
+    flops, bandwidth, multiprocessors, clock, _ = GPUS[gpu]
+    return {GEMM: flops * GEMM_SHARE, COPY: bandwidth * COPY_SHARE, MULTIPROCESSORS: multiprocessors, CLOCK: clock}
 
 
 def expected(gpu: str, shape: Shape) -> dict[tuple[str, str], Prediction]:
-    """fused_kd in bf16 on one of :data:`bench.machine.GPUS`, by its data sheet: a prediction for each of :data:`WAYS`
-    and easy or hard tokens; the CUDA row on Hopper alone, streaming where the speed of the L2 cache is known."""
+    """fused_kd in bf16 on one of :data:`GPUS`: a prediction for each of :data:`WAYS` and easy or hard tokens."""
     machine = assumed_machine(gpu)
     return {
         (way, tokens): predict(shape, torch.bfloat16, machine, on_host=False, hard=hard, **options)
         for way, options in WAYS.items()
-        if not (way == "CUDA row" and gpu not in HOPPER) and not (way == "streaming" and CACHE not in machine)
         for tokens, hard in (("easy", 0.0), ("hard", 1.0))
     }
 
@@ -67,17 +85,16 @@ def markdown_expected() -> str:
         for shape in GPU_SHAPES:
             found = expected(gpu, shape)
             own = found["Triton row", "easy"]
-            times = [f"{1e3 * found[column].seconds:.1f}" if column in found else "" for column in columns]
+            times = [f"{1e3 * found[column].seconds:.1f}" for column in columns]
             plan = [f"{own.workspace_bytes / 1e9:.2f}", str(own.chunk), str(own.group)]
             lines.append([gpu, str(shape), f"{1e3 * own.floor_seconds:.1f}", *times, *plan])
-    sheets = "\n".join(f"- {gpu}: {peak.source}" for gpu, peak in GPUS.items())
+    sheets = "\n".join(f"- {gpu}: {known.source}" for gpu, known in GPUS.items())
     return f"""\
 **Predicted, not measured**: milliseconds of a forward and backward in bf16, by `bench/prediction.py`. Every GPU is
 assumed to reach {GEMM_SHARE:.0%} of its data sheet's dense bf16 rate and {COPY_SHARE:.0%} of its memory bandwidth, as
-an H200 does (about 790 TFLOP/s and 4.3 TB/s), and in the streaming engine {CACHE_SHARE:.0%} of {CACHE_BYTES_A_CLOCK}
-bytes a clock from its L2 cache. Waves of tiles, fp32 results and the row's instructions are in it where multiprocessors
-and clock are known, so not for a B200. Of what an H200's own numbers predict its chunked engine took 1.0 to 1.15 times,
-its streaming engine 1.5 to 1.9 times (results/nvidia-h200/report.md). Workspace and plan are the chunked engine's.
+an H200 does (about 790 TFLOP/s and 4.3 TB/s). Of what an H200's own numbers predict its chunked engine took 1.0 to 1.15
+times, its streaming engine 1.5 to 1.9 times (results/nvidia-h200/report.md). Workspace and plan are the chunked
+engine's.
 
 {table([*head, "workspace, GB", "tokens a chunk", "a group"], lines)}
 
@@ -94,7 +111,7 @@ def markdown_errors(folder: Path = RESULTS) -> str:
         else:
             rows = current(read(path))
             machine = machine_of(rows)
-        found = [errors for row in rows if machine and (errors := compare(row, machine)) is not None]
+        found = [errors for row in rows if machine and (errors := beside_model(row, machine)) is not None]
         if found:
             spreads = [_spread([x[f"{name}_error"] for x in found]) for name in ("seconds", "ratio", "memory")]
             lines.append([str(path.relative_to(folder)), str(len(found)), *spreads])
@@ -119,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bandwidth-gb", type=float, help="of the machine, 1e9 bytes/s read and written by a copy")
     parser.add_argument("--multiprocessors", type=int, help="of a GPU: counts waves of tiles")
     parser.add_argument("--clock-ghz", type=float, help="of its multiprocessors: counts the row's instructions")
-    parser.add_argument("--cache-gb", type=float, help="1e9 bytes/s read from its L2 cache: bounds streaming")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the inputs (default bfloat16)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose plan and row (default cuda)")
     parser.add_argument("--engine", choices=ENGINES, default="chunked", help="(default chunked)")
@@ -145,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--gemm-tflops and --bandwidth-gb must be given (python -m bench machine measures them)")
     numbers = {
         GEMM: (args.gemm_tflops, 1e12), COPY: (args.bandwidth_gb, 1e9), MULTIPROCESSORS: (args.multiprocessors, 1),
-        CLOCK: (args.clock_ghz, 1e9), CACHE: (args.cache_gb, 1e9),
+        CLOCK: (args.clock_ghz, 1e9),
     }  # fmt: skip
     machine = {name: unit * value for name, (value, unit) in numbers.items() if value is not None}
     budget = None if args.memory_budget_gb is None else int(1e9 * args.memory_budget_gb)

@@ -19,11 +19,10 @@ The addition to dW counts as traffic that no arithmetic hides: 15 % at 1024 toke
 bench/problems.py and 9 % at B on an H200. A GPU that hides it takes less: chunks of 2048 cost an H200 up to 2.5 % more
 than groups that add nothing, where this says 5 % at A.
 
-Three further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what
+Two further numbers of a GPU refine this where they are known. With its multiprocessors, F / R is multiplied by what
 the last wave of tiles wastes (:func:`waste`), and a GEMM's fp32 result counts as not hidden either: a tile is written
 when its products are done. R is then what a GEMM with little to write and full waves reaches. With the clock too, a
-dense row takes the time of its instructions where that is longer (:func:`row_seconds`). With the bytes a second of the
-L2 cache, the streaming engine's sweeps take no less than the operands of every tile need from there.
+dense row takes the time of its instructions where that is longer (:func:`row_seconds`).
 
 The streaming engine has its own parts, each by the same roofline, and traffic, but no row.
 
@@ -57,7 +56,7 @@ from .counts import (
     gemm_products,
     in_slabs,
 )
-from .machine import CACHE, CLOCK, COPY, GEMM, MULTIPROCESSORS
+from .machine import CLOCK, COPY, GEMM, MULTIPROCESSORS
 from .problems import TOP_K, Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -147,7 +146,7 @@ def predict(
     return work.prediction(work.chunked(counts, backend), plan)
 
 
-def compare(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
+def beside_model(row: Mapping[str, Any], machine: Mapping[str, float]) -> dict[str, Any] | None:
     """What is predicted of a row of results (bench/worker.py) beside its medians; None where there is nothing.
 
     From the counts that the row holds. Errors are ``predicted / measured - 1``; what was not measured is None.
@@ -204,7 +203,6 @@ class _Work:
         self.shape, self.dtype, self.n, self.on_host, self.alone = shape, dtype, n, on_host, alone
         self.R, self.W = float(machine[GEMM]), float(machine[COPY])
         self.multiprocessors, self.clock = machine.get(MULTIPROCESSORS), machine.get(CLOCK)
-        self.cache = machine.get(CACHE)
 
     def products(self, plan: Plan, slabs: bool) -> dict[str, Product]:
         """Of the GEMMs alone, without upcasts."""
@@ -240,8 +238,6 @@ class _Work:
 
     def streaming(self, found: StreamingCounts) -> dict[str, float]:
         parts = {name: max(found.flops[name] / self.R, moved / self.W) for name, moved in found.gemm_bytes.items()}
-        if self.cache is not None:
-            parts |= {name: max(parts[name], moved / self.cache) for name, moved in found.cache_bytes.items()}
         if self.multiprocessors is not None:
             for name, result in found.results.items():
                 parts[name] = max(parts[name], found.flops[name] / self.R * waste([result], int(self.multiprocessors)))

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +60,9 @@ class Implementation(NamedTuple):
 
     ``build(inputs, gamma)`` makes the step. ``missing(device type)`` says in a line why it cannot run there, or None.
     ``note`` says what a reader must know beside the group's formula: what the teacher is, or what is left out.
-    ``drops_ignored`` says that ignored tokens cost it less, and that labels may be on the host; ``compiles`` that it
-    runs graphs of torch.compile. ``prepare(inputs)`` is untimed set-up. ``counted`` is :meth:`work` where more is
-    known than the FLOPs that none can spare.
+    ``drops_ignored`` says that ignored tokens cost it less, and that labels may be on the host.
+    ``prepare(inputs)`` is untimed set-up. ``counted`` is :meth:`work` where more is known than the FLOPs that none can
+    spare.
     """
 
     group: str
@@ -69,7 +70,6 @@ class Implementation(NamedTuple):
     missing: Callable[[str], str | None] = lambda device: None
     note: str = ""
     drops_ignored: bool = False
-    compiles: bool = False
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
     counted: Callable[[Shape, Inputs, float], dict[str, Any]] | None = None
 
@@ -218,7 +218,7 @@ def _plain(group: str, loss: Callable[..., Tensor], compiled: bool) -> Implement
             further = (torch.tensor(gamma, device=inputs.hidden_s.device), LAM, BETA)
         return lambda labels: call(*tensors, labels, *further)
 
-    return Implementation(group, build, compiles=compiled)
+    return Implementation(group, build)
 
 
 PLAIN: dict[str, Implementation] = {
@@ -236,24 +236,18 @@ PLAIN: dict[str, Implementation] = {
 # Other libraries
 
 
-def _liger_fused(beta: float) -> Build:
-    def build(inputs: Inputs, gamma: float) -> Step:
-        from liger_kernel.transformers import LigerFusedLinearJSD
+def _liger_fused(beta: float, inputs: Inputs, gamma: float) -> Step:
+    from liger_kernel.transformers import LigerFusedLinearJSD
 
-        criterion = LigerFusedLinearJSD(jsd_beta=beta, ignore_index=IGNORE)
-        return lambda labels: criterion(*inputs[:4], labels)
-
-    return build
+    criterion = LigerFusedLinearJSD(jsd_beta=beta, ignore_index=IGNORE)
+    return lambda labels: criterion(*inputs[:4], labels)
 
 
-def _liger_chunked(beta: float) -> Build:
-    def build(inputs: Inputs, gamma: float) -> Step:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+def _liger_chunked(beta: float, inputs: Inputs, gamma: float) -> Step:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        criterion = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, ignore_index=IGNORE)
-        return lambda labels: criterion(*inputs[:4], labels)
-
-    return build
+    criterion = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, ignore_index=IGNORE)
+    return lambda labels: criterion(*inputs[:4], labels)
 
 
 def _liger_kl_div(inputs: Inputs, gamma: float) -> Step:
@@ -276,20 +270,17 @@ def _liger_ce(inputs: Inputs, gamma: float) -> Step:
     return lambda labels: criterion(inputs.weight_s, inputs.hidden_s, labels)
 
 
-def _trl(beta: float) -> Build:
-    def build(inputs: Inputs, gamma: float) -> Step:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+def _trl(beta: float, inputs: Inputs, gamma: float) -> Step:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-        def step(labels: Tensor) -> Tensor:
-            hidden_s, hidden_t = _valid_rows(labels, inputs.hidden_s, inputs.hidden_t)
-            divergence, _ = ChunkedDivergenceFunction.apply(
-                hidden_s, inputs.weight_s, None, hidden_t, inputs.weight_t, None, beta, 1.0
-            )
-            return divergence.mean()
+    def step(labels: Tensor) -> Tensor:
+        hidden_s, hidden_t = _valid_rows(labels, inputs.hidden_s, inputs.hidden_t)
+        divergence, _ = ChunkedDivergenceFunction.apply(
+            hidden_s, inputs.weight_s, None, hidden_t, inputs.weight_t, None, beta, 1.0
+        )
+        return divergence.mean()
 
-        return step
-
-    return build
+    return step
 
 
 def _fla_kl(inputs: Inputs, gamma: float) -> Step:
@@ -312,24 +303,16 @@ def _valid_rows(labels: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.index_select(0, index.to(x.device)) for x in hidden)
 
 
-def _cut_cross_entropy(impl: str) -> Build:
-    def build(inputs: Inputs, gamma: float) -> Step:
-        from cut_cross_entropy import linear_cross_entropy
+def _cut_cross_entropy(impl: str, inputs: Inputs, gamma: float) -> Step:
+    from cut_cross_entropy import linear_cross_entropy
 
-        hidden, weight = inputs[:2]
-        return lambda labels: linear_cross_entropy(
-            hidden, weight, labels.to(hidden.device), ignore_index=IGNORE, impl=impl
-        )
-
-    return build
+    hidden, weight = inputs[:2]
+    return lambda labels: linear_cross_entropy(hidden, weight, labels.to(hidden.device), ignore_index=IGNORE, impl=impl)
 
 
-def _torch(chunked: bool) -> Build:
-    def build(inputs: Inputs, gamma: float) -> Step:
-        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-        return lambda labels: F.linear_cross_entropy(*inputs[:2], labels, ignore_index=IGNORE, options=options)
-
-    return build
+def _torch(chunked: bool, inputs: Inputs, gamma: float) -> Step:
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return lambda labels: F.linear_cross_entropy(*inputs[:2], labels, ignore_index=IGNORE, options=options)
 
 
 def _torch_missing(device: str) -> str | None:
@@ -375,29 +358,32 @@ _CCE = _needs("cut-cross-entropy", "cut_cross_entropy")
 _CCE_GPU = _needs("cut-cross-entropy", "cut_cross_entropy", cuda=True)
 
 PEERS: dict[str, Implementation] = {
-    "liger fused jsd": Implementation(JSD, _liger_fused(JSD_BETA), _LIGER_GPU),
-    "liger chunked jsd": Implementation(JSD, _liger_chunked(JSD_BETA), _LIGER, compiles=True),
-    "trl chunked jsd": Implementation(JSD, _trl(JSD_BETA), _TRL, drops_ignored=True),
-    "liger fused kl": Implementation(KL, _liger_fused(0.0), _LIGER_GPU),
-    "liger chunked kl": Implementation(KL, _liger_chunked(0.0), _LIGER, compiles=True),
+    "liger fused jsd": Implementation(JSD, partial(_liger_fused, JSD_BETA), _LIGER_GPU),
+    "liger chunked jsd": Implementation(JSD, partial(_liger_chunked, JSD_BETA), _LIGER),
+    "trl chunked jsd": Implementation(JSD, partial(_trl, JSD_BETA), _TRL, drops_ignored=True),
+    "liger fused kl": Implementation(KL, partial(_liger_fused, 0.0), _LIGER_GPU),
+    "liger chunked kl": Implementation(KL, partial(_liger_chunked, 0.0), _LIGER),
     "liger kl div": Implementation(
         KL, _liger_kl_div, _LIGER_GPU, "takes the teacher's probabilities, which are made first, N x V in fp32"
     ),
-    "trl chunked kl": Implementation(KL, _trl(0.0), _TRL, drops_ignored=True),
+    "trl chunked kl": Implementation(KL, partial(_trl, 0.0), _TRL, drops_ignored=True),
     "fla kl": Implementation(KL, _fla_kl, _FLA, drops_ignored=True),
-    "torch linear_cross_entropy": Implementation(SFT, _torch(False), _torch_missing, "full logits"),
-    "torch linear_cross_entropy chunked": Implementation(SFT, _torch(True), _torch_missing),
+    "torch linear_cross_entropy": Implementation(SFT, partial(_torch, False), _torch_missing, "full logits"),
+    "torch linear_cross_entropy chunked": Implementation(SFT, partial(_torch, True), _torch_missing),
     "liger ce": Implementation(SFT, _liger_ce, _LIGER_GPU),
     "cce": Implementation(
         SFT,
-        _cut_cross_entropy("cce"),
+        partial(_cut_cross_entropy, "cce"),
         _CCE_GPU,
         "skips gradients far below rounding (its default); no fp32",
         drops_ignored=True,
-        compiles=True,
     ),
     "cce torch_compile": Implementation(
-        SFT, _cut_cross_entropy("torch_compile"), _CCE, "full logits, compiled", drops_ignored=True, compiles=True
+        SFT,
+        partial(_cut_cross_entropy, "torch_compile"),
+        _CCE,
+        "full logits, compiled",
+        drops_ignored=True,
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from . import end_to_end, gpu
 from .machine import COPY, GEMM
-from .prediction import compare as beside_model
+from .prediction import beside_model
 from .problems import Variant
 from .registry import GROUPS, SELF_EVOLUTION
 from .session import ROOT
@@ -25,6 +25,7 @@ from .tables import (
     median,
     memory_of,
     over,
+    over_floor,
     quartiles,
     ratios,
     scientific,
@@ -124,17 +125,12 @@ def standings(data: dict[str, Any]) -> list[Standing]:
     theirs = [row for row in rows if not row["implementation"].startswith(OURS)]
     found = []
     for row in rows:
-        own = median(ratios(row))
+        own = over_floor(row)
         if row["implementation"].startswith(OURS) and own is not None:
             rivals = [] if row["top_k"] else [rival for rival in theirs if _same_problem(row, rival)]
-            values: list[Callable[[Row], float | None]] = [_relative_time, memory_of, error_of]
+            values: list[Callable[[Row], float | None]] = [over_floor, memory_of, error_of]
             found.append(Standing(row, own, *(_best(value, row, rivals) for value in values)))
     return sorted(found, key=lambda s: -s.floor)
-
-
-def _relative_time(row: Row) -> float | None:
-    """As a multiple of the floor."""
-    return median(ratios(row))
 
 
 def _same_problem(ours: Row, theirs: Row) -> bool:
@@ -276,7 +272,7 @@ def scaling(data: dict[str, Any]) -> str:
         for place in sorted({place for place, _ in found}):
             line = [f"{place:g}"]
             for row in (found.get((place, name)) for name in names):
-                numbers = [f"{milliseconds(row):.4g}", fixed(_relative_time(row)), size(memory_of(row))] if row else []
+                numbers = [f"{milliseconds(row):.4g}", fixed(over_floor(row)), size(memory_of(row))] if row else []
                 line += numbers or [""] * 3
             lines.append(line)
         sizes = ", ".join(f"{k} = {v}" for k, v in rows[0]["shape"].items() if k not in ("name", axis))
@@ -301,7 +297,7 @@ def summary(data: dict[str, Any]) -> str:
     lines = [
         [
             *place,
-            " / ".join(fixed(_relative_time(r)) for r in rows),
+            " / ".join(fixed(over_floor(r)) for r in rows),
             " / ".join(fixed(over(memory_of(r), 1e9)) for r in rows),
             " / ".join(scientific(error_of(r)) for r in rows),
         ]

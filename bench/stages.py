@@ -173,17 +173,7 @@ def _sanitizer(run: Run) -> None:
     """memcheck on two small tests of the CUDA row."""
     (run.out / "sanitizer").mkdir(exist_ok=True)
     share = ["-p", "bench.gpu_tests", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
-    pytest = [
-        "-m",
-        "pytest",
-        _test_file("test_gpu.py"),
-        "-m",
-        "gpu",
-        "-k",
-        "cuda_row and small",
-        "-p",
-        "no:cacheprovider",
-    ]
+    pytest = ["-m", "pytest", _test_file("test_gpu.py"), "-m", "gpu", "-k", "cuda_row and small"]
     # cuda-bindings asks for functions that a driver may lack: refused calls are no fault of a kernel.
     options = ["--tool", "memcheck", "--error-exitcode", "3", "--report-api-errors", "no"]
     _tool(run, "compute-sanitizer", options, [*pytest, "-p", "no:cacheprovider", *share], "sanitizer.log")
@@ -266,16 +256,6 @@ def _streaming(run: Run, name: str) -> None:
         inputs = _case(run, str(variant), case, variant, inputs)
 
 
-def _against(run: Run, which: str) -> None:
-    """The steps that a comparison of two checkouts is made of."""
-    for name in ("A", "B"):
-        inputs: Inputs | None = None
-        for backend in run.backends:
-            for variant in (EASY, HARD):
-                case = run.case(run.shapes[name], f"fused_kd {backend}", rounds=6, purpose="against")
-                inputs = _case(run, f"{name} {backend} {variant}", case, variant, inputs)
-
-
 def _peers(run: Run, name: str) -> None:
     case = run.case(run.shapes["A"], name, error_tokens=64 if run.rehearse else 256, rounds=5)
     _case(run, name, case, MIXED, None)
@@ -352,7 +332,6 @@ STAGES: dict[str, Callable[..., int | None]] = {
     "sanitizer": _sanitizer,
     "rows": _rows,
     "steps": _steps,
-    "against": _against,
     "streaming": _streaming,
     "choices": _choices,
     "profile": _profile,

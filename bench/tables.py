@@ -20,6 +20,11 @@ def ratios(row: Row, of: str = "step", to: str = "floor") -> list[float] | None:
     return [x / y for x, y in zip(seconds[of], seconds[to], strict=True)]
 
 
+def over_floor(row: Row) -> float | None:
+    """The median of a step's time as a multiple of the floor."""
+    return median(ratios(row))
+
+
 def memory_of(row: Row) -> float | None:
     """Bytes over inputs and gradients."""
     return row.get("memory", {}).get("over_inputs_and_gradients")
@@ -62,10 +67,6 @@ def fixed(value: float | None, digits: int = 2) -> str:
 
 def scientific(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def signed(share: float | None) -> str:

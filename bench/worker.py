@@ -27,8 +27,7 @@ class Case:
     """``implementation`` is a key of IMPLEMENTATIONS.
 
     As many ``rounds`` as fit ``seconds``, but three. Errors are those of the first ``error_tokens`` tokens.
-    ``purpose`` says what the row is for: "table", the curve ("N", "V", "valid") it is a point of, or "against":
-    a comparison of two checkouts.
+    ``purpose`` says what the row is for: "table", or the curve ("N", "V", "valid") it is a point of.
     """
 
     shape: Shape
@@ -61,24 +60,22 @@ class Case:
         }
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"shape": list(self.shape), "variants": [list(v) for v in self.variants]})
+        return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> Case:
         fields = json.loads(text)
-        fields["shape"] = Shape(*fields["shape"])
-        fields["variants"] = tuple(Variant(*variant) for variant in fields["variants"])
-        return Case(**fields)
+        variants = tuple(Variant(*variant) for variant in fields["variants"])
+        return Case(**fields | {"shape": Shape(*fields["shape"]), "variants": variants})
 
 
 def rows(case: Case) -> Iterator[dict[str, Any]]:
     """One row per variant; what cannot be measured says why instead of raising."""
     inputs: Inputs | None = None
-    previous: Variant | None = None
+    teacher = ""
     for variant in case.variants:
-        same = previous is not None and variant.teacher == previous.teacher
-        found, inputs = row(case, variant, inputs if same else None)
-        previous = variant
+        found, inputs = row(case, variant, inputs if variant.teacher == teacher else None)
+        teacher = variant.teacher
         yield found
 
 
@@ -203,14 +200,8 @@ def _errors(case: Case, implementation: Implementation, inputs: Inputs, gamma: f
     loss = implementation.build(part, gamma)(part.labels)
     loss.backward()
     assert part.hidden_s.grad is not None and part.weight_s.grad is not None
-    errors = relative_errors(
-        part,
-        lambda z, teacher, y: implementation.truth(z, teacher, y, gamma),
-        loss.detach(),
-        part.hidden_s.grad,
-        part.weight_s.grad,
-    )
-    return {**errors, "tokens": n}
+    truth = partial(implementation.truth, gamma=gamma)
+    return {**relative_errors(part, truth, loss.detach(), part.hidden_s.grad, part.weight_s.grad), "tokens": n}
 
 
 def guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
@@ -221,10 +212,8 @@ def guarded(call: Callable[[], dict[str, Any]], status: str) -> dict[str, Any]:
         text = str(error).strip()
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
         line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        found = {
-            status: "out of memory" if out_of_memory else "failed",
-            "reason": f"{type(error).__name__}: {line}"[:300],
-        }
+        reason = f"{type(error).__name__}: {line}"[:300]
+        found = {status: "out of memory" if out_of_memory else "failed", "reason": reason}
     # Outside of the handler: there the traceback would keep every tensor alive.
     gc.collect()
     if torch.cuda.is_available():

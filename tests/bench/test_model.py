@@ -8,9 +8,10 @@ import math
 import pytest
 
 from bench import machine, model
-from bench.counts import Plan, choose_tiles, count_chunked, planned
-from bench.machine import assumed_machine, measure_machine
-from bench.prediction import ISSUED, SPECIAL, RowCost, Sweep, compare, predict, row_seconds, waste
+from bench.counts import Plan, count_chunked, planned
+from bench.machine import measure_machine
+from bench.model import assumed_machine
+from bench.prediction import ISSUED, SPECIAL, RowCost, Sweep, beside_model, predict, row_seconds, waste
 from bench.problems import GPU_SHAPES, Shape, make_inputs
 from bench.registry import IMPLEMENTATIONS
 from fused_kd.tuning import tuned
@@ -104,17 +105,10 @@ def test_row_with_a_clock_by_hand():
         assert found[0] == found[1]
 
 
-def test_streaming_is_bound_by_the_cache():
-    """A tile of 64 x 128: 2 x 64 x 128 FLOPs for 2 x (64 + 128) bytes; with 128 x 128 ones fewer."""
-    cached = {**H200, "l2_bytes_per_s": 5e12}
-    found = predict(A, BF16, cached, on_host=False, engine="streaming", hard=0.5)
-    work, tiles = 2 * 8192 * 128256 * (4096 + 5120), choose_tiles(BF16, BF16)
-    for part, tile, share in (("sums", tiles.sums, 0.5), ("dlogits", tiles.gradient, 1)):
-        seconds = share * work * (tile.tokens + tile.columns) / (tile.tokens * tile.columns) / 5e12
-        assert found.parts[part] == pytest.approx(seconds)
-    assert found.workspace_bytes < 48e6  # what the engine's docstring promises
-    tight = predict(A, BF16, cached, on_host=False, engine="streaming", memory_budget=2 * 10**7)
-    assert tight.workspace_bytes <= 2e7
+def test_streaming_keeps_its_workspace():
+    streaming = {"engine": "streaming", "on_host": False, "hard": 0.5}
+    assert predict(A, BF16, H200, **streaming).workspace_bytes < 48e6  # what the engine's docstring promises
+    assert predict(A, BF16, H200, **streaming, memory_budget=2 * 10**7).workspace_bytes <= 2e7
 
 
 def test_infinite_bandwidth_leaves_the_floor():
@@ -161,16 +155,16 @@ def test_compare_by_hand():
     # dW is read and written again by the second and third chunk.
     seconds = (528 + 652 + 528 + (640 - 4 * 4 * 14) + 4 * 4 * 14 + 840) / 5
     floor = (4 * (20 + 14 + 70) * 3 + 4 * (30 + 21 + 70)) / 5
-    assert compare(measured_row(), UNIT) == pytest.approx(
+    assert beside_model(measured_row(), UNIT) == pytest.approx(
         {
             "predicted_seconds": seconds, "seconds_error": seconds / 900 - 1,
             "predicted_ratio": seconds / floor, "ratio_error": seconds / floor / 3 - 1,
             "predicted_memory": 448, "memory_error": 0.12,
         }
     )  # fmt: skip
-    other = compare(measured_row(counts={**COUNTS, "row_bytes_once": 1840, "workspace_bytes": 800}), UNIT)
+    other = beside_model(measured_row(counts={**COUNTS, "row_bytes_once": 1840, "workspace_bytes": 800}), UNIT)
     assert other["predicted_seconds"] == pytest.approx(seconds + 200) and other["memory_error"] == 1.0
-    unknown = compare(measured_row(memory=None, seconds={"step": [900.0]}), UNIT)
+    unknown = beside_model(measured_row(memory=None, seconds={"step": [900.0]}), UNIT)
     assert unknown["seconds_error"] is not None and unknown["memory_error"] is unknown["ratio_error"] is None
 
 
@@ -185,27 +179,24 @@ def test_compare_is_what_predict_says(numbers, grouped):
         plan = Plan(said.chunk, said.workspace_bytes, said.group)
         counts = count_chunked(A._replace(N=4096), BF16, plan, hard=0.5, recomputes=True)._asdict()
         row = {"shape": A._asdict(), "implementation": name, "dtype": "bfloat16", "device": "cuda", "counts": counts}
-        found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
+        found = beside_model(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
         assert found["predicted_seconds"] == pytest.approx(said.seconds)
         assert found["predicted_ratio"] == pytest.approx(said.ratio)
     row |= {"implementation": "fused_kd streaming", "counts": {"flops": {"student_logits": 1, "teacher_logits": 1}}}
-    found = compare(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
+    found = beside_model(measured_row(**row, hard_fraction=0.5, valid=0.5), numbers)
     assert found["predicted_seconds"] == predict(A, BF16, numbers, engine="streaming", **options).seconds
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_nothing_to_compare():
+    for changes in (
         {"implementation": "eager"},
         {"status": "out of memory"},
         {"seconds": {"floor": [1.0]}},
         {"seconds": None},
         {"counts": {"flops": {"student_logits": 1}}},
         {"implementation": "fused_kd streaming"},  # Triton's interpreter on a CPU
-    ],
-)
-def test_nothing_to_compare(changes):
-    assert compare(measured_row(**changes), UNIT) is None
+    ):
+        assert beside_model(measured_row(**changes), UNIT) is None
 
 
 def test_errors_of_results_files(tmp_path):
@@ -225,30 +216,21 @@ def test_errors_of_results_files(tmp_path):
 
 
 def test_expected_of_gpus():
-    for shape, (chunk, group) in ((A, (1024, 8192)), (B, (1024, 4096))):
-        easy = {gpu: model.expected(gpu, shape)["Triton row", "easy"] for gpu in machine.GPUS}
-        order = [easy[gpu].seconds for gpu in ("B200", "H200", "H100 SXM", "A100-80G SXM")]
-        assert order == sorted(order)
+    assert assumed_machine("H200") == pytest.approx(FURTHER)
+    assert assumed_machine("H100 SXM")["copy_bytes_per_s"] == pytest.approx(3.35e12 * 4.3 / 4.8)
+    for gpu in model.GPUS.values():  # the clock is the one that the data sheet's FLOPs are stated at
+        assert gpu.multiprocessors * gpu.clock * 4096 == pytest.approx(gpu.flops, rel=1e-3)
+    for shape, plan in ((A, (1024, 8192)), (B, (1024, 4096))):
         found = model.expected("H200", shape)
-        assert (easy["H200"].chunk, easy["H200"].group) == (chunk, group)
+        easy = found["Triton row", "easy"]
+        assert easy.seconds < model.expected("H100 SXM", shape)["Triton row", "easy"].seconds
+        assert (easy.chunk, easy.group) == plan
         cuda, triton, streaming = (found[way, "hard"].seconds for way in sorted(model.WAYS))
-        assert found["Triton row", "easy"].floor_seconds < found["Triton row", "easy"].seconds < triton
-        assert cuda < triton < streaming
-    assert {way for way, _ in model.expected("A100-80G SXM", A)} == {"Triton row", "streaming"}
-    assert {way for way, _ in model.expected("B200", A)} == {"Triton row"}
+        assert easy.floor_seconds < easy.seconds < triton and cuda < triton < streaming
     text = model.markdown_expected()
     assert text.startswith("**Predicted, not measured**")
     (line,) = (line for line in text.splitlines() if line.startswith(f"| H200 | {A} |"))
     assert line.endswith("| 3.50 | 1024 | 8192 |")
-
-
-def test_assumed_machines():
-    assert assumed_machine("H200") == pytest.approx({**FURTHER, "l2_bytes_per_s": 0.6 * 5120 * 1.83e9})
-    assert assumed_machine("A100-80G SXM")["gemm_flops_per_s"] == pytest.approx(312e12 * 790 / 989.4)
-    # The clock is the one that the data sheet's FLOPs are stated at.
-    for gpu, each in (("A100-80G SXM", 2048), ("H100 SXM", 4096), ("H200", 4096)):
-        peak = machine.GPUS[gpu]
-        assert peak.multiprocessors * peak.clock * each == pytest.approx(peak.flops, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +273,6 @@ def test_command_line(capsys):
     [
         (["1", "2", "3"], "sizes must be the four integers N H_s H_t V, got 3"),
         (SIZES, "--gemm-tflops and --bandwidth-gb must be given"),
-        ([*SIZES, *RATES, "--hard", "2"], "hard must be in [0, 1], got 2.0"),
         ([*SIZES, *RATES, "--memory-budget-gb", "0.1"], "memory_budget must be at least 2136265232 bytes"),
         (["--hard", "0.5"], "sizes must be the four integers N H_s H_t V where options are given, got none"),
     ],

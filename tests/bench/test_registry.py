@@ -71,7 +71,8 @@ def test_implementations_agree_with_their_groups_truth(name, monkeypatch):
         # It takes no fp32, the interpreter's products no bf16, and there is no libdevice on a CPU.
         monkeypatch.setattr("cut_cross_entropy.tl_utils.tl_log1p", lambda x: tl.log(1.0 + x))
         dtype, bound = torch.float16, 2e-3
-    for every in (1, 2):
+    # In the interpreter "cce" takes seconds.
+    for every in (2,) if name == "cce" else (1, 2):
         implementation, inputs, gamma = prepared(name, dtype)
         labels = inputs.labels.masked_fill(torch.arange(WIDE.N) % every != 0, IGNORE)
         found = errors(implementation, inputs, gamma, labels, run(implementation, inputs, gamma, labels))
@@ -128,10 +129,7 @@ def test_truths_are_the_textbooks(group):
 
 def test_groups():
     assert {known.group for known in IMPLEMENTATIONS.values()} == GROUPS.keys() == OURS.keys()
-    for group, name in OURS.items():
-        assert IMPLEMENTATIONS[name].objective == GROUPS[group]
-        rivals = {n.split()[0] for n, i in IMPLEMENTATIONS.items() if i.group == group}
-        assert {"eager", "torch.compile"} <= rivals
+    assert all(IMPLEMENTATIONS[name].objective == GROUPS[group] for group, name in OURS.items())
     assert "top 64 entries, bucket" in IMPLEMENTATIONS["fused_kd top-k 64 bucket"].objective
     with pytest.raises(ValueError, match="group must be one of self-evolution, jsd, kl, sft, got 'ce'"):
         objective_of("ce", 0.0)
@@ -202,7 +200,7 @@ def test_the_registry_imports_no_peer_and_a_run_no_pytest():
     assert done.stdout.strip() == "[]"
 
 
-def test_inputs_are_the_same_in_every_process_and_differ_by_seed():
+def test_inputs_are_those_of_their_seed_and_teacher():
     a, b, c = (make_inputs(WIDE, CPU, FP32, seed) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
     assert not torch.equal(a.weight_s, c.weight_s)
@@ -213,9 +211,6 @@ def test_inputs_are_the_same_in_every_process_and_differ_by_seed():
         a.gamma("some")
     with pytest.raises(ValueError, match="teacher must be one of near, far"):
         make_inputs(WIDE, CPU, FP32, teacher="absent")
-
-
-def test_a_near_teacher_agrees_with_the_student_and_a_far_one_does_not():
     agreement = {}
     for teacher in ("near", "far"):
         inputs = make_inputs(Shape("", 64, 32, 48, 200), CPU, FP32, teacher=teacher)
