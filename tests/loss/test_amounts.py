@@ -12,7 +12,7 @@ import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 from fused_kd.tokens import _tokens
 
-from .problems import gradients, problem, relative
+from ..problems import gradients, problem, relative
 
 NAN, INF = math.nan, math.inf
 

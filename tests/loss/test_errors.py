@@ -9,7 +9,7 @@ import torch
 
 import fused_kd as fk
 
-from .problems import problem
+from ..problems import problem
 
 _G = torch.Generator().manual_seed(0)
 H, W, H_T, W_T = (torch.randn(shape, generator=_G) for shape in ((5, 4), (9, 4), (5, 6), (9, 6)))

@@ -11,7 +11,7 @@ import torch
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import problem, relative
+from ..problems import problem, relative
 
 ASSIGNED = {
     "ignore_index": 5,

@@ -12,7 +12,7 @@ from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.ops import pack, unpack
 from fused_kd.rows.contract import Shards
 
-from .problems import gradients, problem, relative
+from ..problems import gradients, problem, relative
 
 
 class Step(torch.nn.Module):

@@ -16,8 +16,8 @@ from fused_kd.engines import chunks, dispatch, gemm, head_gradient
 from fused_kd.engines.plan import rounded_rows
 from fused_kd.reference import reference_kd_loss
 
-from .kernels.contract import KINDS, NATIVE, TORCH, TRITON, cases
-from .problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
+from ..kernels.contract import KINDS, NATIVE, TORCH, TRITON, cases
+from ..problems import CPU_BACKENDS, NAMES, OBJECTIVES, _Head, gradients, problem, relative
 
 TIGHT = 4e-6
 # Their gradients jump where p = q, or where an entry enters the head: rounding may take another side.

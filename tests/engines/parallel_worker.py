@@ -1,4 +1,4 @@
-"""``python -m tests.parallel_worker OUT P``: P gloo processes divide a vocabulary; their errors go to OUT as JSON.
+"""``python -m tests.engines.parallel_worker OUT P``: P gloo processes divide a vocabulary; their errors go to OUT as JSON.
 
 Everything is imported once, then the processes are forked. Each case is a function of the rank's world; the numbers
 that it returns by name are reduced to the largest over the ranks.
@@ -26,9 +26,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import fused_kd as fk
 from fused_kd import parallel
 
-from .budget import LIMIT, UNIT
-from .kernels.test_lists import cached
-from .problems import OBJECTIVES, Problem, oracle64, problem, relative
+from ..budget import LIMIT, UNIT
+from ..kernels.test_lists import cached
+from ..problems import OBJECTIVES, Problem, oracle64, problem, relative
 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order

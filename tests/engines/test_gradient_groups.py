@@ -16,8 +16,8 @@ from fused_kd.engines.plan import BudgetTooSmall, Plan, Workspace, plan_chunks
 from fused_kd.engines.problem import Side, Wanted
 from fused_kd.tuning import tuned
 
-from .budget import check_budget
-from .problems import NAMES, OBJECTIVES, gradients, needs_compiler, problem, relative, rows_for
+from ..budget import check_budget
+from ..problems import NAMES, OBJECTIVES, gradients, needs_compiler, problem, relative, rows_for
 
 BF16, FP16 = torch.bfloat16, torch.float16
 A = {"H_s": 4096, "H_t": 5120, "V": 128256}

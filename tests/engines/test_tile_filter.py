@@ -15,8 +15,8 @@ from fused_kd.engines.gemm import Projection
 from fused_kd.engines.plan import Plan
 from fused_kd.engines.tile_filter import HostTiles
 
-from .kernels.contract import DTYPES, NATIVE, TORCH, TRITON, cases
-from .problems import gradients, problem, relative
+from ..kernels.contract import DTYPES, NATIVE, TORCH, TRITON, cases
+from ..problems import gradients, problem, relative
 from .test_gradient_groups import Device
 
 EPS = 1e-4

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel losses over 2 and 4 processes, against one process; tests.parallel_worker computes the errors."""
+"""Vocabulary-parallel losses over 2 and 4 processes, against one process; tests.engines.parallel_worker computes the errors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ EXACT = ("nothing_valid", "refusals", "resharded", "traffic")
 
 def errors(processes: int, folder: Path) -> dict[str, dict[str, float]]:
     out = folder / "errors.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.parallel_worker", str(out), str(processes)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.engines.parallel_worker", str(out), str(processes)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        command, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -113,4 +113,4 @@ BESIDE = (
 
 
 def test_the_scaling_page_has_the_models_numbers() -> None:
-    assert vocab_parallel.table() in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    assert vocab_parallel.table() in (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()

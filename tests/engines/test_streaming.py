@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from . import interpreter
-from .budget import ROUNDING, check_budget
-from .kernels.contract import DTYPES, NEAR, TRITON, cases
-from .kernels.test_error_budget import LOSS_SCALE
-from .problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
+from .. import interpreter
+from ..budget import ROUNDING, check_budget
+from ..kernels.contract import DTYPES, NEAR, TRITON, cases
+from ..kernels.test_error_budget import LOSS_SCALE
+from ..problems import NAMES, OBJECTIVES, Problem, _Head, gradients, oracle64, problem, relative
 
 triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

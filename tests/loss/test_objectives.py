@@ -12,7 +12,7 @@ import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_rows
 
-from .problems import gradients, problem, relative
+from ..problems import gradients, problem, relative
 
 
 def test_names_map_to_classes():
