@@ -16,8 +16,6 @@ from fused_kd.forecast import plan_for
 from fused_kd.rows.native import build as native_build
 from fused_kd.rows.select import BACKENDS
 
-from .test_imports import run as run_hiding
-
 N, H_S, H_T, V = 37, 24, 40, 301
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -215,20 +213,3 @@ def test_compiled_row_is_where_it_says():
         pytest.skip(details)
     kept = details.split(" into ")[1]
     assert kept == "memory" or os.path.isdir(kept)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says why there is no GPU")
-def test_without_optional_packages():
-    out = run_hiding(
-        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from fused_kd.info import main\n"
-        "main(['--shape', '64', '8', '8', '100', '--device', 'cuda', '--dtype', 'bf16', '--json'])\n",
-        ["triton", "transformers", "cuda", "accelerate"],
-    )
-    found = json.loads(out)
-    assert found["plan"]["engine"] == "chunked" and found["plan"]["backend"] == "torch"
-    reasons = {name: x["details"] for name, x in found["available"].items() if not x["available"]}
-    assert "pip install 'fused_kd[triton]'" in reasons["backend triton"]
-    assert "pip install 'fused_kd[triton]'" in reasons["engine streaming"]
-    assert "pip install 'fused_kd[cuda]'" in reasons["backend cuda"]
-    assert all("finds no GPU" in reasons[f"backend {name}"] for name in ("triton", "cuda"))
