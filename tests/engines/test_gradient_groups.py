@@ -21,6 +21,7 @@ from ..budget import check_budget
 from ..problems import NAMES, OBJECTIVES, gradients, needs_compiler, problem, relative, rows_for
 
 BF16, FP16 = torch.bfloat16, torch.float16
+LOW = [pytest.param(BF16, id="bf16"), pytest.param(FP16, id="fp16")]
 A = {"H_s": 4096, "H_t": 5120, "V": 128256}
 B = {"H_s": 896, "H_t": 3584, "V": 151936}
 
@@ -65,7 +66,7 @@ def run(p, objective, backend, **options):
 
 # Triton's interpreter truncates to bf16 where a GPU rounds.
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
 def test_budget_with_all_tokens_in_one_group(objective, dtype, backend, device):
     p = problem(rows_for(objective, backend), std=3.0, dtype=dtype, bias=True)
@@ -78,7 +79,7 @@ def test_budget_with_all_tokens_in_one_group(objective, dtype, backend, device):
 SEVERAL = [fk.SFT(), fk.NoEvo(), fk.SelfEvolution(gamma=1.0), fk.SelfEvolutionTopK(fraction=0.3), fk.GeneralizedJSD()]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("group", [53, 17, 4], ids=["whole", "groups", "chunks"])
 @pytest.mark.parametrize("objective", SEVERAL, ids=lambda o: o.name)
 def test_any_grouping_gives_the_same(objective, group, dtype, device, monkeypatch):
@@ -98,7 +99,7 @@ def test_any_grouping_gives_the_same(objective, group, dtype, device, monkeypatc
     assert not found[1][500:].any() and not found[2][500:].any()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("objective", SEVERAL, ids=lambda o: o.name)
 def test_budget_of_groups(objective, dtype, device, monkeypatch):
     p = problem(53, std=3.0, dtype=dtype, bias=True)

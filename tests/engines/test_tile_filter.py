@@ -157,8 +157,8 @@ def test_the_engine_of_a_gpu(group, monkeypatch):
     found = gradients(fk.kd_loss(student, teacher, p.labels, fk.Skew(), grad_filter_eps=EPS).loss, p.leaves)
     assert 0 < torch.cat([f.flatten() for f in flags]).float().mean() < 1
     valid = p.labels != -100
-    check_left_out(p, exact, found, valid.double() / valid.sum())
-    assert relative(found[1][:LIKELY], exact[1][:LIKELY]) < 2e-3 and not found[1][128:].any()
+    check_left_out(p, exact, found, valid.double() / valid.sum(), behind=128)
+    assert relative(found[1][:LIKELY], exact[1][:LIKELY]) < 2e-3
 
 
 def test_a_gpu_without_triton_is_told(monkeypatch):

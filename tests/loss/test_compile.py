@@ -143,14 +143,3 @@ def test_activation_checkpointing():
 
     again = checkpoint(loss, p.hidden, p.weight, use_reentrant=False)
     assert all(map(torch.equal, gradients(again, p.leaves), ref))
-
-
-def test_module_moves_and_saves_like_any_other():
-    criterion = fk.KDLoss(fk.SelfEvolution())
-    assert list(criterion.state_dict()) == []
-    assert list(criterion.parameters()) == []
-    assert criterion.to(torch.bfloat16) is criterion
-    assert torch.equal(criterion.scalars, torch.tensor(fk.SelfEvolution().scalars()))
-    p = problem()
-    expected = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution()).loss
-    assert torch.equal(criterion(p.student(), p.teacher(), p.labels), expected)

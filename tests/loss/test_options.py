@@ -87,6 +87,13 @@ def test_scalars_are_right_after_any_move(move):
     assert torch.equal(criterion(p.student(), p.teacher(), p.labels), again)
 
 
+def test_nothing_of_it_is_saved_or_trained():
+    criterion = fk.KDLoss(fk.SelfEvolution())
+    assert not criterion.state_dict() and not list(criterion.parameters())
+    assert criterion.to(torch.bfloat16) is criterion
+    assert torch.equal(criterion.scalars, torch.tensor(fk.SelfEvolution().scalars()))
+
+
 def test_labels_of_32_bits_with_an_ignore_index_of_64():
     p = problem(ignored=0.0)
     far = {"ignore_index": -(2**40), "shift": True}
