@@ -270,8 +270,8 @@ def test_labels_on_the_device_ignored_or_out_of_range(dtype, monkeypatch, one_pi
     monkeypatch.setattr(streaming, "valid_tokens", lambda labels, device: (None, labels))
     out, grads = run(p, GATED)
     assert torch.equal(out.is_hard, expected.is_hard)
-    for a, r in zip((out.loss, out.difficulty, *grads), (expected.loss, expected.difficulty, *refs), strict=True):
-        assert relative(a, r) < 1e-6 or torch.equal(a, r)
+    values, refs = (out.loss, out.difficulty, *grads), (expected.loss, expected.difficulty, *refs)
+    assert furthest(values, refs) < 1e-6
     p.labels[3], p.labels[5] = 150, -1
     out, grads = run(p, fk.NoEvo(), reduction="sum")
     assert out.loss.isnan() and all(g.isfinite().all() for g in grads)
@@ -409,25 +409,16 @@ def test_a_budget_too_small_for_the_chunked_engine_selects_streaming(monkeypatch
 
 
 @pytest.mark.parametrize(
-    "error, message, options",
+    "objective, backend, message",
     [
-        (ValueError, "engine must be None or one of 'chunked', 'streaming', got 'stream'", {"engine": "stream"}),
-        (
-            ValueError,
-            "engine='streaming' needs backend='triton' or None, got backend='torch'",
-            {"engine": "streaming", "backend": "torch"},
-        ),
-        (ValueError, "can not run AdaptiveKL", {"engine": "streaming", "objective": fk.AdaptiveKL()}),
-        (ValueError, "grad_filter_eps must be at least 0, got -1", {"grad_filter_eps": -1, "engine": "streaming"}),
-        (ValueError, "grad_filter_eps must be in [-1e+12, 1e+12], got nan", {"grad_filter_eps": float("nan")}),
+        (fk.NoEvo(), "torch", "engine='streaming' needs backend='triton' or None, got backend='torch'"),
+        (fk.AdaptiveKL(), None, "can not run AdaptiveKL"),
     ],
-    ids=lambda x: x[:30] if isinstance(x, str) else "",
 )
-def test_messages(error, message, options):
+def test_messages(objective, backend, message):
     p = make()
-    objective = options.pop("objective", fk.NoEvo())
-    with pytest.raises(error, match=re.escape(message)):
-        fk.kd_loss(p.student(), p.teacher(), p.labels, objective, **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fk.kd_loss(p.student(), p.teacher(), p.labels, objective, engine="streaming", backend=backend)
 
 
 def test_streaming_is_refused_where_triton_can_not_run(monkeypatch):

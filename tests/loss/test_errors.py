@@ -63,6 +63,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (TypeError, "validate must be True or False, got 1", lambda: fk.KDLoss(fk.SFT(), validate=1)),
         (ValueError, "ignore_index must be a 64-bit integer, got 9223372036854775808", lambda: call(ignore_index=2**63)),
         (ValueError, "grad_filter_eps must be at least 0, got -1", lambda: call(grad_filter_eps=-1)),
+        (ValueError, "grad_filter_eps must be in [-1e+12, 1e+12], got nan", lambda: call(grad_filter_eps=float("nan"))),
         (ValueError, "vocab_size must be a positive integer or None, got 0", lambda: call(vocab_size=0)),
         (TypeError, "memory_budget must be a positive integer or None, got 1.5", lambda: call(memory_budget=1.5)),
         (TypeError, "ignore_index must be an integer, got None", lambda: call(ignore_index=None)),
