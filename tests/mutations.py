@@ -533,11 +533,11 @@ MUTATIONS = [
     ),
     Mutation(
         "ops: second derivative not refused", _OPS, "if torch.is_grad_enabled() and not", "if False and not",
-        ("loss/test_loss.py::test_double_backward_is_refused",),
+        ("kernels/test_training.py::test_second_derivatives_and_function_transforms_are_refused[dense-torch-mean]",),
     ),
     Mutation(
         "loss: num_items ignored", _TOKENS, "1.0 / float(number)", "1.0 / labels.numel()",
-        ("loss/test_loss.py::test_num_items_makes_accumulation_exact",),
+        ("kernels/test_training.py::test_accumulation_with_num_items_is_one_big_batch[dense-torch-forward_kd]",),
     ),
     Mutation(
         "loss: shifted by two", _INPUTS, "labels[..., 1:], torch.full_like(labels[..., :1]",

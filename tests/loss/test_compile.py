@@ -1,4 +1,4 @@
-"""Ops under opcheck and torch.compile, autocast, GradScaler and checkpointing."""
+"""Ops under opcheck and torch.compile, autocast and GradScaler."""
 
 from __future__ import annotations
 
@@ -130,16 +130,3 @@ def test_fp16_gradients_survive_until_the_loss_scale_arrives():
     scaler.scale(loss).backward()
     ref = fk.reference.reference_kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo())
     assert furthest([x.grad for x in p.leaves], gradients(ref.loss * 2.0**14, p.leaves)) < 1e-3
-
-
-def test_activation_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    p = problem()
-    ref = gradients(fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew()).loss, p.leaves)
-
-    def loss(hidden, weight):
-        return fk.kd_loss(fk.LMHead(hidden, weight), p.teacher(), p.labels, fk.Skew()).loss
-
-    again = checkpoint(loss, p.hidden, p.weight, use_reentrant=False)
-    assert all(map(torch.equal, gradients(again, p.leaves), ref))

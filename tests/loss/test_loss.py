@@ -1,4 +1,8 @@
-"""KDLoss's options: reductions, weights, masks, shifting, heads, upstream gradients, and what is not computed."""
+"""KDLoss's options: reductions, weights, masks, shifting, heads, upstream gradients, and what is not computed.
+
+tests/kernels/test_training.py has second backwards, accumulation and tied weights; test_extremes.py there has layouts
+and hardly any tokens.
+"""
 
 from __future__ import annotations
 
@@ -103,44 +107,6 @@ def test_shift_aligns_next_token_labels():
     assert shifted.difficulty[:, -1].abs().sum() == 0
 
 
-def test_num_items_makes_accumulation_exact():
-    p = problem(N=32)
-    whole = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution())
-    ref = gradients(whole.loss, p.leaves)
-    count = (p.labels != -100).sum()
-    for num_items in (int(count), count):
-        total = [torch.zeros_like(x) for x in p.leaves]
-        for part in (slice(0, 7), slice(7, 32)):
-            out = fk.kd_loss(
-                fk.LMHead(p.hidden[part], p.weight), fk.LMHead(p.hidden_t[part], p.weight_t), p.labels[part],
-                fk.SelfEvolution(), num_items=num_items,
-            )  # fmt: skip
-            total = [t + g for t, g in zip(total, gradients(out.loss, p.leaves), strict=True)]
-        assert furthest(total, ref) < TIGHT
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_backward_gives_the_same_gradients(reduction):
-    p = problem()
-    loss = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), reduction=reduction).loss
-    up = torch.ones_like(loss)
-    loss.backward(up, retain_graph=True)
-    first = [x.grad.clone() for x in p.leaves]
-    loss.backward(up, retain_graph=True)
-    assert all(torch.equal(x.grad, 2 * f) for x, f in zip(p.leaves, first, strict=True))
-    for x in p.leaves:
-        x.grad = None
-    loss.backward(up * 0.5)
-    assert all(relative(x.grad, f / 2) < 1e-7 for x, f in zip(p.leaves, first, strict=True))
-
-
-def test_double_backward_is_refused():
-    p = problem()
-    loss = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo()).loss
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, [p.hidden], create_graph=True)
-
-
 def test_annealing_between_forward_and_backward_keeps_the_forward_s_objective():
     p = problem()
     criterion = fk.KDLoss(fk.SelfEvolution(beta=0.5), reduction="none")
@@ -149,50 +115,6 @@ def test_annealing_between_forward_and_backward_keeps_the_forward_s_objective():
     criterion.objective = fk.SelfEvolution(beta=0.9)
     assert all(map(torch.equal, gradients(loss.sum(), p.leaves), ref))
     assert criterion.scalars.tolist() == pytest.approx([0.5, 0.9, 0.4, 1.0, 1.0, 0.5, 0.1, math.log(0.5)])
-
-
-@pytest.mark.parametrize("layout", ["non-contiguous", "expanded", "int32 labels", "labels (2, 3, 4)"])
-def test_layouts(layout):
-    p = problem(N=24)
-    student, teacher, labels = p.student(), p.teacher(), p.labels
-    if layout == "non-contiguous":
-        student = fk.LMHead(p.hidden.T.contiguous().T, p.weight.T.contiguous().T)
-    elif layout == "expanded":
-        p.hidden = p.hidden[:1].detach().requires_grad_()
-        student = fk.LMHead(p.hidden.expand(24, -1), p.weight)
-    elif layout == "int32 labels":
-        labels = labels.int()
-    else:
-        student = fk.LMHead(p.hidden.reshape(2, 3, 4, -1), p.weight)
-        teacher = fk.LMHead(p.hidden_t.reshape(2, 3, 4, -1), p.weight_t)
-        labels = labels.reshape(2, 3, 4)
-    out = fk.kd_loss(student, teacher, labels, fk.SelfEvolution())
-    expected = reference_kd_loss(student, teacher, labels, fk.SelfEvolution())
-    assert furthest(gradients(out.loss, p.leaves), gradients(expected.loss, p.leaves)) < TIGHT
-    assert out.difficulty.shape == labels.shape
-
-
-def test_tied_weights_get_both_gradients():
-    p = problem()
-    tokens = torch.randint(0, 517, (29,))
-
-    def make(loss):
-        return loss(fk.LMHead(p.weight[tokens] * 1.5, p.weight), p.teacher(), p.labels, fk.NoEvo()).loss
-
-    (actual,) = gradients(make(fk.kd_loss), [p.weight])
-    (ref,) = gradients(make(reference_kd_loss), [p.weight])
-    assert relative(actual, ref) < TIGHT
-
-
-@pytest.mark.parametrize("case", ["empty", "all ignored"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_valid_token_gives_zero_connected_to_the_graph(case, reduction):
-    p = problem(N=0 if case == "empty" else 5, ignored=1.1)
-    out = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), reduction=reduction)
-    assert out.loss.abs().sum() == 0
-    assert all(
-        torch.equal(g, torch.zeros_like(x)) for g, x in zip(gradients(out.loss.sum(), p.leaves), p.leaves, strict=True)
-    )
 
 
 @pytest.fixture
