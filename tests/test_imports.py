@@ -156,16 +156,12 @@ def test_the_reference_shares_nothing_with_kernels(graph):
 )
 def test_a_wrong_import_is_seen(module, text, tmp_path):
     files = {
-        "fused_kd/__init__.py": "from .loss import kd_loss\n",
         "fused_kd/loss.py": "from .engines import chunked\n",
-        "fused_kd/engines/__init__.py": "",
         "fused_kd/engines/chunked.py": "from .gemm import Projection\nfrom ..rows.torch.row import row\n",
-        "fused_kd/engines/gemm.py": "import torch\n",
-        "fused_kd/rows/__init__.py": "",
-        "fused_kd/rows/torch/row.py": "import torch\n",
-        "fused_kd/rows/triton/row.py": "import triton\n",
         "fused_kd/training/fit.py": "from fused_kd.loss import kd_loss\n",
     }
+    for name in ("__init__", "engines/__init__", "engines/gemm", "rows/__init__", "rows/torch/row", "rows/triton/row"):
+        files[f"fused_kd/{name}.py"] = "import torch\n"
 
     def wrong() -> list[object]:
         for name, content in files.items():
