@@ -31,7 +31,8 @@ def check_left_out(
     ``factors`` (N,): of each token's gradient in the loss's; ``behind``: the first column that tiles leave out.
     """
     (dh, dw), (dh_f, dw_f) = ([g.double() for g in grads[:2]] for grads in (exact, filtered))
-    assert dw_f[behind:].abs().sum() == 0 < dw[behind:].abs().sum()
+    assert not dw_f[behind:].any()
+    assert dw[behind:].any() or p.hidden.dtype == torch.float16  # which holds nothing so small
     rounding = ROUNDING[p.hidden.dtype]
     bound_h = EPS * factors * p.weight.double().norm(dim=1).sum()
     bound_w = EPS * (factors * p.hidden.double().norm(dim=1)).sum()
