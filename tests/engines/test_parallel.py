@@ -53,8 +53,10 @@ def _right(name: str, values: dict[str, float]) -> bool:
         return values.pop("loss") < 1e-5 and max(values.values()) < 4e-3
     if name in OTHERS:
         return max(values.values()) <= (0.0 if name in EXACT else TIGHT)
+    # Total variation's gradient is a small difference of products.
+    tight = TIGHT * (4 if name.startswith("total_variation") else 1)
     same = values.pop("is_hard") == 0 and values.pop("unequal") == 0  # all ranks have the same bits
-    return same and values.pop("messages") >= 1 and values.pop("difficulty") < 1e-5 and max(values.values()) < TIGHT
+    return same and values.pop("messages") >= 1 and values.pop("difficulty") < 1e-5 and max(values.values()) < tight
 
 
 def test_traffic_per_token() -> None:
