@@ -24,8 +24,10 @@ GPU = torch.device("cuda:0")
 
 
 @pytest.fixture
-def nvrtc():
+def nvrtc(monkeypatch, tmp_path):
+    """Its version; what is compiled is kept in ``tmp_path``."""
     pytest.importorskip("cuda.core", reason="needs the extra cuda")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     try:
         return cuda_build._nvrtc_version()
     except CudaRowError as error:
@@ -158,7 +160,6 @@ MACROS = (
 
 
 def test_a_binary_is_compiled_once(nvrtc, monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     code = cuda_build.cubin("fkd_row", MACROS, "sm_90a")
     assert code.startswith(b"\x7fELF")
     compiled = []
@@ -172,7 +173,6 @@ def test_a_binary_is_compiled_once(nvrtc, monkeypatch, tmp_path):
 
 def test_a_binary_of_another_nvrtc_is_found(nvrtc, monkeypatch, tmp_path):
     """Carried from a machine with a newer one; who made it is written in the entry."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"binary")
     cuda_build.cubin("fkd_row", MACROS, "sm_90a")
     (path,) = tmp_path.glob("*.cubin")
@@ -185,7 +185,6 @@ def test_a_binary_of_another_nvrtc_is_found(nvrtc, monkeypatch, tmp_path):
 
 
 def test_a_damaged_binary_or_another_gpu_s_is_compiled_again(nvrtc, monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(cuda_build, "_compile", lambda source, macros, arch: f"binary for {arch}".encode())
     paths = []
     for arch in ("sm_90a", "sm_80"):
@@ -201,8 +200,7 @@ def test_a_damaged_binary_or_another_gpu_s_is_compiled_again(nvrtc, monkeypatch,
     assert not list(tmp_path.glob("new-*"))
 
 
-def test_a_binary_of_other_sources_is_not_used(nvrtc, monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+def test_a_binary_of_other_sources_is_not_used(nvrtc, monkeypatch):
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"old")
     cuda_build.cubin("fkd_row", MACROS, "sm_90a")
     monkeypatch.setattr(cuda_build, "_compile", lambda *_: b"new")
@@ -230,8 +228,7 @@ def test_a_binary_that_the_driver_refuses_is_compiled_here(monkeypatch):
     cuda_build._loaded.cache_clear()
 
 
-def test_what_nvrtc_says_is_passed_on(nvrtc, monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+def test_what_nvrtc_says_is_passed_on(nvrtc):
     with pytest.raises(CudaRowError, match=r"failed to compile for sm_20 .*(?s:.*)install a newer nvidia-cuda-nvrtc"):
         cuda_build.cubin("fkd_row", MACROS, "sm_20")
 
