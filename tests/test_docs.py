@@ -225,7 +225,7 @@ def test_commands_are_understood(page, monkeypatch, capsys):
         ("python examples/quickstart.py --size 3", "takes no arguments"),
         ("pip install '.[trane]'", "no such extra"),
         ("python -m fused_kd.info --shap 1 2 3 4", "2"),  # argparse's exit code
-        ("python examples/train.py --outptu x", ""),
+        ("python examples/train.py --outptu x", None),
         ("python examples/train.py examples/configs/nothing.yaml --output x", "nothing.yaml cannot be read"),
     ],
 )
