@@ -10,9 +10,11 @@ from .engines import chunked
 from .engines.chunks import Chunks
 from .engines.dispatch import AUTO, ENGINES, choose_engine
 from .engines.gemm import has_fp32_output
-from .engines.plan import BudgetTooSmall, Plan
+from .engines.plan import BudgetTooSmall
+from .engines.plan import Plan as ChunkedPlan
 from .engines.problem import Problem, Side, Wanted
 from .engines.streaming.plan import ALIGNED, choose_tiles, plan_streaming, sizes_of
+from .engines.streaming.plan import Plan as StreamingPlan
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, RowSpec, SelfEvolution
 from .rows.select import BACKENDS, _native_works
@@ -87,50 +89,50 @@ def plan_for(
     if top_k is not None and top_k > V:
         raise ValueError(f"top_k must be at most V={V}, got {top_k}")
     spec, place = objective.spec, torch.device(device)
-    teacher = spec.divergence is not None
-    lists = top_k if teacher else None
-    chosen, row = choose_engine(engine, backend, spec.divergence, 0.0, place, top_k=lists is not None)
+    if spec.divergence is None:
+        top_k = None
+    chosen, row = choose_engine(engine, backend, spec.divergence, 0.0, place, top_k=top_k is not None)
+    if row not in BACKENDS:
+        row = "native" if _native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
-    upcast = dtype != torch.float32 and not (has_fp32_output(place) if here else True)
+    upcast = dtype != torch.float32 and here and not has_fp32_output(place)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
+    problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget)
 
-    too_small = planned = None
+    too_small, group = None, None
     if chosen != "streaming":
         try:
-            planned = chunked_plan(
-                N, H_s, H_t if teacher else None, V, dtype=dtype, device=place, upcast=upcast, top_k=lists,
-                memory_budget=memory_budget,
-            )  # fmt: skip
-            chosen, chunk, workspace = "chunked", planned.chunk, planned.workspace
+            plan = _chunked(problem, place, upcast)
+            chosen, chunk, workspace, group = "chunked", plan.chunk, plan.workspace, plan.group
+            chunks = sum(map(len, plan.groups(N)))
+            if spec.ranked and chunk < N:
+                notes.append(
+                    "difficulties are ranked first, which computes the logits twice unless all tokens fit one chunk"
+                )
         except BudgetTooSmall as error:
-            if chosen != AUTO or lists is not None:
+            if chosen != AUTO:
                 raise
-            too_small, chosen = error, "streaming"
+            chosen, too_small = "streaming", error
     if chosen == "streaming":
         try:
-            problem = _problem(N, H_s, H_t if teacher else None, V, dtype, spec, lists, memory_budget)
-            chunk, workspace = _streamed(problem, dtype, upcast)
+            streamed = _streamed(problem, dtype, upcast)
         except BudgetTooSmall as error:
             if too_small is None:
                 raise
             raise ValueError(f"{too_small}; engine='streaming' would need {error.minimum}") from None
+        chunk, chunks, workspace = streamed.tokens, -(-N // streamed.tokens), streamed.workspace
         notes.append("logits are computed again, two to four times in all: more FLOPs than those of the GEMMs above")
         if too_small is not None:
             notes.append(f"the chunked engine would need a budget of at least {too_small.minimum} bytes")
-    if chosen == "chunked" and spec.ranked and chunk < N:
-        notes.append("difficulties are ranked first, which computes the logits twice unless all tokens fit one chunk")
-    if row not in BACKENDS:
-        row = "native" if _native_works() else "torch"
-    chunks, group = -(-N // chunk), None
-    if planned is not None:
-        chunks, group = sum(map(len, planned.groups(N))), planned.group
-    hidden_sizes = [H_s] * 3 + [H_t] * (teacher and lists is None)
+    hidden_sizes = [H_s] * 3  # logits and two gradients
+    if problem.teacher is not None and top_k is None:
+        hidden_sizes.append(H_t)
     return Choice(
         chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
         gradients=dtype.itemsize * (N + V) * H_s,
         flops=2 * N * V * sum(hidden_sizes),
         gemms=len(hidden_sizes),
-        eager_logits=dtype.itemsize * N * V * (2 if len(hidden_sizes) == 4 else 1),
+        eager_logits=dtype.itemsize * N * V * (len(hidden_sizes) - 2),
         notes=tuple(notes),
     )  # fmt: skip
 
@@ -146,29 +148,32 @@ def chunked_plan(
     upcast: bool,
     top_k: int | None = None,
     memory_budget: int | None = None,
-) -> Plan:
+) -> ChunkedPlan:
     """The chunked engine's own plan of n valid tokens, all gradients wanted, from tensors without data.
 
     ``upcast``: operands of low precision are made fp32 first, as where GEMMs have no fp32 output. The teacher is a list
     of ``top_k`` entries a token, or has ``H_t`` hidden states, or is none.
     """
-    problem = _problem(n, H_s, H_t, V, dtype, SelfEvolution.kind, top_k, memory_budget)
-    chunks = Chunks(problem, V, None, problem.labels)
+    return _chunked(_problem(n, H_s, H_t, V, dtype, SelfEvolution.kind, top_k, memory_budget), device, upcast)
+
+
+def _chunked(problem: Problem, device: torch.device, upcast: bool) -> ChunkedPlan:
+    chunks = Chunks(problem, problem.vocab, None, problem.labels)
     for source in (chunks.student, chunks.teacher):
         if source is not None and source.projection is not None:
             # It asks the tensors' device, which is not the one to be planned for.
-            source.projection.upcast = upcast and dtype != torch.float32
+            source.projection.upcast = upcast and problem.student.source.dtype != torch.float32
     return chunked.plan(chunks, device)
 
 
-def _streamed(problem: Problem, dtype: torch.dtype, upcast: bool) -> tuple[int, int]:
-    """Tokens a chunk of dH, and bytes."""
+def _streamed(problem: Problem, dtype: torch.dtype, upcast: bool) -> StreamingPlan:
     heads = [side for side in (problem.student, problem.teacher) if side is not None]
     plain = all(side.source.shape[1] % ALIGNED == 0 for side in heads)
-    tiles = choose_tiles(*[dtype] * len(heads), plain=plain, target=_target())
-    sizes = sizes_of(problem, len(problem.labels), upcast=upcast)
-    plan = plan_streaming(sizes, tiles, problem.memory_budget)
-    return plan.tokens, plan.workspace
+    target = "sm_90"  # an H100 where there is no GPU
+    if torch.cuda.is_available():
+        target = "gfx" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    tiles = choose_tiles(*[dtype] * len(heads), plain=plain, target=target)
+    return plan_streaming(sizes_of(problem, len(problem.labels), upcast=upcast), tiles, problem.memory_budget)
 
 
 def _problem(
@@ -181,30 +186,19 @@ def _problem(
     top_k: int | None,
     memory_budget: int | None,
 ) -> Problem:
-    """Of tensors without data."""
+    """Of tensors without data; the teacher's are left out where the objective has none."""
 
-    def side(H: int) -> Side:
-        hidden, weight = (torch.empty(size, H, dtype=dtype, device="meta") for size in (n, V))
-        return Side(hidden, weight)
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
 
     teacher = None
     if top_k is not None:
-        entries = torch.empty(n, top_k, dtype=torch.float32, device="meta")
+        entries = empty(n, top_k, dtype=torch.float32)
         teacher = Side(entries, indices=entries, tail="renormalize")
-    elif H_t is not None:
-        teacher = side(H_t)
-    nothing, labels = torch.empty(0, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+    elif spec.divergence is not None and H_t is not None:
+        teacher = Side(empty(n, H_t), empty(V, H_t))
     return Problem(
-        student=side(H_s), teacher=teacher, labels=labels, weights=None, scale=nothing, scalars=nothing,
-        wanted=Wanted(source=True, weight=True, bias=False), spec=spec, cold_labels=False, vocab=V, dtype=None,
-        memory_budget=memory_budget, engine="", backend="",
+        student=Side(empty(n, H_s), empty(V, H_s)), teacher=teacher, labels=empty(n, dtype=torch.int64), weights=None,
+        scale=empty(0), scalars=empty(0), wanted=Wanted(source=True, weight=True, bias=False), spec=spec,
+        cold_labels=False, vocab=V, dtype=None, memory_budget=memory_budget, engine="", backend="",
     )  # fmt: skip
-
-
-def _target() -> str:
-    """What the streaming engine's tiles depend on; an H100 where there is no GPU."""
-    if not torch.cuda.is_available():
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -34,29 +33,46 @@ from .rows.select import BACKENDS, choose_backend
 
 PACKAGES = ("triton", "transformers", "cuda-core", "accelerate", "trl", "peft", "deepspeed")
 DTYPES = dict(zip(("fp32", "bf16", "fp16"), FLOAT_DTYPES, strict=True))
-DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 WIDTH = 110
 
 
 def versions() -> dict[str, str | None]:
     """Versions of fused_kd, Python, the system, the packages it can use, and CUDA; None where absent."""
-    found: dict[str, str | None] = {
+    return {
         "fused_kd": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "torch": torch.__version__,
+        **{package: _version(package) for package in PACKAGES},
+        "CUDA of torch": torch.version.cuda,
+        "ROCm of torch": torch.version.hip,
+        "NVRTC": _nvrtc(),
+        "NVIDIA driver": _driver(),
     }
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["CUDA of torch"] = torch.version.cuda
-    found["ROCm of torch"] = torch.version.hip
-    found["NVRTC"] = _nvrtc()
-    found["NVIDIA driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvrtc() -> str | None:
+    try:
+        return ".".join(map(str, cuda_build._nvrtc_version()))
+    except ValueError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0] if found else None
 
 
 def devices() -> dict[str, str]:
@@ -70,19 +86,21 @@ def devices() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The CPU's name, as far as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def backends() -> dict[str, tuple[bool, str]]:
     """Of each backend and engine: whether it runs here, and what it runs on, or why not and what to install.
 
     Compiles the native row where no process has done so before.
     """
-    found = {f"backend {name}": _tried(_CHECKS[name]) for name in BACKENDS}
-    found["engine chunked"] = True, "wherever a backend runs"
-    found["engine streaming"] = _tried(_streaming)
-    return found
-
-
-def _torch() -> str:
-    return "any device"
+    return {name: _tried(check) for name, check in _CHECKS.items()}
 
 
 def _native() -> str:
@@ -106,10 +124,17 @@ def _cuda() -> str:
 
 def _streaming() -> str:
     choose_engine("streaming", None, "kl", 0.0, _best_device())
-    return "on GPUs" if torch.cuda.is_available() else "on the CPU in Triton's interpreter, for tests"
+    return _triton()
 
 
-_CHECKS: dict[str, Callable[[], str]] = {"torch": _torch, "native": _native, "triton": _triton, "cuda": _cuda}
+_CHECKS: dict[str, Callable[[], str]] = {
+    "backend torch": lambda: "any device",
+    "backend triton": _triton,
+    "backend cuda": _cuda,
+    "backend native": _native,
+    "engine chunked": lambda: "wherever a backend runs",
+    "engine streaming": _streaming,
+}
 
 
 def _tried(check: Callable[[], str]) -> tuple[bool, str]:
@@ -119,50 +144,20 @@ def _tried(check: Callable[[], str]) -> tuple[bool, str]:
         text = str(error)
     if "package triton" in text:
         text += "; pip install 'fused_kd[triton]' to have it"
-    if check in (_triton, _cuda, _streaming) and not torch.cuda.is_available():
-        text += f"; {_build()} finds no GPU"
+    if check is not _native and not torch.cuda.is_available():
+        kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+        built = next((f"{kind} {version}" for kind, version in kinds.items() if version), "CPUs alone")
+        text += f"; this PyTorch ({torch.__version__}, built for {built}) finds no GPU"
     return False, text
-
-
-def _build() -> str:
-    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-    built = kind if torch.version.cuda or torch.version.hip else "CPUs alone"
-    return f"this PyTorch ({torch.__version__}, built for {built})"
 
 
 def _best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _nvrtc() -> str | None:
-    try:
-        return ".".join(map(str, cuda_build._nvrtc_version()))
-    except ValueError:
-        return None
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _first_line(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(result.stdout.strip().splitlines()), None)
-
-
 def _bytes(size: int) -> str:
     unit, scale = next((u for u in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= u[1]), ("bytes", 1))
-    return f"{size / scale:.3g} {unit}" if scale > 1 else f"{size} bytes"
+    return f"{size / scale:.3g} {unit}"
 
 
 def collect(plan: Choice | None = None) -> dict[str, Any]:
@@ -179,10 +174,11 @@ def collect(plan: Choice | None = None) -> dict[str, Any]:
 def text(found: Mapping[str, Any]) -> str:
     """What :func:`collect` returns as aligned lines."""
     kept = found["cache"] or "nowhere: no folder can be written to, so each process compiles again"
-    available = {k: f"{'yes' if v['available'] else 'no '}  {v['details']}" for k, v in found["available"].items()}
     sections = {
         "versions": {name: version or "-" for name, version in found["versions"].items()},
-        "what runs here": available,
+        "what runs here": {
+            name: f"{'yes' if x['available'] else 'no '}  {x['details']}" for name, x in found["available"].items()
+        },
         "compiled rows": {"kept in": f"{kept} (set FUSED_KD_CACHE to choose)"},
         "devices": found["devices"],
     }
@@ -194,28 +190,24 @@ def text(found: Mapping[str, Any]) -> str:
 def _plan_lines(plan: Mapping[str, Any]) -> dict[str, str]:
     group = plan["group"]
     together = "" if group in (None, plan["chunk"]) else f"; those of {group} share the gradients' GEMMs"
-    lines = {
+    size = {key: f"{plan[key]} bytes ({_bytes(plan[key])})" for key in ("workspace", "gradients", "eager_logits")}
+    return {
         "call": f"{plan['objective']}, {plan['dtype']} on {plan['device']}",
         "engine": f"{plan['engine']}, backend {plan['backend']}",
         "chunk": f"{plan['chunk']} tokens, {plan['chunks']} of them{together}",
-        "workspace": f"{plan['workspace']} bytes ({_bytes(plan['workspace'])}) beyond inputs and gradients",
-        "gradients": f"{plan['gradients']} bytes ({_bytes(plan['gradients'])}) of hidden states and weight",
+        "workspace": f"{size['workspace']} beyond inputs and gradients",
+        "gradients": f"{size['gradients']} of hidden states and weight",
         "FLOPs": f"{plan['flops']:.4g} in {plan['gemms']} GEMMs, forward and backward",
-        "eager": f"{plan['eager_logits']} bytes ({_bytes(plan['eager_logits'])}) of N x V logits in plain PyTorch, "
+        "eager": f"{size['eager_logits']} of N x V logits in plain PyTorch, "
         "before any softmax, mixture or gradient of them",
+        **{f"note {i}": note for i, note in enumerate(plan["notes"], 1)},
     }
-    return lines | {f"note {i}": note for i, note in enumerate(plan["notes"], 1)}
 
 
 def _aligned(lines: Mapping[str, str]) -> str:
     margin = 2 + max(map(len, lines)) + 2
-    return "\n".join(
-        textwrap.fill(
-            value, WIDTH, initial_indent=f"  {name}".ljust(margin), subsequent_indent=" " * margin,
-            break_long_words=False, break_on_hyphens=False,
-        )
-        for name, value in lines.items()
-    )  # fmt: skip
+    wrap = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * margin)
+    return "\n".join(wrap.fill(f"  {name}".ljust(margin) + value) for name, value in lines.items())
 
 
 def _size(value: str) -> int:
@@ -227,9 +219,7 @@ def _size(value: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_kd.info", allow_abbrev=False, description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m fused_kd.info", allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument(
         "--shape", nargs=4, type=int, metavar=("N", "H_S", "H_T", "V"), help="tokens, hidden sizes, vocabulary"
     )
@@ -247,26 +237,20 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 2 with one line on stderr for a call that cannot be planned."""
     parser = _parser()
-    args = parser.parse_args(arguments)
+    asked = vars(parser.parse_args(arguments))
+    shape, as_json = asked.pop("shape"), asked.pop("json")
     plan = None
-    if args.shape is not None:
+    if shape is not None:
+        asked["dtype"], asked["objective"] = DTYPES[asked["dtype"]], OBJECTIVES[asked["objective"]]()
+        asked["device"] = asked["device"] or _best_device().type
         try:
-            plan = plan_for(
-                *args.shape,
-                dtype=DTYPES[args.dtype],
-                device=args.device or _best_device().type,
-                objective=OBJECTIVES[args.objective](),
-                memory_budget=args.memory_budget,
-                top_k=args.top_k,
-                engine=args.engine,
-                backend=args.backend,
-            )
+            plan = plan_for(*shape, **asked)
         except ValueError as error:
             parser.error(str(error))
-    elif vars(args) != vars(parser.parse_args([])) | {"json": args.json}:
+    elif any(value != parser.get_default(name) for name, value in asked.items()):
         parser.error("--shape must be the four integers N H_S H_T V where a plan's options are given, got none")
     found = collect(plan)
-    print(json.dumps(found, indent=2) if args.json else text(found))
+    print(json.dumps(found, indent=2) if as_json else text(found))
     return 0
 
 

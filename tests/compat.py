@@ -41,7 +41,13 @@ TORCHES = {
     "2.11.0": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4"),
     "newest": ("torch", "triton", "numpy"),
 }
-TORCH_TESTS = ("test_compile", "test_loss", "test_streaming", "kernels/test_triton", "kernels/test_rows")
+TORCH_TESTS = (
+    "loss/test_compile",
+    "loss/test_loss",
+    "engines/test_streaming",
+    "kernels/test_triton",
+    "kernels/test_rows",
+)
 
 
 class CompatError(RuntimeError):

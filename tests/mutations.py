@@ -24,11 +24,11 @@ def _budget(objective: str, near: str = "far") -> str:
 
 
 def _table(divergence: str) -> str:
-    return f"test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
+    return f"loss/test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
 
 def _groups(case: str) -> str:
-    return f"test_gradient_groups.py::test_any_grouping_gives_the_same[{case}]"
+    return f"engines/test_gradient_groups.py::test_any_grouping_gives_the_same[{case}]"
 
 
 def _emulated(objective: str) -> str:
@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "torch: teacher's temperature missing", _TORCH,
-        'cool(z, s.temperature, scratch("z_t", B)), out', "z, out", ("test_loss.py::test_temperature[2.0-no_evo-torch]",),
+        'cool(z, s.temperature, scratch("z_t", B)), out', "z, out", ("loss/test_loss.py::test_temperature[2.0-no_evo-torch]",),
     ),
     Mutation("torch: difference reversed", _TORCH, "torch.sub(z_t, z, out", "torch.sub(z, z_t, out", (_budget("reverse_kd"),)),
     Mutation(
@@ -207,7 +207,7 @@ MUTATIONS = [
     Mutation(
         "torch: softcap's slope without the tanh", _TORCH_MATH,
         ".neg_().add_(1.0).mul_(logits.scale)", ".mul_(logits.scale)",
-        ("test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
+        ("loss/test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
     ),
     Mutation("torch: gate reversed", _TORCH, "(difficulty > s.gamma)", "(difficulty < s.gamma)", (_budget("self_evolution"),)),
     # the row of a vocabulary slice
@@ -254,7 +254,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: ranking ignored", _TRITON, "hard = tl.load(given_ptr + row) != 0", "hard = difficulty > gamma",
-        ("test_loss.py::test_temperature[2.0-self_evolution_top_k-triton]",),
+        ("loss/test_loss.py::test_temperature[2.0-self_evolution_top_k-triton]",),
     ),
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
@@ -325,7 +325,7 @@ MUTATIONS = [
     # the engine
     Mutation(
         "engine: weight gradient starts from what was there", _HEAD, "first=self._first)", "first=False)",
-        ("test_loss.py::test_uninitialised_memory_is_never_read",),
+        ("loss/test_loss.py::test_uninitialised_memory_is_never_read",),
     ),
     Mutation(
         "engine: weight gradient of the last chunk alone", _HEAD, "first=self._first)", "first=True)",
@@ -338,12 +338,12 @@ MUTATIONS = [
     Mutation("engine: scaled twice", _HEAD, "d_hidden.mul_(self._scale)", "d_hidden.mul_(self._scale * self._scale)", (_budget("sft"),)),
     Mutation(
         "engine: ignored tokens computed", _PROBLEM, "(labels != IGNORED).nonzero()", "(labels == labels).nonzero()",
-        ("test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
+        ("loss/test_loss.py::test_gemms_run_for_valid_tokens_and_wanted_gradients_only[all]",),
     ),
     Mutation("engine: hidden gradient to other tokens", _ENGINE, "result.d_source[tokens] = d_hidden", "result.d_source[first:last] = d_hidden", (_budget("sft"),)),
     Mutation(
         "engine: another chunk's hard tokens", _CHUNKS, "else hard[self.span]", "else hard[: len(self.labels)]",
-        ("test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
+        ("loss/test_objectives.py::test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position",),
     ),
     Mutation(
         "engine: padding's weight gradient not cleared", _HEAD, "self._d_weight[self._vocab :].zero_()", "pass",
@@ -357,40 +357,40 @@ MUTATIONS = [
     Mutation("groups: the first chunk's tokens alone", _ENGINE, "hidden = chunks.student.operand(tokens)", "pass", (_groups("no_evo-groups-bf16"),)),
     Mutation(
         "groups: the factor twice", _HEAD, "elif not self._scaled and not self._at_once", "elif not self._at_once",
-        (_groups("no_evo-groups-bf16"), "test_gradient_groups.py::test_budget_of_groups[no_evo-bf16]"),
+        (_groups("no_evo-groups-bf16"), "engines/test_gradient_groups.py::test_budget_of_groups[no_evo-bf16]"),
     ),
     Mutation(
         "groups: the factor missing in slabs", _HEAD, "total if self._scaled else total.mul_(self._scale)", "total",
-        ("test_gradient_groups.py::test_weights_in_another_dtype_than_the_gemm_s",),
+        ("engines/test_gradient_groups.py::test_weights_in_another_dtype_than_the_gemm_s",),
     ),
     Mutation(
         "groups: the last slab left out", _HEAD, "range(0, self._vocab, step)", "range(0, self._vocab - step, step)",
-        ("test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
+        ("engines/test_gradient_groups.py::test_slabs_of_the_weight_gradient_cover_it",),
     ),
     Mutation(
         "filter: token weights ignored", _FILTER, "(eps * factors[rows].abs()).unsqueeze(1)", "eps",
-        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+        ("engines/test_tile_filter.py::test_products_of_what_is_left[host]",),
     ),
     Mutation(
         "filter: columns of a slab not moved", _FILTER, "part - columns.start, product", "part, product",
-        ("test_tile_filter.py::test_products_of_what_is_left[host]",),
+        ("engines/test_tile_filter.py::test_products_of_what_is_left[host]",),
     ),
     Mutation(
         "filter: a NaN left out", _FILTER_TRITON, "~((x < threshold[:, None]) | (x == 0.0))", "(x >= threshold[:, None]) & (x != 0.0)",
-        ("test_tile_filter.py::test_nan_is_never_left_out[device]",),
+        ("engines/test_tile_filter.py::test_nan_is_never_left_out[device]",),
     ),
     Mutation(
         "filter: flags of other columns", _FILTER_TRITON, "slice(columns.start // self._tile,", "slice(0,",
-        ("test_tile_filter.py::test_products_of_what_is_left[device]",),
+        ("engines/test_tile_filter.py::test_products_of_what_is_left[device]",),
     ),
     Mutation(
         "hand-over: every program the same blocks", "fused_kd/engines/hand_over.py",
         "tl.program_id(0).to(tl.int64) * BLOCK", "tl.cast(0, tl.int64)",
-        ("test_hand_over.py::test_every_element_once",),
+        ("engines/test_hand_over.py::test_every_element_once",),
     ),
     Mutation(
         "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
-        ("test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
+        ("engines/test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
     ),
     # top-k teachers
     Mutation(
@@ -475,26 +475,26 @@ MUTATIONS = [
     # the streaming engine
     Mutation(
         "streaming: a short last group takes tiles of another", _STREAMING_KERNELS, "part = place // size", "part = place // GROUP",
-        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+        ("engines/test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
     ),
     Mutation(
         "streaming: groups overlap", _STREAMING_KERNELS, "started // (GROUP * parts) * GROUP", "started // (GROUP * parts)",
-        ("test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
+        ("engines/test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
     ),
     Mutation(
         "streaming: a tile's flag at another's place", _STREAMING_GRADIENT,
         "flags_ptr + block * tl.num_programs(1) + part", "flags_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
-        ("test_streaming.py::test_filter_skips_tiles_within_its_bound[sft-fp32-one_slab]",),
+        ("engines/test_streaming.py::test_filter_skips_tiles_within_its_bound[sft-fp32-one_slab]",),
     ),
     Mutation(
         "streaming: splits end early", _STREAMING_SWEEPS,
         "_cdiv(_cdiv(self._vocab, tiles.columns), splits)", "_cdiv(_cdiv(self._vocab, tiles.columns), splits + 1)",
-        ("test_streaming.py::test_temperature_bias_scale_softcap_and_vocab_size[skew]",),
+        ("engines/test_streaming.py::test_temperature_bias_scale_softcap_and_vocab_size[skew]",),
     ),
     Mutation(
         "streaming: joined dH of the last slab alone", _STREAMING,
         "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
-        ("test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
+        ("engines/test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
     ),
     # what stands around a call, or beside a row
     Mutation(
@@ -529,26 +529,26 @@ MUTATIONS = [
     ),
     Mutation(
         "ops: upstream gradient ignored", _OPS, "gradient.mul_(factor)", "gradient.mul_(1.0)",
-        ("test_loss.py::test_reductions_with_any_upstream_gradient[-mean-torch]",),
+        ("loss/test_loss.py::test_reductions_with_any_upstream_gradient[-mean-torch]",),
     ),
     Mutation(
         "ops: second derivative not refused", _OPS, "if torch.is_grad_enabled() and not", "if False and not",
-        ("test_loss.py::test_double_backward_is_refused",),
+        ("kernels/test_training.py::test_second_derivatives_and_function_transforms_are_refused[dense-torch-mean]",),
     ),
     Mutation(
         "loss: num_items ignored", _TOKENS, "1.0 / float(number)", "1.0 / labels.numel()",
-        ("test_loss.py::test_num_items_makes_accumulation_exact",),
+        ("kernels/test_training.py::test_accumulation_with_num_items_is_one_big_batch[dense-torch-forward_kd]",),
     ),
     Mutation(
         "loss: shifted by two", _INPUTS, "labels[..., 1:], torch.full_like(labels[..., :1]",
-        "labels[..., 2:], torch.full_like(labels[..., :2]", ("test_loss.py::test_shift_aligns_next_token_labels",),
+        "labels[..., 2:], torch.full_like(labels[..., :2]", ("loss/test_loss.py::test_shift_aligns_next_token_labels",),
     ),
     Mutation(
         "loss: weighted mean by the count", _TOKENS, "else weights.sum()", "else valid.sum()",
-        ("test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
+        ("loss/test_loss.py::test_reductions_with_any_upstream_gradient[weighted-mean-torch]",),
     ),
     Mutation(
         "loss: weights of ignored tokens are read", _TOKENS, ".masked_fill(~valid.to(device, non_blocking=True), 0.0)", "",
-        ("test_amounts.py::test_weights_of_ignored_tokens_are_not_read",),
+        ("loss/test_amounts.py::test_weights_of_ignored_tokens_are_not_read",),
     ),
 ]  # fmt: skip

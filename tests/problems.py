@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -134,6 +135,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+def furthest(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of the pairs' relative errors."""
+    return max(relative(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves))
 
@@ -153,6 +159,32 @@ def oracle64(p: Problem, objective: fk.objectives.Objective, **options) -> tuple
     )
     loss = out.loss if out.loss.dim() == 0 else out.loss.sum()
     return out, gradients(loss, copies)
+
+
+def compare(
+    p: Problem,
+    objective,
+    *,
+    tight: float,
+    upstream: Tensor | None = None,
+    head: dict | None = None,
+    where=None,
+    **options,
+) -> None:
+    """Loss, gradients, difficulty and gate against the oracle's with the same options; ``where``: backend, engine."""
+    head = head or {}
+    student = fk.LMHead(p.hidden, p.weight, p.bias, **head)
+    out = fk.kd_loss(student, p.teacher(), p.labels, objective, **options, **(where or {}))
+    copies = [x.detach().double().requires_grad_() for x in p.leaves]
+    sides = _Head(*copies, **head), _Head(p.hidden_t.double(), p.weight_t.double())
+    expected = reference_kd_loss(*sides, p.labels, objective, **options)
+    up = torch.ones_like(out.loss) if upstream is None else upstream
+    actual = torch.autograd.grad(out.loss, p.leaves, up)
+    refs = torch.autograd.grad(expected.loss, copies, up.double())
+    assert relative(out.loss, expected.loss) < tight
+    assert furthest(actual, refs) < tight * (4 if objective.name == "total_variation" else 1)
+    assert torch.equal(out.is_hard, expected.is_hard)
+    assert relative(out.difficulty, expected.difficulty) < tight
 
 
 class _Head(fk.LMHead):

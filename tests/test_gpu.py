@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -30,52 +31,44 @@ needs_cuda_core = pytest.mark.skipif(not select.installed("cuda.core"), reason="
 CUDA_ROW = pytest.param("cuda", marks=needs_cuda_core)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_sync():
     """Raises where the host waits for the device."""
-
-    class Guard:
-        def __enter__(self) -> None:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_) -> None:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Guard()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"backend": "triton"},
-        {"backend": "torch"},
-        {"engine": "streaming"},
-        pytest.param({"backend": "cuda"}, marks=needs_cuda_core),
-    ],
+    [*({"backend": name} for name in ("triton", "torch")), {"engine": "streaming"},
+     pytest.param({"backend": "cuda"}, marks=needs_cuda_core)],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
-def test_a_step_never_waits_for_the_device(labels_on, dtype, options, no_sync):
+def test_a_step_never_waits_for_the_device(labels_on, dtype, options):
     p = problem(dtype=dtype, device="cuda")
     criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0), **options).cuda()
     labels = p.labels.to(labels_on)
     criterion(p.student(), p.teacher(), labels).backward()  # compiles the kernel
-    with no_sync:
+    with no_sync():
         criterion(p.student(), p.teacher(), labels).backward()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", CUDA_ROW])
 @pytest.mark.parametrize("objective", [fk.SelfEvolutionTopK(), fk.ForwardKD()], ids=lambda o: o.name)
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_step_with_a_top_k_teacher_never_waits_for_the_device(tail, objective, backend, no_sync):
+def test_a_step_with_a_top_k_teacher_never_waits_for_the_device(tail, objective, backend):
     p = problem(device="cuda")
     teacher = cached(p, 8, tail)
     temperature = 2.0 if tail == "renormalize" else 1.0
     criterion = fk.KDLoss(objective, backend=backend, temperature=temperature).cuda()
     criterion(p.student(), teacher, p.labels).backward()  # compiles the kernels
-    with no_sync:
+    with no_sync():
         criterion(p.student(), teacher, p.labels).backward()
 
 
@@ -293,7 +286,7 @@ def test_cuda_row_on_another_stream_and_in_place():
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
-def test_vocabulary_slices(objective, backend, no_sync):
+def test_vocabulary_slices(objective, backend):
     """Ranks in turns on one GPU, against the row of the whole vocabulary on the CPU; nothing waits for the device."""
     if not allowed(objective, "dense", backend=backend):
         pytest.skip("the loss refuses it")
@@ -308,7 +301,7 @@ def test_vocabulary_slices(objective, backend, no_sync):
         hard=None if inputs.hard is None else inputs.hard.to(device),
     )
     in_turns(moved, [1000, 4000], backend=backend)  # compiles the kernels
-    with no_sync:
+    with no_sync():
         found = in_turns(moved, [1000, 4000], backend=backend)
     assert relative(torch.cat([out.dlogits for out in found], 1), expected.dlogits) < 3e-6
     assert relative(found[0].loss, expected.loss) < 3e-6

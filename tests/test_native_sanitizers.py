@@ -20,8 +20,7 @@ FUZZ = """
 import math, random, sys
 import torch
 import fused_kd as fk
-from fused_kd.rows import native_build
-from fused_kd.workspace import MIN_BYTES
+from fused_kd.rows.native import build as native_build
 
 native_build.FLAGS += sys.argv[2:]
 torch.set_num_threads(2)
@@ -58,7 +57,7 @@ print("done")
 
 
 LONGER_ROWS = """
-from fused_kd.rows import native_row
+from fused_kd.rows.native import row as native_row
 class Longer(native_row._Call):
     def __init__(self, **given):
         super().__init__(**(given | {"V": given["V"] + 64}))

@@ -9,7 +9,7 @@ import torch
 
 import fused_kd as fk
 
-from .problems import problem
+from ..problems import problem
 
 _G = torch.Generator().manual_seed(0)
 H, W, H_T, W_T = (torch.randn(shape, generator=_G) for shape in ((5, 4), (9, 4), (5, 6), (9, 6)))
@@ -63,6 +63,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (TypeError, "validate must be True or False, got 1", lambda: fk.KDLoss(fk.SFT(), validate=1)),
         (ValueError, "ignore_index must be a 64-bit integer, got 9223372036854775808", lambda: call(ignore_index=2**63)),
         (ValueError, "grad_filter_eps must be at least 0, got -1", lambda: call(grad_filter_eps=-1)),
+        (ValueError, "grad_filter_eps must be in [-1e+12, 1e+12], got nan", lambda: call(grad_filter_eps=float("nan"))),
         (ValueError, "vocab_size must be a positive integer or None, got 0", lambda: call(vocab_size=0)),
         (TypeError, "memory_budget must be a positive integer or None, got 1.5", lambda: call(memory_budget=1.5)),
         (TypeError, "ignore_index must be an integer, got None", lambda: call(ignore_index=None)),
@@ -101,7 +102,10 @@ def test_message(error, message, make):
 
 
 def test_labels_out_of_range_are_caught_in_a_compiled_step_too():
-    step = torch.compile(lambda h: call(student=fk.LMHead(h, W), labels=torch.tensor([0, 9, 1, 1, 1])).loss)
+    @torch.compile(backend="aot_eager")
+    def step(hidden):
+        return call(student=fk.LMHead(hidden, W), labels=torch.tensor([0, 9, 1, 1, 1])).loss
+
     with pytest.raises(ValueError, match="got 9 at token 1"):
         step(H)
 

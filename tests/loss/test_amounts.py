@@ -12,7 +12,7 @@ import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 from fused_kd.tokens import _tokens
 
-from .problems import gradients, problem, relative
+from ..problems import furthest, gradients, problem, relative
 
 NAN, INF = math.nan, math.inf
 
@@ -28,8 +28,7 @@ def test_weights_of_ignored_tokens_are_not_read(value, options):
     out = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), **given)
     expected = reference_kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(), **given)
     assert relative(out.loss, expected.loss) < 4e-6
-    for a, r in zip(gradients(out.loss.sum(), p.leaves), gradients(expected.loss.sum(), p.leaves), strict=True):
-        assert relative(a, r) < 4e-6
+    assert furthest(gradients(out.loss.sum(), p.leaves), gradients(expected.loss.sum(), p.leaves)) < 4e-6
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen head"])
@@ -47,7 +46,7 @@ def test_what_is_done_with_the_zero_of_an_ignored_token_does_not_matter(compiled
     loss = make(p.hidden, p.weight.detach() if frozen else p.weight)
     found = torch.autograd.grad(loss, leaves, factors)
     expected = gradients(2.0 * fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew(), reduction="sum").loss, leaves)
-    assert all(relative(a, r) < 1e-6 for a, r in zip(found, expected, strict=True))
+    assert furthest(found, expected) < 1e-6
 
 
 def test_weight_zero_takes_an_infinite_loss_out():
@@ -73,6 +72,10 @@ BAD = [
     ({"num_items": INF}, "num_items must be positive, a number in [1e-37, 1e+37], got inf"),
     ({"num_items": -2}, "num_items must be positive, a number in [1e-37, 1e+37], got -2"),
     ({"num_items": 1e-46}, "num_items must be positive, a number in [1e-37, 1e+37], got 1e-46"),
+    ({"num_items": torch.tensor(True)}, "num_items must be a real number, got a tensor of torch.bool"),
+    ({"num_items": torch.tensor(1j)}, "num_items must be a real number, got a tensor of torch.complex64"),
+    ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items must be a constant"),
+    ({"num_items": torch.ones(2)}, "num_items must be one number, got a tensor of shape (2,)"),
     ({"token_weights": weighted(-0.5)}, "token_weights must be finite and at least 0, got -0.5 at token 3"),
     ({"token_weights": weighted(NAN)}, "token_weights must be finite and at least 0, got nan at token 3"),
     ({"token_weights": weighted(INF), "reduction": "sum"}, "token_weights must be finite and at least 0, got inf"),
@@ -84,24 +87,8 @@ BAD = [
 @pytest.mark.parametrize("options, message", BAD, ids=lambda x: x[-30:] if isinstance(x, str) else "")
 def test_refused(options, message):
     p = problem(ignored=0.0)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), **options)
-
-
-@pytest.mark.parametrize(
-    "error, num_items, message",
-    [
-        (TypeError, torch.tensor(True), "num_items must be a real number, got a tensor of torch.bool"),
-        (TypeError, torch.tensor(1j), "num_items must be a real number, got a tensor of torch.complex64"),
-        (ValueError, torch.tensor(2.0, requires_grad=True), "num_items must be a constant"),
-        (ValueError, torch.ones(2), "num_items must be one number, got a tensor of shape (2,)"),
-    ],
-    ids=["bool", "complex", "grad", "shape"],
-)
-def test_refused_tensors(error, num_items, message):
-    p = problem()
-    with pytest.raises(error, match=re.escape(message)):
-        fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(), num_items=num_items)
 
 
 def test_refused_in_a_compiled_step_too():

@@ -12,7 +12,7 @@ import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_rows
 
-from .problems import gradients, problem, relative
+from ..problems import OBJECTIVES, furthest, gradients, problem, relative
 
 
 def test_names_map_to_classes():
@@ -30,8 +30,7 @@ def test_forward_kd_and_no_evo_differ_by_a_constant():
     a = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.ForwardKD(lam=0.3))
     b = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo(lam=0.3))
     assert not torch.isclose(a.loss, b.loss)
-    for x, y in zip(gradients(a.loss, p.leaves), gradients(b.loss, p.leaves), strict=True):
-        assert relative(x, y) < 1e-6
+    assert furthest(gradients(a.loss, p.leaves), gradients(b.loss, p.leaves)) < 1e-6
 
 
 def test_hard_loss_is_bounded_and_jumps_down_at_gamma():
@@ -58,17 +57,7 @@ def test_limits_of_beta(beta, same):
 
 def test_logit_gradients_sum_to_zero():
     p = problem().logits()
-    for objective in (
-        fk.SFT(),
-        fk.ForwardKD(),
-        fk.ReverseKD(),
-        fk.Skew(),
-        fk.SkewTeacher(),
-        fk.SelfEvolution(),
-        fk.GeneralizedJSD(),
-        fk.SkewReverse(),
-        fk.AdaptiveKL(),
-    ):
+    for objective in OBJECTIVES:
         (dz,) = gradients(fk.kd_loss(p.hidden, p.hidden_t, p.labels, objective, reduction="sum").loss, [p.hidden])
         assert dz.abs().sum() > 1
         assert (dz.sum(-1).abs() < 2e-6).all()
@@ -139,8 +128,7 @@ def test_the_largest_difficulties_are_hard_across_chunks_and_ties_go_by_position
         if 0 < fraction < 1:
             easy = (p.labels != -100) & ~whole.is_hard
             assert whole.difficulty[whole.is_hard].min() >= whole.difficulty[easy].max()
-        grads = [gradients(out.loss, p.leaves) for out in (whole, small)]
-        assert max(relative(a, b) for a, b in zip(*grads, strict=True)) < 1e-6
+        assert furthest(*(gradients(out.loss, p.leaves) for out in (whole, small))) < 1e-6
     z, labels = torch.randn(1, 9).expand(10, -1), torch.zeros(10, dtype=torch.long)
     out = fk.kd_loss(z, z.flip(1), labels, fk.SelfEvolutionTopK(fraction=0.3))
     assert out.is_hard.tolist() == [True] * 3 + [False] * 7

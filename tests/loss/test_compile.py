@@ -1,4 +1,4 @@
-"""Ops under opcheck and torch.compile, autocast, GradScaler and checkpointing."""
+"""Ops under opcheck and torch.compile, autocast and GradScaler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.ops import pack, unpack
 from fused_kd.rows.contract import Shards
 
-from .problems import gradients, problem, relative
+from ..problems import furthest, gradients, problem, relative
 
 
 class Step(torch.nn.Module):
@@ -39,16 +39,20 @@ def test_fullgraph_step_gives_the_eager_gradients(reduction):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     ref = gradients(step(*inputs).sum(), list(step.parameters()))
     loss = compiled(*inputs)
-    for g, r in zip(gradients(loss.sum(), list(step.parameters())), ref, strict=True):
-        assert relative(g, r) < 1e-6
+    assert furthest(gradients(loss.sum(), list(step.parameters())), ref) < 1e-6
 
 
 def test_inductor_step():
-    step, inputs = Step(), batch()
-    compiled = torch.compile(step, fullgraph=True)
-    assert relative(compiled(*inputs), step(*inputs)) < 1e-6
-    compiled(*inputs).backward()
-    assert all(torch.isfinite(x.grad).all() and x.grad.norm() > 0 for x in step.parameters())
+    """The head's part alone: the body's kernels are torch's own, and take as long to compile."""
+    p = problem(N=19, V=211)
+    criterion = fk.KDLoss(fk.SelfEvolution(gamma=1.0))
+
+    def step(hidden, weight):
+        return criterion(fk.LMHead(hidden, weight), p.teacher(), p.labels)
+
+    loss, ref = torch.compile(step, fullgraph=True)(p.hidden, p.weight), step(p.hidden, p.weight)
+    assert relative(loss, ref) < 1e-6
+    assert furthest(gradients(loss, p.leaves), gradients(ref, p.leaves)) < 1e-6
 
 
 def test_annealing_does_not_recompile():
@@ -106,9 +110,8 @@ def test_autocast_rounds_operands_as_a_linear_layer_would():
     rounded = problem(std=3.0, dtype=torch.bfloat16)
     ref = fk.kd_loss(rounded.student(), rounded.teacher(), rounded.labels, fk.SelfEvolution())
     assert relative(out.loss, ref.loss) < 1e-6
-    for g, r, x in zip(grads, gradients(ref.loss, rounded.leaves), p.leaves, strict=True):
-        assert g.dtype == x.dtype == torch.float32
-        assert relative(g, r) < 4e-3
+    assert {g.dtype for g in grads} == {torch.float32}
+    assert furthest(grads, gradients(ref.loss, rounded.leaves)) < 4e-3
 
 
 def test_autocast_casts_a_master_weight_for_low_precision_hidden_states():
@@ -126,30 +129,4 @@ def test_fp16_gradients_survive_until_the_loss_scale_arrives():
     loss = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo()).loss
     scaler.scale(loss).backward()
     ref = fk.reference.reference_kd_loss(p.student(), p.teacher(), p.labels, fk.NoEvo())
-    for x, r in zip(p.leaves, torch.autograd.grad(ref.loss * 2.0**14, p.leaves), strict=True):
-        assert relative(x.grad, r) < 1e-3
-
-
-def test_activation_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    p = problem()
-    ref = gradients(fk.kd_loss(p.student(), p.teacher(), p.labels, fk.Skew()).loss, p.leaves)
-
-    def loss(hidden, weight):
-        return fk.kd_loss(fk.LMHead(hidden, weight), p.teacher(), p.labels, fk.Skew()).loss
-
-    again = checkpoint(loss, p.hidden, p.weight, use_reentrant=False)
-    for g, r in zip(gradients(again, p.leaves), ref, strict=True):
-        assert torch.equal(g, r)
-
-
-def test_module_moves_and_saves_like_any_other():
-    criterion = fk.KDLoss(fk.SelfEvolution())
-    assert list(criterion.state_dict()) == []
-    assert list(criterion.parameters()) == []
-    assert criterion.to(torch.bfloat16) is criterion
-    assert torch.equal(criterion.scalars, torch.tensor(fk.SelfEvolution().scalars()))
-    p = problem()
-    expected = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution()).loss
-    assert torch.equal(criterion(p.student(), p.teacher(), p.labels), expected)
+    assert furthest([x.grad for x in p.leaves], gradients(ref.loss * 2.0**14, p.leaves)) < 1e-3

@@ -11,7 +11,7 @@ import torch
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import problem, relative
+from ..problems import problem, relative
 
 ASSIGNED = {
     "ignore_index": 5,
@@ -85,6 +85,13 @@ def test_scalars_are_right_after_any_move(move):
     criterion.objective, criterion.temperature = fk.SelfEvolution(gamma=0.1), 1.5
     again = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolution(gamma=0.1), temperature=1.5).loss
     assert torch.equal(criterion(p.student(), p.teacher(), p.labels), again)
+
+
+def test_nothing_of_it_is_saved_or_trained():
+    criterion = fk.KDLoss(fk.SelfEvolution())
+    assert not criterion.state_dict() and not list(criterion.parameters())
+    assert criterion.to(torch.bfloat16) is criterion
+    assert torch.equal(criterion.scalars, torch.tensor(fk.SelfEvolution().scalars()))
 
 
 def test_labels_of_32_bits_with_an_ignore_index_of_64():

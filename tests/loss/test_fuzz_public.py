@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import gradients, needs_compiler
+from ..problems import gradients, needs_compiler
 
 ORACLE = ("ignore_index", "reduction", "temperature", "vocab_size", "shift")
 NAMES = ("objective", "hidden", "weight", "bias", "logit_scale", "softcap", "log_probs", "indices", "tail", "student",

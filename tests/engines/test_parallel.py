@@ -1,4 +1,4 @@
-"""Vocabulary-parallel losses over 2 and 4 processes, against one process; tests.parallel_worker computes the errors."""
+"""Vocabulary-parallel losses over 2 and 4 processes, against one; tests.engines.parallel_worker computes the errors."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ EXACT = ("nothing_valid", "refusals", "resharded", "traffic")
 
 def errors(processes: int, folder: Path) -> dict[str, dict[str, float]]:
     out = folder / "errors.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.parallel_worker", str(out), str(processes)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.engines.parallel_worker", str(out), str(processes)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        command, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_processes_agree_with_one(processes: int, tmp_path: Path) -> None:
     """Loss, difficulty, gate and every gradient for objectives, teacher forms, cuts and options; and the other cases.
 
@@ -49,12 +49,14 @@ def test_processes_agree_with_one(processes: int, tmp_path: Path) -> None:
 
 
 def _right(name: str, values: dict[str, float]) -> bool:
+    if name == "low_precision":  # one rounding to bf16, as tests.budget has it
+        return values.pop("loss") < 1e-5 and max(values.values()) < 4e-3
     if name in OTHERS:
-        if name == "low_precision":  # one rounding to bf16, as tests.budget has it
-            return values.pop("loss") < 1e-5 and max(values.values()) < 4e-3
         return max(values.values()) <= (0.0 if name in EXACT else TIGHT)
+    # Total variation's gradient is a small difference of products.
+    tight = TIGHT * (4 if name.startswith("total_variation") else 1)
     same = values.pop("is_hard") == 0 and values.pop("unequal") == 0  # all ranks have the same bits
-    return same and values.pop("messages") >= 1 and values.pop("difficulty") < 1e-5 and max(values.values()) < TIGHT
+    return same and values.pop("messages") >= 1 and values.pop("difficulty") < 1e-5 and max(values.values()) < tight
 
 
 def test_traffic_per_token() -> None:
@@ -113,4 +115,4 @@ BESIDE = (
 
 
 def test_the_scaling_page_has_the_models_numbers() -> None:
-    assert vocab_parallel.table() in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    assert vocab_parallel.table() in (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()

@@ -10,7 +10,7 @@ from fused_kd.engines import gemm
 from fused_kd.engines.plan import Workspace, plan_chunks, rounded_rows
 from fused_kd.reference import reference_kd_loss
 
-from .problems import gradients, problem, relative
+from ..problems import gradients, problem, relative
 
 needs_onednn = pytest.mark.skipif(not gemm._HAS_ONEDNN, reason="needs oneDNN")
 
