@@ -19,6 +19,13 @@ pytest.importorskip("triton", reason="some faults are in the Triton row")
 pytestmark = pytest.mark.skipif(interpreter.obstacle() is not None, reason=interpreter.NEEDED)
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_ADDOPTS": "",
+}
 TESTS_FAILED = 1  # pytest's exit code; others mean that tests were not found or could not start
 
 
@@ -29,14 +36,6 @@ class Copy:
     all but the file with the fault.
     """
 
-    ENVIRONMENT = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "TRITON_INTERPRET": "1",
-        "PYTHONDONTWRITEBYTECODE": "",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_ADDOPTS": "",
-    }
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("fused_kd", "tests"):
@@ -44,7 +43,7 @@ class Copy:
         shutil.copy(ROOT / "pyproject.toml", folder)
         self.server = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "fork_pytest.py"), str(folder)],
-            env=os.environ | self.ENVIRONMENT,
+            env=os.environ | ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
