@@ -115,7 +115,7 @@ def launches(case: Case, device: Device) -> list[Launch]:
 
 
 def measure(targets: list[str], chosen: Container[str] | None = None) -> Iterator[dict[str, Any]]:
-    """``registers``, ``stack`` and ``spills`` of each kernel, or of those of ``chosen`` cases, and ``threads`` a block."""
+    """Each kernel's ``registers``, ``stack``, ``spills`` and a block's ``threads``; or those of ``chosen`` cases."""
     cuobjdump = sass.find_tool("cuobjdump")
     assert cuobjdump is not None
     for target in targets:

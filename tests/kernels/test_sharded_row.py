@@ -13,71 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
-from fused_kd.rows.torch.sharded import row as torch_row
 
-from .kernels.contract import KINDS
-from .problems import NAMES, OBJECTIVES, relative
+from ..problems import NAMES, OBJECTIVES, relative
+from .contract import KINDS
+from .ways import in_turns, outputs
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 FORMS = ("dense", "renormalize", "bucket", "uniform")
 TIGHT = 2e-6
 
 
-def outputs(C: int, V: int, dtype: torch.dtype, fill: float, device: torch.device) -> RowOutputs:
-    with device:
-        return _outputs(C, V, dtype, fill)
-
-
-def _outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
-    return RowOutputs(
-        torch.full((C,), fill), torch.full((C,), fill), torch.zeros(C, dtype=torch.bool),
-        torch.full((C, V), fill, dtype=dtype),
-    )  # fmt: skip
-
-
 def whole(inputs: RowInputs, dtype: torch.dtype = torch.float32) -> RowOutputs:
     out = outputs(*inputs.student.raw.shape, dtype, 0.0, inputs.labels.device)
     get_row("torch")(inputs, out)
     return out
-
-
-def row_of(backend: str):
-    if backend == "torch":
-        return torch_row
-    from fused_kd.rows.triton.sharded import row
-
-    return row
-
-
-def in_turns(
-    inputs: RowInputs, sizes: Sequence[int], dtype: torch.dtype = torch.float32, backend: str = "torch"
-) -> list[RowOutputs]:
-    """Each rank's outputs; what a rank says is stacked for all of them as the engine does."""
-    bounds = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
-    ranks = []
-    for rank, width in enumerate(sizes):
-        columns = slice(bounds[rank], bounds[rank + 1])
-        teacher = inputs.teacher
-        if isinstance(teacher, Logits):
-            teacher = teacher._replace(raw=teacher.raw[:, columns].clone())
-        own = inputs._replace(
-            student=inputs.student._replace(raw=inputs.student.raw[:, columns].clone()), teacher=teacher
-        )
-        out = outputs(len(inputs.labels), width, dtype, math.nan, inputs.labels.device)
-        ranks.append((row_of(backend)(own, out, Shards("none", rank, tuple(sizes))), out))
-    messages = [next(generator) for generator, _ in ranks]
-    while messages:
-        gathered = torch.stack(messages)
-        messages = []
-        for generator, _ in ranks:
-            try:
-                messages.append(generator.send(gathered))
-            except StopIteration:
-                continue
-    return [out for _, out in ranks]
 
 
 def inputs_of(
