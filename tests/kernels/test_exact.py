@@ -162,7 +162,7 @@ def check(run: Run, cls: type[Objective], form: str, names: list[str], *, full: 
     said = [
         line
         for T in temperatures
-        for objective in variants(cls, edges=full and T == 1.0)
+        for objective in variants(cls, form, edges=full and T == 1.0)
         for line in wrong(run, objective, T, form, names)
     ]
     assert not said, f"{len(said)}:\n" + "\n".join(said[:30])

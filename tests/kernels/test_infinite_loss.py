@@ -42,7 +42,7 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
     z, teacher, labels = rows()
     if form != "dense":
         teacher = fk.TopK(*teacher.log_softmax(1).sub(0.3 * (form != "renormalize")).topk(K), form)
-    (objective,) = variants(cls, edges=False)
+    (objective,) = variants(cls, form, edges=False)
     for T in (1.0, 2.0) if form in ("dense", "renormalize") else (1.0,):
         out = way.run(z, teacher, labels, objective, T)
         leaf = z.double().requires_grad_()

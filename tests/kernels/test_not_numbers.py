@@ -41,7 +41,7 @@ def test_nan_and_inf_make_loss_and_difficulty_nan(way, form, cls):
     z, teacher, labels = rows(("student",) if cls.kind.divergence is None or form != "dense" else SIDES, way.slow)
     if form != "dense":
         teacher = fk.TopK(*teacher.log_softmax(1).topk(3), form)
-    for objective in variants(cls, edges=not way.slow):
+    for objective in variants(cls, form, edges=not way.slow):
         out = way.run(z, teacher, labels, objective, 1.0)
         for field in ("loss", "difficulty"):
             found = getattr(out, field)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.divergences import DIVERGENCES
-from fused_kd.objectives import Objective
+from fused_kd.objectives import Objective, RowSpec
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.top_k import sparse_teacher
 
@@ -121,9 +121,10 @@ WAYS = {
 DENSE_ALONE = ("streaming", "triton slices")  # which have no adaptive_kl either
 
 
-def refused(cls: type[Objective], form: str) -> bool:
-    divergence = DIVERGENCES[cls.kind.divergence or "kl"]
-    return form != "dense" and (cls.kind.divergence is None or (form == "renormalize" and divergence.everywhere))
+def refused(spec: RowSpec, form: str) -> bool:
+    if form == "dense":
+        return False
+    return spec.divergence is None or (form == "renormalize" and DIVERGENCES[spec.divergence].everywhere)
 
 
 def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
@@ -133,7 +134,7 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
         way, marks = WAYS[name]
         for form in FORMS if name not in DENSE_ALONE else FORMS[:1]:
             for cls in fk.OBJECTIVES.values():
-                if cls.kind.ranked or refused(cls, form) or (name in DENSE_ALONE and cls is fk.AdaptiveKL):
+                if cls.kind.ranked or refused(cls.kind, form) or (name in DENSE_ALONE and cls is fk.AdaptiveKL):
                     continue
                 rare = way.slow and cls.name not in FEW.get(form, ())
                 own = [*([marks] if marks else ()), *([pytest.mark.exhaustive] if rare else ())]
@@ -141,12 +142,12 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("way, form, cls", made, indirect=["way"])
 
 
-def variants(cls: type[Objective], *, edges: bool) -> list[Objective]:
-    """With each scalar at its edges while the others are not."""
+def variants(cls: type[Objective], form: str, *, edges: bool) -> list[Objective]:
+    """With each scalar at its edges while the others are not; of these what the teacher's form allows."""
     own = [name for name in vars(cls()) if name in SCALARS]
     middle = {name: SCALARS[name] for name in own}
     made = [cls(**middle)]
     for name in own if edges else ():
         if name != "gamma":
             made += [cls(**middle | {name: value}) for value in EDGES]
-    return made
+    return [objective for objective in made if not refused(objective.spec, form)]
