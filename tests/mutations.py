@@ -268,7 +268,7 @@ MUTATIONS = [
     Mutation(
         "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
         "tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)", "tl.sum(z_sum, axis=0)",
-        ("kernels/test_rows.py::test_any_vocabulary[1025-no_evo-triton]",),
+        ("kernels/test_rows.py::test_temperature_scale_and_softcap[T-sft-triton]",),
     ),
     Mutation(
         "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
