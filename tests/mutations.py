@@ -316,7 +316,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: -inf in the sweeps after the maxima", _CUDA_SLOTS, "max_or_nan(raw, LOG_ZERO)", "raw",
-        ("kernels/test_rows.py::test_rows_of_excluded_tokens_alone_are_uniform[sft-cuda]",),
+        (_exact("sft", "cuda"),),
     ),
     Mutation(
         "cuda: -inf out of the way before a scale", _CUDA_SLOTS,
