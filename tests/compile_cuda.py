@@ -10,13 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,6 +24,8 @@ from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
 from fused_kd.rows.cuda import top_k as top_k_cuda
 from fused_kd.rows.cuda.launch import Device, Launch
+
+from . import sass
 
 HOPPER, AMPERE = Device(8, 232_448, 233_472), Device(1, 166_912, 167_936)
 TARGETS = {"sm_80": AMPERE, "sm_90a": HOPPER, "sm_100a": HOPPER}
@@ -117,64 +114,20 @@ def launches(case: Case, device: Device) -> list[Launch]:
     return diverted
 
 
-def tool(name: str) -> str | None:
-    """One of the CUDA toolkit's, from triton's wheel or the PATH."""
-    with contextlib.suppress(ImportError):
-        import triton
-
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        if bundled.exists():
-            return str(bundled)
-    return shutil.which(name)
-
-
-def ask(option: str, code: bytes) -> str:
-    """What cuobjdump says of a binary."""
-    cuobjdump = tool("cuobjdump")
+def measure(targets: list[str], chosen: Container[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Each kernel's ``registers``, ``stack``, ``spills`` and a block's ``threads``; or those of ``chosen`` cases."""
+    cuobjdump = sass.find_tool("cuobjdump")
     assert cuobjdump is not None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(code)
-        cubin.flush()
-        return subprocess.run([cuobjdump, option, cubin.name], capture_output=True, text=True, check=True).stdout
-
-
-def usage(code: bytes) -> dict[str, int]:
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", ask("-res-usage", code))}
-    return {"registers": found["REG"], "stack": found["STACK"], "spills": found["LOCAL"]}
-
-
-def measure(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """``registers``, ``stack`` and ``spills`` of each kernel, and the ``threads`` of a block."""
     for target in targets:
         for name, case in cases().items():
+            if chosen is not None and name not in chosen:
+                continue
             for launch in launches(case, TARGETS[target]):
                 part = "" if launch.kernel == "fkd_row" else f"/{launch.kernel.removeprefix('fkd_')}"
                 code = cuda_build.cubin(launch.kernel, launch.macros, target)
-                yield {"target": target, "case": name + part, "threads": launch.cut.threads} | usage(code)
-
-
-class Loop(NamedTuple):
-    """An innermost loop of a kernel: how often it has an instruction."""
-
-    ops: Counter[str]
-
-    def has(self, prefix: str) -> int:
-        return sum(count for op, count in self.ops.items() if op.startswith(prefix))
-
-
-def loops(code: bytes) -> list[Loop]:
-    """Innermost loops in the order of their addresses."""
-    pattern = r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:(@!?U?P\w+) )?([A-Z0-9_.]+)([^;]*);"
-    found = [(int(m[1], 16), m[2], m[3], m[4]) for m in re.finditer(pattern, ask("-sass", code), re.MULTILINE)]
-    ends: dict[int, int] = {}
-    for at, _, op, arguments in found:
-        to = re.search(r"0x([0-9a-f]+)", arguments)
-        if op.split(".")[0] == "BRA" and to and int(to[1], 16) < at:
-            head = int(to[1], 16)
-            ends[head] = max(at, ends.get(head, 0))
-    inner = [(a, b) for a, b in sorted(ends.items()) if not any(a < c <= d <= b for c, d in ends.items())]
-    never = {"@!PT"}
-    return [Loop(Counter(op for at, guard, op, _ in found if a <= at <= b and guard not in never)) for a, b in inner]
+                yield {"target": target, "case": name + part, "threads": launch.cut.threads} | sass.usage(
+                    code, cuobjdump
+                )
 
 
 @functools.cache

@@ -4,7 +4,8 @@ Run by test_triton_compile.py in a process of its own, because TRITON_INTERPRET=
 The kernels come from real calls of the rows and of the streaming engine's sweeps, whose launches are diverted into
 compilation.
 
-``--fast`` leaves out cases whose branches others have; ``python -m tests.compat triton`` asks other releases of Triton.
+``--fast`` leaves out cases whose branches others have, ``--few`` all but some of each class of kernels;
+``python -m tests.compat triton`` asks other releases of Triton.
 ``python -m tests.compile_kernels --write`` writes kernel_budget.json, which the test holds kernels to. Its diff shows
 what a change costs. ``--counts CASE ...`` prints what the machine code of those cases does in each main loop on sm_90;
 ``CASE=BYTES`` says how many bytes an element has on all sides together, where COUNTED does not.
@@ -15,9 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,15 +75,23 @@ DTYPES = {
     "bf16_logits": (BF16, BF16, BF16),
 }
 
-# Every kernel, divergence and branch at least once, at a third of the cost.
-FAST = re.compile(
-    r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
-    r"|self_evolution/(loss|V=1)|(self_evolution|reverse_kd)/excluding|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
-    r"|top_k/K=64/bf16.*"
-    r"|hand_over/.*|filter/bf16/.*"
-    r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
-    r"|sharded/(sft|forward_kd|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
-)
+CHOICES = {
+    # Every kernel, divergence and branch at least once, at a third of the cost.
+    "--fast": re.compile(
+        r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse)|total_variation|adaptive_kl)/in_place"
+        r"|self_evolution/(loss|V=1)|(self_evolution|reverse_kd)/excluding|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
+        r"|top_k/K=64/bf16.*"
+        r"|hand_over/.*|filter/bf16/.*"
+        r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
+        r"|sharded/(sft|forward_kd|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
+    ),
+    # The kernels whose machine code the tests look at, and one of each other class.
+    "--few": re.compile(
+        r"(sft|self_evolution|generalized_jsd)/in_place|self_evolution/(odd|padded|bf16_logits)|reverse_kd/excluding"
+        r"|top_k/K=64/bf16(/(condense|expand))?|hand_over/bf16|filter/bf16/flags|sharded/self_evolution/statistics"
+        r"|streaming/self_evolution/bf16/(statistics|sums|gradient)(/(combine|sums_combine))?"
+    ),
+}
 
 
 class Offline:
@@ -339,12 +346,7 @@ def nvidia_usage(kernel: Any, cuobjdump: str | None) -> dict[str, Any]:
     }
     if cuobjdump is None:
         return found | {"missing": "cuobjdump is neither in triton's wheel nor on the PATH"}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return found | {"registers": usage["REG"], "stack": usage["STACK"], "spills": usage["LOCAL"], "parked": 0}
+    return found | {"parked": 0} | sass.usage(kernel.asm["cubin"], cuobjdump)
 
 
 def amd_usage(kernel: Any) -> dict[str, Any]:
@@ -363,18 +365,17 @@ def loop_counts(kernel: Any, bytes_read: int) -> list[dict[str, Any]]:
     nvdisasm = sass.find_tool("nvdisasm")
     if nvdisasm is None:
         return []
-    loops = sass.main_loops(sass.disassemble(kernel.asm["cubin"], nvdisasm))
-    return [sass.per_element(loop, bytes_read) for loop in loops]
+    return [sass.per_element(loop, bytes_read) for loop in sass.main_loops(kernel.asm["cubin"], nvdisasm)]
 
 
 def all_cases() -> dict[str, Callable[[], None]]:
     return cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
 
 
-def measure(targets: list[str], *, fast: bool = False) -> Iterator[dict[str, Any]]:
+def measure(targets: list[str], chosen: re.Pattern[str] = re.compile(".*")) -> Iterator[dict[str, Any]]:
     """What each kernel uses: ``registers``, ``stack``, ``spills``, or ``error`` or ``missing`` (why it is unknown).
 
-    ``loops`` holds the counts of the cases in COUNTED. ``fast`` takes only the cases of :data:`FAST`.
+    ``loops`` holds the counts of the cases in COUNTED.
     """
     compiled = divert_launches()
     cuobjdump = sass.find_tool("cuobjdump")
@@ -382,7 +383,7 @@ def measure(targets: list[str], *, fast: bool = False) -> Iterator[dict[str, Any
         triton.runtime.driver.set_active(Offline(index, TARGETS[target]))
         nvidia = TARGETS[target].backend == "cuda"
         for name, launch in all_cases().items():  # tiles depend on the target
-            if fast and not FAST.fullmatch(name):
+            if not chosen.fullmatch(name):
                 continue
             compiled.clear()
             try:
@@ -433,6 +434,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--counts"]:
         print_counts(sys.argv[2:] or list(COUNTED))
     else:
-        named = [argument for argument in sys.argv[1:] if argument != "--fast"]
-        for kernel in measure(named or list(TARGETS), fast="--fast" in sys.argv):
+        named = [argument for argument in sys.argv[1:] if argument not in CHOICES]
+        chosen = [CHOICES[argument] for argument in sys.argv[1:] if argument in CHOICES]
+        for kernel in measure(named or list(TARGETS), *chosen):
             print(json.dumps(kernel | {"triton": triton.__version__}), flush=True)

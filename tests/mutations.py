@@ -36,23 +36,28 @@ def _emulated(objective: str) -> str:
 
 
 def _slices(objective: str, form: str, backend: str) -> str:
-    return f"test_sharded_row.py::test_slices_against_the_whole[{objective}-{form}-{backend}]"
+    return f"kernels/test_sharded_row.py::test_slices_against_the_whole[{objective}-{form}-{backend}]"
 
 
 def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"kernels/test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
-def _exact(objective: str, backend: str) -> str:
-    return f"test_exact.py::test_dense[{objective}-{backend}-few]"
+def _exact(objective: str, way: str) -> str:
+    return f"kernels/test_exact.py::test_exact[{way}-dense-{objective}]"
 
 
-def _not_numbers(case: str) -> str:
-    return f"test_not_numbers.py::test_dense[{case}]"
+def _not_numbers(objective: str, way: str) -> str:
+    return f"kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[{way}-dense-{objective}]"
 
 
-_SMALL_SHARE = "test_exact.py::test_a_share_of_a_millionth[{}]"
-_LABEL_LEFT_OUT = "test_exact.py::test_nothing_of_an_excluded_label[{}]"
+def _infinite(way: str) -> str:
+    test = "test_infinite_where_the_reference_is_and_its_gradient"
+    return f"kernels/test_infinite_loss.py::{test}[{way}-bucket-forward_kd]"
+
+
+_SMALL_SHARE = "kernels/test_exact.py::test_a_share_of_a_millionth[{}]"
+_LABEL_LEFT_OUT = "kernels/test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _TOKENS, _INPUTS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/inputs.py"
 _ENGINE, _OPS = "fused_kd/engines/chunked.py", "fused_kd/ops.py"
 _CHUNKS, _PROBLEM = "fused_kd/engines/chunks.py", "fused_kd/engines/problem.py"
@@ -137,43 +142,43 @@ MUTATIONS = [
     Mutation("triton: 1 - beta from beta", _TRITON_MATH, "tl.where(larger, alpha, -beta)", "tl.where(larger, 1.0 - beta, -beta)", (_SMALL_SHARE.format("triton"),)),
     Mutation(
         "streaming: a split's exclusions forgotten", _STREAMING_KERNELS, "t_over = tl.maximum(t_over, tl.load(part + _T_OVER", "t_over = tl.minimum(t_over, tl.load(part + _T_OVER",
-        ("test_exact.py::test_streaming[reverse_kd-few]",),
+        (_exact("reverse_kd", "streaming"),),
     ),
     Mutation(
         "sharded: exclusions of one side only", _SHARDED, "(beside - top - total > LOG_LEAST) & (top_t >= limit)", "beside > math.inf",
-        ("test_exact.py::test_slices[reverse_kd-dense-few]",),
+        (_exact("reverse_kd", "slices"),),
     ),
     Mutation(
         "cuda: infinite by the excluded token's size", _CUDA, "(float)LOG_LEAST", "-27.6f",
-        ("test_exact.py::test_cuda_emulated[no_evo-dense-few]",),
+        (_exact("no_evo", "cuda"),),
     ),
     Mutation(
         "cuda: what the teacher excludes stays in the gradient", _CSRC + "cuda_divergence.h", "z_t < norms->bound) d = LEFT_OUT;", "z_t < norms->bound) d = 0.0f;",
-        ("test_exact.py::test_cuda_emulated[reverse_kd-dense-few]",),
+        (_exact("reverse_kd", "cuda"),),
     ),
     Mutation(
         "torch: NaN is called infinite", _TORCH_MATH, "where & (value == value), math.inf", "where, math.inf",
-        (_not_numbers("no_evo-torch"),),
+        (_not_numbers("no_evo", "torch"),),
     ),
     Mutation(
         "native: NaN is called infinite", _NATIVE, "c->fraction < 1.0f)) value += INFINITY;",
-        "c->fraction < 1.0f)) value = INFINITY;", (_not_numbers("reverse_kd-native"),),
+        "c->fraction < 1.0f)) value = INFINITY;", (_not_numbers("reverse_kd", "native"),),
     ),
     Mutation(
         "native: the excluded label's cross-entropy hides NaN", _NATIVE, "x->log_total + INFINITY", "INFINITY",
-        (_not_numbers("sft-native"),),
+        (_not_numbers("sft", "native"),),
     ),
     Mutation(
         "triton: NaN is called infinite", _TRITON, "h_sum += tl.where(student_above", "h_sum = tl.where(student_above",
-        (_not_numbers("reverse_kd-triton"),),
+        (_not_numbers("reverse_kd", "triton"),),
     ),
     Mutation(
         "triton: the excluded label's cross-entropy hides NaN", _TRITON_MATH, "return log_total + tl.where(out, float(\"inf\"), ",
-        "return tl.where(out, float(\"inf\"), log_total + ", (_not_numbers("sft-triton"),),
+        "return tl.where(out, float(\"inf\"), log_total + ", (_not_numbers("sft", "triton"),),
     ),
     Mutation(
         "cuda: NaN is called infinite", _CUDA, "student_above ? value + INFINITE", "student_above ? INFINITE",
-        ("test_not_numbers.py::test_cuda_emulated[reverse_kd-dense]",),
+        (_not_numbers("reverse_kd", "cuda"),),
     ),
     Mutation(
         "top-k: the label is always its own category", _TOP_K, "    if reads_label:\n", "    if True:\n",
@@ -213,7 +218,7 @@ MUTATIONS = [
     # the row of a vocabulary slice
     Mutation(
         "sharded: the label's rank", _SHARDED, "labels >= bound", "labels > bound",
-        (_slices("sft", "dense", "torch"), "test_sharded_row.py::test_any_slices"),
+        (_slices("sft", "dense", "torch"), "kernels/test_sharded_row.py::test_any_slices"),
     ),
     Mutation(
         "sharded: maxima of one side only", _SHARDED, "((b - top_t) - above)", "(b - top_t)",
@@ -225,7 +230,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sharded: the rest of a rank without columns", _SHARDED_COLUMNS, '"rest_top": NOWHERE}', '"rest_top": _ELSEWHERE}',
-        ("test_sharded_row.py::test_a_rank_without_columns_beside_one_whose_columns_are_all_listed[[0, 3]-renormalize]",),
+        ("kernels/test_sharded_row.py::test_a_rank_without_columns_beside_one_whose_columns_are_all_listed[[0, 3]-renormalize]",),
     ),
     Mutation(
         "sharded triton: label off by one", _SHARDED_KERNELS, "local = label - first", "local = label - first + 1",
@@ -234,7 +239,7 @@ MUTATIONS = [
     # the Triton row
     Mutation(
         "triton: label off by one", _TRITON, "label = tl.minimum(label, V)", "label = tl.minimum(label + 1, V)",
-        (_logits("triton", "no_evo"),),
+        (_logits("triton", "no_evo", "equal"),),
     ),
     Mutation(
         "triton: maximum not subtracted", _TRITON_SWEEPS,
@@ -243,9 +248,9 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: row's end not masked", _TRITON_SWEEPS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
-        ("kernels/test_rows.py::test_any_vocabulary[127-no_evo-triton]",),
+        ("kernels/test_rows.py::test_any_vocabulary[127-reverse_kd-triton]",),
     ),
-    Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution", "equal"),)),
+    Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution"),)),
     Mutation(
         "triton: token weights missing", _TRITON_SWEEPS,
         f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
@@ -254,7 +259,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: ranking ignored", _TRITON, "hard = tl.load(given_ptr + row) != 0", "hard = difficulty > gamma",
-        ("loss/test_loss.py::test_temperature[2.0-self_evolution_top_k-triton]",),
+        ("loss/test_loss.py::test_temperature[0.5-self_evolution_top_k-triton]",),
     ),
     Mutation(
         "triton: 32-bit row offsets", _TRITON, "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
@@ -263,20 +268,20 @@ MUTATIONS = [
     Mutation(
         "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
         "tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)", "tl.sum(z_sum, axis=0)",
-        ("kernels/test_rows.py::test_any_vocabulary[1025-sft-triton]",),
+        ("kernels/test_rows.py::test_temperature_scale_and_softcap[T-sft-triton]",),
     ),
     Mutation(
         "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
         "kl_sum = moved(kl_sum, t_sum, s_step, t_step)\n    t_sum", "kl_sum = kl_sum * tl.exp2(t_step)\n    t_sum",
-        ("kernels/test_rows.py::test_any_vocabulary[1025-forward_kd-triton]",),
+        ("kernels/test_rows.py::test_any_vocabulary[1025-no_evo-triton]",),
     ),
     Mutation(
         "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        of_h", "if whole > V:\n        of_h",
-        ("kernels/test_rows.py::test_strided_inputs_and_outputs[aligned-reverse_kd-triton]",),
+        ("kernels/test_rows.py::test_strided_inputs_and_outputs[shifted-reverse_kd-triton]",),
     ),
     Mutation(
         "triton: the last whole block left out", _TRITON_SWEEPS, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
-        ("kernels/test_rows.py::test_any_vocabulary[2048-forward_kd-triton]",),
+        ("kernels/test_rows.py::test_any_vocabulary[2048-self_evolution-triton]",),
     ),
     Mutation(
         "triton: written beyond the row", _TRITON_SWEEPS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
@@ -284,7 +289,7 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
-        ("kernels/test_rows.py::test_temperature_scale_and_softcap[T-reverse_kd-triton]",),
+        ("kernels/test_rows.py::test_temperature_scale_and_softcap[T, scale-reverse_kd-triton]",),
     ),
     Mutation(
         "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",
@@ -311,16 +316,16 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: -inf in the sweeps after the maxima", _CUDA_SLOTS, "max_or_nan(raw, LOG_ZERO)", "raw",
-        ("kernels/test_rows.py::test_rows_of_excluded_tokens_alone_are_uniform[sft-cuda]",),
+        (_exact("sft", "cuda"),),
     ),
     Mutation(
         "cuda: -inf out of the way before a scale", _CUDA_SLOTS,
         "max_or_nan(raw * side->scale, LOG_ZERO)", "max_or_nan(raw, LOG_ZERO) * side->scale",
-        ("test_infinite_loss.py::test_scales_in_cuda",),
+        ("kernels/test_infinite_loss.py::test_scales[cuda]",),
     ),
     Mutation(
         "triton: a scale of -inf is -inf", _TRITON_MATH, "tl.where(z < LOG_ZERO, LOG_ZERO, z)  #", "z  #",
-        ("test_infinite_loss.py::test_scales[triton]",),
+        ("kernels/test_infinite_loss.py::test_scales[triton]",),
     ),
     # the engine
     Mutation(
@@ -411,29 +416,29 @@ MUTATIONS = [
     ),
     Mutation(
         "top-k: an excluded rest's gradient to anyone", _TOP_K, "rest < LOG_ZERO / 2", "rest < LOG_ZERO * 2",
-        ("test_infinite_loss.py::test_lists[forward_kd-torch-bucket-1.0]",),
+        (_infinite("torch"),),
     ),
     Mutation(
         "native top-k: an excluded rest's gradient to anyone", _NATIVE_TOP_K, "? 0.0 : scale", "? scale : scale",
-        ("test_infinite_loss.py::test_lists[forward_kd-native-bucket-1.0]",),
+        (_infinite("native"),),
     ),
     Mutation(
         "native top-k: listed tokens beside a rest of excluded ones", _NATIVE_TOP_K, "i < next; i++) buffer[indices[i] - start] = OUTSIDE", "i < next; i++) buffer[indices[i] - start] = LOG_ZERO",
-        ("test_infinite_loss.py::test_a_student_that_excludes_all_is_uniform[native-bucket-1.0]",),
+        ("kernels/test_infinite_loss.py::test_a_student_that_excludes_all_is_uniform[native-bucket-1.0]",),
     ),
     Mutation(
         "native: lists exclude nothing from a head", "fused_kd/rows/native/row.py",
         "teacher = student._replace(finite=False)", "teacher = student",
-        ("test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
+        ("kernels/test_infinite_loss.py::test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too[native]",),
     ),
     Mutation(
         "a bias excludes whatever its scale", _CHUNKS, "rounded * side.logit_scale > EXCLUDED", "rounded > EXCLUDED",
-        ("test_infinite_loss.py::test_a_scale_decides_what_a_bias_excludes[native]",),
+        ("kernels/test_infinite_loss.py::test_a_scale_decides_what_a_bias_excludes[native]",),
     ),
     Mutation(
         "slices: an excluded rest's gradient to anyone", _SHARDED_COLUMNS,
         "mul_(rest_gradient(gradient[:, -1:], rest))", "mul_(gradient[:, -1:])",
-        ("test_infinite_loss.py::test_slices[forward_kd-bucket]",),
+        (_infinite("slices"),),
     ),
     Mutation(
         "top-k: listed entries stay in the rest", _TOP_K_TRITON, '-float("inf"), z)', "z, z)",

@@ -6,6 +6,7 @@ instructions that stand in it, also of those that a predicate or a forward branc
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -14,9 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import triton
-
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*?);")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -41,37 +40,53 @@ class Loop:
 
 def find_tool(name: str) -> str | None:
     """NVIDIA's binary tool of that name: triton's wheel has ``cuobjdump`` and ``nvdisasm``."""
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return str(bundled) if bundled.exists() else shutil.which(name)
+    with contextlib.suppress(ImportError):
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        if bundled.exists():
+            return str(bundled)
+    return shutil.which(name)
 
 
-def disassemble(cubin: bytes, nvdisasm: str) -> str:
+def ask(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool, ``cuobjdump`` or ``nvdisasm`` by its path, says of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def main_loops(sass: str) -> list[Loop]:
-    """The main loops of the code that ``nvdisasm -c`` printed, in its order."""
+def usage(cubin: bytes, cuobjdump: str) -> dict[str, int]:
+    """A kernel's ``registers``, and its bytes of ``stack`` and ``spills``."""
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", ask(cuobjdump, "-res-usage", cubin)))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "spills": int(found["LOCAL"])}
+
+
+def main_loops(cubin: bytes, nvdisasm: str) -> list[Loop]:
+    """The main loops of a kernel, in the order of its code."""
+    return [loop for loop in map(_count, inner_loops(cubin, nvdisasm)) if loop.loads]
+
+
+def inner_loops(cubin: bytes, nvdisasm: str) -> list[list[str]]:
+    """The innermost loops' instructions by name, in the order of the code, without those that are never executed."""
     code: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    for line in sass.splitlines():
+    for line in ask(nvdisasm, "-c", cubin).splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(code)
-        elif instruction := _INSTRUCTION.search(line):
-            if instruction[1].startswith("BRA") and (target := _TARGET.search(instruction[2])):
+        elif (instruction := _INSTRUCTION.search(line)) and instruction[1] != "@!PT":
+            if instruction[2].startswith("BRA") and (target := _TARGET.search(instruction[3])):
                 branches.append((len(code), target[1]))
-            code.append(instruction[1])
+            code.append(instruction[2])
     ends: dict[int, int] = {}  # a loop may be continued from several places
     for end, label in branches:
         if label in labels and labels[label] <= end:
             ends[labels[label]] = max(end, ends.get(labels[label], 0))
     spans = sorted(ends.items())
     inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    loops = [_count(code[first : last + 1]) for first, last in inner]
-    return [loop for loop in loops if loop.loads]
+    return [code[first : last + 1] for first, last in inner]
 
 
 def _count(code: list[str]) -> Loop:

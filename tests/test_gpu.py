@@ -18,8 +18,8 @@ from fused_kd.rows.cuda import row as cuda_row
 from fused_kd.rows.cuda.launch import cut_rows
 
 from .kernels.test_lists import TAILS, cached
+from .kernels.test_sharded_row import allowed, in_turns, inputs_of, whole
 from .problems import OBJECTIVES, gradients, problem, relative
-from .test_sharded_row import allowed, in_turns, inputs_of, whole
 
 pytestmark = [
     pytest.mark.gpu,

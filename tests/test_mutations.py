@@ -19,55 +19,72 @@ pytest.importorskip("triton", reason="some faults are in the Triton row")
 pytestmark = pytest.mark.skipif(interpreter.obstacle() is not None, reason=interpreter.NEEDED)
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_ADDOPTS": "",
+}
 TESTS_FAILED = 1  # pytest's exit code; others mean that tests were not found or could not start
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The package and its tests, free to be broken; their __pycache__ spares compiling what is not."""
-    leave_out = shutil.ignore_patterns("training")
-    for folder in ("fused_kd", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=leave_out)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
+class Copy:
+    """The package and its tests, free to be broken, and the process that runs tests there (tests/fork_pytest.py).
+
+    On the CPU, so that one list of faults does for all machines. What the first run has compiled spares the later ones
+    all but the file with the fault.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.faults = folder, 0
+        for name in ("fused_kd", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("training"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fork_pytest.py"), str(folder)],
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *tests: str) -> tuple[int, str]:
+        """pytest's exit code and output."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps([f"tests/{test}" for test in tests]), file=self.server.stdin, flush=True)
+        code, output = json.loads(self.server.stdout.readline())
+        return code, output
+
+    def run_with(self, mutation: Mutation) -> tuple[int, str]:
+        path = self.folder / mutation.file
+        before, text = path.stat(), path.read_text()
+        assert text.count(mutation.old) == 1, f"{mutation.old!r} must occur once in {mutation.file}: tests/mutations.py"
+        try:
+            path.write_text(text.replace(mutation.old, mutation.new))
+            self.faults += 1
+            os.utime(path, (self.faults, self.faults))  # or what is compiled of another fault might be taken for this
+            return self.run(*mutation.tests)
+        finally:
+            path.write_text(text)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    """tests/fork_pytest.py, on the CPU, so that one list of faults does for all machines."""
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "TRITON_INTERPRET": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_ADDOPTS": "",
-    }
-    command = [sys.executable, str(ROOT / "tests" / "fork_pytest.py")]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield server
-
-
-def run(server: subprocess.Popen[str], root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit code and output on the copy."""
-    assert server.stdin is not None and server.stdout is not None
-    print(json.dumps([str(root), *(f"tests/{test}" for test in tests)]), file=server.stdin, flush=True)
-    code, output = json.loads(server.stdout.readline())
-    return code, output
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
+    made = Copy(tmp_path_factory.mktemp("copy"))
+    with made.server:
+        yield made
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_fault_is_caught(mutation: Mutation, copy: Path, server: subprocess.Popen[str]) -> None:
-    path = copy / mutation.file
-    text = path.read_text()
-    assert text.count(mutation.old) == 1, f"{mutation.old!r} must occur once in {mutation.file}; see tests/mutations.py"
-    path.write_text(text.replace(mutation.old, mutation.new))
-    code, output = run(server, copy, mutation.tests)
+def test_fault_is_caught(mutation: Mutation, copy: Copy) -> None:
+    code, output = copy.run_with(mutation)
     assert code == TESTS_FAILED, f"survived ({code}):\n{output}"
 
 
-def test_without_a_fault_the_same_tests_pass(copy: Path, server: subprocess.Popen[str]) -> None:
-    tests = tuple(sorted({test for mutation in MUTATIONS for test in mutation.tests}))
-    code, output = run(server, copy, tests)
+def test_without_a_fault_the_same_tests_pass(copy: Copy) -> None:
+    code, output = copy.run(*sorted({test for mutation in MUTATIONS for test in mutation.tests}))
     assert code == 0, output
 
 

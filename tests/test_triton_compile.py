@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,49 +16,65 @@ from fused_kd.objectives import OBJECTIVES
 triton = pytest.importorskip("triton", reason="the Triton row needs triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("condense", "expand")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# one target in every run, the others in `make test-all`
-CHOSEN = [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.exhaustive) for t in TARGETS]
-NVIDIA = [target for target in CHOSEN if str(target.values[0]).startswith("sm_")]
+REMEDY = "if it is meant, run: python -m tests.compile_kernels --write"
 SWEEPS = ("statistics", "sums", "gradient")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-@functools.cache
-def compiled(target: str) -> list[dict[str, Any]]:
+class Compiled(NamedTuple):
+    target: str
+    few: bool
+    kernels: list[dict[str, Any]]
+
+    def with_registers(self) -> list[dict[str, Any]]:
+        errors = {kernel["case"]: kernel["error"] for kernel in self.kernels if "error" in kernel}
+        if errors and all("ld.lld not found" in error for error in errors.values()):
+            pytest.skip("this triton has no ROCm linker of its own (TRITON_HIP_LLD_PATH names another)")
+        assert not errors
+        if missing := {kernel["missing"] for kernel in self.kernels if "missing" in kernel}:
+            pytest.skip(f"compiled, but the use of registers is unknown: {missing.pop()}")
+        return self.kernels
+
+    def loops(self) -> dict[str, list[dict[str, Any]]]:
+        """The main loops of some rows, whose machine code is read on sm_90."""
+        if self.target != "sm_90":
+            pytest.skip("counted on sm_90")
+        counted = {kernel["case"]: kernel["loops"] for kernel in self.with_registers() if kernel.get("loops")}
+        if not counted:
+            pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+        return counted
+
+
+# A kernel of each class in every run; all of them, for all targets, in make test-all.
+EVERY = [pytest.param((target, False), id=target, marks=pytest.mark.exhaustive) for target in TARGETS]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(("sm_90", True), id="few"), *EVERY])
+def compiled(request: pytest.FixtureRequest) -> Compiled:
     """What each kernel uses; compiled in a process without the interpreter."""
+    target, few = request.param
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", target],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.compile_kernels", target, *["--few"] * few]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return Compiled(target, few, [json.loads(line) for line in done.stdout.splitlines()])
 
 
-def measured(target: str) -> list[dict[str, Any]]:
-    """As :func:`compiled`, where the use of registers can be known."""
-    kernels = compiled(target)
-    errors = {kernel["case"]: kernel["error"] for kernel in kernels if "error" in kernel}
-    if errors and all("ld.lld not found" in error for error in errors.values()):
-        pytest.skip("this triton has no ROCm linker of its own (TRITON_HIP_LLD_PATH names another)")
-    assert not errors
-    missing = {kernel["missing"] for kernel in kernels if "missing" in kernel}
-    if missing:
-        pytest.skip(f"compiled, but the use of registers is unknown: {missing.pop()}")
-    return kernels
+def table(column: str, compiled: Compiled) -> dict[str, Any]:
+    """``column`` of kernel_budget.json for this target, of the cases that have it and are compiled."""
+    whole = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
+    if triton.__version__ != whole["triton"]:
+        pytest.skip(f"kernel_budget.json is of triton {whole['triton']}, this is {triton.__version__}")
+    rows = {case: row[compiled.target] for case, row in whole["kernels"].items()}
+    cases = {kernel["case"] for kernel in compiled.kernels} if compiled.few else rows.keys()
+    return {case: row[column] for case, row in rows.items() if case in cases and column in row}
 
 
-@pytest.mark.parametrize("target", CHOSEN)
-def test_compiles_without_spills(target: str) -> None:
-    kernels = measured(target)
-    cases = {kernel["case"] for kernel in kernels}
-    assert {f"{name}/{kind}" for name in OBJECTIVES for kind in ("loss", "in_place")} <= cases
-    assert {f"top_k/K={K}/bf16{cold}/{part}" for K in (64, 256) for cold in ("", "/cold") for part in PARTS} <= cases
-    assert {f"streaming/self_evolution/{dtype}/{sweep}" for dtype in ("bf16", "fp32") for sweep in SWEEPS} <= cases
+def test_compiles_without_spills(compiled: Compiled) -> None:
+    kernels = compiled.with_registers()
+    if not compiled.few:
+        cases = {kernel["case"] for kernel in kernels}
+        assert {f"{name}/{kind}" for name in OBJECTIVES for kind in ("loss", "in_place")} <= cases
     assert all(kernel["registers"] > 0 for kernel in kernels)
     assert {k["case"]: (k["stack"], k["spills"]) for k in kernels if k["stack"] or k["spills"]} == {}
     # AMD's scalar registers may be parked in lanes of vector registers: moves, no memory, no matter beside products or
@@ -68,62 +82,44 @@ def test_compiles_without_spills(target: str) -> None:
     assert all(kernel["case"].startswith(("streaming/", "filter/")) for kernel in kernels if kernel["parked"])
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_streaming_tiles_are_tensor_core_products_fed_by_asynchronous_copies(target: str) -> None:
-    tiles = [kernel for kernel in compiled(target) if kernel["case"].startswith("streaming/self_evolution/bf16/")]
+def test_streaming_tiles_are_tensor_core_products_fed_by_asynchronous_copies(compiled: Compiled) -> None:
+    if compiled.target == "gfx942":
+        pytest.skip("of NVIDIA's")
+    tiles = [kernel for kernel in compiled.kernels if kernel["case"].startswith("streaming/self_evolution/bf16/")]
     tiles = [kernel for kernel in tiles if kernel["case"].endswith(SWEEPS)]
     assert len(tiles) == len(SWEEPS)
-    product = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[target]
+    product = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[compiled.target]
     assert all(kernel["products"] == product and kernel["async_copies"] for kernel in tiles)
-    if target == "sm_90":  # half of a tile of 128 x 128, or of 64 x 128
+    if compiled.target == "sm_90":  # half of a tile of 128 x 128, or of 64 x 128
         shapes = {kernel["case"].rpartition("/")[2]: kernel["wgmma"] for kernel in tiles}
         assert shapes == {"statistics": "m64n128k16", "sums": "m64n64k16", "gradient": "m64n128k16"}
 
 
-@pytest.mark.parametrize("target", CHOSEN)
-def test_registers_stay_within_the_table(target: str) -> None:
+def test_registers_stay_within_the_table(compiled: Compiled) -> None:
     """Fewer are welcome; more, like a kernel that is not in the table, are to be seen in its diff and meant."""
-    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
-    if triton.__version__ != table["triton"]:
-        pytest.skip(f"kernel_budget.json is of triton {table['triton']}, this is {triton.__version__}")
-    budget = {case: row[target]["registers"] for case, row in table["kernels"].items()}
-    used = {kernel["case"]: kernel["registers"] for kernel in measured(target)}
-    remedy = "if it is meant, run: python -m tests.compile_kernels --write"
-    assert used.keys() == budget.keys(), remedy
+    budget = table("registers", compiled)
+    used = {kernel["case"]: kernel["registers"] for kernel in compiled.with_registers()}
+    assert used.keys() == budget.keys(), REMEDY
     above = {case: f"{n}, was {budget[case]}" for case, n in used.items() if n > budget[case]}
-    assert not above, remedy
+    assert not above, REMEDY
 
 
-def test_instructions_of_the_main_loops_stay_within_the_table() -> None:
+def test_instructions_of_the_main_loops_stay_within_the_table(compiled: Compiled) -> None:
     """By element, in each main loop of some rows. Another number of loops is to be seen in the table's diff too."""
-    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
-    if triton.__version__ != table["triton"]:
-        pytest.skip(f"kernel_budget.json is of triton {table['triton']}, this is {triton.__version__}")
-    budget = {
-        case: row["sm_90"]["instructions"] for case, row in table["kernels"].items() if "instructions" in row["sm_90"]
-    }
-    used = {
-        kernel["case"]: [loop["instructions"] for loop in kernel["loops"]]
-        for kernel in measured("sm_90")
-        if kernel.get("loops")
-    }
-    if not used:
-        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
-    remedy = "if it is meant, run: python -m tests.compile_kernels --write"
-    assert {case: len(loops) for case, loops in used.items()} == {case: len(n) for case, n in budget.items()}, remedy
+    used = {case: [loop["instructions"] for loop in loops] for case, loops in compiled.loops().items()}
+    budget = table("instructions", compiled)
+    assert {case: len(loops) for case, loops in used.items()} == {case: len(n) for case, n in budget.items()}, REMEDY
     above = {
         case: f"{loops}, was {budget[case]}"
         for case, loops in used.items()
         if any(n > allowed for n, allowed in zip(loops, budget[case], strict=True))
     }
-    assert not above, remedy
+    assert not above, REMEDY
 
 
-def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
+def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time(compiled: Compiled) -> None:
     """Also where the vocabulary is odd, if only the rows' stride is not; where that is odd too, nothing is wide."""
-    counted = {kernel["case"]: kernel["loops"] for kernel in measured("sm_90") if kernel.get("loops")}
-    if not counted:
-        pytest.skip("compiled, but there is no nvdisasm to read the machine code with")
+    counted = compiled.loops()
     assert {"self_evolution/in_place", "self_evolution/padded", "self_evolution/odd"} <= counted.keys()
     for case, loops in counted.items():
         assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
@@ -131,29 +127,27 @@ def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time() -> None:
         assert widths == ({2, 4} if case == "self_evolution/odd" else {16}), case
 
 
-def test_fast_cases_have_every_kernel_and_divergence() -> None:
-    from .compile_kernels import FAST
-
-    table = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())
-    fast = [case for case in table["kernels"] if FAST.fullmatch(case)]
-
-    def kernels(cases: Iterable[str]) -> set[tuple[str, str]]:
-        parts = [case.split("/") for case in cases]
-        return {("row", "") if part[0] in OBJECTIVES else (part[0], part[-1]) for part in parts}
-
-    def divergences(cases: Iterable[str]) -> set[str | None]:
-        return {
-            OBJECTIVES[name].kind.divergence for name in (case.split("/")[0] for case in cases) if name in OBJECTIVES
-        }
-
-    assert kernels(fast) == kernels(table["kernels"])
-    assert divergences(fast) == divergences(table["kernels"])
-    assert len(fast) < len(table["kernels"]) * 0.6
-
-
-@pytest.mark.parametrize("target", NVIDIA)
-def test_aligned_rows_are_read_in_16_byte_vectors(target: str) -> None:
-    plain = [kernel for kernel in compiled(target) if kernel["case"].endswith(("/loss", "/in_place", "/bf16_logits"))]
-    assert len(plain) == 3 * len(OBJECTIVES)
+def test_aligned_rows_are_read_in_16_byte_vectors(compiled: Compiled) -> None:
+    if compiled.target == "gfx942":
+        pytest.skip("of NVIDIA's")
+    plain = [k for k in compiled.kernels if k["case"].endswith(("/loss", "/in_place", "/bf16_logits"))]
+    assert len(plain) == (4 if compiled.few else 3 * len(OBJECTIVES))
     narrow = {kernel["case"] for kernel in plain if not kernel["vector_loads"]}
     assert narrow <= {"generalized_jsd/bf16_logits"}  # half blocks: 8-byte loads
+
+
+@pytest.mark.parametrize("chosen", ["--fast", "--few"])
+def test_a_choice_of_cases_has_every_class_of_kernels(chosen: str) -> None:
+    """And ``--fast``, of which the oldest Triton alone is asked, every kernel and divergence."""
+    from .compile_kernels import CHOICES
+
+    cases = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())["kernels"].keys()
+    few = {case for case in cases if CHOICES[chosen].fullmatch(case)}
+
+    def kinds(cases: set[str]) -> set[tuple[str, ...]]:
+        parts = [case.split("/") for case in cases]
+        if chosen == "--few":
+            return {("row",) if part[0] in OBJECTIVES else (part[0],) for part in parts}
+        return {("row", str(OBJECTIVES[p[0]].kind.divergence)) if p[0] in OBJECTIVES else (p[0], p[-1]) for p in parts}
+
+    assert kinds(few) == kinds(set(cases)) and len(few) < len(cases) * (0.6 if chosen == "--fast" else 0.2)

@@ -66,25 +66,39 @@ def slow(backend: str) -> bool:
 
 
 def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[str] = KINDS) -> list[Any]:
-    """The product of the axes and the backends, in this order; of slow backends each pair of values once.
+    """The product of the axes and the backends, in this order; of slow backends as few as have each pair of values.
 
-    An axis of objectives, or of their classes, counts by ``kinds`` there: another objective is one case.
+    Of two axes each value once is enough in the interpreter. Objectives, or their classes, that are not among ``kinds``
+    wait for ``make test-all`` there.
     """
-    made = []
+    made, cells = [], list(itertools.product(*axes))
     for backend in backends:
-        seen: set[Any] = set()
-        for cell in itertools.product(*axes):
-            values = [x.values[0] if isinstance(x, PARAM) else x for x in cell]
-            names = [getattr(x, "name", None) for x in values]
-            rare = next((name for name in names if name in fk.OBJECTIVES and name not in kinds), None)
-            pairs = {rare} if rare else set(itertools.combinations(enumerate(map(repr, values)), min(2, len(values))))
+        chosen = _few(cells, backend.values[0], kinds) if slow(backend.values[0]) else set(range(len(cells)))
+        for i, cell in enumerate(cells):
             marks = [*backend.marks, *(mark for x in cell if isinstance(x, PARAM) for mark in x.marks)]
-            if slow(backend.values[0]) and pairs <= seen:
+            if i not in chosen:
                 marks.append(pytest.mark.exhaustive)
-            seen |= pairs
             label = "-".join([*map(_label, cell), str(backend.id)])
-            made.append(pytest.param(*values, backend.values[0], id=label, marks=marks))
+            made.append(pytest.param(*map(_value, cell), backend.values[0], id=label, marks=marks))
     return made
+
+
+def _few(cells: list[Any], backend: str, kinds: Sequence[str]) -> set[int]:
+    """Which cells to take: again and again the one with most of what is missing."""
+    names = [{getattr(_value(x), "name", None) for x in cell} & fk.OBJECTIVES.keys() for cell in cells]
+    together = 1 if backend == "triton" and len(cells[0]) == 2 else min(2, len(cells[0]))
+    sets = [set(itertools.combinations(enumerate(map(_label, cell)), together)) for cell in cells]
+    left = {i: sets[i] for i, found in enumerate(names) if found <= {*kinds}}
+    chosen: set[int] = set()
+    while any(left.values()):
+        best = max(left, key=lambda i: len(left[i]))
+        chosen.add(best)
+        left = {i: having - sets[best] for i, having in left.items()}
+    return chosen
+
+
+def _value(value: Any) -> Any:
+    return value.values[0] if isinstance(value, PARAM) else value
 
 
 def _label(value: Any) -> str:

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.contract import Logits, RowInputs
 
-from .cuda_emulator import emulated, needs_cpp_compiler
-from .problems import CPU_BACKENDS, gradients, relative
-from .test_exact import CLASSES, SOME, TAILS, TAUGHT, Run, in_slices, needs_interpreter, through_the_loss, variants
-from .test_sharded_row import in_turns
+from ..cuda_emulator import needs_cpp_compiler
+from ..problems import CPU_BACKENDS, gradients, relative
+from .ways import FORMS, every_way, in_slices, in_turns, needs_interpreter, through_the_loss, variants
 
-__all__ = ["emulated"]
 V, K, SPARED = 9, 3, 5
 
 
@@ -40,63 +37,26 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
     return z, z_t, labels
 
 
-def check(run: Run, cls: type[fk.Objective], tail: str = "dense", T: float = 1.0) -> None:
+@every_way()
+def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
     z, teacher, labels = rows()
-    if tail != "dense":
-        teacher = fk.TopK(*teacher.log_softmax(1).sub(0.3 * (tail != "renormalize")).topk(K), tail)
-    for objective in variants(cls, edges=False):
-        if tail == "renormalize" and DIVERGENCES[objective.spec.divergence or "kl"].everywhere:
-            continue
-        out = run(z, teacher, labels, objective, T)
+    if form != "dense":
+        teacher = fk.TopK(*teacher.log_softmax(1).sub(0.3 * (form != "renormalize")).topk(K), form)
+    (objective,) = variants(cls, form, edges=False)
+    for T in (1.0, 2.0) if form in ("dense", "renormalize") else (1.0,):
+        out = way.run(z, teacher, labels, objective, T)
         leaf = z.double().requires_grad_()
         expected = reference_kd_loss(leaf, teacher, labels, objective, temperature=T, reduction="none")
         (gradient,) = gradients(expected.loss.sum(), [leaf])
         finite = expected.loss < math.inf
-        assert torch.equal(out.loss < math.inf, finite), objective
-        assert relative(out.loss[finite], expected.loss[finite]) < 4e-6, objective
+        assert torch.equal(out.loss < math.inf, finite)
+        assert relative(out.loss[finite], expected.loss[finite]) < 4e-6
         for row in range(len(z)):
-            assert relative(out.gradient[row], gradient[row]) < 1e-5 or gradient[row].norm() < 1e-6, (objective, row)
-
-
-@pytest.mark.parametrize("T", [1.0, 2.0])
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.name)
-def test_dense(cls, backend, T):
-    check(through_the_loss(backend=backend), cls, T=T)
-
-
-@pytest.mark.parametrize("T", [1.0, 2.0])
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_lists(cls, backend, tail, T):
-    if T != 1.0 and tail != "renormalize":
-        return  # refused
-    if backend != "triton" or cls in SOME:
-        check(through_the_loss(backend=backend), cls, tail, T)
-
-
-@needs_cpp_compiler
-@pytest.mark.parametrize("tail", ["dense", "bucket"])
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_cuda_emulated(cls, tail, emulated):
-    check(through_the_loss(backend="cuda"), cls, tail)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("cls", [cls for cls in SOME if cls is not fk.AdaptiveKL], ids=lambda cls: cls.name)
-def test_streaming(cls):
-    check(through_the_loss(backend="triton", engine="streaming"), cls)
-
-
-@pytest.mark.parametrize("tail", ["dense", *TAILS])
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_slices(cls, tail):
-    check(in_slices("torch"), cls, tail)
+            assert relative(out.gradient[row], gradient[row]) < 1e-5 or gradient[row].norm() < 1e-6, (T, row)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", FORMS[1:])
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "slices"])
 def test_a_student_that_excludes_all_is_uniform(backend, tail, T):
     """Over its tokens, whatever the list has of them; a list may be short, and hold the whole vocabulary."""
@@ -153,8 +113,19 @@ def test_a_scale_decides_what_a_bias_excludes(backend):
         assert out.loss == math.inf
 
 
-def check_scales(**options: str) -> None:
+SCALED = [
+    *CPU_BACKENDS,
+    pytest.param("cuda", marks=needs_cpp_compiler),
+    pytest.param("streaming", marks=needs_interpreter),
+]
+
+
+@pytest.mark.parametrize("backend", SCALED)
+def test_scales(backend, request):
     """A bias excludes the last tokens; with a scale at or below 0 it would make them NaN or +inf."""
+    if backend == "cuda":
+        request.getfixturevalue("emulated")
+    options = {"backend": "triton", "engine": "streaming"} if backend == "streaming" else {"backend": backend}
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = torch.randn(3, 16, generator=g), torch.randn(V, 16, generator=g), torch.zeros(V)
     bias[V - 2 :] = -math.inf
@@ -168,18 +139,3 @@ def check_scales(**options: str) -> None:
             assert out.loss.isnan().all(), (scale, softcap)
         else:
             assert relative(out.loss, expected) < 1e-5, (scale, softcap)
-
-
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_scales(backend):
-    check_scales(backend=backend)
-
-
-@needs_cpp_compiler
-def test_scales_in_cuda(emulated):
-    check_scales(backend="cuda")
-
-
-@needs_interpreter
-def test_scales_in_streaming():
-    check_scales(backend="triton", engine="streaming")

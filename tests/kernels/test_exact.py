@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,19 +13,13 @@ from mpmath import mp, mpf
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.objectives import Objective
-from fused_kd.rows.contract import Logits, RowInputs, Sparse
-from fused_kd.rows.top_k import sparse_teacher
 
-from .cuda_emulator import emulated, needs_cpp_compiler
+from ..problems import CPU_BACKENDS, eager_rows, gradients
 from .exact import Exact, Groups, exact
-from .problems import CPU_BACKENDS, eager_rows, gradients
-from .test_sharded_row import in_turns
+from .ways import Found, Run, every_way, through_the_loss, variants
 
-__all__ = ["emulated"]
 INF = math.inf
-EDGES = (0.0, 1e-6, 1 - 1e-6, 1.0)
 
 
 def _rows() -> Iterator[tuple[str, list[float], list[float], int]]:
@@ -72,23 +65,6 @@ def _rows() -> Iterator[tuple[str, list[float], list[float], int]]:
 
 ROWS = {name: row for name, *row in _rows()}
 ALL = list(ROWS)
-SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5}
-
-
-def variants(cls: type[Objective], *, edges: bool) -> list[Objective]:
-    """With each scalar at its edges while the others are not."""
-    own = [name for name in vars(cls()) if name in SCALARS]
-    middle = {name: SCALARS[name] for name in own}
-    made = [cls(**middle)]
-    for name in own if edges else ():
-        if name != "gamma":
-            made += [cls(**middle | {name: value}) for value in EDGES]
-    return made
-
-
-CLASSES = [cls for cls in fk.OBJECTIVES.values() if not cls.kind.ranked]
-TAUGHT = [cls for cls in CLASSES if cls.kind.divergence is not None]
-TAILS = ("renormalize", "uniform", "bucket")
 
 
 def log_probs(name: str) -> tuple[Tensor, Tensor]:
@@ -123,41 +99,6 @@ def truth(name: str, tail: str, objective: Objective, T: float) -> Exact:
     spec = objective.spec
     z_t, y, groups = of_list(name, tail, spec.reads_label)
     return exact(z, z_t, y, objective, T, groups)
-
-
-class Found(NamedTuple):
-    loss: Tensor  # (N,)
-    difficulty: Tensor
-    gradient: Tensor  # (N, V)
-
-
-Run = Callable[[Tensor, "Tensor | fk.TopK", Tensor, Objective, float], Found]
-
-
-def through_the_loss(**options: str) -> Run:
-    def run(z: Tensor, teacher: Tensor | fk.TopK, y: Tensor, objective: Objective, T: float) -> Found:
-        leaf = z.clone().requires_grad_()
-        out = fk.kd_loss(leaf, teacher, y, objective, temperature=T, reduction="none", **options)
-        return Found(out.loss.detach(), out.difficulty, gradients(out.loss.sum(), [leaf])[0])
-
-    return run
-
-
-def in_slices(backend: str) -> Run:
-    def run(z: Tensor, teacher: Tensor | fk.TopK, y: Tensor, objective: Objective, T: float) -> Found:
-        V, spec = z.shape[1], objective.spec
-        side: Logits | Sparse | None = None
-        if isinstance(teacher, fk.TopK):
-            lists = teacher.log_probs, teacher.indices
-            side, _ = sparse_teacher(*lists, y, V, teacher.tail, reads_label=spec.reads_label)
-        elif spec.divergence is not None:
-            side = Logits(teacher, 1.0, None, False)
-        scalars, cold = torch.tensor(objective.scalars(T)), T != 1.0 and spec.hard_label and spec.divergence is not None
-        inputs = RowInputs(Logits(z, 1.0, None, False), side, y, None, scalars, spec, cold)
-        out = in_turns(inputs, (V // 2, V - V // 2), backend=backend)
-        return Found(out[0].loss, out[0].difficulty, torch.cat([x.dlogits for x in out], 1))
-
-    return run
 
 
 def by_eager(z: Tensor, z_t: Tensor, y: Tensor, objective: Objective, T: float) -> Found:
@@ -215,75 +156,31 @@ def _list(x: mpf | list[mpf]) -> list[mpf]:
     return x if isinstance(x, list) else [x]
 
 
-def check(run: Run, cls: type[Objective], tail: str = "dense", *, full: bool = False, names: list[str] = ALL) -> None:
+def check(run: Run, cls: type[Objective], form: str, names: list[str], *, full: bool = False) -> None:
     """``full``: at other temperatures, and with each scalar at its edges."""
-    temperatures = (1.0, 0.1, 100.0) if full and tail in ("dense", "renormalize") else (1.0,)
+    temperatures = (1.0, 0.1, 100.0) if full and form in ("dense", "renormalize") else (1.0,)
     said = [
         line
         for T in temperatures
-        for objective in variants(cls, edges=full and T == 1.0)
-        if not (tail == "renormalize" and DIVERGENCES[objective.spec.divergence or "kl"].everywhere)
-        for line in wrong(run, objective, T, tail, names)
+        for objective in variants(cls, form, edges=full and T == 1.0)
+        for line in wrong(run, objective, T, form, names)
     ]
     assert not said, f"{len(said)}:\n" + "\n".join(said[:30])
 
 
-INTERPRETED = "triton" in CPU_BACKENDS
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
-EXTENT = [pytest.param(False, id="few"), pytest.param(True, id="all", marks=pytest.mark.exhaustive)]
 # Where a row takes a tenth of a second: one of each kind.
 SLOW = ["plain 3", "far", "near", "subnormal", "one-hot apart", *(name for name in ALL if "exclude" in name)]
-SOME = [fk.SFT, fk.ReverseKD, fk.SelfEvolution, fk.GeneralizedJSD]
 
 
-def names_for(backend: str, full: bool) -> list[str]:
-    return SLOW if backend == "triton" and not full else ALL
+@every_way()
+def test_exact(way, form, cls):
+    check(way.run, cls, form, SLOW if way.slow else ALL)
 
 
-@pytest.mark.parametrize("full", EXTENT)
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.name)
-def test_dense(cls, backend, full):
-    check(through_the_loss(backend=backend), cls, full=full, names=names_for(backend, full))
-
-
-@pytest.mark.parametrize("full", EXTENT)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_lists(cls, backend, tail, full):
-    if backend != "triton" or full or (cls in SOME and tail == "bucket"):
-        check(through_the_loss(backend=backend), cls, tail, full=full, names=names_for(backend, full))
-
-
-@needs_cpp_compiler
-@pytest.mark.parametrize("full", EXTENT)
-@pytest.mark.parametrize("tail", ["dense", *TAILS])
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_cuda_emulated(cls, tail, full, emulated):
-    if full or tail in ("dense", "bucket"):
-        check(through_the_loss(backend="cuda"), cls, tail, full=full, names=ALL if full else SLOW)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("full", EXTENT)
-@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not fk.AdaptiveKL], ids=lambda cls: cls.name)
-def test_streaming(cls, full):
-    if full or cls in SOME:
-        check(through_the_loss(backend="triton", engine="streaming"), cls, full=full, names=names_for("triton", full))
-
-
-@pytest.mark.parametrize("full", EXTENT)
-@pytest.mark.parametrize("tail", ["dense", *TAILS])
-@pytest.mark.parametrize("cls", TAUGHT, ids=lambda cls: cls.name)
-def test_slices(cls, tail, full):
-    check(in_slices("torch"), cls, tail, full=full)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("cls", SOME, ids=lambda cls: cls.name)
-def test_slices_in_triton(cls):
-    check(in_slices("triton"), cls, names=SLOW)
+@pytest.mark.exhaustive
+@every_way()
+def test_exact_at_other_temperatures_and_edges(way, form, cls):
+    check(way.run, cls, form, ALL, full=True)
 
 
 def test_the_check_sees_a_wrong_row():

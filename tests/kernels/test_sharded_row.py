@@ -13,71 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
-from fused_kd.rows.torch.sharded import row as torch_row
 
-from .kernels.contract import KINDS
-from .problems import NAMES, OBJECTIVES, relative
+from ..problems import NAMES, OBJECTIVES, relative
+from .contract import KINDS
+from .ways import in_turns, outputs
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 FORMS = ("dense", "renormalize", "bucket", "uniform")
 TIGHT = 2e-6
 
 
-def outputs(C: int, V: int, dtype: torch.dtype, fill: float, device: torch.device) -> RowOutputs:
-    with device:
-        return _outputs(C, V, dtype, fill)
-
-
-def _outputs(C: int, V: int, dtype: torch.dtype, fill: float) -> RowOutputs:
-    return RowOutputs(
-        torch.full((C,), fill), torch.full((C,), fill), torch.zeros(C, dtype=torch.bool),
-        torch.full((C, V), fill, dtype=dtype),
-    )  # fmt: skip
-
-
 def whole(inputs: RowInputs, dtype: torch.dtype = torch.float32) -> RowOutputs:
     out = outputs(*inputs.student.raw.shape, dtype, 0.0, inputs.labels.device)
     get_row("torch")(inputs, out)
     return out
-
-
-def row_of(backend: str):
-    if backend == "torch":
-        return torch_row
-    from fused_kd.rows.triton.sharded import row
-
-    return row
-
-
-def in_turns(
-    inputs: RowInputs, sizes: Sequence[int], dtype: torch.dtype = torch.float32, backend: str = "torch"
-) -> list[RowOutputs]:
-    """Each rank's outputs; what a rank says is stacked for all of them as the engine does."""
-    bounds = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
-    ranks = []
-    for rank, width in enumerate(sizes):
-        columns = slice(bounds[rank], bounds[rank + 1])
-        teacher = inputs.teacher
-        if isinstance(teacher, Logits):
-            teacher = teacher._replace(raw=teacher.raw[:, columns].clone())
-        own = inputs._replace(
-            student=inputs.student._replace(raw=inputs.student.raw[:, columns].clone()), teacher=teacher
-        )
-        out = outputs(len(inputs.labels), width, dtype, math.nan, inputs.labels.device)
-        ranks.append((row_of(backend)(own, out, Shards("none", rank, tuple(sizes))), out))
-    messages = [next(generator) for generator, _ in ranks]
-    while messages:
-        gathered = torch.stack(messages)
-        messages = []
-        for generator, _ in ranks:
-            try:
-                messages.append(generator.send(gathered))
-            except StopIteration:
-                continue
-    return [out for _, out in ranks]
 
 
 def inputs_of(
@@ -148,27 +100,26 @@ def compare(
 
 
 def rows(backend: str) -> int:
-    return 23 if backend == "torch" else 5
+    return 23 if backend == "torch" else 4
 
 
-def combinations(temperature: float = 1.0) -> list:
-    """Of objective, teacher form and backend, all that the loss does not refuse."""
+def combinations(temperature: float = 1.0, forms: Sequence[str] = FORMS) -> list:
+    """Of objective, teacher form and backend, all that the loss does not refuse.
+
+    In the interpreter the kinds that steer the kernels differently; the others in make test-all.
+    """
     return [
-        pytest.param(objective, form, backend, id=f"{objective.name}-{form}-{backend}")
+        pytest.param(
+            objective,
+            form,
+            backend,
+            id=f"{objective.name}-{form}-{backend}",
+            marks=[pytest.mark.exhaustive] if backend == "triton" and objective.name not in KINDS else [],
+        )
         for objective in OBJECTIVES
-        for form in FORMS
+        for form in forms
         for backend in BACKENDS
         if allowed(objective, form, temperature, backend)
-    ]
-
-
-def by_kind(found: list) -> list:
-    """Of the interpreted ones the kinds that steer the kernels differently; the others in make test-all."""
-    return [
-        pytest.param(*case.values, id=case.id, marks=pytest.mark.exhaustive)
-        if case.values[2] == "triton" and case.values[0].name not in KINDS
-        else case
-        for case in found
     ]
 
 
@@ -179,12 +130,12 @@ def test_slices_against_the_whole(objective, form: str, backend: str) -> None:
         compare(inputs_of(objective, form, rows(backend)), sizes, backend=backend)
 
 
-@pytest.mark.parametrize("objective, form, backend", by_kind(combinations(2.0)))
+@pytest.mark.parametrize("objective, form, backend", combinations(2.0))
 def test_temperature(objective, form: str, backend: str) -> None:
     compare(inputs_of(objective, form, rows(backend), temperature=2.0), [1, 60], backend=backend)
 
 
-@pytest.mark.parametrize("objective, form, backend", by_kind(combinations()))
+@pytest.mark.parametrize("objective, form, backend", combinations())
 def test_scale_softcap_weights_and_bf16(objective, form: str, backend: str) -> None:
     inputs = inputs_of(objective, form, rows(backend), softcap=3.0, scale=0.5, weighted=True)
     compare(inputs, [20, 41], backend=backend)
@@ -245,11 +196,7 @@ def test_any_slices(objective, form: str, sizes: list[int], C: int, std: float, 
     assert (gradient[finite] - expected_gradient).norm() <= 1e-5 * expected_gradient.norm() + floor
 
 
-SOME = ("sft", "reverse_kd", "self_evolution", "generalized_jsd")
-EXTREME = [c for c in combinations() if c.values[1] == "dense" and (c.values[2] == "torch" or c.values[0].name in SOME)]
-
-
-@pytest.mark.parametrize("objective, form, backend", EXTREME)
+@pytest.mark.parametrize("objective, form, backend", combinations(forms=["dense"]))
 def test_extreme_logits(objective, form: str, backend: str) -> None:
     """Logits of ±1e4, a common offset, and entries that one side excludes: in other slices than the rest."""
     for change in (_large, _offset, _excluded):
