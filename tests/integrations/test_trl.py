@@ -338,7 +338,6 @@ def test_another_objective(tmp_path: Path) -> None:
     assert 0 < entry["hard_fraction"] < 1
 
 
-@torch.no_grad()
 def test_unequal_padding_of_one_vocabulary(tmp_path: Path) -> None:
     """Heads of 64 and 72 columns are those of the tokenizer's 45: the same loss as of TRL on cut models."""
     padded, whole = pair((64, 72)), pair()
