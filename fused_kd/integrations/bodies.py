@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +55,17 @@ def without_adapters(model: Any) -> Any:
     """A PEFT model's own model, with its adapters in place; any other model unchanged."""
     unwrap = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Within, the model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _body(model: Any) -> Any:

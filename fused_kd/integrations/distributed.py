@@ -46,7 +46,8 @@ def top_k_of(lists: dict[str, torch.Tensor], cache: CachedTeacher) -> TopK:
 
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether a process holds only its share of the weights (FSDP2, ZeRO-3)."""
-    return accelerator.is_fsdp2 or _zero_stage(accelerator) == 3
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    return accelerator.is_fsdp2 or (deepspeed is not None and int(deepspeed.zero_stage) == 3)
 
 
 def prepare_arguments(args: TrainingArguments | None) -> None:
@@ -59,14 +60,19 @@ def prepare_arguments(args: TrainingArguments | None) -> None:
         args.ddp_find_unused_parameters = False  # a search for them and checkpointing exclude each other
 
 
+def check_fsdp(accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` for FSDP1, whose flattened weights no head can be read from."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(f"fsdp_version must be 2, got {fsdp.fsdp_version}")
+
+
 def check_engine(accelerator: Accelerator, args: TrainingArguments, model: PreTrainedModel, sized: bool) -> None:
     """Raise ``ValueError`` for what :class:`fused_kd.training.trainer.KDTrainer` cannot honour.
 
     ``sized``: whether the training set has a length.
     """
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(f"fsdp_version must be 2, got {fsdp.fsdp_version}")
+    check_fsdp(accelerator)
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError("model must not be sharded while it is loaded (distributed_config): leave that to Accelerate")
     parallel = getattr(accelerator, "parallelism_config", None)
@@ -144,8 +150,3 @@ def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor
     if hard.all():
         return 0.0
     return max(float(found[hard].min() + found[~hard].max()) / 2, 0.0)
-
-
-def _zero_stage(accelerator: Accelerator) -> int:
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return 0 if plugin is None else int(plugin.zero_stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
@@ -26,7 +26,7 @@ from fused_kd.integrations.distributed import (
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
-from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
+from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
@@ -111,20 +111,19 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
-        self.teacher: Any = cast(Any, None if self.cache is not None else teacher)
+        self.teacher: Any = teacher if self.cache is None else None
         check_arguments(args, kwargs)
         if model is None:
             raise ValueError("model must be given, got None")
-        if self.cache is None and teacher is not None:
-            check_teacher(teacher)
+        if self.teacher is not None:
+            check_teacher(self.teacher)
         if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             self._take_models(model, vocab_size, kwargs.get("processing_class"))
         prepare_arguments(args)
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.model is not model:  # loaded, or wrapped into adapters, by the Trainer
             self._take_models(self.model, vocab_size, self.processing_class)
-        check_arguments(self.args, {})
-        prepare_arguments(self.args)
+        prepare_arguments(self.args)  # those that the Trainer made, where it was given none
         student: Any = self.model
         # some Trainers set it
         if getattr(student.config.get_text_config(), "output_router_logits", False):
@@ -135,12 +134,11 @@ class KDLossMixin(Trainer):
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
-        alone = self.teacher is None or isinstance(self.teacher, AdaptersOff)
-        models: list[Any] = [student] if alone else [student, self.teacher]
-        if not alone:
+        models = self._own_models(student)
+        if len(models) == 2:
             check_tokenizers(student, self.teacher, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
-        check_engine(self.accelerator, self.args, models[0], sized)
+        check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
         for each in models:
             # an adapter's own modules are not called, so nothing would gather their weights
@@ -151,9 +149,8 @@ class KDLossMixin(Trainer):
         # sharded models are whole, or real at all on this rank, only when they run
         self._models_checked = not sharded
         if self._models_checked:
-            if self.teacher is not None and not (
-                getattr(self.teacher, "hf_device_map", None) or getattr(self.teacher, "is_quantized", False)
-            ):
+            placed = getattr(self.teacher, "hf_device_map", None) or getattr(self.teacher, "is_quantized", False)
+            if self.teacher is not None and not placed:
                 self._move_model_to_device(self.teacher, self.args.device)
             for each in models:
                 check_lm_head(each)
@@ -164,9 +161,7 @@ class KDLossMixin(Trainer):
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
-        if is_own_base(student, self.teacher):
-            self.teacher = AdaptersOff(student)
-        check_pair(student, self.teacher)
+        self.teacher = paired(student, self.teacher)
         for each in (student, self.teacher):
             if each is not None:
                 check_head_module(each, plain=not self.adapted_heads)
@@ -177,6 +172,10 @@ class KDLossMixin(Trainer):
             raise ValueError(
                 f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
             )
+
+    def _own_models(self, student: Any) -> list[Any]:
+        """The student, and the teacher where that is a model of its own."""
+        return [student] if self.teacher is None or isinstance(self.teacher, AdaptersOff) else [student, self.teacher]
 
     def current_objective(self) -> Objective:
         """The objective of the current step; to be overridden for one that changes."""
@@ -240,19 +239,18 @@ class KDLossMixin(Trainer):
             return loss_of_heads(model, self.teacher, inputs, loss, ranks=ranks, cached=cached)
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
-        if self.teacher is not None and not isinstance(self.teacher, AdaptersOff):
+        if len(self._own_models(model)) == 2:
             self.teacher = shard_teacher(self.teacher, self.accelerator)
-            check_lm_head(self.teacher)
-        check_lm_head(model)
+        for each in self._own_models(model):
+            check_lm_head(each)
         self._models_checked = True
 
     def _check_packing(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """Before the first packed batch: both models must keep its rows apart."""
         if not is_packed(inputs) and not isinstance(self.data_collator, DataCollatorWithFlattening):
             return
-        models = [model] if self.teacher is None or isinstance(self.teacher, AdaptersOff) else [model, self.teacher]
         with self.accelerator.autocast():
-            for each in models:
+            for each in self._own_models(model):
                 check_packed(each, inputs)
         self._packing_checked = True
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fused_kd.integrations.bodies import without_adapters
+from fused_kd.integrations.bodies import eval_mode, without_adapters
+from fused_kd.integrations.routing import relative_difference, routed_states
 from fused_kd.integrations.weights import rows_of
 
 # what packed batches say of their rows
@@ -66,28 +67,23 @@ def check_packed(model: Any, inputs: dict[str, Any]) -> None:
     )
 
     def states(rows: list[dict[str, list[int]]]) -> torch.Tensor:
-        batch = {name: value for name, value in flatten(rows).items() if name != "labels"}
         moved = {
             name: value.to(embeddings.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
+            for name, value in flatten(rows).items()
+            if name != "labels"
         }
-        found: list[torch.Tensor] = []
-        model(**moved, head_loss=lambda head: found.append(head.hidden[0]) or {})  # type: ignore[func-returns-value]
-        return found[0]
+        return routed_states(model, moved)[0]
 
-    was_training = model.training
-    model.eval()
     try:
-        packed = states(rows)
-        after = states([another, *rows[1:]])
-        apart = torch.cat([states([row]) for row in rows])
+        with eval_mode(model):
+            packed = states(rows)
+            after = states([another, *rows[1:]])
+            apart = torch.cat([states([row]) for row in rows])
     except TypeError as error:
         raise ValueError(f"{type(base).__name__} does not take packed rows ({', '.join(inputs)}): {error}") from error
-    finally:
-        model.train(was_training)
     exact = packed.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(packed.device.type)
-    apart_from = _difference(packed, apart)
-    after_another = _difference(packed[_LENGTHS[0] :], after[_LENGTHS[0] :])
+    apart_from = relative_difference(packed, apart)
+    after_another = relative_difference(packed[_LENGTHS[0] :], after[_LENGTHS[0] :])
     if not (apart_from <= (1e-3 if exact else 5e-2) and after_another <= (1e-5 if exact else 1e-3)):
         attention = getattr(base.config, "_attn_implementation", None)
         raise ValueError(
@@ -96,7 +92,3 @@ def check_packed(model: Any, inputs: dict[str, Any]) -> None:
             f"({attention!r}) or state does not begin anew with position_ids. Pad its rows instead (packing=False; "
             "fused_kd.training.Collator)"
         )
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-12))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_kd import LMHead
-from fused_kd.integrations.bodies import without_adapters
+from fused_kd.integrations.bodies import eval_mode, without_adapters
 from fused_kd.integrations.heads import lm_head_of
 
 
@@ -46,15 +46,11 @@ class AdaptersOff(torch.nn.Module):
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within, the student is the teacher."""
-        student = self.student
-        training = student.training
-        flags = [(value, value.requires_grad) for value in student.parameters()]  # PEFT sets them anew
-        student.eval()
+        flags = [(value, value.requires_grad) for value in self.student.parameters()]  # PEFT sets them anew
         try:
-            with student.disable_adapter():
+            with eval_mode(self.student), self.student.disable_adapter():
                 yield
         finally:
-            student.train(training)
             for value, flag in flags:
                 value.requires_grad_(flag)
 
@@ -85,6 +81,14 @@ class AdaptersOff(torch.nn.Module):
 def is_own_base(student: Any, teacher: Any) -> bool:
     """Whether ``teacher`` is the PEFT model ``student``, or the model that its adapters were put on."""
     return hasattr(student, "disable_adapter") and (teacher is student or teacher is without_adapters(student))
+
+
+def paired(student: Any, teacher: Any) -> Any:
+    """The teacher, as :class:`AdaptersOff` where it is the student or its base; raises as :func:`check_pair`."""
+    if is_own_base(student, teacher):
+        teacher = AdaptersOff(student)
+    check_pair(student, teacher)
+    return teacher
 
 
 def check_pair(student: Any, teacher: Any) -> None:

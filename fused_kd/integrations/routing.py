@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fused_kd import KDOutput, LMHead, TopK
-from fused_kd.integrations.bodies import hidden_states, labels_need_shift, without_adapters
+from fused_kd.integrations.bodies import eval_mode, hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
 from fused_kd.integrations.pair import AdaptersOff
 from fused_kd.integrations.weights import is_quantised, rows_of
@@ -82,41 +82,50 @@ def loss_of_heads(
     are made first, and its head is that of the student. Without a ``teacher``, ``loss`` is given ``cached``.
     """
     out: list[KDOutput] = []
-    returned: list[dict[str, torch.Tensor]] = []
+    returned: list[torch.Tensor] = []
     gradients = torch.is_grad_enabled()
 
-    def student(head_t: LMHead | TopK | None, states_t: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def student(target: Callable[[], LMHead | TopK | None]) -> dict[str, torch.Tensor]:
         def routed(head: LMHead) -> dict[str, torch.Tensor]:
-            own = head_t if states_t is None else cast(AdaptersOff, teacher).head(states_t)
-            out.append(loss(head, own))
+            out.append(loss(head, target()))
             return {"loss": out[0].loss * ranks}
 
         with torch.set_grad_enabled(gradients):
-            returned.append(model(**inputs, head_loss=routed))
+            returned.append(model(**inputs, head_loss=routed)["loss"])
         return {}
 
     if teacher is None:
-        student(cached)
+        student(lambda: cached)
     elif isinstance(teacher, AdaptersOff):
-        states: list[torch.Tensor] = []
         with torch.no_grad(), teacher.active():
-            model(**inputs, head_loss=lambda head: states.append(head.hidden) or {})  # type: ignore[func-returns-value]
-        student(None, states[0])
+            states = routed_states(model, inputs)
+        student(lambda: teacher.head(states))
     else:
         teacher.eval()
         with torch.no_grad():
-            teacher(**inputs, head_loss=student)
-    made = returned[0]["loss"]
+            teacher(**inputs, head_loss=lambda head: student(lambda: head))
+    made = returned[0]
     if made.dtype != torch.float32:
         # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
         made = made.float() + (out[0].loss.detach() * ranks - made.detach().float())
     return made, out[0]
 
 
+def routed_states(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """A routed model's last hidden states by its own call, as its hooks want it where its weights are sharded."""
+    states: list[torch.Tensor] = []
+
+    def keep(head: LMHead) -> dict[str, torch.Tensor]:
+        states.append(head.hidden)
+        return {}
+
+    model(**inputs, head_loss=keep)
+    return states[0]
+
+
 @torch.no_grad()
-def check_lm_head(model: Any, tokens: int = 8) -> None:
-    """Run ``tokens`` tokens (default 8) both ways and raise ``ValueError`` if the head differs from the
-    model's logits.
+def check_lm_head(model: Any) -> None:
+    """Run 8 tokens both ways and raise ``ValueError`` if the head differs from the model's logits.
 
     This finds what no list of config fields can: a model that scales, caps or transforms its logits under
     another name. Large logits are put in place of the head's output as well, as the small ones of an untrained model
@@ -127,7 +136,7 @@ def check_lm_head(model: Any, tokens: int = 8) -> None:
     base = without_adapters(getattr(model, "module", model))
     name = type(base).__name__
     embeddings = base.get_input_embeddings().weight
-    ids = torch.arange(1, tokens + 1, device=embeddings.device).remainder(rows_of(embeddings)).unsqueeze(0)
+    ids = torch.arange(1, 9, device=embeddings.device).remainder(rows_of(embeddings)).unsqueeze(0)
     inputs = {"input_ids": ids} if labels_need_shift(base) else {"input_ids": ids, "decoder_input_ids": ids}
     head = check_head_module(base)
     exact = not is_quantised(getattr(head, "base_layer", head).weight)
@@ -149,9 +158,7 @@ def check_lm_head(model: Any, tokens: int = 8) -> None:
         large.append(raw.to(hidden))
         return large[0]
 
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         expected = model(**inputs, use_cache=False).logits.float()
         if getattr(base.forward, "_routes_head_loss", False):
             logits = model(**inputs, head_loss=written_out)["logits"].float()
@@ -159,16 +166,13 @@ def check_lm_head(model: Any, tokens: int = 8) -> None:
             logits = written_out(lm_head_of(base, hidden_states(base, **inputs)))["logits"]
         with _forward_of(head, exchanged):
             far = model(**inputs, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
     if logits.shape != expected.shape:
         raise ValueError(f"{name} gives logits of shape {tuple(expected.shape)}, its head {tuple(logits.shape)}")
     zero = torch.zeros((), dtype=torch.float32, device=far.device)
     raw = large[0].float() + cast(torch.Tensor, with_final_bias(base, zero))
     # the first comparison knows the scale; here it may be in the hidden states already
-    error = max(
-        _difference(logits, expected), min(_difference(_finished(raw, each, softcap), far) for each in (scale, 1.0))
-    )
+    scaled_or_not = (relative_difference(_finished(raw, each, softcap), far) for each in (scale, 1.0))
+    error = max(relative_difference(logits, expected), min(scaled_or_not))
     if not error <= (1e-3 if exact else 5e-2):
         raise ValueError(
             f"{name} does more to its logits than weight, bias, scale {scale:g} "
@@ -186,8 +190,9 @@ def _finished(logits: torch.Tensor, scale: float, softcap: float | None) -> torc
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over that of ``expected``."""
+    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-12))
 
 
 @contextmanager

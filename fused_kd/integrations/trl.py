@@ -6,18 +6,16 @@ generation and logging stay TRL's.
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 try:
     from transformers import PreTrainedModel, Trainer
     from trl.experimental import gkd
-    from trl.models.utils import unwrap_model_for_generation
     from trl.trainer import distillation_trainer
 except ImportError as error:
     raise ImportError(
@@ -26,7 +24,9 @@ except ImportError as error:
 
 import fused_kd as fk
 from fused_kd.integrations.arguments import as_objective, check_tokenizers
-from fused_kd.integrations.pair import AdaptersOff, check_pair, check_trainable, is_own_base
+from fused_kd.integrations.distributed import check_fsdp, sum_over_ranks
+from fused_kd.integrations.labels import LABEL_PAD, count_targets
+from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
@@ -38,7 +38,6 @@ from fused_kd.integrations.transformers import (
 )
 from fused_kd.objectives import Objective
 
-IGNORE = -100
 # what a multimodal model takes beside tokens, as TRL's DistillationTrainer names it in its batches
 _MULTIMODAL = (
     "pixel_values",
@@ -80,6 +79,9 @@ class FusedLoss(Trainer):
         TypeError: a wrong type of objective, a quantised head or one with an adapter.
     """
 
+    # whether args.temperature is the loss's too
+    loss_at_sampling_temperature = False
+
     # TRL's
     teacher_model: Any
     beta: float
@@ -105,33 +107,33 @@ class FusedLoss(Trainer):
                 raise ValueError(f"{name} must be a model or its name, got None")
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
-        self.loss_temperature = temperature
+        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
         # checks the options before anything is loaded
         fk.KDLoss(
             self.objective or fk.GeneralizedJSD(),
             temperature=1.0 if temperature is None else temperature,
             vocab_size=vocab_size,
-            memory_budget=memory_budget,
-            backend=backend,
+            **self.loss_options,
         )
-        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
-        for each in (model, teacher_model):
-            if not isinstance(each, str):
-                check_head_module(each, plain=True)
-        if is_own_base(model, teacher_model):
-            teacher_model = AdaptersOff(model)
-        elif not isinstance(model, str) and not isinstance(teacher_model, str) and not trainer_args.get("peft_config"):
-            check_pair(model, teacher_model)
+        loaded = [each for each in (model, teacher_model) if not isinstance(each, str)]
+        for each in loaded:
+            check_head_module(each, plain=True)
+        if len(loaded) == 2 and not trainer_args.get("peft_config"):
+            teacher_model = paired(model, teacher_model)
         with _one_vocab_size(model, teacher_model):
             super().__init__(model, teacher_model, args, *positional, **trainer_args)
-        student: Any = self._bare(self.model)
-        teacher: Any = self._bare(self.teacher_model)
-        if is_own_base(student, teacher):  # adapters that the Trainer put on it
-            self.teacher_model = teacher = AdaptersOff(student)
-        if isinstance(teacher, AdaptersOff) and self.is_deepspeed_enabled:
-            raise ValueError("teacher_model must be another model than the student under DeepSpeed, or use KDTrainer")
-        check_pair(student, teacher)
-        if not isinstance(teacher, AdaptersOff):
+        if temperature is None:
+            temperature = float(self.args.temperature) if self.loss_at_sampling_temperature else 1.0
+        self.loss_options["temperature"] = temperature
+        student: Any = self.accelerator.unwrap_model(self.model)
+        teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
+        if isinstance(teacher, AdaptersOff):
+            if self.is_deepspeed_enabled:
+                raise ValueError(
+                    "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"
+                )
+            self.teacher_model = teacher
+        else:
             check_tokenizers(student, teacher, self.processing_class)
         check_trainable(student)
         warn_of_lost_updates(student, self.args, self.accelerator)
@@ -167,7 +169,6 @@ class FusedLoss(Trainer):
         """
         if not self._heads_checked:
             self._check_heads(model, self.teacher_model)
-        self.teacher_model.eval()
         labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
@@ -176,9 +177,7 @@ class FusedLoss(Trainer):
                 teacher,
                 labels,
                 self.current_objective(),
-                ignore_index=IGNORE,
                 shift=True,
-                temperature=self._temperature(),
                 vocab_size=self.vocab_size,
                 num_items=num_items,
                 **self.loss_options,
@@ -186,7 +185,12 @@ class FusedLoss(Trainer):
 
         with self.accelerator.autocast():
             made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks)
-        self._add_difficulty("" if model.training else "eval_", out.difficulty, labels)
+        gamma = getattr(self.objective, "gamma", float("inf"))
+        # ignored tokens have difficulty 0, so they count nowhere
+        sums = torch.stack([out.difficulty.sum(), (out.difficulty > gamma).sum()]).double()
+        sums = torch.cat([sums, count_targets(labels)[None].to(sums)])
+        prefix = "" if model.training else "eval_"
+        self._difficulty[prefix] = sums + self._difficulty.get(prefix, 0.0)
         return made, out
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -197,22 +201,11 @@ class FusedLoss(Trainer):
         prefix = "eval_" if "eval_loss" in logs else ""
         sums = self._difficulty.pop(prefix, None) if f"{prefix}loss" in logs else None
         if sums is not None:
-            if self.accelerator.num_processes > 1:
-                sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
-            difficulty, hard, tokens = sums.tolist()
+            difficulty, hard, tokens = sum_over_ranks(self.accelerator, sums).tolist()
             logs[f"{prefix}difficulty"] = difficulty / max(tokens, 1.0)
             if hasattr(self.objective, "gamma"):
                 logs[f"{prefix}hard_fraction"] = hard / max(tokens, 1.0)
         super().log(logs, start_time)
-
-    def _temperature(self) -> float:
-        raise NotImplementedError
-
-    def _on_policy(self) -> bool:
-        raise NotImplementedError
-
-    def _bare(self, model: Any) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(model)  # type: ignore[no-any-return]
 
     def _check_heads(self, *models: Any) -> None:
         with self.accelerator.autocast():
@@ -221,19 +214,17 @@ class FusedLoss(Trainer):
         self._heads_checked = True
 
     def _check_settings(self) -> None:
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if fsdp is not None and fsdp.fsdp_version != 2:
-            raise ValueError(f"fsdp_version must be 2, got {fsdp.fsdp_version}")
+        check_fsdp(self.accelerator)
         if self.objective is None:
             return
-        spec = self.objective.spec
         parts = self.accelerator.num_processes * self.args.gradient_accumulation_steps
-        if spec.ranked and parts > 1:
+        if self.objective.spec.ranked and parts > 1:
             raise ValueError(
                 f"objective must not rank tokens over a step of {parts} micro-batches, got {self.objective!r}: use "
                 "SelfEvolution, or fused_kd.training.trainer.KDTrainer, which ranks them together"
             )
-        if getattr(self.objective, "lam", 1.0) < 1.0 and self._on_policy():
+        # TRL's distillation, which has no lmbda, is always on-policy
+        if getattr(self.objective, "lam", 1.0) < 1.0 and getattr(self, "lmbda", 1.0) > 0.0:
             warnings.warn(
                 f"{self.objective!r} takes the completion's tokens as labels, and on-policy these are the student's "
                 "own samples: lam=1 leaves the teacher alone as the target",
@@ -254,31 +245,14 @@ class FusedLoss(Trainer):
         self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *beyond]
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
 
-    def _add_difficulty(self, mode: str, difficulty: torch.Tensor, labels: torch.Tensor) -> None:
-        gamma = getattr(self.objective, "gamma", float("inf"))
-        # ignored tokens have difficulty 0, so they count nowhere
-        found = torch.stack([difficulty.sum(), (difficulty > gamma).sum()]).double()
-        tokens = (labels[:, 1:] != IGNORE).sum()
-        found = torch.cat([found, tokens[None].to(found)])
-        self._difficulty[mode] = found + self._difficulty.get(mode, 0.0)
-
 
 class GKDTrainer(FusedLoss, gkd.GKDTrainer):
     """``trl.experimental.gkd.GKDTrainer`` without logits: ``lmbda``, ``beta``, ``seq_kd`` and the rest as there.
 
     In one process the losses and gradients are TRL's. Over several, a step's loss is the mean over the tokens of all
-    of them, as of one process (TRL's gradient is that over the number of processes).
-
-    Args:
-        count_generated: TRL divides by the completion tokens of the *data*, also where the student's own completion
-            took their place. True generates all completions of an optimizer step first and divides by their
-            tokens: the exact mean. Default False, as TRL.
-        ...: those of :class:`FusedLoss` and of TRL's trainer.
+    of them, as of one process (TRL's gradient is that over the number of processes). Like TRL it divides by the
+    completion tokens of the *data*, also where the student's own completion took their place.
     """
-
-    def __init__(self, *args: Any, count_generated: bool = False, **kwargs: Any) -> None:
-        self.count_generated = count_generated
-        super().__init__(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -296,50 +270,14 @@ class GKDTrainer(FusedLoss, gkd.GKDTrainer):
         """The loss of one batch; never logits."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As TRL's, whose completions are made already with ``count_generated``."""
-        step: Any = super(gkd.GKDTrainer, self) if self.count_generated else super()
-        return cast(torch.Tensor, step.training_step(*args, **kwargs))
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's; with ``count_generated`` the batches have their final completions, and these count."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.count_generated:
-            batches = [self._with_completions(batch) for batch in batches]
-            num_items = self._get_num_items_in_batch(batches, device)
-        return batches, num_items
-
-    def _with_completions(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch to train on: of the data, of the student, or (``seq_kd``) of the teacher, by TRL's draw."""
-        if random.random() <= self.lmbda:
-            author = self.model_wrapped
-        elif self.seq_kd:
-            author = self.teacher_model
-        else:
-            return batch
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        generate: Any = self.generate_on_policy_outputs
-        with unwrap_model_for_generation(
-            author,
-            self.accelerator,
-            generation_kwargs=self.generation_kwargs,
-            gradient_checkpointing_kwargs=checkpointing,
-        ) as generator:
-            made = generate(generator, self._prepare_inputs(batch), self.generation_config)
-        return {**batch, **dict(zip(("input_ids", "attention_mask", "labels"), made, strict=True))}
-
-    def _temperature(self) -> float:
-        return 1.0 if self.loss_temperature is None else self.loss_temperature
-
-    def _on_policy(self) -> bool:
-        return bool(self.lmbda > 0.0)
-
 
 class DistillationTrainer(FusedLoss, distillation_trainer.DistillationTrainer):
     """``trl.DistillationTrainer`` (always on-policy) with this library's loss; see :class:`FusedLoss`.
 
     Losses and gradients are TRL's. Its ``entropy`` of the student is not logged; ``difficulty`` is.
     """
+
+    loss_at_sampling_temperature = True
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -349,7 +287,7 @@ class DistillationTrainer(FusedLoss, distillation_trainer.DistillationTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         prompts, completions = inputs["prompt_ids"], inputs["completion_ids"]
-        labels = torch.cat([torch.full_like(prompts, IGNORE), completions.masked_fill(mask == 0, IGNORE)], 1)
+        labels = torch.cat([torch.full_like(prompts, LABEL_PAD), completions.masked_fill(mask == 0, LABEL_PAD)], 1)
         tokens = {
             "input_ids": torch.cat([prompts, completions], 1),
             "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
@@ -360,12 +298,6 @@ class DistillationTrainer(FusedLoss, distillation_trainer.DistillationTrainer):
             num_items_in_batch, ranks = inputs["num_items_in_batch"].clamp(min=1), self.accelerator.num_processes
         loss, _ = self.fused_loss(model, tokens, labels, num_items_in_batch, ranks)
         return (loss, None) if return_outputs else loss
-
-    def _temperature(self) -> float:
-        return float(self.temperature if self.loss_temperature is None else self.loss_temperature)
-
-    def _on_policy(self) -> bool:
-        return True
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from liger_kernel.transformers import (  # noqa: E402
 )
 
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
+from fused_kd.training.collate import Collator  # noqa: E402
 
 from ..training.tiny import rows, tiny  # noqa: E402
 
@@ -216,16 +217,11 @@ def curve(loss_of: Callable[..., Tensor], steps: int = 12) -> tuple[list[float],
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
     data, losses = rows(2 * steps), []
     for step in range(steps):
-        pair = data[2 * step : 2 * step + 2]
-        length = max(len(row["input_ids"]) for row in pair)
-        ids, labels = (
-            torch.tensor([row[key] + [fill] * (length - len(row[key])) for row in pair], device=DEVICE)
-            for key, fill in (("input_ids", 0), ("labels", -100))
-        )
-        mask = (torch.arange(length) < torch.tensor([len(row["input_ids"]) for row in pair])[:, None]).to(DEVICE)
+        inputs = {name: value.to(DEVICE) for name, value in Collator(0)(data[2 * step : 2 * step + 2]).items()}
+        labels = inputs.pop("labels")
         with torch.no_grad():
-            target = lm_head_of(teacher, hidden_states(teacher, input_ids=ids, attention_mask=mask))
-        loss = loss_of(lm_head_of(student, hidden_states(student, input_ids=ids, attention_mask=mask)), target, labels)
+            target = lm_head_of(teacher, hidden_states(teacher, **inputs))
+        loss = loss_of(lm_head_of(student, hidden_states(student, **inputs)), target, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -233,11 +229,10 @@ def curve(loss_of: Callable[..., Tensor], steps: int = 12) -> tuple[list[float],
     return losses, [value.detach() for value in student.parameters()]
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_swap_in_a_training_run(beta: float) -> None:
+def test_swap_in_a_training_run() -> None:
     """The same loss curve and the same final weights."""
-    liger = LigerFusedLinearJSD(jsd_beta=beta, temperature=1.5)
-    ours = fk.KDLoss(fk.GeneralizedJSD(beta=beta), temperature=1.5, shift=True)
+    liger = LigerFusedLinearJSD(jsd_beta=0.1, temperature=1.5)
+    ours = fk.KDLoss(fk.GeneralizedJSD(beta=0.1), temperature=1.5, shift=True)
 
     def theirs(student: fk.LMHead, teacher: fk.LMHead, labels: Tensor) -> Tensor:
         flat = [head.hidden[:, :-1].reshape(-1, head.hidden.shape[-1]) for head in (student, teacher)]

@@ -181,7 +181,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_head_gives_the_models_logits_and_gradients(name: str) -> None:
-    """Forward against the model's own logits, gradients of all parameters against autograd of the oracle on them."""
+    """Forward against the model's own logits, by hand and routed; gradients against autograd of the oracle on them."""
     model, inputs, shift = tiny(name), batch(name), name not in ENCODER_DECODERS
     assert labels_need_shift(model) == shift
     labels = inputs.get("labels")
@@ -210,29 +210,32 @@ def test_head_gives_the_models_logits_and_gradients(name: str) -> None:
     assert truth[index].norm() > 0
     assert_near(grads[index], truth[index], 1e-5)
 
+    check_lm_head(model)
+    route_head_loss(model)
+    with torch.no_grad():
+        routed = model(**inputs, head_loss=lambda head: {"logits": written_out(head)})["logits"]
+        assert_near(routed, logits, 1e-5)
+    assert torch.equal(model(**inputs).logits, logits), "other calls stay as they are"
+    check_lm_head(model)
+
+
+ZEROS = torch.zeros(1, 16)
+
 
 def test_options_are_used() -> None:
-    assert lm_head_of(tiny("gemma2"), torch.zeros(1, 16)).softcap == 0.5
-    assert lm_head_of(tiny("cohere"), torch.zeros(1, 16)).logit_scale == 0.0625
-    assert lm_head_of(tiny("granite"), torch.zeros(1, 16)).logit_scale == 0.125
-    phi = tiny("phi")
-    assert lm_head_of(phi, torch.zeros(1, 16)).bias is phi.lm_head.bias
-    tied = tiny("llama-tied")
-    assert lm_head_of(tied, torch.zeros(1, 16)).weight is tied.get_input_embeddings().weight
+    assert lm_head_of(tiny("gemma2"), ZEROS).softcap == 0.5
+    scales = {"cohere": 0.0625, "granite": 0.125, "t5": 0.25, "t5-untied": 1.0, "mt5": 1.0}
+    assert {name: lm_head_of(tiny(name), ZEROS).logit_scale for name in scales} == scales
+    phi, tied = tiny("phi"), tiny("llama-tied")
+    assert lm_head_of(phi, ZEROS).bias is phi.lm_head.bias
+    assert lm_head_of(tied, ZEROS).weight is tied.get_input_embeddings().weight
+    text = transformers.Gemma3TextConfig(**SIZES, final_logit_softcapping=3.0).to_dict()
+    assert logit_options(transformers.Gemma3Config(text_config=text)) == (1.0, 3.0)
+    with pytest.raises(ValueError, match="logit_scale must be a positive number, got 'inv_sqrt_d_model'"):
+        logit_options(transformers.MptConfig(logit_scale="inv_sqrt_d_model"))
 
 
-def test_no_logits_are_computed() -> None:
-    model = tiny("llama")
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the head ran")
-
-    model.lm_head.register_forward_hook(refuse)
-    hidden = hidden_states(model, **batch())
-    assert hidden.shape == (2, 7, 16) and hidden.requires_grad
-
-
-def test_unknown_multiplier_is_found() -> None:
+def test_what_a_model_does_to_its_logits_beside_is_found() -> None:
     class Shouting(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
@@ -244,46 +247,20 @@ def test_unknown_multiplier_is_found() -> None:
     with pytest.raises(ValueError, match="does more to its logits"):
         check_lm_head(model)
     assert model.training, "the mode must be restored"
-
-
-def test_unused_config_field_is_found() -> None:
     # MPT has the field but its code does not apply it
     config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=61, logit_scale=0.5)
     with pytest.raises(ValueError, match="differs from"):
         check_lm_head(transformers.MptForCausalLM(config))
-
-
-def test_text_config_of_a_multimodal_model() -> None:
-    config = transformers.Gemma3Config(
-        text_config=transformers.Gemma3TextConfig(**SIZES, final_logit_softcapping=3.0).to_dict()
-    )
-    assert logit_options(config) == (1.0, 3.0)
-
-
-def test_bad_multiplier() -> None:
-    config = transformers.MptConfig(logit_scale="inv_sqrt_d_model")
-    with pytest.raises(ValueError, match="logit_scale must be a positive number, got 'inv_sqrt_d_model'"):
-        logit_options(config)
-
-
-def test_quantised_head() -> None:
-    model = tiny("llama")
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 16, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"float weight.*int8"):
-        lm_head_of(model, torch.zeros(1, 16))
-
-
-def test_head_with_an_adapter() -> None:
-    model = tiny("llama")
-    model.lm_head.lora_A = torch.nn.Linear(16, 2, bias=False)
-    with pytest.raises(TypeError, match=r"plain linear map, it also has lora_A\.weight"):
-        lm_head_of(model, torch.zeros(1, 16))
+    wrong = tiny("mt5")
+    wrong.config.scale_decoder_outputs = True
+    with pytest.raises(ValueError, match=r"does more to its logits than weight, bias, scale 0.25"):
+        check_lm_head(wrong)
 
 
 def test_models_that_do_not_fit() -> None:
     headless = transformers.AutoModel.from_config(CONFIGS["llama"]())
     with pytest.raises(ValueError, match="must have an output head"):
-        lm_head_of(headless, torch.zeros(1, 16))
+        lm_head_of(headless, ZEROS)
     with pytest.raises(TypeError, match="no body apart from its head"):
         hidden_states(headless, **batch())
     with pytest.raises(ValueError, match="decoder_input_ids or decoder_inputs_embeds must be given for BartFor"):
@@ -298,19 +275,13 @@ def test_models_that_do_not_fit() -> None:
         check_head_module(broken)
     with pytest.raises(ValueError, match="labels must not be passed"):
         hidden_states(tiny("llama"), **batch(), labels=batch()["input_ids"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_routed_head_gives_the_models_logits(name: str) -> None:
-    model, inputs = tiny(name), batch(name)
-    check_lm_head(model)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        route_head_loss(model)
-        routed = model(**inputs, head_loss=lambda head: {"logits": written_out(head)})["logits"]
-        assert_near(routed, expected, 1e-5)
-        assert torch.equal(model(**inputs).logits, expected), "other calls stay as they are"
-    check_lm_head(model)
+    adapted = tiny("llama")
+    adapted.lm_head.lora_A = torch.nn.Linear(16, 2, bias=False)
+    with pytest.raises(TypeError, match=r"plain linear map, it also has lora_A\.weight"):
+        lm_head_of(adapted, ZEROS)
+    adapted.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"float weight.*int8"):
+        lm_head_of(adapted, ZEROS)
 
 
 def test_decoder_inputs() -> None:
@@ -365,16 +336,6 @@ def test_cap_is_found_where_the_logits_are_small() -> None:
     model.__class__ = Renamed
     with pytest.raises(ValueError, match="does more to its logits"):
         check_lm_head(model)
-
-
-def test_scale_of_the_t5_family() -> None:
-    assert lm_head_of(tiny("t5"), torch.zeros(1, 16)).logit_scale == 0.25
-    assert lm_head_of(tiny("t5-untied"), torch.zeros(1, 16)).logit_scale == 1.0
-    assert lm_head_of(tiny("mt5"), torch.zeros(1, 16)).logit_scale == 1.0
-    wrong = tiny("mt5")
-    wrong.config.scale_decoder_outputs = True
-    with pytest.raises(ValueError, match=r"does more to its logits than weight, bias, scale 0.25"):
-        check_lm_head(wrong)
 
 
 def test_unequal_vocabularies_of_one_tokenizer() -> None:

@@ -66,28 +66,30 @@ def assert_trains_as_with_logits(model: torch.nn.Module, inputs: dict) -> dict[s
     return truth
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+def inputs_of(name: str) -> dict[str, torch.Tensor]:
+    """Without ``use_cache``, which PEFT's models pass themselves."""
+    return {key: value for key, value in batch(name).items() if key != "use_cache"}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
 def test_adapter_on_the_body(name: str) -> None:
     targets = ["q", "v"] if name == "t5" else ["q_proj", "v_proj"]
     task = {"task_type": "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"}
     model = adapted(name, target_modules=targets, **task)
-    head = check_head_module(model)
-    assert head is model.get_base_model().lm_head
-    trained = assert_trains_as_with_logits(model, {**INPUTS, **_labels(name)})
+    assert check_head_module(model) is model.get_base_model().lm_head
+    trained = assert_trains_as_with_logits(model, inputs_of(name))
     assert trained and all("lora_" in key for key in trained)
-
-
-def _labels(name: str) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in batch(name).items() if key == "labels"}
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "cohere", "bart"])
 def test_lora_on_the_head(name: str) -> None:
     """With a bias (Phi), a scale (Cohere), a final bias (BART)."""
     model = adapted(name, target_modules=["lm_head"])
+    with pytest.raises(TypeError, match="plain linear map, it also has base_layer"):
+        check_head_module(model, plain=True)
     head = lm_head_of(model, torch.zeros(2, 16))
     assert head.weight.shape == (61, 20) and head.hidden.shape == (2, 20)
-    trained = assert_trains_as_with_logits(model, {**INPUTS, **_labels(name)})
+    trained = assert_trains_as_with_logits(model, inputs_of(name))
     assert sorted(key.split(".")[-3] for key in trained) == ["lora_A", "lora_B"]
 
 
@@ -146,11 +148,6 @@ def test_other_adapters_on_the_head_are_refused(options: dict) -> None:
     model = adapted(name, target_modules=["lm_head"], **options)
     with pytest.raises(TypeError, match=r"adapter 'default' on the head of .* must be plain LoRA"):
         lm_head_of(model, torch.zeros(1, 16))
-
-
-def test_adapter_on_a_plain_head_only() -> None:
-    with pytest.raises(TypeError, match="plain linear map, it also has base_layer"):
-        check_head_module(adapted("llama", target_modules=["lm_head"]), plain=True)
 
 
 class Packed(torch.Tensor):

@@ -135,7 +135,6 @@ def encoder_decoder(kind: str, width: int, seed: int) -> Any:
 CASES = {
     "causal": (lambda width, seed: tiny(width, seed), causal_rows, KDTrainer, FullTrainer),
     "t5": (functools.partial(encoder_decoder, "t5"), pairs, KDSeq2SeqTrainer, FullSeq2SeqTrainer),
-    "bart": (functools.partial(encoder_decoder, "bart"), pairs, KDSeq2SeqTrainer, FullSeq2SeqTrainer),
     "m2m100": (functools.partial(encoder_decoder, "m2m100"), pairs, KDTrainer, FullTrainer),
 }
 
@@ -165,20 +164,25 @@ def quiet(run: Any) -> Any:
     return run
 
 
+def of_full_logits(full: type, student: Any, teacher: Any, args: Any, data: list[dict]) -> Any:
+    """The trainer of full logits after its training."""
+    run = quiet(full(student, args, train_dataset=data, data_collator=collator()))
+    run.teacher, run.objective = teacher, OBJECTIVE
+    run.train()
+    return run
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_as_full_logits_under_accumulation(tmp_path: Path, case: str) -> None:
+    """Losses and weights of the training, and an evaluation that is the mean over tokens of unequal batches."""
     build, make_rows, fused, full = CASES[case]
     data, held_out, teacher = make_rows(12), make_rows(5, seed=9), build(24, 2).eval()
     args = arguments(tmp_path, seq2seq="Seq2Seq" in fused.__name__, train_sampling_strategy="sequential")
-    shared = {"train_dataset": data, "data_collator": collator()}
-
-    plain = quiet(full(build(16, 1), args, **shared))
-    plain.teacher, plain.objective = teacher, OBJECTIVE
-    start = weights(plain.model)
-    plain.train()
-
+    start = weights(build(16, 1))
+    plain = of_full_logits(full, build(16, 1), teacher, args, data)
     student = build(16, 1)
-    run = quiet(fused(student, args, teacher=teacher, objective=OBJECTIVE, eval_dataset=held_out, **shared))
+    given = {"train_dataset": data, "data_collator": collator(), "eval_dataset": held_out}
+    run = quiet(fused(student, args, teacher=teacher, objective=OBJECTIVE, **given))
     run.train()
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
     assert_same_moves(start, weights(student), weights(plain.model))
@@ -193,27 +197,16 @@ def test_same_as_full_logits_under_accumulation(tmp_path: Path, case: str) -> No
     assert teacher.get_output_embeddings().weight.grad is None and not teacher.training
 
 
-def test_evaluation_is_the_mean_over_tokens(tmp_path: Path) -> None:
-    build, make_rows, fused, _ = CASES["bart"]
-    data, student, teacher = make_rows(5), build(16, 1).eval(), build(24, 2).eval()
-    expected = oracle(student, teacher, collator()(data))
-    for size in (2, 5):
-        args = arguments(tmp_path, True, per_device_eval_batch_size=size)
-        run = quiet(fused(student, args, teacher=teacher, objective=OBJECTIVE, data_collator=collator()))
-        assert run.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_evaluation_that_generates(tmp_path: Path) -> None:
     """A Seq2SeqTrainer's metrics on generated tokens, its loss without logits; the decoder starts afresh."""
-    build, make_rows, fused, _ = CASES["bart"]
-    data, student, seen = make_rows(5), build(16, 1), []
+    data, student, seen = pairs(5), encoder_decoder("bart", 16, 1), []
     with_inputs = transformers.DataCollatorForSeq2Seq(Tokenizer(), model=student)
     args = arguments(tmp_path, True, predict_with_generate=True, generation_max_length=6, generation_num_beams=1)
     run = quiet(
-        fused(
+        KDSeq2SeqTrainer(
             student,
             args,
-            teacher=build(24, 2),
+            teacher=encoder_decoder("bart", 24, 2),
             objective="no_evo",
             data_collator=with_inputs,
             compute_metrics=lambda prediction: seen.append(prediction) or {"rows": len(prediction.predictions)},
@@ -231,23 +224,15 @@ def test_evaluation_that_generates(tmp_path: Path) -> None:
     assert (run.predict(unlabelled).predictions[:, : free.shape[1]] == free).all()
 
 
-@pytest.mark.parametrize("case", ["causal", "t5"])
-def test_ranking_spans_the_accumulated_step(tmp_path: Path, case: str) -> None:
-    build, make_rows, fused, _ = CASES[case]
+def test_ranking_spans_the_accumulated_step(tmp_path: Path) -> None:
     trained = []
     for size, steps in ((4, 1), (2, 2)):
-        student = build(16, 1)
-        args = arguments(
-            tmp_path,
-            "Seq2Seq" in fused.__name__,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            train_sampling_strategy="sequential",
-        )
-        objective = fk.SelfEvolutionTopK(fraction=0.3)
-        shared = {"train_dataset": make_rows(12), "data_collator": collator()}
+        student = tiny(16, 1)
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        args = arguments(tmp_path, train_sampling_strategy="sequential", max_steps=2, **batches)
+        given = {"teacher": tiny(24, 2), "objective": fk.SelfEvolutionTopK(fraction=0.3), "data_collator": collator()}
         start = weights(student)
-        quiet(fused(student, args, teacher=build(24, 2), objective=objective, **shared)).train()
+        quiet(KDTrainer(student, args, train_dataset=causal_rows(12), **given)).train()
         trained.append(weights(student))
     assert_same_moves(start, *trained)
 
@@ -272,45 +257,40 @@ def test_criterion_and_its_options(tmp_path: Path) -> None:
     assert told.vocab_size == VOCAB
 
 
+def sft_trainer(*given: Any, **options: Any) -> Any:
+    trl = pytest.importorskip("trl")
+
+    class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
+        pass
+
+    config = {"kind": trl.SFTConfig, "bf16": False, "gradient_checkpointing": False, **options.pop("config", {})}
+    student, teacher, folder = given
+    args = arguments(folder, **config)
+    return quiet(KDSFTTrainer(student, args, teacher=teacher, objective=OBJECTIVE, **options))
+
+
 def test_sft_trainer_of_trl(tmp_path: Path) -> None:
     """TRL's own forward patch and metrics stay out of the way, and its own tokens are counted."""
-    trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
     names = {"pad_token": "0", "eos_token": "2", "unk_token": "0"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
-
-    class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
-        pass
-
-    data = causal_rows(12)
+    data, teacher = causal_rows(12), tiny(24, 2).eval()
     given = datasets.Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in data])
-    options = {"kind": trl.SFTConfig, "bf16": False, "max_length": None, "train_sampling_strategy": "sequential"}
-    teacher = tiny(24, 2).eval()
-    run = quiet(
-        KDSFTTrainer(
-            tiny(16, 1),
-            arguments(tmp_path, gradient_checkpointing=False, **options),
-            teacher=teacher,
-            objective=OBJECTIVE,
-            train_dataset=given,
-            eval_dataset=given.select(range(5)),
-            processing_class=tokenizer,
-        )
+    run = sft_trainer(
+        tiny(16, 1),
+        teacher,
+        tmp_path,
+        config={"max_length": None, "train_sampling_strategy": "sequential"},
+        train_dataset=given,
+        eval_dataset=given.select(range(5)),
+        processing_class=tokenizer,
     )
     start = weights(run.model)
     run.train()
-    plain = quiet(
-        FullTrainer(
-            tiny(16, 1),
-            arguments(tmp_path, train_sampling_strategy="sequential"),
-            train_dataset=data,
-            data_collator=collator(),
-        )
-    )
-    plain.teacher, plain.objective = teacher, OBJECTIVE
-    plain.train()
+    args = arguments(tmp_path, train_sampling_strategy="sequential")
+    plain = of_full_logits(FullTrainer, tiny(16, 1), teacher, args, data)
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
     assert_same_moves(start, weights(run.model), weights(plain.model))
     expected = oracle(plain.model, teacher, collator()(data[:5]))
@@ -318,29 +298,19 @@ def test_sft_trainer_of_trl(tmp_path: Path) -> None:
 
 
 def test_another_loss_of_trl_is_refused(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-
-    class KDSFTTrainer(KDLossMixin, trl.SFTTrainer):
-        pass
-
-    args = arguments(tmp_path, kind=trl.SFTConfig, bf16=False, loss_type="dft")
     with pytest.raises(ValueError, match="loss_type must be 'nll', got 'dft': the objective is the loss"):
-        KDSFTTrainer(tiny(16, 1), args, teacher=tiny(24, 2), objective=OBJECTIVE)
+        sft_trainer(tiny(16, 1), tiny(24, 2), tmp_path, config={"loss_type": "dft"})
     # SFTTrainer turns the router's loss on by itself
     import tests.integrations.test_trl as trl_tests
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.MixtralConfig(vocab_size=45, num_hidden_layers=1, num_local_experts=2, **sizes)
+    pair = [transformers.MixtralForCausalLM(config) for _ in range(2)]
     data = {"train_dataset": trl_tests.dialogues(), "processing_class": trl_tests.tokenizer()}
-    for options in ({}, {"router_aux_loss_coef": 0.0}):
-        args = arguments(tmp_path, kind=trl.SFTConfig, bf16=False, **options)
-        student, teacher = (transformers.MixtralForCausalLM(config) for _ in range(2))
-        given = {"teacher": teacher, "objective": OBJECTIVE, **data}
-        if options:
-            assert KDSFTTrainer(student, args, **given)
-            continue
-        with pytest.raises(ValueError, match=r"output_router_logits must be False.*router_aux_loss_coef=0.0"):
-            KDSFTTrainer(student, args, **given)
+    with pytest.raises(ValueError, match=r"output_router_logits must be False.*router_aux_loss_coef=0.0"):
+        sft_trainer(*pair, tmp_path, **data)
+    pair = [transformers.MixtralForCausalLM(config) for _ in range(2)]
+    assert sft_trainer(*pair, tmp_path, config={"router_aux_loss_coef": 0.0}, **data)
 
 
 def test_a_teacher_in_train_mode_does_not_stay_so(tmp_path: Path) -> None:
