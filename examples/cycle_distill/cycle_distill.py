@@ -421,7 +421,7 @@ class Cycle:
             rows += plain_rows(tokenizer, [pair.source for pair in texts.sentences])
             rows += plain_rows(tokenizer, texts.plain)
             model = load_model(config.model, tokenizer, seed)
-            fit(self.trainer(out, model, "sft", Rows(rows), {"seed": seed, **config.pretrain}), out, f"base-seed{seed}")
+            self.fit(out, "sft", {"seed": seed, **config.pretrain}, model, train_dataset=Rows(rows))
 
         about = config.some("model", "pretrain", "document", "repeats", "prompt", "direction") | {"seed": seed}
         return self.stages(f"base-seed{seed}", work, about, needs=[self.texts_stage, self.tokenizer_stage])
@@ -492,7 +492,9 @@ class Cycle:
             rows, valid = hold_out(rows, share, seed)
             lora = LoRA(**config.lora) if config.lora else None
             student = models.with_adapters(self.load(start), lora, "CAUSAL_LM")
-            fit(self.trainer(out, student, config.objective(arm), rows, options, cache, valid), out, title)
+            valid = valid if options.get("load_best_model_at_end") else None
+            more = {"teacher": cache, "train_dataset": rows, "eval_dataset": valid}
+            self.fit(out, config.objective(arm), options, student, **more)
             if lora is not None:  # into what they were trained on, so that the next iteration starts there
                 models.merge(self.load(start), out / "model", self.tokenizer, out / "merged")
 
@@ -500,21 +502,12 @@ class Cycle:
         about |= {"training": options, "held_out": share, "seed": seed}
         return self.stages(f"model-{title}", work, about, needs=[start, source])
 
-    def trainer(
-        self, out: Path, model: Any, objective: str, rows: Any, options: dict[str, Any], teacher: Any = None,
-        valid: Any = None,
-    ) -> KDTrainer:  # fmt: skip
-        """Trains a model on rows by the loss that an objective's text names."""
-        return KDTrainer(
-            trained_in_float32(model),
-            teacher,
-            parse_objective(objective).objective,
-            args=training_arguments(out, **options),
-            train_dataset=rows,
-            eval_dataset=valid if options.get("load_best_model_at_end") else None,
-            data_collator=Collator(padding_id(self.tokenizer)),
-            processing_class=self.tokenizer,
-        )
+    def fit(self, out: Path, objective: str, options: dict[str, Any], model: Any, **more: Any) -> None:
+        """Train a model by the loss that an objective's text names; ``more`` as of ``KDTrainer``."""
+        more |= {"data_collator": Collator(padding_id(self.tokenizer)), "processing_class": self.tokenizer}
+        loss, arguments = parse_objective(objective).objective, training_arguments(out, **options)
+        trainer = KDTrainer(trained_in_float32(model), objective=loss, args=arguments, **more)
+        fit(trainer, out)
 
     def evaluate(self, model: Path, title: str) -> Path:
         """A model's translations of the valid and test split, and their scores, as they are and truncated."""
