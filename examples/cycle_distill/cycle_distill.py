@@ -63,6 +63,8 @@ TEMPLATES = {
     ),
 }
 VARIANTS = ("hard", "soft", "soft_self_evolution")
+# the settings that decide what a model writes
+DECODED_BY = ("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
 
 
 @dataclass
@@ -429,15 +431,13 @@ class Cycle:
     def translate(self, model: Path, title: str, k: int | None) -> Path:
         """A model's translations of the sentences, with lists of ``k``."""
         config = self.config
-        about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype") | {"k": k}
-        about |= config.some("lists") if k is not None else {}
+        about = config.some(*DECODED_BY) | {"k": k} | (config.some("lists") if k is not None else {})
 
         def work(out: Path) -> None:
             loaded = self.load(model)
             write_json(out / "teacher.json", fingerprint_teacher(loaded))
-            generate_to(
-                out, loaded, self.tokenizer, self.prompts(self.texts.sentences), self.decoding, k=k, dtype=config.lists
-            )
+            prompts = self.prompts(self.texts.sentences)
+            generate_to(out, loaded, self.tokenizer, prompts, self.decoding, k=k, dtype=config.lists)
 
         return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model])
 
@@ -447,10 +447,8 @@ class Cycle:
 
         def work(out: Path) -> None:
             sentences, generations = self.texts.sentences, Generations(translations)
-            kept, rejected = select(
-                generations, self.prompts(sentences), sentences, self.tokenizer, config.direction, self.filters,
-                config.max_length,
-            )  # fmt: skip
+            given = self.tokenizer, config.direction, self.filters, config.max_length
+            kept, rejected = select(generations, self.prompts(sentences), sentences, *given)
             counts = count(kept, rejected)
             dropped = ", ".join(f"{rule} {number}" for rule, number in counts["rejected"].items() if number) or "none"
             if not kept:
@@ -460,10 +458,8 @@ class Cycle:
             write_jsonl(out / "rows.jsonl", rows)
             write_jsonl(out / "rejected.jsonl", rejected)
             write_json(out / "counts.json", {**counts, "parallel": len(parallel)})
-            self.console.print(
-                f"  kept {counts['kept']} of {counts['generated']} ({counts['cut']} of them cut at a marker); "
-                f"dropped: {dropped}"
-            )
+            shares = f"{counts['kept']} of {counts['generated']} ({counts['cut']} of them cut at a marker)"
+            self.console.print(f"  kept {shares}; dropped: {dropped}")
             if soft:
                 write_lists(
                     out / "lists",
@@ -531,8 +527,8 @@ class Cycle:
                 self.console.print(f"  {sample['source']}\n  > {sample['translation']}")
             write_json(out / "scores.json", scores)
 
-        about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
-        return self.stages(f"scores-{title}", work, {**about, "markers": markers}, needs=[self.texts_stage, model])
+        about = config.some(*DECODED_BY) | {"markers": markers}
+        return self.stages(f"scores-{title}", work, about, needs=[self.texts_stage, model])
 
     # the arms
 

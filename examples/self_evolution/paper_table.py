@@ -86,7 +86,7 @@ class Results:
         columns = ["condition", "method", "seed", "direction", "metric", "delta", "p"]
         self.tests = self._frame(found["significance"], columns)
         self.baseline = found["labels"].get(found["baseline"])
-        self.conditions = list(dict.fromkeys(self.runs.condition))
+        self.conditions = list(dict.fromkeys(self.runs[self.runs.parameter.isna()].condition))
         # a sweep's point that is a run of the table too was trained once
         self.trained = self.runs.drop_duplicates(["condition", "method", "seed", "objective"])
 

@@ -475,8 +475,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
                 write_json(folder / "results.json", results)
                 paper_table.write_report(results, folder)
     if results is not None:
-        for condition in config.conditions:
-            shown = paper_table.Table(paper_table.Results(results), condition, "bleu")
+        found = paper_table.Results(results)
+        for condition in found.conditions:
+            shown = paper_table.Table(found, condition, "bleu")
             print(f"\n{condition}\n\n{shown.markdown()}\n\n{shown.caption()}\n")
         print(f"results.json, results.md, results.csv, figures, translations and models are in {folder}")
     return results

@@ -81,6 +81,7 @@ def test_finished_work_is_kept_and_never_stale(finished: Path, monkeypatch: pyte
         raise AssertionError("a stage is trained")
 
     monkeypatch.setattr(KDTrainer, "train", refuse)
+    monkeypatch.setattr(distill, "write_plots", lambda *_: None)
     before = metrics_of(finished)["stages"]
     command = [*SMALL, "--output", str(finished)]
     assert distill.main(command)["stages"] == before
@@ -104,6 +105,7 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(distill, "translate", translate)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(distill, "write_plots", lambda *_: None)
     monkeypatch.setattr(KDTrainer, "training_step", counted)
     monkeypatch.setattr(distill, "translate", stopped)
     command = [*SMALL, "--output", str(tmp_path), "--only", "teacher"]
@@ -117,8 +119,9 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
     assert losses[0] == losses[1] and ours["scores"] == theirs["scores"]
 
 
-def test_models_from_a_folder(finished: Path, tmp_path: Path) -> None:
+def test_models_from_a_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ready teacher and student by path: their own tokenizer, no pre-training."""
+    monkeypatch.setattr(distill, "write_plots", lambda *_: None)
     data = tmp_path / "pairs.jsonl"
     rows = ({"en": f"A man sees {i} dogs.", "de": f"Ein Mann sieht {i} Hunde."} for i in range(120))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

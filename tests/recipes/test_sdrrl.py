@@ -131,14 +131,8 @@ def test_combinations_and_their_language_instructions():
     ]  # fmt: skip
 
 
-def test_round_trip_by_hand():
-    """chrF2: means over character n-grams up to 6 that both sides have, recall four times precision's weight."""
-    # "abc" and "abd": 2 of 3, 1 of 2, 0 of 1. "ab" and "abcd": precision (2/4 + 1/3) / 2 = 5/12, recall 1
-    expected = [(2 / 3 + 1 / 2 + 0) / 3, 5 * (5 / 12) / (4 * 5 / 12 + 1), 1.0, 0.0]
-    assert transfer.round_trip(["ab c", "ab", "red", "red"], ["abd", "abcd", "red", ""]) == pytest.approx(expected)
-
-
 def test_filter_takes_the_worst_text_and_its_threshold():
+    assert transfer.round_trip(["abc", "red", "red"], ["abd", "red", ""]) == pytest.approx([7 / 18, 1.0, 0.0])  # chrF
     scores = [PAIR["scores"], {"input": 0.6, "output": 0.6}, {"input": 0.59999, "output": 1.0}, {}]
     found = [PAIR | {"id": str(number), "scores": score} for number, score in enumerate(scores)]
     good, counts = transfer.kept(found, 0.6)
@@ -290,7 +284,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def test_tasks_are_asked_where_both_captions_agree():
     rows = [*captions(30), {"en": "A red dog and some more words here.", "de": "Ein blauer Hund und noch mehr Worte."}]
-    tasks = make_tasks(rows, 9, 5, 0, EN_DE, "x")
+    tasks = make_tasks(EN_DE, "x", rows, 9, 5)
     assert Counter(task["kind"] for task in tasks) == {"colour": 9, "animal": 9, "completion": 5}
     answers = Counter(task["de"]["output"] for task in tasks if task["kind"] == "animal")
     assert answers == {"Hund": 5, "Pferd": 4}  # drawn in turn, though dogs are twice as many
@@ -299,7 +293,7 @@ def test_tasks_are_asked_where_both_captions_agree():
         assert not (task["kind"] == "colour" and number == 30)
         whole = [task["de"]["input"], *([task["de"]["output"]] if task["kind"] == "completion" else [])]
         assert " ".join(whole) == rows[number]["de"]
-    assert make_tasks(rows, 9, 5, 0, EN_DE, "x") == tasks != make_tasks(rows, 9, 5, 1, EN_DE, "x")
+    assert make_tasks(EN_DE, "x", rows, 9, 5) == tasks
 
 
 def test_parts_of_a_study_share_no_captions(tmp_path):
