@@ -63,6 +63,8 @@ TEMPLATES = {
     ),
 }
 VARIANTS = ("hard", "soft", "soft_self_evolution")
+# the settings that decide what a model writes
+DECODED_BY = ("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
 
 
 @dataclass
@@ -421,7 +423,7 @@ class Cycle:
             rows += plain_rows(tokenizer, [pair.source for pair in texts.sentences])
             rows += plain_rows(tokenizer, texts.plain)
             model = load_model(config.model, tokenizer, seed)
-            fit(self.trainer(out, model, "sft", Rows(rows), {"seed": seed, **config.pretrain}), out, f"base-seed{seed}")
+            self.fit(out, "sft", {"seed": seed, **config.pretrain}, model, train_dataset=Rows(rows))
 
         about = config.some("model", "pretrain", "document", "repeats", "prompt", "direction") | {"seed": seed}
         return self.stages(f"base-seed{seed}", work, about, needs=[self.texts_stage, self.tokenizer_stage])
@@ -429,15 +431,13 @@ class Cycle:
     def translate(self, model: Path, title: str, k: int | None) -> Path:
         """A model's translations of the sentences, with lists of ``k``."""
         config = self.config
-        about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype") | {"k": k}
-        about |= config.some("lists") if k is not None else {}
+        about = config.some(*DECODED_BY) | {"k": k} | (config.some("lists") if k is not None else {})
 
         def work(out: Path) -> None:
             loaded = self.load(model)
             write_json(out / "teacher.json", fingerprint_teacher(loaded))
-            generate_to(
-                out, loaded, self.tokenizer, self.prompts(self.texts.sentences), self.decoding, k=k, dtype=config.lists
-            )
+            prompts = self.prompts(self.texts.sentences)
+            generate_to(out, loaded, self.tokenizer, prompts, self.decoding, k=k, dtype=config.lists)
 
         return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model])
 
@@ -447,10 +447,8 @@ class Cycle:
 
         def work(out: Path) -> None:
             sentences, generations = self.texts.sentences, Generations(translations)
-            kept, rejected = select(
-                generations, self.prompts(sentences), sentences, self.tokenizer, config.direction, self.filters,
-                config.max_length,
-            )  # fmt: skip
+            given = self.tokenizer, config.direction, self.filters, config.max_length
+            kept, rejected = select(generations, self.prompts(sentences), sentences, *given)
             counts = count(kept, rejected)
             dropped = ", ".join(f"{rule} {number}" for rule, number in counts["rejected"].items() if number) or "none"
             if not kept:
@@ -460,10 +458,8 @@ class Cycle:
             write_jsonl(out / "rows.jsonl", rows)
             write_jsonl(out / "rejected.jsonl", rejected)
             write_json(out / "counts.json", {**counts, "parallel": len(parallel)})
-            self.console.print(
-                f"  kept {counts['kept']} of {counts['generated']} ({counts['cut']} of them cut at a marker); "
-                f"dropped: {dropped}"
-            )
+            shares = f"{counts['kept']} of {counts['generated']} ({counts['cut']} of them cut at a marker)"
+            self.console.print(f"  kept {shares}; dropped: {dropped}")
             if soft:
                 write_lists(
                     out / "lists",
@@ -492,7 +488,9 @@ class Cycle:
             rows, valid = hold_out(rows, share, seed)
             lora = LoRA(**config.lora) if config.lora else None
             student = models.with_adapters(self.load(start), lora, "CAUSAL_LM")
-            fit(self.trainer(out, student, config.objective(arm), rows, options, cache, valid), out, title)
+            valid = valid if options.get("load_best_model_at_end") else None
+            more = {"teacher": cache, "train_dataset": rows, "eval_dataset": valid}
+            self.fit(out, config.objective(arm), options, student, **more)
             if lora is not None:  # into what they were trained on, so that the next iteration starts there
                 models.merge(self.load(start), out / "model", self.tokenizer, out / "merged")
 
@@ -500,21 +498,12 @@ class Cycle:
         about |= {"training": options, "held_out": share, "seed": seed}
         return self.stages(f"model-{title}", work, about, needs=[start, source])
 
-    def trainer(
-        self, out: Path, model: Any, objective: str, rows: Any, options: dict[str, Any], teacher: Any = None,
-        valid: Any = None,
-    ) -> KDTrainer:  # fmt: skip
-        """Trains a model on rows by the loss that an objective's text names."""
-        return KDTrainer(
-            trained_in_float32(model),
-            teacher,
-            parse_objective(objective).objective,
-            args=training_arguments(out, **options),
-            train_dataset=rows,
-            eval_dataset=valid if options.get("load_best_model_at_end") else None,
-            data_collator=Collator(padding_id(self.tokenizer)),
-            processing_class=self.tokenizer,
-        )
+    def fit(self, out: Path, objective: str, options: dict[str, Any], model: Any, **more: Any) -> None:
+        """Train a model by the loss that an objective's text names; ``more`` as of ``KDTrainer``."""
+        more |= {"data_collator": Collator(padding_id(self.tokenizer)), "processing_class": self.tokenizer}
+        loss, arguments = parse_objective(objective).objective, training_arguments(out, **options)
+        trainer = KDTrainer(trained_in_float32(model), objective=loss, args=arguments, **more)
+        fit(trainer, out)
 
     def evaluate(self, model: Path, title: str) -> Path:
         """A model's translations of the valid and test split, and their scores, as they are and truncated."""
@@ -538,8 +527,8 @@ class Cycle:
                 self.console.print(f"  {sample['source']}\n  > {sample['translation']}")
             write_json(out / "scores.json", scores)
 
-        about = config.some("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
-        return self.stages(f"scores-{title}", work, {**about, "markers": markers}, needs=[self.texts_stage, model])
+        about = config.some(*DECODED_BY) | {"markers": markers}
+        return self.stages(f"scores-{title}", work, about, needs=[self.texts_stage, model])
 
     # the arms
 

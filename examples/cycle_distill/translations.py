@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +97,9 @@ def broken_rule(source: str, text: str, whole: bool, languages: tuple[str, str],
 
 def loops(text: str, times: int) -> bool:
     """Whether a word, or four or more characters, come so many times in a row."""
-    text = " ".join(text.casefold().split()) + " "
-    in_a_row = 1
-    for earlier, later in pairwise(text.split()):
-        in_a_row = in_a_row + 1 if earlier == later else 1
-        if in_a_row >= times:
-            return True
-    return re.search(rf"(.{{4,}}?)\1{{{times - 1},}}", text) is not None
+    again, text = f"{{{times - 1},}}", " ".join(text.casefold().split()) + " "
+    words, characters = rf"(?<!\S)(\S+ )\1{again}", rf"(.{{4,}}?)\1{again}"
+    return any(re.search(pattern, text) for pattern in (words, characters))
 
 
 def may_be(text: str, language: str) -> bool:

@@ -36,19 +36,10 @@ from transformers import M2M100Config, TrainingArguments
 from transformers.utils import logging
 
 import fused_kd as fk
-from fused_kd.training import Collator, KDTrainer, LoRA, ModuleTrainer, Stages, helpers, parse, parse_objective
+from fused_kd.training import Collator, KDTrainer, LoRA, ModuleTrainer, Stages, helpers, models, parse, parse_objective
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
-from fused_kd.training.models import (
-    PRESETS,
-    language_id,
-    load_model,
-    load_tokenizer,
-    model_content,
-    threads_for,
-    train_tokenizer,
-)
 from fused_kd.training.reading import file_rows, read_rows, sound
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.stage import read_json, read_lines, write_json, write_lines
@@ -122,8 +113,8 @@ class Config:
             raise ValueError("data must name a folder of parallel captions for the captions task and the tiny models")
         if self.llm_adapters and self.llm is None:
             raise ValueError(f"llm_adapters are for an llm by name, got {self.llm_adapters!r} with the tiny one")
-        if self.tiny_llm not in PRESETS:
-            raise ValueError(f"tiny_llm must be one of {', '.join(PRESETS)}, got {self.tiny_llm!r}")
+        if self.tiny_llm not in models.PRESETS:
+            raise ValueError(f"tiny_llm must be one of {', '.join(models.PRESETS)}, got {self.tiny_llm!r}")
         for name in ("max_length", "eval_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
@@ -159,7 +150,7 @@ class Config:
         if self.text is not None and not Path(self.text).exists():
             check("text", self.text, lambda name: load_dataset_builder(*name.split(":", 1)))
         for key, model in (("mt", self.mt), ("llm", self.llm)):
-            check(key, model, partial(load_pretrained, AutoConfig), load_tokenizer)
+            check(key, model, partial(load_pretrained, AutoConfig), models.load_tokenizer)
         for name in self.llm_adapters:
             check("llm_adapters", name, read_adapter_config)
         if wrong:
@@ -206,7 +197,7 @@ class Recipe:
         """The stage of the MT model."""
         c, seed, everyone = self.config, self.config.pretraining_seed, ["en", *self.config.languages]
         if c.mt is not None:
-            return self.stages("mt", lambda out: None, {"mt": c.mt, "is": model_content(c.mt), "codes": c.codes})
+            return self.stages("mt", lambda out: None, {"mt": c.mt, "is": models.model_content(c.mt), "codes": c.codes})
 
         def work(out: Path) -> None:
             captions = read_captions(str(c.data), "train", everyone, c.limit)
@@ -227,23 +218,18 @@ class Recipe:
         """The stage of the LLM."""
         c, seed = self.config, self.config.pretraining_seed
         if c.llm is not None:
-            content = {name: model_content(name) for name in (c.llm, *c.llm_adapters)}
+            content = {name: models.model_content(name) for name in (c.llm, *c.llm_adapters)}
             return self.stages("llm", lambda out: None, {"llm": c.llm, "adapters": c.llm_adapters, "is": content})
 
         def work(out: Path) -> None:
             texts = [row["en"] for row in read_captions(str(c.data), "train", ["en"], c.limit)]
-            tokenizer = train_tokenizer(texts, c.llm_vocab)
+            tokenizer = models.train_tokenizer(texts, c.llm_vocab)
             ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
-            trainer = KDTrainer(
-                load_model(c.tiny_llm, tokenizer, seed),
-                None,
-                fk.SFT(),
-                args=training_arguments(out, **{"seed": seed, **c.train_llm}),
-                train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-                data_collator=Collator(padding_id(tokenizer)),
-                processing_class=tokenizer,
-            )
-            fit(trainer, out)
+            arguments = training_arguments(out, **{"seed": seed, **c.train_llm})
+            rows = [{"input_ids": row, "labels": row} for row in ids]
+            more = {"data_collator": Collator(padding_id(tokenizer)), "processing_class": tokenizer}
+            model = models.load_model(c.tiny_llm, tokenizer, seed)
+            fit(KDTrainer(model, None, fk.SFT(), args=arguments, train_dataset=rows, **more), out)
 
         settings = {"model": c.tiny_llm, "vocab": c.llm_vocab, "fit": c.train_llm, "seed": seed, "limit": c.limit}
         return self.stages("llm", work, settings, files=[str(c.data)])
@@ -295,10 +281,8 @@ class Recipe:
 
         def work(out: Path) -> None:
             model = self.classifier("task", seed, taught).eval()
-            states = self.embed(model.embedder, "llm", self.items("train")[0])
-            save_file(
-                {"states": states.contiguous(), "head": model.head.weight.detach().cpu()}, out / "states.safetensors"
-            )
+            states = self.embed(model.embedder, "llm", self.items("train")[0]).contiguous()
+            save_file({"states": states, "head": model.head.weight.detach().cpu()}, out / "states.safetensors")
 
         return self.stages(f"states.s{seed}", work, {"seed": seed}, needs=[taught])
 
@@ -332,7 +316,7 @@ class Recipe:
         def work(out: Path) -> None:
             tokenizer, references, scores = self.tokenizer("mt"), self.items("test.en")[0], {}
             model = stacked.load_seq2seq(self.place("mt"), dtype=self.dtype).to(self.device)
-            forced = {} if c.codes is None else {"forced_bos_token_id": language_id(tokenizer, c.codes["en"])}
+            forced = {} if c.codes is None else {"forced_bos_token_id": models.language_id(tokenizer, c.codes["en"])}
             for language in c.languages:
                 path, texts = out / f"{language}.txt", self.items(f"test.{language}")[0]
                 if not path.is_file():
@@ -383,16 +367,14 @@ class Recipe:
             module = self.distillation(arm, head, seed)
             load_trained(module, folders[f"distil-{name}"] / "model" / TRAINED)
             found[f"MT-LLM, {name}"] = predict(module, "mt")
-        lines = (
-            json.dumps({"system": system, "language": name, "labels": predicted})
-            for system, by_language in found.items()
-            for name, predicted in by_language.items()
-        )
+        scores: dict[str, dict[str, Any]] = {system: {} for system in found}
+        lines = []
+        for system, by_language in found.items():
+            for name, labels in by_language.items():
+                scores[system][name] = accuracies(labels, tests[name][1])
+                lines.append(json.dumps({"system": system, "language": name, "labels": labels}))
         write_lines(out / "predictions.jsonl", lines)
-        return {
-            system: {name: accuracies(predicted, tests[name][1]) for name, predicted in by_language.items()}
-            for system, by_language in found.items()
-        }
+        return scores
 
     def retrieve(self, seed: int, adapted: Path) -> dict[str, dict[str, float]]:
         """``{system: {language: retrieval@1}}``: sentences whose English one is nearest; empty without parallel rows.
@@ -404,20 +386,20 @@ class Recipe:
             return {}
         rows, languages = self.rows("retrieval"), self.config.languages
 
-        def found(function: Any, kind: str, name: str) -> Tensor:
+        def states(function: Any, kind: str, name: str) -> Tensor:
             return self.embed(function, kind, [row[name] for row in rows], name)
 
-        def scores(function: Any, kind: str, english: Tensor, names: Sequence[str]) -> dict[str, float]:
-            return {name: retrieval_at_1(found(function, kind, name), english) for name in names}
+        def scores(function: Any, kind: str, english: Tensor, names: Sequence[str] = languages) -> dict[str, float]:
+            return {name: retrieval_at_1(states(function, kind, name), english) for name in names}
 
-        made = {}
+        found = {}
         for when in ("before", "after"):
             model = self.stacked(seed, adapted / when).eval()
-            english = found(model.plain, "llm", "en")
-            made[f"{when} stage 1"] = scores(model, "mt", english, ["en", *languages])
-        made["LLM alone"] = scores(model.plain, "llm", english, languages)
-        made["MT encoder alone"] = scores(model.encoder, "mt", found(model.encoder, "mt", "en"), languages)
-        return made
+            english = states(model.plain, "llm", "en")
+            found[f"{when} stage 1"] = scores(model, "mt", english, ["en", *languages])
+        found["LLM alone"] = scores(model.plain, "llm", english)
+        found["MT encoder alone"] = scores(model.encoder, "mt", states(model.encoder, "mt", "en"))
+        return found
 
     def metrics(self) -> dict[str, Any]:
         """Settings, the task's counts, each seed's numbers, and means over seeds of balanced accuracy and retrieval."""
@@ -427,9 +409,7 @@ class Recipe:
             "task": read_json(self.place("task") / "task.json"),
             "chance": 1 / len(self.classes),
             "bleu": read_json(self.translations() / "bleu.json"),
-            "mean": {
-                key: means([scores_of(seed, key) for seed in seeds.values()]) for key in ("accuracy", "retrieval")
-            },
+            "mean": {key: means([scores_of(s, key) for s in seeds.values()]) for key in ("accuracy", "retrieval")},
             "seeds": seeds,
         }
 
@@ -479,7 +459,7 @@ class Recipe:
     def tokenizer(self, kind: str) -> Any:
         """``"mt"``'s or ``"llm"``'s."""
         if kind not in self._tokenizers:
-            self._tokenizers[kind] = load_tokenizer(self.place(kind))
+            self._tokenizers[kind] = models.load_tokenizer(self.place(kind))
             self._tokenizers[kind].padding_side = "right"
         return self._tokenizers[kind]
 
@@ -505,15 +485,16 @@ class Recipe:
     def dtype(self) -> Any:
         return "auto" if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
 
+    def encoder(self, dtype: Any) -> Any:
+        return stacked.load_seq2seq(self.place("mt"), dtype=dtype).get_encoder()
+
     def body(self, dtype: Any) -> Any:
         return stacked.load_body(self.place("llm"), adapters=self.config.llm_adapters, dtype=dtype)
 
     def stacked(self, seed: int, folder: Path | None = None) -> stacked.StackedModel:
         """Fresh, or as it was saved in a folder."""
-        c, encoder = self.config, stacked.load_seq2seq(self.place("mt"), dtype=self.dtype).get_encoder()
-        model = stacked.StackedModel(
-            encoder, self.body(self.dtype), c.adapters, bidirectional=c.bidirectional, seed=seed
-        )
+        c, encoder, body = self.config, self.encoder(self.dtype), self.body(self.dtype)
+        model = stacked.StackedModel(encoder, body, c.adapters, bidirectional=c.bidirectional, seed=seed)
         if folder is not None:
             model.load_weights(folder)
         if c.activation_checkpointing:
@@ -524,15 +505,12 @@ class Recipe:
         """Of stage 2, or a head on the MT encoder; fresh, or as it was trained in a folder."""
         c, whole = self.config, name == "encoder-tuned" or (name == "task" and self.config.task_lora is None)
         dtype = torch.float32 if whole else self.dtype  # half precision would round most updates to nothing
-        if name == "task":
-            body = self.body(dtype)
-            embedder = stacked.Embedder(
-                body if whole else stacked.frozen_with_adapters(body, c.task_adapters, seed), c.bidirectional
-            )
+        if name != "task":
+            embedder = stacked.Embedder(self.encoder(dtype), frozen=not whole)
         else:
-            embedder = stacked.Embedder(
-                stacked.load_seq2seq(self.place("mt"), dtype=dtype).get_encoder(), frozen=not whole
-            )
+            body = self.body(dtype)
+            body = body if whole else stacked.frozen_with_adapters(body, c.task_adapters, seed)
+            embedder = stacked.Embedder(body, c.bidirectional)
         classifier = stacked.Classifier(embedder, len(self.classes), seed)
         if folder is not None:
             load_trained(classifier, folder / "model" / TRAINED)
@@ -563,7 +541,7 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int, code: str | No
         what = "needs a name of the language: set codes" if takes else "has no names of languages: leave codes out"
         raise ValueError(f"code={code!r}: {type(tokenizer).__name__} {what}")
     if code is not None:
-        language_id(tokenizer, code)
+        models.language_id(tokenizer, code)
         tokenizer.src_lang = code
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return ids
@@ -580,9 +558,7 @@ def translate(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]], size: 
 
 
 def retrieval_at_1(queries: Tensor, candidates: Tensor) -> float:
-    """Share of the (N, H) queries whose nearest candidate by cosine is the one in their own row."""
-    if queries.shape != candidates.shape:
-        raise ValueError(f"queries {tuple(queries.shape)} and candidates {tuple(candidates.shape)} must be pairs")
+    """Share of the (N, H) queries whose nearest of the (N, H) candidates by cosine is the one in their own row."""
     unit = [nn.functional.normalize(states.double(), dim=1) for states in (queries, candidates)]
     return float(((unit[0] @ unit[1].T).argmax(1) == torch.arange(len(queries))).double().mean())
 
@@ -596,10 +572,9 @@ def accuracies(predicted: Sequence[Any], labels: Sequence[Any]) -> dict[str, flo
 
 def scores_of(seed: Mapping[str, Any], key: str) -> dict[str, dict[str, float]]:
     """A seed's retrieval@1, or its balanced accuracies: ``{system: {language: score}}``."""
-    found: dict[str, dict[str, Any]] = seed[key]
     if key == "retrieval":
-        return found
-    return {system: {name: each["balanced"] for name, each in scores.items()} for system, scores in found.items()}
+        return dict(seed[key])
+    return {system: {name: s["balanced"] for name, s in scores.items()} for system, scores in seed[key].items()}
 
 
 def means(seeds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -618,7 +593,7 @@ def report(metrics: Mapping[str, Any], folder: Path, show: Callable[[str], objec
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="tight")
-    for axis, key, label in zip(axes, ("mse", "fvu"), ("MSE", "fraction of variance stacked.unexplained"), strict=True):
+    for axis, key, label in zip(axes, ("mse", "fvu"), ("MSE", "fraction of variance unexplained"), strict=True):
         for seed, made in metrics["seeds"].items():
             log = pd.DataFrame(made["training"]["adapt"]["log_history"])
             axis.plot(log["step"], log[key], label=f"seed {seed}", linewidth=1.4)
@@ -661,8 +636,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config.check_inputs()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if config.llm is None and (threads := threads_for([config.tiny_llm])) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
+    if config.llm is None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(models.threads_for([config.tiny_llm]) or torch.get_num_threads())
 
     folder = Path(running.output)
     recipe = Recipe(config, Stages(folder))

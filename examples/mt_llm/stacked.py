@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,27 +88,17 @@ def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
     return total / weights.sum(1, keepdim=True).clamp(min=1.0)
 
 
-def attention_mask_for(body: Any, mask: Tensor, bidirectional: bool) -> Tensor:
-    """The mask (N, L) itself, or as (N, 1, L, L) the one with which a causal body attends both ways.
+def pooled(body: Any, mask: Tensor, bidirectional: bool, **inputs: Tensor) -> Tensor:
+    """A body's last hidden states of ``inputs``, pooled; ``bidirectional`` lets a causal body attend both ways.
 
     Raises:
-        ValueError: bidirectional with an attention that takes no such mask.
+        ValueError: bidirectional with an attention that takes no mask of (N, 1, L, L).
     """
-    if not bidirectional:
-        return mask
-    kind = body.config._attn_implementation
-    if kind not in ("sdpa", "eager"):
-        raise ValueError(f"bidirectional needs attn_implementation 'sdpa' or 'eager', got {kind!r}")
-    seen = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-    if kind == "sdpa":
-        return seen
-    dtype = body.get_input_embeddings().weight.dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def pooled(body: Any, mask: Tensor, bidirectional: bool, **inputs: Tensor) -> Tensor:
-    """A body's last hidden states of ``inputs``, pooled."""
-    attention = attention_mask_for(body, mask, bidirectional)
+    attention = mask
+    if bidirectional:
+        if (kind := body.config._attn_implementation) != "sdpa":
+            raise ValueError(f"bidirectional needs attn_implementation 'sdpa', got {kind!r}")
+        attention = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
     return mean_pool(body(attention_mask=attention, **inputs).last_hidden_state, mask)
 
 
@@ -133,7 +122,6 @@ class Embedder(nn.Module):
         super().__init__()
         self.body = body.requires_grad_(False).eval() if frozen else body
         self.bidirectional, self.frozen = bidirectional, frozen
-        attention_mask_for(body, torch.ones(1, 1, dtype=torch.int64), bidirectional)
 
     @property
     def width(self) -> int:
@@ -170,7 +158,6 @@ class StackedModel(nn.Module):
         self.lora = lora or LoRA()
         self.bidirectional = bidirectional
         self.encoder = Embedder(encoder, frozen=True)
-        attention_mask_for(llm, torch.ones(1, 1, dtype=torch.int64), bidirectional)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.projection = nn.Linear(encoder.config.hidden_size, llm.config.hidden_size)
@@ -196,8 +183,11 @@ class StackedModel(nn.Module):
 
     def plain(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The LLM as it was, adapters off and without a graph: its own tokens (N, L) to pooled states (N, H)."""
-        with torch.no_grad(), _in_eval_mode(self.llm), self.llm.disable_adapter():
-            return pooled(self.llm, text_mask, self.bidirectional, input_ids=text_ids)
+        training = self.llm.training
+        with torch.no_grad(), self.llm.eval().disable_adapter():
+            states = pooled(self.llm, text_mask, self.bidirectional, input_ids=text_ids)
+        self.llm.train(training)
+        return states
 
     def checkpoint_activations(self) -> None:
         """Compute the LLM's activations again in the backward instead of keeping them."""
@@ -212,9 +202,10 @@ class StackedModel(nn.Module):
         about = {"encoder": encoder, "llm": llm, "bidirectional": self.bidirectional, "lora": asdict(self.lora)}
         write_json(Path(folder) / "stacked.json", about)
 
-    def load_weights(self, folder: str | Path) -> None:
-        """What :meth:`save` wrote, into a model of the same form."""
+    def load_weights(self, folder: str | Path) -> StackedModel:
+        """What :meth:`save` wrote, into a model of the same form; this model."""
         load_trained(self, Path(folder) / "stacked.safetensors")
+        return self
 
     @classmethod
     def load(cls, folder: str | Path, *, llm_adapters: Sequence[str] = (), dtype: Any = "auto") -> StackedModel:
@@ -223,8 +214,7 @@ class StackedModel(nn.Module):
         encoder = load_seq2seq(about["encoder"], dtype=dtype).get_encoder()
         llm = load_body(about["llm"], adapters=llm_adapters, dtype=dtype)
         model = cls(encoder, llm, LoRA(**about["lora"]), bidirectional=about["bidirectional"])
-        model.load_weights(folder)
-        return model
+        return model.load_weights(folder)
 
 
 class Adaptation(nn.Module):
@@ -293,8 +283,6 @@ class TaskDistillation(Classifier):
         kd_weight: float = 1.0,
     ) -> None:
         super().__init__(embedder, len(head))
-        if head.shape != self.head.weight.shape:
-            raise ValueError(f"head must have shape (classes, {embedder.width}), got {tuple(head.shape)}")
         self.head.requires_grad_(False).weight.copy_(head)
         self.mse_weight, self.kd_weight = mse_weight, kd_weight
         self.criterion = None if objective is None else fk.KDLoss(objective)
@@ -369,14 +357,3 @@ def load_body(name: str, *, adapters: Sequence[str] = (), dtype: Any = "auto") -
     for adapter in adapters:
         body = load_adapters(body, adapter).merge_and_unload()
     return body
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    was = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in was:
-            part.training = training

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,13 +85,12 @@ class CaptionStudy:
     test_questions: int = 100  # of each kind, about captions of other files than `train`
     test_completions: int = 200
     test_files: list[str] = field(default_factory=lambda: [f"test_{year}_flickr" for year in (2016, 2017, 2018)])
-    draw_seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be in (0, 1), got {self.held_out!r}")
         for name, value in asdict(self).items():
-            least = 0 if name in ("draw_seed", "completions") or name.startswith("base_") else 1
+            least = 0 if name == "completions" or name.startswith("base_") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
@@ -128,7 +128,7 @@ def caption_files(
 
     everything = read("train")
     train = list(everything)
-    random.Random(study.draw_seed).shuffle(train)
+    random.Random(0).shuffle(train)
     sizes = {"transfer": study.transfer_captions, "parallel": parallel, "target": study.base_target}
     if sum(sizes.values()) >= len(train):
         raise ValueError(f"captions has {len(train)} training captions, too few for {sizes} and some more")
@@ -142,10 +142,8 @@ def caption_files(
         for splits in (("valid",), study.test_files)
     )
 
-    def ask(captions: Sequence[Mapping[str, str]], questions: int, completions: int, name: str) -> list[Row]:
-        return make_tasks(captions, questions, completions, study.draw_seed, languages, name)
-
-    tasks = ask(parts["transfer"], study.questions, study.completions, "transfer")
+    ask = partial(make_tasks, languages)
+    tasks = ask("transfer", parts["transfer"], study.questions, study.completions)
     held = max(1, round(study.held_out * len(tasks)))
     plain = [row[source] for row in train[: study.base_source]] + [row[target] for row in parts["target"]]
     terms = [*QUESTIONS.values(), COMPLETION]
@@ -154,9 +152,9 @@ def caption_files(
     return {
         "instructions": tasks[held:],
         "validation": tasks[:held],
-        "dev": ask(dev, study.test_questions, study.test_completions, "dev"),
-        "test": ask(test, study.test_questions, study.test_completions, "test"),
-        "base": [task[source] for task in ask(train, study.base_questions, study.base_completions, "base")]
+        "dev": ask("dev", dev, study.test_questions, study.test_completions),
+        "test": ask("test", test, study.test_questions, study.test_completions),
+        "base": [task[source] for task in ask("base", train, study.base_questions, study.base_completions)]
         + [{"instruction": "", "input": "", "output": text} for text in plain],
         "translator": [*train[: study.translator_pairs], *(terms * study.term_repeats)],
         "parallel": parts["parallel"],
@@ -164,20 +162,15 @@ def caption_files(
 
 
 def make_tasks(
-    captions: Sequence[Mapping[str, str]],
-    questions: int,
-    completions: int,
-    seed: int,
-    languages: tuple[str, str],
-    name: str,
+    languages: tuple[str, str], name: str, captions: Sequence[Mapping[str, str]], questions: int, completions: int
 ) -> list[Row]:
-    """Questions (so many of each kind) and completions about captions, in random order.
+    """Questions (so many of each kind) and completions about captions, in random order; ``name`` begins their ids.
 
     A question is asked where both languages' captions name one and the same concept of its kind; the answers of a kind
     are drawn in turn. A completion is the second half of a caption's words, the longer first half is given; captions
     below six words are not split.
     """
-    rng = random.Random(f"{seed} {name}")
+    rng = random.Random(f"0 {name}")
     tasks: list[Row] = []
     for kind, question in QUESTIONS.items():
         pools: dict[str, list[int]] = {}

@@ -45,7 +45,6 @@ from fused_kd.training.models import PRESETS, load_model, load_pretrained, load_
 from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import Stages, helpers, read_json, write_json
 from fused_kd.training.trainer import KDTrainer
 
@@ -248,18 +247,10 @@ class Study:
             values |= best_checkpoint(values.get("num_train_epochs", 3.0))
             values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
         arguments = training_arguments(out, **values)  # first: it says how to load what will be sharded
-        tokenizer, model = self.tokenizer(name), self.load(name, start, seed)
-        trainer = KDTrainer(
-            trained_in_float32(model),
-            None,
-            parse_objective("sft").objective,
-            args=arguments,
-            train_dataset=sets[0],
-            eval_dataset=sets[1] if len(sets) > 1 else None,
-            data_collator=Collator(padding_id(tokenizer)),
-            processing_class=tokenizer,
-        )
-        fit(trainer, out, out.name)
+        model, tokenizer = trained_in_float32(self.load(name, start, seed)), self.tokenizer(name)
+        more: dict[str, Any] = dict(zip(("train_dataset", "eval_dataset"), sets, strict=False))
+        more |= {"data_collator": Collator(padding_id(tokenizer)), "processing_class": tokenizer}
+        fit(KDTrainer(model, objective="sft", args=arguments, **more), out)
 
     def start(self, own: str) -> Path:
         """The model before: a preset trained on texts of the captions, or one that is there."""

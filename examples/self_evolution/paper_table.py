@@ -2,7 +2,7 @@
 
     python examples/self_evolution/paper_table.py RESULTS_JSON FOLDER
 
-writes results.md, results.csv and every figure that has data into FOLDER. What is not trained yet is left out.
+writes results.md, results.csv and the figures into FOLDER.
 """
 
 from __future__ import annotations
@@ -72,102 +72,80 @@ class Results:
             NaN), objective, steps, seconds, direction, bleu, chrf, similarity.
         tests: a row a paired test against the baseline: condition, method, seed, direction, metric, delta, p.
         logs: a row an entry of a training's log: condition, method, parameter, value, progress (%), what was logged.
-
-    Raises:
-        ValueError: a part is missing, or a run is there twice.
     """
 
-    def __init__(self, found: Any) -> None:
-        if not isinstance(found, dict):
-            raise ValueError(f"results must be a JSON object, got {type(found).__name__}")
-        if missing := [key for key in ("directions", "labels", "runs") if key not in found]:
-            raise ValueError(f"results has no {', '.join(missing)} (there: {', '.join(found) or 'nothing'})")
+    def __init__(self, found: Mapping[str, Any]) -> None:
         rows, logs = [], []
-        for number, run in enumerate(found["runs"]):
-            if missing := [key for key in KEYS[:3] if key not in run]:
-                raise ValueError(f"results['runs'][{number}] has no {', '.join(missing)}")
-            flat = {"parameter": None, **run, **(run.get("sweep") or {})}
-            rows += [flat | {"direction": d} | scores for d, scores in (run.get("scores") or {None: {}}).items()]
-            for entry in run.get("history") or []:
-                logs.append(flat | entry | {"progress": round(100 * entry["step"] / run["steps"], 3)})
+        for run in found["runs"]:
+            flat = {"parameter": None, **run, **(run["sweep"] or {})}
+            rows += [flat | {"direction": direction} | scores for direction, scores in run["scores"].items()]
+            logs += [flat | e | {"progress": round(100 * e["step"] / run["steps"], 3)} for e in run["history"]]
         self.found, self.slugs = found, {label: slug for slug, label in found["labels"].items()}
         self.runs = self._frame(rows, [*KEYS, "objective", "steps", "seconds", "direction", *METRICS])
         self.logs = self._frame(logs, [*KEYS, "progress", *CURVES])
         columns = ["condition", "method", "seed", "direction", "metric", "delta", "p"]
-        self.tests = self._frame(found.get("significance") or [], columns)
-        self.baseline = found["labels"].get(found.get("baseline", "forward_kd"))
-        twice = self.runs[self.runs.duplicated([*KEYS, "direction"])]
-        if len(twice):
-            raise ValueError(f"results['runs'] has a run twice: {twice.iloc[0][KEYS].to_dict()}")
-        self.conditions = list(dict.fromkeys(self.runs.condition))
+        self.tests = self._frame(found["significance"], columns)
+        self.baseline = found["labels"].get(found["baseline"])
+        self.conditions = list(dict.fromkeys(self.runs[self.runs.parameter.isna()].condition))
         # a sweep's point that is a run of the table too was trained once
         self.trained = self.runs.drop_duplicates(["condition", "method", "seed", "objective"])
 
-    def _frame(self, rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-        frame = pd.DataFrame(rows, columns=columns)
-        labels = frame.method.map(lambda slug: self.found["labels"].get(slug, slug))
-        categories = dict.fromkeys([*self.found["labels"].values(), *labels])
-        return frame.assign(method=pd.Categorical(labels, list(categories), ordered=True))
+    def _frame(self, rows: Sequence[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
+        frame, labels = pd.DataFrame(rows, columns=columns), self.found["labels"]
+        return frame.assign(method=pd.Categorical(frame.method.map(labels), list(labels.values()), ordered=True))
 
     def of(self, condition: str) -> pd.DataFrame:
         """The runs of a condition's table, which belong to no sweep."""
         return self.runs[(self.runs.condition == condition) & self.runs.parameter.isna()]
 
     def scores(self, runs: pd.DataFrame, metric: str, by: Sequence[str] = ("method", "seed")) -> pd.DataFrame:
-        """(by) x the directions that have a score, and the average of the rows that have all of them."""
-        runs = runs.dropna(subset=[metric])
+        """(by) x the directions and their average."""
         wide = runs.pivot_table(metric, list(by), "direction", observed=True)
-        return averaged(wide[[direction for direction in self.found["directions"] if direction in wide]])
+        return averaged(wide[self.found["directions"]])
 
-    def references(self, condition: str, metric: str, directions: Sequence[str]) -> pd.DataFrame:
+    def references(self, condition: str, metric: str) -> pd.DataFrame:
         """Scores of the teacher and, unless the condition starts from random weights, of the student before."""
-        settings = self.found.get("settings", {}).get("conditions", {}).get(condition, {})
-        rows = {TEACHER: self.found.get("teacher", {}), STUDENT: self.found.get("student", {})}
-        if settings.get("start") == "scratch":
+        rows = {TEACHER: self.found["teacher"], STUDENT: self.found["student"]}
+        if self.found["settings"]["conditions"][condition].get("start") == "scratch":
             rows.pop(STUDENT)
-        cells = {name: {d: found.get(d, {}).get(metric) for d in directions} for name, found in rows.items()}
-        frame = pd.DataFrame.from_dict(cells, orient="index", columns=list(directions), dtype=float)
-        return averaged(frame.dropna(how="all"))
+        cells = {name: {d: s.get(metric) for d, s in found.items()} for name, found in rows.items()}
+        frame = pd.DataFrame.from_dict(cells, orient="index", columns=self.found["directions"], dtype=float)
+        return averaged(frame.dropna())  # the teacher has no similarity to itself
 
 
 def averaged(scores: pd.DataFrame) -> pd.DataFrame:
-    """With a column for the average over several directions, of the rows that have all of them."""
-    return scores.assign(**{AVERAGE: scores.mean(axis=1, skipna=False)}) if scores.shape[1] > 1 else scores
+    """With a column for the average over several directions."""
+    return scores.assign(**{AVERAGE: scores.mean(axis=1)}) if scores.shape[1] > 1 else scores
 
 
 class Table:
-    """Methods x directions for one condition and metric: ``mean``, ``std`` and ``count`` over seeds, and as texts."""
+    """Methods x directions for one condition and metric: ``mean`` and ``std`` over seeds, and as texts."""
 
     def __init__(self, results: Results, condition: str, metric: str) -> None:
         self.results, self.condition, self.metric = results, condition, metric
         self.scores = results.scores(results.of(condition), metric)
         groups = self.scores.groupby("method", observed=True)
-        self.mean, self.std, self.count = groups.mean(), groups.std(), groups.count()
-        self.references = results.references(condition, metric, [c for c in self.mean if c != AVERAGE])
+        self.mean, self.std = groups.mean(), groups.std()
+        self.references = results.references(condition, metric)
         self.seeds = sorted(results.of(condition).seed.unique())
         tests = results.tests[(results.tests.condition == condition) & (results.tests.metric == metric)]
         tests = tests.assign(higher=(tests.p < ALPHA) & (tests.delta > 0), lower=(tests.p < ALPHA) & (tests.delta < 0))
         self.tests = tests.groupby("method", observed=True).agg({"higher": "sum", "lower": "sum", "p": "size"})
-        self.marks = {}  # where it is the same with every seed that has a score
+        self.marks = {}  # where it is the same with every seed
         for key, own in tests.groupby(["method", "direction"], observed=True):
-            if own.seed.nunique() == self.count.loc[key] and (own.higher.all() or own.lower.all()):
+            if own.higher.all() or own.lower.all():
                 self.marks[key] = HIGHER if own.higher.all() else LOWER
 
     def text(self, method: str, column: str) -> str:
-        """Mean, ± deviation, mark, and the number of seeds where it is not that of the table."""
-        mean, std, count = (frame.loc[method, column] for frame in (self.mean, self.std, self.count))
-        if np.isnan(mean):
-            return "-"
-        fewer = f"({count})" if count < len(self.seeds) else ""
+        """Mean, ± deviation, mark."""
+        mean, std = (frame.loc[method, column] for frame in (self.mean, self.std))
         spread = "" if np.isnan(std) else f"± {std:.1f}"
-        return " ".join(filter(None, [f"{mean:.1f}", spread, self.marks.get((method, column)), fewer]))
+        return " ".join(filter(None, [f"{mean:.1f}", spread, self.marks.get((method, column))]))
 
     def markdown(self) -> str:
         """A Markdown table; the best mean of each column, as shown, in bold."""
         best = self.mean.round(1).eq(self.mean.round(1).max())
-        rows = {
-            f"*{name}*": {c: f"{v:.1f}" for c, v in row.dropna().items()} for name, row in self.references.iterrows()
-        }
+        rows = {f"*{name}*": {c: f"{v:.1f}" for c, v in row.items()} for name, row in self.references.iterrows()}
         for method in self.mean.index:
             rows[method] = {column: self.text(method, column) for column in self.mean}
             for column in self.mean.columns[best.loc[method]]:
@@ -181,10 +159,8 @@ class Table:
     def caption(self) -> str:
         """What the numbers are, and how many seeds they stand on."""
         seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)} ({', '.join(map(str, self.seeds))})"
-        spread = " ± sample standard deviation" if self.std.notna().any(axis=None) else ""
+        spread = " ± sample standard deviation" if len(self.seeds) > 1 else ""
         parts = [f"{METRICS[self.metric]}, condition {self.condition}: mean over {seeds}{spread}"]
-        if (self.count < len(self.seeds)).any(axis=None):
-            parts.append("(n) where only n of the seeds are there yet")
         if len(self.tests):
             higher, lower, total = self.tests.sum()
             parts.append(
@@ -197,31 +173,25 @@ class Table:
 
     def records(self) -> pd.DataFrame:
         """Rows of the CSV, unrounded."""
-        frames = {"mean": self.mean, "std": self.std, "seeds": self.count}
-        long = pd.concat({name: frame.stack(future_stack=True) for name, frame in frames.items()}, axis=1)
-        long = long.dropna(subset="mean").rename_axis(["label", "direction"]).reset_index()
+        long = pd.concat({name: getattr(self, name).stack(future_stack=True) for name in ("mean", "std")}, axis=1)
+        long = long.rename_axis(["label", "direction"]).reset_index()
         marks = [self.marks.get(key, "") for key in zip(long.label, long.direction, strict=True)]
-        slugs = [self.results.slugs.get(label, label) for label in long.label]
+        slugs = [self.results.slugs[label] for label in long.label]
         about = {"condition": self.condition, "metric": self.metric, "method": slugs, "dagger": marks}
-        return long.assign(**about)[CSV]
+        return long.assign(**about, seeds=len(self.seeds))[CSV]
 
 
 def write_report(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write results.md, results.csv and the figures that have data; returns the paths, the report first.
-
-    Raises:
-        ValueError: as :class:`Results`.
-    """
+    """Write results.md, results.csv and the figures that have data; returns the paths, the report first."""
     results, folder = Results(found), Path(folder)
     tables = {(c, m): Table(results, c, m) for c in results.conditions for m in METRICS}
-    tables = {key: table for key, table in tables.items() if len(table.mean)}
     figures, paths = draw(results, tables), []
     for name, figure in figures.items():
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=130)
         paths.append(folder / f"{name}.png")
         write_bytes(paths[-1], content.getvalue())
-    rows = pd.concat([pd.DataFrame(columns=CSV), *(table.records() for table in tables.values())])
+    rows = pd.concat([table.records() for table in tables.values()])
     write_text(folder / "results.csv", rows.to_csv(index=False))
     write_text(folder / "results.md", markdown(results, tables, list(figures)) + "\n")
     return [folder / "results.md", folder / "results.csv", *paths]
@@ -241,20 +211,14 @@ def markdown(results: Results, tables: Mapping[tuple[str, str], Table], figures:
     for condition in results.conditions:
         parts.append(f"## Condition: {condition}")
         for metric in ("bleu", "chrf"):
-            if table := tables.get((condition, metric)):
-                signature = results.found.get("signatures", {}).get(metric)
-                parts += [table.markdown(), table.caption(), f"Signature: `{signature}`" if signature else ""]
-        parts.append(same_gradient(tables.get((condition, "bleu"))))
-        parts += [show(name) for name in figures if name == f"methods_{file_name(condition)}"]
-    if others := [name for name in figures if not name.startswith("methods_")]:
-        parts += ["## Figures", *map(show, others)]
-    if hours:
-        parts += ["## Speed", speed(trained)]
-    parts += ["## How to read it", READING.rstrip()]
+            table = tables[condition, metric]
+            parts += [table.markdown(), table.caption(), f"Signature: `{results.found['signatures'][metric]}`"]
+        parts += [same_gradient(tables[condition, "bleu"]), show(f"methods_{file_name(condition)}")]
+    parts += ["## Figures", *(show(name) for name in figures if not name.startswith("methods_"))]
+    parts += ["## Speed", speed(trained), "## How to read it", READING.rstrip()]
     for key in ("settings", "versions", "machine"):
-        if results.found.get(key):
-            text = json.dumps(results.found[key], indent=1, ensure_ascii=False)
-            parts.append(f"<details><summary>{key}</summary>\n\n```json\n{text}\n```\n\n</details>")
+        text = json.dumps(results.found[key], indent=1, ensure_ascii=False)
+        parts.append(f"<details><summary>{key}</summary>\n\n```json\n{text}\n```\n\n</details>")
     return "\n\n".join(filter(None, parts))
 
 
@@ -266,9 +230,9 @@ def speed(trained: pd.DataFrame) -> str:
     return found.to_markdown(floatfmt=("", ".0f", ".1f", ".0f"))
 
 
-def same_gradient(table: Table | None) -> str:
+def same_gradient(table: Table) -> str:
     """What ForwardKD and NoEvo differ by, seed by seed: the size of a difference that means nothing."""
-    if table is None or not {"ForwardKD", "NoEvo"} <= set(table.mean.index):
+    if not {"ForwardKD", "NoEvo"} <= set(table.mean.index):
         return ""
     gaps = table.scores.loc["ForwardKD"] - table.scores.loc["NoEvo"]
     gaps = gaps.drop(columns=AVERAGE, errors="ignore").abs().stack()
@@ -281,36 +245,32 @@ def same_gradient(table: Table | None) -> str:
 
 
 def draw(results: Results, tables: Mapping[tuple[str, str], Table]) -> dict[str, Figure]:
-    """File name without suffix -> every figure that has data."""
-    figures: dict[str, Figure | None] = {}
+    """File name without suffix -> figure."""
+    figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
         for condition in results.conditions:
-            own = [tables[condition, metric] for metric in ("bleu", "chrf") if (condition, metric) in tables]
-            figures[f"methods_{file_name(condition)}"] = draw_bars(own)
+            figures[f"methods_{file_name(condition)}"] = draw_bars([tables[condition, m] for m in ("bleu", "chrf")])
         figures["similarity"] = draw_bars([table for (_, metric), table in tables.items() if metric == "similarity"])
         for parameter in results.runs.parameter.dropna().unique():
             figures[f"sweep_{file_name(parameter)}"] = draw_sweep(results, parameter)
-        figures |= {key: draw_curves(results, key, label) for key, label in CURVES.items()}
-    return {name: figure for name, figure in figures.items() if figure is not None}
+        return figures | {key: draw_curves(results, key, label) for key, label in CURVES.items()}
 
 
-def draw_bars(tables: Sequence[Table]) -> Figure | None:
+def draw_bars(tables: Sequence[Table]) -> Figure:
     """A panel a table: a bar a method from the student before distillation to its average, seeds as dots."""
-    if not tables:
-        return None
     width = max(5.6, 1.0 + 0.62 * max(len(table.mean) for table in tables))
     figure = Figure(figsize=(width, 4.0 * len(tables)), layout="constrained")
     for axis, table in zip(figure.subplots(len(tables), squeeze=False).flat, tables, strict=True):
         column, base = table.mean.columns[-1], 0.0
-        for (name, level), line in zip(table.references[column].dropna().items(), ("--", "-"), strict=False):
+        for (name, level), line in zip(table.references[column].items(), ("--", "-"), strict=False):
             axis.axhline(level, color="#222222", linestyle=line, label=f"{name} {level:.1f}")
             base = level if name == STUDENT and table.metric != "similarity" else base
-        mean = table.mean[column].dropna()
+        mean = table.mean[column]
         colours = [COLOURS[code % len(COLOURS)] for code in mean.index.codes]
-        spread = table.std.loc[mean.index, column].fillna(0)
+        spread = table.std[column].fillna(0)
         bars = axis.bar(list(mean.index), mean - base, bottom=base, yerr=spread, color=colours, capsize=4, alpha=0.85)
         axis.bar_label(bars, [f"{level:.1f}" for level in mean], fontsize=9, padding=4)
-        dots = table.scores[column].dropna().reset_index()
+        dots = table.scores[column].reset_index()
         axis.plot(dots.method.astype(str), dots[column], "o", markersize=3.2, color="white", markeredgecolor="#222222")
         axis.set_xticks(range(len(mean)), list(mean.index), rotation=30, ha="right", rotation_mode="anchor")
         axis.set_title(table.condition, loc="right")
@@ -322,12 +282,9 @@ def draw_bars(tables: Sequence[Table]) -> Figure | None:
     return figure
 
 
-def draw_sweep(results: Results, parameter: str) -> Figure | None:
+def draw_sweep(results: Results, parameter: str) -> Figure:
     """BLEU against a parameter, a panel a condition; the baseline, with the same seeds, as a line."""
-    swept = results.runs[(results.runs.parameter == parameter) & results.runs.bleu.notna()]
-    if swept.empty:
-        return None
-    panels = list(swept.groupby("condition", sort=False))
+    panels = list(results.runs[results.runs.parameter == parameter].groupby("condition", sort=False))
     figure = Figure(figsize=(5.6 * len(panels), 3.8), layout="constrained")
     for axis, (condition, own) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         scores = results.scores(own, "bleu", ("method", "seed", "value")).iloc[:, -1]
@@ -348,13 +305,11 @@ def draw_sweep(results: Results, parameter: str) -> Figure | None:
     return figure
 
 
-def draw_curves(results: Results, key: str, label: str) -> Figure | None:
+def draw_curves(results: Results, key: str, label: str) -> Figure:
     """``key`` of the log over the progress of training, mean over seeds: a panel a condition, and one a sweep of Γ."""
     logs = results.logs.dropna(subset=[key])
     parts = {("method",): logs[logs.parameter.isna()], ("method", "value"): logs[logs.parameter == "gamma"]}
     panels = [(c, by, own) for by, part in parts.items() for c, own in part.groupby("condition", sort=False)]
-    if not panels:
-        return None
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(12.4, 4.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flat

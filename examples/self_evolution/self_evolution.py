@@ -173,7 +173,6 @@ class Running:
 
     output: str = "runs/self_evolution"
     jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
-    threads: int | None = None  # CPU threads a process; default: the presets' best
     worker: bool = False  # this process is a helper of another one
 
 
@@ -457,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     config, running = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if threads := running.threads or threads_for([config.teacher, config.student]):
+    if (threads := threads_for([config.teacher, config.student])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     folder = Path(running.output)
     stages = Stages(folder)
@@ -476,8 +475,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
                 write_json(folder / "results.json", results)
                 paper_table.write_report(results, folder)
     if results is not None:
-        for condition in config.conditions:
-            shown = paper_table.Table(paper_table.Results(results), condition, "bleu")
+        found = paper_table.Results(results)
+        for condition in found.conditions:
+            shown = paper_table.Table(found, condition, "bleu")
             print(f"\n{condition}\n\n{shown.markdown()}\n\n{shown.caption()}\n")
         print(f"results.json, results.md, results.csv, figures, translations and models are in {folder}")
     return results

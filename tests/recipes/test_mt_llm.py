@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,39 +85,41 @@ def trainable(module: torch.nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.requires_grad}
 
 
-def test_what_each_stage_trains_by_name() -> None:
-    assert trainable(stacked.Adaptation(small(), 1.0)) == {f"stacked.{name}" for name in TRAINABLE}
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_each_stage_trains(checkpointing: bool) -> None:
+    for stage in ("adaptation", "distillation"):
+        model = small()
+        if checkpointing:
+            model.checkpoint_activations()
+        module, batch = (stacked.Adaptation(model, 1.0), PAD(sentences(4)))
+        if stage == "distillation":
+            module, batch = stacked.TaskDistillation(model, head(), objective=fk.SelfEvolution()), labelled(4)
+        assert {name.split(".", 1)[1] for name in trainable(module)} == TRAINABLE
+        module.train()(**batch)["loss"].backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == (name in TRAINABLE), name
     body = llama().model
     everything = {f"embedder.body.{name}" for name, _ in body.named_parameters()}
     assert trainable(stacked.Classifier(stacked.Embedder(body), CLASSES)) == everything | {"head.weight"}
-    assert trainable(stacked.TaskDistillation(small(), head())) == {f"embedder.{name}" for name in TRAINABLE}
     frozen = stacked.Classifier(stacked.Embedder(seq2seq().get_encoder(), frozen=True), CLASSES).train()
     assert trainable(frozen) == {"head.weight"} and not frozen.embedder.body.training and frozen.head.training
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_adapters_off_is_the_plain_llm(bidirectional: bool) -> None:
+def test_the_plain_llm_and_pooling_without_padding(bidirectional: bool) -> None:
     model, plain = small(bidirectional, dropout=0.5).train(), stacked.Embedder(llama().model, bidirectional).eval()
-    batch = PAD(sentences(5))
-    with torch.no_grad():
-        expected = plain(batch["llm_ids"], batch["llm_mask"])
-        states = llama().model(input_ids=batch["llm_ids"], attention_mask=batch["llm_mask"]).last_hidden_state
-    own = model.plain(batch["llm_ids"], batch["llm_mask"])
-    assert torch.equal(own, expected) and not own.requires_grad
-    assert torch.allclose(own, stacked.mean_pool(states, batch["llm_mask"]), atol=1e-5) == (not bidirectional)
+    batch = PAD(sentences(6))
+    ids, mask = batch["llm_ids"], batch["llm_mask"]
+    own = model.plain(ids, mask)
     assert model.llm.training and not model.encoder.body.training, "modes are as they were"
     with torch.no_grad():
-        adapted = model.llm(input_ids=batch["llm_ids"], attention_mask=batch["llm_mask"]).last_hidden_state
-    assert not torch.allclose(stacked.mean_pool(adapted, batch["llm_mask"]), expected, atol=1e-2), (
-        "adapters are on again"
-    )
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_pooling_ignores_padding(bidirectional: bool) -> None:
-    model, rows = small(bidirectional).eval(), sentences(6)
-    for name, function in (("text", model), ("llm", model.plain)):
-        batch = PAD(rows)
+        expected = plain(ids, mask)
+        one_way = stacked.mean_pool(llama().model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        adapted = stacked.mean_pool(model.llm(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    assert torch.equal(own, expected) and not own.requires_grad
+    assert torch.allclose(own, one_way, atol=1e-5) == (not bidirectional)
+    assert not torch.allclose(adapted, expected, atol=1e-2), "adapters are on again"
+    for name, function in (("text", model.eval()), ("llm", model.plain)):
         ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]
         assert not mask.all()
         with torch.no_grad():
@@ -127,19 +128,10 @@ def test_pooling_ignores_padding(bidirectional: bool) -> None:
     states = torch.randn(2, 3, 4)
     pooled = stacked.mean_pool(states, torch.tensor([[1, 1, 0], [1, 1, 1]]))
     torch.testing.assert_close(pooled, torch.stack([states[0, :2].mean(0), states[1].mean(0)]))
-
-
-def test_bidirectional_attention_is_eager_and_sdpa_alike_and_others_are_refused() -> None:
-    batch, made = PAD(sentences(4)), []
-    for kind in ("sdpa", "eager"):
-        body = llama().model.eval()
-        body.set_attn_implementation(kind)
-        with torch.no_grad():
-            made.append(stacked.Embedder(body, bidirectional=True)(batch["llm_ids"], batch["llm_mask"]))
-    torch.testing.assert_close(*made, atol=1e-5, rtol=1e-5)
-    body.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="bidirectional needs attn_implementation 'sdpa' or 'eager', got 'flash"):
-        stacked.Embedder(body, bidirectional=True)
+    if bidirectional:
+        plain.body.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="bidirectional needs attn_implementation 'sdpa', got 'flash"):
+            plain(ids, mask)
 
 
 def test_mse_and_fvu_are_numpys() -> None:
@@ -152,31 +144,15 @@ def test_mse_and_fvu_are_numpys() -> None:
     assert float(out["fvu"]) == pytest.approx(mse / 2.5, rel=1e-5)
     assert stacked.variance_of(target) == pytest.approx(variance)
     assert stacked.unexplained(ours, target) == pytest.approx({"mse": mse, "fvu": mse / variance})
-    assert stacked.unexplained(target.mean(0).expand_as(target), target)["fvu"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="variance must be above 0"):
         stacked.Adaptation(model, 0.0)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["adaptation", "distillation"])
-def test_projection_and_adapters_get_gradients_and_the_rest_none(stage: str, checkpointing: bool) -> None:
-    model = small()
-    if checkpointing:
-        model.checkpoint_activations()
-    distillation = stacked.TaskDistillation(model, head(), objective=fk.SelfEvolution())
-    module, batch = (
-        (stacked.Adaptation(model, 1.0), PAD(sentences(4))) if stage == "adaptation" else (distillation, labelled(4))
-    )
-    module.train()(**batch)["loss"].backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == (name in TRAINABLE), name
-    assert distillation.head.weight.grad is None
 
 
 def test_least_squares_projection_is_numpys_optimum() -> None:
     model, rows = small(), sentences(40)
     table = model.llm.get_input_embeddings().weight.detach().double()
-    x = torch.stack([model.encode(*_alone(row["text_ids"]))[0].double().mean(0) for row in rows]).numpy()
+    alone = [(torch.tensor([row["text_ids"]]), torch.ones(1, len(row["text_ids"]), dtype=torch.int64)) for row in rows]
+    x = torch.stack([model.encode(*one)[0].double().mean(0) for one in alone]).numpy()
     x, y = np.c_[x, np.ones(40)], torch.stack([table[row["llm_ids"]].mean(0) for row in rows]).numpy()
     # the encoder ends in a layer norm: its features add up to 0, but for float32's rounding
     assert np.linalg.svd(x, compute_uv=False)[-1] < 1e-5
@@ -186,10 +162,6 @@ def test_least_squares_projection_is_numpys_optimum() -> None:
     assert found["mse_after"] == pytest.approx(optimum, rel=1e-6) and found["mse_after"] < 0.5 * found["mse_before"]
     np.testing.assert_allclose(model.projection.weight.detach().T, solution[:-1], atol=1e-4)
     np.testing.assert_allclose(model.projection.bias.detach(), solution[-1], atol=1e-4)
-
-
-def _alone(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)
 
 
 def test_losses_of_stages_2_and_3_are_plain_torchs() -> None:
@@ -204,9 +176,7 @@ def test_losses_of_stages_2_and_3_are_plain_torchs() -> None:
     assert plain(**batch)["loss"].item() == pytest.approx(mse, rel=1e-5)
     q, p = ((states @ given.double().T).log_softmax(1) for states in (student, teacher))
     kl = float((p.exp() * (p - q)).sum(1).mean())
-    out = stacked.TaskDistillation(model, given, mse_weight=0.3, objective=fk.ForwardKD(lam=1.0), kd_weight=2.0)(
-        **batch
-    )
+    out = stacked.TaskDistillation(model, given, 0.3, fk.ForwardKD(lam=1.0), kd_weight=2.0)(**batch)
     assert out["loss"].item() == pytest.approx(0.3 * mse + 2.0 * kl, rel=1e-5)
     assert float(out["kd"]) == pytest.approx(kl, rel=1e-5)
     # Self-Evolution: the target mixed with the label, and where the student is far from it, the student mixed in
@@ -216,8 +186,6 @@ def test_losses_of_stages_2_and_3_are_plain_torchs() -> None:
     evolved = stacked.TaskDistillation(model, given, mse_weight=0.0, objective=fk.SelfEvolution())
     expected = float(torch.where(far > 0.4, mixed, far).mean())
     assert bool((far > 0.4).any()) and evolved(**batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match=r"head must have shape \(classes, 20\), got \(3, 19\)"):
-        stacked.TaskDistillation(model, torch.zeros(3, 19))
     classifier, llm = stacked.Classifier(stacked.Embedder(llama().model), CLASSES).eval(), PAD(sentences(6))
     ids = (llm["llm_ids"], llm["llm_mask"])
     expected = torch.nn.functional.cross_entropy(classifier.logits(*ids), labels)
@@ -230,27 +198,23 @@ def test_saved_and_loaded_from_the_folders_of_both_models(tmp_path: Path) -> Non
     mt, llm, adapter = (str(tmp_path / name) for name in ("mt", "llm", "adapter"))
     seq2seq().save_pretrained(mt)
     llama().save_pretrained(llm)
-    extra = peft.get_peft_model(llama().model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    extra = peft.get_peft_model(llama().model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).eval()
     for name, p in extra.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.5)
     extra.save_pretrained(adapter)
-    encoder, body = stacked.load_seq2seq(mt).get_encoder(), stacked.load_body(llm, adapters=[adapter]).eval()
-    assert torch.equal(encoder.embed_tokens.weight, seq2seq().get_encoder().embed_tokens.weight)
-    batch = PAD(sentences(3))
+    body, batch = stacked.load_body(llm, adapters=[adapter]).eval(), PAD(sentences(3))
     with torch.no_grad():
-        merged, expected = (
-            stacked.Embedder(each)(batch["llm_ids"], batch["llm_mask"]) for each in (body, extra.eval())
-        )
+        merged, expected = (stacked.Embedder(x)(batch["llm_ids"], batch["llm_mask"]) for x in (body, extra))
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
     assert not any("lora" in name for name, _ in body.named_parameters())
 
     state = torch.random.get_rng_state()
     lora = LoRA(r=3, target_modules=("q_proj",))
-    fresh = [
-        stacked.StackedModel(stacked.load_seq2seq(mt).get_encoder(), stacked.load_body(llm), lora, seed=seed)
-        for seed in (7, 7, 8)
-    ]
+    encoder, bodies = stacked.load_seq2seq(mt).get_encoder(), [stacked.load_body(llm) for _ in range(3)]
+    assert torch.equal(encoder.embed_tokens.weight, seq2seq().get_encoder().embed_tokens.weight)
+    torch.random.set_rng_state(state)
+    fresh = [stacked.StackedModel(encoder, b, lora, seed=seed) for b, seed in zip(bodies, (7, 7, 8), strict=True)]
     assert torch.equal(torch.random.get_rng_state(), state), "a seed makes the fresh parts alone"
     weights = [each.projection.weight for each in fresh]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -265,8 +229,6 @@ def test_saved_and_loaded_from_the_folders_of_both_models(tmp_path: Path) -> Non
     assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match=r"is of another model: .*lora"):
         small().load_weights(tmp_path / "stacked")
-    with pytest.raises((ValueError, OSError), match="no-model"):
-        stacked.load_body("./no-model")
 
 
 LABELS = {
@@ -274,8 +236,6 @@ LABELS = {
     "A woman stands; the lady waits.": "female/still", "A man and a woman sit.": None, "A dog runs.": None,
     "A man sits while running.": None, "A mandolin and a standing lamp.": None,
 }  # fmt: skip
-
-
 WHO = {"man": ("Mann", "muž"), "boy": ("Junge", "kluk"), "woman": ("Frau", "žena"), "girl": ("Mädchen", "dívka")}
 WHAT = {"sits": ("sitzt", "sedí"), "stands": ("steht", "stojí"), "runs": ("rennt", "běží"), "jumps": ("hüpft", "skáče")}
 WHERE = {"park": ("Park", "parku"), "street": ("Straße", "ulici"), "snow": ("Schnee", "sněhu")}
@@ -321,7 +281,6 @@ def test_the_task_is_balanced_and_aligned(captions: Path, tmp_path: Path) -> Non
     assert lines(tmp_path / "retrieval.jsonl") == lines(captions / "test_2016_flickr.jsonl")
     assert about["best_single_word"]["accuracy"] <= 0.5, "no word tells more than two classes apart"
     assert tasks.best_single_word(["a b", "a c", "d c"], ["x", "x", "y"]) == {"word": "a", "accuracy": 1.0}
-    assert json.loads((tmp_path / "task.json").read_text()) == about
     with pytest.raises(ValueError, match="expected a text in each of en, fr, none in fr"):
         tasks.write_task(tmp_path, captions, ["fr"], ["other"])
     with pytest.raises(ValueError, match="no caption of female/still, female/moving"):
@@ -332,8 +291,6 @@ def test_scores_and_the_order_of_embeddings() -> None:
     queries = torch.tensor([[2.0, 0.1], [0.1, 3.0], [1.0, 1.0]])
     candidates = torch.tensor([[9.0, 0.0], [0.0, 0.1], [-1.0, -1.0]])
     assert mt_llm.retrieval_at_1(queries, candidates) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="must be pairs"):
-        mt_llm.retrieval_at_1(queries, queries[:2])
     assert mt_llm.accuracies(["a", "a", "a", "b"], ["a", "a", "a", "c"]) == {"accuracy": 0.75, "balanced": 0.5}
     texts = [[5, 6, 7], [8], [9, 4], [3, 3, 3, 3], [7]]
     found = stacked.embed(lambda ids, mask: (ids * mask).sum(1, keepdim=True), texts, pad_id=1, size=2)
@@ -366,17 +323,15 @@ def test_translation_is_told_both_languages_and_keeps_the_order() -> None:
     alone = [mt_llm.translate(model, tokenizer, [text], **options)[0] for text in ids]
     assert made == alone and len(set(made)) > 1
     assert all(text.split()[1] == "38" for text in made), "the target language is forced"
-    for given, code, message in (
-        (tokenizer, None, "needs a name of the language"),
-        (tokenizer, "xxx_Latn", "'xxx_Latn' is no language"),
-        (train_tokenizer(texts, 300), "deu_Latn", "has no names of languages"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mt_llm.encode(given, texts, 8, code)
+    with pytest.raises(ValueError, match="needs a name of the language"):
+        mt_llm.encode(tokenizer, texts, 8)
+    with pytest.raises(ValueError, match="'xxx_Latn' is no language"):
+        mt_llm.encode(tokenizer, texts, 8, "xxx_Latn")
 
 
-STEPS = {"max_steps": 3, "per_device_train_batch_size": 16}
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 16}
 EPOCH = {"num_train_epochs": 1, "per_device_train_batch_size": 32}
+NO_ARMS = ("mse-kl", "mse-self_evolution", "cross-entropy")
 
 
 def arguments(captions: Path, *more: str) -> list[str]:
@@ -384,17 +339,10 @@ def arguments(captions: Path, *more: str) -> list[str]:
         "data": str(captions), "tiny_mt": TINY_MT | {"dropout": 0.1}, "mt_vocab": 300, "llm_vocab": 300,
         "tiny_llm": "tiny-student", "train_mt": STEPS, "train_llm": {"num_train_epochs": 1}, "adapt": STEPS,
         "train_task": EPOCH, "distil": EPOCH, "lora": {"r": 2}, "translate": {"max_new_tokens": 3}, "seeds": 0,
-        "arms": dict.fromkeys(("mse-kl", "mse-self_evolution", "cross-entropy")),
+        "arms": dict.fromkeys(NO_ARMS),
     }  # fmt: skip
     made = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
     return ["--preset", "tiny", "--languages", "de", "cs", "--tests", "test_2016_flickr", *made, *more]
-
-
-def config(captions: Path, *more: str) -> mt_llm.Config:
-    return parse((mt_llm.Config, mt_llm.Running), arguments(captions, *more), configs=FOLDER)[0]
-
-
-ONE_ARM = "--arms={mse-unadapted: null}"
 
 
 class Killed(BaseException):
@@ -402,14 +350,14 @@ class Killed(BaseException):
 
 
 def test_from_captions_to_figures_and_killed_everywhere(captions: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    metrics = mt_llm.main([*arguments(captions, ONE_ARM), "--output", str(tmp_path / "whole")])
+    command = arguments(captions, "--arms={mse-unadapted: null}")
+    metrics = mt_llm.main([*command, "--output", str(tmp_path / "whole")])
     shown = capsys.readouterr().out
     assert "translate-test" in shown and "after stage 1" in shown and "chance 25.0" in shown
     saved = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert saved == json.loads(json.dumps(metrics))
-    assert set(saved["mean"]["accuracy"]) == {
-        "LLM alone", "translate-test", "MT encoder, frozen", "MT encoder, tuned", "MT-LLM, mse"
-    }  # fmt: skip
+    systems = {"LLM alone", "translate-test", "MT encoder, frozen", "MT encoder, tuned", "MT-LLM, mse"}
+    assert set(saved["mean"]["accuracy"]) == systems
     for system, scores in saved["mean"]["accuracy"].items():
         assert set(scores) == ({"de", "cs"} if system == "translate-test" else {"en", "de", "cs"})
         assert scores["de"] == saved["seeds"]["0"]["accuracy"][system]["de"]["balanced"]
@@ -440,14 +388,15 @@ def test_from_captions_to_figures_and_killed_everywhere(captions: Path, tmp_path
 
         return call(self, title, dying_work, *args, **kwargs)
 
+    monkeypatch.setattr(mt_llm, "report", lambda *_: None)
     monkeypatch.setattr(transformers.Trainer, "training_step", dying_step)
     monkeypatch.setattr(Stages, "__call__", dying_call)
-    for _ in range(40):
+    again = None
+    while again is None:
         try:
-            again = mt_llm.main([*arguments(captions, ONE_ARM), "--output", str(tmp_path / "killed")])
-            break
+            again = mt_llm.main([*command, "--output", str(tmp_path / "killed")])
         except Killed:
-            pass
+            assert len(begun) + len(ended) < 20
     assert len(begun) == 6 and len(ended) == 11, "the LLM takes a single step"
     assert again["mean"] == metrics["mean"] and again["seeds"]["0"]["adaptation"] == seed["adaptation"]
     whole, killed = (
@@ -460,7 +409,7 @@ def test_from_captions_to_figures_and_killed_everywhere(captions: Path, tmp_path
 
     monkeypatch.setattr(ModuleTrainer, "train", refuse)
     folders = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert mt_llm.main([*arguments(captions, ONE_ARM), "--output", str(tmp_path / "killed")])["mean"] == metrics["mean"]
+    assert mt_llm.main([*command, "--output", str(tmp_path / "killed")])["mean"] == metrics["mean"]
     assert {path.name for path in (tmp_path / "killed").iterdir()} == folders
 
 
@@ -473,9 +422,10 @@ class Planned(Stages):
 
 
 def test_a_change_makes_new_only_what_depends_on_it(captions: Path, tmp_path: Path) -> None:
-    def names(*changes: str) -> dict[str, Path]:
+    def names(*changes: str, stage: str = "evaluate", of: tuple = ()) -> dict[str, Path]:
         stages = Planned(tmp_path)
-        mt_llm.Recipe(config(captions, *changes), stages).evaluate(0)
+        config, _ = parse((mt_llm.Config, mt_llm.Running), arguments(captions, *changes), configs=FOLDER)
+        getattr(mt_llm.Recipe(config, stages), stage)(*of, 0)
         return stages.names
 
     base = names()
@@ -498,10 +448,8 @@ def test_a_change_makes_new_only_what_depends_on_it(captions: Path, tmp_path: Pa
     }.items():
         changed = names(change)
         assert {title for title in base if changed[title] != base[title]} == touched, change
-    first = config(captions)
-    stages = Planned(tmp_path)
-    mt_llm.Recipe(replace(first, data=str(captions)), stages).train_classifier("task", 0)
-    assert set(stages.names) == {"task", "llm", "task.s0"}, "the MT model may still be in training"
+    alone = names(stage="train_classifier", of=("task",))
+    assert set(alone) == {"task", "llm", "task.s0"}, "the MT model may still be in training"
     more = tmp_path / "more"
     more.mkdir()
     for path in captions.iterdir():
@@ -530,9 +478,7 @@ def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> Non
         "--llm", str(tmp_path / "llm"), "--text", str(tmp_path / "english.jsonl"), "--text_limit=30", "--max_length=20",
         "--least_squares=12", "--translate={max_new_tokens: 3}", "--task", str(task), "--mt",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"(?s)not at hand:\nmt='./no-mt': "):
-        mt_llm.main([*command, "./no-mt"])
-    with pytest.raises(ValueError, match=r"task='/nowhere/train.jsonl': .*No such file"):
+    with pytest.raises(ValueError, match=r"(?s)not at hand:\ntask='/nowhere/train.jsonl': .*No such.*mt='./no-mt': "):
         mt_llm.main([*command, "./no-mt", "--task", "/nowhere"])
     command.append(str(tmp_path / "mt"))
     with pytest.raises(ValueError, match="has no names of languages"):
@@ -552,13 +498,11 @@ def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> Non
     ("change", "message"),
     [
         ("--languages=en", "languages must be some, without the task's own 'en'"),
-        ("--languages", "languages must be some"),
         ("--data=null", "data must name a folder"),
         ("--codes={en: eng_Latn}", "codes must name de, cs as well"),
         ("--llm_adapters=x", "llm_adapters are for an llm by name"),
         ("--arms={a: {objective: nonsense}}", "arms.a: objective must be one of"),
         ("--arms={a: {mse_weight: 0}}", "arms.a: expected weights of at least 0, and something to learn"),
-        ("--arms={a: {weight: 1}}", "arms.a: .*unexpected keyword argument 'weight'"),
         ("--lora={rank: 1}", "lora: .*unexpected keyword argument 'rank'"),
         ("--adapt={learning_rat: 1}", "adapt: .*'learning_rat'"),
         ("--seeds", "arms and seeds must be some"),
@@ -576,7 +520,5 @@ def test_the_papers_values() -> None:
     paper, _ = parse((mt_llm.Config, mt_llm.Running), ["--preset", "paper"], configs=FOLDER)
     assert paper.adapters == LoRA(r=16, alpha=32, dropout=0.05) and paper.max_length == 512 and paper.bidirectional
     step = paper.adapt["per_device_train_batch_size"] * paper.adapt["gradient_accumulation_steps"]
-    names = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-    assert (step, *(paper.adapt[name] for name in names)) == (256, 10_000, 2e-4, 0.01, 0.01)
-    assert (paper.distil["learning_rate"], paper.distil["warmup_steps"]) == (1e-4, 0.1)
-    assert paper.ways["mse"] == mt_llm.Arm()
+    assert (step, paper.adapt["max_steps"], paper.adapt["learning_rate"]) == (256, 10_000, 2e-4)
+    assert paper.distil["learning_rate"] == 1e-4 and paper.ways["mse"] == mt_llm.Arm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ import transformers  # noqa: E402
 
 from fused_kd.training.generate import Decoding  # noqa: E402
 from fused_kd.training.script import parse  # noqa: E402
+from fused_kd.training.stage import Stages  # noqa: E402
 
 from ..training.byte_level import make_tokenizer  # noqa: E402
 from ..training.tiny import tiny  # noqa: E402
@@ -57,22 +59,16 @@ def both(tmp_path):
     return transfer.load_dictionary(str(tmp_path / "en-de.tsv.gz"))
 
 
-def test_dictionary_is_read_in_both_directions(both):
+def test_dictionary_is_read_in_both_directions(both, tmp_path):
     forward, backward = both
     assert forward == {"dog": ["hund", "köter"], "red": ["rot"], "cat": ["katze"], "shirt": ["hemd"], "ice": ["eis"]}
     assert backward["hund"] == ["dog"] == backward["köter"] and "ball" not in backward
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [("dog\thund\nred rot\n", "line 2"), ("dog\t\n", "line 1"), ("a\tb\tc\n", "line 1"), ("ball\tball\n", "no pairs"),
-     (None, "cannot be read")],
-)  # fmt: skip
-def test_bad_dictionaries(tmp_path, text, error):
-    if text is not None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        transfer.load_dictionary(str(tmp_path / "none.tsv"))
+    for text, error in (("dog\thund\nred rot\n", "line 2"), ("dog\t\n", "line 1"), ("ball\tball\n", "no pairs")):
         (tmp_path / "bad.tsv").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=error):
-        transfer.load_dictionary(str(tmp_path / "bad.tsv"))
+        with pytest.raises(ValueError, match=error):
+            transfer.load_dictionary(str(tmp_path / "bad.tsv"))
 
 
 def test_whole_words_are_switched_in_their_case(both):
@@ -135,14 +131,8 @@ def test_combinations_and_their_language_instructions():
     ]  # fmt: skip
 
 
-def test_round_trip_by_hand():
-    """chrF2: means over character n-grams up to 6 that both sides have, recall four times precision's weight."""
-    # "abc" and "abd": 2 of 3, 1 of 2, 0 of 1. "ab" and "abcd": precision (2/4 + 1/3) / 2 = 5/12, recall 1
-    expected = [(2 / 3 + 1 / 2 + 0) / 3, 5 * (5 / 12) / (4 * 5 / 12 + 1), 1.0, 0.0]
-    assert transfer.round_trip(["ab c", "ab", "red", "red"], ["abd", "abcd", "red", ""]) == pytest.approx(expected)
-
-
 def test_filter_takes_the_worst_text_and_its_threshold():
+    assert transfer.round_trip(["abc", "red", "red"], ["abd", "red", ""]) == pytest.approx([7 / 18, 1.0, 0.0])  # chrF
     scores = [PAIR["scores"], {"input": 0.6, "output": 0.6}, {"input": 0.59999, "output": 1.0}, {}]
     found = [PAIR | {"id": str(number), "scores": score} for number, score in enumerate(scores)]
     good, counts = transfer.kept(found, 0.6)
@@ -251,26 +241,20 @@ def test_seq2seq_is_the_models_own_greedy_translation_after_a_kill_too(tmp_path,
     back = transfer.translate_seq2seq(tmp_path / "back", folder, CODES, ("de", "en"), TEXTS, Decoding(2, 12))
     assert back == [by_hand(tokenizer, model, text, ("de", "en"), 12) for text in TEXTS] != made
 
-
-@pytest.mark.parametrize(
-    ("name", "codes", "direction", "error"),
-    [
-        (None, CODES, ("fr", "de"), "no code for the language 'fr'"),
-        (None, CODES | {"de": "deu_Latin"}, EN_DE, "'deu_Latin' is no language"),
+    for name, codes, direction, error in (
+        (folder, CODES, ("fr", "de"), "no code for the language 'fr'"),
+        (folder, CODES | {"de": "deu_Latin"}, EN_DE, "'deu_Latin' is no language"),
         ("none", CODES, EN_DE, "translator='none' is neither a folder nor a hub name"),
-    ],
-)
-def test_seq2seq_errors_name_what_is_wrong(tmp_path, nllb, name, codes, direction, error):
-    with pytest.raises(ValueError, match=error):
-        transfer.translate_seq2seq(tmp_path, name or nllb[0], codes, direction, TEXTS, Decoding())
+    ):
+        with pytest.raises(ValueError, match=error):
+            transfer.translate_seq2seq(tmp_path, name, codes, direction, TEXTS, Decoding())
 
 
 # caption tasks
 
 
-@pytest.mark.parametrize(
-    ("kind", "en", "de", "concept"),
-    [
+def test_what_captions_say():
+    for kind, en, de, concept in (
         ("colour", "A man in a red shirt.", "Ein Mann in einem roten Hemd.", "red"),
         ("colour", "A red and blue kite.", "Ein rot-blauer Drachen in Rot und Blau.", None),
         ("number", "Two boys run.", "Zwei Jungen rennen.", "two"),
@@ -278,10 +262,8 @@ def test_seq2seq_errors_name_what_is_wrong(tmp_path, nllb, name, codes, directio
         ("place", "People in the street.", "Leute auf der Straße.", "outdoors"),
         ("person", "A young woman.", "Eine junge Frau.", "woman"),  # "junge" is no boy
         ("person", "A boy.", "Ein Junge.", "boy"),
-    ],
-)
-def test_what_captions_say(kind, en, de, concept):
-    assert concept_of(kind, en, "en") == concept_of(kind, de, "de") == concept
+    ):
+        assert concept_of(kind, en, "en") == concept_of(kind, de, "de") == concept
 
 
 def captions(count: int) -> list[dict[str, str]]:
@@ -302,7 +284,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def test_tasks_are_asked_where_both_captions_agree():
     rows = [*captions(30), {"en": "A red dog and some more words here.", "de": "Ein blauer Hund und noch mehr Worte."}]
-    tasks = make_tasks(rows, 9, 5, 0, EN_DE, "x")
+    tasks = make_tasks(EN_DE, "x", rows, 9, 5)
     assert Counter(task["kind"] for task in tasks) == {"colour": 9, "animal": 9, "completion": 5}
     answers = Counter(task["de"]["output"] for task in tasks if task["kind"] == "animal")
     assert answers == {"Hund": 5, "Pferd": 4}  # drawn in turn, though dogs are twice as many
@@ -311,7 +293,7 @@ def test_tasks_are_asked_where_both_captions_agree():
         assert not (task["kind"] == "colour" and number == 30)
         whole = [task["de"]["input"], *([task["de"]["output"]] if task["kind"] == "completion" else [])]
         assert " ".join(whole) == rows[number]["de"]
-    assert make_tasks(rows, 9, 5, 0, EN_DE, "x") == tasks != make_tasks(rows, 9, 5, 1, EN_DE, "x")
+    assert make_tasks(EN_DE, "x", rows, 9, 5) == tasks
 
 
 def test_parts_of_a_study_share_no_captions(tmp_path):
@@ -432,42 +414,48 @@ def test_a_kill_at_the_end_of_any_stage_changes_nothing(preset, finished, tmp_pa
         return stage(self, title, cut, *args, **kwargs)
 
     monkeypatch.setattr(sdrrl.Study, "stage", dying)
-    for _ in range(100):
+    monkeypatch.setattr(sdrrl, "write_plots", lambda *_: None)
+    metrics = None
+    while metrics is None:
         try:
             metrics = sdrrl.main([str(preset), "--output", str(tmp_path)])
-            break
         except KeyboardInterrupt:
-            continue
+            assert len(killed) < 30
     assert len(killed) == sum(path.is_file() for path in tmp_path.glob("*/done.json")) == 20
     for key in ("scores", "sets", "transfer"):
         assert metrics[key] == finished[1][key]
 
 
-@pytest.mark.parametrize(
-    ("flags", "redone"),
-    [
-        (["--tau", "0.3"], {"filter", "set", "train", "test"}),
-        (["--p", "0.3"], {"set", "train", "test"}),
-        (["--training", "{learning_rate: 1}"], {"train", "test"}),
-        (["--test", "dev"], {"test"}),
-        (["--translator_decoding", "{max_new_tokens: 41}"], {"translate", "score", "filter", "set", "train", "test"}),
-        (["--answers", "{max_new_tokens: 13}"], {"collect", "translate", "score", "filter", "set", "train", "test"}),
-        (["--pretraining", "{seed: 1}"], {"base", "collect", "translate", "score", "filter", "set", "train", "test"}),
-    ],
-)
-def test_a_change_redoes_what_depends_on_it(preset, finished, tmp_path, monkeypatch, flags, redone):
-    shutil.copytree(finished[0], tmp_path / "run")
-    stage, titles = sdrrl.Study.stage, []
+class Planned(Stages):
+    """Does nothing of the work: names of the stages alone."""
 
-    def dry(self, title, work, *args, **kwargs):
-        return stage(self, title, lambda out: titles.append(title), *args, **kwargs)
+    def __call__(self, title, work, settings, **reads):
+        return super().__call__(title, lambda out: None, settings, **reads)
 
-    monkeypatch.setattr(sdrrl.Study, "stage", dry)
-    for pieces in make_study(preset, tmp_path / "run", *flags).steps().values():
-        for piece in pieces.values():
+
+def test_a_change_redoes_what_depends_on_it(preset, tmp_path):
+    def names(*flags):
+        made = make_study(preset, tmp_path, *flags)
+        made.stages = Planned(tmp_path)
+        for piece in itertools.chain(*(pieces.values() for pieces in made.steps().values())):
             piece()
-    assert {title.split("-")[0] for title in titles} == redone
-    assert ("translate-questions" in titles) == ("--translator_decoding" in flags)
+        return made.folders
+
+    base = names()
+    scored = {"score", "filter", "set", "train", "test"}
+    for key, value, redone in (
+        ("tau", "0.3", {"filter", "set", "train", "test"}),
+        ("p", "0.3", {"set", "train", "test"}),
+        ("training", "{learning_rate: 1}", {"train", "test"}),
+        ("test", "dev", {"test"}),
+        ("translator_decoding", "{max_new_tokens: 41}", {"translate", *scored}),
+        ("answers", "{max_new_tokens: 13}", {"collect", "translate", *scored}),
+        ("pretraining", "{seed: 1}", {"base", "collect", "translate", *scored}),
+    ):
+        changed = names(f"--{key}", value)
+        titles = {title for title in base if changed[title] != base[title]}
+        assert {title.split("-")[0] for title in titles} == redone, key
+        assert ("translate-questions" in titles) == (key == "translator_decoding")
 
 
 def test_arms_change_exactly_what_they_name(preset, finished, tmp_path):
@@ -572,15 +560,12 @@ def test_presets_have_their_values(tmp_path):
     [
         ("--p 2", "p must be in"),
         ("--tau 80", "tau must be in"),
-        ("--pretraining null", "pretraining and captions must be given"),
         ("--translator_kind causal --translator tiny-student", "translator_training and captions must be given"),
         ("--translator_kind seq2seq --translator tiny-student", "translator_kind must be 'causal'"),
         ("--translator_kind seq2seq", "translator must be given"),
         ("--held_out 1.0", "held_out must be in"),
-        ("--questions 0", "questions must be at least 1"),
         ("--seeds 1 1", "seeds must have at least one, each once"),
         ("--arms {bad:{combinations:[sx]}}", "combinations="),
-        ("--arms {bad:{combinations:[]}}", "combinations="),
         ("--arms {bad:{answer:own}}", "arms.bad=.*answer"),
         ("--answers {beams:2}", "answers=.*beams"),
         ("--arms {a/b:{}}", "arms must have names"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,9 @@ import self_evolution as recipe
 RECIPE = Path(recipe.__file__).parent
 TRAIN = {"num_train_epochs": 1, "learning_rate": 4e-3, "per_device_train_batch_size": 16}
 PLAN: dict[str, Any] = {
-    "train_limit": 60,
-    "test_limit": 3,
-    "valid_limit": 6,
-    "vocab": 400,
-    "max_length": 64,
-    "teacher": "tiny-student",
-    "train_teacher": TRAIN,
-    "train_student": TRAIN,
+    "train_limit": 60, "test_limit": 3, "valid_limit": 6, "vocab": 400, "max_length": 64, "teacher": "tiny-student",
+    "train_teacher": TRAIN, "train_student": TRAIN, "seeds": [0],
     "distil": {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8},
-    "seeds": [0],
     "methods": ["self_evolution", "self_evolution_quantile", "self_evolution_cached"],
     "conditions": {
         "clean": {"sentences": 8, "methods": ["sft", "forward_kd"]},
@@ -42,7 +37,7 @@ PLAN: dict[str, Any] = {
         "fresh": {"sentences": 12, "start": "scratch", "methods": ["no_evo"]},
     },
     "sweeps": {"self_evolution.gamma": {"condition": "noisy", "values": [0.1, 0.4]}},
-}
+}  # fmt: skip
 
 
 def arguments(**changes: Any) -> list[str]:
@@ -58,12 +53,20 @@ def config(**changes: Any) -> recipe.Config:
     return recipe.parse_arguments(arguments(**changes))[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cheap() -> Iterator[None]:
+    """Short translations, and no figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "translate", partial(recipe.translate, max_new_tokens=12))
+        patch.setattr(paper_table, "draw", lambda *_: {})
+        patch.setattr(paper_table, "markdown", lambda *_: "")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("table")
-    threads = torch.get_num_threads()
     assert recipe.main([*arguments(), "--output", str(folder)]) is not None
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -128,7 +131,7 @@ def test_gamma_by_quantile_of_true_difficulties(table: recipe.PaperTable) -> Non
     assert gamma == pytest.approx(float(truth.quantile(0.75)), rel=1e-3)
 
 
-def test_results_hold_everything(folder: Path, table: recipe.PaperTable, tmp_path: Path) -> None:
+def test_results_hold_everything(folder: Path, table: recipe.PaperTable) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert len(results["runs"]) == len(table.trials) + 1, "the sweep's own point"
     assert {(r["sweep"]["value"], r["seed"]) for r in results["runs"] if r["sweep"]} == {(0.1, 0), (0.4, 0)}
@@ -138,18 +141,14 @@ def test_results_hold_everything(folder: Path, table: recipe.PaperTable, tmp_pat
     found = {(r["condition"], r["method"], r["direction"], r["metric"]) for r in results["significance"]}
     pairs = {(d, m) for d in ("en-de", "de-en") for m in ("bleu", "chrf")}
     assert found == {("clean", "sft", *pair) for pair in pairs}, "other conditions have no baseline"
-    paper_table.main([str(folder / "results.json"), str(tmp_path)])
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"methods_noisy.png", "similarity.png", "sweep_gamma.png", "hard_fraction.png", "difficulty.png"} < names
-    for name in ("results.md", "results.csv"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), "results.json is all that they need"
+    rows = (folder / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 * 3 * 3, "methods x metrics x directions and their average"
 
 
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("finished work was done again")
 
-    monkeypatch.setattr(paper_table, "write_report", lambda *_: None)
     before = (folder / "results.json").read_bytes()
     for target, name in ((KDTrainer, "train"), (recipe, "translate"), (recipe, "paired_bootstrap")):
         monkeypatch.setattr(target, name, refuse)
@@ -179,7 +178,6 @@ def test_interrupted_in_every_stage(folder: Path, tmp_path: Path, monkeypatch: p
 
     for stop in stops:
         stop_at(*stop)
-    monkeypatch.setattr(paper_table, "write_report", lambda *_: None)
     some = {"noisy": {"methods": ["self_evolution_cached"]}, "fresh": {"methods": []}}
     command = arguments(conditions=some, sweeps={"self_evolution.gamma": {"values": []}})
     results = None
@@ -256,17 +254,9 @@ def test_what_a_change_does_again(change: dict, redone: set[str]) -> None:
         ({"baseline": "nothing"}, "baseline must be of"),
         ({"conditions": {"clean": {"sentences": 0}}}, r"conditions.clean: sentences must be .* at least 1, got 0"),
         ({"conditions": {"clean": {"sentence": 5}}}, "conditions.clean: got an unexpected keyword argument 'sentence'"),
-        ({"conditions": {"clean": {"start": "end"}}}, "start must be 'student' or 'scratch', got 'end'"),
         ({"distil": {"learning_rat": 1}}, "distil: learning_rat is no option"),
-        (
-            {"sweeps": {"sft.gamma": {"condition": "clean", "values": [1]}}},
-            "sweeps.sft.gamma: expected METHOD.PARAMETER",
-        ),
-        (
-            {"sweeps": {"skew.beta": {"condition": "none", "values": [1]}}},
-            "condition must be one of clean, noisy, fresh",
-        ),
-        ({"prompt": "none"}, "prompt"),
+        ({"sweeps": {"sft.gamma": {"condition": "clean", "values": [1]}}}, "sft.gamma: expected METHOD.PARAMETER"),
+        ({"sweeps": {"skew.beta": {"condition": "x", "values": [1]}}}, "condition must be one of clean, noisy, fresh"),
         ({"conditions": {"clean": {"sentences": 60}}}, "sentences must be below the 60 training pairs"),
     ],
 )
