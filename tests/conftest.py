@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -23,6 +24,10 @@ elif not torch.cuda.is_available():
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # a Trainer collects garbage when it begins: a second each time through all that is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_kd.training.codes import decode, encode, id_dtype
 from fused_kd.training.collate import padding_id
 from fused_kd.training.prompts import encode_prompts
-from fused_kd.training.stage import bind, fingerprint, lock, read_lines, write_bytes, write_lines
+from fused_kd.training.stage import bind, check_counts, fingerprint, lock, read_lines, write_bytes, write_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ class Decoding:
             mean a token. Above it longer translations win, below it shorter ones.
 
     Raises:
-        ValueError: a size below 1, a length penalty that is not finite or has no beams to rank. TypeError: no number.
+        ValueError: a size that is no int of at least 1, a length penalty that is no finite number or has no beams to
+            rank.
     """
 
     batch_size: int = 32
@@ -49,18 +50,12 @@ class Decoding:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "num_beams"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)):
-            raise TypeError(f"length_penalty must be a number, got {penalty!r}")
-        if not math.isfinite(penalty) or (penalty != 1 and self.num_beams == 1):
+        number = isinstance(penalty, (int, float)) and math.isfinite(penalty)
+        if not number or (penalty != 1 and self.num_beams == 1):
             raise ValueError(
-                f"length_penalty={penalty}, num_beams={self.num_beams}: expected a finite number, "
+                f"length_penalty={penalty!r}, num_beams={self.num_beams}: expected a finite number, "
                 "and 1 where there is no beam search"
             )
 

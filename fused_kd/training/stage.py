@@ -129,6 +129,18 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def is_count(value: Any, low: int = 1) -> bool:
+    """Whether a value is an int, no bool, of at least ``low``, that 64 bits hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 60
+
+
+def check_counts(**values: Any) -> None:
+    """Raise ``ValueError`` for the first value that is no int of at least 1."""
+    for name, value in values.items():
+        if not is_count(value):
+            raise ValueError(f"{name} must be an int of at least 1, got {str(value)[:80]}")
+
+
 @contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file for this process, or for this distributed run; it dies with the process.
@@ -286,8 +298,7 @@ def helpers(
     Raises:
         ValueError: jobs below 1.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs!r}")
+    check_counts(jobs=jobs)
     if helper:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         yield
