@@ -24,10 +24,10 @@ from tests.training.tiny import VOCAB, rows, tiny
 def trainer(
     folder: Path, student: Any, objective: Any, data: list, *, teacher: Any = None, **options: Any
 ) -> KDTrainer:
-    """KDTrainer's own options, ``eval_data``, and those of TrainingArguments."""
-    names = ("beta_schedule", "vocab_size", "temperature", "compute_metrics")
+    """KDTrainer's own options, ``eval_data``, ``collator``, and those of TrainingArguments."""
+    names = ("beta_schedule", "vocab_size", "temperature", "compute_metrics", "average")
     own = {name: options.pop(name) for name in names if name in options}
-    evaluated = options.pop("eval_data", None)
+    evaluated, collator = options.pop("eval_data", None), options.pop("collator", Collator(0))
     arguments = {
         "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2,
         "lr_scheduler_type": "constant", "logging_steps": 2, "save_strategy": "no", "report_to": [],
@@ -35,7 +35,7 @@ def trainer(
     }  # fmt: skip
     made = KDTrainer(
         student, teacher, objective, args=transformers.TrainingArguments(**arguments), train_dataset=data,
-        eval_dataset=evaluated, data_collator=Collator(0), **own,
+        eval_dataset=evaluated, data_collator=collator, **own,
     )  # fmt: skip
     made.remove_callback(transformers.trainer_callback.PrinterCallback)
     return made
@@ -156,11 +156,7 @@ def test_gradient_accumulation_is_exact(tmp_path: Path, objective: fk.objectives
 
 
 def test_ranked_tokens_are_the_trained_ones_under_dropout(tmp_path: Path) -> None:
-    student = tiny(16, seed=1)
-    student.config.attention_dropout = 0.5
-    for layer in student.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    data = rows(8)
+    student, data = tiny(16, seed=1, attention_dropout=0.5), rows(8)
     options = {"teacher": tiny(24, seed=2), "gradient_accumulation_steps": 2, "max_steps": 1}
     run = trainer(tmp_path, student, fk.SelfEvolutionTopK(fraction=0.3), data, **options)
     hard, passes = [], run._run
@@ -246,17 +242,15 @@ def test_cached_teacher(tmp_path: Path) -> None:
         row["teacher_log_probs"], row["teacher_indices"] = logits.log_softmax(-1).topk(VOCAB)
     trained = []
     for given in (Cache(), teacher):
-        student = tiny(16, seed=1)
-        run = trainer(tmp_path, student, fk.ReverseKD(), data, teacher=given, eval_data=data, optim="sgd")
+        run = kd(tmp_path, fk.ReverseKD(), data, teacher=given, eval_data=data, optim="sgd", max_steps=3)
         run.train()
-        trained.append((weights(student), run.evaluate()["eval_loss"]))
+        trained.append((weights(run.model), run.evaluate()["eval_loss"]))
     assert_same_weights(trained[0][0], trained[1][0], 1e-5)
     assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-5)
-    trainer(tmp_path, tiny(16, seed=1), fk.SFT(), data, teacher=Cache(), max_steps=1).train()
-    with pytest.raises(
-        ValueError, match=r"batch must have teacher_log_probs and teacher_indices for the cached teacher"
-    ):
-        trainer(tmp_path, tiny(16, seed=1), fk.NoEvo(), rows(4), teacher=Cache()).train()
+    kd(tmp_path, fk.SFT(), data, teacher=Cache(), max_steps=1).train()
+    message = "batch must have teacher_log_probs and teacher_indices for the cached teacher"
+    with pytest.raises(ValueError, match=message):
+        kd(tmp_path, fk.NoEvo(), rows(4), teacher=Cache()).train()
 
 
 def test_cached_lists_keep_their_digits_under_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,10 +266,9 @@ def test_cached_lists_keep_their_digits_under_deepspeed(tmp_path: Path, monkeypa
 def test_compiled_body(tmp_path: Path) -> None:
     trained = []
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        student = tiny(16, seed=1)
-        run = trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(24, seed=2), max_steps=1, **arguments)
+        run = kd(tmp_path, fk.NoEvo(), rows(4), max_steps=1, **arguments)
         run.train()
-        trained.append(weights(student))
+        trained.append(weights(run.model))
     assert_same_weights(trained[0], trained[1], 1e-6)
 
 
