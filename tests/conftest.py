@@ -26,10 +26,6 @@ import pytest
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    gc.freeze()  # a Trainer collects garbage when it begins: a second each time through all that is imported
-
-
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
@@ -69,6 +65,13 @@ def _spare_time() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> None:
+    """Each training collects garbage: of what was imported before, a second of work for nothing."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -264,11 +264,10 @@ def _teacher_lists(
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
                 inputs = collate([{name: rows[index][name] for name in ("input_ids", "labels")} for index in batch])
+                inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
                 valid = inputs.pop("labels")[:, 1:] != LABEL_PAD
                 with torch.no_grad():
-                    hidden = hidden_states(
-                        teacher, **{name: value.to(teacher.device) for name, value in inputs.items()}
-                    )
+                    hidden = hidden_states(teacher, **inputs)
                     head = lm_head_of(teacher, hidden[:, :-1][valid.to(hidden.device)])
                 found = top_k_log_probs(head, k, vocab_size, memory)
                 lists_of_rows = (part.split(valid.sum(1).tolist()) for part in found)

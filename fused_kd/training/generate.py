@@ -120,36 +120,31 @@ class Generations(Sequence[Generation]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.k: int | None = None
-        self._made: dict[int, dict[str, Any]] = {}
-        self._place: dict[int, tuple[Path, slice]] = {}
+        made: dict[int, tuple[dict[str, Any], Path, slice]] = {}
         for file in sorted(self.folder.glob("batches/*.jsonl")):
             offset, lists = 0, file.with_suffix(".safetensors")
             for line in read_lines(file):
-                made = json.loads(line)
-                stop = offset + len(made["ids"])
-                self._made[made["index"]], self._place[made["index"]] = made, (lists, slice(offset, stop))
+                row = json.loads(line)
+                stop = offset + len(row["ids"])
+                made[row.pop("index")] = row, lists, slice(offset, stop)
                 offset = stop
             if lists.is_file():
                 self.k = _read(lists, slice(0, 0))["indices"].shape[1]
+        self._made = [made[index] for index in range(len(made))]
 
     def __len__(self) -> int:
         return len(self._made)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"continuation {index} of {len(self)}")
-        made = self._made[index % len(self)]
+        """One of them, by its number alone."""
+        row, lists, tokens = self._made[index]
         if self.k is None:
-            return Generation(made["ids"], made["text"], made["finished"])
-        arrays = _read(*self._place[index % len(self)])
-        return Generation(
-            made["ids"], made["text"], made["finished"], decode(arrays), arrays["indices"].astype(np.int64)
-        )
+            return Generation(**row)
+        arrays = _read(lists, tokens)
+        return Generation(**row, log_probs=decode(arrays), indices=arrays["indices"].astype(np.int64))
 
     def texts(self) -> list[str]:
-        return [self._made[index]["text"] for index in range(len(self))]
+        return [row["text"] for row, _, _ in self._made]
 
 
 def generate_to(
