@@ -18,7 +18,15 @@ from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_
 from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.stage import check_counts, check_writable, fingerprint_file, lock, write_bytes, write_json
+from fused_kd.training.stage import (
+    check_counts,
+    check_same,
+    check_writable,
+    fingerprint_file,
+    lock,
+    write_bytes,
+    write_json,
+)
 from fused_kd.training.teacher_cache import (
     FORMAT,
     INDEX,
@@ -195,13 +203,7 @@ def write_lists(
             "format": FORMAT, **settings, "fingerprints": fingerprints, "about": dict(about), "shards": [],
         }  # fmt: skip
         theirs = {**{name: index[name] for name in settings}, **index["fingerprints"]}
-        ours = {**settings, **fingerprints}
-        if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-            changes = "; ".join(f"{n}: {str(theirs.get(n))[:12]} -> {str(ours.get(n))[:12]}" for n in other)
-            raise ValueError(
-                f"output={str(folder)!r} holds a teacher cache made with other arguments ({changes}): give another "
-                "folder, or repeat the old arguments to go on"
-            )
+        check_same(folder, theirs, {**settings, **fingerprints})
         finished = {s["file"]: s for s in index["shards"] if shard_fault(folder, index, s, checksum=True) is None}
         with tqdm(total=len(data), desc="teacher cache", unit="row", disable=not progress) as bar:
             for start in range(0, len(data), shard_rows):

@@ -200,6 +200,12 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
     known = read_json(path)
     if not isinstance(known, dict):
         raise ValueError(f"{path} says what its folder was made with, and is damaged: give another folder")
+    check_same(folder, known, given)
+    return folder
+
+
+def check_same(folder: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where the arguments that a folder was made with differ from those given now."""
     differing = sorted(key for key in known.keys() | given.keys() if known.get(key) != given.get(key))
     if differing:
         changes = "; ".join(f"{key}: {str(known.get(key))[:80]} -> {str(given.get(key))[:80]}" for key in differing)
@@ -207,7 +213,6 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
             f"output={str(folder)!r} was made with other arguments ({changes}): give another folder, or repeat the old "
             "arguments to go on"
         )
-    return folder
 
 
 class Stages:
