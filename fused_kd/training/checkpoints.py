@@ -138,14 +138,12 @@ class WholeCheckpoints(Trainer):
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} {fault}: give a whole one, or, if you know "
                 "that another trainer wrote it to its end, call fused_kd.training.checkpoints.seal(Path(...)) on it"
             )
-        if not resume_from_checkpoint:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finder = _BestOfMoved(Path(resume_from_checkpoint))
-        self.add_callback(finder)
+        if resume_from_checkpoint:
+            self.add_callback(_BestOfMoved(Path(resume_from_checkpoint)))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.remove_callback(finder)
+            self.remove_callback(_BestOfMoved)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

@@ -129,15 +129,10 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def is_count(value: Any, low: int = 1) -> bool:
-    """Whether a value is an int, no bool, of at least ``low``, that 64 bits hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 60
-
-
 def check_counts(**values: Any) -> None:
-    """Raise ``ValueError`` for the first value that is no int of at least 1."""
+    """Raise ``ValueError`` for the first value that is no int of at least 1, or one that 64 bits do not hold."""
     for name, value in values.items():
-        if not is_count(value):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 60:
             raise ValueError(f"{name} must be an int of at least 1, got {str(value)[:80]}")
 
 
