@@ -67,7 +67,9 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     if not isinstance(read_json(checkpoint / "trainer_state.json"), dict):
         return "has no trainer_state.json that can be read"
     best = _best(checkpoint)
-    fault = None if best in (None, checkpoint) else fault_of(best)
+    if best is None or best == checkpoint:
+        return None
+    fault = fault_of(best)
     return fault and f"needs the best one, {best.name}, which {fault}"
 
 

@@ -85,7 +85,7 @@ class TeacherCache:
         self.k, self.vocab_size, self.dtype = index["k"], index["vocab_size"], index["dtype"]
         self.fingerprints: dict[str, str | None] = index["fingerprints"]
         self.about: dict[str, Any] = index["about"]
-        self._rows, self._shard_rows = index["rows"], index["shard_rows"]
+        self._rows, self._shard_rows = int(index["rows"]), int(index["shard_rows"])
         files = [shard["file"] for shard in self._shards]
         count = -(-self._rows // self._shard_rows)
         if len(files) != count or files != [shard_name(number) for number in range(count)]:
