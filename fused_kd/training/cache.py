@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,22 @@ from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_
 from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.stage import check_writable, fingerprint_file, lock, write_bytes, write_json
+from fused_kd.training.stage import (
+    check_counts,
+    check_same,
+    check_writable,
+    fingerprint_file,
+    lock,
+    write_bytes,
+    write_json,
+)
 from fused_kd.training.teacher_cache import (
     FORMAT,
     INDEX,
     AnyRows,
     TeacherCache,
-    fingerprint_rows,
     fingerprint_teacher,
-    fingerprint_template,
-    fingerprint_tokenizer,
-    is_count,
+    fingerprints_of,
     read_index,
     repetition,
     shard_fault,
@@ -87,9 +92,7 @@ def write_cache(
             folder made with other arguments or from something else (the message says which).
     """
     vocab_size = len(tokenizer)
-    for name, value in (("batch_size", batch_size), ("memory", memory)):
-        _check_count(name, value)
-    _check(rows, k, vocab_size, dtype, shard_rows)
+    check_counts(batch_size=batch_size, memory=memory)
     width = teacher.get_output_embeddings().weight.shape[0]
     if width < vocab_size:
         raise ValueError(f"the teacher's head has {width} rows, fewer than the {vocab_size} tokens of the tokenizer")
@@ -178,14 +181,15 @@ def write_lists(
     ``about`` are names for people.
     """
     vocab_size = len(tokenizer)
-    _check(rows, k, vocab_size, dtype, shard_rows)
     data: Any = rows
-    fingerprints = {
-        "tokenizer": fingerprint_tokenizer(tokenizer),
-        "data": fingerprint_rows(rows),
-        "template": fingerprint_template(template),
-        **made_from,
-    }
+    check_counts(k=k, shard_rows=shard_rows)
+    if k > vocab_size:
+        raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+    if not len(data):
+        raise ValueError("rows is empty: expected at least one row")
+    fingerprints = {**fingerprints_of(tokenizer, rows, template), **made_from}
     settings = {"k": k, "vocab_size": vocab_size, "dtype": dtype, "rows": len(data), "shard_rows": shard_rows}
     folder = Path(folder)
     check_writable(folder)
@@ -199,13 +203,7 @@ def write_lists(
             "format": FORMAT, **settings, "fingerprints": fingerprints, "about": dict(about), "shards": [],
         }  # fmt: skip
         theirs = {**{name: index[name] for name in settings}, **index["fingerprints"]}
-        ours = {**settings, **fingerprints}
-        if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-            changes = "; ".join(f"{n}: {str(theirs.get(n))[:12]} -> {str(ours.get(n))[:12]}" for n in other)
-            raise ValueError(
-                f"output={str(folder)!r} holds a teacher cache made with other arguments ({changes}): give another "
-                "folder, or repeat the old arguments to go on"
-            )
+        check_same(folder, theirs, {**settings, **fingerprints})
         finished = {s["file"]: s for s in index["shards"] if shard_fault(folder, index, s, checksum=True) is None}
         with tqdm(total=len(data), desc="teacher cache", unit="row", disable=not progress) as bar:
             for start in range(0, len(data), shard_rows):
@@ -216,22 +214,6 @@ def write_lists(
                 finished[name] = _write_shard(folder / name, source, data, start, stop, k, vocab_size, dtype, bar)
                 write_json(folder / INDEX, {**index, "shards": [finished[file] for file in sorted(finished)]})
     return TeacherCache(folder, verify=False)
-
-
-def _check(rows: AnyRows, k: int, vocab_size: int, dtype: str, shard_rows: int) -> None:
-    for name, value in (("k", k), ("shard_rows", shard_rows)):
-        _check_count(name, value)
-    if k > vocab_size:
-        raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    if not len(rows):  # type: ignore[arg-type]
-        raise ValueError("rows is empty: expected at least one row")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not is_count(value):
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
 def _write_shard(
@@ -276,14 +258,6 @@ def _teacher_lists(
 ) -> Source:
     collate = Collator(pad)
 
-    @torch.no_grad()
-    def batch_lists(batch: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
-        inputs = collate([{name: rows[index][name] for name in ("input_ids", "labels")} for index in batch])
-        valid = inputs.pop("labels")[:, 1:] != LABEL_PAD
-        hidden = hidden_states(teacher, **{name: value.to(teacher.device) for name, value in inputs.items()})
-        head = lm_head_of(teacher, hidden[:, :-1][valid.to(hidden.device)])
-        return *top_k_log_probs(head, k, vocab_size, memory), valid.sum(1).tolist()
-
     def lists(start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         order = sorted(range(start, stop), key=lambda index: -len(rows[index]["input_ids"]))
         was_training = teacher.training
@@ -291,8 +265,15 @@ def _teacher_lists(
         try:
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
-                log_probs, indices, counts = batch_lists(batch)
-                for index, values, ids in zip(batch, log_probs.split(counts), indices.split(counts), strict=True):
+                inputs = collate([{name: rows[index][name] for name in ("input_ids", "labels")} for index in batch])
+                inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
+                valid = inputs.pop("labels")[:, 1:] != LABEL_PAD
+                with torch.no_grad():
+                    hidden = hidden_states(teacher, **inputs)
+                    head = lm_head_of(teacher, hidden[:, :-1][valid.to(hidden.device)])
+                found = top_k_log_probs(head, k, vocab_size, memory)
+                lists_of_rows = (part.split(valid.sum(1).tolist()) for part in found)
+                for index, values, ids in zip(batch, *lists_of_rows, strict=True):
                     yield index, values.numpy(), ids.numpy()
         finally:
             teacher.train(was_training)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,30 +20,28 @@ _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 def seal(folder: Path) -> None:
     """Put all that is in a folder on disk, and then its manifest: from now on it counts as whole."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    found = sorted(folder.rglob("*"))
-    for path in (*found, folder):
+    for path in (*folder.rglob("*"), folder):
         flush(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found if path.is_file()}
-    write_json(folder / MANIFEST, {"files": sizes})
+    write_json(folder / MANIFEST, {"files": _sizes(folder)})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def fault_of(folder: Path) -> str | None:
     """Why a folder has not all that :func:`seal` saw in it, or None where it has: files are compared by their sizes."""
     manifest = read_json(folder / MANIFEST)
-    sizes = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(sizes, dict) or not sizes:
+    sealed = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(sealed, dict) or not sealed:
         return f"has no {MANIFEST} that can be read, which is written last"
-    for name, size in sizes.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or type(size) is not int:
-            return f"has a {MANIFEST} of files within it and their sizes, but for {name[:80]!r}: {str(size)[:80]}"
-        try:
-            found = os.stat(folder / name)
-        except (OSError, ValueError):
+    found = _sizes(folder)
+    for name, size in sealed.items():
+        if name not in found:
             return f"lacks {name[:80]}"
-        if not stat.S_ISREG(found.st_mode):
-            return f"lacks {name}"
-        if found.st_size != size:
-            return f"has {found.st_size} bytes of {name} instead of {size}"
+        if found[name] != size:
+            return f"has {found[name]} bytes of {name} instead of {size}"
     return None
 
 
@@ -68,25 +64,19 @@ def last_checkpoint(folder: Path, *, set_aside: bool = False) -> Path | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    state = read_json(checkpoint / "trainer_state.json")
-    if not isinstance(state, dict):
+    if not isinstance(read_json(checkpoint / "trainer_state.json"), dict):
         return "has no trainer_state.json that can be read"
-    if state.get("best_model_checkpoint") is None:
-        return None
-    best = _best(checkpoint, state)
-    if best is None:
-        return f"has a best_model_checkpoint that is no checkpoint's path: {str(state['best_model_checkpoint'])[:80]!r}"
-    if best == checkpoint:
+    best = _best(checkpoint)
+    if best is None or best == checkpoint:
         return None
     fault = fault_of(best)
     return fault and f"needs the best one, {best.name}, which {fault}"
 
 
-def _best(checkpoint: Path, state: Any) -> Path | None:
+def _best(checkpoint: Path) -> Path | None:
     """The best checkpoint that a checkpoint's state names: beside it, wherever the run was when that was written."""
-    best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
-    name = Path(best).name if isinstance(best, str) else ""
-    return checkpoint.with_name(name) if _NAME.fullmatch(name) else None
+    named = read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+    return None if named is None else checkpoint.parent / Path(str(named)).name
 
 
 def check_room(folder: Path, model: torch.nn.Module) -> None:
@@ -118,7 +108,7 @@ class _BestOfMoved(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        best = _best(self.checkpoint, read_json(self.checkpoint / "trainer_state.json"))
+        best = _best(self.checkpoint)
         if best is not None and fault_of(best) is None:
             state.best_model_checkpoint = str(best)
 
@@ -150,14 +140,12 @@ class WholeCheckpoints(Trainer):
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} {fault}: give a whole one, or, if you know "
                 "that another trainer wrote it to its end, call fused_kd.training.checkpoints.seal(Path(...)) on it"
             )
-        if not resume_from_checkpoint:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finder = _BestOfMoved(Path(resume_from_checkpoint))
-        self.add_callback(finder)
+        if resume_from_checkpoint:
+            self.add_callback(_BestOfMoved(Path(resume_from_checkpoint)))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.remove_callback(finder)
+            self.remove_callback(_BestOfMoved)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

@@ -219,12 +219,8 @@ def load_trained(model: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     saved, own = load_file(file), trained_tensors(model)
-    differing = [
-        name
-        for name in sorted(saved.keys() | own.keys())
-        if name not in saved or name not in own or saved[name].shape != own[name].shape
-    ]
-    if differing:
+    shapes = [{(name, value.shape) for name, value in tensors.items()} for tensors in (saved, own)]
+    if differing := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
         raise ValueError(f"{file} is of another model: {len(differing)} tensors differ ({', '.join(differing[:3])})")
     with torch.no_grad():
         for name, value in saved.items():

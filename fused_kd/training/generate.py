@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_kd.training.codes import decode, encode, id_dtype
 from fused_kd.training.collate import padding_id
 from fused_kd.training.prompts import encode_prompts
-from fused_kd.training.stage import bind, fingerprint, lock, read_lines, write_bytes, write_lines
+from fused_kd.training.stage import bind, check_counts, fingerprint, lock, read_lines, write_bytes, write_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ class Decoding:
             mean a token. Above it longer translations win, below it shorter ones.
 
     Raises:
-        ValueError: a size below 1, a length penalty that is not finite or has no beams to rank. TypeError: no number.
+        ValueError: a size that is no int of at least 1, a length penalty that is no finite number or has no beams to
+            rank.
     """
 
     batch_size: int = 32
@@ -49,18 +50,12 @@ class Decoding:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "num_beams"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
         penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)):
-            raise TypeError(f"length_penalty must be a number, got {penalty!r}")
-        if not math.isfinite(penalty) or (penalty != 1 and self.num_beams == 1):
+        number = isinstance(penalty, (int, float)) and math.isfinite(penalty)
+        if not number or (penalty != 1 and self.num_beams == 1):
             raise ValueError(
-                f"length_penalty={penalty}, num_beams={self.num_beams}: expected a finite number, "
+                f"length_penalty={penalty!r}, num_beams={self.num_beams}: expected a finite number, "
                 "and 1 where there is no beam search"
             )
 
@@ -125,36 +120,31 @@ class Generations(Sequence[Generation]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.k: int | None = None
-        self._made: dict[int, dict[str, Any]] = {}
-        self._place: dict[int, tuple[Path, slice]] = {}
+        made: dict[int, tuple[dict[str, Any], Path, slice]] = {}
         for file in sorted(self.folder.glob("batches/*.jsonl")):
             offset, lists = 0, file.with_suffix(".safetensors")
             for line in read_lines(file):
-                made = json.loads(line)
-                stop = offset + len(made["ids"])
-                self._made[made["index"]], self._place[made["index"]] = made, (lists, slice(offset, stop))
+                row = json.loads(line)
+                stop = offset + len(row["ids"])
+                made[row.pop("index")] = row, lists, slice(offset, stop)
                 offset = stop
             if lists.is_file():
                 self.k = _read(lists, slice(0, 0))["indices"].shape[1]
+        self._made = [made[index] for index in range(len(made))]
 
     def __len__(self) -> int:
         return len(self._made)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"continuation {index} of {len(self)}")
-        made = self._made[index % len(self)]
+        """One of them, by its number alone."""
+        row, lists, tokens = self._made[index]
         if self.k is None:
-            return Generation(made["ids"], made["text"], made["finished"])
-        arrays = _read(*self._place[index % len(self)])
-        return Generation(
-            made["ids"], made["text"], made["finished"], decode(arrays), arrays["indices"].astype(np.int64)
-        )
+            return Generation(**row)
+        arrays = _read(lists, tokens)
+        return Generation(**row, log_probs=decode(arrays), indices=arrays["indices"].astype(np.int64))
 
     def texts(self) -> list[str]:
-        return [self._made[index]["text"] for index in range(len(self))]
+        return [row["text"] for row, _, _ in self._made]
 
 
 def generate_to(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 TRACEBACK = "FUSED_KD_TRACEBACK"
 _OURS = tuple(str(folder) for folder in (Path(__file__).parents[1], Path(sys.argv[0]).resolve().parent))
-_LARGEST = 1 << 16  # characters of a YAML file
 
 
 def parse(
@@ -128,13 +127,6 @@ def _prepare(action: argparse.Action, hint: Any) -> None:
         action.type = optional
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    value = _read_yaml(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a mapping of keys to values, got {text[:80]!r}")
-    return value
-
-
 def _as_flags(key: str, value: Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [f"--{key}", *map(_as_text, value)]
@@ -146,22 +138,20 @@ def _as_text(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML without aliases, keys that occur twice, and keys that are no text; 2e-5 is a number."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"aliases are not taken (line {self.peek_event().start_mark.line + 1})")
-        return super().compose_node(parent, index)
+    """YAML without keys that occur twice or are no text; 2e-5 is a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, (part, _) in zip(keys, node.value, strict=True):
+        seen = set()
+        for part, _ in node.value:
             line = part.start_mark.line + 1
-            if part.tag != "tag:yaml.org,2002:str":
-                kind = part.tag.rpartition(":")[2]
-                raise ValueError(f"the key {str(key)[:80]!r} is read as {kind}, not as text: quote it (line {line})")
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key[:80]!r} is there twice (line {line})")
+            kind = part.tag.rpartition(":")[2]
+            if kind != "str":
+                raise ValueError(
+                    f"the key {str(part.value)[:80]!r} is read as {kind}, not text: quote it (line {line})"
+                )
+            if part.value in seen:
+                raise ValueError(f"the key {part.value[:80]!r} is there twice (line {line})")
+            seen.add(part.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
@@ -171,28 +161,24 @@ _FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def _read_yaml(text: str) -> Any:
-    loader = _Loader(text)
+def _mapping(text: str) -> dict[str, Any]:
     try:
-        return loader.get_single_data()
-    except (yaml.YAMLError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping of keys to values, got {text[:80]!r}")
+    return value
 
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as opened:
-            text = opened.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise ValueError(f"more than {_LARGEST} characters")
-        value = _read_yaml(text) if text.strip() else {}
-    except (OSError, ValueError) as error:
+        text = file.read_text(encoding="utf-8")
+        return _mapping(text) if text.strip() else {}
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a mapping of keys to values, got {str(value)[:80]!r}")
-    return value
 
 
 def make_console(**options: Any) -> Console:

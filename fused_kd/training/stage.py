@@ -129,6 +129,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def check_counts(**values: Any) -> None:
+    """Raise ``ValueError`` for the first value that is no int of at least 1, or one that 64 bits do not hold."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 60:
+            raise ValueError(f"{name} must be an int of at least 1, got {str(value)[:80]}")
+
+
 @contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file for this process, or for this distributed run; it dies with the process.
@@ -188,6 +195,12 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
     known = read_json(path)
     if not isinstance(known, dict):
         raise ValueError(f"{path} says what its folder was made with, and is damaged: give another folder")
+    check_same(folder, known, given)
+    return folder
+
+
+def check_same(folder: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where the arguments that a folder was made with differ from those given now."""
     differing = sorted(key for key in known.keys() | given.keys() if known.get(key) != given.get(key))
     if differing:
         changes = "; ".join(f"{key}: {str(known.get(key))[:80]} -> {str(given.get(key))[:80]}" for key in differing)
@@ -195,7 +208,6 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
             f"output={str(folder)!r} was made with other arguments ({changes}): give another folder, or repeat the old "
             "arguments to go on"
         )
-    return folder
 
 
 class Stages:
@@ -286,8 +298,7 @@ def helpers(
     Raises:
         ValueError: jobs below 1.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs!r}")
+    check_counts(jobs=jobs)
     if helper:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         yield

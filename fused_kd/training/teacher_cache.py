@@ -26,7 +26,7 @@ from fused_kd.inputs import TAILS
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.training.codes import DTYPES, EXCESS, decode, id_dtype, mass
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.stage import fingerprint, fingerprint_file
+from fused_kd.training.stage import check_counts, fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,14 +82,15 @@ class TeacherCache:
         if index is None:
             raise ValueError(f"folder={str(folder)!r} holds no teacher cache: there is no {INDEX}")
         self._shards: list[dict[str, Any]] = index["shards"]
-        self.k, self.vocab_size, self.dtype = int(index["k"]), int(index["vocab_size"]), str(index["dtype"])
+        self.k, self.vocab_size, self.dtype = index["k"], index["vocab_size"], index["dtype"]
         self.fingerprints: dict[str, str | None] = index["fingerprints"]
         self.about: dict[str, Any] = index["about"]
         self._rows, self._shard_rows = int(index["rows"]), int(index["shard_rows"])
         files = [shard["file"] for shard in self._shards]
-        if len(files) != shard_count(index) or files != [shard_name(number) for number in range(len(files))]:
+        count = -(-self._rows // self._shard_rows)
+        if len(files) != count or files != [shard_name(number) for number in range(count)]:
             raise ValueError(
-                f"the teacher cache in {self.folder} is not finished ({len(files)} of {shard_count(index)} shards): "
+                f"the teacher cache in {self.folder} is not finished ({len(files)} of {count} shards): "
                 "run the command that makes it again"
             )
         for shard in self._shards:
@@ -156,14 +157,8 @@ class TeacherCache:
         Raises:
             ValueError: names every part in ``PARTS`` that differs.
         """
-        given: dict[str, str | None] = {
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-            "data": fingerprint_rows(rows),
-            "template": fingerprint_template(template),
-        }
-        if teacher is not None:
-            given |= fingerprint_teacher(teacher)
-        self._compare(given)
+        given = fingerprints_of(tokenizer, rows, template)
+        self._compare(given if teacher is None else {**given, **fingerprint_teacher(teacher)})
 
     def rows(self, dataset: AnyRows) -> CachedRows:
         """The rows of ``dataset``, which must be those that the cache was made for, each with its lists.
@@ -229,9 +224,15 @@ def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:
     return np.flatnonzero(np.asarray(labels)[1:] != LABEL_PAD)
 
 
-def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of which token has which id."""
-    return fingerprint(sorted(tokenizer.get_vocab().items()))
+def fingerprints_of(
+    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
+) -> dict[str, str | None]:
+    """SHA-256 of which token has which id, of the rows, and of the template's text, whose name does not matter."""
+    return {
+        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "data": fingerprint_rows(rows),
+        "template": fingerprint(get_prompt(template).template),
+    }
 
 
 def fingerprint_rows(rows: AnyRows) -> str:
@@ -244,11 +245,6 @@ def fingerprint_rows(rows: AnyRows) -> str:
             array = np.asarray(values, dtype="<i8")
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
-
-
-def fingerprint_template(template: PromptTemplate | str) -> str:
-    """SHA-256 of the template's text; its name does not matter."""
-    return fingerprint(get_prompt(template).template)
 
 
 def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
@@ -289,27 +285,15 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_index(index: dict[str, Any]) -> None:
-    for name in ("k", "vocab_size", "rows", "shard_rows"):
-        if not is_count(index[name]):
-            raise ValueError(f"{name} must be an int of at least 1, got {str(index[name])[:80]}")
+    check_counts(**{name: index[name] for name in ("k", "vocab_size", "rows", "shard_rows")})
     if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES:
         raise ValueError(f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}")
-    if not isinstance(index["about"], dict) or not all(
-        isinstance(v, str | None) for v in index["fingerprints"].values()
-    ):
-        raise ValueError("about and fingerprints must be objects, of texts")
     for shard in index["shards"]:
         number = int(Path(shard["file"]).stem)
         rows = min(index["rows"] - number * index["shard_rows"], index["shard_rows"])
-        counts = [shard["rows"] == rows, *(is_count(shard[name], 0) for name in ("rows", "tokens", "bytes"))]
-        sums = [0 <= shard["mass_min"] <= 1 + EXCESS, 0 <= shard["mass_sum"] <= shard["tokens"] * (1 + EXCESS)]
-        if shard["file"] != shard_name(number) or not isinstance(shard["sha256"], str) or not all(counts + sums):
+        sound = 0 <= shard["mass_min"] <= 1 + EXCESS and 0 <= shard["mass_sum"] <= shard["tokens"] * (1 + EXCESS)
+        if shard["file"] != shard_name(number) or shard["rows"] != rows or not sound:
             raise ValueError(f"no shard can be {str(shard)[:200]}")
-
-
-def shard_count(index: Mapping[str, Any]) -> int:
-    """How many shards the finished cache has."""
-    return -(-int(index["rows"]) // int(index["shard_rows"]))
 
 
 def shard_name(number: int) -> str:
@@ -349,8 +333,3 @@ def _layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str, Any]
     if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
         return f"has offsets that do not rise from 0 to its {tokens} tokens"
     return None
-
-
-def is_count(value: Any, low: int = 1) -> bool:
-    """Whether a value is an int, no bool, of at least ``low``, that 64 bits hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 60

@@ -7,6 +7,8 @@ launch. A process that dies takes the others of its launch with it, as under tor
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import importlib
 import json
 import os
@@ -25,6 +27,7 @@ import fused_kd as fk
 from fused_kd.training.checkpoints import last_checkpoint
 from fused_kd.training.collate import Collator
 from fused_kd.training.trainer import KDTrainer
+from tests.training.scripts import script
 from tests.training.tiny import rows
 from tests.training.tiny import tiny as tiny_model
 
@@ -43,7 +46,7 @@ ZERO3 = {
 
 
 def tiny(hidden: int, seed: int, tied: bool = False, dropout: float = 0.0) -> transformers.PreTrainedModel:
-    return tiny_model(hidden, seed, layers=2, tie_word_embeddings=tied, attention_dropout=dropout)
+    return tiny_model(hidden, seed, tie_word_embeddings=tied, attention_dropout=dropout)
 
 
 def with_lora(model: transformers.PreTrainedModel) -> Any:
@@ -104,7 +107,7 @@ def held(model: torch.nn.Module) -> int:
 
 
 class Snapshots(transformers.TrainerCallback):
-    """Keeps the weights before the first step and after each."""
+    """Keeps the weights before the first step, after it and at the end."""
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -114,7 +117,8 @@ class Snapshots(transformers.TrainerCallback):
         self.weights.append(whole(model, self.engine))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append(whole(model, self.engine))
+        if state.global_step in (1, state.max_steps):
+            self.weights.append(whole(model, self.engine))
 
 
 class Killed(KDTrainer):
@@ -134,13 +138,12 @@ class Killed(KDTrainer):
 
 def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) -> dict[str, Any]:
     """Train as ``case`` says; in one process the batches are as large as those of all processes together."""
-    extra = dict(case.get("arguments", {}))
-    batch = case.get("batch", 2) * (1 if processes > 1 else case.get("ranks", 2))
+    batch = 2 if processes > 1 else 4
     options: dict[str, Any] = {
         "output_dir": str(folder / case.get("output", case["name"])),
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch,
-        "max_steps": 5,
+        "max_steps": 3,
         "learning_rate": 0.5,
         "optim": "sgd",
         "lr_scheduler_type": "linear",
@@ -150,7 +153,7 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 0,
-        **extra,
+        **case.get("arguments", {}),
     }
     if engine == "fsdp2" and not case.get("pretrained"):
         options["fsdp"] = True
@@ -160,13 +163,13 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
             "cpu_ram_efficient_loading": "state_dict" in case,
         }
     if engine == "zero3" and not case.get("pretrained"):
-        options["deepspeed"] = json.loads(json.dumps(ZERO3))
+        options["deepspeed"] = copy.deepcopy(ZERO3)
     if engine == "ddp":
         options["use_cpu"] = True
     arguments = transformers.TrainingArguments(**options)
     name, parameters = case["objective"]
     data = rows(case.get("rows", 19))
-    teacher: Any = None if name == "sft" else tiny(24, seed=2, tied=case.get("tied", False))
+    teacher: Any = tiny(24, seed=2, tied=case.get("tied", False))
     if case.get("cached"):
         teacher, data = Cache(), with_top_k(data)
     student = tiny(16, seed=1, tied=case.get("tied", False), dropout=case.get("dropout", 0.0))
@@ -245,7 +248,9 @@ def run_rank(launch: dict[str, Any], rank: int, port: int) -> None:
         shard_on_cpu(launch["engine"])
     if "config" in launch:
         os.environ.update(environment_of(launch["config"]), ACCELERATE_MIXED_PRECISION="no")
-    for case in launch["cases"]:
+    if "train" in launch:
+        script("train").main(launch["train"])
+    for case in launch.get("cases", ()):
         result = run_case(case, folder, launch["engine"], 2)
         if rank == 0:
             torch.save(result, folder / f"{case['name']}.pt")
@@ -293,9 +298,10 @@ def run_launch(launch: dict[str, Any]) -> list[int]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in ("deepspeed", "peft", "torch.distributed.fsdp"):
+    for name in ("deepspeed", "functorch.compile", "numpy.ctypeslib", "peft", "torch.distributed.fsdp"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # the engines collect often, and walk through all that is imported
     path = Path(sys.argv[1])
     codes = {}
     for launch in json.loads(path.read_text()):

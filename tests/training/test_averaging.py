@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM
 
 import fused_kd as fk
 from fused_kd.integrations.labels import denominator, sequence_weights, without_first_targets
 from fused_kd.training.collate import Collator, PackingCollator
-from fused_kd.training.trainer import KDTrainer
 from tests.training.distributed_worker import Cache, with_top_k
+from tests.training.test_trainer import logged, trainer
+from tests.training.tiny import tiny
 
 ROWS = [
     {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]},
@@ -34,25 +35,19 @@ def test_weights_sum_to_one_a_sequence() -> None:
         assert (int(denominator(batch, "sequences")), int(denominator(batch, "tokens"))) == (3, 7)
 
 
+STEP = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "logging_steps": 1}
+
+
 def model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    return LlamaForCausalLM(config)
+    return tiny(16, seed, vocab=32)
 
 
 @pytest.mark.parametrize("collator", [Collator(0), PackingCollator()], ids=["padded", "packed"])
 def test_a_step_is_that_of_the_mean_over_sequences(tmp_path: Path, collator) -> None:
     student, teacher, plain = model(0), model(1), model(0)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd",
-        learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = KDTrainer(
-        student, teacher, fk.NoEvo(), average="sequences", args=arguments, train_dataset=ROWS, eval_dataset=ROWS,
-        data_collator=collator,
+    run = trainer(
+        tmp_path, student, fk.NoEvo(), ROWS, teacher=teacher, eval_data=ROWS, average="sequences", collator=collator,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0, **STEP,
     )  # fmt: skip
 
     losses = []
@@ -66,10 +61,9 @@ def test_a_step_is_that_of_the_mean_over_sequences(tmp_path: Path, collator) -> 
             losses.append((target * (target.log() - log_q)).sum(-1).mean())
     loss = torch.stack(losses).mean()
     loss.backward()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), rel=1e-5)
-    trainer.train()
-    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    assert logged == pytest.approx(float(loss), rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(float(loss), rel=1e-5)
+    run.train()
+    assert logged(run)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
     for (name, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
         error = (ours - (theirs - 0.5 * theirs.grad)).norm() / (0.5 * theirs.grad).norm().clamp(min=1e-12)
         assert error < 1e-4, name
@@ -93,20 +87,13 @@ def test_padding_on_the_left_predicts_nothing(tmp_path: Path, average: str, cach
         data = with_top_k(data, teacher=model(1))
     runs = []
     for collator in (Collator(0), Collator(0, side="left"), Left()):
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=1, per_device_train_batch_size=4, optim="sgd", learning_rate=0.5,
-            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        run = KDTrainer(
-            model(0), Cache() if cached else model(1), fk.ForwardKD(), average=average, args=arguments,
-            train_dataset=data, eval_dataset=data, data_collator=collator,
-        )  # fmt: skip
+        options = {"teacher": Cache() if cached else model(1), "average": average, "eval_data": data}
+        run = trainer(tmp_path, model(0), fk.ForwardKD(), data, collator=collator, **options, **STEP)
         evaluated = run.evaluate()["eval_loss"]
         run.train()
-        logged = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
-        runs.append((evaluated, logged, run.model.lm_head.weight.detach()))
-    for evaluated, logged, weight in runs[1:]:
-        assert (evaluated, logged) == pytest.approx(runs[0][:2], rel=1e-6)
+        runs.append((evaluated, logged(run)[0]["loss"], run.model.lm_head.weight.detach()))
+    for evaluated, trained, weight in runs[1:]:
+        assert (evaluated, trained) == pytest.approx(runs[0][:2], rel=1e-6)
         torch.testing.assert_close(weight, runs[0][2])
 
 
@@ -125,4 +112,4 @@ def test_first_tokens_by_mask_or_position() -> None:
 
 def test_unknown_averages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="average must be 'tokens' or 'sequences', got 'rows'"):
-        KDTrainer(model(0), model(1), fk.NoEvo(), average="rows", args=TrainingArguments(str(tmp_path)))
+        trainer(tmp_path, model(0), fk.NoEvo(), ROWS, teacher=model(1), average="rows")

@@ -1,4 +1,4 @@
-"""Continuations on disk: their tokens, and the lists that belong to exactly those tokens."""
+"""Continuations: in batches as alone, on disk with the lists that belong to exactly their tokens, scored."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 pytest.importorskip("transformers")
 
+from fused_kd.training.data import Pair
 from fused_kd.training.generate import Decoding, generate, generate_to
-from fused_kd.training.prompts import encode_prompts
+from fused_kd.training.prompts import encode_prompts, get_prompt
+from fused_kd.training.score import score, translate
 
 from .byte_level import make_tokenizer
 from .tiny import tiny
@@ -29,6 +31,12 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny(32, 0, vocab=len(tokenizer) + 5, layers=2).eval()  # a padded head
+
+
+@pytest.fixture
+def own(tokenizer):
+    """A model that a test may change, on the tokenizer's vocabulary."""
+    return tiny(32, 0, vocab=len(tokenizer), layers=2, attention_dropout=0.5)
 
 
 def full_logits(model, prompt, ids):
@@ -74,11 +82,13 @@ def test_eos_ends_a_continuation_and_keeps_its_list(tmp_path, model, tokenizer):
 def test_texts_are_those_of_generate(tmp_path, model, tokenizer):
     for beams in (1, 3):
         texts = generate(model, tokenizer, PROMPTS, max_new_tokens=6, num_beams=beams, progress=False)
+        ids = encode_prompts(tokenizer, PROMPTS)
+        assert generate(model, tokenizer, ids, max_new_tokens=6, num_beams=beams, progress=False) == texts
         decoding = Decoding(2, 6, beams)
         made = generate_to(tmp_path / str(beams), model, tokenizer, PROMPTS, decoding, progress=False)
         assert [" ".join(text.split()) for text in made.texts()] == texts
         assert made[0].log_probs is None and made.k is None
-        assert [generation.text for generation in made] == made.texts() == [g.text for g in made[:]]
+        assert [generation.text for generation in made] == made.texts()
 
 
 def test_a_kill_loses_one_batch_at_most(tmp_path, model, tokenizer, monkeypatch):
@@ -144,3 +154,111 @@ def test_a_folder_is_bound_to_its_prompts(tmp_path, model, tokenizer):
         generate_to(tmp_path, model, tokenizer, PROMPTS[1:2], Decoding(2, 2), progress=False)
     with pytest.raises(ValueError, match="other arguments"):
         generate_to(tmp_path, model, tokenizer, PROMPTS[:1], Decoding(2, 3), progress=False)
+
+
+def test_settings_of_the_checkpoint_do_not_change_decoding(own, tokenizer) -> None:
+    plain = generate(own, tokenizer, PROMPTS, max_new_tokens=8, progress=False)
+    given = type(own.generation_config)(
+        repetition_penalty=50.0, do_sample=True, temperature=9.0, num_beams=3, max_length=5, eos_token_id=40
+    )
+    own.generation_config = given
+    assert generate(own, tokenizer, PROMPTS, max_new_tokens=8, progress=False) == plain
+    assert own.generation_config is given
+
+
+def test_modes_are_restored(own, tokenizer) -> None:
+    own.train()
+    own.model.layers[0].eval()
+    before = [module.training for module in own.modules()]
+    generate(own, tokenizer, PROMPTS[:2], max_new_tokens=2, progress=False)
+    assert [module.training for module in own.modules()] == before and own.training
+    own.generate = None
+    with pytest.raises(TypeError):
+        generate(own, tokenizer, PROMPTS[:2], max_new_tokens=2, progress=False)
+    assert [module.training for module in own.modules()] == before
+
+
+def test_beam_search_in_batches_is_beam_search_alone(own, tokenizer) -> None:
+    expected = []
+    for ids in encode_prompts(tokenizer, PROMPTS):
+        row = torch.tensor([ids])
+        output = own.eval().generate(
+            row, attention_mask=torch.ones_like(row), do_sample=False, num_beams=4, max_new_tokens=4,
+            pad_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+        text = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+        expected.append(" ".join(str(text).split()))
+    made = generate(own, tokenizer, PROMPTS, max_new_tokens=4, num_beams=4, progress=False)
+    assert made == expected
+    assert made != generate(own, tokenizer, PROMPTS, max_new_tokens=4, progress=False)
+
+
+def best_continuation(model, ids: list[int], eos: int, penalty: float) -> list[int]:
+    """Of all continuations of one token (EOS) or two, the one with the best log-probability / length ** penalty."""
+    with torch.no_grad():
+        first = model.eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        rows = torch.tensor([[*ids, token] for token in range(len(first))])
+        second = model(rows).logits[:, -1].log_softmax(-1)
+    both = first[:, None] + second
+    both[eos] = -torch.inf
+    if first[eos] > both.max() / 2**penalty:
+        return [eos]
+    return list(divmod(int(both.argmax()), len(first)))
+
+
+def test_beam_search_ranks_by_the_penalised_length(own, tokenizer) -> None:
+    """As many beams as tokens leave out nothing, so the best of all continuations must win."""
+    eos, prompts = tokenizer.eos_token_id, encode_prompts(tokenizer, PROMPTS)
+    with torch.no_grad():
+        final = own.eval().model(torch.tensor([prompts[0]])).last_hidden_state[0, -1]
+        own.lm_head.weight[eos] = final * 0.25
+    empty = []
+    for penalty in (-2.0, 1.0, 5.0):
+        best = [best_continuation(own, ids, eos, penalty) for ids in prompts]
+        expected = [" ".join(str(tokenizer.decode(ids, skip_special_tokens=True)).split()) for ids in best]
+        options = {"max_new_tokens": 2, "num_beams": len(tokenizer), "length_penalty": penalty, "progress": False}
+        assert generate(own, tokenizer, prompts, **options) == expected
+        empty.append(best.count([eos]))
+    assert empty[0] > empty[1] > empty[2]
+
+
+def test_progress_bar_counts_sentences(own, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(own, tokenizer, PROMPTS[:3], batch_size=2, max_new_tokens=2)
+    assert "3/3" in capsys.readouterr().err
+    generate(own, tokenizer, PROMPTS[:3], max_new_tokens=2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "prompts is empty"),
+        ("one string", {}, TypeError, "one string"),
+        (["a", [1, 2]], {}, TypeError, "both mixed"),
+        ([[1], []], {}, ValueError, r"prompts\[1\] has no tokens"),
+        (["a"], {"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
+        (["a"], {"num_beams": 1.5}, ValueError, "num_beams must be an int of at least 1, got 1.5"),
+        (["a"], {"length_penalty": 0.5}, ValueError, "length_penalty=0.5, num_beams=1"),
+        (["a"], {"length_penalty": float("nan"), "num_beams": 2}, ValueError, "length_penalty=nan"),
+        (["a"], {"length_penalty": "1", "num_beams": 2}, ValueError, "length_penalty='1'"),
+    ],
+)
+def test_bad_prompts_and_decodings(
+    own, tokenizer, prompts, options: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(own, tokenizer, prompts, **options)
+
+
+def test_translate_renders_generates_and_scores(own, tokenizer) -> None:
+    pytest.importorskip("sacrebleu")
+    pairs = [Pair(text, text) for text in TEXTS]
+    made, scores = translate(own, tokenizer, pairs, "en-de", "tiny", max_new_tokens=6, progress=False)
+    prompts = [get_prompt("tiny").render(text, "en-de") for text in TEXTS]
+    assert made == generate(own, tokenizer, prompts, max_new_tokens=6, progress=False)
+    assert scores == score(made, TEXTS)
+    options = {"max_new_tokens": 6, "num_beams": 3, "length_penalty": 0.0, "progress": False}
+    beams, _ = translate(own, tokenizer, pairs, "en-de", "tiny", **options)
+    assert beams == generate(own, tokenizer, prompts, **options) != made
+    with pytest.raises(ValueError, match="length_penalty="):
+        translate(own, tokenizer, pairs, "en-de", "tiny", length_penalty=0.5)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from fused_kd.training.score import paired_bootstrap, score, significant_over_seeds, similarity
+from fused_kd.training.score import paired_bootstrap, score, similarity
 
 sacrebleu = pytest.importorskip("sacrebleu")
 
@@ -78,26 +80,38 @@ SYSTEMS = {
 }
 
 
-def bootstrap(made: list[str], other: list[str], metric: Callable, samples: int = 400) -> tuple[float, float]:
-    """The difference, and how often a resampled one strays from the mean by more than it."""
-    rng, real = random.Random(9), metric(made, REFERENCES) - metric(other, REFERENCES)
-    drawn = []
-    for _ in range(samples):
-        chosen = rng.choices(range(len(made)), k=len(made))
-        a, b, references = ([texts[i] for i in chosen] for texts in (made, other, REFERENCES))
-        drawn.append(abs(metric(a, references) - metric(b, references)))
-    mean = sum(drawn) / samples
-    return real, (sum(value - mean > abs(real) for value in drawn) + 1) / (samples + 1)
+def statistics(made: str, wanted: str) -> list[int]:
+    """Of a sentence: words made and wanted, then n-grams that match and n-grams for n of 1 to 4."""
+    counts = [len(made.split()), len(wanted.split())]
+    for n in range(1, 5):
+        a, b = (Counter(zip(*(text.split()[i:] for i in range(n)), strict=False)) for text in (made, wanted))
+        counts += [(a & b).total(), a.total()]
+    return counts
+
+
+def bleu(counts: np.ndarray) -> float:
+    made, wanted, *ngrams = counts.sum(0)
+    return float(100 * min(1, np.exp(1 - wanted / made)) * np.prod(np.divide(ngrams[::2], ngrams[1::2])) ** 0.25)
+
+
+def bootstrap(system: str, other: str, samples: int = 1000) -> tuple[float, float]:
+    """The difference in BLEU, and how often a resampled one strays from the mean by more than it."""
+    counts = [np.array(list(map(statistics, SYSTEMS[name], REFERENCES))) for name in (system, other)]
+    real, rng = bleu(counts[0]) - bleu(counts[1]), np.random.default_rng(9)
+    drawn = np.empty(samples)
+    for i, chosen in enumerate(rng.integers(len(REFERENCES), size=(samples, len(REFERENCES)))):
+        drawn[i] = abs(bleu(counts[0][chosen]) - bleu(counts[1][chosen]))
+    return real, ((drawn - drawn.mean() > abs(real)).sum() + 1) / (samples + 1)
 
 
 def test_paired_bootstrap_is_what_it_says() -> None:
     found = {(test.system, test.metric): test for test in paired_bootstrap(SYSTEMS, REFERENCES, "base", samples=400)}
     assert list(found) == [(name, metric) for name in ("better", "alike", "same") for metric in ("bleu", "chrf")]
     for name in ("better", "alike"):
-        delta, p = bootstrap(SYSTEMS[name], SYSTEMS["base"], lambda a, b: score(a, b).bleu)
+        delta, p = bootstrap(name, "base")
         test = found[name, "bleu"]
         assert test.delta == pytest.approx(delta) and test.score == pytest.approx(score(SYSTEMS[name], REFERENCES).bleu)
-        assert test.p_value == pytest.approx(p, abs=0.08)
+        assert test.p_value == pytest.approx(p, abs=0.06)
         assert abs(test.mean - test.score) < 2 and 0 < test.ci < 15 and "bs:400|seed:12345" in test.signature
     assert found["better", "chrf"].p_value < 0.05 < found["alike", "chrf"].p_value
     assert found["same", "bleu"].p_value == found["same", "chrf"].p_value == 1.0
@@ -106,27 +120,16 @@ def test_paired_bootstrap_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"baseline": "none"}, ValueError, "baseline='none': expected one of at least two systems"),
-        ({"systems": {"base": SYSTEMS["base"]}}, ValueError, "at least two systems"),
-        ({"systems": {**SYSTEMS, "short": ["a"]}}, ValueError, "1 systems"),
-        ({"metrics": "bleu"}, ValueError, "metrics="),
-        ({"metrics": ["ter"]}, ValueError, "metrics="),
-        ({"samples": 0}, ValueError, "samples=0"),
-        ({"seed": 0}, ValueError, "seed=0"),
-        ({"samples": 1.0}, TypeError, "samples must be an int"),
+        ({"baseline": "none"}, "baseline='none': expected one of at least two systems"),
+        ({"systems": {"base": SYSTEMS["base"]}}, "at least two systems"),
+        ({"systems": {**SYSTEMS, "short": ["a"]}}, "1 systems"),
+        ({"samples": 0}, "samples must be an int of at least 1, got 0"),
+        ({"samples": 1.0}, "samples must be an int"),
+        ({"seed": 0}, "seed must be an int of at least 1, got 0"),
     ],
 )
-def test_bad_comparisons(options: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_bad_comparisons(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         paired_bootstrap(**{"systems": SYSTEMS, "references": REFERENCES, "baseline": "base", **options})
-
-
-def test_the_rule_over_seeds() -> None:
-    assert significant_over_seeds([0.01, 0.04], [1.0, 0.2])
-    assert not significant_over_seeds([0.01, 0.06], [1.0, 0.2])
-    assert not significant_over_seeds([0.01, 0.01], [1.0, -0.2])
-    for values, deltas in (([], []), ([0.1], [1.0, 2.0]), ([1.5], [1.0])):
-        with pytest.raises(ValueError):
-            significant_over_seeds(values, deltas)

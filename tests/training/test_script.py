@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -18,10 +15,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from fused_kd.training.script import make_console, parse, run_script, stoppable
 from fused_kd.training.trainer import KDTrainer
+from tests.training.scripts import CONFIGS, ROOT, script
 from tests.training.test_checkpoints import training, weights
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "configs"
 SFT = [CONFIGS / "tiny.yaml", CONFIGS / "methods" / "sft.yaml", "--student", "tiny-student", "--train_limit", "20"]
 
 
@@ -55,12 +51,10 @@ def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
     [
         ("", [], "--data"),
         ("data: x\nlimt: 1", [], r"f\.yaml: unknown keys limt: expected some of data, directions"),
-        ("data: x\ndata: y", [], r"f\.yaml cannot be read: the key 'data' is there twice .line 1"),
-        ("no: x", [], "the key 'no' is read as bool, not as text: quote it"),
-        ("data: &a [1]\nsweeps: [*a]", [], "aliases are not taken"),
+        ("data: x\ndata: y", [], r"f\.yaml cannot be read: the key 'data' is there twice .line 2"),
+        ("no: x", [], "the key 'no' is read as bool, not text: quote it"),
         ("data: [", [], r"f\.yaml cannot be read: not YAML"),
-        ("[1]", [], r"f\.yaml: expected a mapping of keys to values, got '\[1\]'"),
-        ("data: " + "x" * (1 << 16), [], "more than 65536 characters"),
+        ("[1]", [], r"f\.yaml cannot be read: expected a mapping of keys to values, got '\[1\]'"),
         ("data: x\nlimit: many", [], "--limit: invalid int value: 'many'"),
         ("data: x\nkind: three", [], "--kind: invalid choice: 'three'"),
         ("data: x\npretrain: 5", [], "--pretrain: expected a mapping of keys to values, got '5'"),
@@ -86,13 +80,6 @@ def test_every_option_of_a_training_may_come_from_a_file(tmp_path: Path) -> None
         bound = train.settle(options, arguments)
         assert arguments.learning_rate == 2e-3 and bound["prompt"] == "tiny" and not arguments.bf16
         assert (options.select == "best") == arguments.load_best_model_at_end
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "examples" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.stem)
@@ -142,8 +129,7 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.count(path) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, number: signal.Signals, capsys) -> None:
+def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, capsys) -> None:
     """Between two checkpoints, to the same weights."""
 
     class Signal(TrainerCallback):
@@ -156,12 +142,14 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, number: sign
             run.train(run.last_checkpoint())
         return weights(run)
 
-    cut = training(tmp_path / "cut")
-    cut.add_callback(Signal())
-    with pytest.raises(SystemExit) as ended:
-        run_script(lambda: train(cut))
-    assert ended.value.code == 128 + number and "stopping after this step" in capsys.readouterr().err
-    again = training(tmp_path / "cut")
-    assert again.last_checkpoint() == str(tmp_path / "cut" / "checkpoint-3")
-    ours, theirs = train(again), train(training(tmp_path / "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    theirs = train(training(tmp_path / "whole"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        cut = training(tmp_path / number.name)
+        cut.add_callback(Signal())
+        with pytest.raises(SystemExit) as ended:
+            run_script(partial(train, cut))
+        assert ended.value.code == 128 + number and "stopping after this step" in capsys.readouterr().err
+        again = training(tmp_path / number.name)
+        assert again.last_checkpoint() == str(tmp_path / number.name / "checkpoint-3")
+        ours = train(again)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

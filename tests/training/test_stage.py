@@ -6,15 +6,24 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from fused_kd.training.stage import Stages, bind, check_writable, helpers, lock, read_json, remove_folder, write_json
+from fused_kd.training.stage import (
+    Stages,
+    bind,
+    check_writable,
+    helpers,
+    lock,
+    read_json,
+    remove_folder,
+    replace_folder,
+    write_json,
+)
+from tests.training.forking import ended, fork
 
 
 @dataclasses.dataclass
@@ -117,23 +126,17 @@ def test_processes_share_pieces_and_do_each_stage_once(tmp_path: Path) -> None:
     assert all((folder / "done.json").is_file() for folder in tmp_path.glob("[xy]-*"))
 
 
-KILLED = """
-import pathlib, sys, time
-from fused_kd.training.stage import Stages
-def work(out):
-    (out / "begun").touch()
-    time.sleep(600)
-Stages(sys.argv[1])("s", work, {})
-"""
-
-
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.DEVNULL)
+    def work(out: Path) -> None:
+        (out / "begun").touch()
+        time.sleep(600)
+
+    pid = fork(lambda: Stages(tmp_path)("s", work, {}))
     wait_for(lambda: list(tmp_path.glob("s-*/begun")))
     with lock(next((tmp_path / ".locks").iterdir()), wait=False) as mine:
         assert not mine
-    process.kill()
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
     folder = Stages(tmp_path)("s", lambda out: (out / "made").touch(), {})
     assert (folder / "made").exists() and (folder / "begun").exists()
 
@@ -168,9 +171,12 @@ def test_a_folder_is_bound_to_its_arguments(tmp_path: Path) -> None:
 
 def test_removing_a_folder_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "other" / "within").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "other")
+    for name in ("link", "place"):
+        (tmp_path / name).symlink_to(tmp_path / "other")
     remove_folder(tmp_path / "link")
-    assert [path.name for path in tmp_path.rglob("*")] == ["other", "within"]
+    (tmp_path / "made.partial").mkdir()
+    replace_folder(tmp_path / "made.partial", tmp_path / "place")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["other", "place", "within"]
 
 
 HELPER = """
@@ -185,12 +191,6 @@ from fused_kd.training import stage
 stage._POLL_SECONDS = 0.05
 with stage.helpers("none", [], 2, folder, helper=True):
     (folder / f"ready{os.getpid()}").touch()
-    time.sleep(600)
-"""
-FIRST = """
-import sys, time
-from fused_kd.training.stage import helpers
-with helpers(sys.argv[1], [sys.argv[2]], 2, sys.argv[2]):
     time.sleep(600)
 """
 
@@ -221,10 +221,14 @@ def test_helpers_end_with_the_first_process(tmp_path: Path, capsys) -> None:
         wait_for(lambda: len(pids()) == 2)
     assert all(map(gone, pids())) and (tmp_path / "worker-2.log").read_text() == "here\n"
 
-    first = subprocess.Popen([sys.executable, "-c", FIRST, str(script), str(tmp_path)])
+    def first() -> None:
+        with helpers(str(script), [str(tmp_path)], 2, tmp_path):
+            time.sleep(600)
+
+    pid = fork(first)
     wait_for(lambda: list(tmp_path.glob("ready*")))
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
     wait_for(lambda: all(map(gone, pids())))
 
     (tmp_path / "fail").touch()
@@ -233,5 +237,5 @@ def test_helpers_end_with_the_first_process(tmp_path: Path, capsys) -> None:
         wait_for(lambda: len(pids()) > before)
         time.sleep(0.3)
     assert "its work was done here: see" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"), helpers("x.py", [], 0, tmp_path):
+    with pytest.raises(ValueError, match="jobs must be an int of at least 1, got 0"), helpers("x.py", [], 0, tmp_path):
         pass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,30 +19,7 @@ from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.prompts import tokenize_pairs
 from fused_kd.training.teacher_cache import target_positions
 from fused_kd.training.trainer import KDTrainer
-from tests.training.test_script import CONFIGS, ROOT, script
-
-TINY = [str(CONFIGS / "paper.yaml"), str(CONFIGS / "tiny.yaml")]
-SMALL = {
-    "train_limit": 24, "valid_limit": 4, "vocab": 400, "global_batch": 16, "per_device_train_batch_size": 8,
-    "num_train_epochs": 1,
-}  # fmt: skip
-
-
-def command(method: str, output: Path, **changes: object) -> list[str]:
-    flags = [f"--{key}={value}" for key, value in {**SMALL, "output": output, **changes}.items()]
-    return [*TINY, str(CONFIGS / "methods" / f"{method}.yaml"), *flags]
-
-
-def train(method: str, output: Path, **changes: object) -> dict:
-    return script("train").main(command(method, output, **changes))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return sum(float((one[name] - other[name]).norm() ** 2) for name in one) ** 0.5
+from tests.training.scripts import apart, script, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +75,6 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
         train("self_evolution_quantile", tmp_path / "cut", **pair)
     ours, theirs = (weights(tmp_path / name / "model") for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    finished = tmp_path / "cut" / "model" / "model.safetensors"
-    finished.write_bytes(finished.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="instead of .*: trained again"):
-        train("self_evolution_quantile", tmp_path / "cut", **pair)
-    assert apart(weights(tmp_path / "cut" / "model"), theirs) == 0
     monkeypatch.setattr(KDTrainer, "training_step", None)
     train("self_evolution_quantile", tmp_path / "cut", **pair)  # done already
     with pytest.raises(ValueError, match=r"made with other arguments \(learning_rate: 0\.002 -> 0\.1\)"):
@@ -192,13 +162,13 @@ def test_packed_rows_train_as_padded_ones_do(teacher: Path, tmp_path: Path) -> N
     assert apart(a, start) > 0.1 and apart(a, b) < 1e-2 * apart(a, start)
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True, "dtype": "bfloat16"}], ids=["auto", "bf16"])
-def test_a_student_in_half_precision_is_trained_in_float32(teacher: Path, tmp_path: Path, changes: dict) -> None:
+def test_a_student_in_half_precision_is_trained_in_float32(teacher: Path, tmp_path: Path) -> None:
     """At a late training's learning rate nearly every weight moves; of bf16 weights few would."""
     half = tmp_path / "half"
     load_model(teacher, load_tokenizer(teacher), 0, dtype=torch.bfloat16).save_pretrained(half)
     load_tokenizer(teacher).save_pretrained(half)
-    train("no_evo", tmp_path, teacher=half, student=half, learning_rate=2e-5, warmup_steps=0, **changes)
+    half_precision = {"bf16": True, "dtype": "bfloat16"}
+    train("no_evo", tmp_path, teacher=half, student=half, learning_rate=2e-5, warmup_steps=0, **half_precision)
     start, end = weights(half), weights(tmp_path / "model")
     assert {value.dtype for value in start.values()} == {torch.bfloat16}
     assert {value.dtype for value in end.values()} == {torch.float32}
@@ -221,26 +191,6 @@ def test_a_tokenizer_without_padding_token_and_adapters(teacher: Path, tmp_path:
     assert all(torch.equal(one[name], other[name]) for name in one)
     kept = tmp_path / "without" / "model"
     assert generate(load_model(kept, load_tokenizer(kept), 0), load_tokenizer(kept), ["en: a", "en: a cat"])
-
-
-def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
-    """Under torchrun the global batch is divided, and the same model comes out."""
-    pair = {"teacher": teacher, "student": teacher, "directions": "de-en"}
-    train("self_evolution_top_k", tmp_path / "one", **pair)
-    flags = command("self_evolution_top_k", tmp_path / "two", **pair, per_device_train_batch_size=4)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(ROOT / "examples" / "train.py"), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "global batch 16 = 2 processes x 4 sentences x 2 steps" in done.stdout
-    start, one, two = (weights(f) for f in (teacher, tmp_path / "one" / "model", tmp_path / "two" / "model"))
-    assert apart(one, start) > 0.1 and apart(one, two) < 1e-3 * apart(one, start)
 
 
 def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
