@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
@@ -111,7 +111,7 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
-        self.teacher: Any = teacher if self.cache is None else None
+        self.teacher: Any = cast(Any, teacher if self.cache is None else None)
         check_arguments(args, kwargs)
         if model is None:
             raise ValueError("model must be given, got None")

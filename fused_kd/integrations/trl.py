@@ -123,7 +123,8 @@ class FusedLoss(Trainer):
         with _one_vocab_size(model, teacher_model):
             super().__init__(model, teacher_model, args, *positional, **trainer_args)
         if temperature is None:
-            temperature = float(self.args.temperature) if self.loss_at_sampling_temperature else 1.0
+            settings: Any = self.args
+            temperature = float(settings.temperature) if self.loss_at_sampling_temperature else 1.0
         self.loss_options["temperature"] = temperature
         student: Any = self.accelerator.unwrap_model(self.model)
         teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
