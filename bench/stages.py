@@ -28,6 +28,8 @@ from .worker import row as row_of
 EASY, HARD, MIXED = Variant("easy"), Variant("hard"), Variant()
 ROW_TOKENS = 2048
 BACKENDS = ("triton", "cuda")
+# What memcheck runs, and what a rehearsal has for tests.
+SANITIZED, REHEARSED = ROOT / "tests" / "test_gpu.py", ROOT / "tests" / "test_tuning.py"
 
 
 class Run:
@@ -136,7 +138,7 @@ def _tests(run: Run) -> int:
     if importlib.util.find_spec("pytest") is None:
         run.add("tests", "missing", reason="pytest is not installed")
         return 0
-    select = [_test_file("test_tuning.py"), "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
+    select = [str(REHEARSED), "-m", ""] if run.rehearse else [*gpu_tests.gpu_files(), "-m", "gpu"]
     found = gpu_tests.run_tests(
         run.out / "tests" / run.lines.code,  # what passed with other code must pass again
         gpu_tests.TEST_SECONDS,
@@ -149,10 +151,6 @@ def _tests(run: Run) -> int:
     run.add("tests", "failed" if first else "ok", reason=first, **found)
     print(first)
     return int(bool(first))
-
-
-def _test_file(name: str) -> str:
-    return str(next((ROOT / "tests").rglob(name)))
 
 
 def _tool(run: Run, name: str, options: list[str], command: list[str], log: str) -> None:
@@ -173,7 +171,7 @@ def _sanitizer(run: Run) -> None:
     """memcheck on two small tests of the CUDA row."""
     (run.out / "sanitizer").mkdir(exist_ok=True)
     share = ["-p", "bench.gpu_tests", "--share", "0/10", "--lines", str(run.out / "sanitizer" / "lines.jsonl")]
-    pytest = ["-m", "pytest", _test_file("test_gpu.py"), "-m", "gpu", "-k", "cuda_row and small"]
+    pytest = ["-m", "pytest", str(SANITIZED), "-m", "gpu", "-k", "cuda_row and small"]
     # cuda-bindings asks for functions that a driver may lack: refused calls are no fault of a kernel.
     options = ["--tool", "memcheck", "--error-exitcode", "3", "--report-api-errors", "no"]
     _tool(run, "compute-sanitizer", options, [*pytest, "-p", "no:cacheprovider", *share], "sanitizer.log")

@@ -260,3 +260,7 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
 def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert __main__.main(["gpu", "--out", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_memcheck_runs_the_tests_of_the_cuda_row():
+    assert "def test_cuda_row" in stages.SANITIZED.read_text()
