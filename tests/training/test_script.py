@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.count(path) == 2
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's ``&`` starts its command with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, capsys) -> None:
     """Between two checkpoints, to the same weights."""
 
