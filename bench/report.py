@@ -372,16 +372,17 @@ def write_report(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench report")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="a run's .json, a GPU's gpu.jsonl")
+    code = 0
     try:
         for path in parser.parse_args(arguments).results:
-            if path.suffix == ".jsonl":
-                gpu.report(path.parent)
+            if path.name == "gpu.jsonl":
+                code = max(code, gpu.report(path.parent))
             else:
                 print(write_report(path))
     except (OSError, ValueError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from .rows.select import BACKENDS, choose_backend
 
 PACKAGES = ("triton", "transformers", "cuda-core", "accelerate", "trl", "peft", "deepspeed")
 DTYPES = dict(zip(("fp32", "bf16", "fp16"), FLOAT_DTYPES, strict=True))
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 WIDTH = 110
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -137,7 +137,12 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def furthest(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest of the pairs' relative errors."""
-    return max(relative(a, e) for a, e in zip(actual, expected, strict=True))
+    return worst(relative(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest, or NaN where one is: ``max`` would pass it over."""
+    return float(torch.tensor([*errors], dtype=torch.float64).max())
 
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -191,7 +191,7 @@ def write_report(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
         figure.savefig(content, format="png", dpi=130)
         paths.append(folder / f"{name}.png")
         write_bytes(paths[-1], content.getvalue())
-    rows = pd.concat([table.records() for table in tables.values()])
+    rows = pd.concat([pd.DataFrame(columns=CSV), *(table.records() for table in tables.values())])
     write_text(folder / "results.csv", rows.to_csv(index=False))
     write_text(folder / "results.md", markdown(results, tables, list(figures)) + "\n")
     return [folder / "results.md", folder / "results.csv", *paths]
@@ -250,10 +250,13 @@ def draw(results: Results, tables: Mapping[tuple[str, str], Table]) -> dict[str,
     with matplotlib.rc_context(STYLE):
         for condition in results.conditions:
             figures[f"methods_{file_name(condition)}"] = draw_bars([tables[condition, m] for m in ("bleu", "chrf")])
-        figures["similarity"] = draw_bars([table for (_, metric), table in tables.items() if metric == "similarity"])
+        similarities = [table for (_, metric), table in tables.items() if metric == "similarity"]
+        if similarities:
+            figures["similarity"] = draw_bars(similarities)
         for parameter in results.runs.parameter.dropna().unique():
             figures[f"sweep_{file_name(parameter)}"] = draw_sweep(results, parameter)
-        return figures | {key: draw_curves(results, key, label) for key, label in CURVES.items()}
+        logged = [key for key in CURVES if results.logs[key].notna().any()]
+        return figures | {key: draw_curves(results, key, CURVES[key]) for key in logged}
 
 
 def draw_bars(tables: Sequence[Table]) -> Figure:
@@ -340,6 +343,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args = parser.parse_args(argv)
     if (found := read_json(Path(args.results))) is None:
         raise ValueError(f"results={args.results!r}: no such file, or no JSON")
+    if not isinstance(found, dict) or "runs" not in found:
+        raise ValueError(f"results={args.results!r}: no results.json of the recipe")
     written = write_report(found, args.folder)
     print(*written, sep="\n")
     return written

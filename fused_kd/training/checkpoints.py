@@ -64,19 +64,25 @@ def last_checkpoint(folder: Path, *, set_aside: bool = False) -> Path | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    if not isinstance(read_json(checkpoint / "trainer_state.json"), dict):
+    state = read_json(checkpoint / "trainer_state.json")
+    if not isinstance(state, dict):
         return "has no trainer_state.json that can be read"
-    best = _best(checkpoint)
-    if best is None or best == checkpoint:
+    named = state.get("best_model_checkpoint")
+    if named is None:
+        return None
+    best = _best(checkpoint, named)
+    if best is None:
+        return f"has a best_model_checkpoint that is no checkpoint's path: {str(named)[:80]!r}"
+    if best == checkpoint:
         return None
     fault = fault_of(best)
     return fault and f"needs the best one, {best.name}, which {fault}"
 
 
-def _best(checkpoint: Path) -> Path | None:
+def _best(checkpoint: Path, named: Any) -> Path | None:
     """The best checkpoint that a checkpoint's state names: beside it, wherever the run was when that was written."""
-    named = read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
-    return None if named is None else checkpoint.parent / Path(str(named)).name
+    name = Path(named).name if isinstance(named, str) else ""
+    return checkpoint.with_name(name) if _NAME.fullmatch(name) else None
 
 
 def check_room(folder: Path, model: torch.nn.Module) -> None:
@@ -108,7 +114,7 @@ class _BestOfMoved(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        best = _best(self.checkpoint)
+        best = _best(self.checkpoint, state.best_model_checkpoint)
         if best is not None and fault_of(best) is None:
             state.best_model_checkpoint = str(best)
 

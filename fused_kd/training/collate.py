@@ -81,7 +81,7 @@ class Collator:
             "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], 0),
             "labels": self._padded([row["labels"] for row in rows], LABEL_PAD),
         }
-        if self.side == "left":
+        if self.side == "left" and batch["labels"].shape[1]:
             batch = without_first_targets(batch)
         if any("teacher_log_probs" in row for row in rows):
             batch |= self._teacher_lists(rows, batch["labels"][:, 1:] != LABEL_PAD)

@@ -55,7 +55,7 @@ def parse_direction(direction: str) -> tuple[str, str]:
     Raises:
         ValueError: not two different language codes joined by a hyphen.
     """
-    match = _DIRECTION.fullmatch(direction)
+    match = _DIRECTION.fullmatch(str(direction))
     if match is None or match[1] == match[2]:
         raise ValueError(
             f"direction={direction!r}: expected two different language codes and a hyphen, such as 'en-de'"

@@ -53,6 +53,7 @@ def read_rows(
 
     Raises:
         ValueError: a missing path or split, text without its other side, or a file that cannot be read.
+        ImportError: a hub name without `datasets`.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -79,8 +80,8 @@ def select(
     ``parse`` makes an item of a row's value, or says what is wrong with it; that raises, or with `skip_bad`
     goes into one warning. ``what`` names the rows in the error for none at all.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1, or None")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit={limit!r}: expected an int of at least 1, or None")
     items: list[Item] = []
     complaints: list[str] = []
     for place, value in rows:
@@ -136,7 +137,7 @@ def find_file(directory: Path, split: str, languages: tuple[str, str] | None = N
             "split may be a file's stem, and text needs a file of each language"
         )
     best = sorted(name for place, name in ranked if place == min(ranked)[0])
-    if len(best) > 1 and wanted != "test":
+    if len(best) > 1 and wanted not in ("test", None):
         raise ValueError(
             f"split={split!r} is ambiguous in {directory} ({', '.join(best)}): give a full file stem as split"
         )
@@ -195,8 +196,13 @@ def _hash_split(text: str | None) -> str | None:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"source={source!r} is not a file or directory, and hub data sets need the 'datasets' package: "
+            "install fused_kd[train]"
+        ) from error
     name, _, config = source.partition(":")
     try:
         known = datasets.get_dataset_split_names(name, config or None)
@@ -278,17 +284,20 @@ def json_rows(path: Path) -> Iterator[Row]:
     """The rows of a file of one JSON object a line, or of arrays of them, plain or gzip.
 
     Raises:
-        ValueError: it cannot be read, or is an array that is broken or followed by anything.
+        ValueError: it cannot be read, or is an array that is broken.
     """
     for place, value in json_values(path):
-        if isinstance(value, list):
-            yield from (Row(f"{place}, row {number}", row) for number, row in enumerate(value, start=1))
-        else:
-            yield Row(place, value)
+        array = isinstance(value, list)
+        for number, row in enumerate(value if array else [value], start=1):
+            fault = None if isinstance(row, ValueError) else text_fault(json.dumps(row, ensure_ascii=False))
+            broken = fault is not None and fault.startswith("not UTF-8")  # an escaped surrogate is its text's own fault
+            yield Row(f"{place}, row {number}" if array else place, ValueError(fault) if broken else row)
 
 
 def json_values(path: Path) -> Iterator[Row]:
     """The values of a file that has one a line, or one on many lines; a line that is broken is a `ValueError`.
+
+    In a value on many lines, bytes that are not UTF-8 are lone surrogates: see `text_fault`.
 
     Raises:
         ValueError: it cannot be read, or is a broken array: what comes after the break cannot be found.
@@ -296,7 +305,7 @@ def json_values(path: Path) -> Iterator[Row]:
     with reading(path) as file:
         begin, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (1, ""))
         if first and isinstance(json_value(first), ValueError):
-            whole = json_value("\n" * (begin - 1) + first + file.read())
+            whole = _parsed("\n" * (begin - 1) + first + file.read())
             if not isinstance(whole, ValueError):
                 yield Row(f"{path}, line {begin}", whole)
                 return
@@ -310,8 +319,12 @@ def json_values(path: Path) -> Iterator[Row]:
 
 def json_value(text: str) -> Any:
     """The value of a JSON text, or a `ValueError` that says what is wrong with it."""
+    return ValueError(fault) if (fault := text_fault(text)) else _parsed(text)
+
+
+def _parsed(text: str) -> Any:
     try:
-        return ValueError(fault) if (fault := text_fault(text)) else json.loads(text)
+        return json.loads(text)
     except RecursionError:
         return ValueError("not JSON: nested too deeply")
     except ValueError as error:

@@ -155,6 +155,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"aliases are not taken (line {self.peek_event().start_mark.line + 1})")
+        return super().compose_node(parent, index)
+
 
 # YAML 1.1 takes 2e-5 for a text
 _FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -164,7 +169,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def _mapping(text: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

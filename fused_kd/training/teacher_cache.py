@@ -288,10 +288,13 @@ def _check_index(index: dict[str, Any]) -> None:
     check_counts(**{name: index[name] for name in ("k", "vocab_size", "rows", "shard_rows")})
     if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES:
         raise ValueError(f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}")
+    if not isinstance(index["about"], dict) or not isinstance(index["fingerprints"], dict):
+        raise ValueError("about and fingerprints must be objects")
     for shard in index["shards"]:
         number = int(Path(shard["file"]).stem)
         rows = min(index["rows"] - number * index["shard_rows"], index["shard_rows"])
         sound = 0 <= shard["mass_min"] <= 1 + EXCESS and 0 <= shard["mass_sum"] <= shard["tokens"] * (1 + EXCESS)
+        sound = sound and shard["bytes"] > 0 and isinstance(shard["sha256"], str)
         if shard["file"] != shard_name(number) or shard["rows"] != rows or not sound:
             raise ValueError(f"no shard can be {str(shard)[:200]}")
 

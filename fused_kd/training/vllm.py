@@ -8,6 +8,7 @@ the position before. The token itself is always listed, beyond the k largest whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +21,7 @@ from fused_kd.training.teacher_cache import target_positions
 
 # the server's stand-in for -inf, which JSON does not have
 MINUS_INFINITY = -9999.0
+_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class PromptLogprobs(NamedTuple):
@@ -54,7 +56,9 @@ def _rows_of(value: Any, place: str) -> Iterator[PromptLogprobs]:
             yield from _rows_of(item, f"{place}, item {number}")
     elif isinstance(found.get("prompt_logprobs"), list):
         yield _row(place, found["prompt_logprobs"], found.get("prompt_token_ids"))
-    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+    elif isinstance(choices, list) and all(
+        isinstance(choice, dict) and type(choice.get("index", 0)) is int for choice in choices
+    ):
         for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
             yield from _rows_of(choice, place)
     elif isinstance(response, dict):
@@ -106,9 +110,10 @@ def _largest_first(entry: dict[str, Any], place: str) -> list[tuple[float, int]]
     found = []
     for token, value in entry.items():
         number = value.get("logprob") if isinstance(value, dict) else value  # old versions: the number itself
-        if not isinstance(number, (int, float)) or number != number:
+        no_float = isinstance(number, int) and (isinstance(number, bool) or abs(number) >= 2**63)
+        if no_float or not isinstance(number, (int, float)) or number != number:
             raise ValueError(f"{place}: logprob must be a number, got {_shown(number)}")
-        if not (token.isascii() and token.isdecimal()):
+        if not _ID.fullmatch(token):
             raise ValueError(f"{place}: token ids must be decimal digits, got {_shown(token)}")
         found.append((float(number), int(token)))
     return sorted(found, key=lambda item: (-item[0], item[1]))

@@ -1,8 +1,9 @@
 """``python -m tests.engines.parallel_worker OUT P``: P processes divide a vocabulary; OUT gets their errors as JSON.
 
 Everything is imported once, then the processes are forked. Each case is a function of the rank's world; the numbers
-that it returns by name are reduced to the largest over the ranks. tests/test_sharded_row.py crosses all objectives and
-teachers' forms within one process; here each is met once, and every option by objectives that differ in messages.
+that it returns by name are reduced to the largest over the ranks. tests/kernels/test_sharded_row.py crosses all
+objectives and teachers' forms within one process; here each is met once, and every option by objectives that differ in
+messages.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fused_kd import parallel
 from fused_kd.engines.sharded import exchange
 
 from ..kernels.test_lists import cached
-from ..problems import OBJECTIVES, Problem, oracle64, problem, relative
+from ..problems import OBJECTIVES, Problem, oracle64, problem, relative, worst
 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order
@@ -390,7 +391,7 @@ def work(rank: int, size: int, store: str, out: Path) -> None:
         everyone: list[Any] = [None] * size
         dist.all_gather_object(everyone, values)
         keys = sorted({key for each in everyone for key in each})
-        found[name] = {key: max(each.get(key, 0.0) for each in everyone) for key in keys}
+        found[name] = {key: worst(each.get(key, 0.0) for each in everyone) for key in keys}
     if rank == 0:
         out.write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -259,15 +259,20 @@ def test_gkd_on_data(on_data: list[Any]) -> None:
     assert all(entry["difficulty"] > 0 for entry in on_data[0].state.log_history if "loss" in entry)
 
 
-@pytest.mark.parametrize("lmbda, beta, adapter", [(0.5, 0.1, False), (1.0, 1.0, False), (0.0, 0.0, True)])
-def test_gkd_run(tmp_path: Path, lmbda: float, beta: float, adapter: bool) -> None:
-    """The same completions too where the student writes, and adapters."""
+@pytest.mark.parametrize(
+    "lmbda, beta, seq_kd, adapter",
+    [(0.5, 0.1, False, False), (1.0, 1.0, False, False), (0.0, 0.0, False, True), (0.0, 0.5, True, False)],
+)
+def test_gkd_run(tmp_path: Path, lmbda: float, beta: float, seq_kd: bool, adapter: bool) -> None:
+    """The same completions too where the student or the teacher writes, and adapters."""
     runs = []
     for cls in (ours.GKDTrainer, gkd.GKDTrainer):
-        args = arguments(gkd.GKDConfig, tmp_path, lmbda=lmbda, beta=beta, temperature=0.7, max_new_tokens=5)
+        sampled = {"lmbda": lmbda, "seq_kd": seq_kd, "temperature": 0.7, "max_new_tokens": 5}
+        args = arguments(gkd.GKDConfig, tmp_path, beta=beta, **sampled)
         runs.append(train(cls, args, dialogues(), **({"peft_config": lora()} if adapter else {})))
     assert_same_run(*runs)
-    assert [name for name, _ in runs[0].written] == ["student"] * {0.0: 0, 0.5: 2, 1.0: 6}[lmbda]
+    authors = ["teacher"] * 6 if seq_kd else ["student"] * {0.0: 0, 0.5: 2, 1.0: 6}[lmbda]
+    assert [name for name, _ in runs[0].written] == authors
 
 
 def test_distillation_run(tmp_path: Path) -> None:

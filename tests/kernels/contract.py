@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,15 +66,17 @@ def slow(backend: str) -> bool:
     return device_of(backend) == "cpu" and backend in ("triton", "cuda")
 
 
-def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[str] = KINDS) -> list[Any]:
+def cases(
+    *axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[str] = KINDS, pairs: bool = False
+) -> list[Any]:
     """The product of the axes and the backends, in this order; of slow backends as few as have each pair of values.
 
-    Of two axes each value once is enough in the interpreter. Objectives, or their classes, that are not among ``kinds``
-    wait for ``make test-all`` there.
+    Of two axes each value once is enough in the interpreter, unless all ``pairs`` are asked for. Objectives, or their
+    classes, that are not among ``kinds`` wait for ``make test-all`` there.
     """
     made, cells = [], list(itertools.product(*axes))
     for backend in backends:
-        chosen = _few(cells, backend.values[0], kinds) if slow(backend.values[0]) else set(range(len(cells)))
+        chosen = _few(cells, backend.values[0], kinds, pairs) if slow(backend.values[0]) else set(range(len(cells)))
         for i, cell in enumerate(cells):
             marks = [*backend.marks, *(mark for x in cell if isinstance(x, PARAM) for mark in x.marks)]
             if i not in chosen:
@@ -83,16 +86,19 @@ def cases(*axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[
     return made
 
 
-def _few(cells: list[Any], backend: str, kinds: Sequence[str]) -> set[int]:
-    """Which cells to take: again and again the one with most of what is missing."""
+def _few(cells: list[Any], backend: str, kinds: Sequence[str], pairs: bool) -> set[int]:
+    """Which cells to take: again and again the one with most of what is missing, of the values used least so far."""
     names = [{getattr(_value(x), "name", None) for x in cell} & fk.OBJECTIVES.keys() for cell in cells]
-    together = 1 if backend == "triton" and len(cells[0]) == 2 else min(2, len(cells[0]))
+    together = 1 if backend == "triton" and len(cells[0]) == 2 and not pairs else min(2, len(cells[0]))
     sets = [set(itertools.combinations(enumerate(map(_label, cell)), together)) for cell in cells]
     left = {i: sets[i] for i, found in enumerate(names) if found <= {*kinds}}
+    values = [list(enumerate(map(_label, cell))) for cell in cells]
     chosen: set[int] = set()
+    used: Counter[Any] = Counter()
     while any(left.values()):
-        best = max(left, key=lambda i: len(left[i]))
+        best = max(left, key=lambda i: (len(left[i]), -sum(used[value] for value in values[i])))
         chosen.add(best)
+        used.update(values[best])
         left = {i: having - sets[best] for i, having in left.items()}
     return chosen
 

@@ -183,7 +183,7 @@ TOP_K_CASES = [
 ]  # fmt: skip
 
 
-LISTS = cases(TOP_K_CASES, TAILS, backends=[TORCH, NATIVE, TRITON])
+LISTS = cases(TOP_K_CASES, TAILS, backends=[TORCH, NATIVE, TRITON], pairs=True)
 
 
 @pytest.mark.parametrize("case, tail, backend", LISTS, indirect=["backend"])

@@ -144,7 +144,7 @@ def test_ignored_rows_and_weights(objective, backend):
         assert not actual.dlogits[labels.to(into.device) < 0].any()
 
 
-@pytest.mark.parametrize("student, teacher, backend", cases(DTYPES, DTYPES), indirect=["backend"])
+@pytest.mark.parametrize("student, teacher, backend", cases(DTYPES, DTYPES, pairs=True), indirect=["backend"])
 def test_dtypes_are_independent_and_rounded_once(student, teacher, backend):
     objective = fk.SelfEvolution(gamma=1.0)
     for V in (517, 520) if backend == "cuda" else (a_few(backend, 2500),):

@@ -29,7 +29,7 @@ INTERPRETED = "triton" in CPU_BACKENDS
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 FORMS = ("dense", "renormalize", "uniform", "bucket")
 # Of slow ways.
-FEW = {"dense": KINDS, "bucket": ("reverse_kd", "self_evolution", "generalized_jsd")}
+FEW = {"dense": KINDS, "bucket": ("no_evo", "reverse_kd", "self_evolution", "generalized_jsd")}
 SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5}
 EDGES = (0.0, 1e-6, 1 - 1e-6, 1.0)
 

@@ -53,6 +53,9 @@ def config(**changes: Any) -> recipe.Config:
     return recipe.parse_arguments(arguments(**changes))[0]
 
 
+WHOLE_REPORT = {name: getattr(paper_table, name) for name in ("draw", "markdown")}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cheap() -> Iterator[None]:
     """Short translations, and no figures."""
@@ -143,6 +146,16 @@ def test_results_hold_everything(folder: Path, table: recipe.PaperTable) -> None
     assert found == {("clean", "sft", *pair) for pair in pairs}, "other conditions have no baseline"
     rows = (folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 * 3 * 3, "methods x metrics x directions and their average"
+
+
+def test_report_from_the_results_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, whole in WHOLE_REPORT.items():
+        monkeypatch.setattr(paper_table, name, whole)
+    paper_table.main([str(folder / "results.json"), str(tmp_path)])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"methods_noisy.png", "similarity.png", "sweep_gamma.png", "hard_fraction.png", "difficulty.png"} < names
+    assert (tmp_path / "results.csv").read_bytes() == (folder / "results.csv").read_bytes()
+    assert "sweep_gamma.png" in (tmp_path / "results.md").read_text()
 
 
 def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_white_space_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path / "dev.json", "\n\n  [ ]\n")
     with pytest.raises(ValueError, match="no usable rows"):
         load_pairs(str(tmp_path), "valid", "de-en")
-    with pytest.raises(ValueError, match="limit=0: expected at least 1, or None"):
+    with pytest.raises(ValueError, match="limit=0: expected an int of at least 1, or None"):
         load_pairs(str(path), "train", "de-en", limit=0)
 
 
@@ -106,8 +107,8 @@ def test_bad_rows_name_file_and_line_or_are_skipped(tmp_path: Path, kind: str, b
     with pytest.warns(UserWarning, match="skipped 1 bad rows of 3.*line 3"):
         assert load(skip_bad=True) == expected * 2
     path.write_bytes(b"\n[\n" + good + b",\n\n" + bad + b"]")
-    if "not " in message:  # the rows after the break cannot be found
-        with pytest.raises(ValueError, match=r"train\.jsonl, array from line 2: not (JSON|UTF-8)"):
+    if "not JSON" in message:  # the rows after the break cannot be found
+        with pytest.raises(ValueError, match=r"train\.jsonl, array from line 2: not JSON"):
             load(skip_bad=True)
         return
     with pytest.raises(ValueError, match=r"line 2, row 2: "):
@@ -281,6 +282,9 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
     with pytest.raises(ValueError, match=r"neither 'builtin' nor a file .*cannot reach the hub"):
+        load_pairs("nobody/nothing", "train", "en-de")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"fused_kd\[train\]"):
         load_pairs("nobody/nothing", "train", "en-de")
 
 
