@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -173,6 +174,16 @@ def test_last_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-9", "checkpoint-best", "damaged-checkpoint-10",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("best", ["", "..", 5, ["a"], "checkpoint-" + "9" * 300])
+def test_a_best_checkpoint_that_cannot_be(tmp_path: Path, best: object) -> None:
+    for name, state in (("checkpoint-4", {}), ("checkpoint-5", {"best_model_checkpoint": best})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+        seal(tmp_path / name)
+    with pytest.warns(UserWarning, match="checkpoint-5 has a best_model_checkpoint that is no checkpoint's path"):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def test_the_best_of_a_moved_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

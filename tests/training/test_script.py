@@ -55,6 +55,8 @@ def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
         ("data: x\ndata: y", [], r"f\.yaml cannot be read: the key 'data' is there twice .line 2"),
         ("no: x", [], "the key 'no' is read as bool, not text: quote it"),
         ("data: [", [], r"f\.yaml cannot be read: not YAML"),
+        ("data: " + "[" * 2000, [], r"f\.yaml cannot be read: not YAML"),
+        ("pretrain: &x\n  b: *x", [], r"f\.yaml cannot be read: aliases are not taken .line 2"),
         ("[1]", [], r"f\.yaml cannot be read: expected a mapping of keys to values, got '\[1\]'"),
         ("data: x\nlimit: many", [], "--limit: invalid int value: 'many'"),
         ("data: x\nkind: three", [], "--kind: invalid choice: 'three'"),

@@ -341,6 +341,8 @@ def test_broken_teacher_is_not_stored(tmp_path: Path, monkeypatch) -> None:
         ({"k": 60}, "no cache has k=60 of 53 tokens"),
         ({"vocab_size": 10**6}, "has the arrays .*'U16'.*, expected .*'I32'"),
         ({"dtype": "8bit"}, "has the arrays .*log_probs.*, expected .*codes"),
+        ({"fingerprints": []}, "is damaged .*about and fingerprints must be objects"),
+        ({"about": None}, "is damaged .*about and fingerprints must be objects"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -163,6 +163,7 @@ def test_vllm_goes_on_with_the_same_file_only(tmp_path: Path) -> None:
         ('{"prompt_logprobs": [null], "prompt_token_ids": 5}', "prompt_token_ids must be a list of ints, got 5"),
         ("\n\n{\n", "line 3: not JSON"),
         ("[\nnull,\n{},,\n]", "array from line 1: not JSON: .*line 3"),
+        ('{"choices": [{"index": null}, {"index": null}]}', "expected prompt_logprobs"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -173,10 +174,15 @@ def test_answers_of_another_shape(tmp_path: Path, text: str, message: str) -> No
         list(read_prompt_logprobs(path))
 
 
-@pytest.mark.parametrize("entry", [{"x": -2}, {"-5": -2}, {"\u0662": -2}, {"2": [1]}, {"2": {"logprob": None}}])
+ODD = [{"x": -2}, {"-5": -2}, {"\u0662": -2}, {"2": [1]}, {"2": {"logprob": None}}, {"2": True}, {"2": 10**400}]
+
+
+@pytest.mark.parametrize("entry", ODD, ids=lambda entry: str(entry)[:20])
 def test_entries_that_cannot_be(entry: dict) -> None:
     answer = vllm_logprobs.PromptLogprobs("f, line 1", [None, {"2": -1} | entry], None)
-    message = r"token ids must be decimal digits, got '(x|-5|\u0662)'|logprob must be a number, got (\[1\]|None)"
+    message = (
+        r"token ids must be decimal digits, got '(x|-5|\u0662)'|logprob must be a number, got (\[1\]|None|True|10+)"
+    )
     with pytest.raises(ValueError, match=rf"^f, line 1, the entry at position 1: ({message})"):
         vllm_logprobs.row_lists(answer, {"input_ids": [1, 2], "labels": [-100, 2]}, 2, 100)
 
