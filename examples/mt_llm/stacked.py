@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import fused_kd as fk
+from fused_kd.integrations.bodies import eval_mode
 from fused_kd.training.fit import load_trained, save_trained
 from fused_kd.training.models import LoRA, load_adapters, load_pretrained, with_adapters
 from fused_kd.training.stage import write_json
@@ -183,11 +184,8 @@ class StackedModel(nn.Module):
 
     def plain(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """The LLM as it was, adapters off and without a graph: its own tokens (N, L) to pooled states (N, H)."""
-        training = self.llm.training
-        with torch.no_grad(), self.llm.eval().disable_adapter():
-            states = pooled(self.llm, text_mask, self.bidirectional, input_ids=text_ids)
-        self.llm.train(training)
-        return states
+        with torch.no_grad(), eval_mode(self.llm), self.llm.disable_adapter():
+            return pooled(self.llm, text_mask, self.bidirectional, input_ids=text_ids)
 
     def checkpoint_activations(self) -> None:
         """Compute the LLM's activations again in the backward instead of keeping them."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.engines.gemm import Projection
+from fused_kd.integrations.bodies import eval_mode
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
 from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
@@ -260,9 +261,7 @@ def _teacher_lists(
 
     def lists(start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         order = sorted(range(start, stop), key=lambda index: -len(rows[index]["input_ids"]))
-        was_training = teacher.training
-        teacher.eval()
-        try:
+        with eval_mode(teacher):
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]
                 inputs = collate([{name: rows[index][name] for name in ("input_ids", "labels")} for index in batch])
@@ -275,8 +274,6 @@ def _teacher_lists(
                 lists_of_rows = (part.split(valid.sum(1).tolist()) for part in found)
                 for index, values, ids in zip(batch, *lists_of_rows, strict=True):
                     yield index, values.numpy(), ids.numpy()
-        finally:
-            teacher.train(was_training)
 
     return lists
 
