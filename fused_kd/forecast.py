@@ -16,7 +16,8 @@ from .engines.problem import Problem, Side, Wanted
 from .engines.streaming.plan import ALIGNED, choose_tiles, plan_streaming, sizes_of
 from .engines.streaming.plan import Plan as StreamingPlan
 from .inputs import FLOAT_DTYPES
-from .objectives import Objective, RowSpec, SelfEvolution
+from .objectives import Objective, SelfEvolution
+from .terms import RowSpec
 from .rows.select import BACKENDS, _native_works
 
 
@@ -89,9 +90,9 @@ def plan_for(
     if top_k is not None and top_k > V:
         raise ValueError(f"top_k must be at most V={V}, got {top_k}")
     spec, place = objective.spec, torch.device(device)
-    if spec.divergence is None:
+    if not spec.needs_teacher:
         top_k = None
-    chosen, row = choose_engine(engine, backend, spec.divergence, 0.0, place, top_k=top_k is not None)
+    chosen, row = choose_engine(engine, backend, spec, 0.0, place, top_k=top_k is not None)
     if row not in BACKENDS:
         row = "native" if _native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
@@ -154,7 +155,7 @@ def chunked_plan(
     ``upcast``: operands of low precision are made fp32 first, as where GEMMs have no fp32 output. The teacher is a list
     of ``top_k`` entries a token, or has ``H_t`` hidden states, or is none.
     """
-    return _chunked(_problem(n, H_s, H_t, V, dtype, SelfEvolution.kind, top_k, memory_budget), device, upcast)
+    return _chunked(_problem(n, H_s, H_t, V, dtype, SelfEvolution().spec, top_k, memory_budget), device, upcast)
 
 
 def _chunked(problem: Problem, device: torch.device, upcast: bool) -> ChunkedPlan:
@@ -195,10 +196,10 @@ def _problem(
     if top_k is not None:
         entries = empty(n, top_k, dtype=torch.float32)
         teacher = Side(entries, indices=entries, tail="renormalize")
-    elif spec.divergence is not None and H_t is not None:
+    elif spec.needs_teacher and H_t is not None:
         teacher = Side(empty(n, H_t), empty(V, H_t))
     return Problem(
         student=Side(empty(n, H_s), empty(V, H_s)), teacher=teacher, labels=empty(n, dtype=torch.int64), weights=None,
-        scale=empty(0), scalars=empty(0), wanted=Wanted(source=True, weight=True, bias=False), spec=spec,
-        cold_labels=False, vocab=V, dtype=None, memory_budget=memory_budget, engine="", backend="",
+        scale=empty(0), scalars=empty(0), wanted=Wanted(source=True, weight=True, bias=False),
+        spec_code=spec.code, cold_labels=False, vocab=V, dtype=None, memory_budget=memory_budget, engine="", backend="",
     )  # fmt: skip

@@ -3,6 +3,7 @@ and whether all that fits together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
@@ -178,12 +179,13 @@ def check_number(name: str, value: object, *, low: float = -LARGEST) -> None:
 
 class KDOutput(NamedTuple):
     """``loss`` scalar (or per token for ``reduction="none"``); per token, in the shape of the labels and without
-    gradient, ``difficulty`` = KL(yt||q) in nats (fp32) and ``is_hard`` (bool: took the hard branch of a gated
-    objective). Ignored tokens hold 0 and False."""
+    gradient, ``difficulty`` = KL(yt||q) in nats (fp32), ``is_hard`` (bool: took the hard branch of a gated
+    objective) and the ``statistics`` (fp32) that were asked for, by name. Ignored tokens hold 0 and False."""
 
     loss: Tensor
     difficulty: Tensor
     is_hard: Tensor
+    statistics: Mapping[str, Tensor] = {}
 
 
 def check_logits(name: str, side: object) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from .divergences import DIVERGENCES
 from .engines.dispatch import ENGINES, choose_engine
 from .engines.problem import Problem, Side, Wanted
 from .inputs import (
+    LARGEST,
     KDOutput,
     LMHead,
     TopK,
@@ -22,10 +23,12 @@ from .inputs import (
     refuse_dtensors,
     shifted,
 )
+from .objective import Limit, Number, checked_number, shown_value
 from .objectives import OBJECTIVES, Objective
 from .ops import KDFunction, pack
 from .rows.contract import Shards
 from .rows.select import BACKENDS
+from .terms import STATISTICS, WITHOUT_SWEEP, RowSpec, Scalars
 from .tokens import labels_weights_scale
 
 # At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
@@ -39,7 +42,7 @@ class LossOptions(TypedDict, total=False):
 
     ignore_index: int
     reduction: str
-    temperature: float
+    temperature: float | Tensor
     vocab_size: int | None
     shift: bool
     memory_budget: int | None
@@ -58,11 +61,12 @@ class KDLoss(nn.Module):
     >>> loss.backward()
 
     Args:
-        objective: what to minimise, e.g. :class:`fused_kd.SelfEvolution`. Assign a new one of the same class at any
-            time (annealing): nothing is compiled again. The options may be assigned too, and are checked then as here.
+        objective: what to minimise, e.g. :class:`fused_kd.SelfEvolution`, or a sum, ``0.5 * fk.SFT() +
+            fk.ReverseKD(lam=1)``. Assign a new one of the same class (of a sum, of the same classes) at any time
+            (annealing): nothing is compiled again. The options may be assigned too, and are checked then as here.
         ignore_index: label of tokens that take no part.
         reduction: "mean" over valid tokens (with ``token_weights``: weighted mean), "sum", or "none".
-        temperature: T in [1e-8, 1e12]. Every distribution is softmax(logits / T), except the student's in a separate
+        temperature: T in [1e-8, 1e12], or a tensor with one for each token, in the shape of the labels. Every distribution is softmax(logits / T), except the student's in a separate
             hard-label term (``SFT``, ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``), which stays at temperature 1. The
             loss is not multiplied by T**2.
         vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies).
@@ -99,7 +103,7 @@ class KDLoss(nn.Module):
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
-        temperature: float = 1.0,
+        temperature: Number = 1.0,
         vocab_size: int | None = None,
         shift: bool = False,
         memory_budget: int | None = None,
@@ -129,8 +133,23 @@ class KDLoss(nn.Module):
         self.register_buffer("scalars", self._scalars(), persistent=False)
 
     def _scalars(self, device: torch.device | None = None) -> Tensor:
+        """(1, terms, n); a placeholder where some are tensors, which are read in each call."""
         with torch.inference_mode(False):  # a loss made there may be annealed elsewhere
-            return torch.tensor(self._objective.scalars(self.temperature), dtype=torch.float32, device=device)
+            if self._per_token:
+                return torch.full((1, len(self._spec.terms), len(Scalars._fields)), math.nan, device=device)
+            return torch.tensor([self._objective.scalars(self.temperature)], dtype=torch.float32, device=device)
+
+    @property
+    def _per_token(self) -> bool:
+        return self._objective.per_token or isinstance(self.temperature, Tensor)
+
+    def _scalars_of(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """As :class:`.engines.problem.Problem` takes them."""
+        if self._per_token:
+            return token_scalars(self._objective.scalars(self.temperature), shape, device)
+        if self.scalars.is_meta and device.type != "meta":  # built there, and never emptied onto a device
+            self.scalars = self._scalars(device)
+        return self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
 
     def __copy__(self) -> KDLoss:
         """With scalars of its own."""
@@ -140,8 +159,13 @@ class KDLoss(nn.Module):
         return made
 
     def _write_scalars(self) -> None:
-        for i, value in enumerate(self._objective.scalars(self.temperature)):
-            self.scalars[i].fill_(value)
+        if self._per_token:
+            return
+        if self.scalars.shape[1] != len(self._spec.terms):
+            self.scalars = self._scalars(self.scalars.device)
+        for own, values in zip(self.scalars[0], self._objective.scalars(self.temperature), strict=True):
+            for i, value in enumerate(values):
+                own[i].fill_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KDLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -168,8 +192,8 @@ class KDLoss(nn.Module):
 
     @objective.setter
     def objective(self, objective: Objective) -> None:
-        if type(objective) is not type(self._objective):
-            raise TypeError(f"objective must stay a {type(self._objective).__name__}, got {objective!r}")
+        if not isinstance(objective, Objective) or _classes(objective) != _classes(self._objective):
+            raise TypeError(f"objective must stay a {' + '.join(_classes(self._objective))}, got {objective!r}")
         self._objective = objective
         self._spec = objective.spec
         self._write_scalars()
@@ -177,7 +201,8 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         shown = {k: getattr(self, k) for k in LossOptions.__annotations__}
         defaults = dict(KDLoss.__init__.__kwdefaults__ or {})
-        return ", ".join([repr(self._objective)] + [f"{k}={v!r}" for k, v in shown.items() if v != defaults[k]])
+        changed = {k: v for k, v in shown.items() if isinstance(v, Tensor) or v != defaults[k]}
+        return ", ".join([repr(self._objective), *(f"{k}={shown_value(v)}" for k, v in changed.items())])
 
     def forward(
         self,
@@ -215,20 +240,33 @@ class KDLoss(nn.Module):
         *,
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        statistics: Iterable[str] = (),
     ) -> KDOutput:
-        """As :meth:`forward`, with each token's difficulty and hardness."""
-        spec = self._spec
+        """As :meth:`forward`, with each token's difficulty and hardness.
+
+        Args:
+            statistics: names of what else to tell of each token, without gradient and at temperature T:
+                "log_sum_exp_s", "log_sum_exp_t", "entropy_s", "entropy_t" (of student and teacher), "kl" (KL(p||q)),
+                "cross_entropy" (-log q_y, at the temperature at which the loss takes it), "log_q_y", "log_p_y",
+                "target_entropy" (of yt), which come with the sweep that every loss takes; and "top_1" (1 where both
+                sides' largest logits are of one token) and "overlap" (sum min(p, q)), which take one more. They need
+                the chunked engine, without ``tp_group``, and a teacher that is no list, or none for
+                "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
+        """
+        spec, wanted = self._spec, tuple(statistics)
+        columns = statistics_columns(wanted, teacher, spec)
         side, shape, sum_hidden = _flat("student", student, self._group)
         device, side_t, tokens_t = side.source.device, None, None
-        if spec.divergence is not None:
+        if spec.needs_teacher:
             self._check_teacher(teacher)
             side_t, shape_t, _ = _flat("teacher", teacher, self._group)
             tokens_t = shape_t, side_t.source.device
         vocab, shards = self._vocab(side, side_t)
         check_alike(shape, device, tokens_t, labels, token_weights)
         engine, backend = choose_engine(
-            self.engine, self.backend, spec.divergence, self.grad_filter_eps, device,
-            top_k=isinstance(teacher, TopK), sharded=shards is not None,
+            self.engine, self.backend, spec, self.grad_filter_eps, device,
+            top_k=side_t is not None and side_t.indices is not None, sharded=shards is not None,
+            statistics=columns > 0,
         )  # fmt: skip
         labels = labels.long()
         labels, weights, scale = labels_weights_scale(
@@ -241,8 +279,6 @@ class KDLoss(nn.Module):
             validate=self.validate,
             device=device,
         )
-        if self.scalars.is_meta and device.type != "meta":  # built there, and never emptied onto a device
-            self.scalars = self._scalars(device)
         grad = torch.is_grad_enabled()
         problem = Problem(
             student=side,
@@ -250,10 +286,10 @@ class KDLoss(nn.Module):
             labels=labels,
             weights=weights,
             scale=scale,
-            scalars=self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True),
+            scalars=self._scalars_of(shape, device),
             wanted=Wanted(*(grad and x is not None and x.requires_grad for x in (side.source, side.weight, side.bias))),
-            spec=spec,
-            cold_labels=self.temperature != 1.0 and spec.hard_label and spec.divergence is not None,
+            spec_code=spec.code,
+            cold_labels=spec.has_cold(not isinstance(self.temperature, Tensor) and self.temperature == 1.0),
             vocab=vocab,
             dtype=_autocast_dtype(device, student=side, teacher=side_t),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, _INT64 - 1),
@@ -263,11 +299,13 @@ class KDLoss(nn.Module):
             validate=self.validate,
             shards=shards,
             sum_hidden=sum_hidden,
+            statistics=columns,
         )
-        loss, difficulty, is_hard = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
+        loss, difficulty, is_hard, told = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
             loss = loss.reshape(shape)
-        return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape))
+        named = {name: told[:, STATISTICS.index(name)].reshape(shape) for name in wanted}
+        return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape), named)
 
     def _vocab(self, student: Side, teacher: Side | None) -> tuple[int, Shards | None]:
         """The columns that take part, and this rank's among them."""
@@ -281,18 +319,20 @@ class KDLoss(nn.Module):
         return shards.vocab, shards
 
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
-        name = type(self._objective).__name__
+        name = repr(self._objective)
         if teacher is None:
             raise ValueError(f"teacher must be an LMHead, logits or a TopK for {name}, got None")
         if not isinstance(teacher, TopK):
             return
+        if teacher.tail != "uniform" and any(term.z_loss for term in self._spec.terms):
+            raise ValueError(f"tail must be 'uniform' for {self._objective!r}, whose ZLoss reads all logits, got {teacher.tail!r}")
         if teacher.tail == "renormalize":
-            if DIVERGENCES[self._spec.divergence or "kl"].everywhere:
+            if any(term.of.everywhere for term in self._spec.terms):
                 raise ValueError(
                     f"tail must be 'uniform' or 'bucket' for {name}, which is infinite "
                     "where the teacher is 0, got 'renormalize'"
                 )
-        elif self.temperature != 1.0:
+        elif isinstance(self.temperature, Tensor) or self.temperature != 1.0:
             raise ValueError(
                 f"temperature must be 1 with tail={teacher.tail!r}, whose entries it cannot flatten, got "
                 f"{self.temperature}; use tail='renormalize'"
@@ -307,6 +347,7 @@ def kd_loss(
     *,
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    statistics: Iterable[str] = (),
     **options: Any,
 ) -> KDOutput:
     """:class:`KDLoss` as a function.
@@ -314,16 +355,58 @@ def kd_loss(
     Args:
         student, teacher, labels, token_weights, num_items: as of :meth:`KDLoss.forward`.
         objective: what to minimise.
+        statistics: as of :meth:`KDLoss.evaluate`.
         **options: those of :class:`KDLoss`.
 
     Returns:
         :class:`KDOutput`. Raises as :class:`KDLoss`.
     """
     criterion = KDLoss(objective, **options)
-    return criterion.evaluate(student, teacher, labels, token_weights=token_weights, num_items=num_items)
+    return criterion.evaluate(
+        student, teacher, labels, token_weights=token_weights, num_items=num_items, statistics=statistics
+    )
 
 
 _CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
+
+
+def _classes(objective: Objective) -> list[str]:
+    return [type(each).__name__ for _, each in objective.summands]
+
+
+def token_scalars(terms: list[Scalars], shape: torch.Size, device: torch.device) -> Tensor:
+    """(N, terms, n) fp32 on the device: numbers of the call, and those of each token, in the tokens' shape or 0-d."""
+
+    def spread(value: Number) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.full((math.prod(shape),), value, dtype=torch.float32, device=device)
+        if value.dim() and value.shape != shape:
+            raise ValueError(
+                f"numbers of the objective and the temperature must be 0-d or have the labels' shape {tuple(shape)}, "
+                f"got a tensor of shape {tuple(value.shape)}"
+            )
+        return value.to(device, torch.float32, non_blocking=True).expand(shape).reshape(-1)
+
+    return torch.stack([torch.stack([spread(value) for value in own], 1) for own in terms], 1)
+
+
+def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec) -> int:
+    """How many columns of :data:`fused_kd.terms.STATISTICS` have those of these names.
+
+    Raises:
+        ValueError: for a name that is none, or one that this call has nothing to say of.
+    """
+    alone = ("log_sum_exp_s", "entropy_s", "cross_entropy", "log_q_y")
+    for name in wanted:
+        if name not in STATISTICS:
+            raise ValueError(f"statistics must be among {', '.join(map(repr, STATISTICS))}, got {name!r}")
+        if not spec.needs_teacher and name not in alone:
+            raise ValueError(f"statistics must be among {', '.join(map(repr, alone))} without a teacher, got {name!r}")
+    if wanted and spec.needs_teacher and isinstance(teacher, TopK):
+        raise ValueError("statistics must be empty with a TopK, which does not know all of p; give an LMHead or logits")
+    if not wanted:
+        return 0
+    return WITHOUT_SWEEP if all(STATISTICS.index(name) < WITHOUT_SWEEP for name in wanted) else len(STATISTICS)
 
 
 def _flat(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[Side, torch.Size, bool]:
@@ -391,6 +474,8 @@ def checked_option(name: str, value: Any) -> Any:
         if not -_INT64 <= value < _INT64:
             raise ValueError(f"ignore_index must be a 64-bit integer, got {value!r}")
     elif name == "temperature":
+        if isinstance(value, Tensor):
+            return checked_number(name, value, Limit(LEAST_TEMPERATURE, LARGEST, f"[{LEAST_TEMPERATURE:g}, {LARGEST:g}]"))
         check_number(name, value, low=LEAST_TEMPERATURE)
         return float(value)
     elif name == "grad_filter_eps":

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from .engines.dispatch import run as run
 from .engines.problem import IGNORED, Problem, Result, Side, Wanted, gradient_dtype
-from .objectives import RowSpec
 from .rows.contract import Shards
 from .rows.select import installed
 from .tokens import check_top_k
 
-_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "spec": RowSpec, "shards": Shards}
+_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards}
 # What stands for a part that is None.
 _MISSING: dict[str, Any] = {"teacher": Side(cast(Tensor, None)), "shards": Shards("", 0, ())}
 _KINDS: dict[Any, str] = {
@@ -86,7 +85,7 @@ def unpack(values: tuple[Any, ...]) -> Problem:
 
 _library = torch.library.Library("fused_kd", "FRAGMENT")
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True))
-_RESULTS = "Tensor loss, Tensor difficulty, Tensor is_hard, Tensor d_student, Tensor d_weight, Tensor d_bias"
+_RESULTS = "Tensor loss, Tensor difficulty, Tensor is_hard, Tensor statistics, Tensor d_student, Tensor d_weight, Tensor d_bias"
 _library.define(f"kd({_ARGUMENTS}) -> ({_RESULTS})")
 _library.define("scale_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
 
@@ -101,7 +100,7 @@ def _kd(*values: Any) -> tuple[Tensor, ...]:
         result = run(problem)
     if problem.validate:
         _check_losses(result)
-    return (*result[:3], *(student.source.new_empty(0) if g is None else g for g in result[3:]))
+    return (*result[:4], *(student.source.new_empty(0) if g is None else g for g in result[4:]))
 
 
 def _kd_fake(*values: Any) -> tuple[Tensor, ...]:
@@ -117,6 +116,7 @@ def _kd_fake(*values: Any) -> tuple[Tensor, ...]:
         student.source.new_empty(N, dtype=torch.float32),
         student.source.new_empty(N, dtype=torch.float32),
         student.source.new_empty(N, dtype=torch.bool),
+        student.source.new_empty(N, problem.statistics, dtype=torch.float32),
         gradient(student.source, problem.wanted.source),
         gradient(student.weight, problem.wanted.weight),
         gradient(student.bias, problem.wanted.bias),
@@ -154,7 +154,7 @@ def _weighted(loss: Tensor, weights: Tensor) -> Tensor:
 
 
 class KDFunction(torch.autograd.Function):
-    """``(loss, difficulty, is_hard)`` from ``per_token`` and the op's arguments.
+    """``(loss, difficulty, is_hard, statistics)`` from ``per_token`` and the op's arguments.
 
     The gradients come ready-made from the forward. The first backward hands them over, scaled in place, so that no
     second weight-sized tensor is ever held; a further one (``retain_graph=True``) runs the engine again. With
@@ -163,12 +163,12 @@ class KDFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, per_token: bool, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, per_token: bool, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given: dict[str, Any] = dict(zip(NAMES, values, strict=True))
         wanted = tuple(given[name] for name in _WANTED)
         later = per_token and (wanted[1] or wanted[2])
         now = given | _NOTHING if later else given
-        loss, difficulty, is_hard, *gradients = torch.ops.fused_kd.kd(*now.values())
+        loss, difficulty, is_hard, statistics, *gradients = torch.ops.fused_kd.kd(*now.values())
         if given["weights"] is not None:
             loss = _weighted(loss, given["weights"])
         if not per_token:
@@ -185,9 +185,9 @@ class KDFunction(torch.autograd.Function):
             tensors = given | {"scalars": given["scalars"].clone()}
             ctx.save_for_backward(*(tensors[name] for name in _TENSORS))
             ctx.options = {name: value for name, value in given.items() if name not in _TENSORS}
-        ctx.mark_non_differentiable(difficulty, is_hard)
+        ctx.mark_non_differentiable(difficulty, is_hard, statistics)
         ctx.set_materialize_grads(False)
-        return loss, difficulty, is_hard
+        return loss, difficulty, is_hard, statistics
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -211,7 +211,7 @@ class KDFunction(torch.autograd.Function):
             if ctx.per_token:
                 weights = upstream if given["weights"] is None else upstream * given["weights"]
                 given, factor = {**given, "weights": weights}, None
-            gradients = torch.ops.fused_kd.kd(*(given[name] for name in NAMES))[3:]
+            gradients = torch.ops.fused_kd.kd(*(given[name] for name in NAMES))[4:]
         scaled = (
             _scale_in_place(gradient, factor, dtype, ctx.backend) if wanted else None
             for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)

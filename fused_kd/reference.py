@@ -7,6 +7,7 @@ and holds everything.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -15,19 +16,29 @@ from torch import Tensor
 from .inputs import KDOutput, LMHead, TopK
 from .objectives import (
     SFT,
+    Acceptance,
+    AcceptanceMix,
     AdaptiveKL,
+    AlphaBeta,
+    EntropyGated,
     ForwardKD,
     GeneralizedJSD,
     NoEvo,
     Objective,
+    Renyi,
     ReverseKD,
     SelfEvolution,
     SelfEvolutionTopK,
     Skew,
     SkewForward,
     SkewReverse,
+    SkewReverseDetached,
     SkewTeacher,
+    Sum,
+    SymmetricKL,
+    ToDi,
     TotalVariation,
+    ZLoss,
 )
 
 # Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
@@ -91,14 +102,13 @@ def _weighed(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """``log(share * a + (1 - share) * b)``."""
-    if share <= 0.0:
-        return log_b + 0.0 * log_a  # stays connected to the graph
-    if share >= 1.0:
-        return log_a + 0.0 * log_b
-    share_a, share_b = torch.tensor([share, 1.0 - share], dtype=torch.float64, device=log_a.device).log()
-    return torch.logaddexp(log_a + share_a, log_b + share_b)
+def _mix(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
+    """``log(share * a + (1 - share) * b)``; a share may be each row's own."""
+    share = torch.as_tensor(share, dtype=torch.float64, device=log_a.device).reshape(-1, 1)
+    inside = share.clamp(1e-300, 1 - 1e-16)
+    mixed = torch.logaddexp(log_a + inside.log(), log_b + torch.log1p(-inside))
+    # ends stay connected to the graph
+    return torch.where(share <= 0.0, log_b + 0.0 * log_a, torch.where(share >= 1.0, log_a + 0.0 * log_b, mixed))
 
 
 def reference_rows(
@@ -106,26 +116,68 @@ def reference_rows(
     teacher_logits: Tensor | None,
     labels: Tensor,
     objective: Objective,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token loss, difficulty (N,) float64 and hardness (N,) bool from logits (N, V) and valid labels (N,).
 
     Every distribution is ``softmax(logits / temperature)``, except the student's in the hard-label term of ``SFT``,
-    ``ForwardKD``, ``ReverseKD`` and ``SkewTeacher``, which is taken at temperature 1.
+    ``ForwardKD``, ``ReverseKD`` and ``SkewTeacher``, and in ``ZLoss``, which are taken at temperature 1. Numbers of the
+    objective, and the temperature, may be (N,).
     """
+    losses, difficulties, hards = [], [], []
+    parts = _parts(objective)
+    for weight, part in parts:
+        loss, difficulty, hard = _single(student_logits, teacher_logits, labels, part, temperature)
+        losses.append((_numbers(weight), loss))
+        difficulties.append(difficulty)
+        hards.append(hard)
+    # Of the gated objective, else of the first whose target has the label in it, else of the first with a teacher.
+    gated = (SelfEvolution, SelfEvolutionTopK, EntropyGated)
+    for kinds in (gated, (NoEvo, Skew), (Objective,)):
+        found = [i for i, (_, part) in enumerate(parts) if isinstance(part, kinds) and not _alone(part)]
+        if found:
+            return _weighed(*losses), difficulties[found[0]], hards[found[0]]
+    return _weighed(*losses), difficulties[0], hards[0]
+
+
+def _parts(objective: Objective) -> list[tuple[float | Tensor, Objective]]:
+    if not isinstance(objective, Sum):
+        return [(1.0, objective)]
+    return [(weight * own, each) for weight, part in objective.parts for own, each in _parts(part)]
+
+
+def _alone(objective: Objective) -> bool:
+    return isinstance(objective, (SFT, ZLoss))
+
+
+def _numbers(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _single(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     z = _floored(student_logits.double())
-    log_q = (z / temperature).log_softmax(-1)
+    T = torch.as_tensor(temperature, dtype=torch.float64, device=z.device).reshape(-1, 1)
+    log_q = (z / T).log_softmax(-1)
     ce = -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     ce = ce + torch.zeros_like(ce).masked_fill(ce >= -_EXCLUDED, math.inf)
     never = torch.zeros_like(labels, dtype=torch.bool)
     if isinstance(objective, SFT):
         return ce, ce.detach(), never
+    if isinstance(objective, ZLoss):
+        return z.logsumexp(-1).square(), ce.detach(), never
     if teacher_logits is None:
         raise ValueError(f"teacher must not be None for {objective!r}")
+    o = {field.name: _numbers(getattr(objective, field.name)) for field in fields(objective)}
     z_t = teacher_logits.detach().double().clamp(min=_LOG_ZERO)
-    log_p = (z_t / temperature).log_softmax(-1)
+    log_p = (z_t / T).log_softmax(-1)
     log_y = torch.full_like(log_p, _LOG_ZERO).scatter(-1, labels[:, None], 0.0)
-    lam: float = getattr(objective, "lam", 1.0)
+    lam: Any = o.get("lam", 1.0)
     log_t = _mix(log_p, log_y, lam)
     d = _kl(log_t, log_q)
     hard = never
@@ -135,38 +187,72 @@ def reference_rows(
         loss = _weighed((1 - lam, ce), (lam, _kl_of_student(log_q, log_p)))
     elif isinstance(objective, NoEvo):
         loss = d
-    elif isinstance(objective, Skew):
-        loss = _kl(log_t, _mix(log_q, log_t, objective.beta))
     elif isinstance(objective, SkewTeacher):
-        loss = _weighed((1 - lam, ce), (lam, _kl(log_p, _mix(log_q, log_p, objective.beta))))
-    elif isinstance(objective, (SelfEvolution, SelfEvolutionTopK)):
+        loss = _weighed((1 - lam, ce), (lam, _kl(log_p, _mix(log_q, log_p, o["beta"]))))
+    elif isinstance(objective, (Skew, SelfEvolution, SelfEvolutionTopK)):
+        skew = _kl(log_t, _mix(log_q, log_t, o["beta"]))
+        loss = _weighed((1 - o["floor"], skew), (o["floor"], d))
         if isinstance(objective, SelfEvolution):
-            hard = d.detach() > objective.gamma
-        else:
+            gates = {"difficulty": d, "excess": d - _kl(log_t, log_p), "kl": _kl(log_p, log_q)}
+            hard = gates[objective.gate].detach() > o["gamma"]
+        elif isinstance(objective, SelfEvolutionTopK):
             count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-12))
             hard = never.scatter(0, d.detach().argsort(descending=True, stable=True)[:count], True)
-        loss = torch.where(hard, _kl(log_t, _mix(log_q, log_t, objective.beta)), d)
+        if not isinstance(objective, Skew):
+            loss = torch.where(hard, loss, d)
     elif isinstance(objective, GeneralizedJSD):
-        loss = _generalized_jsd(log_p, log_q, objective.beta)
+        loss = _generalized_jsd(log_p, log_q, o["beta"])
     elif isinstance(objective, SkewForward):
-        loss = _kl(log_p, _mix(log_p, log_q, objective.alpha))
+        loss = _kl(log_p, _mix(log_p, log_q, o["alpha"]))
+    elif isinstance(objective, SkewReverseDetached):
+        loss = _kl_of_student(log_q, _mix(log_q, log_p, o["alpha"]).detach())
     elif isinstance(objective, SkewReverse):
-        loss = _kl_of_student(log_q, _mix(log_q, log_p, objective.alpha))
+        loss = _kl_of_student(log_q, _mix(log_q, log_p, o["alpha"]))
     elif isinstance(objective, TotalVariation):
         loss = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     elif isinstance(objective, AdaptiveKL):
         head, tail = _shares(log_p.exp(), log_q.exp().detach(), objective.fraction)
         loss = _weighed((head, _kl(log_p, log_q)), (tail, _kl_of_student(log_q, log_p)))
+    elif isinstance(objective, SymmetricKL):
+        loss = _weighed((o["beta"], _kl(log_p, log_q)), (1 - o["beta"], _kl_of_student(log_q, log_p)))
+    elif isinstance(objective, EntropyGated):
+        hard = -(log_p.exp() * log_p).sum(-1) > o["tau"]
+        loss = _kl_of_student(log_q, log_p) + torch.where(hard, _kl(log_p, log_q), 0.0)
+    elif isinstance(objective, ToDi):
+        a = torch.sigmoid(log_p - log_q.detach())
+        both = (log_p > _EXCLUDED) & (log_q > _EXCLUDED)
+        gap = (log_p - log_q).where(both, 0.0)
+        loss = (a * log_p.exp() * gap - (1 - a) * log_q.exp() * gap).sum(-1)
+        loss = _or_infinite(_or_infinite(loss, log_q, log_p), log_p, log_q)
+    elif isinstance(objective, AlphaBeta):
+        loss = _alpha_beta(log_p, log_q, o["alpha"], o["beta"])
+    elif isinstance(objective, Renyi):
+        order = torch.as_tensor(o["alpha"], dtype=torch.float64, device=z.device).reshape(-1, 1)
+        loss = -(order * log_p + (1 - order) * log_q).logsumexp(-1) / (1 - order.squeeze(1))
+        loss = loss + torch.zeros_like(loss).masked_fill(loss >= -_EXCLUDED, math.inf)
+    elif isinstance(objective, (Acceptance, AcceptanceMix)):
+        overlap = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
+        if isinstance(objective, Acceptance):
+            loss = -overlap.log()
+        else:
+            w = (-3 * overlap.detach()).exp()
+            loss = _weighed((w, _kl(log_p, log_q)), (1 - w, 1 - overlap))
     else:
         raise TypeError(f"the reference does not know {objective!r}")
     return loss, d.detach(), hard
 
 
-def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    if beta == 0.0:
-        return _kl(log_p, log_q)
-    if beta == 1.0:
-        return _kl_of_student(log_q, log_p)
+def _alpha_beta(log_p: Tensor, log_q: Tensor, a: Any, b: Any) -> Tensor:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor) and 0.0 in (a, b):
+        return _kl(log_p, log_q) if b == 0.0 else _kl_of_student(log_q, log_p)
+    a, b = (torch.as_tensor(x, dtype=torch.float64, device=log_p.device).reshape(-1, 1) for x in (a, b))
+    powers = (a * log_p + b * log_q).exp(), ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+    return -((powers[0] - a / (a + b) * powers[1] - b / (a + b) * powers[2]) / (a * b)).sum(-1)
+
+
+def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
+    if not isinstance(beta, Tensor) and beta in (0.0, 1.0):
+        return _kl(log_p, log_q) if beta == 0.0 else _kl_of_student(log_q, log_p)
     log_m = _mix(log_p, log_q, beta)
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl_of_student(log_q, log_m)
 

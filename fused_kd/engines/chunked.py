@@ -33,7 +33,7 @@ def run(problem: Problem, row: Row) -> Result:
     groups = planned.groups(n)
     if problem.spec.ranked:
         difficulty = _difficulties(chunks, [span for group in groups for span in group], row, buffers)
-        hard = largest(difficulty, labels, problem.scalars)
+        hard = largest(difficulty, labels, problem)
         groups = [group[::-1] for group in groups[::-1]]  # the logits of the last chunk are still there
     for group in groups:
         first, last = min(span.start for span in group), max(span.stop for span in group)
@@ -42,7 +42,7 @@ def run(problem: Problem, row: Row) -> Result:
             if any(problem.wanted):
                 place = slice(span.start - first, span.stop - first)
                 dlogits = chunks.gradient_buffer(chunk, result.d_source, buffers, place)
-            rows = buffers.outputs(len(chunk.labels))._replace(dlogits=dlogits)
+            rows = buffers.outputs(len(chunk.labels), problem.statistics)._replace(dlogits=dlogits)
             row(chunk.inputs(problem, weights, hard), rows)
             result.record(chunk.tokens, rows, chunk.bad, sparse_logits=chunks.sparse_logits)
         tokens, hidden = chunk.tokens, chunk.hidden

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..divergences import EXCLUDED
-from ..objectives import RowSpec
 from ..rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
+from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
@@ -42,11 +42,12 @@ class Buffers:
     def dlogits(self, dtype: torch.dtype, rows: slice) -> Tensor:
         return self._matrix("dlogits", dtype, self._plan.group)[rows]
 
-    def outputs(self, count: int) -> RowOutputs:
+    def outputs(self, count: int, statistics: int = 0) -> RowOutputs:
         """Of a row, without dlogits."""
         float32 = torch.float32
         loss, difficulty = (self._vector(name, float32)[:count] for name in ("loss", "difficulty"))
-        return RowOutputs(loss, difficulty, self._vector("is_hard", torch.bool)[:count], None)
+        told = empty((count, statistics), float32, self._device) if statistics else None
+        return RowOutputs(loss, difficulty, self._vector("is_hard", torch.bool)[:count], None, told)
 
     def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
         if name not in self._held:
@@ -89,6 +90,9 @@ class LogitSource:
         return self.projection.operand(self.source[tokens])
 
 
+_DIFFICULTY = RowSpec.of(Term("kl", mixed=True))
+
+
 class Chunk(NamedTuple):
     """Of the tokens of ``span``, among those to process: ``tokens`` are their places among all, ``hidden`` the
     student's GEMM operand (None for logits), ``bad`` (C,) bool those whose loss is NaN."""
@@ -105,13 +109,14 @@ class Chunk(NamedTuple):
         """For the loss; ``weights`` of all tokens, ``hard`` of those to process."""
         return RowInputs(
             self.student, self.teacher, self.labels, None if weights is None else weights[self.tokens],
-            problem.scalars, problem.spec, problem.cold_labels, None if hard is None else hard[self.span],
+            problem.scalars_of(self.tokens), problem.spec, problem.cold_labels, None if hard is None else hard[self.span],
         )  # fmt: skip
 
     def difficulty_inputs(self, problem: Problem) -> RowInputs:
         """For ``KL(yt||q)`` alone."""
-        spec = RowSpec("kl", mixed=True)
-        return RowInputs(self.student, self.teacher, self.labels, None, problem.scalars, spec, cold_labels=False)
+        own = slice(problem.spec.main, problem.spec.main + 1)
+        scalars = problem.scalars_of(self.tokens)[:, own].contiguous()
+        return RowInputs(self.student, self.teacher, self.labels, None, scalars, _DIFFICULTY, cold_labels=False)
 
 
 class Chunks:

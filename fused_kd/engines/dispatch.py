@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..divergences import DIVERGENCES
 from ..rows.select import CUDA_OR_TRITON, choose_backend, get_row
+from ..terms import RowSpec
 from . import chunked
 from .plan import BudgetTooSmall
 from .problem import Problem, Result
@@ -17,22 +17,25 @@ AUTO = "auto"
 def choose_engine(
     engine: str | None,
     backend: str | None,
-    divergence: str | None,
+    spec: RowSpec,
     grad_filter_eps: float,
     device: torch.device,
     *,
     top_k: bool = False,
     sharded: bool = False,
+    statistics: bool = False,
 ) -> tuple[str, str]:
     """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
 
     A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``sharded`` that the
-    vocabulary is divided over ranks.
+    vocabulary is divided over ranks, ``statistics`` that some are asked for.
     """
     if sharded:
-        return "chunked", _sharded_backend(engine, backend, divergence, grad_filter_eps, device, top_k)
+        if statistics:
+            raise ValueError("statistics must be empty with tp_group, whose ranks see a slice of the vocabulary each")
+        return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, top_k)
     if engine == "streaming":
-        obstacle = _streaming_obstacle(backend, divergence, top_k, device)
+        obstacle = _streaming_obstacle(backend, spec, top_k, statistics, device)
         if obstacle is not None:
             raise ValueError(obstacle)
         return "streaming", "triton"
@@ -42,7 +45,7 @@ def choose_engine(
             choose_backend("triton", device)
         except ValueError as error:
             raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
-    if engine is None and _streaming_obstacle(backend, divergence, top_k, device) is None:
+    if engine is None and _streaming_obstacle(backend, spec, top_k, statistics, device) is None:
         return AUTO, chosen
     return "chunked", chosen
 
@@ -50,7 +53,7 @@ def choose_engine(
 def _sharded_backend(
     engine: str | None,
     backend: str | None,
-    divergence: str | None,
+    spec: RowSpec,
     grad_filter_eps: float,
     device: torch.device,
     top_k: bool,
@@ -62,17 +65,25 @@ def _sharded_backend(
         raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton' with tp_group, got {backend!r}")
-    fits = not top_k and not (divergence is not None and DIVERGENCES[divergence].adaptive)
+    fits = not top_k and not _adaptive(spec)
     if backend == "triton" and not fits:
         raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")
     return "triton" if choose_backend(backend, device) in ("triton", CUDA_OR_TRITON) and fits else "torch"
 
 
-def _streaming_obstacle(backend: str | None, divergence: str | None, top_k: bool, device: torch.device) -> str | None:
+def _adaptive(spec: RowSpec) -> bool:
+    return any(term.of.adaptive for term in spec.terms)
+
+
+def _streaming_obstacle(
+    backend: str | None, spec: RowSpec, top_k: bool, statistics: bool, device: torch.device
+) -> str | None:
     """Why the streaming engine can not run, or None."""
     if backend not in (None, "triton"):
         return f"engine='streaming' needs backend='triton' or None, got backend={backend!r}"
-    if divergence is not None and DIVERGENCES[divergence].adaptive:
+    if statistics:
+        return "engine='streaming' tells no statistics; use engine='chunked'"
+    if _adaptive(spec):
         return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
     if top_k:
         return "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"

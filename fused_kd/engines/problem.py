@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives import RowSpec, Scalars
+from ..terms import RowSpec, Scalars
 from ..rows.contract import RowOutputs, Shards
 
 # Labels of tokens that are left out, and of those whose loss is NaN; all others are in [0, vocab).
@@ -60,8 +60,9 @@ class Problem:
             the host, so their rows are skipped instead.
         weights: (N,) fp32 token weights or None.
         scale: 0-d fp32 factor of all gradients.
-        scalars: (8,) fp32, see :class:`fused_kd.objectives.Scalars`.
-        wanted, spec: gradients; what a row must know before it is compiled.
+        scalars: (1, terms, n) fp32, or (N, terms, n) where each token has its own, see :class:`fused_kd.terms.Scalars`.
+        wanted: gradients.
+        spec_code: what a row must know before it is compiled, see :class:`fused_kd.terms.RowSpec`.
         cold_labels: the label's own cross-entropy is taken at temperature 1, the rest at another one.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
@@ -70,6 +71,7 @@ class Problem:
         engine, backend: as :func:`.dispatch.choose_engine` has chosen them.
         validate: whether to look at values that are not on the host.
         shards: the vocabulary's slices over ranks; None: all of it is here.
+        statistics: how many of :data:`fused_kd.terms.STATISTICS` to tell.
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
     """
 
@@ -80,7 +82,7 @@ class Problem:
     scale: Tensor
     scalars: Tensor
     wanted: Wanted
-    spec: RowSpec
+    spec_code: str
     cold_labels: bool
     vocab: int
     dtype: torch.dtype | None
@@ -91,14 +93,25 @@ class Problem:
     validate: bool = False
     shards: Shards | None = None
     sum_hidden: bool = True
+    statistics: int = 0
+
+    @property
+    def spec(self) -> RowSpec:
+        return RowSpec.decode(self.spec_code)
+
+    def scalars_of(self, tokens: slice | Tensor) -> Tensor:
+        """Those of some tokens."""
+        return self.scalars if len(self.scalars) == 1 else self.scalars[tokens]
 
 
 class Result(NamedTuple):
-    """Unweighted ``loss``, ``difficulty``, ``is_hard`` (N,); gradients of ``scale * sum(weights * loss)``."""
+    """Unweighted ``loss``, ``difficulty``, ``is_hard`` (N,), ``statistics`` (N, n); gradients of
+    ``scale * sum(weights * loss)``."""
 
     loss: Tensor
     difficulty: Tensor
     is_hard: Tensor
+    statistics: Tensor
     d_source: Tensor | None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
@@ -116,6 +129,7 @@ class Result(NamedTuple):
             torch.zeros(N, dtype=torch.float32, device=device),
             torch.zeros(N, dtype=torch.float32, device=device),
             torch.zeros(N, dtype=torch.bool, device=device),
+            torch.zeros(N, problem.statistics, dtype=torch.float32, device=device),
             d_source,
         )
 
@@ -124,6 +138,8 @@ class Result(NamedTuple):
         self.loss[tokens] = rows.loss.masked_fill(bad, math.nan)
         self.difficulty[tokens] = rows.difficulty
         self.is_hard[tokens] = rows.is_hard
+        if rows.statistics is not None:
+            self.statistics[tokens] = rows.statistics
         if sparse_logits and rows.dlogits is not None and self.d_source is not None:
             self.d_source[:, : rows.dlogits.shape[1]][tokens] = rows.dlogits
 
@@ -143,10 +159,10 @@ def valid_tokens(labels: Tensor, device: torch.device) -> tuple[Tensor | None, T
     return index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
 
 
-def largest(difficulty: Tensor, labels: Tensor, scalars: Tensor) -> Tensor:
+def largest(difficulty: Tensor, labels: Tensor, problem: Problem) -> Tensor:
     """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
     valid = labels >= 0
-    fraction = scalars[Scalars._fields.index("fraction")].double()
+    fraction = problem.scalars[0, problem.spec.main, Scalars._fields.index("fraction")].double()
     # fp32 scalars but 1 are off by 6e-8: 0.1 * 10 must not become 2.
     count = (torch.where(fraction < 1.0, fraction * (1 - 2**-24), fraction) * valid.sum()).ceil()
     order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)

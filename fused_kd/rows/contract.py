@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..divergences import DIVERGENCES
-from ..objectives import RowSpec
+from ..terms import GATES, RowSpec, Term
 
 
 class Logits(NamedTuple):
@@ -47,10 +46,11 @@ class Sparse(NamedTuple):
 class RowInputs(NamedTuple):
     """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
 
-    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (8,) fp32 on the
-    chunk's device, ordered as :class:`fused_kd.objectives.Scalars`. ``cold_labels`` says that the label's own
-    cross-entropy is taken at temperature 1 while the rest is taken at another temperature. ``hard`` (C,) bool or None
-    says of a gated objective's rows which are hard, in place of their difficulty.
+    ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (1, terms, n) fp32 on the
+    chunk's device, or (C, terms, n) where each token has its own: of each term of ``spec`` those of
+    :class:`fused_kd.terms.Scalars`. ``cold_labels`` says that the label's own cross-entropy is taken at temperature 1
+    while the rest is taken at another temperature. ``hard`` (C,) bool or None says of a gated objective's rows which
+    are hard, in place of their difficulty.
     """
 
     student: Logits
@@ -66,34 +66,48 @@ class RowInputs(NamedTuple):
 class RowOutputs(NamedTuple):
     """Written by a row: ``loss``, ``difficulty`` (C,) fp32, ``is_hard`` (C,) bool, ``dlogits`` (C, V) or None.
 
-    ``dlogits`` may be the student's raw logits themselves.
+    ``dlogits`` may be the student's raw logits themselves. ``statistics`` (C, n) fp32 or None: the first n of
+    :data:`fused_kd.terms.STATISTICS`, all of them or those that need no sweep of their own.
     """
 
     loss: Tensor
     difficulty: Tensor
     is_hard: Tensor
     dlogits: Tensor | None
+    statistics: Tensor | None = None
 
 
 Row = Callable[[RowInputs, RowOutputs], None]
 
 
+OUTERS = ("", "minus_log", "mix")
+
+
 @functools.cache
-def traits(spec: RowSpec, cold_labels: bool) -> dict[str, bool]:
-    """What makes a compiled row an objective's, beside its formulas: parts of its divergence and of the loss."""
-    divergence = DIVERGENCES[spec.divergence or "kl"]
-    hard_label = spec.hard_label and spec.divergence is not None
+def traits(term: Term) -> dict[str, int]:
+    """What makes a term of a compiled row what it is, beside its formulas; ``gate`` and ``outer`` are numbered."""
+    of = term.of
     return {
-        "free": divergence.free,
-        "mixture": divergence.mixture,
-        "kl_at_one": divergence.kl_at_one,
-        "adaptive": divergence.adaptive,
-        "everywhere": divergence.everywhere,
-        "mixed": spec.mixed,
-        "hard_label": hard_label,
-        "gated": spec.gated,
-        "cold": cold_labels and hard_label,
+        "has_teacher": int(term.divergence is not None),
+        "free": int(term.free),
+        "mixture": int(of.mixture),
+        "reads_d": int("d" in of.reads and not of.free),
+        "powers": int(of.powers),
+        "kl_at_one": int(of.kl_at_one),
+        "adaptive": int(of.adaptive),
+        "everywhere": int(of.everywhere),
+        "covers": int(of.covers),
+        "outer": OUTERS.index(of.outer),
+        "mixed": int(term.mixed),
+        "hard_label": int(term.hard_label),
+        "gate": ("", *GATES).index(term.gate),
+        "z_loss": int(term.z_loss),
     }
+
+
+def scalars_stride(scalars: Tensor) -> int:
+    """Elements from a row's scalars to the next one's: none where all rows share them."""
+    return 0 if len(scalars) == 1 else scalars.stride(0)
 
 
 def compiled(row: Row) -> Row:
@@ -128,7 +142,7 @@ def prepared(inputs: RowInputs, outputs: RowOutputs) -> tuple[RowInputs, RowOutp
     raw = _unit_stride(student.raw)
     if dlogits is not None:
         dlogits = raw if dlogits is student.raw else _unit_stride(dlogits)
-    if inputs.spec.divergence is None:
+    if not inputs.spec.needs_teacher:
         teacher = None
     elif isinstance(teacher, Logits):
         teacher = teacher._replace(raw=_unit_stride(teacher.raw))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..divergences import COLDEST, DIVERGENCES, EXCLUDED, LEFT_OUT, LOG_LEAST, LOG_ZERO, OUTSIDE, TINY
-from ..objectives import Scalars
+from ..terms import Scalars
 
 _NUMBERS = {
     "LOG_ZERO": LOG_ZERO,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, EXCLUDED, LOG_LEAST, TINY, Divergence
-from ..objectives import Scalars
+from ..terms import Scalars
 from .contract import RowInputs, RowOutputs, Shards
 from .torch.math import (
     Over,

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import LOG_ZERO
-from ..objectives import RowSpec, Scalars
 from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
-from .torch.math import weighed
+from ..terms import RowSpec, Term
 
 # By how much the logarithm of a probability near 1 may pass 0.
 ROUNDING = 1e-4
@@ -117,7 +116,7 @@ def category_rows(
         gradient = torch.empty_like(z) if wanted else None
         dense(
             RowInputs(
-                Logits(z, 1.0, None, False), None if spec.divergence is None else teacher, small.labels,
+                Logits(z, 1.0, None, False), teacher if spec.needs_teacher else None, small.labels,
                 inputs.weights, inputs.scalars, spec, False, inputs.hard,
             ),
             out._replace(dlogits=gradient),
@@ -128,14 +127,12 @@ def category_rows(
         gradient = run(small.student, inputs.spec, outputs)
         return None if gradient is None else CategoryGradient(gradient[:, :-1], of_rest(gradient), None)
     # The two temperatures see two rests, so the terms are rows of their own.
-    gradient = run(small.student, inputs.spec._replace(hard_label=False), outputs)
+    gradient = run(small.student, RowSpec.of(*(term._replace(hard_label=False) for term in inputs.spec.terms)), outputs)
     ce = outputs._replace(**{name: torch.empty_like(getattr(outputs, name)) for name in ("loss", "difficulty")})
     ce = ce._replace(is_hard=torch.empty_like(outputs.is_hard))
     cold = torch.cat([small.student[:, :-1], cold_rest.unsqueeze(1)], 1)
-    ce_gradient = run(cold, RowSpec(None, hard_label=True), ce)
-    share = Scalars(*inputs.scalars).rest
-    outputs.loss.add_(weighed(share, ce.loss))
+    ce_gradient = run(cold, RowSpec.of(*(Term(None, hard_label=t.hard_label) for t in inputs.spec.terms)), ce)
+    outputs.loss.add_(ce.loss)
     if gradient is None or ce_gradient is None:
         return None
-    ce_gradient *= share
     return CategoryGradient(gradient[:, :-1] + ce_gradient[:, :-1], of_rest(gradient), of_rest(ce_gradient))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...divergences import DIVERGENCES
 from ...rows.contract import RowInputs, RowOutputs, Shards
 from ...rows.sharded import Messages
 from ..chunks import Buffers, Chunk, Chunks, row_stride
@@ -87,7 +86,7 @@ class _Engine:
         difficulty = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
         for chunk, outputs, *_ in two_at_a_time(self._spans, self._difficulty, self._exchange):
             difficulty[chunk.span] = outputs.difficulty
-        return largest(difficulty, labels, self._problem.scalars)
+        return largest(difficulty, labels, self._problem)
 
     def _difficulty(self, span: slice) -> UnderWay:
         buffers = self._lane_of[span.start]
@@ -163,8 +162,7 @@ def _plan(chunks: Chunks, shards: Shards, device: torch.device) -> Plan:
     if any(problem.wanted) and chunks.student.projection is not None:
         token += 4 * chunks.student.source.shape[1]  # being added up
     preferred = preferred_chunk(device.type, token + workspace.grouped)
-    divergence = problem.spec.divergence
-    if divergence is not None and DIVERGENCES[divergence].adaptive:
+    if any(term.of.adaptive for term in problem.spec.terms):
         token += 8 * widest
     workspace = workspace._replace(token=LANES * token, grouped=LANES * workspace.grouped)
     return plan_chunks(

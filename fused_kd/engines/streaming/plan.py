@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from ...divergences import DIVERGENCES
 from ..plan import BudgetTooSmall
 from ..problem import Problem, gradient_dtype
 from ..waves import GEMM_TILE, MULTIPROCESSORS, fitting, gemm_waves, waves
@@ -90,10 +89,9 @@ class Sizes(NamedTuple):
 
 def sizes_of(problem: Problem, n: int, *, upcast: bool) -> Sizes:
     """``upcast``: low-precision operands of GEMMs are made fp32 first."""
-    student, teacher, wanted, divergence = problem.student, problem.teacher, problem.wanted, problem.spec.divergence
-    sums = divergence is not None and not DIVERGENCES[divergence].free
+    student, teacher, wanted, spec = problem.student, problem.teacher, problem.wanted, problem.spec
     joinable = problem.grad_filter_eps == 0.0
-    sizes = Sizes(len(student.source), n, problem.vocab, sums, problem.spec.gated, joinable=joinable)
+    sizes = Sizes(len(student.source), n, problem.vocab, bool(spec.tabled), bool(spec.gate), joinable=joinable)
     if student.weight is None:
         return sizes
     dtype = problem.dtype or student.source.dtype

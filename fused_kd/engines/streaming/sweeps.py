@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...objectives import Scalars
+from ...terms import Scalars
 from ...rows.triton.row import formula_constants
 from ...workspace import empty
 from ..problem import INVALID, Problem, Result, Side, largest

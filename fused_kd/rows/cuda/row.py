@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 from ...divergences import DIVERGENCES
-from ...objectives import RowSpec
+from ...terms import RowSpec
 from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
 from . import build as cuda_build
 from .launch import Device, Launch, cut_rows, gradient_arguments, side_arguments, side_macros

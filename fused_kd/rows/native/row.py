@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...objectives import Scalars
+from ...terms import Scalars
 from ...workspace import empty
 from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
 from . import build as native_build

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import EXCLUDED, LOG_ZERO, TINY, Divergence
-from ...objectives import RowSpec, Scalars
+from ...terms import Scalars
 from ...workspace import empty
 from ..contract import Logits, RowInputs, Sparse
 
@@ -28,9 +28,13 @@ def rows_of_block(V: int, device: torch.device) -> int:
     return max(1, DEVICE_BLOCK_BYTES // (4 * V))
 
 
-def scalars_of(inputs: RowInputs) -> Scalars:
-    """Host numbers where they cost nothing; reading them back from an accelerator would synchronise."""
-    return Scalars(*(inputs.scalars.tolist() if on_host(inputs.labels) else inputs.scalars.unbind()))
+def scalars_of(inputs: RowInputs, rows: slice | Tensor = slice(None)) -> list[Scalars]:
+    """Of each term: host numbers where they cost nothing (reading them back from an accelerator would synchronise), 0-d
+    tensors, or (B, 1) where each token has its own."""
+    if len(inputs.scalars) > 1:
+        return [Scalars(*own.split(1, 1)) for own in inputs.scalars[rows].unbind(1)]
+    on_cpu = on_host(inputs.labels)
+    return [Scalars(*(own.tolist() if on_cpu else own.unbind())) for own in inputs.scalars[0]]
 
 
 class Scratch:
@@ -91,6 +95,9 @@ class Lazy:
     def __sub__(self, other: Operand) -> Lazy:
         return self.apply(torch.sub, other)
 
+    def __rsub__(self, other: Operand) -> Lazy:
+        return -self + other
+
     def __neg__(self) -> Lazy:
         return self.apply(torch.neg)
 
@@ -143,27 +150,9 @@ def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, ce: Tensor, s: S
     return raised_(found, (ce == math.inf) & (s.rest > 0.0))
 
 
-def loss_of(divergence: Tensor, ce: Tensor, s: Scalars, spec: RowSpec) -> Tensor:
-    """The loss from the divergence of the objective's target, ``yt`` or ``p``, and the label's cross-entropy."""
-    if spec.mixed:
-        return divergence
-    value = weighed(s.lam, divergence)
-    return value + weighed(s.rest, ce) if spec.hard_label else value
-
-
 def weighed(weight: float | Tensor, value: Tensor) -> Tensor:
     """Their product, where nothing of an infinite value is nothing."""
     return (weight * value).masked_fill_((value == math.inf) & (weight == 0.0), 0.0)
-
-
-def uses_divergence(divergence: Divergence, spec: RowSpec, hard: Tensor, alpha: float | Tensor) -> Tensor | None:
-    """Which rows take the divergence's own sweeps, (B,); None where KL serves all of them."""
-    if divergence.free:
-        return None
-    use = hard if spec.gated else torch.ones_like(hard)
-    if divergence.kl_at_one:
-        use = use & (torch.as_tensor(alpha, device=use.device) > 0.0)
-    return use
 
 
 def settled(value: Tensor, ignored: Tensor) -> Tensor:
@@ -207,10 +196,16 @@ def _between(t: Tensor, q: Tensor, beta: float | Tensor, alpha: float | Tensor, 
 
 
 def table_arguments(
-    divergence: Divergence, t: Lazy, q: Lazy, d: Lazy | None, beta: float | Tensor, alpha: float | Tensor
+    divergence: Divergence,
+    t: Lazy,
+    q: Lazy,
+    d: Lazy | None,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    logs: tuple[Lazy, Lazy] | None = None,
 ) -> tuple[Any, ...]:
-    """What the table's ``h`` and ``g`` take, as far as this divergence reads it."""
-    r = log_r = s = log_s = None
+    """What the table's ``h`` and ``g`` take, as far as this divergence reads it; ``logs`` are log t and log q."""
+    r = log_r = s = log_s = w = u = v = None
     if divergence.mixture:
         raised = q + TINY
         m = t.apply(_between, raised, beta, alpha)
@@ -220,17 +215,12 @@ def table_arguments(
         if "s" in divergence.reads:
             s = raised / m
             log_s = s.apply(torch.log)
-    return t, q, d, r, log_r, s, log_s, beta, alpha
-
-
-def close_gradient(
-    gradient: Tensor, ce_prob: Tensor, y: Tensor, s: Scalars, spec: RowSpec, own: float | Tensor = 1.0
-) -> None:
-    """From ``g - q * sum g`` to the loss's gradient in the final logits: its share, 1 / T and the hard label's term."""
-    scale(gradient, (1.0 if spec.mixed else s.lam) / s.temperature)
-    if spec.hard_label:
-        add_scaled(gradient, ce_prob, s.rest, gradient)
-        add_at(gradient, y, -s.rest * own)
+    if logs is not None:
+        log_t, log_q = logs
+        w = (log_t * alpha + log_q * beta).apply(torch.exp)
+        if divergence.reads >= {"u", "v"}:
+            u, v = ((x * (alpha + beta)).apply(torch.exp) for x in logs)
+    return t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v
 
 
 def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -257,33 +247,9 @@ def infinite(divergence: Divergence, over: Over, fraction: float | Tensor, head:
     """Whether a divergence's sum, over what both sides have, lacks an infinite part; (B, 1), None where never."""
     if divergence.adaptive:
         return (over.teacher & (head > 0.0)) | (over.student & (fraction < 1.0))
-    return over.student if divergence.everywhere else None
-
-
-def free_gradient(
-    p: Tensor,
-    q: Tensor,
-    y: Tensor,
-    cold: Tensor | None,
-    s: Scalars,
-    spec: RowSpec,
-    out: Tensor,
-    own: float | Tensor = 1.0,
-) -> None:
-    """``q - t`` (/T), the gradient of KL; with a hard-label term at the same temperature it is that of ``yt``.
-
-    ``cold`` (B, V) are the student's probabilities at temperature 1 where the label's term is taken there.
-    """
-    if spec.mixed or (spec.hard_label and cold is None):
-        add_scaled(q, p, -s.lam, out)
-        add_at(out, y, -s.rest * own)
-        scale(out, 1.0 / s.temperature)
-    else:
-        torch.sub(q, p, out=out)
-        scale(out, s.lam / s.temperature)
-        if cold is not None:
-            add_scaled(out, cold, s.rest, out)
-            add_at(out, y, -s.rest * own)
+    if divergence.everywhere:
+        return over.student | over.teacher if divergence.covers else over.student
+    return None
 
 
 def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: str) -> tuple[Tensor, Tensor | None]:
@@ -351,6 +317,11 @@ def add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:
         value = torch.full((), value, dtype=x.dtype, device=x.device)
     source = value.to(x.dtype).expand_as(y)
     return x.scatter_add_(1, y, source)
+
+
+def is_nothing(x: float | Tensor, nothing: float = 0.0) -> bool:
+    """Whether a factor is a host number that changes nothing."""
+    return isinstance(x, float) and x == nothing
 
 
 def on_host(x: Tensor) -> bool:

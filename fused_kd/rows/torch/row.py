@@ -7,37 +7,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...divergences import DIVERGENCES, LEFT_OUT, TINY, Divergence
-from ...objectives import RowSpec, Scalars
+from ...divergences import LEFT_OUT, TINY
+from ...terms import ENTROPY, RowSpec, Scalars
 from ..contract import Logits, RowInputs, RowOutputs, Sparse
+from ..shares import Shares, Tabled, Token, after_sums, loss_shares
 from .math import (
     Lazy,
     Over,
     Scratch,
     above,
     add_at,
-    close_gradient,
+    add_scaled,
     cool,
-    difficulty_of,
     excluded,
     final_logits,
-    free_gradient,
     head_share,
     infinite,
+    is_nothing,
     known_all,
-    loss_of,
     maybe_any,
     on_host,
     raised_,
     rows_of_block,
     scalars_of,
+    scale,
     settled,
     table_arguments,
     target,
     to_raw_,
     uniform_logits,
-    uses_divergence,
 )
+from .statistics import entropy, statistics
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:
@@ -45,21 +45,25 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     C, V = inputs.student.raw.shape
     block = rows_of_block(V, inputs.labels.device)
     scratch = Scratch(min(block, C), V, inputs.labels.device)
-    scalars = scalars_of(inputs)
     for start in range(0, C, block):
-        rows = slice(start, min(start + block, C))
-        _block(inputs, outputs, rows, scalars, scratch)
+        _block(inputs, outputs, slice(start, min(start + block, C)), scratch)
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
+    z: Tensor  # (B, V) logits at its temperature
     prob: Tensor  # (B, V)
     lse: Tensor  # (B, 1)
     log_prob_y: Tensor  # (B, 1)
+    offset: Tensor | float = 0.0  # (B, 1) what the logits, and with them lse, lack
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        return self.lse + self.offset
 
 
-def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scratch: Scratch) -> None:
+def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, scratch: Scratch) -> None:
     """Fill some rows of ``outputs``."""
-    labels = inputs.labels[rows]
+    labels, spec, scalars = inputs.labels[rows], inputs.spec, scalars_of(inputs, rows)
     ignored = labels < 0
     y = labels.clamp(min=0).unsqueeze(1)
     dlogits = None if outputs.dlogits is None else outputs.dlogits[rows]
@@ -68,21 +72,33 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
 
     z, slope = final_logits(inputs.student, rows, scratch, "z_s")
     out = excluded(z, inputs.student.finite)
-    if inputs.spec.divergence is None:
-        q = _softmax(z, y, scratch("q", len(y)))
-        loss = difficulty = _cross_entropy(q, out, y)
-        is_hard = torch.zeros_like(ignored)
-        if work is not None:
-            add_at(work.copy_(q.prob), y, -1.0)
+    given = None if inputs.hard is None else inputs.hard[rows]
+    sides = None
+    if not spec.needs_teacher:
+        q = cold = _softmax(z, y, scratch("q", len(y)))
+        ce = _cross_entropy(q, out, y)
+        token = Token(ce, ce, q.log_prob_y, ce, ce, q.log_sum_exp)
     else:
+        T = scalars[0].temperature
         cold = _softmax(z, y, scratch("cold", len(y))) if inputs.cold_labels else None
-        z = cool(z, s.temperature, scratch("z_s", len(y)))
-        z_t, out_t = _teacher(inputs.teacher, rows, s, scratch)
-        sides = _compared(z, z_t, y, (out, out_t), scratch, keep_difference=_reads_difference(inputs.spec))
-        given = None if inputs.hard is None else inputs.hard[rows]
-        loss, difficulty, is_hard = _against_teacher(inputs.spec, sides, y, cold, given, work, s, scratch)
+        z = cool(z, T, scratch("z_s", len(y)))
+        z_t, out_t = _teacher(inputs.teacher, rows, T, scratch)
+        sides = _compared(z, z_t, y, (out, out_t), scratch, keep_difference=_reads_difference(spec))
+        q = sides.q
+        token = _token(spec, sides, cold, y, scratch)
+    shares = loss_shares(spec, scalars, token, given)
+    if outputs.statistics is not None:
+        p = None if sides is None else sides.p
+        found = statistics(outputs.statistics.shape[1], q, p, token, scalars[spec.main], scratch)
+        outputs.statistics[rows] = found.masked_fill_(ignored.unsqueeze(1), 0.0)
 
+    chosen = total = None
+    use = shares.use
+    if sides is not None and use is not None:
+        chosen = _Chosen(use)
+        total = _add_sums(spec, shares, sides, chosen, token, y, work is not None, scalars, scratch)
     if work is not None and dlogits is not None:
+        _write_gradient(work, shares, token, q, sides, cold, y, scalars, (chosen, total))
         to_raw_(work, inputs.student, slope)
         if inputs.weights is not None:
             work.mul_(inputs.weights[rows].unsqueeze(1))
@@ -90,13 +106,13 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, s: Scalars, scra
             work.masked_fill_(ignored.unsqueeze(1), 0.0)
         if work is not dlogits:
             dlogits.copy_(work)
-    for result, value in ((outputs.loss, loss), (outputs.difficulty, difficulty)):
+    for result, value in ((outputs.loss, shares.loss), (outputs.difficulty, shares.difficulty)):
         result[rows] = settled(value, ignored)
-    outputs.is_hard[rows] = is_hard & ~ignored
+    outputs.is_hard[rows] = shares.hard & ~ignored
 
 
 def _teacher(
-    teacher: Logits | Sparse | None, rows: slice, s: Scalars, scratch: Scratch
+    teacher: Logits | Sparse | None, rows: slice, temperature: float | Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
     """(B, V) logits at temperature T, and which of them are excluded."""
     assert teacher is not None
@@ -107,14 +123,14 @@ def _teacher(
     else:
         z, _ = final_logits(teacher, rows, scratch, "z_t")
         out = excluded(z, teacher.finite)
-    return cool(z, s.temperature, scratch("z_t", B)), out
+    return cool(z, temperature, scratch("z_t", B)), out
 
 
 class _Sides(NamedTuple):
     """Student and teacher at temperature T."""
 
-    q: _Softmax
-    p: _Softmax
+    q: Softmax
+    p: Softmax
     difference: Tensor  # (B, V) teacher's less student's logits, 0 where either side excludes the token; if it is kept
     outs: tuple[Tensor | None, Tensor | None]  # (B, V) which tokens student and teacher exclude
     over: Over
@@ -131,125 +147,186 @@ def _compared(
     keep_difference: bool,
 ) -> _Sides:
     B = len(y)
-    z, z_t = _aligned(z, z_t, scratch)
-    p = _softmax(z_t, y, scratch("p", B))
+    z, z_t, top, top_t = _aligned(z, z_t, scratch)
+    p = _softmax(z_t, y, scratch("p", B))._replace(offset=top_t)
     # The difference form cancels far less than two separate expectations.
     difference = torch.sub(z_t, z, out=scratch("difference", B))
     for out in outs:
         if out is not None:
             difference.masked_fill_(out, 0.0)
     kl = (Lazy(p.prob, scratch) * difference).value.sum(1, keepdim=True) - p.lse
-    q = _softmax(z, y, scratch("q" if keep_difference else "difference", B))
+    q = _softmax(z, y, scratch("q" if keep_difference else "difference", B))._replace(offset=top)
     over = Over(above(q.prob, outs[1]), above(p.prob, outs[0]))
     return _Sides(q, p, difference, outs, over, raised_((kl + q.lse).clamp_(min=0.0), over.teacher))
 
 
+def _token(spec: RowSpec, sides: _Sides, cold: Softmax | None, y: Tensor, scratch: Scratch) -> Token:
+    out = sides.outs[0]
+    warm = ce = _cross_entropy(sides.q, out, y)
+    if cold is not None:
+        ce = _cross_entropy(cold, out, y)
+    entropy_t = entropy(sides.p, scratch) if spec.gate == ENTROPY else None
+    lse = (cold or sides.q).log_sum_exp
+    return Token(sides.kl, sides.p.log_prob_y, sides.q.log_prob_y, warm, ce, lse, entropy_t)
+
+
 class _Chosen:
-    """The rows that take the divergence's own sweeps: on the host those alone, elsewhere all, as looking would wait."""
+    """The rows that take the table's sums: on the host those alone, elsewhere all, as looking would wait."""
 
     def __init__(self, use: Tensor) -> None:
-        self._use, self.everything = use, known_all(use)
-        self._index = use.nonzero().squeeze(1) if on_host(use) and not self.everything else None
+        self.everything = known_all(use) or not on_host(use)
+        self._index = None if self.everything else use.nonzero().squeeze(1)
 
     def pick(self, x: Tensor) -> Tensor:
         return x if self._index is None else x.index_select(0, self._index)
 
-    def put_(self, into: Tensor, values: Tensor) -> None:
-        """Of the picked rows, to where they are from."""
+    def of(self, x: float | Tensor) -> float | Tensor:
+        """Of a number, or of each token's, (B, 1)."""
+        return self.pick(x) if isinstance(x, Tensor) and x.dim() == 2 else x
+
+    def spread(self, values: float | Tensor, count: int) -> float | Tensor:
+        """Of the picked rows, (B', 1), to all ``count``, with 0 elsewhere."""
+        if self._index is None or not isinstance(values, Tensor):
+            return values
+        return values.new_zeros(count, 1).index_copy_(0, self._index, values)
+
+    def add_(self, into: Tensor, values: Tensor, by: float | Tensor) -> None:
+        """``into += by * values``, of the picked rows."""
         if self._index is not None:
-            into.index_copy_(0, self._index, values)
-        elif values is not into:
-            torch.where(self._use.unsqueeze(1), values, into, out=into)
+            scale(values, self.of(by))
+            into.index_add_(0, self._index, values)
+        else:
+            add_scaled(into, values, by, into)
 
 
-def _against_teacher(
+def _add_sums(
     spec: RowSpec,
-    sides: _Sides,
-    y: Tensor,
-    cold: _Softmax | None,
-    hard: Tensor | None,
-    dlogits: Tensor | None,
-    s: Scalars,
-    scratch: Scratch,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and difficulty (B, 1), hardness (B,), and in ``dlogits`` the gradient in the final logits."""
-    divergence = DIVERGENCES[spec.divergence or "kl"]
-    q, p = sides.q, sides.p
-    ce = _cross_entropy(q, sides.outs[0], y)
-    difficulty = difficulty_of(sides.kl, p.log_prob_y, q.log_prob_y, ce, s)
-    if not spec.gated:
-        hard = torch.zeros_like(y, dtype=torch.bool).squeeze(1)
-    else:
-        hard = (difficulty > s.gamma).squeeze(1) if hard is None else hard
-
-    if cold is not None:
-        ce = _cross_entropy(cold, sides.outs[0], y)
-    use = uses_divergence(divergence, spec, hard, s.alpha)
-    loss = loss_of(difficulty if spec.mixed else sides.kl, ce, s, spec)
-    if dlogits is not None and (use is None or not known_all(use)):
-        free_gradient(p.prob, q.prob, y, None if cold is None else cold.prob, s, spec, dlogits)
-    if use is not None and maybe_any(use):
-        chosen = _Chosen(use)
-        loss = loss.clone()  # the difficulty's own memory
-        chosen.put_(loss, _evaluated(spec, divergence, sides, chosen, y, ce, cold, dlogits, s, scratch))
-    return loss, difficulty, hard
-
-
-def _evaluated(
-    spec: RowSpec,
-    divergence: Divergence,
+    shares: Shares,
     sides: _Sides,
     chosen: _Chosen,
+    token: Token,
     y: Tensor,
-    ce: Tensor,
-    cold: _Softmax | None,
-    dlogits: Tensor | None,
-    s: Scalars,
+    wants_gradient: bool,
+    scalars: list[Scalars],
     scratch: Scratch,
-) -> Tensor:
-    """(B', 1) the loss of the chosen rows by ``h`` and ``g`` of the table, and in ``dlogits`` the gradient."""
-    pick, out_t = chosen.pick, sides.outs[1]
-    q, p, y = pick(sides.q.prob), pick(sides.p.prob), pick(y)
-    t = target(divergence, p, y, s, spec.mixed, scratch)
-    d = None
+) -> Tensor | None:
+    """Add the table's sums to the loss; (B', V) ``sum_i share_i * (g_i - q * sum g_i)`` of the chosen rows."""
+    pick = chosen.pick
+    q, p, y, B = pick(sides.q.prob), pick(sides.p.prob), pick(y), len(y)
+    d = logs = None
+    divergences = [tabled.term.of for tabled in shares.tabled]
     if _reads_difference(spec):
         gap = pick(sides.difference).sub_(pick(sides.p.lse - sides.q.lse))
-        d = Lazy(gap if out_t is None else gap.masked_fill_(pick(out_t), LEFT_OUT), scratch)
-    beta, alpha = head_share(t.value, q, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
-    arguments = table_arguments(divergence, t, Lazy(q, scratch), d, beta, alpha)
-    total = divergence.h(*arguments).value.sum(1, keepdim=True)
-    beyond = infinite(divergence, sides.over, s.fraction, beta)
-    if beyond is not None:
-        raised_(total, pick(beyond))
-    if dlogits is not None:
+        d = gap if sides.outs[1] is None else gap.masked_fill_(pick(sides.outs[1]), LEFT_OUT)
+    if any(divergence.powers for divergence in divergences):
+        logs = tuple(Lazy(pick(side.z), scratch) - pick(side.lse) for side in (sides.p, sides.q))
+    gradient = total = None
+    for tabled in shares.tabled:
+        s = Scalars(*map(chosen.of, scalars[tabled.index]))
+        arguments = _arguments(tabled, q, p, d, logs, y, s, scratch)
+        beta, divergence = arguments[7], tabled.term.of
+        value = divergence.h(*arguments).value.sum(1, keepdim=True)
+        unused = None if known_all(tabled.use) else pick(~tabled.use).unsqueeze(1)
+        if unused is not None:
+            value.masked_fill_(unused, 0.0)
+        beyond = infinite(divergence, Over(*map(pick, sides.over)), s.fraction, beta)
+        if beyond is not None:
+            raised_(value, beyond)
+        factor = after_sums(shares, tabled, value, token, chosen.of, lambda x: chosen.spread(x, B))
+        if not wants_gradient:
+            continue
         g = divergence.g(*arguments)
-        out = dlogits if chosen.everything else None
-        gradient = torch.addcmul(g.value, q, g.value.sum(1, keepdim=True), value=-1.0, out=out)
-        close_gradient(gradient, q if cold is None else pick(cold.prob), y, s, spec)
-        chosen.put_(dlogits, gradient)
-    return loss_of(total, pick(ce), s, spec)
+        own = g if is_nothing(factor, 1.0) else g * factor
+        if unused is not None:
+            own.value.masked_fill_(unused, 0.0)
+        own_total = own.value.sum(1, keepdim=True)
+        gradient, total = (own, own_total) if gradient is None else (gradient + own, total + own_total)
+    return None if gradient is None else torch.addcmul(gradient.value, q, total, value=-1.0, out=scratch("gradient", B)[: len(q)])
+
+
+def _arguments(
+    tabled: Tabled,
+    q: Tensor,
+    p: Tensor,
+    d: Tensor | None,
+    logs: tuple[Lazy, Lazy] | None,
+    y: Tensor,
+    s: Scalars,
+    scratch: Scratch,
+) -> tuple:
+    """What ``h`` and ``g`` of a term take, of the chosen rows."""
+    divergence, mixed = tabled.term.of, tabled.term.mixed
+    t = target(divergence, p, y, s, mixed, scratch)
+    beta, alpha = head_share(t.value, q, s.fraction) if divergence.adaptive else (s.beta, s.alpha)
+    of_label = Lazy(d, scratch) if d is not None and "d" in divergence.reads else None
+    return table_arguments(divergence, t, Lazy(q, scratch), of_label, beta, alpha, logs if divergence.powers else None)
+
+
+def _write_gradient(
+    out: Tensor,
+    shares: Shares,
+    token: Token,
+    q: Softmax,
+    sides: _Sides | None,
+    cold: Softmax | None,
+    y: Tensor,
+    scalars: list[Scalars],
+    sums: tuple[_Chosen | None, Tensor | None],
+) -> None:
+    """The gradient in the final logits, as :mod:`fused_kd.rows.shares` says."""
+    inverse = 1.0 / scalars[0].temperature if sides is not None else 1.0
+    of_c = shares.ce
+    if not is_nothing(shares.z):
+        assert token.log_sum_exp is not None
+        of_c = of_c + 2.0 * shares.z * token.log_sum_exp
+    of_q, of_p, of_y = shares.q * inverse, shares.p * inverse, shares.y * inverse + shares.ce
+    if cold is None or cold is q:
+        of_q, of_c = of_q + of_c, 0.0
+    chosen, total = sums
+    if chosen is not None and total is not None and chosen.everything and is_nothing(of_q) and is_nothing(of_p):
+        out.copy_(total) if is_nothing(inverse, 1.0) else torch.mul(total, inverse, out=out)
+    else:
+        if sides is None or is_nothing(of_p):
+            torch.mul(q.prob, of_q, out=out)
+        else:
+            ratio = -of_p / of_q if isinstance(of_q, float) and isinstance(of_p, float) and of_q > 0.0 else None
+            if ratio is not None:
+                add_scaled(q.prob, sides.p.prob, ratio, out)
+                scale(out, of_q)
+            else:
+                torch.mul(q.prob, of_q, out=out)
+                add_scaled(out, sides.p.prob, -of_p, out)
+        if chosen is not None and total is not None:
+            chosen.add_(out, total, inverse)
+    if cold is not None and not is_nothing(of_c):
+        add_scaled(out, cold.prob, of_c, out)
+    if not is_nothing(of_y):
+        add_at(out, y, -of_y)
 
 
 def _reads_difference(spec: RowSpec) -> bool:
-    divergence = DIVERGENCES[spec.divergence or "kl"]
-    return "d" in divergence.reads and not divergence.free
+    return any("d" in spec.terms[i].of.reads for i in spec.tabled)
 
 
-def _cross_entropy(q: _Softmax, out: Tensor | None, y: Tensor) -> Tensor:
+def _cross_entropy(q: Softmax, out: Tensor | None, y: Tensor) -> Tensor:
     """(B, 1): infinite where the student excludes the label."""
     ce = -q.log_prob_y
     return ce if out is None else raised_(ce, out.gather(1, y))
 
 
-def _aligned(z: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Both rows with maximum 0 where they are far apart: a large common offset would swallow their difference."""
+def _aligned(
+    z: Tensor, z_t: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
+    """Both rows, and what was taken from them: their maxima where these are far apart, as a large common offset would
+    swallow the rows' difference."""
     top, top_t = z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)
     if on_host(z) and bool(((top_t - top).abs() < 64.0).all()):
-        return z, z_t
-    return torch.sub(z, top, out=scratch("z_s", len(z))), torch.sub(z_t, top_t, out=scratch("z_t", len(z)))
+        return z, z_t, 0.0, 0.0
+    z, z_t = torch.sub(z, top, out=scratch("z_s", len(z))), torch.sub(z_t, top_t, out=scratch("z_t", len(z)))
+    return z, z_t, top, top_t
 
 
-def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
+def _softmax(z: Tensor, y: Tensor, out: Tensor) -> Softmax:
     torch.softmax(z, 1, out=out)
     # On CPUs it adds up a long row naively: its norm is off by 1e-5 at V = 128256, sum()'s by 1e-7.
     out.mul_(out.sum(1, keepdim=True).reciprocal_())
@@ -258,6 +335,6 @@ def _softmax(z: Tensor, y: Tensor, out: Tensor) -> _Softmax:
     z_y, q_y = z.gather(1, y), out.gather(1, y)
     if on_host(z) and bool((q_y > TINY).all()):
         log_q_y = q_y.log_()
-        return _Softmax(out, z_y - log_q_y, log_q_y)
+        return Softmax(z, out, z_y - log_q_y, log_q_y)
     top, log_top = z.amax(1, keepdim=True), out.amax(1, keepdim=True).log()
-    return _Softmax(out, top - log_top, (z_y - top) + log_top)
+    return Softmax(z, out, top - log_top, (z_y - top) + log_top)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import LOG_ZERO, NOWHERE
-from ...objectives import Scalars
+from ...terms import Scalars
 from ...workspace import empty
 from ..contract import RowInputs, Shards, Sparse
 from ..sharded import Joined

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ...divergences import NOWHERE
-from ...objectives import Scalars
 from ..contract import RowInputs, RowOutputs, Sparse
 from ..top_k import categories, category_rows
-from .math import Scratch, finish_logits_, on_host, to_raw_
+from .math import Scratch, finish_logits_, is_nothing, on_host, scalars_of, to_raw_
 from .row import row as dense
 
 # The sweeps below come back to a block, which should still be in the last-level cache.
@@ -40,6 +39,7 @@ def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
         labels=inputs.labels[rows],
         weights=None if inputs.weights is None else inputs.weights[rows],
         hard=None if inputs.hard is None else inputs.hard[rows],
+        scalars=inputs.scalars if len(inputs.scalars) == 1 else inputs.scalars[rows],
     )
 
 
@@ -67,8 +67,8 @@ def _block(inputs: RowInputs, outputs: RowOutputs, scratch: Scratch) -> None:
     if inputs.cold_labels:
         cold_share = torch.softmax(z, 1, out=scratch("cold", B))
         cold_rest, cold_norm = _log_sum(top, cold_share, 1.0)
-    temperature = Scalars(*inputs.scalars).temperature
-    if not (on_host(z) and float(temperature) == 1.0):
+    temperature = scalars_of(inputs)[0].temperature
+    if not is_nothing(temperature, 1.0):
         z.div_(temperature).scatter_(1, index, NOWHERE)
     share = torch.softmax(z, 1, out=work)  # may overwrite z
     small.student[:, -1], norm = _log_sum(top, share, temperature)
@@ -89,4 +89,6 @@ def _log_sum(top: Tensor, share: Tensor, temperature: float | Tensor) -> tuple[T
     """``T log sum exp(z / T)`` (B,) of rows with maxima ``top`` and softmax ``share``; and the sum of ``share``, not
     quite 1."""
     norm = share.sum(1)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(-1)
     return top - (share.amax(1) / norm).log() * temperature, norm

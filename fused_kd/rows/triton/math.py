@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ... import divergences
-from ...objectives import Scalars
+from ...terms import Scalars
 
 LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 EXCLUDED = tl.constexpr(divergences.EXCLUDED)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...objectives import RowSpec
+from ...terms import RowSpec
 from ...tuning import current
 from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
 from .kernel import row_kernel

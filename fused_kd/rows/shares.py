@@ -1,0 +1,184 @@
+"""What a row's loss and gradient are made of, in tensors: factors of CE, KL and the table's sums, of each token.
+
+With the factors of a token, of softmaxes q (at temperature 1: c) and p, and of the label's indicator y, the gradient of
+its loss in the final logits is
+
+    (q_of * q - p_of * p - y_of * y + sum_i share_i * (g_i - q * sum g_i)) / T + (ce + 2 * z * log_sum_exp) * c - ce * y
+
+so that any number of terms costs the sums of those with a table entry of their own, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import OVERLAP_DECAY, TINY
+from ..terms import ENTROPY, EXCESS, KL, RowSpec, Scalars, Term
+from .torch.math import difficulty_of, known_all, label_target, maybe_any, weighed
+
+Number = float | Tensor
+
+
+class Token(NamedTuple):
+    """What statistics say of each token, (B, 1): ``KL(p||q)``, the label's log-probabilities at temperature T, its
+    cross-entropy there and in the loss, the student's log-sum-exp at the latter's temperature, and ``H(p)``."""
+
+    kl: Tensor
+    log_p_y: Tensor
+    log_q_y: Tensor
+    warm_ce: Tensor
+    ce: Tensor
+    log_sum_exp: Tensor | None = None
+    entropy_t: Tensor | None = None
+
+
+class Tabled(NamedTuple):
+    """A term with sums of its own: its place in the spec, which rows (B,) take them, and its factor (0 elsewhere)."""
+
+    index: int
+    term: Term
+    use: Tensor
+    share: Number
+
+
+@dataclass
+class Shares:
+    """Factors as above; ``loss`` (B, 1) without the table's sums."""
+
+    loss: Tensor
+    difficulty: Tensor
+    hard: Tensor  # (B,) bool
+    tabled: list[Tabled]
+    q: Number = 0.0
+    p: Number = 0.0
+    y: Number = 0.0
+    ce: Number = 0.0
+    z: Number = 0.0
+
+    @property
+    def use(self) -> Tensor | None:
+        """(B,) bool: which rows take some term's sums; None for none."""
+        if not self.tabled:
+            return None
+        use = torch.stack([term.use for term in self.tabled]).any(0)
+        return use if maybe_any(use) else None
+
+    def add_free(self, share: Number, value: Tensor, lam: Number, rest: Number) -> None:
+        """``share * KL(t||q)``, with ``lam`` of the target the teacher's and ``rest`` the label's."""
+        self.loss = self.loss + weighed(share, value)
+        self.q = self.q + share
+        self.p = self.p + share * lam
+        self.y = self.y + share * rest
+
+
+def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tensor | None) -> Shares:
+    """``given`` (B,) bool or None says which rows are hard."""
+    difficulty = _difficulty(spec, scalars, token)
+    hard = torch.zeros(len(token.kl), dtype=torch.bool, device=token.kl.device)
+    if spec.gate:
+        gated = next(i for i, term in enumerate(spec.terms) if term.gate)
+        hard = _hard(spec.terms[gated], scalars[gated], token, difficulty).squeeze(1) if given is None else given
+    made = Shares(torch.zeros_like(token.kl), difficulty, hard, [])
+    for i, (term, s) in enumerate(zip(spec.terms, scalars, strict=True)):
+        if term.hard_label:
+            made.ce = made.ce + s.weight * s.rest
+        if term.z_loss:
+            made.z = made.z + s.weight
+        if term.divergence is None:
+            continue
+        share = s.weight if term.mixed else s.weight * s.lam
+        if term.gate == ENTROPY:
+            share = torch.where(hard.unsqueeze(1), share, 0.0)
+        if not term.free:
+            use = _uses_sums(term, s, hard)
+            kept, floor = (share, 0.0) if not term.of.kl_at_one else (share * s.kept, share * s.floor)
+            if not known_all(use):
+                kept, floor = (torch.where(use.unsqueeze(1), x, y) for x, y in ((kept, 0.0), (floor, share)))
+            made.tabled.append(Tabled(i, term, use, kept))
+            share = floor
+        if isinstance(share, float) and share == 0.0:
+            continue
+        value = difficulty if term.mixed and i == spec.main else _value(term, s, token)
+        made.add_free(share, value, *((s.lam, s.rest) if term.mixed else (1.0, 0.0)))
+    if not (isinstance(made.ce, float) and made.ce == 0.0):
+        made.loss = made.loss + weighed(made.ce, token.ce)
+    if token.log_sum_exp is not None and any(term.z_loss for term in spec.terms):
+        made.loss = made.loss + made.z * token.log_sum_exp.square()
+    return made
+
+
+def _difficulty(spec: RowSpec, scalars: list[Scalars], token: Token) -> Tensor:
+    if not spec.needs_teacher:
+        return token.ce
+    return difficulty_of(token.kl, token.log_p_y, token.log_q_y, token.warm_ce, scalars[spec.main])
+
+
+def _value(term: Term, s: Scalars, token: Token) -> Tensor:
+    """``KL(t||q)``"""
+    if not term.mixed:
+        return token.kl
+    return difficulty_of(token.kl, token.log_p_y, token.log_q_y, token.warm_ce, s)
+
+
+def _hard(term: Term, s: Scalars, token: Token, difficulty: Tensor) -> Tensor:
+    """(B, 1) bool: whether what the gate looks at exceeds gamma."""
+    if term.gate == ENTROPY:
+        assert token.entropy_t is not None
+        return token.entropy_t > s.gamma
+    if term.gate == KL:
+        return token.kl > s.gamma
+    if term.gate == EXCESS:
+        return difficulty - teachers_own(token.log_p_y, s) > s.gamma
+    return difficulty > s.gamma
+
+
+def teachers_own(log_p_y: Tensor, s: Scalars) -> Tensor:
+    """``KL(yt||p)``, how hard the token is for its teacher: ``lam log lam (1 - p_y) + yt_y log(yt_y / p_y)``."""
+    t_y = label_target(log_p_y, s)
+    return s.lam * s.log_lam * (1.0 - log_p_y.exp()) + (torch.xlogy(t_y, t_y) - t_y * log_p_y)
+
+
+def target_entropy(entropy_t: Tensor, log_p_y: Tensor, s: Scalars) -> Tensor:
+    """``H(yt)`` from ``H(p)``."""
+    p_y, t_y = log_p_y.exp(), label_target(log_p_y, s)
+    others = s.lam * (entropy_t + torch.xlogy(p_y, p_y)) - s.lam * s.log_lam * (1.0 - p_y)
+    return (others - torch.xlogy(t_y, t_y)).clamp_(min=0.0)
+
+
+def _uses_sums(term: Term, s: Scalars, hard: Tensor) -> Tensor:
+    """(B,) bool: the rows whose divergence is not KL."""
+    use = hard if term.chooses else torch.ones_like(hard)
+    if term.of.kl_at_one:
+        alpha = torch.as_tensor(s.alpha, device=use.device)
+        use = use & (alpha > 0.0).reshape(-1)
+    return use
+
+
+def after_sums(
+    shares: Shares,
+    tabled: Tabled,
+    total: Tensor,
+    token: Token,
+    of: Callable[[Number], Number],
+    spread: Callable[[Number], Number],
+) -> Number:
+    """Add a term to the loss by its ``sum h``, (B', 1) of the rows that take sums; the factor of its ``g``.
+
+    ``of`` picks these rows from a number of all tokens, ``spread`` brings theirs back.
+    """
+    share, outer = of(tabled.share), tabled.term.of.outer
+    if not outer:
+        shares.loss = shares.loss + spread(weighed(share, total))
+        return share
+    if outer == "minus_log":
+        shares.loss = shares.loss + spread(weighed(share, -total.log()))
+        return -share / total.clamp(min=TINY)
+    w = (-OVERLAP_DECAY * total).exp()
+    shares.loss = shares.loss + spread(share * (1.0 - w) * (1.0 - total))
+    shares.add_free(spread(share * w), token.kl, 1.0, 0.0)
+    return -share * (1.0 - w)
