@@ -48,6 +48,7 @@ class LossOptions(TypedDict, total=False):
     memory_budget: int | None
     backend: str | None
     validate: bool
+    signed: bool
     engine: str | None
     grad_filter_eps: float
     tp_group: Any
@@ -77,6 +78,8 @@ class KDLoss(nn.Module):
             or None for the best one on the tensors' device.
         validate: check labels on any device and look for non-finite logits, naming the first bad token. Waits for the
             device; labels on the CPU are always checked.
+        signed: ``token_weights`` may be negative, as advantages are. A mean is then over the valid tokens (or
+            ``num_items``), not over the weights, whose sum says nothing.
         engine: "chunked" holds the logits of a chunk of tokens; "streaming" (Triton) holds none and computes them
             again instead, two to four times in all. None: chunked, unless ``memory_budget`` is too small for it.
         grad_filter_eps: tiles of logit gradients whose every entry is below it in size, before token weights and the
@@ -109,6 +112,7 @@ class KDLoss(nn.Module):
         memory_budget: int | None = None,
         backend: str | None = None,
         validate: bool = False,
+        signed: bool = False,
         engine: str | None = None,
         grad_filter_eps: float = 0.0,
         tp_group: Any = None,
@@ -124,6 +128,7 @@ class KDLoss(nn.Module):
         self.memory_budget = memory_budget
         self.backend = backend
         self.validate = validate
+        self.signed = signed
         self.engine = engine
         self.grad_filter_eps = grad_filter_eps
         self.tp_group = tp_group
@@ -221,8 +226,8 @@ class KDLoss(nn.Module):
                 token, see ``docs/excluded_tokens.md``.
             labels: (...) int64 or int32 in [0, V) or ``ignore_index``, on the student's device or on the CPU. Labels
                 on the CPU let ignored tokens be dropped before any GEMM without waiting for an accelerator.
-            token_weights: (...) finite factors of at least 0 of the tokens' losses, constants; those of ignored tokens
-                are not read.
+            token_weights: (...) finite factors of the tokens' losses, of at least 0 unless ``signed``, constants; those
+                of ignored tokens are not read.
             num_items: denominator in place of the valid tokens of this call (all micro-batches, all ranks), for
                 ``reduction="mean"``; positive. Like ``token_weights``, what is out of range raises with tensors on the
                 CPU or ``validate=True``; elsewhere the loss is NaN.
@@ -277,6 +282,7 @@ class KDLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             validate=self.validate,
+            signed=self.signed,
             device=device,
         )
         grad = torch.is_grad_enabled()
@@ -455,7 +461,7 @@ def checked_option(name: str, value: Any) -> Any:
     Raises:
         TypeError, ValueError: where it is none of what the option of this name may be.
     """
-    if name in ("shift", "validate"):
+    if name in ("shift", "validate", "signed"):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     elif name == "reduction":

@@ -338,6 +338,7 @@ def reference_kd_loss(
     shift: bool = False,
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    signed: bool = False,
 ) -> KDOutput:
     """:func:`fused_kd.kd_loss` in float64 with everything materialised; the same arguments and results."""
     z = full_logits(student)[..., :vocab_size]
@@ -371,7 +372,8 @@ def reference_kd_loss(
     elif num_items is not None:
         loss = weighted.sum() / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
     elif reduction == "mean":
-        loss = weighted.sum() / weights.sum() if weights.sum() > 0 else weighted.sum()
+        total = torch.tensor(float(len(rows))) if signed else weights.sum()
+        loss = weighted.sum() / total if total > 0 else weighted.sum()
     else:
         loss = weighted.sum()
     return KDOutput(loss, scatter(difficulty), scatter(is_hard))

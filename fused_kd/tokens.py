@@ -30,21 +30,22 @@ def labels_weights_scale(
     ignore_index: int,
     reduction: str,
     validate: bool,
+    signed: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Labels as of :class:`.engines.problem.Problem`, token weights (N,) fp32 on the device, 0 for ignored tokens, and
     the factor of their sum, a 0-d tensor.
 
     Weights and denominators that are out of range are NaN where they are not looked at. The factor of a mean over
-    nothing is 0.
+    nothing is 0. ``signed`` weights may be negative, and a mean is then over the tokens, not over their weights.
 
     Args:
         labels: (N,) int64. token_weights: (N,) or None. num_items: in place of the weights' sum, or of the valid
             tokens.
 
     Raises:
-        TypeError, ValueError: labels outside [0, vocab) that are not ``ignore_index``; weights that are negative or not
-            finite; a denominator that is not positive.
+        TypeError, ValueError: labels outside [0, vocab) that are not ``ignore_index``; weights that are negative (unless
+            signed) or not finite; a denominator that is not positive.
     """
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items needs reduction='mean', got reduction={reduction!r}")
@@ -66,7 +67,7 @@ def labels_weights_scale(
             raise ValueError(f"num_items must be positive, {_DENOMINATOR}, got {number!r}")
     averaged = reduction == "mean" and number is None
     labels, weights, scale = torch.ops.fused_kd.tokens(
-        labels, token_weights, items, vocab, ignore_index, averaged, validate, device
+        labels, token_weights, items, vocab, ignore_index, averaged, validate, signed, device
     )
     if number is not None:
         scale = torch.full((), 1.0 / float(number), dtype=torch.float32, device=device)
@@ -81,6 +82,7 @@ def _tokens(
     ignore_index: int,
     averaged: bool,
     validate: bool,
+    signed: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def free(*tensors: Tensor) -> bool:
@@ -94,9 +96,9 @@ def _tokens(
     if weights is not None:
         looked_at = free(labels, weights)
         if looked_at:
-            _check_weights(weights.float(), valid.to(weights.device))
+            _check_weights(weights.float(), valid.to(weights.device), signed)
         weights = weights.to(device, torch.float32, non_blocking=True)
-        fits = (weights >= 0) & (weights < math.inf)
+        fits = weights.isfinite() & (signed | (weights >= 0))
         weights = weights.masked_fill(~fits, math.nan).masked_fill(~valid.to(device, non_blocking=True), 0.0)
     if not averaged:
         scale = torch.ones((), dtype=torch.float32, device=device)
@@ -104,7 +106,7 @@ def _tokens(
         if num_items is not None:
             total, looked_at = num_items.reshape(()), free(labels, num_items)
         else:
-            total = valid.sum() if weights is None else weights.sum()
+            total = valid.sum() if weights is None or signed else weights.sum()
         count = total.to(device, torch.float32, non_blocking=True)
         nothing = count == 0
         if num_items is not None:
@@ -128,13 +130,13 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _check_weights(weights: Tensor, valid: Tensor) -> None:
-    bad = valid & ~((weights >= 0) & (weights < math.inf))
+def _check_weights(weights: Tensor, valid: Tensor, signed: bool) -> None:
+    bad = valid & ~(weights.isfinite() & (signed | (weights >= 0)))
     if bool(bad.any()):
         token = int(bad.nonzero()[0])
+        allowed = "finite" if signed else "finite and at least 0 (or signed=True)"
         raise ValueError(
-            f"token_weights must be finite and at least 0, got {float(weights[token])} at token {token} "
-            "(of the flattened labels)"
+            f"token_weights must be {allowed}, got {float(weights[token])} at token {token} (of the flattened labels)"
         )
 
 
@@ -190,7 +192,7 @@ def _tokens_fake(
 _library = torch.library.Library("fused_kd", "FRAGMENT")
 _library.define(
     "tokens(Tensor labels, Tensor? token_weights, Tensor? num_items, int vocab, int ignore_index, bool averaged, "
-    "bool validate, Device device) -> (Tensor labels_, Tensor weights, Tensor scale)"
+    "bool validate, bool signed, Device device) -> (Tensor labels_, Tensor weights, Tensor scale)"
 )
 _library.impl("tokens", _tokens, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_kd::tokens", _tokens_fake, lib=_library)
