@@ -200,7 +200,9 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_reverse_kl": Divergence(skew_reverse_kl_h, skew_reverse_kl_g, frozenset("s")),
     "jsd": Divergence(jsd_h, jsd_g, frozenset("rs")),
     "total_variation": Divergence(total_variation_h, total_variation_g),
-    "adaptive_kl": Divergence(adaptive_kl_h, adaptive_kl_g, frozenset("d"), adaptive=True, everywhere=True, covers=True),
+    "adaptive_kl": Divergence(
+        adaptive_kl_h, adaptive_kl_g, frozenset("d"), adaptive=True, everywhere=True, covers=True
+    ),
     "skew_reverse_kl_detached": Divergence(skew_reverse_kl_h, skew_reverse_kl_detached_g, frozenset("s")),
     "todi": Divergence(todi_h, todi_g, frozenset("drs"), everywhere=True, covers=True),
     "alpha_beta": Divergence(alpha_beta_h, alpha_beta_g, frozenset("wuv")),

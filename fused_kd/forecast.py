@@ -17,8 +17,8 @@ from .engines.streaming.plan import ALIGNED, choose_tiles, plan_streaming, sizes
 from .engines.streaming.plan import Plan as StreamingPlan
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
-from .terms import RowSpec
 from .rows.select import BACKENDS, _native_works
+from .terms import RowSpec
 
 
 class Choice(NamedTuple):

@@ -85,7 +85,8 @@ def unpack(values: tuple[Any, ...]) -> Problem:
 
 _library = torch.library.Library("fused_kd", "FRAGMENT")
 _ARGUMENTS = ", ".join(f"{kind} {name}" for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True))
-_RESULTS = "Tensor loss, Tensor difficulty, Tensor is_hard, Tensor statistics, Tensor d_student, Tensor d_weight, Tensor d_bias"
+_RESULTS = "Tensor loss, Tensor difficulty, Tensor is_hard, Tensor statistics"
+_RESULTS += ", Tensor d_student, Tensor d_weight, Tensor d_bias"
 _library.define(f"kd({_ARGUMENTS}) -> ({_RESULTS})")
 _library.define("scale_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
 

@@ -211,7 +211,7 @@ def _single(
     elif isinstance(objective, TotalVariation):
         loss = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     elif isinstance(objective, AdaptiveKL):
-        head, tail = _shares(log_p.exp(), log_q.exp().detach(), objective.fraction)
+        head, tail = _shares(log_p.exp(), log_q.exp().detach(), o["fraction"])
         loss = _weighed((head, _kl(log_p, log_q)), (tail, _kl_of_student(log_q, log_p)))
     elif isinstance(objective, SymmetricKL):
         loss = _weighed((o["beta"], _kl(log_p, log_q)), (1 - o["beta"], _kl_of_student(log_q, log_p)))
@@ -247,7 +247,7 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, a: Any, b: Any) -> Tensor:
         return _kl(log_p, log_q) if b == 0.0 else _kl_of_student(log_q, log_p)
     a, b = (torch.as_tensor(x, dtype=torch.float64, device=log_p.device).reshape(-1, 1) for x in (a, b))
     powers = (a * log_p + b * log_q).exp(), ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
-    return -((powers[0] - a / (a + b) * powers[1] - b / (a + b) * powers[2]) / (a * b)).sum(-1)
+    return cast(Tensor, -((powers[0] - a / (a + b) * powers[1] - b / (a + b) * powers[2]) / (a * b)).sum(-1))
 
 
 def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
@@ -257,12 +257,13 @@ def _generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tens
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl_of_student(log_q, log_m)
 
 
-def _shares(p: Tensor, q: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+def _shares(p: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]:
     """Shares of ``sum |p - q|`` in entries of which those at least as probable hold at most ``mass``, and in the top;
     and in the others."""
     error = (p - q).abs()
     inside = torch.zeros_like(p, dtype=torch.bool)
-    for row, p_row in zip(inside, p, strict=True):
+    masses = torch.as_tensor(mass, dtype=p.dtype, device=p.device).expand(len(p))
+    for row, p_row, mass in zip(inside, p, masses, strict=True):
         values, index, counts = p_row.unique(return_inverse=True, return_counts=True)
         at_least = (values * counts).flip(0).cumsum(0).flip(0)
         head = (at_least <= mass) | (values == values[-1]) | (mass >= 1)

@@ -86,7 +86,7 @@ class Term(NamedTuple):
 
 
 class RowSpec(NamedTuple):
-    """What a row must know before it is compiled; everything else is a run-time scalar. ``code`` says it in a string."""
+    """What a row must know before it is compiled; everything else is a run-time scalar. ``code`` is it in a string."""
 
     code: str
     terms: tuple[Term, ...]

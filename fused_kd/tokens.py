@@ -44,8 +44,8 @@ def labels_weights_scale(
             tokens.
 
     Raises:
-        TypeError, ValueError: labels outside [0, vocab) that are not ``ignore_index``; weights that are negative (unless
-            signed) or not finite; a denominator that is not positive.
+        TypeError, ValueError: labels outside [0, vocab) that are not ``ignore_index``; weights that are not
+            finite or, unless signed, negative; a denominator that is not positive.
     """
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items needs reduction='mean', got reduction={reduction!r}")

@@ -33,7 +33,7 @@ def run(problem: Problem, row: Row) -> Result:
     groups = planned.groups(n)
     if problem.spec.ranked:
         difficulty = _difficulties(chunks, [span for group in groups for span in group], row, buffers)
-        hard = largest(difficulty, labels, problem)
+        hard = largest(difficulty, labels, problem.fraction)
         groups = [group[::-1] for group in groups[::-1]]  # the logits of the last chunk are still there
     for group in groups:
         first, last = min(span.start for span in group), max(span.stop for span in group)

@@ -109,7 +109,8 @@ class Chunk(NamedTuple):
         """For the loss; ``weights`` of all tokens, ``hard`` of those to process."""
         return RowInputs(
             self.student, self.teacher, self.labels, None if weights is None else weights[self.tokens],
-            problem.scalars_of(self.tokens), problem.spec, problem.cold_labels, None if hard is None else hard[self.span],
+            problem.scalars_of(self.tokens), problem.spec, problem.cold_labels,
+            None if hard is None else hard[self.span],
         )  # fmt: skip
 
     def difficulty_inputs(self, problem: Problem) -> RowInputs:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..terms import RowSpec, Scalars
 from ..rows.contract import RowOutputs, Shards
+from ..terms import RowSpec, Scalars
 
 # Labels of tokens that are left out, and of those whose loss is NaN; all others are in [0, vocab).
 IGNORED, INVALID = -1, -2
@@ -99,6 +99,11 @@ class Problem:
     def spec(self) -> RowSpec:
         return RowSpec.decode(self.spec_code)
 
+    @property
+    def fraction(self) -> Tensor:
+        """0-d: the share of hard tokens, of an objective that ranks them."""
+        return self.scalars[0, self.spec.main, Scalars._fields.index("fraction")]
+
     def scalars_of(self, tokens: slice | Tensor) -> Tensor:
         """Those of some tokens."""
         return self.scalars if len(self.scalars) == 1 else self.scalars[tokens]
@@ -159,10 +164,9 @@ def valid_tokens(labels: Tensor, device: torch.device) -> tuple[Tensor | None, T
     return index.to(device, non_blocking=True), labels[index].to(device, non_blocking=True)
 
 
-def largest(difficulty: Tensor, labels: Tensor, problem: Problem) -> Tensor:
+def largest(difficulty: Tensor, labels: Tensor, fraction: Tensor) -> Tensor:
     """Which valid tokens are among the ``ceil(fraction * n)`` most difficult of n; ties go by position."""
-    valid = labels >= 0
-    fraction = problem.scalars[0, problem.spec.main, Scalars._fields.index("fraction")].double()
+    valid, fraction = labels >= 0, fraction.double()
     # fp32 scalars but 1 are off by 6e-8: 0.1 * 10 must not become 2.
     count = (torch.where(fraction < 1.0, fraction * (1 - 2**-24), fraction) * valid.sum()).ceil()
     order = torch.where(valid, difficulty, -1.0).argsort(descending=True, stable=True)

@@ -37,7 +37,8 @@ class Token(NamedTuple):
     entropy_t: Tensor | None = None
 
 
-class Tabled(NamedTuple):
+@dataclass(frozen=True)
+class Tabled:
     """A term with sums of its own: its place in the spec, which rows (B,) take them, and its factor (0 elsewhere)."""
 
     index: int

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import LOG_ZERO
-from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
 from ..terms import RowSpec, Term
+from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
 
 # By how much the logarithm of a probability near 1 may pass 0.
 ROUNDING = 1e-4

@@ -86,7 +86,7 @@ class _Engine:
         difficulty = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
         for chunk, outputs, *_ in two_at_a_time(self._spans, self._difficulty, self._exchange):
             difficulty[chunk.span] = outputs.difficulty
-        return largest(difficulty, labels, self._problem)
+        return largest(difficulty, labels, self._problem.fraction)
 
     def _difficulty(self, span: slice) -> UnderWay:
         buffers = self._lane_of[span.start]

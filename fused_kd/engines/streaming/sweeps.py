@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...terms import Scalars
 from ...rows.triton.row import formula_constants
+from ...terms import Scalars
 from ...workspace import empty
 from ..problem import INVALID, Problem, Result, Side, largest
 from . import plan as streaming_plan

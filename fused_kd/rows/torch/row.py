@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, scratch: Scratch
     z, slope = final_logits(inputs.student, rows, scratch, "z_s")
     out = excluded(z, inputs.student.finite)
     given = None if inputs.hard is None else inputs.hard[rows]
-    sides = None
+    sides: _Sides | None = None
+    cold: Softmax | None
     if not spec.needs_teacher:
         q = cold = _softmax(z, y, scratch("q", len(y)))
         ce = _cross_entropy(q, out, y)
@@ -219,8 +220,10 @@ def _add_sums(
         gap = pick(sides.difference).sub_(pick(sides.p.lse - sides.q.lse))
         d = gap if sides.outs[1] is None else gap.masked_fill_(pick(sides.outs[1]), LEFT_OUT)
     if any(divergence.powers for divergence in divergences):
-        logs = tuple(Lazy(pick(side.z), scratch) - pick(side.lse) for side in (sides.p, sides.q))
-    gradient = total = None
+        log_p, log_q = (Lazy(pick(side.z), scratch) - pick(side.lse) for side in (sides.p, sides.q))
+        logs = log_p, log_q
+    gradient: Lazy | None = None
+    total: Tensor | None = None
     for tabled in shares.tabled:
         s = Scalars(*map(chosen.of, scalars[tabled.index]))
         arguments = _arguments(tabled, q, p, d, logs, y, s, scratch)
@@ -240,8 +243,11 @@ def _add_sums(
         if unused is not None:
             own.value.masked_fill_(unused, 0.0)
         own_total = own.value.sum(1, keepdim=True)
-        gradient, total = (own, own_total) if gradient is None else (gradient + own, total + own_total)
-    return None if gradient is None else torch.addcmul(gradient.value, q, total, value=-1.0, out=scratch("gradient", B)[: len(q)])
+        gradient = own if gradient is None else gradient + own
+        total = own_total if total is None else total + own_total
+    if gradient is None or total is None:
+        return None
+    return torch.addcmul(gradient.value, q, total, value=-1.0, out=scratch("gradient", B)[: len(q)])
 
 
 def _arguments(
@@ -253,7 +259,7 @@ def _arguments(
     y: Tensor,
     s: Scalars,
     scratch: Scratch,
-) -> tuple:
+) -> tuple[Any, ...]:
     """What ``h`` and ``g`` of a term take, of the chosen rows."""
     divergence, mixed = tabled.term.of, tabled.term.mixed
     t = target(divergence, p, y, s, mixed, scratch)
@@ -314,9 +320,7 @@ def _cross_entropy(q: Softmax, out: Tensor | None, y: Tensor) -> Tensor:
     return ce if out is None else raised_(ce, out.gather(1, y))
 
 
-def _aligned(
-    z: Tensor, z_t: Tensor, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
+def _aligned(z: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
     """Both rows, and what was taken from them: their maxima where these are far apart, as a large common offset would
     swallow the rows' difference."""
     top, top_t = z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)

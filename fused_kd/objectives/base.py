@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .divergences import LOG_ZERO
-from .terms import RowSpec, Scalars, Term
+from ..divergences import LOG_ZERO
+from ..terms import RowSpec, Scalars, Term
 
 Number = float | Tensor
 
@@ -98,8 +98,9 @@ class Objective:
         return self * (1.0 / checked_number("divisor", divisor, DIVISOR))
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{field.name}={shown_value(getattr(self, field.name))}" for field in fields(self))
-        return f"{type(self).__name__}({values})"
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={shown_value(v)}" for k, v in values.items())
+        return f"{type(self).__name__}({shown})"
 
     def __str__(self) -> str:
         """The text form, which :func:`fused_kd.objectives.parse` reads: ``name`` or ``name:key=value,...``, without
@@ -149,10 +150,10 @@ class Sum(Objective):
         return self.parts
 
     def __repr__(self) -> str:
-        return " + ".join(f"{shown_value(weight)} * {objective!r}" for weight, objective in self.parts)
+        return " + ".join(f"{_multiple(weight, ' * ')}{objective!r}" for weight, objective in self.parts)
 
     def __str__(self) -> str:
-        return "+".join(f"{shown_value(weight)}*{objective}" for weight, objective in self.parts)
+        return "+".join(f"{_multiple(weight, '*')}{objective}" for weight, objective in self.parts)
 
 
 class Limit(NamedTuple):
@@ -193,7 +194,7 @@ def checked_number(name: str, value: Any, limit: Limit) -> Number:
             bad = ~((value >= limit.low) & (value <= limit.high))  # also NaN
             if bool(bad.any()):
                 raise ValueError(f"{name} must be in {limit.text}, got {value[bad][0].item()!r} in a tensor")
-        return value
+        return cast(Tensor, value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {limit.text}, got {value!r}")
     if not limit.low <= value <= limit.high:  # type: ignore[operator]  # also false for NaN
@@ -220,6 +221,10 @@ def _log(lam: Number) -> Number:
 
 def _same(value: Any, default: Any) -> bool:
     return not isinstance(value, Tensor) and value == default
+
+
+def _multiple(weight: Number, times: str) -> str:
+    return "" if not isinstance(weight, Tensor) and weight == 1.0 else f"{shown_value(weight)}{times}"
 
 
 def shown_value(value: Any) -> str:
