@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..rows.select import CUDA_OR_TRITON, choose_backend, get_row
-from ..terms import RowSpec
+from ..terms import ENTROPY, RowSpec
 from . import chunked
 from .plan import BudgetTooSmall
 from .problem import Problem, Result
@@ -65,6 +65,8 @@ def _sharded_backend(
         raise ValueError(f"grad_filter_eps must be 0 with tp_group, got {grad_filter_eps!r}")
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton' with tp_group, got {backend!r}")
+    if spec.gate == ENTROPY:
+        raise ValueError("objective must not be EntropyGated with tp_group: no rank sees the teacher's entropy")
     fits = not top_k and not _adaptive(spec)
     if backend == "triton" and not fits:
         raise ValueError("backend='triton' takes neither a TopK nor AdaptiveKL with tp_group; use backend='torch'")

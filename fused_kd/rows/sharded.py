@@ -15,35 +15,46 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, EXCLUDED, LOG_LEAST, TINY, Divergence
+from ..divergences import EXCLUDED, LOG_LEAST, TINY
 from ..terms import Scalars
 from .contract import RowInputs, RowOutputs, Shards
+from .shares import Shares, Tabled, Token, after_sums, loss_shares
 from .torch.math import (
+    Factors,
     Over,
-    difficulty_of,
     infinite,
     known_all,
     label_target,
-    loss_of,
-    maybe_any,
     on_host,
     raised_,
     scalars_of,
     settled,
-    uses_divergence,
 )
 
 Messages = Generator[Tensor, Tensor, None]
 """Yields tensors (C', k) to be gathered, and is sent them as (P, C', k)."""
 
 
-Shares = tuple[float | Tensor, float | Tensor]
-"""``beta`` and ``alpha`` of :mod:`fused_kd.divergences`, of an adaptive divergence (C', 1)."""
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of the rows that take sums (all, or those at ``index``): the terms, ``beta`` and ``alpha`` of each, of an
+    adaptive divergence (C', 1), and, once they are known, the factor of each one's ``g`` and
+    ``sum_i factor_i * sum g_i``."""
+
+    index: Tensor | None
+    terms: list[Tabled]
+    mixtures: list[tuple[Number, Number]]
+    factors: tuple[Number, ...] = ()
+    total: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -76,8 +87,8 @@ class Statistics(NamedTuple):
 
 class Joined(NamedTuple):
     """What all ranks know of each token, (C, 1) float64: maxima, logarithms of sums of exponentials over them, the
-    label's log-probabilities and its cross-entropies, at temperature T and at that of the loss; and which side is above
-    0 where the other excludes a token."""
+    label's log-probabilities and its cross-entropies, at temperature T and at that of the loss; which side is above 0
+    where the other excludes a token; and the student's log-sum-exp at the loss's temperature."""
 
     top: Tensor
     log_sum: Tensor
@@ -91,6 +102,7 @@ class Joined(NamedTuple):
     warm_ce: Tensor
     ce: Tensor
     over: Over
+    log_sum_exp: Tensor
 
 
 class SweptRow:
@@ -104,7 +116,8 @@ class SweptRow:
 
     def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
         self.inputs, self.outputs, self.shards, self.spec = inputs, outputs, shards, inputs.spec
-        self.s = scalars_of(inputs)
+        self.scalars = scalars_of(inputs)
+        self.temperature = self.scalars[0].temperature if inputs.teacher is not None else 1.0
         self.C = inputs.labels.shape[0]
         self.ignored = inputs.labels < 0
 
@@ -120,22 +133,17 @@ class SweptRow:
             return message[:, : Statistics._fields.index("rest_top")]
         return message[:, : Statistics._fields.index("top_t" if self.inputs.teacher is None else "cold_top")]
 
-    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
-        """(C', 2) fp32: this slice's ``sum h`` and ``sum g``, of the rows at ``index`` where that is given."""
+    def sums(self, of: Joined, sums: Sums) -> Tensor:
+        """(C', 2 * terms) fp32: this slice's ``sum h`` and ``sum g`` of each term."""
         raise NotImplementedError
 
-    def gradient(
-        self,
-        of: Joined,
-        divergence: Divergence | None,
-        use: Tensor | None,
-        total: Tensor | None,
-        shares: Shares | None,
-    ) -> None:
-        """Write this slice's gradient; ``total`` (C, 1) is ``sum g`` of the rows in ``use``."""
+    def gradient(self, of: Joined, factors: Factors, sums: Sums | None) -> None:
+        """Write this slice's gradient, as :mod:`fused_kd.rows.shares` says."""
         raise NotImplementedError
 
-    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def head_share(
+        self, of: Joined, index: Tensor | None, mass: Number
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """(C', 1) each: ``AdaptiveKL``'s two weights of each row."""
         raise NotImplementedError
 
@@ -144,45 +152,47 @@ class SweptRow:
         raise NotImplementedError
 
     def run(self) -> Messages:
-        spec, s = self.spec, self.s
         gathered = yield self.statistics()
         of = self.join(Statistics.of(gathered.to(torch.float64)))
-        hard = torch.zeros_like(self.ignored)
-        if spec.divergence is None:
-            loss = difficulty = of.ce
-            use, divergence = None, None
-        else:
-            difficulty = difficulty_of(of.kl, of.log_p_y, of.log_q_y, of.warm_ce, s)
-            loss = loss_of(difficulty if spec.mixed else of.kl, of.ce, s, spec)
-            if spec.gated:
-                given = self.inputs.hard
-                hard = (difficulty > s.gamma).squeeze(1) if given is None else given
-            divergence = DIVERGENCES[spec.divergence]
-            use = uses_divergence(divergence, spec, hard, s.alpha)
-            if use is not None and not maybe_any(use):
-                use = None
-        if use is None or divergence is None:
-            self._write(loss, difficulty, hard)
-            self.gradient(of, None, None, None, None)
-            return
-        # On the host every rank leaves out the same tokens; elsewhere that would wait for the device.
-        index = use.nonzero().squeeze(1) if self.picks_rows and on_host(use) and not known_all(use) else None
-        shares: Shares = s.beta, s.alpha
-        if divergence.adaptive:
-            shares = yield from self.head_share(of, index)
-        sums = joined((yield self.sums(of, divergence, use, index, shares)))
-        value, total = sums.split(1, 1)
-        beyond = infinite(divergence, of.over, s.fraction, shares[0])
-        if beyond is not None:
-            raised_(value, beyond if index is None else beyond[index])
-        value = loss_of(value, of.ce if index is None else of.ce[index], s, spec)
-        if index is None:
-            loss = torch.where(use.unsqueeze(1), value, loss)
-        else:
-            loss = loss.index_copy(0, index, value)
-            total = torch.zeros_like(loss).index_copy(0, index, total)
-        self._write(loss, difficulty, hard)
-        self.gradient(of, divergence, use, total.float(), shares)
+        token = Token(of.kl, of.log_p_y, of.log_q_y, of.warm_ce, of.ce, of.log_sum_exp)
+        shares = loss_shares(self.spec, self.scalars, token, self.inputs.hard)
+        use, sums = shares.use, None
+        if use is not None:
+            # On the host every rank leaves out the same tokens; elsewhere that would wait for the device.
+            index = use.nonzero().squeeze(1) if self.picks_rows and on_host(use) and not known_all(use) else None
+            sums = yield from self._summed(of, Sums(index, shares.tabled, []), shares, token)
+        for result, value in ((self.outputs.loss, shares.loss), (self.outputs.difficulty, shares.difficulty)):
+            result.copy_(settled(value, self.ignored))
+        self.outputs.is_hard.copy_(shares.hard & ~self.ignored)
+        inverse = 1.0 / self.temperature
+        self.gradient(of, shares.factors(token, inverse, cold=self.inputs.cold_labels), sums)
+
+    def _summed(self, of: Joined, sums: Sums, shares: Shares, token: Token) -> Generator[Tensor, Tensor, Sums]:
+        """Add the terms' sums over all ranks to the loss."""
+        index, C = sums.index, self.C
+        for term in sums.terms:
+            s = self.scalars[term.index]
+            mixture: tuple[Number, Number] = (picked(s.beta, index), picked(s.alpha, index))
+            if term.term.of.adaptive:
+                mixture = yield from self.head_share(of, index, s.fraction)
+            sums.mixtures.append(mixture)
+        found = joined((yield self.sums(of, sums)))
+        over = Over(*(picked(x, index) for x in of.over))
+        factors: list[Number] = []
+        total = torch.zeros_like(found[:, :1])
+        for j, term in enumerate(sums.terms):
+            value, own = found[:, 2 * j : 2 * j + 1], found[:, 2 * j + 1 : 2 * j + 2]
+            fraction = picked(self.scalars[term.index].fraction, index)
+            beyond = infinite(term.term.of, over, fraction, sums.mixtures[j][0])
+            if beyond is not None:
+                raised_(value, beyond)
+            if not known_all(term.use):
+                unused = picked(~term.use.unsqueeze(1), index)
+                value, own = value.masked_fill(unused, 0.0), own.masked_fill(unused, 0.0)
+            factor = after_sums(shares, term, value, token, lambda x: picked(x, index), lambda x: spread(x, index, C))
+            factors.append(factor)
+            total = total + factor * own
+        return replace(sums, factors=tuple(factors), total=total)
 
     def join(self, ranks: Statistics) -> Joined:
         """From (P, C, 1) float64 of all ranks."""
@@ -199,7 +209,7 @@ class SweptRow:
         label = of_label(ranks.label)
         log_q_y = (label - top) - total
         nothing = torch.zeros_like(top)
-        limit = EXCLUDED / (self.s.temperature if self.inputs.teacher is not None else 1.0)
+        limit = EXCLUDED / self.temperature
         label_out = (label < limit) & (top >= limit)
         warm_ce = raised_(-log_q_y, label_out)
         kl = log_p_y = top_t = total_t = nothing
@@ -231,14 +241,24 @@ class SweptRow:
         if self.inputs.cold_labels:
             cold_top, cold_total = _log_sum(ranks.cold_top, ranks.cold_total)
             ce = raised_(cold_total - (of_label(ranks.cold_label) - cold_top), label_out)
+        log_sum_exp = cold_top + cold_total if self.inputs.cold_labels else top + total
         if self.condensed:
             top = nothing
-        return Joined(top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over)
+        return Joined(
+            top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over, log_sum_exp
+        )
 
-    def _write(self, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
-        for result, value in ((self.outputs.loss, loss), (self.outputs.difficulty, difficulty)):
-            result.copy_(settled(value, self.ignored))
-        self.outputs.is_hard.copy_(hard & ~self.ignored)
+
+def picked(x: Any, index: slice | Tensor | None) -> Any:
+    """The rows at ``index`` of a number of each token, (C, 1)."""
+    return x[index] if index is not None and isinstance(x, Tensor) and x.dim() == 2 else x
+
+
+def spread(x: Number, index: Tensor | None, count: int) -> Number:
+    """Back to where they are from, 0 elsewhere."""
+    if index is None or not isinstance(x, Tensor) or x.dim() != 2:
+        return x
+    return x.new_zeros(count, 1).index_copy_(0, index, x)
 
 
 def _log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..divergences import OVERLAP_DECAY, TINY
 from ..terms import ENTROPY, EXCESS, KL, RowSpec, Scalars, Term
-from .torch.math import difficulty_of, known_all, label_target, maybe_any, weighed
+from .torch.math import Factors, difficulty_of, known_all, label_target, maybe_any, weighed
 
 Number = float | Tensor
 
@@ -68,6 +68,15 @@ class Shares:
             return None
         use = torch.stack([term.use for term in self.tabled]).any(0)
         return use if maybe_any(use) else None
+
+    def factors(self, token: Token, inverse: Number, *, cold: bool) -> Factors:
+        """``inverse`` is 1 / T; ``cold``: q at temperature 1 is another softmax than q."""
+        of_c = self.ce
+        if not (isinstance(self.z, float) and self.z == 0.0):
+            assert token.log_sum_exp is not None
+            of_c = of_c + 2.0 * self.z * token.log_sum_exp
+        of_q, of_y = self.q * inverse, self.y * inverse + self.ce
+        return Factors(of_q if cold else of_q + of_c, self.p * inverse, of_y, of_c if cold else 0.0)
 
     def add_free(self, share: Number, value: Tensor, lam: Number, rest: Number) -> None:
         """``share * KL(t||q)``, with ``lam`` of the target the teacher's and ``rest`` the label's."""

@@ -223,6 +223,36 @@ def table_arguments(
     return t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v
 
 
+class Factors(NamedTuple):
+    """Of the gradient's linear part: of q, p, the label and the student's softmax at temperature 1."""
+
+    q: float | Tensor
+    p: float | Tensor
+    y: float | Tensor
+    cold: float | Tensor
+
+
+def write_softmaxes(out: Tensor, q: Tensor, p: Tensor | None, of: Factors) -> None:
+    """``of.q * q - of.p * p``"""
+    if p is None or is_nothing(of.p):
+        torch.mul(q, of.q, out=out)
+    elif isinstance(of.q, float) and isinstance(of.p, float) and of.q > 0.0:
+        # nearly equal, they cancel: rounded once
+        add_scaled(q, p, -of.p / of.q, out)
+        scale(out, of.q)
+    else:
+        torch.mul(q, of.q, out=out)
+        add_scaled(out, p, -of.p, out)
+
+
+def add_label(out: Tensor, cold: Tensor | None, y: Tensor, of: Factors, own: float | Tensor = 1.0) -> None:
+    """``of.cold * cold - of.y * y``, where ``own`` (B, 1) is 0 if the label is none of these columns."""
+    if cold is not None and not is_nothing(of.cold):
+        add_scaled(out, cold, of.cold, out)
+    if not is_nothing(of.y):
+        add_at(out, y, -of.y * own)
+
+
 def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1): the shares of ``sum |t - q|`` in the head of ``t``, see :class:`fused_kd.divergences.Divergence`, and in
     the rest."""

@@ -12,11 +12,12 @@ from ...terms import ENTROPY, RowSpec, Scalars
 from ..contract import Logits, RowInputs, RowOutputs, Sparse
 from ..shares import Shares, Tabled, Token, after_sums, loss_shares
 from .math import (
+    Factors,
     Lazy,
     Over,
     Scratch,
     above,
-    add_at,
+    add_label,
     add_scaled,
     cool,
     excluded,
@@ -36,6 +37,7 @@ from .math import (
     target,
     to_raw_,
     uniform_logits,
+    write_softmaxes,
 )
 from .statistics import entropy, statistics
 
@@ -99,7 +101,9 @@ def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, scratch: Scratch
         chosen = _Chosen(use)
         total = _add_sums(spec, shares, sides, chosen, token, y, work is not None, scalars, scratch)
     if work is not None and dlogits is not None:
-        _write_gradient(work, shares, token, q, sides, cold, y, scalars, (chosen, total))
+        inverse = 1.0 if sides is None else 1.0 / scalars[0].temperature
+        factors = shares.factors(token, inverse, cold=cold is not None and cold is not q)
+        _write_gradient(work, factors, q, sides, cold, y, inverse, (chosen, total))
         to_raw_(work, inputs.student, slope)
         if inputs.weights is not None:
             work.mul_(inputs.weights[rows].unsqueeze(1))
@@ -270,44 +274,26 @@ def _arguments(
 
 def _write_gradient(
     out: Tensor,
-    shares: Shares,
-    token: Token,
+    factors: Factors,
     q: Softmax,
     sides: _Sides | None,
     cold: Softmax | None,
     y: Tensor,
-    scalars: list[Scalars],
+    inverse: float | Tensor,
     sums: tuple[_Chosen | None, Tensor | None],
 ) -> None:
-    """The gradient in the final logits, as :mod:`fused_kd.rows.shares` says."""
-    inverse = 1.0 / scalars[0].temperature if sides is not None else 1.0
-    of_c = shares.ce
-    if not is_nothing(shares.z):
-        assert token.log_sum_exp is not None
-        of_c = of_c + 2.0 * shares.z * token.log_sum_exp
-    of_q, of_p, of_y = shares.q * inverse, shares.p * inverse, shares.y * inverse + shares.ce
-    if cold is None or cold is q:
-        of_q, of_c = of_q + of_c, 0.0
+    """The gradient in the final logits, as :mod:`fused_kd.rows.shares` says; ``sums`` of :func:`_add_sums`."""
     chosen, total = sums
-    if chosen is not None and total is not None and chosen.everything and is_nothing(of_q) and is_nothing(of_p):
+    p = None if sides is None else sides.p.prob
+    warm = None if cold is None or cold is q else cold.prob
+    whole = chosen is not None and chosen.everything
+    if total is not None and whole and is_nothing(factors.q) and is_nothing(factors.p):
         out.copy_(total) if is_nothing(inverse, 1.0) else torch.mul(total, inverse, out=out)
     else:
-        if sides is None or is_nothing(of_p):
-            torch.mul(q.prob, of_q, out=out)
-        else:
-            ratio = -of_p / of_q if isinstance(of_q, float) and isinstance(of_p, float) and of_q > 0.0 else None
-            if ratio is not None:
-                add_scaled(q.prob, sides.p.prob, ratio, out)
-                scale(out, of_q)
-            else:
-                torch.mul(q.prob, of_q, out=out)
-                add_scaled(out, sides.p.prob, -of_p, out)
+        write_softmaxes(out, q.prob, p, factors)
         if chosen is not None and total is not None:
             chosen.add_(out, total, inverse)
-    if cold is not None and not is_nothing(of_c):
-        add_scaled(out, cold.prob, of_c, out)
-    if not is_nothing(of_y):
-        add_at(out, y, -of_y)
+    add_label(out, warm, y, factors)
 
 
 def _reads_difference(spec: RowSpec) -> bool:

@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...divergences import EXCLUDED, LEFT_OUT, NOWHERE, Divergence
+from ...divergences import EXCLUDED, LEFT_OUT, NOWHERE
+from ...terms import Scalars
 from ..contract import Logits, RowInputs, RowOutputs, Shards
-from ..sharded import Joined, Messages, Shares, Statistics, SweptRow, joined
+from ..sharded import Joined, Messages, Statistics, Sums, SweptRow, joined, picked, spread
 from .math import (
+    Factors,
     Lazy,
     Scratch,
-    add_at,
-    close_gradient,
-    free_gradient,
+    add_label,
+    add_scaled,
     known_all,
-    maybe_any,
     rows_of_block,
     shares_of,
     table_arguments,
     target,
     top_and_sum,
+    write_softmaxes,
 )
 from .sharded_columns import columns_of
 
@@ -39,7 +40,7 @@ class _TorchRow(SweptRow):
 
     def __init__(self, inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> None:
         super().__init__(inputs, outputs, shards)
-        self.columns = columns = columns_of(inputs, self.s, shards)
+        self.columns = columns = columns_of(inputs, self.temperature, shards)
         self.condensed, self.join_rest = columns.condensed, columns.join_rest  # type: ignore[method-assign]
         self.block = max(1, min(rows_of_block(columns.width, inputs.labels.device), self.C))
         self.scratch = Scratch(self.block, columns.width, inputs.labels.device)
@@ -71,7 +72,7 @@ class _TorchRow(SweptRow):
                 part.top[:], part.total[:] = top_and_sum(read.z, scratch("work", len(y)))
             part.label[:] = read.z.gather(1, y) * is_own
             if read.z_t is not None:
-                bound = EXCLUDED / self.s.temperature
+                bound = EXCLUDED / picked(self.temperature, rows)
                 sides = ((part.beside, read.z, read.z_t), (part.beside_t, read.z_t, read.z))
                 for beside, z, other in sides if self.excludes else ():
                     left = scratch("work", len(y)).copy_(z).masked_fill_(other >= bound, -math.inf)
@@ -96,86 +97,112 @@ class _TorchRow(SweptRow):
     def _arguments(
         self,
         of: Joined,
-        divergence: Divergence,
+        sums: Sums,
         rows: slice | Tensor,
+        here: slice | Tensor,
         logits: tuple[Tensor, Tensor],
         p: Tensor,
         q: Tensor,
-        shares: Shares,
-    ) -> tuple[Any, ...]:
-        """What the table's ``h`` and ``g`` take, from ``z_t, z`` and their probabilities in some columns."""
+    ) -> list[tuple[Any, ...]]:
+        """What each term's ``h`` and ``g`` take, from ``z_t, z`` and their probabilities in some columns; ``here`` are
+        the rows' places among those of ``sums``."""
         y, own = self.columns.label(rows)
-        d = None
-        if "d" in divergence.reads:
-            z_t, z = logits
+        z_t, z = logits
+        log_p = log_q = d = None
+        if any(term.term.of.powers for term in sums.terms):
+            log_p, log_q = (
+                Lazy(x, self.scratch) - (top[rows] + log_sum[rows]).float()
+                for x, top, log_sum in ((z_t, of.top_t, of.log_sum_t), (z, of.top, of.log_sum))
+            )
+        if any("d" in term.term.of.reads for term in sums.terms):
             d = self.scratch("difference", len(z))[:, : z.shape[1]]
             torch.sub(z_t, of.top_t[rows].float(), out=d)
             d.sub_(torch.sub(z, of.top[rows].float(), out=self.scratch("work", len(z))[:, : z.shape[1]]))
             d.sub_((of.log_sum_t - of.log_sum)[rows].float())
             if self.excludes:
-                bound = EXCLUDED / self.s.temperature
+                bound = EXCLUDED / picked(self.temperature, rows)
                 d.masked_fill_((z_t < bound) & (of.top_t[rows] >= bound), LEFT_OUT)
-        t = target(divergence, p, y, self.s, self.spec.mixed, self.scratch, own)
-        ratio = None if d is None else Lazy(d, self.scratch)
-        return table_arguments(divergence, t, Lazy(q, self.scratch), ratio, *shares)
+        made = []
+        for term, mixture in zip(sums.terms, sums.mixtures, strict=True):
+            s = Scalars(*(picked(x, rows) for x in self.scalars[term.index]))
+            divergence = term.term.of
+            t = target(divergence, p, y, s, term.term.mixed, self.scratch, own)
+            ratio = Lazy(d, self.scratch) if d is not None and "d" in divergence.reads else None
+            logs = (log_p, log_q) if log_p is not None and log_q is not None and divergence.powers else None
+            beta, alpha = (picked(x, here) for x in mixture)
+            made.append(table_arguments(divergence, t, Lazy(q, self.scratch), ratio, beta, alpha, logs))
+        return made
 
-    def sums(self, of: Joined, divergence: Divergence, use: Tensor, index: Tensor | None, shares: Shares) -> Tensor:
-        count, counted = self.C if index is None else len(index), self.columns.counted
-        message = torch.zeros(count, 2, dtype=torch.float32, device=self.ignored.device)
+    def sums(self, of: Joined, sums: Sums) -> Tensor:
+        count, counted = self.C if sums.index is None else len(sums.index), self.columns.counted
+        message = torch.zeros(count, 2 * len(sums.terms), dtype=torch.float32, device=self.ignored.device)
         done = 0
-        for rows in self._blocks(index) if counted else ():
+        for rows in self._blocks(sums.index) if counted else ():
             read = self.columns.read(rows, self.scratch)
             assert read.z_t is not None
             z, z_t = read.z[:, :counted], read.z_t[:, :counted]
             here = slice(done, done + len(z))
             p = self._probability(z_t, of.top_t, of.log_sum_t, rows, "p")
             q = self._probability(z, of.top, of.log_sum, rows, "q")
-            arguments = self._arguments(of, divergence, rows, (z_t, z), p, q, _rows_of(shares, here))
-            for column, term in enumerate((divergence.h, divergence.g)):
-                message[here, column] = term(*arguments).value.sum(1)
+            for j, arguments in enumerate(self._arguments(of, sums, rows, here, (z_t, z), p, q)):
+                for column, term in enumerate((sums.terms[j].term.of.h, sums.terms[j].term.of.g)):
+                    message[here, 2 * j + column] = term(*arguments).value.sum(1)
             done = here.stop
         return message
 
-    def gradient(
-        self,
-        of: Joined,
-        divergence: Divergence | None,
-        use: Tensor | None,
-        total: Tensor | None,
-        shares: Shares | None,
-    ) -> None:
-        out, columns, s = self.outputs.dlogits, self.columns, self.s
+    def gradient(self, of: Joined, factors: Factors, sums: Sums | None) -> None:
+        out, columns = self.outputs.dlogits, self.columns
         if out is None or not out.shape[1]:
             return
+        columns.cold_share = _single(factors.cold)
+        whole = None if sums is None else self._whole(sums)
         for rows in self._blocks():
             assert isinstance(rows, slice)
             read = columns.read(rows, self.scratch)
             y, own = columns.label(rows)
             work = self.scratch("dlogits", len(y))
-            q = self._probability(read.z, of.top, of.log_sum, rows, "q")
-            if self.spec.divergence is None:
-                columns.write(rows, add_at(work.copy_(q), y, -1.0 * own), read, out, of)
-                continue
-            assert read.z_t is not None
-            p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
-            cold = None
+            q, p, cold = self._probability(read.z, of.top, of.log_sum, rows, "q"), None, None
+            if read.z_t is not None:
+                p = self._probability(read.z_t, of.top_t, of.log_sum_t, rows, "p")
             if read.hot is not None:
                 cold = self._probability(read.hot, of.cold_top, of.cold_log_sum, rows, "cold")
-            used = None if use is None else use[rows]
-            if used is None or not known_all(used):
-                free_gradient(p, q, y, cold, s, self.spec, work, own)
-            if used is not None and maybe_any(used):
-                assert divergence is not None and total is not None and shares is not None
-                arguments = self._arguments(of, divergence, rows, (read.z_t, read.z), p, q, _rows_of(shares, rows))
-                g = divergence.g(*arguments)
-                into = work if known_all(used) else self.scratch("part", len(y))
-                part = torch.addcmul(g.value, q, total[rows], value=-1.0, out=into)
-                close_gradient(part, q if cold is None else cold, y, s, self.spec, own)
-                if part is not work:
-                    torch.where(used.unsqueeze(1), part, work, out=work)
+            its = Factors(*(picked(_single(x), rows) for x in factors))
+            write_softmaxes(work, q, p, its)
+            if whole is not None and read.z_t is not None and p is not None:
+                self._add_sums(work, of, whole, rows, (read.z_t, read.z), p, q)
+            add_label(work, cold, y, its, own)
             columns.write(rows, work, read, out, of)
 
-    def head_share(self, of: Joined, index: Tensor | None) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def _whole(self, sums: Sums) -> Sums:
+        """With numbers of all rows, 0 where they take no sums; as far as this device can, without looking."""
+        index, C = sums.index, self.C
+        mixtures = [(spread(beta, index, C), spread(alpha, index, C)) for beta, alpha in sums.mixtures]
+        masked = []
+        for term, factor in zip(sums.terms, sums.factors, strict=True):
+            everywhere = spread(factor, index, C)
+            masked.append(_single(everywhere * term.use.unsqueeze(1)) if not known_all(term.use) else everywhere)
+        assert sums.total is not None
+        total = _single(spread(sums.total, index, C))
+        return Sums(None, sums.terms, mixtures, tuple(masked), total if isinstance(total, Tensor) else None)
+
+    def _add_sums(
+        self, work: Tensor, of: Joined, sums: Sums, rows: slice, logits: tuple[Tensor, Tensor], p: Tensor, q: Tensor
+    ) -> None:
+        """Add ``(sum_i factor_i * g_i - q * total) / T``."""
+        assert sums.total is not None
+        part = torch.mul(q, -sums.total[rows], out=self.scratch("part", len(q)))
+        for term, factor, arguments in zip(
+            sums.terms, sums.factors, self._arguments(of, sums, rows, rows, logits, p, q), strict=True
+        ):
+            g = term.term.of.g(*arguments).value
+            if not known_all(term.use):
+                g = g.masked_fill(~term.use[rows].unsqueeze(1), 0.0)
+            add_scaled(part, g, picked(_single(factor), rows), part)
+        add_scaled(work, part, 1.0 / picked(self.temperature, rows), work)
+
+    def head_share(
+        self, of: Joined, index: Tensor | None, mass: float | Tensor
+    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """(C', 1) each: as :func:`fused_kd.rows.torch.math.head_share`, the head's threshold found by bisection.
 
         The bits of positive floats are ordered as the floats are: 31 halvings find the least probable entry of the
@@ -196,7 +223,7 @@ class _TorchRow(SweptRow):
             torch.sub(t[here], q, out=error[here]).abs_()
             done = here.stop
         bits = t.view(torch.int32)
-        mass = self.s.fraction
+        mass = picked(mass, index)
         log_sum_t = of.log_sum_t if index is None else of.log_sum_t[index]
         most = log_sum_t.neg().exp().float()
         low = torch.zeros(count, 1, dtype=torch.int32, device=device)
@@ -211,7 +238,6 @@ class _TorchRow(SweptRow):
         return shared.float(), others.float()
 
 
-def _rows_of(shares: Shares, rows: slice) -> Shares:
-    """Of weights that differ between rows."""
-    beta, alpha = (x[rows] if isinstance(x, Tensor) and x.dim() else x for x in shares)
-    return beta, alpha
+def _single(x: float | Tensor) -> float | Tensor:
+    """In fp32."""
+    return x.float() if isinstance(x, Tensor) else x

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ...divergences import LOG_ZERO, NOWHERE
-from ...terms import Scalars
 from ...workspace import empty
 from ..contract import RowInputs, Shards, Sparse
-from ..sharded import Joined
+from ..sharded import Joined, picked
 from ..top_k import rest_gradient
 from .math import Scratch, cool, final_logits, rows_of_block, to_raw_, top_and_sum, uniform_logits
 
@@ -32,13 +31,15 @@ class Columns:
     Attributes:
         width: columns. counted: the first of them, which this rank adds up for all.
         condensed: whether they are a top-k teacher's entries instead of the logits themselves.
+        cold_share: factor of the student's softmax at temperature 1 in the gradient, known when it is written.
         known: (C, 1) of :class:`fused_kd.rows.sharded.Statistics` by name, those that the columns do not give.
     """
 
     condensed = False
 
-    def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
-        self.inputs, self.s = inputs, s
+    def __init__(self, inputs: RowInputs, temperature: float | Tensor, shards: Shards) -> None:
+        self.inputs, self.temperature = inputs, temperature
+        self.cold_share: float | Tensor = 0.0
         self.known: dict[str, Tensor] = {}
         self.width = self.counted = inputs.student.raw.shape[1]
         local = inputs.labels - shards.start
@@ -51,17 +52,17 @@ class Columns:
         return self._label[rows].unsqueeze(1), self._owned[rows].unsqueeze(1).float()
 
     def read(self, rows: slice | Tensor, scratch: Scratch) -> Read:
-        student, teacher, s = self.inputs.student, self.inputs.teacher, self.s
+        student, teacher, T = self.inputs.student, self.inputs.teacher, picked(self.temperature, rows)
         z, slope = final_logits(student, rows, scratch, "z_s")
         hot = z if self.inputs.cold_labels else None
         if teacher is None:
             return Read(z, None, None, slope)
-        z = cool(z, s.temperature, scratch("z_cool", len(z)))
+        z = cool(z, T, scratch("z_cool", len(z)))
         if isinstance(teacher, Sparse):
             z_t = uniform_logits(teacher, rows, self._start, scratch("z_t", len(z)))
         else:
             z_t, _ = final_logits(teacher, rows, scratch, "z_t")
-            z_t = cool(z_t, s.temperature, scratch("z_t", len(z)))
+            z_t = cool(z_t, T, scratch("z_t", len(z)))
         return Read(z, z_t, hot, slope)
 
     def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ class CondensedColumns(Columns):
 
     condensed = True
 
-    def __init__(self, inputs: RowInputs, s: Scalars, shards: Shards) -> None:
-        super().__init__(inputs, s, shards)
+    def __init__(self, inputs: RowInputs, temperature: float | Tensor, shards: Shards) -> None:
+        super().__init__(inputs, temperature, shards)
         teacher = inputs.teacher
         assert isinstance(teacher, Sparse)
         C, K = teacher.indices.shape
@@ -106,7 +107,7 @@ class CondensedColumns(Columns):
         self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
         self._z_t = torch.full_like(self._z, LOG_ZERO)
         values = teacher.log_probs.clamp(min=LOG_ZERO)
-        self._z_t[:, :K] = cool(values, s.temperature, torch.empty_like(values)).where(self._present, LOG_ZERO)
+        self._z_t[:, :K] = cool(values, temperature, torch.empty_like(values)).where(self._present, LOG_ZERO)
         self._label = (teacher.indices == inputs.labels.unsqueeze(1)).to(torch.int8).argmax(1)
         self._hot = torch.full_like(self._z, LOG_ZERO) if inputs.cold_labels else None
         tops = {"top": _ELSEWHERE, "rest_top": NOWHERE} | ({"cold_top": NOWHERE} if inputs.cold_labels else {})
@@ -128,7 +129,7 @@ class CondensedColumns(Columns):
             column, own = super().label(rows)
             entry = index.gather(1, column).clamp(max=z.shape[1] - 1)
             known["cold_label"][:] = z.gather(1, entry) * own
-        z = cool(z, self.s.temperature, self._scratch("z_cool", len(z)))
+        z = cool(z, picked(self.temperature, rows), self._scratch("z_cool", len(z)))
         known["top"][:], known["total"][:] = top_and_sum(z, self._scratch("work", len(z)))
         self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, _ELSEWHERE)
         unlisted = self._unlisted(z, rows)
@@ -160,7 +161,7 @@ class CondensedColumns(Columns):
     def _expand(self, rows: slice, gradient: Tensor, out: Tensor, of: Joined) -> None:
         present, index = self._present[rows], self._index[rows]
         hot, slope = final_logits(self.inputs.student, rows, self._scratch, "z_s")
-        z = cool(hot, self.s.temperature, self._scratch("z_cool", len(hot)))
+        z = cool(hot, picked(self.temperature, rows), self._scratch("z_cool", len(hot)))
         # each entry that is not listed has its share of the rest's gradient
         share = self._unlisted(z, rows).sub_(self._top[rows])
         rest = self._z[rows, -1:]
@@ -168,13 +169,13 @@ class CondensedColumns(Columns):
         work = self._scratch("work", len(z)).copy_(share)
         if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
             cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())
-            work.add_(cold.mul_(self.s.rest))
+            work.add_(cold.mul_(picked(self.cold_share, rows)))
         entries = gradient[:, :-1].masked_fill(~present, 0.0)
         work.scatter_add_(1, index.clamp(max=z.shape[1] - 1), entries)
         super().write(rows, work, Read(z, None, None, slope), out, of)
 
 
-def columns_of(inputs: RowInputs, s: Scalars, shards: Shards) -> Columns:
-    """Of a chunk; ``s`` as the row reads them."""
+def columns_of(inputs: RowInputs, temperature: float | Tensor, shards: Shards) -> Columns:
+    """Of a chunk."""
     sparse = isinstance(inputs.teacher, Sparse) and inputs.teacher.tail != "uniform"
-    return (CondensedColumns if sparse else Columns)(inputs, s, shards)
+    return (CondensedColumns if sparse else Columns)(inputs, temperature, shards)
