@@ -8,7 +8,17 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from ..divergences import COLDEST, DIVERGENCES, EXCLUDED, LEFT_OUT, LOG_LEAST, LOG_ZERO, OUTSIDE, TINY
+from ..divergences import (
+    COLDEST,
+    DIVERGENCES,
+    EXCLUDED,
+    LEFT_OUT,
+    LOG_LEAST,
+    LOG_ZERO,
+    OUTSIDE,
+    OVERLAP_DECAY,
+    TINY,
+)
 from ..terms import Scalars
 
 _NUMBERS = {
@@ -18,6 +28,7 @@ _NUMBERS = {
     "TINY": TINY,
     "LEFT_OUT": LEFT_OUT,
     "COLDEST": COLDEST,
+    "OVERLAP_DECAY": OVERLAP_DECAY,
 }
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
