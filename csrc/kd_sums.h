@@ -110,6 +110,19 @@ static void differences(const Row *r, int64_t block, Reads reads, Arguments *a) 
     }
 }
 
+// Teacher and student of a block, where equal logits must have equal probabilities in all blocks: over the row's maximum.
+static void comparable(const Row *r, const Tabled *x, int64_t block, float *restrict t, float *restrict q) {
+    const int n = block_length(r, block);
+    float buffer[BLOCK];
+    const float *z = teacher_logits(r->call, r->row, block * BLOCK, n, buffer);
+    z = cooled(z, n, r->temperature, buffer);
+    const Factor norm = split(1.0 / r->teacher.total);
+    const float max = r->teacher.max;
+    probabilities(r, x, block, t, q);
+#pragma omp simd
+    for (int i = 0; i < n; i++) t[i] = times(exp_nonpositive(z[i] - max), norm);
+}
+
 // The shares of sum |t - q| in the head of t, its most probable entries up to `fraction` of the mass and the top, and in
 // the rest.
 static void head_share(const Row *r, Tabled *x) {
@@ -123,7 +136,7 @@ static void head_share(const Row *r, Tabled *x) {
     for (int shift = 20; shift >= 0 && !all; shift -= 10) {
         memset(mass, 0, sizeof mass);
         for (int64_t b = 0; b < r->blocks; b++) {
-            probabilities(r, x, b, t, q);
+            comparable(r, x, b, t, q);
             for (int i = 0, n = block_length(r, b); i < n; i++) {
                 uint32_t bits = as_bits(t[i]);
                 if ((uint64_t)bits >> (shift + 10) == left_out) mass[(bits >> shift) & 1023] += t[i];
@@ -138,7 +151,7 @@ static void head_share(const Row *r, Tabled *x) {
     float top = 0.0f;
     double head = 0.0, tail = 0.0, head_top = 0.0;
     for (int64_t b = 0; b < r->blocks; b++) {
-        probabilities(r, x, b, t, q);
+        comparable(r, x, b, t, q);
         for (int i = 0, n = block_length(r, b); i < n; i++) {
             const float error = fabsf(t[i] - q[i]);
             if (t[i] > bound)
