@@ -306,21 +306,33 @@ def _distill(
             student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard, lse,
             cold_inv, TERMS, TABLED, ROW, BLOCK,
         )  # fmt: skip
-    elif ROW[ALWAYS]:
-        _with_sums(
-            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, loss_ptr, loss, k, inv_T, token, norms,
-            free, hard, cold_inv, student_above, teacher_above, TERMS, TABLED, ROW, EXCLUDES, BLOCK,
-        )  # fmt: skip
-    elif any_takes_sums(scalars, hard, TABLED):
-        _with_sums(
-            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, loss_ptr, loss, k, inv_T, token, norms,
-            free, hard, cold_inv, student_above, teacher_above, TERMS, TABLED, ROW, EXCLUDES, BLOCK,
-        )  # fmt: skip
     else:
-        _without_sums(
-            student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard, lse,
-            cold_inv, TERMS, TABLED, ROW, BLOCK,
-        )  # fmt: skip
+        use = True
+        if not ROW[ALWAYS]:
+            use = any_takes_sums(scalars, hard, TABLED)
+        targets = _targets(scalars, k, token, TABLED)
+        own = ()
+        for _i in tl.static_range(2 * len(TABLED) + 1):
+            own = own + (inv_T * 0.0,)
+        if use:
+            targets = _with_heads(student, teacher, V, scalars, norms, k, targets, TABLED, BLOCK)
+            sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
+            loss, free, own = _after_sums(
+                scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
+            )
+            tl.store(loss_ptr + row, loss)
+        if dlogits_row is not None:
+            if use:
+                factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
+                write_gradient(
+                    student, teacher, dlogits_row, V, row, label, k, targets, norms, s_max, factors, own, weights_ptr,
+                    True, TABLED, ROW, EXCLUDES, BLOCK,
+                )  # fmt: skip
+            else:
+                _without_sums(
+                    student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard, lse,
+                    cold_inv, TERMS, TABLED, ROW, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -356,46 +368,45 @@ def _without_sums(
 
 
 @triton.jit
-def _with_sums(
-    student,
-    teacher,
-    dlogits_row,
-    V,
-    row,
-    label,
-    weights_ptr,
-    scalars,
-    loss_ptr,
-    loss,
-    k,
-    inv_T,
-    token,
-    norms,
-    free,
-    hard,
-    cold_inv,
-    student_above,
-    teacher_above,
-    TERMS: tl.constexpr,
-    TABLED: tl.constexpr,
-    ROW: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Stores the loss of a row that takes sweep 2, and its gradient unless ``dlogits_row`` is None."""
-    kl, _log_p_y, _log_q_y, _warm_ce, _ce, lse, _entropy_t = token
-    of_q, of_p, of_y = free
+def _targets(scalars, k, token, TABLED: tl.constexpr):
     targets = ()
     for i in tl.static_range(len(TABLED)):
-        of_term = scalars + TABLED[i][INDEX] * SCALARS
+        targets = targets + (target_of(scalars + TABLED[i][INDEX] * SCALARS, k, token),)
+    return targets
+
+
+@triton.jit
+def _with_heads(student, teacher, V, scalars, norms, k, targets, TABLED: tl.constexpr, BLOCK: tl.constexpr):
+    """``targets`` with the adaptive divergence's own ``beta`` and ``alpha``."""
+    made = ()
+    for i in tl.static_range(len(TABLED)):
         if TABLED[i][ADAPTIVE]:
-            of_label, _beta, _alpha, _k, label_d = target_of(of_term, k, token)
-            mass = tl.load(of_term + FRACTION)
+            mass = tl.load(scalars + TABLED[i][INDEX] * SCALARS + FRACTION)
             beta, alpha = _head_share(student, teacher, V, norms, k, mass, BLOCK)
-            targets = targets + ((of_label, beta, alpha, k, label_d),)
+            made = made + ((targets[i][0], beta, alpha, k, targets[i][4]),)
         else:
-            targets = targets + (target_of(of_term, k, token),)
-    sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
+            made = made + (targets[i],)
+    return made
+
+
+@triton.jit
+def _after_sums(
+    scalars,
+    loss,
+    free,
+    hard,
+    kl,
+    inv_T,
+    sums,
+    targets,
+    student_above,
+    teacher_above,
+    TABLED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+):
+    """The loss; ``free`` with what only the sums tell; and ``own`` of
+    :func:`fused_kd.rows.triton.sweeps.write_gradient`."""
+    of_q, of_p, of_y = free
     own = ()
     total = 0.0
     for i in tl.static_range(len(TABLED)):
@@ -417,13 +428,7 @@ def _with_sums(
             of_p += of_kl
         own = own + (factor * inv_T, floor * inv_T)
         total += factor * inv_T * sums[2 * i + 1] - floor * inv_T
-    tl.store(loss_ptr + row, loss)
-    if dlogits_row is not None:
-        factors = linear_factors(scalars, (of_q, of_p, of_y), inv_T, lse, cold_inv, TERMS, ROW)
-        write_gradient(
-            student, teacher, dlogits_row, V, row, label, k, targets, norms, norms[0], factors, own + (total,),
-            weights_ptr, True, TABLED, ROW, EXCLUDES, BLOCK,
-        )  # fmt: skip
+    return loss, (of_q, of_p, of_y), own + (total,)
 
 
 @triton.jit
