@@ -65,7 +65,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-split", default="test", help="split, or file name stem in a folder, to translate")
     add("--teacher", default="tiny-teacher", help=f"a path, a hub name, or one of {', '.join(PRESETS)}")
     add("--student", default="tiny-student", help="as --teacher")
-    specs = f"name or name:key=value,...; of {', '.join(fk.OBJECTIVES)}; beta_warmup=0.3 anneals beta from 1"
+    specs = f"name, name:key=value,... or a sum, 0.5*sft+0.5*forward_kd; of {', '.join(fk.OBJECTIVES)}"
+    specs += "; beta_warmup=0.3 anneals beta from 1"
     add("--objective", nargs="+", default=["forward_kd", "self_evolution"], metavar="SPEC", help=specs)
     add("--prompt", choices=PROMPTS, default="tiny")
     add("--output", default="runs/distill")
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(argv)
     sft = parse_objective("sft")
     specs = {"teacher": sft, "student": sft} | {s.slug: s for s in map(parse_objective, ["sft", *args.objective])}
-    taught = [name for name, spec in specs.items() if spec.objective.spec.divergence is not None]
+    taught = [name for name, spec in specs.items() if spec.objective.spec.needs_teacher]
     only = [name if name in specs else parse_objective(name).slug for name in args.only or specs]
     if unknown := sorted(set(only) - specs.keys()):
         raise ValueError(f"--only must name stages of {', '.join(specs)}, got {', '.join(unknown)}")

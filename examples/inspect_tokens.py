@@ -74,7 +74,7 @@ def token_difficulties(student: Any, teacher: Any, rows: Rows, tokenizer: Any, o
     vocab = len(tokenizer) if len(sizes) > 1 else sizes.pop()
     out = fk.kd_loss(*heads, labels, objective, reduction="none", vocab_size=vocab, validate=True)
     gamma = getattr(objective, "gamma", DEFAULT_GAMMA)
-    hard = out.is_hard if objective.spec.gated else out.difficulty > gamma
+    hard = out.is_hard if objective.spec.gate else out.difficulty > gamma
     looked_up = zip(*(look_up(head, labels, vocab, tokenizer) for head in heads), strict=True)
     found = zip(out.difficulty.tolist(), hard.tolist(), looked_up, strict=True)
     views = []

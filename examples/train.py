@@ -109,7 +109,7 @@ class Train:
             raise ValueError("directions must name at least one direction, got none")
         spec = parse_objective(self.objective, BetaSchedule(**self.beta_schedule) if self.beta_schedule else None)
         self.spec, self.template = spec, get_prompt(self.prompt)
-        if spec.objective.spec.divergence is None:
+        if not spec.objective.spec.needs_teacher:
             self.teacher = None
         elif self.teacher is None:
             raise ValueError(f"teacher must be given for objective={self.objective!r}")

@@ -170,6 +170,7 @@ class Divergence:
             the head of the target, its most probable entries up to the objective's ``fraction`` of the mass.
         everywhere: infinite where the target excludes an entry that the student does not.
         covers: infinite where the student excludes an entry that the target does not.
+        lumps: where the target is 0, ``h`` is proportional to q, so that entries may be summed before.
         outer: the value is not the sum S of ``h`` but, for "minus_log", ``-log S``; for "mix"
             ``w * KL(t||q) + (1 - w) * (1 - S)`` with the constant ``w = exp(-3 S)``.
     """
@@ -182,6 +183,7 @@ class Divergence:
     adaptive: bool = False
     everywhere: bool = False
     covers: bool = False
+    lumps: bool = True
     outer: str = ""
 
     @property
@@ -205,7 +207,7 @@ DIVERGENCES: dict[str, Divergence] = {
     ),
     "skew_reverse_kl_detached": Divergence(skew_reverse_kl_h, skew_reverse_kl_detached_g, frozenset("s")),
     "todi": Divergence(todi_h, todi_g, frozenset("drs"), everywhere=True, covers=True),
-    "alpha_beta": Divergence(alpha_beta_h, alpha_beta_g, frozenset("wuv")),
+    "alpha_beta": Divergence(alpha_beta_h, alpha_beta_g, frozenset("wuv"), lumps=False),
     "renyi": Divergence(power_h, power_g, frozenset("w"), outer="minus_log"),
     "acceptance": Divergence(overlap_h, overlap_g, outer="minus_log"),
     "acceptance_mix": Divergence(overlap_h, overlap_g, outer="mix"),

@@ -25,7 +25,7 @@ from ._version import __version__
 from .engines.dispatch import ENGINES, choose_engine
 from .forecast import Choice, plan_for
 from .inputs import FLOAT_DTYPES
-from .objectives import OBJECTIVES
+from .objectives import SelfEvolution, parse
 from .rows.build_cache import cache_folder
 from .rows.cuda import build as cuda_build
 from .rows.native import build as native_build
@@ -124,7 +124,7 @@ def _cuda() -> str:
 
 
 def _streaming() -> str:
-    choose_engine("streaming", None, "kl", 0.0, _best_device())
+    choose_engine("streaming", None, SelfEvolution().spec, 0.0, _best_device())
     return _triton()
 
 
@@ -226,7 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of hidden states and weights (default fp32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="self_evolution", help="(default self_evolution)")
+    parser.add_argument(
+        "--objective", default="self_evolution", help="or a sum (default self_evolution)"
+    )
     parser.add_argument("--memory-budget", type=_size, help="of workspace, as 2GiB, 500MB or bytes")
     parser.add_argument("--top-k", type=int, metavar="K", help="the teacher is a list of K entries a token")
     parser.add_argument("--engine", choices=ENGINES, help="(default: the planner's choice)")
@@ -242,9 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape, as_json = asked.pop("shape"), asked.pop("json")
     plan = None
     if shape is not None:
-        asked["dtype"], asked["objective"] = DTYPES[asked["dtype"]], OBJECTIVES[asked["objective"]]()
+        asked["dtype"] = DTYPES[asked["dtype"]]
         asked["device"] = asked["device"] or _best_device().type
         try:
+            asked["objective"] = parse(asked["objective"])
             plan = plan_for(*shape, **asked)
         except ValueError as error:
             parser.error(str(error))

@@ -312,11 +312,13 @@ class KDLoss(nn.Module):
                 f"tail must be 'uniform' for {self._objective!r}, whose ZLoss reads all logits, got {teacher.tail!r}"
             )
         if teacher.tail == "renormalize":
-            if any(term.of.everywhere for term in self._spec.terms):
-                raise ValueError(
-                    f"tail must be 'uniform' or 'bucket' for {name}, which is infinite "
-                    "where the teacher is 0, got 'renormalize'"
-                )
+            for term in self._spec.terms:
+                if term.of.everywhere or not term.of.lumps:
+                    why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
+                    raise ValueError(
+                        f"tail must be 'uniform' or 'bucket' for {name}, which {why} where the teacher is 0, got "
+                        "'renormalize'"
+                    )
         elif isinstance(self.temperature, Tensor) or self.temperature != 1.0:
             raise ValueError(
                 f"temperature must be 1 with tail={teacher.tail!r}, whose entries it cannot flatten, got "

@@ -64,7 +64,7 @@ class Method:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.loss.spec.divergence is not None
+        return self.loss.spec.needs_teacher
 
 
 OURS = "self_evolution:lam=0.5,beta=0.5,gamma=0.4"

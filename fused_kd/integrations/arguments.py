@@ -11,7 +11,7 @@ import torch
 import fused_kd as fk
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.objectives import Objective
+from fused_kd.objectives import Objective, parse
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -38,13 +38,12 @@ def as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None)
 
 
 def as_objective(objective: Any) -> Objective:
-    """An objective from itself or its name; ``ValueError`` for an unknown name, ``TypeError`` for anything else."""
+    """An objective from itself or its text (:func:`fused_kd.objectives.parse`); ``ValueError`` for a text that is none,
+    ``TypeError`` for anything else."""
     if isinstance(objective, str):
-        if objective not in fk.OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(fk.OBJECTIVES)}, got {objective!r}")
-        return fk.OBJECTIVES[objective]()
+        return parse(objective)
     if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fused_kd objective or its name, got {objective!r}")
+        raise TypeError(f"objective must be a fused_kd objective or its text, got {objective!r}")
     return objective
 
 

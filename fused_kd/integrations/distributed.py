@@ -11,7 +11,6 @@ import torch
 
 from fused_kd import TopK
 from fused_kd.engines.problem import largest
-from fused_kd.objectives import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,8 +130,8 @@ def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tens
     return total
 
 
-def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor], objective: Objective) -> float:
-    """Γ for which ``difficulty > Γ`` are the hard tokens of a ranked objective over all of ``difficulties``.
+def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor], fraction: float) -> float:
+    """Γ for which ``difficulty > Γ`` are the ``fraction`` hardest of all of ``difficulties``.
 
     ``difficulties``: one (n,) tensor a micro-batch, its valid tokens; those of all ranks are ranked together.
     Γ lies halfway between the last hard token and the first easy one; tokens that tie there are all easy.
@@ -142,9 +141,7 @@ def hard_threshold(accelerator: Accelerator, difficulties: Iterable[torch.Tensor
     if accelerator.num_processes > 1:
         found = accelerator.gather(accelerator.pad_across_processes(found, pad_index=-1.0))
         found = found[found > -0.5]  # without the padding; rounding may leave a difficulty just below 0
-    hard = largest(
-        found, torch.zeros_like(found, dtype=torch.int64), torch.tensor(objective.scalars(), dtype=torch.float32)
-    )
+    hard = largest(found, torch.zeros_like(found, dtype=torch.int64), torch.tensor(fraction, dtype=torch.float32))
     if not hard.any():
         return math.inf
     if hard.all():

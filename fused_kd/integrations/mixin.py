@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,11 +27,12 @@ from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
+from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
-from fused_kd.loss import LossOptions
 from fused_kd.objectives import Objective
+from fused_kd.options import LossOptions
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -99,14 +100,16 @@ class KDLossMixin(Trainer):
         objective: Objective | str | None = None,
         criterion: fk.KDLoss | None = None,
         vocab_size: int | None = None,
+        statistics: Iterable[str] = (),
         **kwargs: Any,
     ) -> None:
         criterion = as_criterion(objective, criterion)
+        self.kd_statistics = tuple(statistics)
         self.objective: Objective = criterion.objective
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        if self.objective.spec.divergence is None:
+        if not self.objective.spec.needs_teacher:
             teacher = None
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
@@ -225,14 +228,17 @@ class KDLossMixin(Trainer):
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: fk.LMHead | fk.TopK | None) -> fk.KDOutput:
-            return fk.kd_loss(head, teacher, labels, objective, token_weights=weights, num_items=num_items, **options)
+            told = self.kd_statistics if model.training else ()
+            return fk.kd_loss(
+                head, teacher, labels, objective, token_weights=weights, num_items=num_items, statistics=told, **options
+            )
 
         if not self._models_checked:
             self._check_sharded(model)
         if not self._packing_checked and self.shift:
             self._check_packing(model, inputs)
         cached = None
-        if self.cache is not None and objective.spec.divergence is not None:
+        if self.cache is not None and objective.spec.needs_teacher:
             cached = top_k_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
@@ -263,19 +269,19 @@ class KDLossMixin(Trainer):
         batches = self._step_batches if model.training and self._step_batches else [inputs]
         if not now.spec.ranked or self.accelerator.num_processes * len(batches) == 1:
             return now
-        objective: Any = now
+        part = ranked_part(now)
         gamma = self._step_gamma if model.training else None
         if gamma is None:
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             # the passes with gradients draw the same dropout again
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                found = [self._difficulties(model, batch, objective) for batch in batches]
-            gamma = self._step_gamma = hard_threshold(self.accelerator, found, objective)
-        return fk.SelfEvolution(lam=objective.lam, beta=objective.beta, gamma=gamma)
+                found = [self._difficulties(model, batch, part.lam) for batch in batches]
+            gamma = self._step_gamma = hard_threshold(self.accelerator, found, cast(float, part.fraction))
+        return with_threshold(now, gamma)
 
-    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], objective: Any) -> torch.Tensor:
+    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], lam: Any) -> torch.Tensor:
         inputs = self._prepare_inputs(batch)
-        difficulty = self._run(model, inputs, fk.NoEvo(lam=objective.lam), None, 1)[1].difficulty
+        difficulty = self._run(model, inputs, fk.NoEvo(lam=lam), None, 1)[1].difficulty
         labels = inputs["labels"]
         if self.shift:
             difficulty, labels = difficulty[..., :-1], labels[..., 1:]

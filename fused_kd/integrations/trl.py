@@ -186,9 +186,8 @@ class FusedLoss(Trainer):
 
         with self.accelerator.autocast():
             made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks)
-        gamma = getattr(self.objective, "gamma", float("inf"))
-        # ignored tokens have difficulty 0, so they count nowhere
-        sums = torch.stack([out.difficulty.sum(), (out.difficulty > gamma).sum()]).double()
+        # ignored tokens have difficulty 0 and are not hard, so they count nowhere
+        sums = torch.stack([out.difficulty.sum(), out.is_hard.sum()]).double()
         sums = torch.cat([sums, count_targets(labels)[None].to(sums)])
         prefix = "" if model.training else "eval_"
         self._difficulty[prefix] = sums + self._difficulty.get(prefix, 0.0)
@@ -197,14 +196,14 @@ class FusedLoss(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL's; entries with a loss also get ``difficulty``, the mean KL(target||student) in nats since the last.
 
-        With an objective that has a Γ there is ``hard_fraction`` too, the share of tokens above it.
+        With an objective that has a gate there is ``hard_fraction`` too, the share of tokens above its Γ.
         """
         prefix = "eval_" if "eval_loss" in logs else ""
         sums = self._difficulty.pop(prefix, None) if f"{prefix}loss" in logs else None
         if sums is not None:
             difficulty, hard, tokens = sum_over_ranks(self.accelerator, sums).tolist()
             logs[f"{prefix}difficulty"] = difficulty / max(tokens, 1.0)
-            if hasattr(self.objective, "gamma"):
+            if self.objective is not None and self.objective.spec.gate:
                 logs[f"{prefix}hard_fraction"] = hard / max(tokens, 1.0)
         super().log(logs, start_time)
 
@@ -225,7 +224,10 @@ class FusedLoss(Trainer):
                 "SelfEvolution, or fused_kd.training.trainer.KDTrainer, which ranks them together"
             )
         # TRL's distillation, which has no lmbda, is always on-policy
-        if getattr(self.objective, "lam", 1.0) < 1.0 and getattr(self, "lmbda", 1.0) > 0.0:
+        shares = [getattr(part, "lam", 1.0) for _, part in self.objective.summands]
+        reads_labels = any(isinstance(part, fk.SFT) for _, part in self.objective.summands)
+        reads_labels |= any(isinstance(lam, torch.Tensor) or lam < 1.0 for lam in shares)
+        if reads_labels and getattr(self, "lmbda", 1.0) > 0.0:
             warnings.warn(
                 f"{self.objective!r} takes the completion's tokens as labels, and on-policy these are the student's "
                 "own samples: lam=1 leaves the teacher alone as the target",

@@ -98,9 +98,13 @@ class Objective:
         return self * (1.0 / checked_number("divisor", divisor, DIVISOR))
 
     def __repr__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not self._is_quiet(f.name, f.default)}
         shown = ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={shown_value(v)}" for k, v in values.items())
         return f"{type(self).__name__}({shown})"
+
+    def _is_quiet(self, name: str, default: Any) -> bool:
+        """Not worth showing at its default, which is the paper's."""
+        return name in ("floor", "gate") and _same(getattr(self, name), default)
 
     def __str__(self) -> str:
         """The text form, which :func:`fused_kd.objectives.parse` reads: ``name`` or ``name:key=value,...``, without
@@ -151,6 +155,10 @@ class Sum(Objective):
 
     def __repr__(self) -> str:
         return " + ".join(f"{_multiple(weight, ' * ')}{objective!r}" for weight, objective in self.parts)
+
+    def _is_quiet(self, name: str, default: Any) -> bool:
+        """Not worth showing at its default, which is the paper's."""
+        return name in ("floor", "gate") and _same(getattr(self, name), default)
 
     def __str__(self) -> str:
         return "+".join(f"{_multiple(weight, '*')}{objective}" for weight, objective in self.parts)

@@ -164,7 +164,8 @@ class _WhereUnsure(Objective):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ToDi(Objective):
-    """``sum a * p * log(p / q) + (1 - a) * q * log(q / p)``, token-wise distillation (Jung et al., EMNLP 2025).
+    """``sum a * p * log(p / q) + (1 - a) * q * log(q / p)``, token-wise distillation (Jung et al., EMNLP
+    2025).
 
     ``a = sigmoid(log p - log q) = p / (p + q)`` is each vocabulary entry's own and a constant: forward KL where the
     student is below its teacher, reverse KL where it is above.
@@ -237,7 +238,8 @@ class Acceptance(Objective):
     """``-log sum min(p, q)``: of a draft model, minus the logarithm of the rate at which its tokens are accepted.
 
     ``sum min(p, q)`` is the probability that speculative sampling keeps a token that ``q`` drafts for ``p`` (Leviathan
-    et al. 2023), and ``1 - TotalVariation``.
+    et al. 2023), and ``1 - TotalVariation``, whose gradient this divides by it: a draft far from its target learns too
+    ("nla" of speculators).
     """
 
     name: ClassVar[str] = "acceptance"
@@ -249,7 +251,7 @@ class AcceptanceMix(Objective):
     """``w * KL(p||q) + (1 - w) * TV(p, q)`` with ``w = exp(-3 * sum min(p, q))`` of each token, a constant.
 
     KL while a draft is far from its target, total variation, which is one minus the acceptance rate, where it is near
-    (speculators' loss for draft models).
+    (arXiv 2602.23881; "lk_hybrid" of speculators). Some take one ``w`` for a batch instead.
     """
 
     name: ClassVar[str] = "acceptance_mix"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,23 +30,31 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class RunningMetrics(TrainerCallback, ExportableState):
-    """Sums of loss, difficulty, hard tokens and valid tokens since the last log entry, and training time.
+    """Sums of loss, difficulty, hard tokens, valid tokens and statistics since the last log entry, and training time.
 
     A checkpoint holds them (reading them there is the only host synchronisation besides logging), so a
     resumed training logs what an uninterrupted one would have logged, apart from times. With several processes
     each has its own sums; they meet in the log and in the checkpoint, which the first process writes.
     """
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(len(_SUMS), dtype=torch.float32)
+    def __init__(self, statistics: Sequence[str] = ()) -> None:
+        self._names = (*_SUMS, *statistics)
+        self.sums = torch.zeros(len(self._names), dtype=torch.float32)
         self.window_seconds = 0.0
         self.total_seconds = 0.0
         self._resumed_at: float | None = None
 
-    def add(self, loss: torch.Tensor, difficulty: torch.Tensor, hard: torch.Tensor, tokens: torch.Tensor) -> None:
+    def add(
+        self,
+        loss: torch.Tensor,
+        difficulty: torch.Tensor,
+        hard: torch.Tensor,
+        tokens: torch.Tensor,
+        *statistics: torch.Tensor,
+    ) -> None:
         """Add this process's micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
         self.sums = self.sums.to(loss.device)
-        values = (loss, difficulty, hard, tokens)
+        values = (loss, difficulty, hard, tokens, *statistics)
         self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
 
     def collect(self, accelerator: Accelerator) -> None:
@@ -58,7 +67,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
 
         To be called on each process; memory is that of this one.
         """
-        sums = dict(zip(_SUMS, sum_over_ranks(accelerator, self.sums).tolist(), strict=True))
+        sums = dict(zip(self._names, sum_over_ranks(accelerator, self.sums).tolist(), strict=True))
         self._tick()
         tokens = max(sums["tokens"], 1.0)
         entry = {
@@ -67,6 +76,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
             "hard_fraction": sums["hard"] / tokens,
             "tokens_per_second": sums["tokens"] / max(self.window_seconds, 1e-9),
             "peak_memory_mb": peak_memory_mb(self.sums.device),
+            **{name: sums[name] / tokens for name in self._names[len(_SUMS) :]},
         }
         self.sums = torch.zeros_like(self.sums)
         self.window_seconds = 0.0
@@ -105,7 +115,10 @@ class RunningMetrics(TrainerCallback, ExportableState):
     ) -> None:
         restored: Any = state.stateful_callbacks if state.global_step and args.process_index == 0 else {}
         saved = restored.get(type(self).__name__, {}).get("attributes", {})
-        self.sums = torch.tensor(saved.get("sums", [0.0] * len(_SUMS)), dtype=torch.float32, device=args.device)
+        # another choice of statistics than the checkpoint's starts all sums anew
+        sums = saved.get("sums", [])
+        sums = sums if len(sums) == len(self._names) else [0.0] * len(self._names)
+        self.sums = torch.tensor(sums, dtype=torch.float32, device=args.device)
         self.window_seconds = saved.get("window_seconds", 0.0)
         self.total_seconds = saved.get("total_seconds", 0.0)
         if args.device.type == "cuda":

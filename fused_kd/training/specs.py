@@ -1,13 +1,13 @@
-"""Objectives written as text, for command lines and configs: ``self_evolution:gamma=0.4,beta=0.5``."""
+"""Objectives written as text, with a β schedule: ``self_evolution:gamma=0.4,beta_warmup=0.3``."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 
-import fused_kd as fk
-from fused_kd.objectives import Objective
+from fused_kd.integrations.parts import annealed_part
+from fused_kd.objectives import Objective, parse
 from fused_kd.training.trainer import BetaSchedule
 
 
@@ -21,37 +21,29 @@ class ObjectiveSpec:
 
     @property
     def slug(self) -> str:
-        """The text as a folder name."""
-        return re.sub(r"[^\w.=-]+", "-", self.text)
+        """The text as a folder name; a long one is cut, and kept apart from others by a digest."""
+        name = re.sub(r"[^\w.=-]+", "-", self.text)
+        return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
 
 def parse_objective(text: str, beta_schedule: BetaSchedule | None = None) -> ObjectiveSpec:
-    """``name`` or ``name:key=value,...``; keys are the objective's parameters, and ``beta_warmup``.
+    """The text of :func:`fused_kd.objectives.parse`, and behind it ``beta_warmup``, as one more setting.
 
-    ``beta_warmup=0.3`` moves β linearly from 1 to the objective's value over the first 30 % of the steps; a
-    ``beta_schedule`` goes before it.
+    ``self_evolution:beta_warmup=0.3`` moves β linearly from 1 to the objective's value over the first 30 % of the
+    steps; a ``beta_schedule`` goes before it.
 
     Raises:
-        ValueError: an unknown name or key, a value that is no number or out of range; the message names the
-        known ones.
+        ValueError: a text that is none, or a ``beta_warmup`` without a β; the message names what is known.
     """
-    name, _, tail = text.partition(":")
-    if name not in fk.OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(fk.OBJECTIVES)}, got {name!r}")
-    known = [field.name for field in dataclasses.fields(fk.OBJECTIVES[name])]
-    if "beta" in known:
-        known.append("beta_warmup")
-    values: dict[str, float] = {}
-    for item in filter(None, tail.split(",")):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if key not in known or not equals or key in values:
-            raise ValueError(
-                f"{text!r}: expected key=value once for each of {', '.join(known) or 'no key'}, got {item!r}"
-            )
+    warmups = re.findall(r"[:,]\s*beta_warmup\s*=\s*([^,+]*)", text)
+    objective = parse(re.sub(r"(?<=[:,])\s*beta_warmup\s*=[^,+]*,?", "", text))
+    if len(warmups) > 1:
+        raise ValueError(f"beta_warmup must be given once, got it {len(warmups)} times in {text!r}")
+    schedule = beta_schedule
+    if warmups:
+        annealed_part(objective)
         try:
-            values[key] = float(value)
+            schedule = schedule or BetaSchedule(fraction=float(warmups[0]))
         except ValueError as error:
-            raise ValueError(f"{text!r}: {key} must be a number, got {value!r}") from error
-    warmup = values.pop("beta_warmup", None)
-    schedule = None if warmup is None else BetaSchedule(fraction=warmup)
-    return ObjectiveSpec(text, fk.OBJECTIVES[name](**values), beta_schedule or schedule)
+            raise ValueError(f"beta_warmup must be a number in (0, 1], got {warmups[0]!r} in {text!r}") from error
+    return ObjectiveSpec(text, objective, schedule)

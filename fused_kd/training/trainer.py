@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import CachedTeacher
 from fused_kd.integrations.labels import Average, count_targets, denominator, sequence_weights
 from fused_kd.integrations.mixin import KDLossMixin
+from fused_kd.integrations.parts import annealed_part, with_beta
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 from fused_kd.objectives import Objective
+from fused_kd.options import statistics_columns
+from fused_kd.terms import RANK
 from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.metrics import RunningMetrics
 
@@ -69,7 +72,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
     and what else the models take: ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean
     over the valid target tokens of the whole optimizer step, exact under gradient accumulation and over all
     processes of DDP, FSDP2 and DeepSpeed. Each log entry has ``loss``, ``difficulty`` (mean, nats),
-    ``hard_fraction`` (share of tokens with difficulty above the objective's Γ, or 0.4), ``tokens_per_second``
+    ``hard_fraction`` (share of tokens above the objective's Γ, or with a difficulty above 0.4), ``tokens_per_second``
     (valid target tokens of all processes), ``peak_memory_mb`` (CUDA allocator, else resident set; of the process
     that logs), and ``beta`` under a schedule. ``eval_loss`` is the mean over the tokens of the evaluation set;
     ``SelfEvolutionTopK`` ranks those of a batch on all processes there.
@@ -82,17 +85,20 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             with ``tail`` and no ``forward``; then batches also hold ``teacher_log_probs`` (float) and
             ``teacher_indices`` (int64), (batch, length, K), where position i has the distribution of token i + 1. None
             for objectives without a teacher (SFT).
-        objective: one of ``fused_kd``'s objectives, or its name. ``SelfEvolutionTopK`` ranks the tokens of the whole
-            optimizer step; with accumulation or several processes a first pass without gradients finds the limit.
+        objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
+            of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
+            limit.
         temperature: default 1.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are;
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
             is raised.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: "torch", "triton", "cuda", "native"; None picks.
-        beta_schedule: anneal the objective's β.
+        beta_schedule: anneal the objective's β; of a sum, that of the one with a gate, or of the only one with a β.
         average: the loss is the mean over the target "tokens" of the step (default), or over its "sequences" of each
             one's mean.
+        statistics: what else to log of the training's tokens, means over the valid ones, by the names of
+            :meth:`fused_kd.KDLoss.evaluate`: "entropy_t", "kl", .... "top_1" and "overlap" cost a sweep of the logits.
         **trainer_args: those of ``transformers.Trainer`` (``args``, ``train_dataset``, ``data_collator``,
         ...).
 
@@ -119,6 +125,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         backend: str | None = None,
         beta_schedule: BetaSchedule | None = None,
         average: Average = "tokens",
+        statistics: Iterable[str] = (),
         **trainer_args: Any,
     ) -> None:
         self.beta_schedule = beta_schedule
@@ -126,8 +133,8 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             raise ValueError(f"average must be 'tokens' or 'sequences', got {average!r}")
         self.average: Average = average
         objective = as_objective(objective)
-        if beta_schedule is not None and not hasattr(objective, "beta"):
-            raise ValueError(f"beta_schedule needs an objective with a beta, got {objective!r}")
+        if beta_schedule is not None:
+            annealed_part(objective)
         if isinstance(model, (str, Path)):
             raise TypeError(f"model must be a model, got {model!r}: load it (AutoModelForCausalLM.from_pretrained)")
         if model is not None and not labels_need_shift(model):
@@ -136,9 +143,17 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
                 "transformers.Seq2SeqTrainer"
             )
         criterion = fk.KDLoss(objective, temperature=temperature, memory_budget=memory_budget, backend=backend)
-        super().__init__(model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, **trainer_args)
+        told = tuple(statistics)
+        statistics_columns(told, None, objective.spec)
+        super().__init__(
+            model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, statistics=told, **trainer_args
+        )
+        if self.cache is not None and told:
+            raise ValueError(
+                f"statistics need a teacher that is no list of entries, got {', '.join(told)} with a cache"
+            )
         self._warned_hard = False
-        self.add_callback(RunningMetrics())
+        self.add_callback(RunningMetrics(told))
 
     @property
     def metrics(self) -> RunningMetrics:
@@ -150,14 +165,14 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         if self.beta_schedule is None:
             return self.objective
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        beta = self.beta_schedule.beta(progress, end=self.objective.beta)  # type: ignore[attr-defined]
-        return dataclasses.replace(self.objective, beta=beta)  # type: ignore[call-arg]
+        return with_beta(self.objective, self.beta_schedule.beta(progress, end=annealed_part(self.objective).beta))
 
     def _trained_on(self, inputs: dict[str, Any], out: fk.KDOutput) -> None:
-        gamma = getattr(self.objective, "gamma", DEFAULT_GAMMA)
-        # ignored tokens have difficulty 0, so they count nowhere
-        hard = (out.difficulty > gamma).sum()
-        self.metrics.add(out.loss, out.difficulty.sum(), hard, count_targets(inputs["labels"]))
+        # ignored tokens hold 0, so they count nowhere
+        gated = self.objective.spec.gate not in ("", RANK)
+        hard = (out.is_hard if gated else out.difficulty > DEFAULT_GAMMA).sum()
+        told = [out.statistics[name].sum() for name in self.kd_statistics]
+        self.metrics.add(out.loss, out.difficulty.sum(), hard, count_targets(inputs["labels"]), *told)
 
     def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         if self.average == "tokens":
@@ -182,7 +197,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             last = logged[-1] if logged else 0
             logs.update(self.metrics.take(self.state.global_step - int(last), self.accelerator))
             if self.beta_schedule is not None:
-                logs["beta"] = self.current_objective().beta  # type: ignore[attr-defined]
+                logs["beta"] = annealed_part(self.current_objective()).beta
         super().log(logs, start_time)
         if "loss" in logs and not self._warned_hard:
             self._warn_if_starved()
@@ -237,7 +252,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     def _warn_if_starved(self) -> None:
         """Warn once when the hard fraction stayed high for 5 % of the training and at least 20 steps."""
-        if getattr(self.current_objective(), "beta", 1.0) == 1.0 or self.objective.spec.divergence is None:
+        if not any(_starves(part) for _, part in self.current_objective().summands):
             return
         entries = [entry for entry in self.state.log_history if "hard_fraction" in entry]
         below = [entry["step"] for entry in entries if entry["hard_fraction"] <= HARD_LIMIT]
@@ -247,7 +262,13 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         self._warned_hard = True
         warnings.warn(
             f"hard_fraction stayed above {HARD_LIMIT} for {steps} steps: hard tokens of a skewed loss get "
-            "almost no gradient, so this student learns little. Start from a trained student, warm β up "
-            "(beta_schedule=BetaSchedule(hold=0.5)), or use NoEvo first.",
+            "almost no gradient, so this student learns little. Give them a floor (SelfEvolution(floor=0.3)), start "
+            "from a trained student, or warm β up (beta_schedule=BetaSchedule(hold=0.5)).",
             stacklevel=2,
         )
+
+
+def _starves(objective: Objective) -> bool:
+    """A β below 1 and no floor."""
+    beta, floor = getattr(objective, "beta", 1.0), getattr(objective, "floor", 0.0)
+    return not isinstance(beta, torch.Tensor) and beta != 1.0 and not isinstance(floor, torch.Tensor) and floor == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ def trainer(
     folder: Path, student: Any, objective: Any, data: list, *, teacher: Any = None, **options: Any
 ) -> KDTrainer:
     """KDTrainer's own options, ``eval_data``, ``collator``, and those of TrainingArguments."""
-    names = ("beta_schedule", "vocab_size", "temperature", "compute_metrics", "average")
+    names = ("beta_schedule", "vocab_size", "temperature", "compute_metrics", "average", "statistics")
     own = {name: options.pop(name) for name in names if name in options}
     evaluated, collator = options.pop("eval_data", None), options.pop("collator", Collator(0))
     arguments = {
@@ -130,7 +131,7 @@ def test_same_as_full_logits(tmp_path: Path, objective: fk.objectives.Objective)
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     if isinstance(objective, fk.SelfEvolution):
         assert 0.05 < expected[0]["hard_fraction"] < 0.95, "both branches must be taken"
-    if objective.spec.divergence is not None:
+    if objective.spec.needs_teacher:
         assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert_same_weights(weights(teacher), before, 0.0)
 
@@ -177,13 +178,12 @@ def test_hard_threshold() -> None:
     one = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     values = torch.randperm(50, generator=torch.Generator().manual_seed(0)).float() / 7
     for fraction in (0.02, 0.1, 0.31, 0.5, 0.98):
-        gamma = hard_threshold(one, [values[:20], values[20:20], values[20:]], fk.SelfEvolutionTopK(fraction=fraction))
+        gamma = hard_threshold(one, [values[:20], values[20:20], values[20:]], fraction)
         assert (values > gamma).sum() == math.ceil(fraction * 50), fraction
-    objective = fk.SelfEvolutionTopK(fraction=0.5)
-    assert hard_threshold(one, [values], fk.SelfEvolutionTopK(fraction=0.0)) == math.inf
-    assert hard_threshold(one, [values], fk.SelfEvolutionTopK(fraction=1.0)) == 0.0
-    assert hard_threshold(one, [values[:0]], objective) == math.inf
-    assert hard_threshold(one, [torch.tensor([1.0, 1.0, 1.0, 0.0])], objective) == 1.0, "ties at the limit are easy"
+    assert hard_threshold(one, [values], 0.0) == math.inf
+    assert hard_threshold(one, [values], 1.0) == 0.0
+    assert hard_threshold(one, [values[:0]], 0.5) == math.inf
+    assert hard_threshold(one, [torch.tensor([1.0, 1.0, 1.0, 0.0])], 0.5) == 1.0, "ties at the limit are easy"
 
 
 def test_orders_and_padding() -> None:
@@ -408,7 +408,7 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
     [
         ("self_evolution", {"teacher": None}, {}, "teacher must be given for SelfEvolution"),
         ("selfevolution", {}, {}, "objective must be one of sft, forward_kd, .*got 'selfevolution'"),
-        ("forward_kd", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with a beta"),
+        ("forward_kd", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with one beta"),
         ("no_evo", {"compute_metrics": print}, {}, "compute_metrics must be None"),
         ("no_evo", {}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         ("no_evo", {"temperature": 0.0}, {}, "temperature"),
@@ -425,7 +425,7 @@ def test_more_bad_arguments(tmp_path: Path) -> None:
     student = tiny(8, seed=1)
     with pytest.raises(ValueError, match="another model than the student"):
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=student)
-    with pytest.raises(TypeError, match="objective must be a fused_kd objective or its name"):
+    with pytest.raises(TypeError, match="objective must be a fused_kd objective or its text"):
         trainer(tmp_path, student, 0.5, rows(4))
     for options, message in (
         ({"start": 1.5}, r"start must be in \[0, 1\], got 1.5"),
@@ -459,12 +459,70 @@ def test_objectives_as_text() -> None:
     assert spec.slug == "self_evolution-gamma=0.3-beta=0.7-beta_warmup=0.25"
     for text, message in (
         ("evolution", "objective must be one of sft, forward_kd, .*got 'evolution'"),
-        ("forward_kd:beta=0.5", "expected key=value once for each of lam, got 'beta=0.5'"),
-        ("no_evo:lam", "got 'lam'"),
-        ("no_evo:lam=0.1,lam=0.2", "once for each"),
+        ("forward_kd:beta=0.5", "forward_kd takes lam, got 'beta=0.5'"),
+        ("no_evo:lam", "lam must be a number, got ''"),
+        ("no_evo:lam=0.1,lam=0.2", "lam must be given once"),
         ("no_evo:lam=half", "lam must be a number, got 'half'"),
         ("skew:beta=1.5", r"beta must be in \[0, 1\], got 1.5"),
-        ("skew:beta_warmup=2", r"fraction must be in \(0, 1\], got 2.0"),
+        ("skew:beta_warmup=2", r"beta_warmup must be a number in \(0, 1\], got '2'"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_objective(text)
+
+
+def test_sums_as_text_with_a_schedule() -> None:
+    spec = parse_objective("0.5*sft + 0.5*self_evolution:beta_warmup=0.2,floor=0.3+1e-4*z_loss")
+    assert str(spec.objective) == "0.5*sft+0.5*self_evolution:floor=0.3+0.0001*z_loss"
+    assert spec.beta_schedule == BetaSchedule(fraction=0.2)
+    assert re.fullmatch(r"[\w.=-]+", spec.slug) and len(parse_objective("+".join(["forward_kd:lam=0.5"] * 9)).slug) < 90
+    with pytest.raises(ValueError, match="one beta"):
+        parse_objective("skew:beta_warmup=0.2+generalized_jsd")
+    with pytest.raises(ValueError, match="beta_warmup must be given once"):
+        parse_objective("skew:beta_warmup=0.2,beta_warmup=0.3")
+
+
+def test_a_schedule_moves_the_gated_part_of_a_sum(tmp_path: Path) -> None:
+    objective = 0.5 * fk.SelfEvolution(beta=0.4, gamma=1.0) + 0.5 * fk.GeneralizedJSD(beta=0.3)
+    run = trainer(
+        tmp_path, tiny(8, seed=1), objective, rows(8), teacher=tiny(16, seed=2),
+        beta_schedule=BetaSchedule(fraction=1.0), max_steps=2, logging_steps=1,
+    )  # fmt: skip
+    run.train()
+    assert [entry["beta"] for entry in logged(run)] == pytest.approx([0.7, 0.4])
+    now = run.current_objective()
+    assert str(now) == "0.5*self_evolution:beta=0.4,gamma=1.0+0.5*generalized_jsd:beta=0.3"
+
+
+def test_a_ranked_part_of_a_sum_becomes_a_threshold(tmp_path: Path) -> None:
+    data, teacher = rows(8), tiny(16, seed=2)
+    objective = 0.5 * fk.SelfEvolutionTopK(fraction=0.3, floor=0.2) + 0.5 * fk.SFT()
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        student = tiny(8, seed=1)
+        options = {**SGD, "max_steps": 2, "max_grad_norm": 0.0}
+        options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer(tmp_path / str(batch), student, objective, data, teacher=teacher, **options).train()
+        found.append(weights(student))
+    assert_same_weights(found[0], found[1], 1e-5)
+
+
+def test_statistics_are_logged(tmp_path: Path) -> None:
+    data, teacher = rows(8), tiny(16, seed=2)
+    names = ("entropy_t", "kl", "overlap")
+    logs = []
+    for accumulation in (1, 2):
+        run = trainer(
+            tmp_path / str(accumulation), tiny(8, seed=1), fk.ForwardKD(lam=1), data, teacher=teacher, statistics=names,
+            max_steps=1, logging_steps=1, per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        run.train()
+        logs.append(logged(run)[0])
+    assert logs[0]["kl"] == pytest.approx(logs[0]["loss"], rel=1e-5)
+    assert 0 < logs[0]["overlap"] < 1 and 0 < logs[0]["entropy_t"] < math.log(VOCAB)
+    for name in names:
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+    with pytest.raises(ValueError, match="statistics must be among .* got 'entropy'"):
+        trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=teacher, statistics=["entropy"])
+    with pytest.raises(ValueError, match="without a teacher, got 'kl'"):
+        trainer(tmp_path, tiny(8, seed=1), fk.SFT(), data, statistics=["kl"])
