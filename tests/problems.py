@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd import objectives as o
-from fused_kd.objective import Objective
+from fused_kd.objectives import Objective
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.native import build as native_build
 
@@ -43,14 +43,14 @@ _NAMED: dict[str, Objective] = {
     "z_loss": o.ZLoss(),
     # other settings of the same classes
     "skew_floor": fk.Skew(lam=0.4, beta=0.3, floor=0.2),
-    "self_evolution_floor": fk.SelfEvolution(gamma=1.0, floor=0.3),
-    "self_evolution_excess": fk.SelfEvolution(gamma=0.5, gate="excess"),
-    "self_evolution_kl": fk.SelfEvolution(gamma=3.0, gate="kl"),
+    "self_evolution_floor": fk.SelfEvolution(gamma=2.5, floor=0.3),
+    "self_evolution_excess": fk.SelfEvolution(gamma=2.0, gate="excess"),
+    "self_evolution_kl": fk.SelfEvolution(gamma=3.8, gate="kl"),
     "top_k_floor": fk.SelfEvolutionTopK(fraction=0.3, floor=0.2),
     # sums
     "sum": 0.5 * fk.SFT() + 0.5 * fk.GeneralizedJSD(beta=0.3),
     "sum_of_kl": fk.ForwardKD(lam=1) + fk.ReverseKD(lam=1),
-    "sum_gated": 0.3 * fk.SelfEvolution(gamma=1.0, floor=0.2) + 0.7 * fk.GeneralizedJSD(beta=0.4) + 1e-3 * o.ZLoss(),
+    "sum_gated": 0.3 * fk.SelfEvolution(gamma=2.5, floor=0.2) + 0.7 * fk.GeneralizedJSD(beta=0.4) + 1e-3 * o.ZLoss(),
     "sum_of_targets": 0.6 * fk.Skew(lam=0.2, beta=0.4) + 0.4 * fk.NoEvo(lam=0.9) + 0.5 * fk.SkewTeacher(lam=0.7),
     "sum_outer": o.Acceptance() + 0.3 * o.AcceptanceMix() + 0.2 * o.ToDi(),
     "sum_ranked": 0.5 * fk.SelfEvolutionTopK(fraction=0.3) + 0.5 * fk.ReverseKD(lam=0.5),
@@ -70,6 +70,41 @@ def label(objective: Objective | type[Objective]) -> str:
 def summands(objective: Objective) -> set[str]:
     """Names of the classes of a sum's terms, or of the one there is."""
     return {each.name for _, each in objective.summands} if isinstance(objective, o.Sum) else {objective.name}
+
+
+def amplified(objective: Objective) -> float:
+    """How many times a rounding of 1 is in the loss of near rows: of powers, the sums cancel, are divided by small
+    numbers, and have the rounding of a log-sum-exp, of about 8, in their exponents."""
+    factors = [1.0]
+    for _, each in objective.summands:
+        given: Any = each
+        if isinstance(each, o.AlphaBeta):
+            factors.append(8 / (given.alpha * given.beta))
+        elif isinstance(each, o.Renyi):
+            factors.append(8 / (1 - given.alpha))
+    return max(factors)
+
+
+def reads_level(objective: Objective) -> bool:
+    """Whether a constant on all logits changes the loss."""
+    return any(term.z_loss for term in objective.spec.terms)
+
+
+def has_powers(objective: Objective) -> bool:
+    return any(term.of.powers for term in objective.spec.terms)
+
+
+def may_overflow(objective: Objective) -> bool:
+    """Whether its loss is the logarithm of a sum, infinite where that is 0 in fp32."""
+    return any(term.of.outer == "minus_log" for term in objective.spec.terms if term.divergence)
+
+
+def with_numbers(cls: type[Objective], *, lam: float, beta: float, gamma: float) -> Objective:
+    """With these for numbers of their kinds, moved into the range of classes with a smaller one."""
+    own = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam, "floor": 1 - lam, "tau": gamma}
+    if cls.name in ("alpha_beta", "renyi"):
+        own |= {"alpha": 0.05 + 0.9 * lam, "beta": 0.05 + 0.9 * beta}
+    return cls(**{name: own[name] for name in vars(cls()) if name in own})
 
 
 def _why_no_native() -> str:

@@ -25,7 +25,7 @@ def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, **o
     h_s, W_s = torch.randn(N, H_S, dtype=dtype), torch.randn(V, H_S, dtype=dtype)
     student = fk.LMHead(h_s.requires_grad_(), W_s.requires_grad_())
     teacher: fk.LMHead | fk.TopK | None = None
-    if objective.spec.divergence is not None:
+    if objective.spec.needs_teacher:
         teacher = fk.LMHead(torch.randn(N, H_T, dtype=dtype), torch.randn(V, H_T, dtype=dtype))
         if top_k is not None:
             values, indices = torch.randn(N, V).log_softmax(-1).topk(top_k)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
+from fused_kd.divergences import TINY
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
 from fused_kd.terms import RowSpec, Term
 from fused_kd.tuning import current
 
-from ..problems import eager_rows, relative
+from ..problems import amplified, eager_rows, reads_level, relative, summands
 from .contract import (
     ALL,
     BF16,
@@ -67,7 +68,7 @@ def test_any_vocabulary(V, objective, backend):
     data = make(3, V, near=False)
     data[2][-1] = V - 1
     actual, expected = call(backend, *data, objective), oracle(*data, objective)
-    if V == 1:  # nothing to learn: the truth is 0
+    if V == 1 and not reads_level(objective):  # nothing to learn: the truth is 0
         assert all(x.abs().max() <= 2e-7 for x in (actual.loss, actual.difficulty, actual.dlogits))
     else:
         check(actual, expected, 2 * BUDGET if loose(objective) else BUDGET)
@@ -108,7 +109,7 @@ def test_temperature_scale_and_softcap(shape, objective, backend):
     data, options = make(4, a_few(backend, 1500), std=4.0), SHAPES[shape]
     actual, expected = call(backend, *data, objective, **options), oracle(*data, objective, **options)
     budget = 1e-5 if loose(objective) or backend == "torch" else 2 * BUDGET
-    check(actual, expected, budget, loss=4e-6 if backend == "torch" else 1e-6)
+    check(actual, expected, budget, loss=4e-6 if backend == "torch" else 1e-6, least=2e-7 * amplified(objective))
 
 
 @pytest.mark.parametrize("objective, backend", cases(ALL), indirect=["backend"])
@@ -136,7 +137,7 @@ def test_ignored_rows_and_weights(objective, backend):
     z[4] = math.nan  # left out, hence never seen
     for left_out, label in ((1, -100), (4, -(2**40))):
         labels[left_out] = label
-        for value in expected:
+        for value in expected[:4]:
             value[left_out] = 0
     for dtype in (FP32, BF16):
         into = torch.full(z.shape, math.nan, dtype=dtype, device=device_of(backend))
@@ -225,7 +226,10 @@ def test_vectors_must_be_contiguous(backend):
         get_row(backend)(inputs, RowOutputs(torch.zeros(4, device=device)[::2], *vectors, None))
 
 
-@pytest.mark.parametrize("objective, backend", cases(ALL), indirect=["backend"])
+LEVEL = [objective for objective in ALL if not reads_level(objective)]
+
+
+@pytest.mark.parametrize("objective, backend", cases(LEVEL), indirect=["backend"])
 def test_excluded_tokens_and_large_offsets(objective, backend):
     """-inf on both sides, also over whole blocks, changes nothing; nor does a constant on all logits of a side."""
     block = {"native": NATIVE_BLOCK, "triton": BLOCK, "cuda": 64}.get(backend, 500)
@@ -237,7 +241,8 @@ def test_excluded_tokens_and_large_offsets(objective, backend):
     wider[:, kept], wider_t[:, kept] = z + 8000.0, z_t - 8000.0
     actual = call(backend, wider, wider_t, labels + kept.start, objective)
     check(actual._replace(dlogits=actual.dlogits[:, kept]), expected, 2 * BUDGET if loose(objective) else BUDGET)
-    assert not actual.dlogits[:, : kept.start].any() and not actual.dlogits[:, kept.stop :].any()
+    beside = torch.cat([actual.dlogits[:, : kept.start], actual.dlogits[:, kept.stop :]], 1)
+    assert beside.abs().max() <= (TINY if "todi" in summands(objective) else 0.0)  # its ratios are of TINY there
     assert not call(backend, wider, wider_t, labels + kept.start, objective, T=1e-8).loss.isnan().any()
 
 
@@ -247,7 +252,7 @@ def test_a_number_that_is_none_is_not_hidden(value, objective, backend):
     for side in (0, 1) if objective.spec.needs_teacher else (0,):
         data = make(2, V)
         data[side][0, V - 100] = value
-        loss, difficulty, _, gradient = call(backend, *data, objective)
+        loss, difficulty, _, gradient, _ = call(backend, *data, objective)
         assert loss[0].isnan() and difficulty[0].isnan()
         assert gradient[0].isnan().any() or (side == 1 and objective.name == "total_variation")  # compares only
         assert loss[1].isfinite() and difficulty[1].isfinite() and gradient[1].isfinite().all()
@@ -258,7 +263,7 @@ def test_a_label_beyond_the_row_reads_nothing(backend):
     z, z_t, labels = make(2, 300)
     for label in (300, 303, 304, NATIVE_BLOCK, 2**40):
         labels[0] = label
-        loss, _, _, gradient = call(backend, z, z_t, labels, fk.NoEvo())
+        loss, _, _, gradient, _ = call(backend, z, z_t, labels, fk.NoEvo())
         assert loss[0] == math.inf and loss[1].isfinite() and gradient.isfinite().all()
 
 

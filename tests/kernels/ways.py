@@ -128,7 +128,7 @@ def refused(spec: RowSpec, form: str) -> bool:
         return False
     if not spec.needs_teacher or (form != "uniform" and any(term.z_loss for term in spec.terms)):
         return True
-    return form == "renormalize" and any(term.of.everywhere for term in spec.terms)
+    return form == "renormalize" and any(term.of.everywhere or not term.of.lumps for term in spec.terms)
 
 
 def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
