@@ -41,6 +41,7 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 docs: $(STAMP)
+	$(PY) docs/objectives.py
 	$(PY) docs/api.py
 
 # From a plain checkout, with the Python that is given: no network, no .venv, nothing installed.

@@ -19,7 +19,7 @@
 enum Dtype { FP32, BF16, FP16 };
 
 #define FKD_SCALAR(name) SCALAR_##name,
-enum Scalar { FKD_SCALARS(FKD_SCALAR) };  // where those of fused_kd.objectives.Scalars lie
+enum Scalar { FKD_SCALARS(FKD_SCALAR) SCALARS };  // where those of fused_kd.terms.Scalars lie in a term's
 
 #define FKD_STEP (FKD_VECTOR ? 1 : FKD_THREADS)  // columns from a thread's element to its next
 #ifndef FKD_MOST

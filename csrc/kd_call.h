@@ -10,7 +10,23 @@
 #endif
 
 #define FKD_NAME(name, h, g) FKD_##name,
-enum Divergence { CROSS_ENTROPY = -1, FKD_DIVERGENCES(FKD_NAME) };
+enum Divergence { FKD_DIVERGENCES(FKD_NAME) };
+
+#define FKD_TOLD(name) TOLD_##name,
+enum Statistic { FKD_STATISTICS(FKD_TOLD) };  // columns, of fused_kd.terms.STATISTICS
+
+#define FKD_FLOAT(name) float name;
+#define FKD_INT(name) int32_t name;
+
+// A summand of the loss: what is fixed, of fused_kd.rows.contract.traits, and its numbers, of fused_kd.terms.Scalars.
+typedef struct {  // mirrored by fused_kd/rows/native/row.py
+    int32_t divergence;
+    FKD_TRAITS(FKD_INT)
+} Term;
+
+typedef struct {
+    FKD_SCALARS(FKD_FLOAT)
+} Scalars;
 
 // A top-k teacher: entries in ascending order, V where there is none; see fused_kd.rows.contract.Sparse.
 typedef struct {
@@ -21,8 +37,6 @@ typedef struct {
     int32_t uniform;
 } Lists;
 
-#define FKD_FLOAT(name) float name;
-
 typedef struct {  // mirrored by fused_kd/rows/native/row.py
     int64_t C, V;
     Logits student, teacher;
@@ -30,34 +44,56 @@ typedef struct {  // mirrored by fused_kd/rows/native/row.py
     void *dlogits;  // (C, V), unit stride along V, or NULL; may be the student's logits
     int64_t dlogits_stride;
     int32_t dlogits_dtype;
-    int32_t divergence;
-    int32_t free, mixture, reads_d, kl_at_one, adaptive, everywhere;  // of the divergence, see fused_kd.divergences.Divergence
-    int32_t mixed, hard_label, gated, cold;
-    FKD_SCALARS(FKD_FLOAT)  // of fused_kd.objectives.Scalars
+    int32_t needs_teacher, cold;  // cold: the label's cross-entropy is that of temperature 1, the rest of another
+    int32_t term_count, main;     // main: the term of the difficulty; the one with a gate where there is one
+    const Term *terms;
+    const float *scalars;  // (1 or C, terms, n)
+    int64_t scalars_stride;  // 0, or from row to row
     const int64_t *labels;  // (C,)
     const float *weights;   // (C,) or NULL
     const uint8_t *given;   // (C,) which rows are hard, or NULL
     float *loss, *difficulty;
     uint8_t *is_hard;
-    char *scratch;  // (threads, fkd_scratch(V, K)), uninitialised, on cache lines
+    float *statistics;  // (C, told) or NULL
+    int32_t told;
+    char *scratch;  // (threads, fkd_scratch(V, K, terms)), uninitialised, on cache lines
 } Call;
+
+// A term that a row takes the sums of, see fused_kd/rows/shares.py.
+typedef struct {
+    const Term *term;
+    const Scalars *own;
+    double share;         // of the loss
+    float beta, alpha;    // the objective's, or of an adaptive divergence this row's
+    Factor of_w, of_u, of_v;  // of powers of exponentials over the maxima
+    float factor;         // of its g
+    double sum;           // of its h
+} Tabled;
 
 typedef struct {
     const Call *call;
     int64_t row, label, blocks;
+    float temperature;
+    bool tells_entropy_s, tells_entropy_t;
+    bool without_label;  // its own cross-entropy is another row's
     Softmax student, teacher, cold;
     double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
-    double label_d;     // log(target / student) of the label where its target is mixed
-    float beta, alpha;  // the objective's, or of an adaptive divergence this row's
     bool student_above, teacher_above;  // 0, in tokens that the other side excludes
+    Tabled *tabled;
+    int tabled_count;
 } Row;
+
+// Of the row's terms.
+static const Scalars *scalars_of(const Call *c, int64_t row) {
+    return (const Scalars *)(c->scalars + row * c->scalars_stride);
+}
 
 static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
 
 // Bytes of scratch for one row of V logits, whole cache lines.
-static int64_t row_scratch(int64_t V) {
+static int64_t row_scratch(int64_t V, int terms) {
     const size_t a_block = 3 * (BLOCK * sizeof(float) + sizeof(Part)) + sizeof(double);
-    return ((int64_t)a_block * block_count(V) + 63) / 64 * 64;
+    return ((int64_t)a_block * block_count(V) + terms * (int64_t)sizeof(Tabled) + 63) / 64 * 64;
 }
 
 static void *take(char **scratch, int64_t count, size_t size) {
@@ -67,12 +103,22 @@ static void *take(char **scratch, int64_t count, size_t size) {
 }
 
 static Row new_row(const Call *c, char *scratch) {
-    Row r = {.call = c, .blocks = block_count(c->V)};
+    const bool told = c->statistics, gated = c->terms[c->main].gate == GATE_ENTROPY;
+    Row r = {.call = c, .blocks = block_count(c->V), .tells_entropy_s = told, .tells_entropy_t = told || gated};
     Softmax *sides[] = {&r.student, &r.teacher, &r.cold};
     for (int i = 0; i < 3; i++) sides[i]->exps = take(&scratch, r.blocks * BLOCK, sizeof(float));
     for (int i = 0; i < 3; i++) sides[i]->parts = take(&scratch, r.blocks, sizeof(Part));
     r.kl = take(&scratch, r.blocks, sizeof(double));
+    r.tabled = take(&scratch, c->term_count, sizeof(Tabled));
     return r;
+}
+
+// Turns to another row of the call.
+static void set_row(Row *r, int64_t row) {
+    const Call *c = r->call;
+    r->row = row;
+    r->label = c->labels[row];
+    r->temperature = c->needs_teacher ? scalars_of(c, row)->temperature : 1.0f;
 }
 
 static int block_length(const Row *r, int64_t block) {
@@ -98,6 +144,8 @@ static int64_t entries_before(const Call *c, int64_t row, int64_t end) {
 }
 
 static inline float at_least_log_zero(float x) { return x < LOG_ZERO ? LOG_ZERO : x; }
+
+typedef const float *Side(const Call *, int64_t, int64_t, int, float *);
 
 // Logits of the student and, listed with a uniform tail or dense, of the teacher; before the temperature.
 static const float *student_logits(const Call *c, int64_t row, int64_t start, int n, float *buffer) {

@@ -23,8 +23,8 @@
 // another temperature adds 1 to sweep 1 and 1 to sweep 2 or 3, a softcap 2 a sweep and side. By its data sheet, an H200
 // does 7 to 9 in the time that it takes for the bytes of an element with fp32 logits, 4 to 5 with bf16 ones.
 //
-// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_FREE, FKD_KL_AT_ONE, FKD_ADAPTIVE and FKD_EVERYWHERE
-// of the divergence, FKD_GATED, FKD_EXCLUDES (logits may be -inf).
+// Macros beside those of cuda_slots.h and cuda_divergence.h: FKD_MAIN, the term whose KL(yt||q) is the difficulty,
+// FKD_COLD, FKD_EXCLUDES (logits may be -inf).
 //
 // NaN logits become NaN losses: comparisons are written so that NaN falls through.
 
@@ -35,12 +35,15 @@ typedef struct {
     int64_t C;
     const int64_t *labels;
     const float *weights, *scalars;  // weights may be NULL
+    int64_t scalars_stride;          // elements from row to row, 0: all rows share them
     float *loss, *difficulty;
     uint8_t *is_hard;
     const uint8_t *given;  // may be NULL
 } Call;
 
-FKD_INLINE float scalar(const Call *call, int i) { return as_float(global_read4(call->scalars + i)); }
+FKD_INLINE float scalar(const Call *call, int64_t row, int term, int i) {
+    return as_float(global_read4(call->scalars + row * call->scalars_stride + term * SCALARS + i));
+}
 
 FKD_INLINE int64_t label_of(const Call *call, int64_t row) {
     const uint2 bits = global_read8(call->labels + row);
@@ -111,7 +114,7 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
         const float total = gradient->g_total, weight = gradient->weight;
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
             x[i] = gradient_of(norms, 0.0f, false, z_s[i], z_t[i], total) * weight;
-        if (FKD_HARD_LABEL && label >= 0 && label < FKD_WIDTH)  // seldom, hence apart
+        if ((FKD_ALL & HARD_LABEL) && label >= 0 && label < FKD_WIDTH)  // seldom, hence apart
             FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++)
                 if (label == i) x[i] = gradient_of(norms, 0.0f, true, z_s[i], z_t[i], total) * weight;
         write_row(rows, norms->row, column_of(rows, slot), x);
@@ -132,9 +135,9 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
             if (FKD_COLD) x += times(exp2_fast((z_s[i] - norms->s_max) * LOG2_E), gradient->cold);
             if (label == i) x -= gradient->at_label;
         } else {
-            float q, h, g;
-            evaluate(norms, z_s[i], z_t[i], label == i, &q, &h, &g);
-            x = gradient_of(norms, z_s[i], label == i, q, g, gradient->g_total) * gradient->weight;
+            float q, h, g, linear;
+            evaluate_terms(norms, z_s[i], z_t[i], label == i, &q, &h, &g, &linear);
+            x = gradient_of(norms, z_s[i], label == i, q, g + linear, gradient->g_total) * gradient->weight;
         }
         z_s[i] = FKD_SHAPED ? x * slope[i] : x;
     }
@@ -167,15 +170,16 @@ FKD_INLINE float weight_of(const Call *call, int64_t row) {
     return call->weights ? as_float(global_read4(call->weights + row)) : 1.0f;
 }
 
-// dz = divergence * (q - t) + labels * (q - y) of KL(t||q), with q at temperature 1 in the second.
+// dz = (of_q * q - of_p * p - of_y * y) / T + of_c * c - labels * y, with c the softmax at temperature 1.
 FKD_INLINE Gradient linear_gradient(const Norms *norms, const Pair *totals, float weight) {
     Gradient gradient;
-    const float target = FKD_TEACHER < 0 ? 0.0f : norms->divergence * (FKD_MIXED ? norms->lam : 1.0f);
-    gradient.q = inverse(totals[0], weight * (norms->divergence + (FKD_COLD ? 0.0f : norms->labels)));
-    gradient.t = inverse(totals[T_SUM - FKD_MAXIMA], weight * target);
+    const float warm = norms->inv_T * norms->of_q + (FKD_COLD ? 0.0f : norms->of_c);
+    gradient.q = inverse(totals[0], weight * warm);
+    gradient.t = pair(0.0f, 0.0f);
+    if (FKD_TEACHER >= 0) gradient.t = inverse(totals[T_SUM - FKD_MAXIMA], weight * (norms->inv_T * norms->of_p));
     gradient.cold = norms->cold_norm;
-    if (FKD_COLD) gradient.cold = inverse(totals[COLD - FKD_MAXIMA], weight * norms->labels);
-    gradient.at_label = weight * (norms->labels + (FKD_MIXED ? norms->divergence * norms->rest : 0.0f));
+    if (FKD_COLD) gradient.cold = inverse(totals[COLD - FKD_MAXIMA], weight * norms->of_c);
+    gradient.at_label = weight * (norms->labels + norms->inv_T * norms->of_y);
     gradient.g_total = 0.0f;
     gradient.weight = weight;
     return gradient;
@@ -198,76 +202,201 @@ FKD_INLINE bool above_zero(float z, float top, float log_total, float inv_T, flo
     return (z - top) * inv_T - log_total > (float)LOG_LEAST && other_top >= EXCLUDED;
 }
 
+// The label's cross-entropy and the square of the student's log-sum-exp, by the weights of all terms; their factors in
+// the gradient.
+FKD_INLINE float label_loss(const Call *call, Norms *norms, float ce, float log_sum_exp) {
+    float labels = 0.0f, z = 0.0f;
+    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
+        const float weight = scalar(call, norms->row, j, SCALAR_weight);
+        if (has(j, HARD_LABEL)) labels += weight * scalar(call, norms->row, j, SCALAR_rest);
+        if (has(j, Z_LOSS)) z += weight;
+    }
+    norms->labels = norms->of_c = labels;
+    float loss = FKD_ALL & HARD_LABEL ? weighed(labels, ce) : 0.0f;
+    if (FKD_ALL & Z_LOSS) {
+        norms->of_c = fmaf(2.0f * z, log_sum_exp, labels);
+        loss = fmaf(z * log_sum_exp, log_sum_exp, loss);
+    }
+    return loss;
+}
+
 FKD_INLINE void cross_entropy_row(const Call *call, Norms *norms, const float *sums, const Pair *totals, int64_t next) {
-    const float loss = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(totals[0]), 1.0f);
+    const float ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(totals[0]), 1.0f);
+    const float loss = label_loss(call, norms, ce, sums[S_MAX] + log_of(totals[0]));
     if (first_of_cluster()) {
         store_loss(call->loss, norms->row, loss);
-        store_loss(call->difficulty, norms->row, loss);
+        store_loss(call->difficulty, norms->row, ce);
         global_write1(call->is_hard + norms->row, 0);
     }
-    norms->divergence = 0.0f;
-    norms->labels = 1.0f;
     const Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
     finish_row(call, norms, &gradient, LINEAR, next);
 }
 
-FKD_INLINE void distilled_row(const Call *call, Norms *norms, float inv_T, float *sums, const float *over, Pair *totals,
+// What statistics say of a row's label, and KL(p||q).
+typedef struct {
+    float kl, log_p, log_q, warm_ce;
+} Token;
+
+// yt's share for the label.
+FKD_INLINE float label_target(const Token *token, float lam, float rest) { return lam * exp_fast(token->log_p) + rest; }
+
+// KL(yt||q) of a term.
+FKD_INLINE float difficulty_of(const Call *call, int64_t row, int j, const Token *token) {
+    const float lam = scalar(call, row, j, SCALAR_lam), rest = scalar(call, row, j, SCALAR_rest);
+    const float log_lam = scalar(call, row, j, SCALAR_log_lam);
+    const float p = exp_fast(token->log_p), t = label_target(token, lam, rest), log_t = log_or_tiny(t);
+    const float gap = token->log_p - token->log_q;
+    const float found = weighed(lam, token->kl - p * gap) + lam * log_lam * (1.0f - p) + t * (log_t - token->log_q);
+    return at_least_zero(found) + (rest > 0.0f && token->warm_ce == INFINITE ? INFINITE : 0.0f);
+}
+
+// KL(yt||p): how hard the token is for its teacher.
+FKD_INLINE float teachers_own(const Call *call, int64_t row, int j, const Token *token) {
+    const float lam = scalar(call, row, j, SCALAR_lam), rest = scalar(call, row, j, SCALAR_rest);
+    const float p = exp_fast(token->log_p), t = label_target(token, lam, rest);
+    return lam * scalar(call, row, j, SCALAR_log_lam) * (1.0f - p) + t * (log_or_tiny(t) - token->log_p);
+}
+
+// Whether what a term's gate looks at exceeds gamma.
+FKD_INLINE bool is_hard_row(const Call *call, const Norms *norms, int j, const Token *token, float difficulty,
+                            float t_log, Pair t_norm, int *phase) {
+    if (call->given) return global_read1(call->given + norms->row) != 0;
+    float found = difficulty;
+    if (gate_of(j) == BY_EXCESS) found -= teachers_own(call, norms->row, j, token);
+    if (gate_of(j) == BY_KL) found = token->kl;
+    if (gate_of(j) == BY_ENTROPY) {
+        float sums[FKD_RECORD];
+        Pair totals[FKD_RECORD];
+        entropy_sum(&call->rows, norms, t_log, sums);
+        reduce(sums, totals, 1, false, 0.0f, phase);
+        found = times(whole(totals[0]), t_norm);
+    }
+    return found > scalar(call, norms->row, j, SCALAR_gamma);
+}
+
+FKD_INLINE void add_free(Norms *norms, float share, float lam, float rest) {
+    norms->of_q += share;
+    norms->of_p += share * lam;
+    norms->of_y += share * rest;
+}
+
+FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const float *over, Pair *totals,
                               int64_t next, int *phase) {
-    const float lam = norms->lam, rest = norms->rest, log_lam = scalar(call, SCALAR_log_lam);
+    const int64_t row = norms->row;
+    const float inv_T = norms->inv_T;
     const Pair s_total = totals[S_SUM - FKD_MAXIMA], t_total = totals[T_SUM - FKD_MAXIMA];
     const Pair s_norm = inverse(s_total, 1.0f), t_norm = inverse(t_total, 1.0f);
     // One logarithm of the ratio: two would each be rounded at their own size.
     const float log_ratio = log_positive(times(t_total.high, s_norm) + t_total.low * s_norm.high);
-    float kl = at_least_zero(times(whole(totals[KL - FKD_MAXIMA]), t_norm) * LN_2 - log_ratio);
+    const float s_log = log_of(s_total), t_log = log_of(t_total);
+    Token token;
+    token.kl = at_least_zero(times(whole(totals[KL - FKD_MAXIMA]), t_norm) * LN_2 - log_ratio);
     bool student_above = false, teacher_above = false;
     if (FKD_EXCLUDES) {
-        student_above = above_zero(over[0], sums[S_MAX], log_of(s_total), inv_T, sums[T_MAX]);
-        teacher_above = above_zero(over[1], sums[T_MAX], log_of(t_total), inv_T, sums[S_MAX]);
-        if (teacher_above) kl += INFINITE;
+        student_above = above_zero(over[0], sums[S_MAX], s_log, inv_T, sums[T_MAX]);
+        teacher_above = above_zero(over[1], sums[T_MAX], t_log, inv_T, sums[S_MAX]);
+        if (teacher_above) token.kl += INFINITE;
         norms->bound = sums[T_MAX] >= EXCLUDED ? EXCLUDED : -INFINITE;
     }
-    const float label_s = sums[LABEL_S] - sums[S_MAX], label_t = sums[LABEL_T] - sums[T_MAX];
-    const float log_q = label_s * inv_T - log_of(s_total), log_p = label_t * inv_T - log_of(t_total);
-    const float p = exp_fast(log_p), t = lam * p + rest, log_t = log_or_tiny(t);
-    float ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(s_total), inv_T);
-    float difficulty = at_least_zero(weighed(lam, kl - p * (log_p - log_q)) + lam * log_lam * (1.0f - p) +
-                                     t * (log_t - log_q));
-    if (rest > 0.0f && ce == INFINITE) difficulty += INFINITE;
-    bool hard = false;
-    if (FKD_GATED)
-        hard = call->given ? global_read1(call->given + norms->row) != 0 : difficulty > scalar(call, SCALAR_gamma);
-
-    const float share = FKD_MIXED ? 1.0f : lam;
-    norms->divergence = share * inv_T;
-    norms->labels = FKD_HARD_LABEL ? rest : 0.0f;
-    norms->s_norm = s_norm;
-    norms->t_norm = FKD_MIXED ? inverse(t_total, lam) : t_norm;
-    norms->offset = FKD_MIXED ? log_lam - log_ratio : -log_ratio;
-    norms->label_d = log_t - log_q;
-    if (FKD_COLD) ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(totals[COLD - FKD_MAXIMA]), 1.0f);
-    if (FKD_COLD) norms->cold_norm = inverse(totals[COLD - FKD_MAXIMA], 1.0f);
-    const float of_label = weighed(norms->labels, ce);
-    float loss = FKD_MIXED ? difficulty : weighed(share, kl) + of_label;
-    Gradient gradient = linear_gradient(norms, totals, weight_of(call, norms->row));
+    token.log_q = (sums[LABEL_S] - sums[S_MAX]) * inv_T - s_log;
+    token.log_p = (sums[LABEL_T] - sums[T_MAX]) * inv_T - t_log;
+    token.warm_ce = cross_entropy(sums[LABEL_S], sums[S_MAX], s_log, inv_T);
+    norms->s_norm = s_norm, norms->t_norm = t_norm;
+    if (FKD_ALL & POWERS) norms->s_log = s_log * LOG2_E, norms->t_log = t_log * LOG2_E;
+    float ce = token.warm_ce, log_sum_exp = sums[S_MAX] + s_log;
+    if (FKD_COLD) {
+        const Pair cold_total = totals[COLD - FKD_MAXIMA];
+        ce = cross_entropy(sums[LABEL_S], sums[S_MAX], log_of(cold_total), 1.0f);
+        log_sum_exp = sums[S_MAX] + log_of(cold_total);
+        norms->cold_norm = inverse(cold_total, 1.0f);
+    }
+    const float difficulty = difficulty_of(call, row, FKD_MAIN, &token);
+    float loss = label_loss(call, norms, ce, log_sum_exp);
+    bool hard = false, use = false;
+    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++)
+        if (gate_of(j) != NO_GATE)
+            hard = is_hard_row(call, norms, j, &token, difficulty, t_log, t_norm, phase);
+    norms->of_q = norms->of_p = norms->of_y = 0.0f;
+    Term *terms = norms->terms;
+    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
+        if (!has(j, HAS_TEACHER)) continue;
+        const float lam = scalar(call, row, j, SCALAR_lam), rest = scalar(call, row, j, SCALAR_rest);
+        float share = scalar(call, row, j, SCALAR_weight);
+        if (!has(j, MIXED)) share *= lam;
+        if (gate_of(j) == BY_ENTROPY && !hard) share = 0.0f;
+        float kept = 0.0f, free = share;
+        if (is_tabled(j)) {
+            bool takes = gate_of(j) == NO_GATE || gate_of(j) == BY_ENTROPY || hard;
+            if (has(j, KL_AT_ONE)) takes = takes && scalar(call, row, j, SCALAR_alpha) > 0.0f;
+            kept = takes ? share : 0.0f;
+            free = takes ? 0.0f : share;
+            if (has(j, KL_AT_ONE) && takes) {
+                kept = share * scalar(call, row, j, SCALAR_kept);
+                free = share * scalar(call, row, j, SCALAR_floor);
+            }
+            use = use || takes;
+            terms[j].rest = rest;
+            terms[j].beta = scalar(call, row, j, SCALAR_beta), terms[j].alpha = scalar(call, row, j, SCALAR_alpha);
+            terms[j].t_norm = has(j, MIXED) ? inverse(t_total, lam) : t_norm;
+            terms[j].offset = (has(j, MIXED) ? scalar(call, row, j, SCALAR_log_lam) : 0.0f) - log_ratio;
+            terms[j].label_d = log_or_tiny(label_target(&token, lam, rest)) - token.log_q;
+            terms[j].share = terms[j].factor = kept;
+            terms[j].floor = free;
+        }
+        float value = token.kl;
+        if (has(j, MIXED)) value = j == FKD_MAIN ? difficulty : difficulty_of(call, row, j, &token);
+        loss += weighed(free, value);
+        if (!is_tabled(j)) add_free(norms, free, has(j, MIXED) ? lam : 1.0f, has(j, MIXED) ? rest : 0.0f);
+    }
+    // In rows that take sums, evaluate_terms has the targets at hand.
+    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
+        if (use || !is_tabled(j)) continue;
+        const float lam = has(j, MIXED) ? scalar(call, row, j, SCALAR_lam) : 1.0f;
+        add_free(norms, terms[j].floor, lam, has(j, MIXED) ? terms[j].rest : 0.0f);
+    }
+    Gradient gradient = linear_gradient(norms, totals, weight_of(call, row));
     Form form = LINEAR;
-    if (!FKD_FREE && (!FKD_KL_AT_ONE || norms->alpha > 0.0f) && (!FKD_GATED || hard)) {
-        if (FKD_ADAPTIVE) {
-            head_share(&call->rows, norms, scalar(call, SCALAR_fraction), phase);
-            student_above = (student_above && scalar(call, SCALAR_fraction) < 1.0f) || (teacher_above && norms->beta > 0.0f);
+    if (any_tabled() && use) {
+        FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
+            if (!is_tabled(j)) continue;
+            if (has(j, ADAPTIVE)) {
+                const float fraction = scalar(call, row, j, SCALAR_fraction);
+                head_share(&call->rows, norms, j, fraction, phase);
+                if ((student_above && fraction < 1.0f) || (teacher_above && terms[j].beta > 0.0f))
+                    loss += weighed(terms[j].share, INFINITE);
+            } else if ((has(j, EVERYWHERE) && student_above) || (has(j, COVERS) && teacher_above)) {
+                loss += weighed(terms[j].share, INFINITE);
+            }
+        }
+        if (any_outer()) {
+            outer_sums(&call->rows, norms, sums);
+            reduce(sums, totals, FKD_TERMS, false, 0.0f, phase);
+            FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
+                if (outer_of(j) == NO_OUTER) continue;
+                const float sum = whole(totals[j]), share = terms[j].share;
+                if (outer_of(j) == MINUS_LOG) {
+                    loss += weighed(share, sum > 0.0f ? -log_or_tiny(sum) : (sum == 0.0f ? INFINITE : sum));
+                    terms[j].factor = -share * reciprocal(fmaxf(sum, TINY));
+                } else {
+                    const float w = exp_fast(-OVERLAP_DECAY * sum);
+                    loss += share * (1.0f - w) * (1.0f - sum) + weighed(share * w, token.kl);
+                    terms[j].factor = -share * (1.0f - w);
+                    add_free(norms, share * w, 1.0f, 0.0f);
+                }
+            }
         }
         form = FKD_KEEPS && call->rows.dlogits ? KEPT : EVALUATED;
         divergence_sums(&call->rows, norms, form == KEPT, sums);
         reduce(sums, totals, 2, false, 0.0f, phase);
-        const float value = whole(totals[0]);
-        loss = weighed(share, FKD_EVERYWHERE && student_above ? value + INFINITE : value) + of_label;
+        loss += whole(totals[0]);
         gradient.g_total = whole(totals[1]);
     }
     if (first_of_cluster()) {
-        store_loss(call->loss, norms->row, loss);
-        store_loss(call->difficulty, norms->row, difficulty);
-        global_write1(call->is_hard + norms->row, hard);
+        store_loss(call->loss, row, loss);
+        store_loss(call->difficulty, row, difficulty);
+        global_write1(call->is_hard + row, hard);
     }
-    if (FKD_FREE || form == LINEAR)
+    if (!any_tabled() || form == LINEAR)
         finish_row(call, norms, &gradient, LINEAR, next);
     else
         finish_row(call, norms, &gradient, FKD_KEEPS ? KEPT : EVALUATED, next);
@@ -294,7 +423,7 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
                         void *dlogits, int64_t dlogits_stride,  // strides in bytes
                         const int64_t *entries, const float *rest, int32_t K, int64_t C, int32_t V, int32_t resident,
                         int32_t ahead, const int64_t *labels, const float *weights, const float *scalars,
-                        const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
+                        int64_t scalars_stride, const uint8_t *given, float *loss, float *difficulty, uint8_t *is_hard) {
     Call call;
     Rows *rows = &call.rows;
     rows->student.data = (const char *)student, rows->student.stride = student_stride;
@@ -305,7 +434,8 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
     rows->entries = entries, rows->rest = rest;
     rows->K = K, rows->V = V, rows->resident = resident, rows->ahead = ahead;
     place(rows, FKD_RECORDS_BYTES);
-    call.C = C, call.labels = labels, call.weights = weights, call.scalars = scalars;
+    call.C = C, call.labels = labels, call.weights = weights;
+    call.scalars = scalars, call.scalars_stride = scalars_stride;
     call.loss = loss, call.difficulty = difficulty, call.is_hard = is_hard, call.given = given;
 
     int phase = 0;
@@ -316,11 +446,12 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
     cluster_barrier();  // the other blocks' shared memory exists from here on
     while (row < C) {
         const int64_t next = next_row(&call, row + cluster_count()), label = label_of(&call, row);
-        const float inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(scalar(&call, SCALAR_temperature)), COLDEST);
+        const float T = FKD_TEACHER < 0 ? 1.0f : scalar(&call, row, 0, SCALAR_temperature);
         Norms norms;
         norms.row = row;
         norms.label = label < V ? (int)label : -1;
-        norms.k = exponent_scale(FKD_TEACHER < 0 ? 1.0f : scalar(&call, SCALAR_temperature));
+        norms.k = exponent_scale(T);
+        norms.inv_T = FKD_TEACHER < 0 ? 1.0f : fminf(reciprocal(T), COLDEST);
         float sums[FKD_RECORD], over[FKD_RECORD];
         Pair totals[FKD_RECORD];
         statistics(&call, &norms, next, sums, over);
@@ -331,14 +462,11 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
         reduce(sums, totals, FKD_RECORD, true, norms.k, &phase);
         norms.s_max = sums[S_MAX], norms.t_max = sums[T_MAX];
         norms.s_norm = norms.t_norm = norms.cold_norm = pair(0.0f, 0.0f);
-        norms.lam = norms.rest = norms.beta = norms.alpha = norms.bound = norms.offset = norms.label_d = 0.0f;
-        if (FKD_TEACHER < 0) {
+        norms.bound = norms.s_log = norms.t_log = norms.of_q = norms.of_p = norms.of_y = 0.0f;
+        if (FKD_TEACHER < 0)
             cross_entropy_row(&call, &norms, sums, totals, next);
-        } else {
-            norms.lam = scalar(&call, SCALAR_lam), norms.beta = scalar(&call, SCALAR_beta);
-            norms.rest = scalar(&call, SCALAR_rest), norms.alpha = scalar(&call, SCALAR_alpha);
-            distilled_row(&call, &norms, inv_T, sums, over, totals, next, &phase);
-        }
+        else
+            distilled_row(&call, &norms, sums, over, totals, next, &phase);
         row = next;
         rows->turn = next_turn(rows);
     }

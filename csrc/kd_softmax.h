@@ -84,6 +84,7 @@ static const float *cooled(const float *z, int n, float temperature, float *buff
 typedef struct {
     float max;      // of the block's logits
     double sum;     // of exp(logit - max)
+    double spread;  // of exp(logit - max) * (max - logit), where it is asked for
     double weight;  // exp(max - the row's)
 } Part;
 
@@ -120,6 +121,27 @@ static void join_parts(Softmax *x, int64_t blocks) {
     }
     x->log_total = log(x->total);
 }
+
+// What entropies are made of, of a block that has been added.
+static void add_spread(Softmax *x, int64_t block, const float *z, int n) {
+    const float *exps = x->exps + block * BLOCK, max = x->parts[block].max;
+    float terms[BLOCK];
+#pragma omp simd
+    for (int i = 0; i < n; i++) terms[i] = exps[i] * (max - z[i]);
+    x->parts[block].spread = sum(terms, n);
+}
+
+// sum p * -log p: summands of one sign, so that nothing cancels.
+static double entropy(const Softmax *x, int64_t blocks) {
+    double spread = 0.0;
+    for (int64_t b = 0; b < blocks; b++) {
+        const Part *part = &x->parts[b];
+        if (part->weight > 0.0) spread += part->weight * (part->spread + part->sum * ((double)x->max - part->max));
+    }
+    return spread / x->total + x->log_total;
+}
+
+static double log_sum_exp(const Softmax *x) { return x->max + x->log_total; }
 
 static double log_probability(const Softmax *x, float z) { return ((double)z - x->max) - x->log_total; }
 

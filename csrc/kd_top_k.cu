@@ -12,16 +12,19 @@ typedef struct {
     Rows rows;  // its entries are the teacher's, K of a row
     const int64_t *labels;
     const float *scalars;
+    int64_t scalars_stride;  // elements from row to row, 0: all rows share them
 } TopK;
 
-FKD_INLINE float temperature_of(const TopK *call) { return as_float(global_read4(call->scalars + SCALAR_temperature)); }
+FKD_INLINE float temperature_of(const TopK *call, int64_t row) {
+    return as_float(global_read4(call->scalars + row * call->scalars_stride + SCALAR_temperature));
+}
 
 FKD_INLINE bool ignored(const TopK *call, int64_t row) { return (int32_t)global_read8(call->labels + row).y < 0; }
 
 // Strides in bytes.
 FKD_INLINE TopK call_of(const void *student, int64_t student_stride, float scale, float cap, void *dlogits,
                         int64_t dlogits_stride, const int64_t *entries, int K, int V, const int64_t *labels,
-                        const float *scalars) {
+                        const float *scalars, int64_t scalars_stride) {
     TopK call;
     Rows *rows = &call.rows;
     rows->student.data = (const char *)student, rows->student.stride = student_stride;
@@ -31,7 +34,7 @@ FKD_INLINE TopK call_of(const void *student, int64_t student_stride, float scale
     rows->entries = entries, rows->rest = 0;
     rows->K = K, rows->V = V, rows->resident = 0, rows->ahead = 0;
     place(rows, FKD_RECORDS_BYTES);
-    call.labels = labels, call.scalars = scalars;
+    call.labels = labels, call.scalars = scalars, call.scalars_stride = scalars_stride;
     return call;
 }
 
@@ -52,13 +55,14 @@ FKD_INLINE float entry_logit(const TopK *call, int64_t row, int i) {
 FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride,  // strides in bytes
                              float student_scale, float student_cap,
                              const int64_t *entries, int32_t K, int64_t C, int32_t V, const int64_t *labels,
-                             const float *scalars, float *categories, float *origins, float *cold) {
-    const TopK call =
-        call_of(student, student_stride, student_scale, student_cap, 0, 0, entries, K, V, labels, scalars);
+                             const float *scalars, int64_t scalars_stride, float *categories, float *origins,
+                             float *cold) {
+    const TopK call = call_of(student, student_stride, student_scale, student_cap, 0, 0, entries, K, V, labels,
+                              scalars, scalars_stride);
     const Rows *rows = &call.rows;
-    const float T = temperature_of(&call), k = exponent_scale(T);
     int phase = 0;
     for (int64_t row = cluster_index(); row < C; row += cluster_count()) {
+        const float T = temperature_of(&call, row), k = exponent_scale(T);
         float sums[FKD_RECORD];
         Pair totals[FKD_RECORD];
         no_statistics(sums);
@@ -95,14 +99,14 @@ FKD_KERNEL void fkd_condense(const void *student, int64_t student_stride,  // st
 FKD_KERNEL void fkd_expand(const void *student, int64_t student_stride,  // strides in bytes
                            float student_scale, float student_cap,
                            void *dlogits, int64_t dlogits_stride, const int64_t *entries, int32_t K, int64_t C,
-                           int32_t V, const int64_t *labels, const float *scalars, const float *categories,
-                           const float *origins, const float *cold, const float *entry_gradient,
+                           int32_t V, const int64_t *labels, const float *scalars, int64_t scalars_stride,
+                           const float *categories, const float *origins, const float *cold, const float *entry_gradient,
                            const float *rest_gradient, const float *cold_gradient) {
     const TopK call = call_of(student, student_stride, student_scale, student_cap, dlogits, dlogits_stride, entries, K,
-                              V, labels, scalars);
+                              V, labels, scalars, scalars_stride);
     const Rows *rows = &call.rows;
-    const float k = exponent_scale(temperature_of(&call));
     for (int64_t row = cluster_index(); row < C; row += cluster_count()) {
+        const float k = exponent_scale(temperature_of(&call, row));
         const bool left_out = ignored(&call, row);
         const float origin = as_float(global_read4(origins + row));
         const float rest = as_float(global_read4(categories + row * (K + 1) + K));

@@ -11,13 +11,13 @@ typedef struct {
     char *scratch;
 } Categories;
 
-static int64_t top_k_scratch(int64_t K) {
-    return K == 0 ? 0 : row_scratch(K + 1) + (5 * (K + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
+static int64_t top_k_scratch(int64_t K, int terms) {
+    return K == 0 ? 0 : row_scratch(K + 1, terms) + (5 * (K + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
 }
 
-static Categories new_categories(int64_t K, char *scratch) {
+static Categories new_categories(int64_t K, int terms, char *scratch) {
     Categories x = {.scratch = scratch};
-    scratch += row_scratch(K + 1);
+    scratch += row_scratch(K + 1, terms);
     float **arrays[] = {&x.student, &x.teacher, &x.gradient, &x.cold, &x.cold_gradient};
     for (int i = 0; i < 5; i++) *arrays[i] = take(&scratch, K + 1, sizeof(float));
     return x;
@@ -52,17 +52,17 @@ static void condense(Row *r, const Categories *small) {
             }
         }
         if (c->cold) add_part(&r->cold, b, z, n);
-        z = cooled(z, n, c->temperature, buffer);
+        z = cooled(z, n, r->temperature, buffer);
         for (int64_t i = first; i < next; i++) buffer[indices[i] - start] = OUTSIDE;
         add_part(&r->student, b, z, n);
     }
     join_parts(&r->student, r->blocks);
     if (c->cold) join_parts(&r->cold, r->blocks);
     // Only differences count: a large common offset would swallow the digits of the rest's logarithm.
-    const double rest = top_of(&r->student, c->temperature), origin = rest > top ? rest : top;
+    const double rest = top_of(&r->student, r->temperature), origin = rest > top ? rest : top;
     for (int64_t j = 0; j < K; j++)
         small->student[j] = j < next ? at_least_log_zero((float)(small->student[j] - origin)) : LOG_ZERO;
-    small->student[K] = at_least_log_zero((float)log_sum(&r->student, c->temperature, origin));
+    small->student[K] = at_least_log_zero((float)log_sum(&r->student, r->temperature, origin));
     if (!c->cold) return;
     memcpy(small->cold, small->student, (size_t)K * sizeof(float));
     small->cold[K] = at_least_log_zero((float)log_sum(&r->cold, 1.0, origin));
@@ -80,29 +80,30 @@ static Call categories_call(const Row *r, const Categories *small, const int64_t
     call.dlogits = c->dlogits ? small->gradient : NULL;
     call.dlogits_dtype = FP32;
     call.cold = false;
+    call.scalars = (const float *)scalars_of(c, row);
     call.labels = label;
     if (c->weights) call.weights = c->weights + row;
     if (c->given) call.given = c->given + row;
     call.loss = c->loss + row;
     call.difficulty = c->difficulty + row;
     call.is_hard = c->is_hard + row;
+    call.statistics = NULL;
     return call;
 }
 
 // The label's cross-entropy at temperature 1: the two temperatures see two rests, so it is a row of its own.
 static void add_cold_cross_entropy(const Row *r, const Categories *small, Call call) {
-    const float share = r->call->rest;
     float loss, difficulty;
     uint8_t is_hard;
+    call.needs_teacher = false;
     call.student.data = small->cold;
     call.dlogits = r->call->dlogits ? small->cold_gradient : NULL;
     call.loss = &loss, call.difficulty = &difficulty, call.is_hard = &is_hard;
     Row row = new_row(&call, small->scratch);
-    row.label = *call.labels;
+    set_row(&row, 0);
     cross_entropy_row(&row);
-    r->call->loss[r->row] += (float)weighed(share, loss);
+    r->call->loss[r->row] += loss;
     if (!r->call->dlogits) return;
-    for (int64_t j = 0; j <= r->call->lists.K; j++) small->cold_gradient[j] *= share;
     for (int64_t j = 0; j < r->call->lists.K; j++) small->gradient[j] += small->cold_gradient[j];
 }
 
@@ -141,9 +142,9 @@ static void top_k_row(Row *r, const Categories *small) {
     small->teacher[K] = c->lists.rest[r->row];
     int64_t label = entries_before(c, r->row, r->label);
     Call call = categories_call(r, small, &label);
-    if (c->cold) call.hard_label = false;
     Row row = new_row(&call, small->scratch);
-    row.label = label;
+    row.without_label = c->cold;
+    set_row(&row, 0);
     distilled_row(&row);
     if (c->cold) add_cold_cross_entropy(r, small, call);
     if (c->dlogits) expand(r, small);

@@ -50,11 +50,12 @@ def sections() -> list[tuple[str, list[tuple[str, Any]]]]:
     core = importlib.import_module("fused_kd")
     names = [name for name in core.__all__ if not name.startswith("__")]
     objectives = [cls.__name__ for cls in core.OBJECTIVES.values()]
+    kinds = [*objectives, "Sum", "parse"]
     loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK"]
     others = [name for name in names if name not in {*objectives, *loss}]
     found = [
         ("The loss", _of(core, loss)),
-        ("Objectives", [*_of(core, objectives), *_of(core, others[:1])]),
+        ("Objectives", [*_of(importlib.import_module("fused_kd.objectives"), kinds), *_of(core, others[:1])]),
         ("Memory, plans, the float64 reference", [*_of(core, others[1:]), *_listed(PLANNING)]),
         ("A vocabulary over ranks", _listed(PARALLEL)),
     ]

@@ -18,12 +18,13 @@ from unittest import mock
 
 import torch
 
-from fused_kd.objectives import OBJECTIVES, RowSpec, Scalars
+from fused_kd.objectives import OBJECTIVES, parse
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
 from fused_kd.rows.cuda import top_k as top_k_cuda
 from fused_kd.rows.cuda.launch import Device, Launch
+from fused_kd.terms import RowSpec, Scalars, Term
 
 from . import sass
 
@@ -38,10 +39,12 @@ DTYPES = {"in_place": (FP32, FP32, FP32), "bf16_out": (FP32, FP32, BF16), "bf16_
 # Every formula is compiled for the engine's fp32 logits and bf16 gradients, these for the other dtypes too: in place
 # only the store differs, and 16-bit logits are a caller's own.
 ALSO_OTHERWISE = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
-SPECS = {name: cls.kind for name, cls in OBJECTIVES.items() if not cls.kind.ranked} | {
-    "kl": RowSpec("kl"),
-    "reverse_kl": RowSpec("reverse_kl"),
+SPECS = {name: cls().spec for name, cls in OBJECTIVES.items() if not cls().spec.ranked} | {
+    "kl": RowSpec.of(Term("kl")),
+    "reverse_kl": RowSpec.of(Term("reverse_kl")),
 }
+SUMS = ("sft+generalized_jsd", "forward_kd+reverse_kd", "self_evolution+generalized_jsd+z_loss", "acceptance+sft")
+SPECS |= {text: parse(text).spec for text in SUMS}
 
 
 class Case(NamedTuple):
@@ -96,10 +99,11 @@ def launches(case: Case, device: Device) -> list[Launch]:
     teacher: Logits | Sparse | None = None
     if case.K is not None:
         teacher = Sparse(torch.zeros(2, case.K, dtype=torch.int64), torch.zeros(2, case.K), torch.zeros(2), case.tail)
-    elif case.spec.divergence is not None:
+    elif case.spec.needs_teacher:
         teacher = Logits(torch.empty(2, case.V, dtype=case.teacher), 1.0, case.softcap, case.finite)
     student = Logits(z, 1.0, case.softcap, case.finite)
-    inputs = RowInputs(student, teacher, labels, None, torch.ones(len(Scalars._fields)), case.spec, case.cold)
+    scalars = torch.ones(1, len(case.spec.terms), len(Scalars._fields))
+    inputs = RowInputs(student, teacher, labels, None, scalars, case.spec, case.cold)
     gradient = z if case.gradient == case.student else torch.empty(2, case.V, dtype=case.gradient)
     outputs = RowOutputs(torch.empty(2), torch.empty(2), torch.empty(2, dtype=torch.bool), gradient)
     diverted: list[Launch] = []

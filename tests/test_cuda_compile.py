@@ -22,13 +22,12 @@ if NVDISASM is None or sass.find_tool("cuobjdump") is None:
     pytest.skip("cuobjdump and nvdisasm are neither in triton's wheel nor on the PATH", allow_module_level=True)
 
 # By case, (ex2, rcp) an element of each loop over slots in shared memory: statistics, sums, the gradient of a hard row
-# and of an easy one. A mixture's loop holds two forms, for shares below and above a half, behind a branch that is the
-# row's: 2 ex2 and 1 rcp are executed, the code has twice that but for an ex2 or half of one that both share.
+# and of an easy one.
 SPECIALS = {
     "no_evo/bf16_out": [(2.5, 0), (2, 0)],
-    "self_evolution/bf16_out": [(2.5, 0), (3.5, 2), (0, 0), (2, 0)],
-    "generalized_jsd/bf16_out": [(2.5, 0), (3.5, 2), (0, 0)],
-    "self_evolution/bf16_logits": [(2.25, 0), (3.75, 2), (3.75, 2), (2, 0)],
+    "self_evolution/bf16_out": [(2.5, 0), (2, 1), (0, 0), (2, 0)],
+    "generalized_jsd/bf16_out": [(2.5, 0), (2, 1), (0, 0)],
+    "self_evolution/bf16_logits": [(2.25, 0), (2, 1), (2, 1), (2, 0)],
     "sft/in_place": [(1.25, 0), (1, 0)],
 }
 FEW = {*SPECIALS, "top_k/bf16_out"}

@@ -40,6 +40,10 @@ def choose_engine(
             raise ValueError(obstacle)
         return "streaming", "triton"
     chosen = choose_backend(backend, device)
+    if statistics and chosen == "cuda":
+        raise ValueError("statistics need backend None, 'torch', 'triton' or 'native', got backend='cuda'")
+    if statistics and chosen == CUDA_OR_TRITON:
+        chosen = "triton"
     if grad_filter_eps > 0 and device.type != "cpu":
         try:  # its kernels are Triton's, whatever the row's
             choose_backend("triton", device)

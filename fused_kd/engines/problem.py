@@ -14,6 +14,8 @@ from ..terms import RowSpec, Scalars
 
 # Labels of tokens that are left out, and of those whose loss is NaN; all others are in [0, vocab).
 IGNORED, INVALID = -1, -2
+# No log-probability of a token that is not excluded is below it.
+NO_LOGIT = -1e16
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,8 @@ class Result(NamedTuple):
         self.difficulty[tokens] = rows.difficulty
         self.is_hard[tokens] = rows.is_hard
         if rows.statistics is not None:
-            self.statistics[tokens] = rows.statistics
+            # what stands for log 0 in a row is -inf outside
+            self.statistics[tokens] = rows.statistics.masked_fill(rows.statistics < NO_LOGIT, -math.inf)
         if sparse_logits and rows.dlogits is not None and self.d_source is not None:
             self.d_source[:, : rows.dlogits.shape[1]][tokens] = rows.dlogits
 

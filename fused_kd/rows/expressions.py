@@ -8,8 +8,19 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from ..divergences import COLDEST, DIVERGENCES, EXCLUDED, LEFT_OUT, LOG_LEAST, LOG_ZERO, OUTSIDE, TINY
-from ..terms import Scalars
+from ..divergences import (
+    COLDEST,
+    DIVERGENCES,
+    EXCLUDED,
+    LEFT_OUT,
+    LOG_LEAST,
+    LOG_ZERO,
+    OUTSIDE,
+    OVERLAP_DECAY,
+    TINY,
+)
+from ..terms import GATES, STATISTICS, Scalars, Term
+from .contract import OUTERS, traits
 
 _NUMBERS = {
     "LOG_ZERO": LOG_ZERO,
@@ -18,6 +29,7 @@ _NUMBERS = {
     "TINY": TINY,
     "LEFT_OUT": LEFT_OUT,
     "COLDEST": COLDEST,
+    "OVERLAP_DECAY": OVERLAP_DECAY,
 }
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
@@ -55,13 +67,17 @@ def _translate(node: ast.expr, function: str, names: set[str]) -> str:
 
 def c_header() -> str:
     """What every C source is compiled behind: ``FKD_DIVERGENCES(X)``, ``X(name, h, g)`` for every divergence in the
-    table's order; ``FKD_SCALARS(X)``, ``X(name)`` for every scalar of a row in theirs; and the numbers that stand for
-    something, in fp32 but for the double ``LOG_LEAST``."""
+    table's order; ``FKD_SCALARS(X)``, ``FKD_TRAITS(X)`` and ``FKD_STATISTICS(X)``, ``X(name)`` for every scalar and trait
+    of a term and every statistic of a token in theirs; ``GATE_name`` and ``OUTER_name``, as traits number them; and the
+    numbers that stand for something, in fp32 but for the double ``LOG_LEAST``."""
     divergences = (
         f"X({name}, {c_expression(entry.h)}, {c_expression(entry.g)})" for name, entry in DIVERGENCES.items()
     )
     lines = ["#define FKD_DIVERGENCES(X) \\\n    " + " \\\n    ".join(divergences)]
-    lines.append("#define FKD_SCALARS(X) " + " ".join(f"X({name})" for name in Scalars._fields))
+    lists = {"SCALARS": Scalars._fields, "TRAITS": traits(Term(None)), "STATISTICS": STATISTICS}
+    lines += [f"#define FKD_{name}(X) " + " ".join(f"X({item})" for item in items) for name, items in lists.items()]
+    lines += [f"#define GATE_{gate.upper()} {i}" for i, gate in enumerate(("none", *GATES))]
+    lines += [f"#define OUTER_{(outer or 'none').upper()} {i}" for i, outer in enumerate(OUTERS)]
     lines += [f"#define {name} ({value!r}f)" for name, value in _NUMBERS.items()]
     lines.append(f"#define LOG_LEAST ({LOG_LEAST!r})")
     return "\n".join(lines) + "\n"

@@ -36,8 +36,8 @@ needs_cpp_compiler = pytest.mark.skipif(compiler is None, reason="needs g++ or c
 
 class _Macros(ctypes.Structure):
     NAMES = (
-        "threads", "width", "vector", "shaped", "student", "teacher", "dlogits", "listed", "divergence", "free",
-        "mixture", "kl_at_one", "adaptive", "mixed", "hard_label", "gated", "cold", "whole", "everywhere", "excludes",
+        "threads", "width", "vector", "shaped", "student", "teacher", "dlogits", "listed", "cold", "whole", "excludes",
+        "terms", "main", *(f"term_{i}" for i in range(8)),
     )  # fmt: skip
     _fields_ = tuple((name, ctypes.c_int32) for name in NAMES)
 

@@ -20,8 +20,8 @@
 #include "kd_math.h"
 
 struct Macros {  // mirrored by tests/cuda_emulator/__init__.py
-    int32_t threads, width, vector, shaped, student, teacher, dlogits, listed, divergence;
-    int32_t is_free, mixture, kl_at_one, adaptive, mixed, hard_label, gated, cold, whole, everywhere, excludes;
+    int32_t threads, width, vector, shaped, student, teacher, dlogits, listed, cold, whole, excludes;
+    int32_t terms, main, term[8];
 };
 static Macros macros;
 
@@ -34,16 +34,18 @@ static Macros macros;
 #define FKD_TEACHER macros.teacher
 #define FKD_DLOGITS macros.dlogits
 #define FKD_LISTED macros.listed
-#define FKD_DIVERGENCE macros.divergence
-#define FKD_FREE macros.is_free
-#define FKD_MIXTURE macros.mixture
-#define FKD_KL_AT_ONE macros.kl_at_one
-#define FKD_ADAPTIVE macros.adaptive
-#define FKD_EVERYWHERE macros.everywhere
+#define FKD_TERMS macros.terms
+#define FKD_MOST_TERMS 8
+#define FKD_MAIN macros.main
+#define FKD_TERM_0 macros.term[0]
+#define FKD_TERM_1 macros.term[1]
+#define FKD_TERM_2 macros.term[2]
+#define FKD_TERM_3 macros.term[3]
+#define FKD_TERM_4 macros.term[4]
+#define FKD_TERM_5 macros.term[5]
+#define FKD_TERM_6 macros.term[6]
+#define FKD_TERM_7 macros.term[7]
 #define FKD_EXCLUDES macros.excludes
-#define FKD_MIXED macros.mixed
-#define FKD_HARD_LABEL macros.hard_label
-#define FKD_GATED macros.gated
 #define FKD_COLD macros.cold
 #define FKD_WHOLE macros.whole
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 
 from ...divergences import DIVERGENCES
-from ...terms import RowSpec
-from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
+from ...terms import RowSpec, Term
+from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, scalars_stride, traits
 from . import build as cuda_build
 from .launch import Device, Launch, cut_rows, gradient_arguments, side_arguments, side_macros
 
+MOST_TERMS = 8
+# In the order of ``enum Trait`` in ``csrc/cuda_divergence.h``.
+_FLAGS = ("has_teacher", "free", "mixture", "powers", "kl_at_one", "adaptive", "everywhere", "covers", "mixed")
+_FLAGS += ("hard_label", "z_loss")
 _POSITIONS = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
@@ -75,6 +79,7 @@ def plan(inputs: RowInputs, outputs: RowOutputs, device: Device) -> Launch:
         "labels": inputs.labels,
         "weights": inputs.weights,
         "scalars": inputs.scalars,
+        "scalars_stride": scalars_stride(inputs.scalars),
         "given": inputs.hard,
         "loss": outputs.loss,
         "difficulty": outputs.difficulty,
@@ -85,6 +90,20 @@ def plan(inputs: RowInputs, outputs: RowOutputs, device: Device) -> Launch:
 
 @functools.cache
 def formula_macros(spec: RowSpec, cold_labels: bool) -> dict[str, int]:
-    """What makes one kernel an objective's: its formulas and which parts of the loss it has."""
-    parts = {f"FKD_{name.upper()}": int(value) for name, value in traits(spec, cold_labels).items()}
-    return {"FKD_DIVERGENCE": _POSITIONS[spec.divergence or "kl"]} | parts
+    """What makes one kernel an objective's: its terms.
+
+    Raises:
+        ValueError: for more of them than the kernel has names for.
+    """
+    if len(spec.terms) > MOST_TERMS:
+        raise ValueError(f"backend='cuda' takes sums of up to {MOST_TERMS} terms, got {len(spec.terms)}; use 'triton'")
+    bits = [_bits(term) for term in spec.terms] + [0] * (MOST_TERMS - len(spec.terms))
+    made = {f"FKD_TERM_{i}": value for i, value in enumerate(bits)}
+    return made | {"FKD_TERMS": len(spec.terms), "FKD_MAIN": spec.main, "FKD_COLD": int(cold_labels)}
+
+
+def _bits(term: Term) -> int:
+    """As ``csrc/cuda_divergence.h`` reads them."""
+    own = traits(term)
+    value = _POSITIONS[term.divergence or "kl"] | own["gate"] << 8 | own["outer"] << 12
+    return value | sum(own[name] << 14 + i for i, name in enumerate(_FLAGS))

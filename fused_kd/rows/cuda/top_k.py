@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import RowInputs, RowOutputs, Sparse, compiled
+from ..contract import RowInputs, RowOutputs, Sparse, compiled, scalars_stride
 from ..top_k import categories, category_rows
 from . import build as cuda_build
 from .launch import Cut, Launch, gradient_arguments, records_bytes, side_arguments, side_macros
@@ -37,6 +37,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         "V": V,
         "labels": inputs.labels,
         "scalars": inputs.scalars,
+        "scalars_stride": scalars_stride(inputs.scalars),
         "categories": small.student,
         "origins": origins,
         "cold": cold,

@@ -114,7 +114,7 @@ def _opened(code: bytes, folder: Path | None) -> ctypes.CDLL:
         if folder is None:
             raise
         return _opened(code, None)
-    library.fkd_scratch.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    library.fkd_scratch.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     library.fkd_scratch.restype = ctypes.c_int64
     library.fkd_row.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.fkd_row.restype = None

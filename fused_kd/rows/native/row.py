@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
 from ...divergences import DIVERGENCES
-from ...terms import Scalars
+from ...terms import RowSpec, Term
 from ...workspace import empty
-from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
+from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, scalars_stride, traits
 from . import build as native_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +39,10 @@ class _Lists(ctypes.Structure):
     )
 
 
+class _Term(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("divergence", *traits(Term(None))))
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         ("C", ctypes.c_int64),
@@ -48,16 +53,18 @@ class _Call(ctypes.Structure):
         ("dlogits", ctypes.c_void_p),
         ("dlogits_stride", ctypes.c_int64),
         ("dlogits_dtype", ctypes.c_int32),
-        ("divergence", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in ("free", "mixture", "reads_d", "kl_at_one", "adaptive", "everywhere")),
-        *((name, ctypes.c_int32) for name in ("mixed", "hard_label", "gated", "cold")),
-        *((name, ctypes.c_float) for name in Scalars._fields),
+        *((name, ctypes.c_int32) for name in ("needs_teacher", "cold", "term_count", "main")),
+        ("terms", ctypes.POINTER(_Term)),
+        ("scalars", ctypes.c_void_p),
+        ("scalars_stride", ctypes.c_int64),
         ("labels", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("given", ctypes.c_void_p),
         ("loss", ctypes.c_void_p),
         ("difficulty", ctypes.c_void_p),
         ("is_hard", ctypes.c_void_p),
+        ("statistics", ctypes.c_void_p),
+        ("told", ctypes.c_int32),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -77,10 +84,13 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     lists = teacher if isinstance(teacher, Sparse) else None
     if not isinstance(teacher, Logits):
         teacher = student._replace(finite=False)  # not read; lists may exclude what they do not hold
-    dlogits = outputs.dlogits
+    dlogits, told = outputs.dlogits, outputs.statistics
+    if told is not None and not told.is_contiguous():
+        raise ValueError(f"statistics must be contiguous, got strides {told.stride()}")
+    terms = _terms(spec)
     threads = min(torch.get_num_threads(), C)
     K = 0 if lists is None else lists.indices.shape[1]
-    scratch = empty((threads, library.fkd_scratch(V, K) // 4), torch.float32, inputs.labels.device)
+    scratch = empty((threads, library.fkd_scratch(V, K, len(terms)) // 4), torch.float32, inputs.labels.device)
     call = _Call(
         C=C,
         V=V,
@@ -90,16 +100,21 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         dlogits=_pointer(dlogits),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         dlogits_dtype=0 if dlogits is None else _DTYPES[dlogits.dtype],
-        divergence=-1 if spec.divergence is None else _DIVERGENCES[spec.divergence],
-        reads_d="d" in DIVERGENCES[spec.divergence or "kl"].reads,
-        **traits(spec, inputs.cold_labels),
-        **Scalars(*inputs.scalars.tolist())._asdict(),
+        needs_teacher=spec.needs_teacher,
+        cold=inputs.cold_labels and spec.needs_teacher,
+        term_count=len(terms),
+        main=spec.main,
+        terms=terms,
+        scalars=_pointer(inputs.scalars),
+        scalars_stride=scalars_stride(inputs.scalars),
         labels=_pointer(inputs.labels),
         weights=_pointer(inputs.weights),
         given=_pointer(inputs.hard),
         loss=_pointer(outputs.loss),
         difficulty=_pointer(outputs.difficulty),
         is_hard=_pointer(outputs.is_hard),
+        statistics=_pointer(told),
+        told=0 if told is None else told.shape[1],
         scratch=_pointer(scratch),
     )
     library.fkd_row(ctypes.byref(call), pool, threads)
@@ -109,6 +124,14 @@ def prepare() -> None:
     """Compile, or raise ``NativeRowError`` (a ``ValueError``) where there is no compiler, or it fails."""
     native_build.load()
     native_build.thread_pool()
+
+
+@functools.cache
+def _terms(spec: RowSpec) -> ctypes.Array[_Term]:
+    def of(term: Term) -> _Term:
+        return _Term(divergence=-1 if term.divergence is None else _DIVERGENCES[term.divergence], **traits(term))
+
+    return (_Term * len(spec.terms))(*map(of, spec.terms))
 
 
 def _logits(logits: Logits) -> _Logits:
