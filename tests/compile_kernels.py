@@ -34,13 +34,13 @@ from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, parse
-from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded import Statistics
 from fused_kd.rows.torch.math import uses_divergence
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
+from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
 
 from . import sass
 

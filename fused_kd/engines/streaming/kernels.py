@@ -316,9 +316,7 @@ def combine_kernel(
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
         tl.store(norms + _KL_OF_TOKEN * n, kl, mask=valid)
         tl.store(norms + TOTAL * n, 0.0, mask=valid)
-        factors = linear_factors(
-            scalars, with_floors(scalars, hard, free, TABLED), inv_T, lse, cold_inv, TERMS, ROW
-        )
+        factors = linear_factors(scalars, with_floors(scalars, hard, free, TABLED), inv_T, lse, cold_inv, TERMS, ROW)
     else:
         difficulty = ce
         of_ce, of_z = label_factors(scalars, TERMS)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...rows.triton.math import arguments, inverse_temperature
 from ...rows.triton.shares import after_sum
-from ...rows.triton.terms import G, H, MIX, MIXED, MIXTURE, OUTER, POWERS
+from ...rows.triton.terms import MIX, MIXED, MIXTURE, OUTER, POWERS, G, H
 from .kernels import _FACTORS, _KL_OF_TOKEN, TERM_NORMS, TOTAL, placed, row_norms, row_scalars, row_targets, tile
 
 

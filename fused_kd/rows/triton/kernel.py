@@ -90,9 +90,8 @@ from .terms import (
 )
 
 # The columns of fused_kd.terms.STATISTICS.
-(LOG_SUM_EXP_S, LOG_SUM_EXP_T, ENTROPY_S, ENTROPY_T, KL, CROSS_ENTROPY, LOG_Q_Y, LOG_P_Y, TARGET_ENTROPY, TOP_1, OVERLAP) = (
-    tl.constexpr(i) for i in range(len(STATISTICS))
-)  # fmt: skip
+LOG_SUM_EXP_S, LOG_SUM_EXP_T, ENTROPY_S, ENTROPY_T, KL = (tl.constexpr(i) for i in range(5))
+CROSS_ENTROPY, LOG_Q_Y, LOG_P_Y, TARGET_ENTROPY, TOP_1, OVERLAP = (tl.constexpr(i) for i in range(5, len(STATISTICS)))
 WITHOUT = tl.constexpr(WITHOUT_SWEEP)
 
 
@@ -330,8 +329,8 @@ def _distill(
                 )  # fmt: skip
             else:
                 _without_sums(
-                    student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard, lse,
-                    cold_inv, TERMS, TABLED, ROW, BLOCK,
+                    student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard,
+                    lse, cold_inv, TERMS, TABLED, ROW, BLOCK,
                 )  # fmt: skip
 
 

@@ -44,10 +44,9 @@ from .terms import (
     MIX,
     MIXED,
     NO_GATE,
-    OUTER,
     ROW_GATE,
-    Z,
     Z_LOSS,
+    Z,
 )
 
 OVERLAP_DECAY = tl.constexpr(divergences.OVERLAP_DECAY)
@@ -78,9 +77,7 @@ def is_hard(scalars, token, difficulty, ROW: tl.constexpr):
         lam, rest, log_lam = label_scalars(own)
         label_p = tl.exp(log_p_y)
         label_t = lam * label_p + rest
-        seen = difficulty - (
-            lam * log_lam * (1.0 - label_p) + label_t * (tl.log(tl.maximum(label_t, TINY)) - log_p_y)
-        )
+        seen = difficulty - (lam * log_lam * (1.0 - label_p) + label_t * (tl.log(tl.maximum(label_t, TINY)) - log_p_y))
     return seen > gamma
 
 
@@ -113,9 +110,7 @@ def free_loss(scalars, token, difficulty, hard, TERMS: tl.constexpr, ROW: tl.con
                 if TERMS[i][FREE]:
                     share = kl_share(own, hard, TERMS[i][MIXED], TERMS[i][GATE])
                 else:
-                    _factor, share = tabled_shares(
-                        own, hard, TERMS[i][MIXED], TERMS[i][GATE], TERMS[i][KL_AT_ONE]
-                    )
+                    _factor, share = tabled_shares(own, hard, TERMS[i][MIXED], TERMS[i][GATE], TERMS[i][KL_AT_ONE])
                 value = kl
                 if TERMS[i][MIXED]:
                     value = difficulty

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .math import EXCLUDED, LOG2_E, LOG_ZERO, OUTSIDE, arguments, exponent, final_logits, first_entry, moved
 from .shares import linear
-from .terms import ALL_P, ALL_Y, COLD, G, H, KL_AT_ONE, MIXED, MIXTURE, POWERS, SUMS_P, SUMS_Y, Z
+from .terms import ALL_P, ALL_Y, COLD, KL_AT_ONE, MIXED, MIXTURE, POWERS, SUMS_P, SUMS_Y, G, H, Z
 
 
 @triton.jit

@@ -18,9 +18,9 @@ from ..contract import OUTERS, traits
 # A term: its formulas, what they are made of, where its scalars lie, and its traits.
 TERM = ("h", "g", "digest", "index", "has_teacher", "free", "mixture", "powers", "kl_at_one", "adaptive", "everywhere",
         "covers", "outer", "mixed", "hard_label", "gate", "z_loss")  # fmt: skip
-H, G, INDEX, HAS_TEACHER, FREE, MIXTURE, POWERS, KL_AT_ONE, ADAPTIVE, EVERYWHERE, COVERS, OUTER, MIXED, HARD_LABEL, GATE, Z_LOSS = (
-    tl.constexpr(i) for i, name in enumerate(TERM) if name != "digest"
-)  # fmt: skip
+_PLACES = [tl.constexpr(i) for i, name in enumerate(TERM) if name != "digest"]
+H, G, INDEX, HAS_TEACHER, FREE, MIXTURE, POWERS, KL_AT_ONE = _PLACES[:8]
+ADAPTIVE, EVERYWHERE, COVERS, OUTER, MIXED, HARD_LABEL, GATE, Z_LOSS = _PLACES[8:]
 MINUS_LOG, MIX = (tl.constexpr(OUTERS.index(name)) for name in ("minus_log", "mix"))
 
 # All terms together. Rows that take sums: whether some row does not (``ALWAYS``: none), and of which softmaxes and
