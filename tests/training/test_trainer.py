@@ -525,7 +525,7 @@ def test_statistics_are_logged(tmp_path: Path) -> None:
     assert 0 < logs[0]["overlap"] < 1 and 0 < logs[0]["entropy_t"] < math.log(VOCAB)
     for name in names:
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
-    with pytest.raises(ValueError, match="statistics must be among .* got 'entropy'"):
+    with pytest.raises(ValueError, match=r"statistics must be among .* got 'entropy'"):
         trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=teacher, statistics=["entropy"])
     with pytest.raises(ValueError, match="without a teacher, got 'kl'"):
         trainer(tmp_path, tiny(8, seed=1), fk.SFT(), data, statistics=["kl"])
