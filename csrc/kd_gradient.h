@@ -72,9 +72,14 @@ static void write_gradient(const Row *r, Factors of) {
         if (of.teacher == 0.0) {
 #pragma omp simd
             for (int i = 0; i < n; i++) out[i] = times(e_s[i], of_s);
+        } else if (of.has_sums && fabs(of.student) < 1e30 * fabs(of.teacher)) {
+            // Nearly equal, they cancel: scaled afterwards, only the student's part has been rounded before.
+            const float outer = (float)(scale * of.teacher);
+            const Factor inner = split(of.student / of.teacher * normaliser(&r->student, b));
+#pragma omp simd
+            for (int i = 0; i < n; i++) out[i] = outer * (e_t[i] + times(e_s[i], inner));
         } else {
             const Factor of_t = split(scale * of.teacher * (of.has_sums ? 1.0 : normaliser(&r->teacher, b)));
-            // Nearly equal, they cancel: the last step alone rounds what is not a student's probability.
 #pragma omp simd
             for (int i = 0; i < n; i++) out[i] = e_t[i] * of_t.high + (e_t[i] * of_t.low + times(e_s[i], of_s));
         }

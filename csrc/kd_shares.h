@@ -97,8 +97,8 @@ static Shares loss_shares(Row *r, const Token *token, double difficulty, bool ha
             r->tabled[r->tabled_count++] =
                 (Tabled){.term = term, .own = own, .share = share * kept, .beta = own->beta, .alpha = own->alpha};
             share *= floor;
+            if (share == 0.0) continue;
         }
-        if (share == 0.0) continue;
         if (!term->mixed)
             add_free(&shares, share, token->kl, 1.0, 0.0);
         else

@@ -193,7 +193,7 @@ def _single(
         skew = _kl(log_t, _mix(log_q, log_t, o["beta"]))
         loss = _weighed((1 - o["floor"], skew), (o["floor"], d))
         if isinstance(objective, SelfEvolution):
-            gates = {"difficulty": d, "excess": d - _kl(log_t, log_p), "kl": _kl(log_p, log_q)}
+            gates = {"difficulty": d, "excess": torch.where(d == math.inf, d, d - _kl(log_t, log_p)), "kl": _kl(log_p, log_q)}
             hard = gates[objective.gate].detach() > o["gamma"]
         elif isinstance(objective, SelfEvolutionTopK):
             count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-12))
@@ -220,8 +220,7 @@ def _single(
         loss = _kl_of_student(log_q, log_p) + torch.where(hard, _kl(log_p, log_q), 0.0)
     elif isinstance(objective, ToDi):
         a = torch.sigmoid(log_p - log_q.detach())
-        both = (log_p > _EXCLUDED) & (log_q > _EXCLUDED)
-        gap = (log_p - log_q).where(both, 0.0)
+        gap = (log_p - log_q).where(log_p > _EXCLUDED, 0.0)
         loss = (a * log_p.exp() * gap - (1 - a) * log_q.exp() * gap).sum(-1)
         loss = _or_infinite(_or_infinite(loss, log_q, log_p), log_p, log_q)
     elif isinstance(objective, AlphaBeta):

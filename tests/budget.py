@@ -24,7 +24,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.reference import reference_kd_loss
 
-from .problems import Problem, gradients, oracle64, relative
+from .problems import Problem, amplified, gradients, has_powers, oracle64, relative
 
 UNIT = 2.0**-24
 BLOCK = 512
@@ -85,11 +85,13 @@ def _rounded(p: Problem, objective, unit: float, generator: torch.Generator) -> 
     hidden, weight, *bias = (x.detach().double() for x in p.leaves)
     z = logits(hidden[valid], weight, *bias).requires_grad_()
     z_t = logits(p.hidden_t.double()[valid], p.weight_t.double())
-    losses, difficulty, _ = reference_kd_loss(z, z_t, p.labels[valid], objective, reduction="none")
+    losses, difficulty, *_ = reference_kd_loss(z, z_t, p.labels[valid], objective, reduction="none")
     (dz,) = gradients(losses.mean(), [z])
     probabilities = z.detach().softmax(-1) + z_t.softmax(-1)
-    losses = off(losses.detach(), losses.detach() + probabilities.norm(dim=-1))
-    dz = off(dz, probabilities / len(z))
+    losses = off(losses.detach(), losses.detach() + amplified(objective) * probabilities.norm(dim=-1))
+    # Powers are exponentials of logarithms, which are rounded in units of their own size.
+    size = probabilities * (1 + (z.detach().log_softmax(-1).abs() if has_powers(objective) else 0.0))
+    dz = off(dz, size / len(z))
     return {
         "loss": losses,
         "difficulty": off(difficulty, (z.detach().logsumexp(-1).abs() + z_t.logsumexp(-1).abs()) / 2),

@@ -33,7 +33,8 @@ from fused_kd.engines.hand_over import scale_in_place
 from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
-from fused_kd.objectives import OBJECTIVES, Scalars
+from fused_kd.objectives import OBJECTIVES, parse
+from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded import Statistics
 from fused_kd.rows.torch.math import uses_divergence
@@ -66,6 +67,17 @@ COUNTED = {
     "self_evolution/excluding": 8,
     "reverse_kd/excluding": 8,
     "sharded/self_evolution/statistics": 8,
+    "sft+generalized_jsd/in_place": 8,
+    "forward_kd+reverse_kd/in_place": 8,
+    "self_evolution+generalized_jsd/in_place": 8,
+}
+
+# Sums of objectives, for which a kernel has the sums of several terms, or factors beside them.
+SUMS = {
+    "sft+generalized_jsd": "0.5*sft+0.5*generalized_jsd",
+    "forward_kd+reverse_kd": "forward_kd:lam=1+reverse_kd:lam=1",
+    "self_evolution+generalized_jsd": "self_evolution+generalized_jsd",
+    "sft+z_loss": "sft+0.0001*z_loss",
 }
 
 # The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
@@ -146,6 +158,12 @@ def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
     made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
     made["self_evolution/padded"] = _case("self_evolution", FP32, FP32, BF16, V=50257, stride=50304)
+    for name, objective in SUMS.items():
+        made[f"{name}/in_place"] = _case(objective, FP32, FP32, FP32)
+    made["entropy_gated/excluding"] = _case("entropy_gated", FP32, FP32, FP32, finite=False)
+    made["self_evolution/per_token"] = _case("self_evolution", FP32, FP32, FP32, per_token=True)
+    made["self_evolution/statistics"] = _case("self_evolution", FP32, FP32, FP32, told=len(STATISTICS))
+    made["sft/statistics"] = _case("sft", FP32, FP32, FP32, told=WITHOUT_SWEEP)
     made["self_evolution/V=1"] = _case("self_evolution", FP32, FP32, FP32, V=1)
     return made
 
@@ -162,23 +180,26 @@ def _case(
     weights: bool = False,
     cold: bool = False,
     finite: bool = True,
+    per_token: bool = False,
+    told: int = 0,
 ) -> tuple[RowInputs, RowOutputs]:
     def matrix(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(1, stride or V, dtype=dtype)[:, :V]
 
-    spec = OBJECTIVES[name].kind
+    spec = parse(name).spec
     z = matrix(student)
     inputs = RowInputs(
         Logits(z, 1.0, softcap, finite),
-        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, finite),
+        Logits(matrix(teacher), 1.0, softcap, finite) if spec.needs_teacher else None,
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
-        torch.ones(len(Scalars._fields)),
+        torch.ones(2 if per_token else 1, len(spec.terms), len(Scalars._fields)),
         spec,
         cold,
     )
     dlogits = None if gradient is None else z if gradient == student else matrix(gradient)
-    outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
+    statistics = torch.empty(1, told) if told else None
+    outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits, statistics)
     return inputs, outputs
 
 

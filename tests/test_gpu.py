@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.objectives import RowSpec
 from fused_kd.reference import reference_rows
 from fused_kd.rows import select
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
@@ -19,7 +18,7 @@ from fused_kd.rows.cuda.launch import cut_rows
 
 from .kernels.test_lists import TAILS, cached
 from .kernels.test_sharded_row import allowed, in_turns, inputs_of, whole
-from .problems import OBJECTIVES, gradients, problem, relative
+from .problems import JUMPS, OBJECTIVES, gradients, label, problem, relative, summands
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,12 +186,12 @@ def check_cuda_row(C: int, V: int, objective, dtype: torch.dtype, out: torch.dty
     labels = torch.randint(V, (C,), device="cuda", generator=g)
     labels[::2] = z_t[::2].argmax(1)
     labels[C // 2] = -1
-    spec: RowSpec = objective.spec
+    spec = objective.spec
     nan = torch.full((3, C), math.nan, device="cuda")
     dlogits = torch.full((C, V), math.nan, device="cuda", dtype=out)
     outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device="cuda"), dlogits)
-    teacher = Logits(z_t, 1.0, None, False) if spec.divergence else None
-    scalars = torch.tensor(objective.scalars(), device="cuda")
+    teacher = Logits(z_t, 1.0, None, False) if spec.needs_teacher else None
+    scalars = torch.tensor([objective.scalars()], device="cuda")
     inputs = RowInputs(Logits(z, 1.0, None, False), teacher, labels, None, scalars, spec, False)
     select.get_row("cuda")(inputs, outputs)
     valid = labels >= 0
@@ -204,7 +203,7 @@ def check_cuda_row(C: int, V: int, objective, dtype: torch.dtype, out: torch.dty
     assert torch.equal(outputs.is_hard[valid], is_hard)
     budget = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[out]
     jumps = 0.0
-    if spec.divergence == "total_variation":  # by 2 q where q = p; each moves the whole row's mean by as much
+    if summands(objective) & JUMPS:  # by 2 q where q = p; each moves the whole row's mean by as much
         log_q, log_p = raw.detach().log_softmax(1), z_t[valid].double().log_softmax(1)
         jumps = 4.0 * float(log_q.exp()[(log_q - log_p).abs() < 1e-5].sum())
     assert (dlogits[valid].double() - gradient).norm() < budget * gradient.norm() + jumps
@@ -216,7 +215,7 @@ def check_cuda_row(C: int, V: int, objective, dtype: torch.dtype, out: torch.dty
 @pytest.mark.parametrize(
     "dtype, out", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 )
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if not o.kind.ranked], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if not o.spec.ranked], ids=label)
 def test_cuda_row_at_real_vocabularies(objective, dtype, out, V):
     check_cuda_row(40, V, objective, dtype, out)
 
@@ -236,7 +235,7 @@ def cuda_row_call(C: int, V: int) -> tuple[RowInputs, RowOutputs]:
     labels = torch.randint(V, (C,), device="cuda", generator=g)
     labels[C // 2] = -1
     objective, nan = fk.SelfEvolution(gamma=9.0), torch.full((2, C), math.nan, device="cuda")
-    scalars = torch.tensor(objective.scalars(), device="cuda")
+    scalars = torch.tensor([objective.scalars()], device="cuda")
     sides = Logits(z, 1.0, None, False), Logits(z_t, 1.0, None, False)
     gradient = torch.full((C, V), math.nan, device="cuda", dtype=torch.bfloat16)
     outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device="cuda"), gradient)
@@ -285,7 +284,7 @@ def test_cuda_row_on_another_stream_and_in_place():
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label)
 def test_vocabulary_slices(objective, backend):
     """Ranks in turns on one GPU, against the row of the whole vocabulary on the CPU; nothing waits for the device."""
     if not allowed(objective, "dense", backend=backend):

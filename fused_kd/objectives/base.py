@@ -156,10 +156,6 @@ class Sum(Objective):
     def __repr__(self) -> str:
         return " + ".join(f"{_multiple(weight, ' * ')}{objective!r}" for weight, objective in self.parts)
 
-    def _is_quiet(self, name: str, default: Any) -> bool:
-        """Not worth showing at its default, which is the paper's."""
-        return name in ("floor", "gate") and _same(getattr(self, name), default)
-
     def __str__(self) -> str:
         return "+".join(f"{_multiple(weight, '*')}{objective}" for weight, objective in self.parts)
 

@@ -103,16 +103,16 @@ def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tens
             continue
         share = s.weight if term.mixed else s.weight * s.lam
         if term.gate == ENTROPY:
-            share = torch.where(hard.unsqueeze(1), share, 0.0)
+            share = _where(hard.unsqueeze(1), share, 0.0)
         if not term.free:
             use = _uses_sums(term, s, hard)
             kept, floor = (share, 0.0) if not term.of.kl_at_one else (share * s.kept, share * s.floor)
             if not known_all(use):
-                kept, floor = (torch.where(use.unsqueeze(1), x, y) for x, y in ((kept, 0.0), (floor, share)))
+                kept, floor = (_where(use.unsqueeze(1), x, y) for x, y in ((kept, 0.0), (floor, share)))
             made.tabled.append(Tabled(i, term, use, kept))
             share = floor
-        if isinstance(share, float) and share == 0.0:
-            continue
+            if isinstance(share, float) and share == 0.0:
+                continue
         value = difficulty if term.mixed and i == spec.main else _value(term, s, token)
         made.add_free(share, value, *((s.lam, s.rest) if term.mixed else (1.0, 0.0)))
     if not (isinstance(made.ce, float) and made.ce == 0.0):
@@ -120,6 +120,11 @@ def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tens
     if token.log_sum_exp is not None and any(term.z_loss for term in spec.terms):
         made.loss = made.loss + made.z * token.log_sum_exp.square()
     return made
+
+
+def _where(choice: Tensor, a: Number, b: Number) -> Tensor:
+    """fp32, whatever the default dtype."""
+    return torch.where(choice, *(torch.as_tensor(x, dtype=torch.float32, device=choice.device) for x in (a, b)))
 
 
 def _difficulty(spec: RowSpec, scalars: list[Scalars], token: Token) -> Tensor:

@@ -29,7 +29,7 @@ from fused_kd import parallel
 from fused_kd.engines.sharded import exchange
 
 from ..kernels.test_lists import cached
-from ..problems import OBJECTIVES, Problem, oracle64, problem, relative, worst
+from ..problems import OBJECTIVES, Problem, label, oracle64, problem, relative, worst
 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order
@@ -80,7 +80,7 @@ def matrix() -> dict[str, tuple[Any, str, str]]:
     cells += [(ANY, "renormalize", variant) for variant in VARIANTS]
     for objective in (ANY, fk.SelfEvolutionTopK(), fk.ForwardKD(), fk.GeneralizedJSD()):
         cells += [(objective, "heads", variant) for variant in VARIANTS]
-    return {f"{objective.name}/{form}/{variant}": (objective, form, variant) for objective, form, variant in cells}
+    return {f"{label(objective)}/{form}/{variant}": (objective, form, variant) for objective, form, variant in cells}
 
 
 def run_case(world: World, objective: Any, form: str, variant: str) -> dict[str, float]:
@@ -104,7 +104,7 @@ def run_case(world: World, objective: Any, form: str, variant: str) -> dict[str,
         elif form != "heads":
             torch.manual_seed(0)
             teacher = cached(reach, 5, form)
-        return student, None if objective.spec.divergence is None else teacher
+        return student, teacher if objective.spec.needs_teacher else None
 
     def loss_and_gradients(mine: slice, **more: Any) -> tuple[fk.KDOutput, list[Tensor]]:
         leaves = [x.detach().clone().requires_grad_() for x in (p.hidden, p.weight[mine], p.bias[mine])]
@@ -140,7 +140,7 @@ def unequal(x: Tensor) -> bool:
 
 def against_the_oracle(world: World, p: Problem, objective: Any, **options: Any) -> dict[str, float]:
     """Errors of a slice's gradients are of the whole gradient's norm."""
-    leaves, teacher = world.own(*p.leaves), None if objective.spec.divergence is None else world.teacher(p)
+    leaves, teacher = world.own(*p.leaves), world.teacher(p) if objective.spec.needs_teacher else None
     loss = fk.kd_loss(fk.LMHead(*leaves), teacher, p.labels, objective, tp_group=world.group, **options).loss
     loss.backward()
     expected, refs = oracle64(p, objective)
@@ -161,7 +161,7 @@ def kernels(world: World) -> dict[str, float]:
     found = {}
     for objective in (fk.SFT(), ANY, fk.SelfEvolutionTopK()):
         errors = against_the_oracle(world, problem(6, V=V), objective, backend="triton")
-        found.update({f"{objective.name} {name}": error for name, error in errors.items()})
+        found.update({f"{label(objective)} {name}": error for name, error in errors.items()})
     return found
 
 
@@ -350,9 +350,9 @@ def traffic(world: World) -> dict[str, float]:
                 valid, p.hidden.shape[1], world.size, swept=share, teacher=teacher is not None
             )
             apart = abs(counted.statistics - real["gather"]) + abs(counted.hidden - real["sum"])
-            found[f"{objective.name} counted"] = apart
-            found[f"{objective.name} predicted"] = abs(counted.total - said.total)
-            found[f"{objective.name} nothing"] = float(counted.statistics == 0.0 or counted.hidden == 0.0)
+            found[f"{label(objective)} counted"] = apart
+            found[f"{label(objective)} predicted"] = abs(counted.total - said.total)
+            found[f"{label(objective)} nothing"] = float(counted.statistics == 0.0 or counted.hidden == 0.0)
     finally:
         exchange._all_gather, dist.all_reduce = gather, reduce
     return found

@@ -12,6 +12,7 @@ from fused_kd.engines import gemm, waves
 from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming import plan as streaming_plan
 from fused_kd.engines.streaming.plan import Plan, plan_streaming, sizes_of
+from fused_kd.terms import Scalars
 
 pytest.importorskip("triton", reason="the streaming engine needs triton")
 if not (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
@@ -32,10 +33,11 @@ def plan_of(
     """The plan of a call with these shapes on a GPU."""
     student = Side(*(torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, H), (V, H))))
     labels = torch.empty(N, dtype=torch.int64, device="meta")
-    scalars = torch.empty(5, device="meta")
+    scale = torch.empty((), device="meta")
+    scalars = torch.empty(1, 1, len(Scalars._fields), device="meta")
     problem = Problem(
-        student=student, teacher=student, labels=labels, weights=None, scale=scalars, scalars=scalars,
-        wanted=wanted or Wanted(True, True, False), spec=fk.SelfEvolution().spec, cold_labels=False, vocab=V,
+        student=student, teacher=student, labels=labels, weights=None, scale=scale, scalars=scalars,
+        wanted=wanted or Wanted(True, True, False), spec_code=fk.SelfEvolution().spec.code, cold_labels=False, vocab=V,
         dtype=None, memory_budget=budget, engine="streaming", backend="triton",
     )  # fmt: skip
     sweeps = streaming_sweeps.Sweeps(problem, None, labels)

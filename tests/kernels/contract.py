@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.objectives import Objective, RowSpec
+from fused_kd.objectives import Objective
+from fused_kd.options import token_scalars
 from fused_kd.reference import reference_rows
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row, installed
+from fused_kd.terms import RowSpec
 
 from ..cuda_emulator import needs_cpp_compiler
-from ..problems import OBJECTIVES, needs_compiler, relative
+from ..problems import JUMPS, NAMES, OBJECTIVES, label, needs_compiler, relative, summands
 
 GPU = torch.cuda.is_available()
 INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,11 +45,13 @@ TRITON = pytest.param("triton", id="triton", marks=[needs_triton, *on_gpu])
 CUDA = pytest.param("cuda", id="cuda", marks=[needs_cuda, *on_gpu])
 ROWS = [TORCH, NATIVE, TRITON, CUDA]
 
-ALL = [objective for objective in OBJECTIVES if not objective.kind.ranked]
-# No teacher; the free gradient; differences and a label of its own; a gate and a mixture; both sums; two of a row.
-KINDS = ("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl")
-# Their gradients jump, or cancel on peaked rows.
-LOOSE = ("total_variation", "generalized_jsd", "adaptive_kl")
+ALL = [objective for objective in OBJECTIVES if not objective.spec.ranked]
+# No teacher; the free gradient; differences and a label of its own; a gate and a mixture; both sums; two of a row;
+# powers; a term that comes and goes; a sum with a gate, a floor and a z-loss; values that are no sums.
+KINDS = (
+    *("sft", "no_evo", "reverse_kd", "self_evolution", "generalized_jsd", "adaptive_kl"),
+    *("alpha_beta", "entropy_gated", "sum_gated", "sum_outer"),
+)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NEAR = [pytest.param(False, id="far"), pytest.param(True, id="near")]
 DTYPES = [pytest.param(x, id=name) for x, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16"))]
@@ -88,7 +92,7 @@ def cases(
 
 def _few(cells: list[Any], backend: str, kinds: Sequence[str], pairs: bool) -> set[int]:
     """Which cells to take: again and again the one with most of what is missing, of the values used least so far."""
-    names = [{getattr(_value(x), "name", None) for x in cell} & fk.OBJECTIVES.keys() for cell in cells]
+    names = [{_label(x) for x in cell} & {*NAMES} for cell in cells]
     together = 1 if backend == "triton" and len(cells[0]) == 2 and not pairs else min(2, len(cells[0]))
     sets = [set(itertools.combinations(enumerate(map(_label, cell)), together)) for cell in cells]
     left = {i: sets[i] for i, found in enumerate(names) if found <= {*kinds}}
@@ -110,7 +114,9 @@ def _value(value: Any) -> Any:
 def _label(value: Any) -> str:
     if isinstance(value, PARAM):
         return str(value.id)
-    return str(value.name if isinstance(value, (Objective, type)) else value).removeprefix("torch.")
+    if isinstance(value, Objective) or (isinstance(value, type) and issubclass(value, Objective)):
+        return label(value)
+    return str(value).removeprefix("torch.")
 
 
 def make(C: int, V: int, *, std: float = 2.0, near: bool = True, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +136,7 @@ def call(
     labels: Tensor,
     objective: Objective,
     *,
-    T: float = 1.0,
+    T: float | Tensor = 1.0,
     weights: Tensor | None = None,
     dlogits: Tensor | None = None,
     gradient: bool = True,
@@ -139,8 +145,12 @@ def call(
     spec: RowSpec | None = None,
     hard: Tensor | None = None,
     finite: bool = False,
+    statistics: int = 0,
 ) -> RowOutputs:
-    """One row's results. They start as NaN (is_hard as True); ``dlogits`` may be ``z`` itself."""
+    """One row's results. They start as NaN (is_hard as True); ``dlogits`` may be ``z`` itself.
+
+    Numbers of the objective, and T, may be those of each row, (C,).
+    """
     device, spec = device_of(backend), spec or objective.spec
     C, V = z.shape
     student = z.to(device)
@@ -149,12 +159,13 @@ def call(
     elif gradient and dlogits is None:
         dlogits = torch.full((C, V), math.nan, device=device)
     nan = torch.full((2, C), math.nan, device=device)
-    outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device=device), dlogits)
+    told = torch.full((C, statistics), math.nan, device=device) if statistics else None
+    outputs = RowOutputs(nan[0], nan[1], torch.ones(C, dtype=torch.bool, device=device), dlogits, told)
     teacher = None
-    if z_t is not None and spec.divergence is not None:
+    if z_t is not None and spec.needs_teacher:
         teacher = Logits(z_t.to(device), scale[1], cap[1], finite)
-    scalars = torch.tensor(objective.scalars(T), device=device)
-    cold = T != 1.0 and spec.hard_label and spec.divergence is not None
+    scalars = scalars_of(objective, T, C).to(device)
+    cold = spec.has_cold(not isinstance(T, Tensor) and T == 1.0)
     given = None if hard is None else hard.to(device)
     factors = None if weights is None else weights.to(device)
     before = student.clone()
@@ -167,13 +178,25 @@ def call(
     return outputs
 
 
+def scalars_of(objective: Objective, T: float | Tensor = 1.0, C: int = 1) -> Tensor:
+    """As rows take them: one for all, or of each of ``C`` rows."""
+    if objective.per_token or isinstance(T, Tensor):
+        return token_scalars(objective.scalars(T), torch.Size([C]), torch.device("cpu"))
+    return torch.tensor([objective.scalars(T)])
+
+
+def loose(objective: Objective) -> bool:
+    """Whether its gradient jumps, or cancels on peaked rows."""
+    return bool(summands(objective) & {*JUMPS, "generalized_jsd", "adaptive_kl"})
+
+
 def oracle(
     z: Tensor,
     z_t: Tensor | None,
     labels: Tensor,
     objective: Objective,
     *,
-    T: float = 1.0,
+    T: float | Tensor = 1.0,
     scale: tuple[float, float] = (1.0, 1.0),
     cap: tuple[float | None, float | None] = (None, None),
 ) -> RowOutputs:
@@ -190,11 +213,11 @@ def oracle(
     return RowOutputs(loss.detach(), difficulty.detach(), hard, gradient)
 
 
-def check(actual: RowOutputs, expected: RowOutputs, budget: float = BUDGET, loss: float = 1e-6) -> None:
+def check(actual: RowOutputs, expected: RowOutputs, budget: float = BUDGET, loss: float = 1e-6, least: float = 2e-7) -> None:
     """Relative errors of the gradient, and of the losses, of which near rows leave little to be relative to."""
     for name in ("loss", "difficulty"):
         value, truth = getattr(actual, name).cpu().double(), getattr(expected, name).double()
-        assert (value - truth).norm() <= loss * truth.norm() + 2e-7 * len(truth) ** 0.5, name
+        assert (value - truth).norm() <= loss * truth.norm() + least * len(truth) ** 0.5, name
     assert torch.equal(actual.is_hard.cpu(), expected.is_hard)
     if expected.dlogits is not None:
         assert actual.dlogits is not None and expected.dlogits is not None

@@ -15,10 +15,11 @@ from fused_kd.rows.cuda.launch import Device, cut_rows
 
 from .. import cuda_emulator
 from ..cuda_emulator import SMALL, needs_cpp_compiler
+from ..problems import label
 from .contract import ALL, BF16, FP32, GPU, KINDS, call, check, make, oracle
 
 pytestmark = [needs_cpp_compiler, pytest.mark.skipif(GPU, reason="tests/test_gpu.py has it there")]
-KINDS_OF_ALL = [objective for objective in ALL if objective.name in KINDS]
+KINDS_OF_ALL = [objective for objective in ALL if label(objective) in KINDS]
 
 # A cluster of two blocks that hold all of a row of 517, of four, one block with a part of it, and one with nothing; two
 # blocks with room for some or all of the next row.
@@ -34,7 +35,7 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("objective", KINDS_OF_ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", KINDS_OF_ALL, ids=label)
 def test_any_part_of_a_row_may_be_resident(objective, device, emulated):
     emulated(device=DEVICES[device])
     data = make(5, 517)
@@ -42,7 +43,7 @@ def test_any_part_of_a_row_may_be_resident(objective, device, emulated):
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 9])
-@pytest.mark.parametrize("objective", KINDS_OF_ALL, ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", KINDS_OF_ALL, ids=label)
 def test_loss_alone_in_place_and_any_number_of_clusters_agree_bit_by_bit(objective, clusters, emulated):
     data = make(7, 300)
     full = call("cuda", *data, objective)

@@ -10,7 +10,7 @@ import torch
 import fused_kd as fk
 
 from ..budget import LIMIT, ROUNDING, UNIT, _rounded, check_budget, mean_loss_budget, rounding_cost
-from ..problems import NAMES, OBJECTIVES, Problem, furthest, gradients, oracle64, problem, relative
+from ..problems import NAMES, OBJECTIVES, Problem, amplified, furthest, gradients, has_powers, oracle64, problem, relative, summands
 from .contract import DTYPES, FP32, GPU, INTERPRETED, NATIVE, NEAR, ROUNDED, ROWS, TORCH, cases, device_of, slow
 
 # The row in PyTorch runs on GPUs too.
@@ -26,7 +26,7 @@ def run(p: Problem, objective, backend: str, **options) -> tuple[fk.KDOutput, li
 
 def rows(objective, backend: str) -> int:
     """Few where they are emulated or interpreted, above all where they are sorted."""
-    return 29 if not slow(backend) else 5 if objective.name == "adaptive_kl" else 7
+    return 29 if not slow(backend) else 5 if "adaptive_kl" in summands(objective) else 7
 
 
 @pytest.fixture
@@ -63,6 +63,11 @@ def test_bias_and_chunks_with_short_last(objective, backend, device):
     check_budget(p, objective, *run(p, objective, backend, memory_budget=5 * per_token))
 
 
+def loss_budget(objective, z, z_t, losses) -> float:
+    """Both directions of KL round beside each other."""
+    return mean_loss_budget(z, z_t, losses) * max(amplified(objective), 2.0 * ("entropy_gated" in summands(objective)))
+
+
 LOGITS = cases(DTYPES, NEAR, OBJECTIVES, backends=BACKENDS)
 
 
@@ -79,9 +84,10 @@ def test_logits(dtype, near, objective, backend, device):
     valid = p.labels != -100
     losses = expected.loss[valid]
     (ref,) = gradients(losses.mean() * LOSS_SCALE, [z64])
-    assert relative(out.loss, losses.mean()) < mean_loss_budget(z64[valid], z_t.double()[valid], losses)
+    assert relative(out.loss, losses.mean()) < loss_budget(objective, z64[valid], z_t.double()[valid], losses)
     truncates = 2 if INTERPRETED and backend == "triton" else 1  # the interpreter truncates where a GPU rounds
-    assert relative(actual, ref) < (4e-6 if dtype == FP32 else ROUNDED[dtype]) * truncates
+    exact = 3e-5 if has_powers(objective) else 1e-5 if "entropy_gated" in summands(objective) else 4e-6
+    assert relative(actual, ref) < (exact if dtype == FP32 else ROUNDED[dtype] + exact) * truncates
     assert actual[p.labels == -100].abs().sum() == 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.objectives import Objective
 
-from ..problems import CPU_BACKENDS, eager_rows, gradients
+from ..problems import CPU_BACKENDS, JUMPS, eager_rows, gradients, summands
 from .exact import Exact, Groups, exact
 from .ways import Found, Run, every_way, through_the_loss, variants
 
@@ -129,11 +129,11 @@ def wrong(run: Run, objective: Objective, T: float, tail: str, names: list[str])
             a, e = (x.double().reshape(r.shape) for x in (a, getattr(usual, field)))
             factor = 1 / T if field == "gradient" else 1.0
             # The label's share of a gradient is taken at T = 1.
-            share = 1 - objective.scalars()[0] if field == "gradient" and objective.spec.hard_label else 0.0
+            share = own_share(objective) if field == "gradient" else 0.0
             allowed = 4 * (e - r).abs().nan_to_num(0.0, 0.0, 0.0).amax(1) + factor * size
             allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * max(factor, share)
             off = torch.where(a == r, 0.0, (a - r).abs()).amax(1)
-            jumps = objective.spec.divergence == "total_variation" and tail != "dense"  # where a list's p is q
+            jumps = summands(objective) & JUMPS and tail != "dense"  # where a list's p is q
             if field == "gradient" and jumps and "equal" in chosen:
                 off[chosen.index("equal")] = 0.0
             for i in (~(off <= allowed)).nonzero().flatten().tolist():
@@ -150,6 +150,12 @@ def rounding(z: Tensor, T: float) -> Tensor:
     largest = kept.nan_to_num(-INF).amax(1, keepdim=True)
     spread = (largest - kept).nan_to_num(0.0).amax(1).div(T).clamp(max=100.0)
     return 2**-23 * spread + (0.0 if T == 1.0 else 2**-23 / T) * kept.nan_to_num(0.0).abs().amax(1)
+
+
+def own_share(objective: Objective) -> float:
+    """Of what is taken at temperature 1: cross-entropies, and the log-sum-exp."""
+    terms = zip(objective.spec.terms, objective.scalars(), strict=True)
+    return sum(float(s.weight * s.rest) * term.hard_label + float(s.weight) * 10.0 * term.z_loss for term, s in terms)
 
 
 def _list(x: mpf | list[mpf]) -> list[mpf]:

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.objectives import RowSpec
+from fused_kd.divergences import TINY
+from fused_kd.objectives import OBJECTIVES as CLASSES
+from fused_kd.objectives import Sum
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
 
-from ..problems import OBJECTIVES, gradients, problem, relative
-from .contract import FP16, GPU, KINDS, NATIVE, TORCH, TRITON, cases, slow
+from ..problems import JUMPS, OBJECTIVES, amplified, gradients, label, may_overflow, problem, reads_level, relative, with_numbers
+from .contract import FP16, GPU, KINDS, NATIVE, TORCH, TRITON, cases, scalars_of, slow
 from .test_lists import TAILS, TEACHED, allowed, cached
 
 pytestmark = pytest.mark.skipif(GPU, reason="small CPU tensors")
@@ -31,7 +33,7 @@ FEW = ("forward_kd", "self_evolution", "generalized_jsd")
 
 
 def objectives(backend: str, tail: str) -> list:
-    named = [o for o in TEACHED if not slow(backend) or o.name in FEW]
+    named = [o for o in TEACHED if not slow(backend) or label(o) in FEW]
     return [o for o in named if tail == "dense" or allowed(o, tail)]
 
 
@@ -68,11 +70,14 @@ def test_logits(case, objective, backend):
     expected = reference_kd_loss(z64, z_t, y, objective, reduction="none")
     (ref,) = gradients(expected.loss.sum(), [z64])
     infinite = expected.loss > 1e18  # positive probability where the other side has none
+    if may_overflow(objective):
+        infinite |= (out.loss == math.inf) & (expected.loss > 80.0)
     assert (out.loss[infinite] == math.inf).all() and torch.isfinite(out.loss[~infinite]).all()
     a, r = out.loss[~infinite], expected.loss[~infinite]
-    assert relative(a, r) < 1e-5 or (a - r).abs().max() < 2e-7  # equal rows leave nothing but rounding
+    assert relative(a, r) < 1e-5 or (a - r).abs().max() < 2e-7 * amplified(objective)  # equal rows leave nothing but rounding
     if infinite.any():
-        assert objective.name in ("reverse_kd", "adaptive_kl") and case == "teacher masked"
+        everywhere = any(term.of.everywhere for term in objective.spec.terms)
+        assert (case == "teacher masked" and everywhere) or may_overflow(objective)
         return
     scale = 30 if case == "constant offset" else 1  # the offset itself costs digits of the logits
     assert relative(dz, ref) < 1e-5 * scale or (dz - ref).abs().max() < 1e-6 * scale
@@ -83,14 +88,15 @@ SCALARS = cases([0.0, 1.0], [0.0, 1.0], [0.0, math.inf])
 
 @pytest.mark.parametrize("lam, beta, gamma, backend", SCALARS, indirect=["backend"])
 def test_scalars_at_their_limits(lam, beta, gamma, backend):
-    values = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam}
     p = problem(N=4 if slow(backend) else 9, V=61)
-    for cls in fk.OBJECTIVES.values():
+    for cls in CLASSES.values():
         own = vars(cls())
         reads_lam, reads_beta = "lam" in own or "fraction" in own, "beta" in own or "alpha" in own
         if (lam == 1.0 and not reads_lam) or (beta == 1.0 and not reads_beta) or (gamma > 0 and "gamma" not in own):
             continue  # the same objective as with the other value
-        objective = cls(**{name: values[name] for name in own})
+        if cls.name in ("alpha_beta", "renyi"):  # other ranges, see test_objectives_math.py
+            continue
+        objective = with_numbers(cls, lam=lam, beta=beta, gamma=gamma)
         out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
         expected = reference_kd_loss(p.student(), p.teacher(), p.labels, objective)
         assert abs(out.loss - expected.loss) < 2e-6 * (1 + abs(expected.loss)), objective
@@ -105,7 +111,8 @@ def test_no_nan_from_low_precision_underflow(objective, backend):
     p.hidden.data.mul_(8)
     out = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend=backend)
     assert torch.isfinite(out.loss)
-    assert all(torch.isfinite(g).all() for g in gradients(out.loss * 1024, p.leaves))
+    scale = 1 if objective.name == "z_loss" else 1024  # it is in the thousands itself
+    assert all(torch.isfinite(g).all() for g in gradients(out.loss * scale, p.leaves))
 
 
 NEAR_ZERO = cases([fk.NoEvo(), fk.ReverseKD(), fk.SkewForward()], backends=[TORCH, NATIVE, TRITON])
@@ -132,10 +139,12 @@ def truth(z, teacher, y, objective, **options) -> tuple[fk.KDOutput, Tensor]:
     return out, gradients(out.loss.sum(), [leaf])[0]
 
 
-def check(actual: tuple[fk.KDOutput, Tensor], expected: tuple[fk.KDOutput, Tensor], tight: float = 1e-5) -> None:
+def check(actual: tuple[fk.KDOutput, Tensor], expected: tuple[fk.KDOutput, Tensor], tight: float = 1e-5, logarithm: bool = False) -> None:
     """Per token; relative in norm, or below one rounding of 1 where the truth is that small."""
     (out, dz), (ref, dz_ref) = actual, expected
     infinite, finite = ref.loss == math.inf, ref.difficulty != math.inf
+    if logarithm:  # of what is 0 in fp32
+        infinite |= (out.loss == math.inf) & (ref.loss > 80.0)
     assert (out.loss[infinite] == math.inf).all() and (out.difficulty[~finite] == math.inf).all()
     assert torch.isfinite(dz).all()
     pairs = [(out.loss[~infinite], ref.loss[~infinite]), (dz[~infinite], dz_ref[~infinite])]
@@ -197,10 +206,12 @@ def test_logits_with_a_top_k_teacher(case, tail, backend):
             check(
                 evaluate(z, teacher, y, objective, backend=backend, temperature=0.5, **options),
                 truth(z, teacher, y, objective, temperature=0.5, **options),
+                logarithm=may_overflow(objective),
             )
         check(
             evaluate(z, teacher, y, objective, backend=backend, **options),
             truth(z, teacher, y, objective, **options),
+            logarithm=may_overflow(objective),
         )
 
 
@@ -210,15 +221,16 @@ LIMITS = cases([0.0, 1.0], [(0.0, 0.0), (1.0, 0.0), (0.0, math.inf)], TAILS, bac
 @pytest.mark.parametrize("lam, others, tail, backend", LIMITS, indirect=["backend"])
 def test_scalars_at_their_limits_with_a_top_k_teacher(lam, others, tail, backend):
     beta, gamma = others
-    values = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam}
     z, *lists, y = top_k_case("plain")
     teacher = fk.TopK(*lists, tail)
     for plain in objectives(backend, tail):
-        objective = type(plain)(**{name: values[name] for name in vars(plain)})
+        if isinstance(plain, Sum) or plain.name in ("alpha_beta", "renyi"):
+            continue
+        objective = with_numbers(type(plain), lam=lam, beta=beta, gamma=gamma)
         if allowed(objective, tail):
             options = {"reduction": "none"}
             actual = evaluate(z, teacher, y, objective, backend=backend, **options)
-            check(actual, truth(z, teacher, y, objective, **options), 5e-6)
+            check(actual, truth(z, teacher, y, objective, **options), 5e-6, may_overflow(objective))
             if gamma == math.inf and objective.name == "self_evolution":
                 assert not actual[0].is_hard.any()
 
@@ -230,7 +242,8 @@ def test_one_word_vocabulary(form, backend):
         teacher = fk.TopK(torch.tensor([[0.0], [-0.5]]), torch.zeros(2, 1, dtype=torch.long), form)
     for objective in objectives(backend, form):
         out, dz = evaluate(torch.randn(2, 1), teacher, torch.tensor([0, 0]), objective, backend=backend)
-        assert out.loss.abs() < 1e-7 and not dz.any()
+        level = 1e-3 * 4 * 10 if reads_level(objective) else 0.0
+        assert out.loss.abs() < 1e-7 + level and dz.abs().max() <= TINY + level
 
 
 VALID = [pytest.param(x, id=name) for x, name in ((None, "no token"), (0, "all ignored"), (1, "one valid"))]
@@ -337,7 +350,7 @@ def test_rows_left_out_and_weighted(teacher, backend):
     V, y = 61, torch.tensor([4, -1, 60, 17])
     z, z_t, weights = torch.randn(4, V), torch.randn(4, V), torch.tensor([0.5, 3.0, 2.0, 0.0])
     objective = fk.SelfEvolution(gamma=2.0)
-    scalars = torch.tensor(objective.scalars())
+    scalars = scalars_of(objective)
     results = []
     for weighted in (None, weights):
         side = Logits(z_t, 1.0, None, True)
@@ -346,7 +359,7 @@ def test_rows_left_out_and_weighted(teacher, backend):
         loss, difficulty, dlogits = (torch.full(shape, math.nan) for shape in ((4,), (4,), (4, V)))
         is_hard = torch.ones(4).bool()
         get_row(backend)(
-            RowInputs(Logits(z, 1.0, None, True), side, y, weighted, scalars, objective.kind, False),
+            RowInputs(Logits(z, 1.0, None, True), side, y, weighted, scalars, objective.spec, False),
             RowOutputs(loss, difficulty, is_hard, dlogits),
         )
         assert loss[1] == difficulty[1] == 0 and not is_hard[1] and not dlogits[1].any()
@@ -384,8 +397,8 @@ def test_rows_beyond_2_31_elements(teacher, backend):
             assert not malformed.any()
         loss, difficulty, is_hard = torch.full((3,), math.nan), torch.full((3,), math.nan), torch.ones(3).bool()
         dlogits = spread(torch.full((3, V), math.nan, dtype=bf16), 2)
-        scalars = torch.tensor(fk.SelfEvolution(gamma=1.0).scalars())
-        spec: RowSpec = fk.SelfEvolution.kind
+        objective = fk.SelfEvolution(gamma=1.0)
+        scalars, spec = scalars_of(objective), objective.spec
         get_row(backend)(
             RowInputs(Logits(spread(z, 0), 1.0, None, False), side, y, None, scalars, spec, False),
             RowOutputs(loss, difficulty, is_hard, dlogits),
@@ -453,17 +466,21 @@ def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, 
         torch.use_deterministic_algorithms(False)
 
 
+# Classes whose gradients do not jump, but where a gate does, and whose numbers may all be anything in [0, 1].
+NOT_ANY = {*JUMPS, "adaptive_kl", "alpha_beta", "renyi", "entropy_gated"}
+ANY = [o for o in TEACHED if not isinstance(o, Sum) and o.name not in NOT_ANY]
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 9), V=st.integers(1, 40), share=st.floats(0, 1), std=st.floats(0.5, 6.0),
     tail=st.sampled_from(TAILS),
     lam=st.floats(0, 1), beta=st.floats(0, 1), gamma=st.floats(0, 3), T=st.floats(0.3, 4), padded=st.booleans(),
-    objective=st.sampled_from([o for o in TEACHED if o.name not in ("total_variation", "adaptive_kl")]),
+    objective=st.sampled_from(ANY),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_list_and_scalar(N, V, share, std, tail, lam, beta, gamma, T, padded, objective, seed):
-    values = {"lam": lam, "beta": beta, "gamma": gamma, "alpha": beta, "fraction": lam}
-    objective = type(objective)(**{name: values[name] for name in vars(objective)})
+    objective = with_numbers(type(objective), lam=lam, beta=beta, gamma=gamma)
     if not allowed(objective, tail):
         return
     p = problem(N, 5, 7, V, std=std, seed=seed)

@@ -20,10 +20,10 @@ from fused_kd.rows.expressions import c_expression, c_header
 from fused_kd.rows.native import build as native_build
 from fused_kd.rows.native import row as native_row
 
-from ..problems import needs_compiler
+from ..problems import label, needs_compiler
 from .contract import ALL, call, make
 
-NAMES = [objective.name for objective in ALL]
+NAMES = [label(objective) for objective in ALL]
 
 
 # ---- formulas and elementary functions

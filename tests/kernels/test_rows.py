@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.objectives import RowSpec
+from fused_kd.divergences import TINY
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
+from fused_kd.terms import RowSpec, Term
 from fused_kd.tuning import current
 
-from ..problems import eager_rows, relative
+from ..problems import amplified, eager_rows, reads_level, relative, summands
 from .contract import (
     ALL,
     BF16,
@@ -25,7 +26,6 @@ from .contract import (
     FP32,
     INTERPRETED,
     KINDS,
-    LOOSE,
     NATIVE,
     ROUNDED,
     ROWS,
@@ -34,9 +34,11 @@ from .contract import (
     cases,
     check,
     device_of,
+    loose,
     make,
     oracle,
     rounded,
+    scalars_of,
     slow,
 )
 
@@ -66,10 +68,10 @@ def test_any_vocabulary(V, objective, backend):
     data = make(3, V, near=False)
     data[2][-1] = V - 1
     actual, expected = call(backend, *data, objective), oracle(*data, objective)
-    if V == 1:  # nothing to learn: the truth is 0
+    if V == 1 and not reads_level(objective):  # nothing to learn: the truth is 0
         assert all(x.abs().max() <= 2e-7 for x in (actual.loss, actual.difficulty, actual.dlogits))
     else:
-        check(actual, expected, 2 * BUDGET if objective.name in LOOSE else BUDGET)
+        check(actual, expected, 2 * BUDGET if loose(objective) else BUDGET)
 
 
 KINDS_OF_ROWS = {"close": {"std": 1.0}, "peaked": {"std": 4.0}, "far": {"near": False}}
@@ -86,7 +88,7 @@ def test_within_the_error_of_eager_pytorch(kind, objective, backend):
     leaf = z.clone().requires_grad_()
     loss = eager_rows(leaf, z_t, labels, objective)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    check(actual, expected, 2 * BUDGET if objective.name in LOOSE else BUDGET)
+    check(actual, expected, 2 * BUDGET if loose(objective) else BUDGET)
     assert relative(actual.loss, expected.loss) <= max(
         2 * relative(loss, expected.loss), 1e-6 if backend == "cuda" else 2e-7
     )
@@ -106,8 +108,8 @@ SHAPES = {
 def test_temperature_scale_and_softcap(shape, objective, backend):
     data, options = make(4, a_few(backend, 1500), std=4.0), SHAPES[shape]
     actual, expected = call(backend, *data, objective, **options), oracle(*data, objective, **options)
-    budget = 1e-5 if objective.name in LOOSE or backend == "torch" else 2 * BUDGET
-    check(actual, expected, budget, loss=4e-6 if backend == "torch" else 1e-6)
+    budget = 1e-5 if loose(objective) or backend == "torch" else 2 * BUDGET
+    check(actual, expected, budget, loss=4e-6 if backend == "torch" else 1e-6, least=2e-7 * amplified(objective))
 
 
 @pytest.mark.parametrize("objective, backend", cases(ALL), indirect=["backend"])
@@ -135,7 +137,7 @@ def test_ignored_rows_and_weights(objective, backend):
     z[4] = math.nan  # left out, hence never seen
     for left_out, label in ((1, -100), (4, -(2**40))):
         labels[left_out] = label
-        for value in expected:
+        for value in expected[:4]:
             value[left_out] = 0
     for dtype in (FP32, BF16):
         into = torch.full(z.shape, math.nan, dtype=dtype, device=device_of(backend))
@@ -189,7 +191,7 @@ def test_strided_inputs_and_outputs(view, objective, backend):
     """What lies between the rows is NaN: never read, and still there afterwards."""
     z, z_t, labels = (x.to(device_of(backend)) for x in make(3, a_few(backend, 2337), near=False))
     labels[1] = z.shape[1] - 1
-    expected, budget = oracle(z, z_t, labels, objective), 2 * BUDGET if objective.name in LOOSE else BUDGET
+    expected, budget = oracle(z, z_t, labels, objective), 2 * BUDGET if loose(objective) else BUDGET
     student, teacher = view(z), view(z_t)
     for dtype in (FP32, BF16):
         out = view(torch.full(z.shape, math.nan, device=z.device, dtype=dtype))
@@ -217,14 +219,17 @@ def test_a_row_for_all(backend):
 @pytest.mark.parametrize("backend", [NATIVE, TRITON, CUDA], indirect=True)
 def test_vectors_must_be_contiguous(backend):
     z, device = torch.zeros(2, 4, device=device_of(backend)), device_of(backend)
-    labels, scalars = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(8, device=device)
-    inputs = RowInputs(Logits(z, 1.0, None, False), None, labels, None, scalars, fk.SFT.kind, False)
+    labels, scalars = torch.zeros(2, dtype=torch.int64, device=device), scalars_of(fk.SFT()).to(device)
+    inputs = RowInputs(Logits(z, 1.0, None, False), None, labels, None, scalars, fk.SFT().spec, False)
     vectors = torch.zeros(2, device=device), torch.zeros(2, dtype=torch.bool, device=device)
     with pytest.raises(ValueError, match=r"loss must be contiguous, got strides \(2,\)"):
         get_row(backend)(inputs, RowOutputs(torch.zeros(4, device=device)[::2], *vectors, None))
 
 
-@pytest.mark.parametrize("objective, backend", cases(ALL), indirect=["backend"])
+LEVEL = [objective for objective in ALL if not reads_level(objective)]
+
+
+@pytest.mark.parametrize("objective, backend", cases(LEVEL), indirect=["backend"])
 def test_excluded_tokens_and_large_offsets(objective, backend):
     """-inf on both sides, also over whole blocks, changes nothing; nor does a constant on all logits of a side."""
     block = {"native": NATIVE_BLOCK, "triton": BLOCK, "cuda": 64}.get(backend, 500)
@@ -235,18 +240,19 @@ def test_excluded_tokens_and_large_offsets(objective, backend):
     wider, wider_t = (torch.full((3, V), -math.inf) for _ in range(2))
     wider[:, kept], wider_t[:, kept] = z + 8000.0, z_t - 8000.0
     actual = call(backend, wider, wider_t, labels + kept.start, objective)
-    check(actual._replace(dlogits=actual.dlogits[:, kept]), expected, 2 * BUDGET if objective.name in LOOSE else BUDGET)
-    assert not actual.dlogits[:, : kept.start].any() and not actual.dlogits[:, kept.stop :].any()
+    check(actual._replace(dlogits=actual.dlogits[:, kept]), expected, 2 * BUDGET if loose(objective) else BUDGET)
+    beside = torch.cat([actual.dlogits[:, : kept.start], actual.dlogits[:, kept.stop :]], 1)
+    assert beside.abs().max() <= (TINY if "todi" in summands(objective) else 0.0)  # its ratios are of TINY there
     assert not call(backend, wider, wider_t, labels + kept.start, objective, T=1e-8).loss.isnan().any()
 
 
 @pytest.mark.parametrize("value, objective, backend", cases([math.nan, math.inf], ALL), indirect=["backend"])
 def test_a_number_that_is_none_is_not_hidden(value, objective, backend):
     V = a_few(backend, 2500)
-    for side in (0, 1) if objective.name != "sft" else (0,):
+    for side in (0, 1) if objective.spec.needs_teacher else (0,):
         data = make(2, V)
         data[side][0, V - 100] = value
-        loss, difficulty, _, gradient = call(backend, *data, objective)
+        loss, difficulty, _, gradient, _ = call(backend, *data, objective)
         assert loss[0].isnan() and difficulty[0].isnan()
         assert gradient[0].isnan().any() or (side == 1 and objective.name == "total_variation")  # compares only
         assert loss[1].isfinite() and difficulty[1].isfinite() and gradient[1].isfinite().all()
@@ -257,7 +263,7 @@ def test_a_label_beyond_the_row_reads_nothing(backend):
     z, z_t, labels = make(2, 300)
     for label in (300, 303, 304, NATIVE_BLOCK, 2**40):
         labels[0] = label
-        loss, _, _, gradient = call(backend, z, z_t, labels, fk.NoEvo())
+        loss, _, _, gradient, _ = call(backend, z, z_t, labels, fk.NoEvo())
         assert loss[0] == math.inf and loss[1].isfinite() and gradient.isfinite().all()
 
 
@@ -280,7 +286,7 @@ def test_mixed_target_in_a_divergence_of_differences(backend):
     target = 0.3 * p + 0.7 * torch.nn.functional.one_hot(labels, z.shape[1])
     loss = (log_q.exp() * (log_q - target.log())).sum(1)
     (gradient,) = torch.autograd.grad(loss.sum(), raw)
-    spec = RowSpec("reverse_kl", mixed=True, hard_label=False, gated=False)
+    spec = RowSpec.of(Term("reverse_kl", mixed=True))
     actual = call(backend, z, z_t, labels, fk.NoEvo(lam=0.3), spec=spec)
     assert relative(actual.loss, loss) <= 1e-6 and relative(actual.dlogits, gradient) <= BUDGET
 

@@ -17,9 +17,9 @@ from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
 
-from ..problems import NAMES, OBJECTIVES, relative
-from .contract import KINDS
-from .ways import in_turns, outputs
+from ..problems import NAMES, OBJECTIVES, label, relative, summands
+from .contract import KINDS, scalars_of
+from .ways import in_turns, outputs, refused
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 FORMS = ("dense", "renormalize", "bucket", "uniform")
@@ -58,25 +58,23 @@ def inputs_of(
         assert not malformed.any()
     spec = objective.spec
     hard = torch.rand(C, generator=g) < 0.4 if spec.ranked else None
-    scalars = torch.tensor(objective.scalars(temperature), dtype=torch.float32)
-    cold = temperature != 1.0 and spec.hard_label and spec.divergence is not None
     return RowInputs(
         Logits(z, scale, softcap, False),
-        None if spec.divergence is None else teacher,
+        teacher if spec.needs_teacher else None,
         labels,
         torch.rand(C, generator=g) if weighted else None,
-        scalars,
+        scalars_of(objective, temperature),
         spec,
-        cold,
+        spec.has_cold(temperature == 1.0),
         hard,
     )
 
 
 def allowed(objective, form: str, temperature: float = 1.0, backend: str = "torch") -> bool:
-    if backend == "triton" and (form != "dense" or objective.name == "adaptive_kl"):
+    if backend == "triton" and (form != "dense" or "adaptive_kl" in summands(objective)):
         return False
     if form == "renormalize":
-        return not fk.divergences.DIVERGENCES[objective.spec.divergence or "kl"].everywhere
+        return form == "dense" or not (objective.spec.needs_teacher and refused(objective.spec, form))
     return form == "dense" or temperature == 1.0
 
 
@@ -113,8 +111,8 @@ def combinations(temperature: float = 1.0, forms: Sequence[str] = FORMS) -> list
             objective,
             form,
             backend,
-            id=f"{objective.name}-{form}-{backend}",
-            marks=[pytest.mark.exhaustive] if backend == "triton" and objective.name not in KINDS else [],
+            id=f"{label(objective)}-{form}-{backend}",
+            marks=[pytest.mark.exhaustive] if backend == "triton" and label(objective) not in KINDS else [],
         )
         for objective in OBJECTIVES
         for form in forms

@@ -16,22 +16,24 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.divergences import DIVERGENCES
-from fused_kd.objectives import Objective, RowSpec
+from fused_kd.objectives import OBJECTIVES, Objective
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.top_k import sparse_teacher
+from fused_kd.terms import RowSpec
 
 from ..cuda_emulator import needs_cpp_compiler
 from ..problems import CPU_BACKENDS, gradients, needs_compiler
-from .contract import KINDS
+from .contract import KINDS, scalars_of
 
 INTERPRETED = "triton" in CPU_BACKENDS
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 FORMS = ("dense", "renormalize", "uniform", "bucket")
 # Of slow ways.
 FEW = {"dense": KINDS, "bucket": ("no_evo", "reverse_kd", "self_evolution", "generalized_jsd")}
-SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5}
+SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5, "floor": 0.2, "tau": 1.0}
 EDGES = (0.0, 1e-6, 1 - 1e-6, 1.0)
+# Of classes whose numbers have other ranges: an exponent near 0 or 1 leaves a difference of near numbers, divided by it.
+EDGES_OF = {"alpha_beta": (0.01, 1.0), "renyi": (0.001, 0.999)}
 
 
 class Found(NamedTuple):
@@ -94,10 +96,10 @@ def in_slices(backend: str) -> Run:
         if isinstance(teacher, fk.TopK):
             lists = teacher.log_probs, teacher.indices
             side, _ = sparse_teacher(*lists, y, V, teacher.tail, reads_label=spec.reads_label)
-        elif spec.divergence is not None:
+        elif spec.needs_teacher:
             side = Logits(teacher, 1.0, None, False)
-        scalars, cold = torch.tensor(objective.scalars(T)), T != 1.0 and spec.hard_label and spec.divergence is not None
-        inputs = RowInputs(Logits(z, 1.0, None, False), side, y, None, scalars, spec, cold)
+        student, scalars = Logits(z, 1.0, None, False), scalars_of(objective, T)
+        inputs = RowInputs(student, side, y, None, scalars, spec, spec.has_cold(T == 1.0))
         out = in_turns(inputs, (V // 2, V - V // 2), backend=backend)
         return Found(out[0].loss, out[0].difficulty, torch.cat([x.dlogits for x in out], 1))
 
@@ -124,7 +126,9 @@ DENSE_ALONE = ("streaming", "triton slices")  # which have no adaptive_kl either
 def refused(spec: RowSpec, form: str) -> bool:
     if form == "dense":
         return False
-    return spec.divergence is None or (form == "renormalize" and DIVERGENCES[spec.divergence].everywhere)
+    if not spec.needs_teacher or (form != "uniform" and any(term.z_loss for term in spec.terms)):
+        return True
+    return form == "renormalize" and any(term.of.everywhere or not term.of.lumps for term in spec.terms)
 
 
 def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
@@ -133,8 +137,9 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
     for name in ways:
         way, marks = WAYS[name]
         for form in FORMS if name not in DENSE_ALONE else FORMS[:1]:
-            for cls in fk.OBJECTIVES.values():
-                if cls.kind.ranked or refused(cls.kind, form) or (name in DENSE_ALONE and cls is fk.AdaptiveKL):
+            for cls in OBJECTIVES.values():
+                spec = cls().spec
+                if spec.ranked or refused(spec, form) or (name in DENSE_ALONE and cls is fk.AdaptiveKL):
                     continue
                 rare = way.slow and cls.name not in FEW.get(form, ())
                 own = [*([marks] if marks else ()), *([pytest.mark.exhaustive] if rare else ())]
@@ -143,11 +148,13 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
 
 
 def variants(cls: type[Objective], form: str, *, edges: bool) -> list[Objective]:
-    """With each scalar at its edges while the others are not; of these what the teacher's form allows."""
+    """With each scalar at its edges while the others are not, and each gate; of these what the teacher's form allows."""
     own = [name for name in vars(cls()) if name in SCALARS]
     middle = {name: SCALARS[name] for name in own}
     made = [cls(**middle)]
     for name in own if edges else ():
-        if name != "gamma":
-            made += [cls(**middle | {name: value}) for value in EDGES]
+        if name not in ("gamma", "tau"):
+            made += [cls(**middle | {name: value}) for value in EDGES_OF.get(cls.name, EDGES)]
+    if edges and "gate" in vars(cls()):
+        made += [cls(**middle, gate=gate) for gate in ("excess", "kl")]  # type: ignore[arg-type]
     return [objective for objective in made if not refused(objective.spec, form)]

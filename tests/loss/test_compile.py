@@ -75,7 +75,7 @@ def test_opcheck():
         call = Problem(
             student=Side(hidden, p.weight.detach(), p.bias.detach()), teacher=Side(p.hidden_t, p.weight_t),
             labels=tokens(*given)[0], weights=None, scale=torch.ones(()),
-            scalars=torch.tensor(fk.SelfEvolution().scalars()), wanted=wanted, spec=fk.SelfEvolution().spec,
+            scalars=torch.tensor([fk.SelfEvolution().scalars()]), wanted=wanted, spec_code=fk.SelfEvolution().spec.code,
             cold_labels=False, vocab=53, dtype=None, memory_budget=None, engine="chunked", backend="torch",
         )  # fmt: skip
         torch.library.opcheck(torch.ops.fused_kd.kd.default, pack(call))
@@ -88,10 +88,10 @@ def test_what_is_packed_is_unpacked():
     for other in (None, teacher):
         call = Problem(
             student=Side(torch.zeros(3, 4), torch.zeros(5, 4), None, 2.0, 3.0), teacher=other, labels=labels,
-            weights=None, scale=torch.ones(()), scalars=torch.zeros(8), wanted=Wanted(True, False, True),
-            spec=fk.SelfEvolution().spec, cold_labels=True, vocab=5, dtype=torch.bfloat16, memory_budget=7,
+            weights=None, scale=torch.ones(()), scalars=torch.zeros(1, 1, 11), wanted=Wanted(True, False, True),
+            spec_code=fk.SelfEvolution().spec.code, cold_labels=True, vocab=5, dtype=torch.bfloat16, memory_budget=7,
             engine="auto", backend="torch", grad_filter_eps=0.5, validate=True, shards=Shards("g", 1, (2, 3)),
-            sum_hidden=False,
+            sum_hidden=False, statistics=9,
         )  # fmt: skip
         again = unpack(pack(call))
         for name in (field.name for field in dataclasses.fields(Problem)):

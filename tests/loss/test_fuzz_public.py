@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fused_kd as fk
+from fused_kd.objectives import OBJECTIVES
 from fused_kd.reference import reference_kd_loss
 
+from ..kernels.ways import refused
 from ..problems import gradients, needs_compiler
 
 ORACLE = ("ignore_index", "reduction", "temperature", "vocab_size", "shift")
@@ -51,8 +53,11 @@ class Draw:
 
 
 def objective_of(draw: Draw) -> fk.objectives.Objective:
-    cls = draw.one(list(fk.OBJECTIVES.values()))
-    return cls(**{name: draw.one([0.0, 0.3, 0.5, 1.0], NUMBERS) for name in vars(cls())})
+    cls = draw.one(list(OBJECTIVES.values()))
+    good = [0.3, 0.5] if cls.name in ("alpha_beta", "renyi") else [0.0, 0.3, 0.5, 1.0]
+    names = ["difficulty", "excess", "kl"]
+    objective = cls(**{k: draw.one(names, [None, 1.0]) if k == "gate" else draw.one(good, NUMBERS) for k in vars(cls())})
+    return draw.one([objective, objective, 0.5 * objective + fk.SFT(), objective + 0.5 * fk.NoEvo()])
 
 
 def head_of(draw: Draw, shape: tuple[int, ...], V: int) -> fk.LMHead:
@@ -106,11 +111,11 @@ def given_arguments(draw: Draw) -> tuple[tuple[Any, ...], dict[str, Any], dict[s
 
 def apart(objective: Any, teacher: Any, options: dict[str, Any]) -> bool:
     """Good arguments that do not go together, as their documentation says."""
-    if not isinstance(teacher, fk.TopK) or objective.spec.divergence is None:
+    if not isinstance(teacher, fk.TopK) or not objective.spec.needs_teacher:
         return False
-    everywhere = fk.divergences.DIVERGENCES[objective.spec.divergence].everywhere
     beyond = options["vocab_size"] is not None  # which entries may be
-    return beyond or (everywhere if teacher.tail == "renormalize" else options["temperature"] != 1)
+    refusable = refused(objective.spec, teacher.tail)
+    return beyond or refusable or (teacher.tail != "renormalize" and options["temperature"] != 1)
 
 
 def check(data: st.DataObject, backend: str | None) -> None:
@@ -132,7 +137,7 @@ def check(data: st.DataObject, backend: str | None) -> None:
     leaf = student.hidden if isinstance(student, fk.LMHead) else student
     leaf.requires_grad_()
     ours = fk.kd_loss(student, teacher, labels, objective, **options, **call)
-    truth = reference_kd_loss(student, teacher if objective.spec.divergence else None, labels, objective, **asked)
+    truth = reference_kd_loss(student, teacher if objective.spec.needs_teacher else None, labels, objective, **asked)
     infinite = truth.loss > 1e18
     for found, expected in ((ours.loss, truth.loss), (ours.difficulty, truth.difficulty)):
         assert found.shape == expected.shape and torch.equal(found > 1e18, expected > 1e18)

@@ -91,7 +91,7 @@ def test_nothing_of_it_is_saved_or_trained():
     criterion = fk.KDLoss(fk.SelfEvolution())
     assert not criterion.state_dict() and not list(criterion.parameters())
     assert criterion.to(torch.bfloat16) is criterion
-    assert torch.equal(criterion.scalars, torch.tensor(fk.SelfEvolution().scalars()))
+    assert torch.equal(criterion.scalars, torch.tensor([fk.SelfEvolution().scalars()]))
 
 
 def test_labels_of_32_bits_with_an_ignore_index_of_64():
