@@ -119,7 +119,8 @@ class KDLossMixin(Trainer):
         self.cache: Any = teacher if is_cached(teacher) else None
         statistics_columns(self.kd_statistics, None, self.objective.spec)
         if self.cache is not None and self.kd_statistics:
-            raise ValueError(f"statistics must be empty with a cache of lists, got {', '.join(self.kd_statistics)}")
+            names = ", ".join(self.kd_statistics)
+            raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
         self.teacher: Any = cast(Any, teacher if self.cache is None else None)
         check_arguments(args, kwargs)
         if model is None:
