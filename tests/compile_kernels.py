@@ -27,7 +27,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.engines.gemm import Projection
 from fused_kd.engines.hand_over import scale_in_place
 from fused_kd.engines.problem import Problem, Side, Wanted
@@ -35,8 +34,9 @@ from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, parse
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
-from fused_kd.rows.sharded import Statistics
-from fused_kd.rows.torch.math import uses_divergence
+from fused_kd.rows.sharded import Statistics, Sums
+from fused_kd.rows.torch.math import Factors
+from fused_kd.rows.shares import Tabled
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
@@ -247,6 +247,8 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("gradient",)),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
+        "self_evolution/per_token": (_sweeps("self_evolution", BF16, per_token=True), SWEEPS),
+        "self_evolution+generalized_jsd/bf16": (_sweeps(SUMS["self_evolution+generalized_jsd"], BF16), SWEEPS[1:]),
         "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),
     }
     return {
@@ -266,9 +268,10 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
         ("self_evolution/bf16", "self_evolution", BF16, {"softcap": 30.0, "weights": True}),
         ("skew_teacher/cold", "skew_teacher", FP32, {"cold": True}),
         ("generalized_jsd", "generalized_jsd", FP32, {}),
+        ("self_evolution+generalized_jsd", SUMS["self_evolution+generalized_jsd"], FP32, {}),
     ):
         inputs, outputs = _case(name, FP32, FP32, dtype, **options)
-        kernels = SWEEPS if inputs.spec.divergence not in (None, "kl") else (SWEEPS[0], SWEEPS[2])
+        kernels = SWEEPS if inputs.spec.tabled else (SWEEPS[0], SWEEPS[2])
         made |= {
             f"sharded/{title}/{kernel}": functools.partial(_sharded, inputs, outputs, kernel) for kernel in kernels
         }
@@ -278,17 +281,15 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
     of = row.join(Statistics.of(torch.ones(1, 1, 12)))
-    divergence = DIVERGENCES[inputs.spec.divergence or "kl"]
-    hard = torch.ones(1, dtype=torch.bool)
-    use = None if inputs.spec.divergence is None else uses_divergence(divergence, inputs.spec, hard, 0.5)
+    always = torch.ones(1, dtype=torch.bool)
+    terms = [Tabled(i, inputs.spec.terms[i], always, 1.0) for i in inputs.spec.tabled]
+    sums = Sums(None, terms, [(0.5, 0.5)] * len(terms), (1.0,) * len(terms), torch.zeros(1, 1))
     if kernel == "statistics":
         row.statistics()
-    elif use is None:
-        row.gradient(of, None, None, None, None)
     elif kernel == "sums":
-        row.sums(of, divergence, use, None, (0.5, 0.5))
+        row.sums(of, sums)
     else:
-        row.gradient(of, divergence, use, torch.zeros(1, 1), (0.5, 0.5))
+        row.gradient(of, Factors(1.0, 1.0, 1.0, 1.0), sums if terms else None)
 
 
 def _sweeps(
@@ -299,20 +300,22 @@ def _sweeps(
     cold: bool = False,
     softcap: float | None = None,
     bias: bool = False,
+    per_token: bool = False,
     n: int = 64,
     H: int = 64,
     V: int = 256,
 ) -> Sweeps:
     """Sizes reach the kernels at run time; only that they are multiples of 16 matters here, as real ones are."""
-    spec = OBJECTIVES[name].kind
+    spec = parse(name).spec
     source = torch.empty(n, H if heads else V, dtype=dtype)
     weight = torch.empty(V, H, dtype=dtype) if heads else None
     side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
-    teacher = None if spec.divergence is None else side
-    labels, scalars = torch.zeros(n, dtype=torch.int64), torch.ones(len(Scalars._fields))
+    teacher = side if spec.needs_teacher else None
+    labels = torch.zeros(n, dtype=torch.int64)
+    scalars = torch.ones(n if per_token else 1, len(spec.terms), len(Scalars._fields))
     problem = Problem(
         student=side, teacher=teacher, labels=labels, weights=None, scale=torch.ones(()), scalars=scalars,
-        wanted=Wanted(True, True, True), spec=spec, cold_labels=cold, vocab=V, dtype=None, memory_budget=None,
+        wanted=Wanted(True, True, True), spec_code=spec.code, cold_labels=cold, vocab=V, dtype=None, memory_budget=None,
         engine="streaming", backend="triton",
     )  # fmt: skip
     return Sweeps(problem, None, labels)
@@ -326,7 +329,6 @@ def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
     weight = sweeps._student[3]
     out, vector = torch.empty(n, V, dtype=dtype), torch.empty(n)
     mask, flags = torch.ones(n, dtype=torch.bool), torch.empty(n, V, dtype=torch.uint8)
-    sweeps._chosen = mask if sweeps.needs_sums else None
     made: dict[str, Callable[[], None]] = {"statistics": lambda: sweeps._statistics(2, vector, vector, mask)}
     if sweeps.needs_sums:
         made["sums"] = lambda: sweeps._sums(2, mask, vector)

@@ -325,7 +325,7 @@ def _distill(
                 factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
                 write_gradient(
                     student, teacher, dlogits_row, V, row, label, k, targets, norms, s_max, factors, own, weights_ptr,
-                    True, TABLED, ROW, EXCLUDES, BLOCK,
+                    True, False, TABLED, ROW, EXCLUDES, BLOCK,
                 )  # fmt: skip
             else:
                 _without_sums(
@@ -362,7 +362,7 @@ def _without_sums(
         factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
         write_gradient(
             student, teacher, dlogits_row, V, row, label, k, (), norms, norms[0], factors, (), weights_ptr,
-            False, TABLED, ROW, False, BLOCK,
+            False, True, TABLED, ROW, False, BLOCK,
         )  # fmt: skip
 
 

@@ -305,6 +305,7 @@ def write_gradient(
     own,  # of each term's g, and of the KL beside it, over T; then the sum of their products with sum g
     weights_ptr,
     SUMS: tl.constexpr,  # whether the row takes the terms' own gradients
+    ALL: tl.constexpr,  # whether the KL beside them is among ``factors``
     TABLED: tl.constexpr,
     ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
@@ -323,12 +324,12 @@ def write_gradient(
     if blocks * BLOCK < V:
         _write_block(
             student, teacher, dlogits_row, blocks * BLOCK, V, label, k, targets, norms, cold_max, factors, own, weight,
-            SUMS, TABLED, ROW, EXCLUDES, BLOCK,
+            SUMS, ALL, TABLED, ROW, EXCLUDES, BLOCK,
         )  # fmt: skip
     for i in range(0, blocks):
         _write_block(
             student, teacher, dlogits_row, (blocks - 1 - i) * BLOCK, None, label, k, targets, norms, cold_max, factors,
-            own, weight, SUMS, TABLED, ROW, EXCLUDES, BLOCK,
+            own, weight, SUMS, ALL, TABLED, ROW, EXCLUDES, BLOCK,
         )  # fmt: skip
 
 
@@ -348,6 +349,7 @@ def _write_block(
     own,
     weight,
     SUMS: tl.constexpr,
+    ALL: tl.constexpr,
     TABLED: tl.constexpr,
     ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
@@ -357,8 +359,11 @@ def _write_block(
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
     at_label = offsets == label
     if SUMS:
-        gradient = tabled_gradient(z_s, z_t, at_label, targets, norms, own, True, TABLED, EXCLUDES)
-        if ROW[SUMS_P] or ROW[SUMS_Y] or ROW[COLD] or ROW[Z]:
+        gradient = tabled_gradient(z_s, z_t, at_label, targets, norms, own, not ALL, TABLED, EXCLUDES)
+        if ALL:
+            if ROW[ALL_P] or ROW[ALL_Y] or ROW[COLD] or ROW[Z]:
+                gradient += linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)
+        elif ROW[SUMS_P] or ROW[SUMS_Y] or ROW[COLD] or ROW[Z]:
             gradient += linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[SUMS_P], ROW[SUMS_Y], ROW)
     else:
         gradient = linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)
