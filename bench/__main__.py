@@ -15,6 +15,7 @@ COMMANDS = {
     "machine": ("machine", "the numbers of this machine that the model takes"),
     "end_to_end": ("end_to_end", "a training step of whole models"),
     "vocab_parallel": ("vocab_parallel", "a vocabulary-parallel step, predicted"),
+    "sums": ("sums", "sums of objectives beside the dearest of their terms"),
     "kernels": ("kernels", "compiled kernels to carry to a machine with a GPU"),
 }
 """The module whose ``main(arguments)`` does it, and what it does."""

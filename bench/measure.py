@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fused_kd as fk
 from fused_kd.engines.gemm import wide_product
+from fused_kd.objectives import Objective
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
 
@@ -274,8 +275,10 @@ class RowProblem:
         return int(row_bytes(self.C * self.V, self.dtype.itemsize))
 
     def call(self, backend: str, tokens: str) -> Callable[[], None]:
-        objective = fk.SelfEvolution(lam=LAM, beta=BETA, gamma=GAMMAS[tokens])
-        scalars = torch.tensor(objective.scalars(), device=self.z.device)
+        return self.call_of(fk.SelfEvolution(lam=LAM, beta=BETA, gamma=GAMMAS[tokens]), backend)
+
+    def call_of(self, objective: Objective, backend: str) -> Callable[[], None]:
+        scalars = torch.tensor([objective.scalars()], dtype=torch.float32, device=self.z.device)
         student, teacher = Logits(self.z, 1.0, None, True), Logits(self.z_t, 1.0, None, True)
         inputs = RowInputs(student, teacher, self.labels, None, scalars, objective.spec, False)
         return functools.partial(get_row(backend), inputs, self.outputs)

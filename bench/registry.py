@@ -108,7 +108,7 @@ def _ours(group: str, backend: str | None = None, engine: str | None = None, **c
 
     def missing(device: str) -> str | None:
         try:
-            choose_engine(engine, backend, None, 0.0, torch.device(device))
+            choose_engine(engine, backend, objective_of(group, 0.0).spec, 0.0, torch.device(device))
             if backend in ("native", "cuda"):  # compiled at first use
                 get_row(backend)
         except ValueError as error:

@@ -97,7 +97,7 @@ typedef struct {
     int label;    // -1: beyond the row
     float k;      // turns logits into exponents of 2
     float inv_T;
-    float bound;  // the teacher's logits below it are those of excluded tokens
+    float bound, s_bound;  // the teacher's and the student's logits below it are those of excluded tokens
     float s_max, t_max;
     float s_log, t_log;  // logarithms of the sums to base 2, where powers are read
     Pair s_norm, t_norm, cold_norm;  // exponentials to probabilities
@@ -129,6 +129,8 @@ FKD_INLINE void evaluate(const Norms *norms, int j, float z_s, float z_t, bool a
     }
     *target = t;
     if (FKD_EXCLUDES && z_t < norms->bound) d = LEFT_OUT;
+    // What is excluded here and has underflowed there is TINY in both ratios, of which d would make something.
+    if (FKD_EXCLUDES && has(j, COVERS) && z_s < norms->s_bound) d = LEFT_OUT;
     float r = t, log_r = d, s = *q, log_s = d, w = t, u = t, v = t;
     if (has(j, MIXTURE)) {
         t += TINY;
@@ -220,7 +222,7 @@ FKD_INLINE void divergence_sums(const Rows *rows, const Norms *norms, bool keep,
             evaluate_terms(norms, z_s[i], z_t[i], label == i, &q, &h, &g, &linear);
             sums[0] += h;
             sums[1] += g;
-            z_s[i] = q, z_t[i] = g + linear;
+            z_s[i] = q, z_t[i] = any_free() ? g + linear : g;
         }
         if (FKD_KEEPS && keep && is_resident(rows, slot)) {
             write_slot(student_slot(rows, slot, rows->turn), z_s);

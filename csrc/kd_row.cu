@@ -137,7 +137,8 @@ FKD_INLINE void gradient_slot(const Call *call, const Norms *norms, const Gradie
         } else {
             float q, h, g, linear;
             evaluate_terms(norms, z_s[i], z_t[i], label == i, &q, &h, &g, &linear);
-            x = gradient_of(norms, z_s[i], label == i, q, g + linear, gradient->g_total) * gradient->weight;
+            if (any_free()) g += linear;
+            x = gradient_of(norms, z_s[i], label == i, q, g, gradient->g_total) * gradient->weight;
         }
         z_s[i] = FKD_SHAPED ? x * slope[i] : x;
     }
@@ -297,6 +298,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const
         teacher_above = above_zero(over[1], sums[T_MAX], t_log, inv_T, sums[S_MAX]);
         if (teacher_above) token.kl += INFINITE;
         norms->bound = sums[T_MAX] >= EXCLUDED ? EXCLUDED : -INFINITE;
+        norms->s_bound = sums[S_MAX] >= EXCLUDED ? EXCLUDED : -INFINITE;
     }
     token.log_q = (sums[LABEL_S] - sums[S_MAX]) * inv_T - s_log;
     token.log_p = (sums[LABEL_T] - sums[T_MAX]) * inv_T - t_log;
@@ -462,7 +464,7 @@ FKD_KERNEL void fkd_row(const void *student, int64_t student_stride, float stude
         reduce(sums, totals, FKD_RECORD, true, norms.k, &phase);
         norms.s_max = sums[S_MAX], norms.t_max = sums[T_MAX];
         norms.s_norm = norms.t_norm = norms.cold_norm = pair(0.0f, 0.0f);
-        norms.bound = norms.s_log = norms.t_log = norms.of_q = norms.of_p = norms.of_y = 0.0f;
+        norms.bound = norms.s_bound = norms.s_log = norms.t_log = norms.of_q = norms.of_p = norms.of_y = 0.0f;
         if (FKD_TEACHER < 0)
             cross_entropy_row(&call, &norms, sums, totals, next);
         else

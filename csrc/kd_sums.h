@@ -60,33 +60,49 @@ static void probabilities(const Row *r, const Tabled *x, int64_t block, float *r
     if (label >= 0) t[label] += x->own->rest;
 }
 
+// What terms read of a block's logits: d, also where the student excludes tokens and the target does not; powers.
+typedef struct {
+    bool d, covers, powers;
+} Reads;
+
+static Reads reads_of(const Tabled *x, int count) {
+    Reads reads = {0};
+    for (int j = 0; j < count; j++) {
+        reads.d |= x[j].term->reads_d;
+        reads.covers |= x[j].term->covers;
+        reads.powers |= x[j].term->powers;
+    }
+    return reads;
+}
+
 // log(p / q) of a block, and its logits over the maxima, as far as they are read.
-static void differences(const Row *r, int64_t block, bool d, bool powers, Arguments *a) {
+static void differences(const Row *r, int64_t block, Reads reads, Arguments *a) {
+    if (!reads.d && !reads.powers) return;
     const Call *c = r->call;
     const int n = block_length(r, block);
     const float T = r->temperature, max_s = r->student.max, max_t = r->teacher.max;
     const float *z_s = student_logits(c, r->row, block * BLOCK, n, a->over_s);
     const float *z_t = teacher_logits(c, r->row, block * BLOCK, n, a->over_t);
     bool out_s[BLOCK], out_t[BLOCK];
-    const bool student_excludes = d && !c->student.finite && max_s >= cool(EXCLUDED, T);
-    const bool teacher_excludes = d && !c->teacher.finite && max_t >= cool(EXCLUDED, T);
+    const bool student_excludes = reads.covers && !c->student.finite && max_s >= cool(EXCLUDED, T);
+    const bool teacher_excludes = reads.d && !c->teacher.finite && max_t >= cool(EXCLUDED, T);
     if (student_excludes)
         for (int i = 0; i < n; i++) out_s[i] = z_s[i] < EXCLUDED;
     if (teacher_excludes)
         for (int i = 0; i < n; i++) out_t[i] = z_t[i] < EXCLUDED;
     z_s = cooled(z_s, n, T, a->over_s);
     z_t = cooled(z_t, n, T, a->over_t);
-    if (d) {
+    if (reads.d) {
         const float offset = (float)(r->student.log_total - r->teacher.log_total);
 #pragma omp simd
         for (int i = 0; i < n; i++) a->d[i] = ((z_t[i] - max_t) - (z_s[i] - max_s)) + offset;
-        // Of what the student alone excludes, finite loss or not, nothing finite is left.
+        // Beside an infinite part there is no finite one.
         if (student_excludes)
             for (int i = 0; i < n; i++) a->d[i] = out_s[i] ? 0.0f : a->d[i];
         if (teacher_excludes)
             for (int i = 0; i < n; i++) a->d[i] = out_t[i] ? LEFT_OUT : a->d[i];
     }
-    if (!powers) return;
+    if (!reads.powers) return;
 #pragma omp simd
     for (int i = 0; i < n; i++) {
         a->over_s[i] = z_s[i] - max_s;
@@ -177,6 +193,7 @@ static void settle_sum(const Row *r, Tabled *x, const Token *token, Shares *shar
 
 // sum h of one term. With `g_total` its g replaces the teacher's exponentials.
 static double sum_alone(Row *r, const Tabled *x, double *g_total) {
+    const Reads reads = reads_of(x, 1);
     Arguments a;
     float h[BLOCK], unused[BLOCK];
     double total = 0.0;
@@ -184,7 +201,7 @@ static double sum_alone(Row *r, const Tabled *x, double *g_total) {
         const int n = block_length(r, b);
         float *g = g_total ? r->teacher.exps + b * BLOCK : unused;
         probabilities(r, x, b, a.t, a.q);
-        if (x->term->reads_d || x->term->powers) differences(r, b, x->term->reads_d, x->term->powers, &a);
+        differences(r, b, reads, &a);
         evaluate_block(n, x, &a, h, g);
         total += sum(h, n);
         if (g_total) *g_total += sum(g, n);
@@ -195,17 +212,13 @@ static double sum_alone(Row *r, const Tabled *x, double *g_total) {
 // The sums of all terms, of which some may have theirs already, in one sweep; the sum of factor * g, less p * of_p,
 // replaces the teacher's exponentials.
 static double sum_together(Row *r, const Shares *shares) {
+    const Reads reads = reads_of(r->tabled, r->tabled_count);
     Arguments a;
     float h[BLOCK], g[BLOCK], all[BLOCK];
     double g_total = 0.0;
-    bool d = false, powers = false;
-    for (int j = 0; j < r->tabled_count; j++) {
-        d |= r->tabled[j].term->reads_d;
-        powers |= r->tabled[j].term->powers;
-    }
     for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b);
-        if (d || powers) differences(r, b, d, powers, &a);
+        differences(r, b, reads, &a);
         for (int j = 0; j < r->tabled_count; j++) {
             Tabled *x = &r->tabled[j];
             const float factor = x->factor;

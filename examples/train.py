@@ -27,6 +27,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
+from fused_kd.integrations.parts import thresholded_part
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
@@ -76,7 +77,7 @@ class Train:
     output: str  # folder of the result
     data: str  # builtin, a JSON(L)(.gz) file, a folder of them, the prefix of two text files, or a hub name
     student: str  # a preset, path or hub name
-    objective: str  # name or name:key=value,...
+    objective: str  # name, name:key=value,... or a sum of them: 0.5*sft+0.5*forward_kd
     directions: list[str] = field(default_factory=lambda: ["en-de"])  # all of them in one training set
     instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
     method: str | None = None  # the name shown; default: the objective
@@ -114,6 +115,8 @@ class Train:
         elif self.teacher is None:
             raise ValueError(f"teacher must be given for objective={self.objective!r}")
         self.cached = self.teacher[len(CACHE) :] if self.teacher and self.teacher.startswith(CACHE) else None
+        if self.gamma_quantile is not None:
+            thresholded_part(spec.objective)
         if self.cached is not None and self.gamma_quantile is not None:
             raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
         self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
@@ -199,7 +202,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     student = train.load(train.student, tokenizer, seed)
     if train.gamma_quantile is not None:
         objective = with_quantile_gamma(objective, train.gamma_quantile, student, teacher, rows["train"], tokenizer)
-        console.print(f"Γ = {objective.gamma:.4f}: the {train.gamma_quantile:g} quantile of the difficulties")
+        console.print(
+            f"Γ = {thresholded_part(objective).gamma:.4f}: the {train.gamma_quantile:g} quantile of the difficulties"
+        )
     if train.lora is not None:
         set_seed(seed)
         student = with_adapters(student, LoRA(**train.lora), "CAUSAL_LM")

@@ -25,7 +25,7 @@ from ._version import __version__
 from .engines.dispatch import ENGINES, choose_engine
 from .forecast import Choice, plan_for
 from .inputs import FLOAT_DTYPES
-from .objectives import SelfEvolution, parse
+from .objectives import OBJECTIVES, SelfEvolution, parse
 from .rows.build_cache import cache_folder
 from .rows.cuda import build as cuda_build
 from .rows.native import build as native_build
@@ -226,9 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of hidden states and weights (default fp32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument(
-        "--objective", default="self_evolution", help="or a sum (default self_evolution)"
-    )
+    known = f"name:key=value,... or a sum of multiples, of {', '.join(OBJECTIVES)} (default self_evolution)"
+    parser.add_argument("--objective", default="self_evolution", metavar="TEXT", help=known)
     parser.add_argument("--memory-budget", type=_size, help="of workspace, as 2GiB, 500MB or bytes")
     parser.add_argument("--top-k", type=int, metavar="K", help="the teacher is a list of K entries a token")
     parser.add_argument("--engine", choices=ENGINES, help="(default: the planner's choice)")

@@ -193,7 +193,11 @@ def _single(
         skew = _kl(log_t, _mix(log_q, log_t, o["beta"]))
         loss = _weighed((1 - o["floor"], skew), (o["floor"], d))
         if isinstance(objective, SelfEvolution):
-            gates = {"difficulty": d, "excess": torch.where(d == math.inf, d, d - _kl(log_t, log_p)), "kl": _kl(log_p, log_q)}
+            gates = {
+                "difficulty": d,
+                "excess": torch.where(d == math.inf, d, d - _kl(log_t, log_p)),
+                "kl": _kl(log_p, log_q),
+            }
             hard = gates[objective.gate].detach() > o["gamma"]
         elif isinstance(objective, SelfEvolutionTopK):
             count = math.ceil(objective.fraction * d.shape[0] * (1 - 1e-12))

@@ -27,19 +27,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.engines.gemm import Projection
 from fused_kd.engines.hand_over import scale_in_place
 from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
-from fused_kd.objectives import OBJECTIVES, Scalars
+from fused_kd.objectives import OBJECTIVES, parse
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
-from fused_kd.rows.sharded import Statistics
-from fused_kd.rows.torch.math import uses_divergence
+from fused_kd.rows.sharded import Statistics, Sums
+from fused_kd.rows.torch.math import Factors
+from fused_kd.rows.shares import Tabled
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
+from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
 
 from . import sass
 
@@ -66,6 +67,17 @@ COUNTED = {
     "self_evolution/excluding": 8,
     "reverse_kd/excluding": 8,
     "sharded/self_evolution/statistics": 8,
+    "sft+generalized_jsd/in_place": 8,
+    "forward_kd+reverse_kd/in_place": 8,
+    "self_evolution+generalized_jsd/in_place": 8,
+}
+
+# Sums of objectives, for which a kernel has the sums of several terms, or factors beside them.
+SUMS = {
+    "sft+generalized_jsd": "0.5*sft+0.5*generalized_jsd",
+    "forward_kd+reverse_kd": "forward_kd:lam=1+reverse_kd:lam=1",
+    "self_evolution+generalized_jsd": "self_evolution+generalized_jsd",
+    "sft+z_loss": "sft+0.0001*z_loss",
 }
 
 # The student's and the teacher's dtype, and that of dlogits or None for the loss alone.
@@ -146,6 +158,12 @@ def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
     made["self_evolution/mixed_dtypes"] = _case("self_evolution", FP16, FP32, FP32)
     made["self_evolution/odd"] = _case("self_evolution", FP32, BF16, FP32, V=50257)
     made["self_evolution/padded"] = _case("self_evolution", FP32, FP32, BF16, V=50257, stride=50304)
+    for name, objective in SUMS.items():
+        made[f"{name}/in_place"] = _case(objective, FP32, FP32, FP32)
+    made["entropy_gated/excluding"] = _case("entropy_gated", FP32, FP32, FP32, finite=False)
+    made["self_evolution/per_token"] = _case("self_evolution", FP32, FP32, FP32, per_token=True)
+    made["self_evolution/statistics"] = _case("self_evolution", FP32, FP32, FP32, told=len(STATISTICS))
+    made["sft/statistics"] = _case("sft", FP32, FP32, FP32, told=WITHOUT_SWEEP)
     made["self_evolution/V=1"] = _case("self_evolution", FP32, FP32, FP32, V=1)
     return made
 
@@ -162,23 +180,26 @@ def _case(
     weights: bool = False,
     cold: bool = False,
     finite: bool = True,
+    per_token: bool = False,
+    told: int = 0,
 ) -> tuple[RowInputs, RowOutputs]:
     def matrix(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(1, stride or V, dtype=dtype)[:, :V]
 
-    spec = OBJECTIVES[name].kind
+    spec = parse(name).spec
     z = matrix(student)
     inputs = RowInputs(
         Logits(z, 1.0, softcap, finite),
-        None if spec.divergence is None else Logits(matrix(teacher), 1.0, softcap, finite),
+        Logits(matrix(teacher), 1.0, softcap, finite) if spec.needs_teacher else None,
         torch.zeros(1, dtype=torch.int64),
         torch.ones(1) if weights else None,
-        torch.ones(len(Scalars._fields)),
+        torch.ones(2 if per_token else 1, len(spec.terms), len(Scalars._fields)),
         spec,
         cold,
     )
     dlogits = None if gradient is None else z if gradient == student else matrix(gradient)
-    outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits)
+    statistics = torch.empty(1, told) if told else None
+    outputs = RowOutputs(torch.empty(1), torch.empty(1), torch.empty(1, dtype=torch.bool), dlogits, statistics)
     return inputs, outputs
 
 
@@ -226,6 +247,8 @@ def streaming_cases() -> dict[str, Callable[[], None]]:
         "forward_kd/cold": (_sweeps("forward_kd", BF16, cold=True), ("gradient",)),
         "skew_teacher/cold": (_sweeps("skew_teacher", BF16, cold=True, softcap=30.0, bias=True), SWEEPS),
         "self_evolution/logits": (_sweeps("self_evolution", BF16, heads=False), SWEEPS),
+        "self_evolution/per_token": (_sweeps("self_evolution", BF16, per_token=True), SWEEPS),
+        "self_evolution+generalized_jsd/bf16": (_sweeps(SUMS["self_evolution+generalized_jsd"], BF16), SWEEPS[1:]),
         "self_evolution/odd_logits": (_sweeps("self_evolution", BF16, heads=False, V=251), SWEEPS),
     }
     return {
@@ -245,9 +268,10 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
         ("self_evolution/bf16", "self_evolution", BF16, {"softcap": 30.0, "weights": True}),
         ("skew_teacher/cold", "skew_teacher", FP32, {"cold": True}),
         ("generalized_jsd", "generalized_jsd", FP32, {}),
+        ("self_evolution+generalized_jsd", SUMS["self_evolution+generalized_jsd"], FP32, {}),
     ):
         inputs, outputs = _case(name, FP32, FP32, dtype, **options)
-        kernels = SWEEPS if inputs.spec.divergence not in (None, "kl") else (SWEEPS[0], SWEEPS[2])
+        kernels = SWEEPS if inputs.spec.tabled else (SWEEPS[0], SWEEPS[2])
         made |= {
             f"sharded/{title}/{kernel}": functools.partial(_sharded, inputs, outputs, kernel) for kernel in kernels
         }
@@ -257,17 +281,15 @@ def sharded_cases() -> dict[str, Callable[[], None]]:
 def _sharded(inputs: RowInputs, outputs: RowOutputs, kernel: str) -> None:
     row = TritonRow(inputs, outputs, Shards("", 0, (inputs.student.raw.shape[1],)))
     of = row.join(Statistics.of(torch.ones(1, 1, 12)))
-    divergence = DIVERGENCES[inputs.spec.divergence or "kl"]
-    hard = torch.ones(1, dtype=torch.bool)
-    use = None if inputs.spec.divergence is None else uses_divergence(divergence, inputs.spec, hard, 0.5)
+    always = torch.ones(1, dtype=torch.bool)
+    terms = [Tabled(i, inputs.spec.terms[i], always, 1.0) for i in inputs.spec.tabled]
+    sums = Sums(None, terms, [(0.5, 0.5)] * len(terms), (1.0,) * len(terms), torch.zeros(1, 1))
     if kernel == "statistics":
         row.statistics()
-    elif use is None:
-        row.gradient(of, None, None, None, None)
     elif kernel == "sums":
-        row.sums(of, divergence, use, None, (0.5, 0.5))
+        row.sums(of, sums)
     else:
-        row.gradient(of, divergence, use, torch.zeros(1, 1), (0.5, 0.5))
+        row.gradient(of, Factors(1.0, 1.0, 1.0, 1.0), sums if terms else None)
 
 
 def _sweeps(
@@ -278,20 +300,22 @@ def _sweeps(
     cold: bool = False,
     softcap: float | None = None,
     bias: bool = False,
+    per_token: bool = False,
     n: int = 64,
     H: int = 64,
     V: int = 256,
 ) -> Sweeps:
     """Sizes reach the kernels at run time; only that they are multiples of 16 matters here, as real ones are."""
-    spec = OBJECTIVES[name].kind
+    spec = parse(name).spec
     source = torch.empty(n, H if heads else V, dtype=dtype)
     weight = torch.empty(V, H, dtype=dtype) if heads else None
     side = Side(source, weight, torch.empty(V, dtype=dtype) if bias else None, 1.0, softcap)
-    teacher = None if spec.divergence is None else side
-    labels, scalars = torch.zeros(n, dtype=torch.int64), torch.ones(len(Scalars._fields))
+    teacher = side if spec.needs_teacher else None
+    labels = torch.zeros(n, dtype=torch.int64)
+    scalars = torch.ones(n if per_token else 1, len(spec.terms), len(Scalars._fields))
     problem = Problem(
         student=side, teacher=teacher, labels=labels, weights=None, scale=torch.ones(()), scalars=scalars,
-        wanted=Wanted(True, True, True), spec=spec, cold_labels=cold, vocab=V, dtype=None, memory_budget=None,
+        wanted=Wanted(True, True, True), spec_code=spec.code, cold_labels=cold, vocab=V, dtype=None, memory_budget=None,
         engine="streaming", backend="triton",
     )  # fmt: skip
     return Sweeps(problem, None, labels)
@@ -305,7 +329,6 @@ def _streaming_launches(sweeps: Sweeps) -> dict[str, Callable[[], None]]:
     weight = sweeps._student[3]
     out, vector = torch.empty(n, V, dtype=dtype), torch.empty(n)
     mask, flags = torch.ones(n, dtype=torch.bool), torch.empty(n, V, dtype=torch.uint8)
-    sweeps._chosen = mask if sweeps.needs_sums else None
     made: dict[str, Callable[[], None]] = {"statistics": lambda: sweeps._statistics(2, vector, vector, mask)}
     if sweeps.needs_sums:
         made["sums"] = lambda: sweeps._sums(2, mask, vector)

@@ -82,7 +82,8 @@ METHODS = {
     "self_evolution_quantile": Method("SelfEvolution, Γ by quantile", OURS, gamma_quantile=0.75),
     "forward_kd_cached": Method("ForwardKD, cached k=64", "forward_kd:lam=0.5", cache_k=64),
     "self_evolution_cached": Method("SelfEvolution, cached k=64", OURS, cache_k=64),
-    # NoEvo first: for students that are not trained yet
+    # for students that are not trained yet: a share of KL under hard tokens, or NoEvo first
+    "self_evolution_floor": Method("SelfEvolution, floor 0.3", f"{OURS},floor=0.3"),
     "self_evolution_linear_warm_up": Method("SelfEvolution, linear β warm-up", OURS, BetaSchedule(1.0, 0.5)),
     "self_evolution_warm_up": Method("SelfEvolution, β warm-up", OURS, BetaSchedule(1.0, 0.5, 0.25, hold=0.5)),
 }

@@ -32,7 +32,7 @@ from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions
+from fused_kd.options import LossOptions, statistics_columns
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -71,11 +71,14 @@ class KDLossMixin(Trainer):
             adapters off, without a second copy. Or a cache: any object with ``tail`` and no ``forward``; then batches
             also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64), (batch, length, K), aligned with
             the hidden states. None for objectives without a teacher (SFT).
-        objective: one of ``fused_kd``'s objectives, or its name.
+        objective: one of ``fused_kd``'s objectives, their sums, or its text (:func:`fused_kd.objectives.parse`).
         criterion: in place of ``objective``: a :class:`fused_kd.KDLoss`, whose options are used too. ``shift`` is
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are; for
             unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error is raised.
+        statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
+            ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
+            their means.
         **kwargs: those of the Trainer. ``compute_metrics`` needs ``predict_with_generate``.
 
     Raises:
@@ -114,6 +117,10 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
+        statistics_columns(self.kd_statistics, None, self.objective.spec)
+        if self.cache is not None and self.kd_statistics:
+            names = ", ".join(self.kd_statistics)
+            raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
         self.teacher: Any = cast(Any, teacher if self.cache is None else None)
         check_arguments(args, kwargs)
         if model is None:
@@ -228,7 +235,8 @@ class KDLossMixin(Trainer):
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: fk.LMHead | fk.TopK | None) -> fk.KDOutput:
-            told = self.kd_statistics if model.training else ()
+            # evaluation and the ranking of a step's tokens log none
+            told = self.kd_statistics if model.training and torch.is_grad_enabled() else ()
             return fk.kd_loss(
                 head, teacher, labels, objective, token_weights=weights, num_items=num_items, statistics=told, **options
             )

@@ -10,14 +10,14 @@ from fused_kd.objectives import Objective, SelfEvolution, SelfEvolutionTopK, Sum
 
 def ranked_part(objective: Objective) -> SelfEvolutionTopK:
     """The one that ranks tokens."""
-    return next(part for _, part in _parts(objective) if isinstance(part, SelfEvolutionTopK))
+    return next(part for _, part in parts_of(objective) if isinstance(part, SelfEvolutionTopK))
 
 
 def with_threshold(objective: Objective, gamma: float) -> Objective:
     """The objective whose ranking of tokens is a threshold on their difficulty."""
     part = ranked_part(objective)
     new = SelfEvolution(lam=part.lam, beta=part.beta, gamma=gamma, floor=part.floor)
-    return _replaced(objective, part, new)
+    return with_part(objective, part, new)
 
 
 def annealed_part(objective: Objective) -> Any:
@@ -26,7 +26,7 @@ def annealed_part(objective: Objective) -> Any:
     Raises:
         ValueError: where there is none, or more than one.
     """
-    having = [part for _, part in _parts(objective) if hasattr(part, "beta")]
+    having = [part for _, part in parts_of(objective) if hasattr(part, "beta")]
     gated = [part for part in having if part.spec.gate]
     found = gated or having
     if len(found) != 1:
@@ -37,14 +37,28 @@ def annealed_part(objective: Objective) -> Any:
 def with_beta(objective: Objective, beta: float) -> Objective:
     """With that β in :func:`annealed_part`."""
     part = annealed_part(objective)
-    return _replaced(objective, part, dataclasses.replace(part, beta=beta))
+    return with_part(objective, part, dataclasses.replace(part, beta=beta))
 
 
-def _replaced(objective: Objective, part: Objective, new: Objective) -> Objective:
+def thresholded_part(objective: Objective) -> SelfEvolution:
+    """The one that compares a token's difficulty with a Γ.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for _, part in parts_of(objective):
+        if isinstance(part, SelfEvolution) and part.gate == "difficulty":
+            return part
+    raise ValueError(f"a gamma for difficulties needs a SelfEvolution with gate='difficulty', got {objective!r}")
+
+
+def with_part(objective: Objective, part: Objective, new: Objective) -> Objective:
+    """With another objective in the place of one of its parts."""
     if part is objective:
         return new
-    return Sum(tuple((weight, new if each is part else each) for weight, each in _parts(objective)))
+    return Sum(tuple((weight, new if each is part else each) for weight, each in parts_of(objective)))
 
 
-def _parts(objective: Objective) -> tuple[tuple[Any, Objective], ...]:
+def parts_of(objective: Objective) -> tuple[tuple[Any, Objective], ...]:
+    """Weights and objectives as written: those that stand for a sum are whole."""
     return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)

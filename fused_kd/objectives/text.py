@@ -20,11 +20,16 @@ def parse(text: str) -> Objective:
     """
     if not isinstance(text, str):
         raise TypeError(f"objective must be a text such as '0.5*sft+0.5*forward_kd:lam=1', got {text!r}")
-    parts = [_parse_multiple(part.strip(), text) for part in re.split(r"(?<!\d[eE])\+", text)]
+    parts = [_parse_multiple(part.strip(), text) for part in split_sum(text)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def split_sum(text: str) -> list[str]:
+    """The multiples of a sum; the + of 1e+3 is none of its."""
+    return re.split(r"(?<!\d[eE])\+", text)
 
 
 def _parse_multiple(part: str, text: str) -> Objective:

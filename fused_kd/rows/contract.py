@@ -119,9 +119,9 @@ def compiled(row: Row) -> Row:
 
     @functools.wraps(row)
     def whole(inputs: RowInputs, outputs: RowOutputs) -> None:
-        vectors = {name: getattr(outputs, name) for name in ("loss", "difficulty", "is_hard")}
+        vectors = {name: getattr(outputs, name) for name in ("loss", "difficulty", "is_hard", "statistics")}
         for name, vector in (vectors | {"scalars": inputs.scalars}).items():
-            if not vector.is_contiguous():
+            if vector is not None and not vector.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
         if len(inputs.labels) == 0:
             return

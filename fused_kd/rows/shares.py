@@ -124,7 +124,8 @@ def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tens
 
 def _where(choice: Tensor, a: Number, b: Number) -> Tensor:
     """fp32, whatever the default dtype."""
-    return torch.where(choice, *(torch.as_tensor(x, dtype=torch.float32, device=choice.device) for x in (a, b)))
+    a, b = (torch.as_tensor(x, dtype=torch.float32, device=choice.device) for x in (a, b))
+    return torch.where(choice, a, b)
 
 
 def _difficulty(spec: RowSpec, scalars: list[Scalars], token: Token) -> Tensor:

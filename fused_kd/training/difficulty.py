@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import fused_kd as fk
 from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.integrations.parts import thresholded_part, with_part
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.objectives import Objective
 from fused_kd.training.collate import Collator, padding_id
@@ -27,9 +28,14 @@ def with_quantile_gamma(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
-    """The objective with Γ at a quantile of the rows' :func:`difficulties`, rounded to four digits."""
+    """The objective with Γ at a quantile of the rows' :func:`difficulties`, rounded to four digits.
+
+    Raises:
+        ValueError: where it, or a term of a sum, is no ``SelfEvolution`` that compares the difficulty with a Γ.
+    """
+    part = thresholded_part(objective)
     gamma = float(difficulties(student, teacher, rows, tokenizer, objective).quantile(quantile))
-    return dataclasses.replace(objective, gamma=round(gamma, 4))  # type: ignore[call-arg]
+    return with_part(objective, part, dataclasses.replace(part, gamma=round(gamma, 4)))
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ class RunningMetrics(TrainerCallback, ExportableState):
     """
 
     def __init__(self, statistics: Sequence[str] = ()) -> None:
-        self._names = (*_SUMS, *statistics)
-        self.sums = torch.zeros(len(self._names), dtype=torch.float32)
+        self.statistics = tuple(statistics)
+        self.sums = self._nothing()
         self.window_seconds = 0.0
         self.total_seconds = 0.0
         self._resumed_at: float | None = None
@@ -56,6 +56,13 @@ class RunningMetrics(TrainerCallback, ExportableState):
         self.sums = self.sums.to(loss.device)
         values = (loss, difficulty, hard, tokens, *statistics)
         self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*_SUMS, *self.statistics)
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.zeros(len(self._names), dtype=torch.float32)
 
     def collect(self, accelerator: Accelerator) -> None:
         """Move the sums of all processes to the first one; to be called on each of them."""
@@ -102,7 +109,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         self._tick()
         return {
-            "args": {},
+            "args": {"statistics": list(self.statistics)},
             "attributes": {
                 "sums": self.sums.tolist(),
                 "window_seconds": self.window_seconds,
@@ -114,10 +121,12 @@ class RunningMetrics(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         restored: Any = state.stateful_callbacks if state.global_step and args.process_index == 0 else {}
-        saved = restored.get(type(self).__name__, {}).get("attributes", {})
-        # another choice of statistics than the checkpoint's starts all sums anew
-        sums = saved.get("sums", [])
-        sums = sums if len(sums) == len(self._names) else [0.0] * len(self._names)
+        state_of = restored.get(type(self).__name__, {})
+        saved = state_of.get("attributes", {})
+        told = state_of.get("args", {}).get("statistics", ())
+        known = dict(zip((*_SUMS, *told), saved.get("sums", ()), strict=False))
+        # those that the checkpoint does not have start here
+        sums = [known.get(name, 0.0) for name in self._names]
         self.sums = torch.tensor(sums, dtype=torch.float32, device=args.device)
         self.window_seconds = saved.get("window_seconds", 0.0)
         self.total_seconds = saved.get("total_seconds", 0.0)

@@ -6,9 +6,12 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from fused_kd.integrations.parts import annealed_part
+from fused_kd.integrations.parts import annealed_part, parts_of
 from fused_kd.objectives import Objective, parse
+from fused_kd.objectives.text import split_sum
 from fused_kd.training.trainer import BetaSchedule
+
+_WARMUP = re.compile(r"(?<=[:,])\s*beta_warmup\s*=\s*([^,+]*),?")
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,17 @@ def parse_objective(text: str, beta_schedule: BetaSchedule | None = None) -> Obj
     Raises:
         ValueError: a text that is none, or a ``beta_warmup`` without a β; the message names what is known.
     """
-    warmups = re.findall(r"[:,]\s*beta_warmup\s*=\s*([^,+]*)", text)
-    objective = parse(re.sub(r"(?<=[:,])\s*beta_warmup\s*=[^,+]*,?", "", text))
-    if len(warmups) > 1:
-        raise ValueError(f"beta_warmup must be given once, got it {len(warmups)} times in {text!r}")
-    schedule = beta_schedule
-    if warmups:
-        annealed_part(objective)
-        try:
-            schedule = schedule or BetaSchedule(fraction=float(warmups[0]))
-        except ValueError as error:
-            raise ValueError(f"beta_warmup must be a number in (0, 1], got {warmups[0]!r} in {text!r}") from error
+    found = list(_WARMUP.finditer(text))
+    objective = parse(_WARMUP.sub("", text))
+    if len(found) > 1:
+        raise ValueError(f"beta_warmup must be given once, got it {len(found)} times in {text!r}")
+    if not found:
+        return ObjectiveSpec(text, objective, beta_schedule)
+    part, place = annealed_part(objective), len(split_sum(text[: found[0].start()])) - 1
+    if parts_of(objective)[place][1] is not part:
+        raise ValueError(f"beta_warmup must stand with {part.name}, whose beta it moves, got {text!r}")
+    try:
+        schedule = beta_schedule or BetaSchedule(fraction=float(found[0][1]))
+    except ValueError as error:
+        raise ValueError(f"beta_warmup must be a number in (0, 1], got {found[0][1]!r} in {text!r}") from error
     return ObjectiveSpec(text, objective, schedule)

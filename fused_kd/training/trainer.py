@@ -21,7 +21,6 @@ from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.integrations.parts import annealed_part, with_beta
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 from fused_kd.objectives import Objective
-from fused_kd.options import statistics_columns
 from fused_kd.terms import RANK
 from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.metrics import RunningMetrics
@@ -144,14 +143,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             )
         criterion = fk.KDLoss(objective, temperature=temperature, memory_budget=memory_budget, backend=backend)
         told = tuple(statistics)
-        statistics_columns(told, None, objective.spec)
         super().__init__(
             model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, statistics=told, **trainer_args
         )
-        if self.cache is not None and told:
-            raise ValueError(
-                f"statistics need a teacher that is no list of entries, got {', '.join(told)} with a cache"
-            )
         self._warned_hard = False
         self.add_callback(RunningMetrics(told))
 
@@ -159,6 +153,10 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
     def metrics(self) -> RunningMetrics:
         """The running sums; found among the callbacks, since restoring callback states replaces them."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunningMetrics))
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self.metrics.statistics = self.kd_statistics  # not those of the checkpoint
 
     def current_objective(self) -> Objective:
         """The objective of the current step, with β from the schedule: a function of the step alone."""

@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fused_kd as fk
 from fused_kd.objectives import Objective
 from fused_kd.options import token_scalars
 from fused_kd.reference import reference_rows
@@ -213,7 +212,9 @@ def oracle(
     return RowOutputs(loss.detach(), difficulty.detach(), hard, gradient)
 
 
-def check(actual: RowOutputs, expected: RowOutputs, budget: float = BUDGET, loss: float = 1e-6, least: float = 2e-7) -> None:
+def check(
+    actual: RowOutputs, expected: RowOutputs, budget: float = BUDGET, loss: float = 1e-6, least: float = 2e-7
+) -> None:
     """Relative errors of the gradient, and of the losses, of which near rows leave little to be relative to."""
     for name in ("loss", "difficulty"):
         value, truth = getattr(actual, name).cpu().double(), getattr(expected, name).double()

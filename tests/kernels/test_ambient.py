@@ -84,8 +84,8 @@ def test_the_most_difficult_are_as_many_as_said():
 def test_an_offset_of_a_row_whose_label_both_exclude(offset, backend):
     z, z_t, y = torch.randn(4, 40), torch.randn(4, 40), torch.tensor([1, 5, 9, 39])
     z = (z + offset) - offset + offset  # what is left of it in fp32
-    for row, label in enumerate(y):
-        z[row, label] = z_t[row, label] = -INF
+    for row, its in enumerate(y):
+        z[row, its] = z_t[row, its] = -INF
     for objective in (fk.ForwardKD(lam=1.0), fk.ReverseKD(lam=1.0)):
         leaves = [z.clone().requires_grad_(), z.double().requires_grad_()]
         out = fk.kd_loss(leaves[0], z_t, y, objective, backend=backend)

@@ -10,7 +10,19 @@ import torch
 import fused_kd as fk
 
 from ..budget import LIMIT, ROUNDING, UNIT, _rounded, check_budget, mean_loss_budget, rounding_cost
-from ..problems import NAMES, OBJECTIVES, Problem, amplified, furthest, gradients, has_powers, oracle64, problem, relative, summands
+from ..problems import (
+    NAMES,
+    OBJECTIVES,
+    Problem,
+    amplified,
+    furthest,
+    gradients,
+    has_powers,
+    oracle64,
+    problem,
+    relative,
+    summands,
+)
 from .contract import DTYPES, FP32, GPU, INTERPRETED, NATIVE, NEAR, ROUNDED, ROWS, TORCH, cases, device_of, slow
 
 # The row in PyTorch runs on GPUs too.

@@ -21,7 +21,18 @@ from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
 
-from ..problems import JUMPS, OBJECTIVES, amplified, gradients, label, may_overflow, problem, reads_level, relative, with_numbers
+from ..problems import (
+    JUMPS,
+    OBJECTIVES,
+    amplified,
+    gradients,
+    label,
+    may_overflow,
+    problem,
+    reads_level,
+    relative,
+    with_numbers,
+)
 from .contract import FP16, GPU, KINDS, NATIVE, TORCH, TRITON, cases, scalars_of, slow
 from .test_lists import TAILS, TEACHED, allowed, cached
 
@@ -74,7 +85,9 @@ def test_logits(case, objective, backend):
         infinite |= (out.loss == math.inf) & (expected.loss > 80.0)
     assert (out.loss[infinite] == math.inf).all() and torch.isfinite(out.loss[~infinite]).all()
     a, r = out.loss[~infinite], expected.loss[~infinite]
-    assert relative(a, r) < 1e-5 or (a - r).abs().max() < 2e-7 * amplified(objective)  # equal rows leave nothing but rounding
+    assert relative(a, r) < 1e-5 or (a - r).abs().max() < 2e-7 * amplified(
+        objective
+    )  # equal rows leave nothing but rounding
     if infinite.any():
         everywhere = any(term.of.everywhere for term in objective.spec.terms)
         assert (case == "teacher masked" and everywhere) or may_overflow(objective)
@@ -139,7 +152,12 @@ def truth(z, teacher, y, objective, **options) -> tuple[fk.KDOutput, Tensor]:
     return out, gradients(out.loss.sum(), [leaf])[0]
 
 
-def check(actual: tuple[fk.KDOutput, Tensor], expected: tuple[fk.KDOutput, Tensor], tight: float = 1e-5, logarithm: bool = False) -> None:
+def check(
+    actual: tuple[fk.KDOutput, Tensor],
+    expected: tuple[fk.KDOutput, Tensor],
+    tight: float = 1e-5,
+    logarithm: bool = False,
+) -> None:
     """Per token; relative in norm, or below one rounding of 1 where the truth is that small."""
     (out, dz), (ref, dz_ref) = actual, expected
     infinite, finite = ref.loss == math.inf, ref.difficulty != math.inf

@@ -32,7 +32,7 @@ FORMS = ("dense", "renormalize", "uniform", "bucket")
 FEW = {"dense": KINDS, "bucket": ("no_evo", "reverse_kd", "self_evolution", "generalized_jsd")}
 SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5, "floor": 0.2, "tau": 1.0}
 EDGES = (0.0, 1e-6, 1 - 1e-6, 1.0)
-# Of classes whose numbers have other ranges: an exponent near 0 or 1 leaves a difference of near numbers, divided by it.
+# Of classes with other ranges: an exponent near 0 or 1 leaves a difference of near numbers, divided by it.
 EDGES_OF = {"alpha_beta": (0.01, 1.0), "renyi": (0.001, 0.999)}
 
 
@@ -148,7 +148,7 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
 
 
 def variants(cls: type[Objective], form: str, *, edges: bool) -> list[Objective]:
-    """With each scalar at its edges while the others are not, and each gate; of these what the teacher's form allows."""
+    """With each scalar at its edges while the others are not, and each gate; what the teacher's form allows of them."""
     own = [name for name in vars(cls()) if name in SCALARS]
     middle = {name: SCALARS[name] for name in own}
     made = [cls(**middle)]

@@ -56,7 +56,9 @@ def objective_of(draw: Draw) -> fk.objectives.Objective:
     cls = draw.one(list(OBJECTIVES.values()))
     good = [0.3, 0.5] if cls.name in ("alpha_beta", "renyi") else [0.0, 0.3, 0.5, 1.0]
     names = ["difficulty", "excess", "kl"]
-    objective = cls(**{k: draw.one(names, [None, 1.0]) if k == "gate" else draw.one(good, NUMBERS) for k in vars(cls())})
+    objective = cls(
+        **{k: draw.one(names, [None, 1.0]) if k == "gate" else draw.one(good, NUMBERS) for k in vars(cls())}
+    )
     return draw.one([objective, objective, 0.5 * objective + fk.SFT(), objective + 0.5 * fk.NoEvo()])
 
 

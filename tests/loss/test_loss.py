@@ -24,7 +24,18 @@ from fused_kd.rows.native import row as native_row
 from fused_kd.rows.torch import math as torch_math
 
 from ..kernels.contract import KINDS, NATIVE, TORCH, TRITON, cases
-from ..problems import CPU_BACKENDS, OBJECTIVES, compare, furthest, gradients, label, problem, relative, rows_for, with_numbers
+from ..problems import (
+    CPU_BACKENDS,
+    OBJECTIVES,
+    compare,
+    furthest,
+    gradients,
+    label,
+    problem,
+    relative,
+    rows_for,
+    with_numbers,
+)
 
 TIGHT = 4e-6
 # Their gradients jump where p = q, or where an entry enters the head: rounding may take another side.

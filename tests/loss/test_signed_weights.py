@@ -67,7 +67,9 @@ def test_on_policy_reverse_kl_of_sampled_tokens():
     z, z_t = torch.randn(1, V, generator=g), torch.randn(1, V, generator=g)
     student = z.repeat(V, 1).requires_grad_()
     samples = torch.arange(V)
-    told = fk.kd_loss(student.detach(), z_t.repeat(V, 1), samples, fk.ReverseKD(lam=1), statistics=("log_q_y", "log_p_y"))
+    told = fk.kd_loss(
+        student.detach(), z_t.repeat(V, 1), samples, fk.ReverseKD(lam=1), statistics=("log_q_y", "log_p_y")
+    )
     log_q, log_p = told.statistics["log_q_y"], told.statistics["log_p_y"]
     advantage = log_p - log_q
     loss = fk.kd_loss(

@@ -276,7 +276,7 @@ def test_compiled_body(tmp_path: Path) -> None:
     "stop,options",
     [
         (7, {"train_sampling_strategy": "group_by_length"}),
-        (7, {"train_sampling_strategy": "group_by_length", "restore_callback_states_from_checkpoint": True}),
+        (7, {"restore_callback_states_from_checkpoint": True, "statistics": ("entropy_s", "kl")}),
         (6, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
     ],
     ids=["grouped-second-epoch", "callbacks-restored", "accumulated"],
@@ -307,6 +307,7 @@ def test_resume_gives_the_same_result(tmp_path: Path, stop: int, options: dict) 
     assert_same_weights(weights(resumed.model), weights(whole.model), 0.0)
     ours, theirs = ([{**entry, **TIMED} for entry in logged(run)] for run in (resumed, whole))
     assert len(theirs) == 2 and "beta" in theirs[0] and ours == theirs
+    assert {*options.get("statistics", ())} <= theirs[1].keys()
     assert resumed.metrics.total_seconds > 0
 
 
@@ -477,6 +478,8 @@ def test_sums_as_text_with_a_schedule() -> None:
     assert re.fullmatch(r"[\w.=-]+", spec.slug) and len(parse_objective("+".join(["forward_kd:lam=0.5"] * 9)).slug) < 90
     with pytest.raises(ValueError, match="one beta"):
         parse_objective("skew:beta_warmup=0.2+generalized_jsd")
+    with pytest.raises(ValueError, match="beta_warmup must stand with self_evolution, whose beta it moves"):
+        parse_objective("self_evolution+generalized_jsd:beta_warmup=0.2")
     with pytest.raises(ValueError, match="beta_warmup must be given once"):
         parse_objective("skew:beta_warmup=0.2,beta_warmup=0.3")
 
@@ -522,7 +525,18 @@ def test_statistics_are_logged(tmp_path: Path) -> None:
     assert 0 < logs[0]["overlap"] < 1 and 0 < logs[0]["entropy_t"] < math.log(VOCAB)
     for name in names:
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
-    with pytest.raises(ValueError, match="statistics must be among .* got 'entropy'"):
+    with pytest.raises(ValueError, match=r"statistics must be among .* got 'entropy'"):
         trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=teacher, statistics=["entropy"])
     with pytest.raises(ValueError, match="without a teacher, got 'kl'"):
         trainer(tmp_path, tiny(8, seed=1), fk.SFT(), data, statistics=["kl"])
+    with pytest.raises(ValueError, match="statistics need a teacher that is no list of entries, got kl with a cache"):
+        trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=SimpleNamespace(tail="bucket"), statistics=["kl"])
+
+
+def test_statistics_that_a_checkpoint_does_not_have_start_with_it(tmp_path: Path) -> None:
+    options = {"teacher": tiny(16, seed=2), "save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
+    options |= {"restore_callback_states_from_checkpoint": True}
+    trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), rows(8), statistics=["kl"], max_steps=1, **options).train()
+    run = trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), rows(8), statistics=["entropy_t"], max_steps=2, **options)
+    run.train(resume_from_checkpoint=True)
+    assert logged(run)[-1]["entropy_t"] > 0 and "kl" not in logged(run)[-1]

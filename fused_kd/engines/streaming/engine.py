@@ -26,8 +26,8 @@ memory has room for the fp32 sums of all tokens: within 60 MB without a ``memory
 within that. Where it has not, dH's slabs run over the whole vocabulary, a chunk of tokens at a time: two orders, two
 recomputations. What is not wanted costs nothing.
 
-Memory beyond inputs, results and gradients, in bytes: about 200 N for vectors over the tokens, and the largest of three
-that follow each other: 32 N a split of the vocabulary (12 splits and more); for dH alone, dlogits of at most 8 MiB and
+Memory beyond inputs, results and gradients, in bytes: about 240 N for vectors over the tokens, and the largest of three
+that follow each other: 44 N a split of the vocabulary (12 splits and more); for dH alone, dlogits of at most 8 MiB and
 the fp32 sums of a chunk, at most 32 MiB; for a low-precision dW, dlogits of all tokens and its fp32 sums, at most
 32 MiB (or a tile of columns), together with dH 4 N H more, and at most 128 MiB where a budget allows. At N=8192,
 H=4096, V=128256 in bf16 that is under 44 MB, or 270 MB for a third fewer products. Where a device has no product of

@@ -5,11 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...rows.triton.math import LOG2_E, arguments, exponent, inverse_temperature
-from .kernels import COLD_INV, COLD_MAX, G_TOTAL, norm, placed, row_terms, tile
+from ...rows.triton.math import LOG2_E, exponent, exponent_scale
+from ...rows.triton.shares import linear
+from ...rows.triton.sweeps import tabled_gradient
+from ...rows.triton.terms import ALL_P, ALL_Y, COLD, Z
+from .kernels import placed, row_factors, row_norms, row_own, row_scalars, row_targets, tile
 
 
-@triton.jit(do_not_specialize=["first_position", "last_position", "n"])
+@triton.jit(do_not_specialize=["first_position", "last_position", "n", "scalars_stride"])
 def gradient_kernel(
     student,
     teacher,  # None without TEACHER
@@ -17,9 +20,9 @@ def gradient_kernel(
     labels_ptr,
     count_ptr,
     norms_ptr,
-    chosen_ptr,  # (n,) by position: whether the row took sums; None where the divergence has none
     weights_ptr,  # (n,) by position, or None
     scalars_ptr,
+    scalars_stride,
     out_ptr,  # dlogits of the slab; zeros where a tile is filtered
     out_stride,
     flags_ptr,  # (blocks of the chunk, tiles of the slab) whether a tile is not filtered, or None
@@ -30,16 +33,11 @@ def gradient_kernel(
     last_column,
     n,
     V,
-    g: tl.constexpr,
-    free_g: tl.constexpr,
     TEACHER: tl.constexpr,
     BY_TOKEN: tl.constexpr,  # a row of ``out`` is a token; else a position, from first_position
-    FREE: tl.constexpr,
-    PURE: tl.constexpr,  # every valid row takes the divergence's own gradient
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    TABLED: tl.constexpr,
+    ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
@@ -49,7 +47,10 @@ def gradient_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A tile of ``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times d final / d raw and the row's weight."""
+    """A tile of the gradient of fused_kd.rows.shares, times d final / d raw and the row's weight.
+
+    Rows that took no sums have factors of 0 for the terms' own gradients: all rows of a tile do the same.
+    """
     count = tl.load(count_ptr)
     block, part = placed(GROUP)
     first = first_position + block * BM
@@ -65,38 +66,21 @@ def gradient_kernel(
         at_label = columns[None, :] == labels[:, None]
         z_s, slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         if not TEACHER:
-            q = _cold(z_s, norms_ptr, held, n)
-            gradient = q - tl.where(at_label, 1.0, 0.0)
+            factors = row_factors(norms_ptr, held, n)
+            s_max = tl.load(norms_ptr + held)[:, None]
+            gradient = tl.exp2(exponent(z_s, LOG2_E, s_max)) * factors[4] - tl.where(at_label, factors[5], 0.0)
         else:
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
-            target, norms = row_terms(norms_ptr, scalars_ptr, held, n)
-            lam, ce_share, _log_lam = target[0]
-            share = inverse_temperature(scalars_ptr)
-            if not MIXED:
-                share *= lam
-            if PURE:
-                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-                    z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
-                )
-                g_total = -1.0
-                if not FREE:
-                    g_total = norm(norms_ptr, G_TOTAL, held, n)
-                gradient = share * (g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * g_total)
-            else:
-                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-                    z_s, z_t, at_label, target, norms, MIXED, False, False
-                )
-                easy = free_g(t, q, d, r, log_r, s, log_s, beta, alpha) + q
-                t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-                    z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
-                )
-                own = g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * norm(norms_ptr, G_TOTAL, held, n)
-                chosen = tl.load(chosen_ptr + held) != 0
-                gradient = share * tl.where(chosen[:, None], own, easy)
-            if HARD_LABEL:
-                if COLD:
-                    q = _cold(z_s, norms_ptr, held, n)
-                gradient += ce_share * (q - tl.where(at_label, 1.0, 0.0))
+            norms = row_norms(norms_ptr, held, n)
+            scalars = row_scalars(scalars_ptr, scalars_stride, tokens, PER_TOKEN)
+            if ROW[ALL_P] or ROW[ALL_Y] or ROW[COLD] or ROW[Z]:
+                factors = row_factors(norms_ptr, held, n)
+                k = exponent_scale(scalars)
+                gradient = linear(z_s, z_t, at_label, k, norms, norms[0], factors, ROW[ALL_P], ROW[ALL_Y], ROW)
+            if len(TABLED) > 0:
+                targets = row_targets(norms_ptr, scalars, held, n, TABLED)
+                own = row_own(norms_ptr, held, n, TABLED)
+                gradient += tabled_gradient(z_s, z_t, at_label, targets, norms, own, False, TABLED, EXCLUDES)
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
     # Places are worked out here, not before the products, which need the registers.
     if BY_TOKEN:
@@ -116,13 +100,6 @@ def gradient_kernel(
     if weights_ptr is not None:
         gradient *= tl.load(weights_ptr + held, mask=valid, other=0.0)[:, None]
     tl.store(out, gradient, mask=stored)
-
-
-@triton.jit
-def _cold(z_s, norms_ptr, held, n):
-    """q at temperature 1."""
-    a_s = exponent(z_s, LOG2_E, norm(norms_ptr, COLD_MAX, held, n))
-    return tl.exp2(a_s) * norm(norms_ptr, COLD_INV, held, n)
 
 
 @triton.jit

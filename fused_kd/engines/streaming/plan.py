@@ -34,9 +34,9 @@ FLOPS_A_BYTE = 256
 # Triton reads 16 bytes at a time where it knows that this divides sizes and strides.
 ALIGNED = 16
 # Statistics of a token and split.
-FIELDS = 10
+FIELDS = 11
 # Vectors over the tokens, with torch's temporaries while tokens are ordered (int64) and ranked.
-TOKEN_BYTES = 200
+TOKEN_BYTES = 240
 
 
 class Tiles(NamedTuple):
@@ -64,8 +64,8 @@ class KernelTiles(NamedTuple):
 class Sizes(NamedTuple):
     """What the plan depends on.
 
-    ``n`` of N tokens take part. ``sums`` says that some rows need sums, ``gated`` that only some do; ``joinable`` that
-    one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the bytes
+    ``n`` of N tokens take part. ``sums`` terms have sums, ``gated`` says that only some rows need them; ``joinable``
+    that one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the bytes
     of an element of dlogits, of a chunk's hidden states once they are gathered, and of a GEMM operand's copy in another
     dtype; and which passes there are: by chunks of tokens, with or without an fp32 dW, and by slabs of columns, for a
     low-precision dW.
@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     N: int
     n: int
     V: int
-    sums: bool
+    sums: int
     gated: bool
     H: int = 0
     H_t: int = 0
@@ -91,7 +91,7 @@ def sizes_of(problem: Problem, n: int, *, upcast: bool) -> Sizes:
     """``upcast``: low-precision operands of GEMMs are made fp32 first."""
     student, teacher, wanted, spec = problem.student, problem.teacher, problem.wanted, problem.spec
     joinable = problem.grad_filter_eps == 0.0
-    sizes = Sizes(len(student.source), n, problem.vocab, bool(spec.tabled), bool(spec.gate), joinable=joinable)
+    sizes = Sizes(len(student.source), n, problem.vocab, len(spec.tabled), bool(spec.gate), joinable=joinable)
     if student.weight is None:
         return sizes
     dtype = problem.dtype or student.source.dtype
@@ -186,7 +186,7 @@ def _plan(sizes: Sizes, tiles: KernelTiles, halvings: int, joint: int | None = N
     splits = _splits(n, V, tiles.statistics, halvings)
     # Hard rows may be few: more splits keep the device busy with them.
     sum_splits = _splits(n, V, tiles.sums, halvings, 4 if sizes.gated and not halvings else 1)
-    partials = 4 * n * max(splits * FIELDS, 2 * sum_splits if sizes.sums else 0)
+    partials = 4 * n * max(splits * FIELDS, 2 * sizes.sums * sum_splits)
 
     by_tokens = by_columns = 0
     BM, BN = tiles.gradient.tokens, tiles.gradient.columns

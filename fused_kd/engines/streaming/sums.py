@@ -1,15 +1,18 @@
-"""Triton kernels of the streaming engine's second sweep: ``sum h`` and ``sum g`` of the rows that need them."""
+"""Triton kernels of the streaming engine's second sweep: each term's ``sum h`` and ``sum g`` of the rows that need
+them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ...rows.triton.math import arguments
-from .kernels import BASE, G_TOTAL, placed, row_terms, tile
+from ...rows.triton.math import arguments, inverse_temperature
+from ...rows.triton.shares import after_sum
+from ...rows.triton.terms import MIX, MIXED, MIXTURE, OUTER, POWERS, G, H
+from .kernels import _FACTORS, _KL_OF_TOKEN, TERM_NORMS, TOTAL, placed, row_norms, row_scalars, row_targets, tile
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "scalars_stride"])
 def sums_kernel(
     student,
     teacher,
@@ -19,14 +22,13 @@ def sums_kernel(
     labels_ptr,
     norms_ptr,
     scalars_ptr,
-    partials_ptr,  # (splits, 2, n) by place in chosen_ptr
+    scalars_stride,
+    partials_ptr,  # (splits, 2 terms, n) by place in chosen_ptr
     n,
     V,
     span,
-    h: tl.constexpr,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    TABLED: tl.constexpr,
     EXCLUDES: tl.constexpr,
     ROUND_S: tl.constexpr,
     ROUND_T: tl.constexpr,
@@ -46,52 +48,83 @@ def sums_kernel(
     positions = tl.load(chosen_ptr + tl.minimum(places, count - 1))
     tokens = tl.load(tokens_ptr + positions)
     labels = tl.load(labels_ptr + positions).to(tl.int32)
-    target, norms = row_terms(norms_ptr, scalars_ptr, positions, n)
+    norms = row_norms(norms_ptr, positions, n)
+    targets = row_targets(norms_ptr, row_scalars(scalars_ptr, scalars_stride, tokens, PER_TOKEN), positions, n, TABLED)
 
-    h_sum = tl.zeros((BM,), tl.float32)
-    g_sum = tl.zeros((BM,), tl.float32)
+    sums = ()
+    for _i in tl.static_range(2 * len(TABLED)):
+        sums = sums + (tl.zeros((BM,), tl.float32),)
     for start in range(split * span, tl.minimum((split + 1) * span, V), BN):
         columns = start + tl.arange(0, BN)
         z_s, _slope = tile(student, tokens, start, V, ROUND_S, UPCAST, BM, BN, BK)
         z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
         at_label = columns[None, :] == labels[:, None]
-        t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-            z_s, z_t, at_label, target, norms, MIXED, MIXTURE, EXCLUDES
+        sums = _add_sums(z_s, z_t, at_label, targets, norms, sums, TABLED, EXCLUDES)
+
+    out = partials_ptr + (split.to(tl.int64) * (2 * len(TABLED))) * n + places
+    for i in tl.static_range(2 * len(TABLED)):
+        tl.store(out + i * n, sums[i], mask=places < count)
+
+
+@triton.jit
+def _add_sums(z_s, z_t, at_label, targets, norms, sums, TABLED: tl.constexpr, EXCLUDES: tl.constexpr):
+    added = ()
+    for i in tl.static_range(len(TABLED)):
+        t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v = arguments(
+            z_s, z_t, at_label, targets[i], norms, TABLED[i][MIXED], TABLED[i][MIXTURE], TABLED[i][POWERS], EXCLUDES
         )
-        h_sum += tl.sum(h(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
-        g_sum += tl.sum(g(t, q, d, r, log_r, s, log_s, beta, alpha), axis=1)
-
-    out = partials_ptr + (split.to(tl.int64) * 2) * n + places
-    tl.store(out, h_sum, mask=places < count)
-    tl.store(out + n, g_sum, mask=places < count)
+        of_h = TABLED[i][H](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        of_g = TABLED[i][G](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        added = added + (sums[2 * i] + tl.sum(of_h, axis=1), sums[2 * i + 1] + tl.sum(of_g, axis=1))
+    return added
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit(do_not_specialize=["n", "splits", "scalars_stride"])
 def sums_combine_kernel(
     partials_ptr,
     chosen_ptr,
     chosen_count_ptr,
+    tokens_ptr,
     norms_ptr,
     scalars_ptr,
+    scalars_stride,
     loss_ptr,
     n,
     splits,
-    MIXED: tl.constexpr,
+    TABLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The chosen rows' loss and ``sum g`` from the sums of the splits."""
+    """The chosen rows' loss, and the factors of their gradient, from the sums of the splits."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = places < tl.load(chosen_count_ptr)
     positions = tl.load(chosen_ptr + places, mask=valid, other=0)
-    share = 1.0
-    if not MIXED:
-        share = tl.load(scalars_ptr)
-    h_sum = tl.zeros((BLOCK,), tl.float32)
-    g_sum = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
-        part = partials_ptr + tl.cast(split, tl.int64) * 2 * n + places
-        h_sum += tl.load(part, mask=valid, other=0.0)
-        g_sum += tl.load(part + n, mask=valid, other=0.0)
-    base = tl.load(norms_ptr + BASE * n + positions, mask=valid, other=0.0)
-    tl.store(loss_ptr + positions, share * h_sum + base, mask=valid)
-    tl.store(norms_ptr + G_TOTAL * n + positions, g_sum, mask=valid)
+    scalars = scalars_ptr + tl.load(tokens_ptr + positions, mask=valid, other=0) * scalars_stride
+    inv_T = inverse_temperature(scalars)
+    norms = norms_ptr + positions
+    kl = tl.load(norms + _KL_OF_TOKEN * n, mask=valid, other=0.0)
+    loss = tl.load(loss_ptr + positions, mask=valid, other=0.0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(len(TABLED)):
+        h_sum = tl.zeros((BLOCK,), tl.float32)
+        g_sum = tl.zeros((BLOCK,), tl.float32)
+        for split in range(0, splits):
+            part = partials_ptr + (tl.cast(split, tl.int64) * (2 * len(TABLED)) + 2 * i) * n + places
+            h_sum += tl.load(part, mask=valid, other=0.0)
+            g_sum += tl.load(part + n, mask=valid, other=0.0)
+        own = norms + (TERM_NORMS + 2 * i + 1) * n
+        value, factor, of_kl = after_sum(h_sum, tl.load(own, mask=valid, other=0.0), kl, TABLED[i][OUTER])
+        loss += value
+        total += factor * inv_T * g_sum
+        tl.store(own, factor * inv_T, mask=valid)
+        if TABLED[i][OUTER] == MIX:
+            # More of q and p: the first and second linear factors, the third's scale with them.
+            scale = tl.load(norms + _FACTORS * n, mask=valid, other=0.0)
+            more = scale + of_kl * inv_T
+            some = tl.where(more > 0.0, more, 1.0)
+            of_p = tl.load(norms + (_FACTORS + 1) * n, mask=valid, other=0.0) * scale + of_kl * inv_T
+            of_y = tl.load(norms + (_FACTORS + 2) * n, mask=valid, other=0.0) * scale
+            tl.store(norms + _FACTORS * n, more, mask=valid)
+            tl.store(norms + (_FACTORS + 1) * n, tl.div_rn(of_p, some), mask=valid)
+            tl.store(norms + (_FACTORS + 2) * n, tl.div_rn(of_y, some), mask=valid)
+    tl.store(loss_ptr + positions, loss, mask=valid)
+    tl.store(norms + TOTAL * n, total, mask=valid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...divergences import DIVERGENCES
-from ...rows.triton.row import formula_constants
-from ...terms import Scalars
+from ...rows.contract import scalars_stride
+from ...rows.triton.terms import INTERPRET, formula_constants
+from ...terms import Term
 from ...workspace import empty
 from ..problem import INVALID, Problem, Result, Side, largest
 from . import plan as streaming_plan
@@ -25,7 +24,6 @@ from .sums import sums_combine_kernel, sums_kernel
 # Tokens of a program that combines the splits: no more than a few such programs, so small ones.
 COMBINE_BLOCK = 128
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class Sweeps:
@@ -40,80 +38,101 @@ class Sweeps:
     def __init__(self, problem: Problem, index: Tensor | None, labels: Tensor) -> None:
         """``index`` and ``labels`` as of :func:`..problem.valid_tokens`."""
         student, teacher, spec, vocab = problem.student, problem.teacher, problem.spec, problem.vocab
+        teacher = teacher if spec.needs_teacher else None
         self.n = labels.shape[0]
         self._order, self._count = _front(labels >= 0)
         self.tokens = self._order if index is None else index[self._order]
         self._labels = labels[self._order]
-        self._scalars, self._spec, self._vocab = problem.scalars, spec, vocab
-        self._divergence = None if spec.divergence is None else DIVERGENCES[spec.divergence]
+        self._problem, self._scalars, self._vocab = problem, problem.scalars, vocab
+        self._terms = len(spec.tabled)
         sides = [student] if teacher is None else [student, teacher]
         operands = [None if side.weight is None else problem.dtype or side.source.dtype for side in sides]
         capped = any(side.softcap is not None for side in sides)
         plain = all(_plain(side, operand) for side, operand in zip(sides, operands, strict=True))
         self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, plain=plain, target=_target())
         self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
-        self._norms = empty((NORMS, self.n), torch.float32, labels.device)
-        self._chosen: Tensor | None = None
+        self._norms = empty((NORMS + 2 * self._terms, self.n), torch.float32, labels.device)
         # Heads make finite logits, unless by their bias.
         excludes = teacher is not None and any(side.weight is None or side.bias is not None for side in sides)
-        self._formulas = formula_constants(spec, problem.cold_labels) | {"EXCLUDES": excludes}
+        self._formulas = formula_constants(spec, problem.cold_labels) | {
+            "EXCLUDES": excludes,
+            "PER_TOKEN": len(self._scalars) > 1,
+        }
+        self._scalars_stride = scalars_stride(self._scalars)
         self._constants: dict[str, Any] = {
             "ROUND_S": _TYPES[operands[0] or torch.float32],
             "ROUND_T": _TYPES[operands[-1] or torch.float32],
-            "UPCAST": _INTERPRET,
+            "UPCAST": INTERPRET,
             "GROUP": streaming_plan.GROUP,
         }
 
     @property
     def needs_sums(self) -> bool:
-        return self._divergence is not None and not self._divergence.free
+        return self._terms > 0
 
     def measure(self, plan: Plan, result: Result) -> None:
         """Fill ``loss`` (NaN of invalid labels), ``difficulty``, ``is_hard``, and keep the norms for the gradient."""
         device = self._labels.device
         loss, difficulty = (empty((self.n,), torch.float32, device) for _ in range(2))
         hard = empty((self.n,), torch.bool, device)
-        self._statistics(plan.splits, loss, difficulty, hard)
-        if self._spec.ranked:
-            hard = largest(difficulty, self._labels, self._scalars)
-        if self.needs_sums:
-            assert self._divergence is not None
-            chosen = hard if self._spec.gated else self._labels >= 0
-            if self._divergence.kl_at_one:
-                chosen = chosen & (self._scalar("alpha") > 0.0)
+        chosen = self._statistics(plan.splits, loss, difficulty, hard)
+        if chosen is not None:
             self._sums(plan.sum_splits, chosen, loss)
-            self._chosen = chosen
         result.loss[self.tokens] = loss.masked_fill(self._labels == INVALID, math.nan)
         result.difficulty[self.tokens] = difficulty
         result.is_hard[self.tokens] = hard
 
-    def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> None:
+    def _statistics(self, splits: int, loss: Tensor, difficulty: Tensor, hard: Tensor) -> Tensor | None:
+        """Which positions take sums; None for none."""
         partials = empty((splits, FIELDS, self.n), torch.float32, self._labels.device)
         tiles = self.tiles.statistics
         statistics_kernel[(_cdiv(self.n, tiles.tokens), splits)](
-            self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, partials,
-            self.n, self._vocab, self._span(splits, tiles),
-            TEACHER=self._teacher is not None, **_only(self._formulas, "COLD", "EXCLUDES"), **self._constants,
-            **_of(tiles),
+            self._student, self._teacher, self.tokens, self._labels, self._count, self._scalars, self._scalars_stride,
+            partials, self.n, self._vocab, self._span(splits, tiles),
+            TEACHER=self._teacher is not None, **_only(self._formulas, "PER_TOKEN", "ROW", "EXCLUDES"),
+            **self._constants, **_of(tiles),
         )  # fmt: skip
+        spec = self._problem.spec
+        some = self.needs_sums and all(_may_go_without(spec.terms[i]) for i in spec.tabled)
+        chosen = empty((self.n,), torch.bool, self._labels.device) if some else None
+        self._combine(partials, splits, loss, difficulty, hard, None, chosen)
+        if spec.ranked:  # by what all tokens together have told
+            given = largest(difficulty, self._labels, self._problem.fraction)
+            self._combine(partials, splits, loss, difficulty, hard, given, chosen)
+        if not self.needs_sums:
+            return None
+        return self._labels >= 0 if chosen is None else chosen
+
+    def _combine(
+        self,
+        partials: Tensor,
+        splits: int,
+        loss: Tensor,
+        difficulty: Tensor,
+        hard: Tensor,
+        given: Tensor | None,
+        chosen: Tensor | None,
+    ) -> None:
         combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
-            partials, self._norms, self._count, self._scalars, loss, difficulty, hard.view(torch.uint8), self.n, splits,
+            partials, self._norms, self._count, self.tokens, self._scalars, self._scalars_stride, loss, difficulty,
+            hard.view(torch.uint8), None if given is None else given.view(torch.uint8),
+            None if chosen is None else chosen.view(torch.uint8), self.n, splits,
             TEACHER=self._teacher is not None, BLOCK=COMBINE_BLOCK,
-            **_only(self._formulas, "MIXED", "HARD_LABEL", "GATED", "COLD", "EXCLUDES", "EVERYWHERE"),
+            **_only(self._formulas, "TERMS", "TABLED", "ROW", "EXCLUDES"),
         )  # fmt: skip
 
     def _sums(self, splits: int, chosen: Tensor, loss: Tensor) -> None:
         order, count = _front(chosen)
-        partials = empty((splits, 2, self.n), torch.float32, chosen.device)
+        partials = empty((splits, 2 * self._terms, self.n), torch.float32, chosen.device)
         tiles = self.tiles.sums
         sums_kernel[(_cdiv(self.n, tiles.tokens), splits)](
-            self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars, partials,
-            self.n, self._vocab, self._span(splits, tiles),
-            **_only(self._formulas, "h", "g", "MIXTURE", "MIXED", "EXCLUDES"), **self._constants, **_of(tiles),
+            self._student, self._teacher, order, count, self.tokens, self._labels, self._norms, self._scalars,
+            self._scalars_stride, partials, self.n, self._vocab, self._span(splits, tiles),
+            **_only(self._formulas, "PER_TOKEN", "TABLED", "EXCLUDES"), **self._constants, **_of(tiles),
         )  # fmt: skip
         sums_combine_kernel[(_cdiv(self.n, COMBINE_BLOCK),)](
-            partials, order, count, self._norms, self._scalars, loss, self.n, splits,
-            MIXED=self._spec.mixed, BLOCK=COMBINE_BLOCK,
+            partials, order, count, self.tokens, self._norms, self._scalars, self._scalars_stride, loss, self.n, splits,
+            BLOCK=COMBINE_BLOCK, TABLED=self._formulas["TABLED"],
         )  # fmt: skip
 
     def gradient(
@@ -132,14 +151,12 @@ class Sweeps:
         Row i of ``out`` is the i-th of the positions, whose ignored tokens get zeros, or ``by_token`` token i, where
         those of ignored tokens stay as they are. ``flags``, from :meth:`flags`, asks for the filter.
         """
-        pure = not self.needs_sums or not (self._formulas["GATED"] or self._formulas["KL_AT_ONE"])
         gradient_kernel[self._grid(positions, columns)](
             self._student, self._teacher, self.tokens, self._labels, self._count, self._norms,
-            None if pure or self._chosen is None else self._chosen.view(torch.uint8), weights, self._scalars,
-            out, out.stride(0), flags, threshold,
+            weights, self._scalars, self._scalars_stride, out, out.stride(0), flags, threshold,
             positions.start, positions.stop, columns.start, columns.stop, self.n, self._vocab,
-            TEACHER=self._teacher is not None, BY_TOKEN=by_token, PURE=pure,
-            **_only(self._formulas, "g", "free_g", "FREE", "MIXTURE", "MIXED", "HARD_LABEL", "COLD", "EXCLUDES"),
+            TEACHER=self._teacher is not None, BY_TOKEN=by_token,
+            **_only(self._formulas, "PER_TOKEN", "TABLED", "ROW", "EXCLUDES"),
             **self._constants, **_of(self.tiles.gradient),
         )  # fmt: skip
 
@@ -169,9 +186,6 @@ class Sweeps:
             dlogits, other, tokens, flags, out, (I, J, K), dlogits.stride(), other.stride(), flags.stride(),
             ADD=add, ROUND=_TYPES[dtype], BI=BI, BJ=tiles.columns, BC=BC, num_warps=tiles.warps,
         )  # fmt: skip
-
-    def _scalar(self, name: str) -> Tensor:
-        return self._scalars[Scalars._fields.index(name)]
 
     def _grid(self, positions: slice, columns: slice) -> tuple[int, int]:
         """Of :meth:`gradient`."""
@@ -203,6 +217,11 @@ def _plain(side: Side, operand: torch.dtype | None) -> bool:
     )
 
 
+def _may_go_without(term: Term) -> bool:
+    """Whether some rows take KL in place of a term's sums."""
+    return term.of.kl_at_one or term.chooses
+
+
 def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Positions with those where ``mask`` holds first, each part in order; and how many they are, as int32."""
     count = mask.sum(dtype=torch.int32)
@@ -212,7 +231,7 @@ def _front(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _target() -> str:
-    if _INTERPRET:
+    if INTERPRET:
         return "sm_90"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

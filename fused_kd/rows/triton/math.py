@@ -22,8 +22,11 @@ COLDEST = tl.constexpr(divergences.COLDEST)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Where a row's scalars lie.
-LAM, BETA, GAMMA, TEMPERATURE, FRACTION, REST, ALPHA, LOG_LAM = (tl.constexpr(i) for i in range(len(Scalars._fields)))
+# Where a term's scalars lie, and how many they are.
+LAM, BETA, GAMMA, TEMPERATURE, FRACTION, REST, ALPHA, LOG_LAM, WEIGHT, FLOOR, KEPT = (
+    tl.constexpr(i) for i in range(len(Scalars._fields))
+)
+SCALARS = tl.constexpr(len(Scalars._fields))
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def above_zero(z, k, z_max, log_total, other_max):
 
 @triton.jit
 def label_scalars(scalars_ptr):
-    """``lam, 1 - lam, log lam``"""
+    """``lam, 1 - lam, log lam`` of a term; of many tokens where ``scalars_ptr`` is a block of pointers, as below."""
     return tl.load(scalars_ptr + LAM), tl.load(scalars_ptr + REST), tl.load(scalars_ptr + LOG_LAM)
 
 
@@ -92,12 +95,22 @@ def moved(kl_sum, t_sum, s_step, t_step):
 
 
 @triton.jit
-def arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: tl.constexpr, EXCLUDES: tl.constexpr):
+def arguments(
+    z_s,
+    z_t,
+    at_label,
+    target,
+    norms,
+    MIXED: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    POWERS: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+):
     """What ``h`` and ``g`` of :mod:`fused_kd.divergences` take; the compiler drops what is not read.
 
-    ``target`` is ``label_scalars``, ``beta, alpha``, ``k`` and d at the label; ``norms`` the student's maximum and
-    inverse of the sum of exponentials over it, the teacher's, and the natural logarithm of the teacher's sum over the
-    student's. ``EXCLUDES``: logits may be -inf.
+    ``target`` is a term's ``label_scalars``, ``beta, alpha``, ``k`` and d at the label; ``norms`` the student's maximum
+    and inverse of the sum of exponentials over it, the teacher's, and the natural logarithm of the teacher's sum over
+    the student's. ``EXCLUDES``: logits may be -inf.
     """
     of_label, beta, alpha, k, label_d = target
     lam, rest, log_lam = of_label
@@ -134,7 +147,16 @@ def arguments(z_s, z_t, at_label, target, norms, MIXED: tl.constexpr, MIXTURE: t
         log_r = log_positive(r)
         s = quotient(s, m, root * root)
         log_s = log_positive(s)
-    return t, q, d, r, log_r, s, log_s, beta, alpha
+    w = t
+    u = t
+    v = q
+    if POWERS:  # of targets without the label
+        log_t = a_t + tl.log2(t_inv)
+        log_q = a_s + tl.log2(s_inv)
+        w = tl.exp2(alpha * log_t + beta * log_q)
+        u = tl.exp2((alpha + beta) * log_t)
+        v = tl.exp2((alpha + beta) * log_q)
+    return t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v
 
 
 @triton.jit

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ...divergences import DIVERGENCES
 from ...terms import RowSpec
 from ...tuning import current
-from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, traits
+from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, scalars_stride
 from .kernel import row_kernel
+from .terms import INTERPRET, formula_constants
 
 
 @compiled
@@ -31,6 +29,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         entries, rest = teacher.indices, teacher.rest
         teacher = Logits(teacher.log_probs, 1.0, None, False)
     teacher_raw = None if teacher is None else teacher.raw
+    told = outputs.statistics
     capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
     with guard(inputs.labels.device):
         row_kernel[(C,)](
@@ -44,6 +43,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             outputs.difficulty,
             outputs.is_hard.view(torch.uint8),
             None if inputs.hard is None else inputs.hard.view(torch.uint8),
+            told,
             entries,
             rest,
             0 if entries is None else entries.shape[1],
@@ -51,16 +51,19 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             student.raw.stride(0),
             0 if teacher_raw is None else teacher_raw.stride(0),
             0 if dlogits is None else dlogits.stride(0),
+            scalars_stride(inputs.scalars),
+            0 if told is None else told.stride(0),
             *shape_of(student),
             *shape_of(teacher),
             **formula_constants(inputs.spec, inputs.cold_labels),
+            COLUMNS=0 if told is None else told.shape[1],
             EXCLUDES=teacher is not None and not (student.finite and teacher.finite),
             **launch_constants(
                 is_heavy(inputs.spec, capped),
                 student.raw,
                 None if entries is not None else teacher_raw,
                 dlogits,
-                adaptive=DIVERGENCES[inputs.spec.divergence or "kl"].adaptive,
+                adaptive=any(term.of.adaptive for term in inputs.spec.terms),
             ),
         )
 
@@ -71,8 +74,9 @@ def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
 
 
 def is_heavy(spec: RowSpec, capped: bool) -> bool:
-    """A tanh and two ratios need registers too: with whole blocks some targets would spill."""
-    return capped or DIVERGENCES[spec.divergence or "kl"].reads >= {"r", "s"}
+    """A tanh, two ratios and the sums of several terms need registers too: with whole blocks some targets would
+    spill."""
+    return capped or len(spec.tabled) > 1 or any(term.of.reads >= {"r", "s"} for term in spec.terms)
 
 
 def launch_constants(
@@ -96,33 +100,14 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
-@functools.cache
-def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
-    """What makes one kernel an objective's: its formulas and which parts of the loss it has."""
-    divergence = DIVERGENCES[spec.divergence or "kl"]
-    return {
-        "h": _FUNCTIONS[divergence.h],
-        "g": _FUNCTIONS[divergence.g],
-        "free_g": _FUNCTIONS[DIVERGENCES["kl"].g],
-        **{name.upper(): value for name, value in traits(spec, cold_labels).items()},
-    }
-
-
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors' own."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def warp_size() -> int:
-    return 32 if _INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+    return 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def _on_nvidia() -> bool:
-    return not _INTERPRET and triton.runtime.driver.active.get_current_target().backend == "cuda"
-
-
-# The interpreter calls plain functions and asserts on jitted ones.
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_FUNCTIONS = {
-    f: f if _INTERPRET else triton.jit(f) for divergence in DIVERGENCES.values() for f in (divergence.h, divergence.g)
-}
+    return not INTERPRET and triton.runtime.driver.active.get_current_target().backend == "cuda"

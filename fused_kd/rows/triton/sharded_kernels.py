@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sharded import Statistics
-from .math import ALPHA, BETA, exponent_scale, inverse_temperature, label_scalars
+from .math import ALPHA, BETA, SCALARS, exponent_scale, label_scalars
 from .sweeps import logits, sweep_both, sweep_student, sweep_sums, write_gradient, write_label_gradient, write_zeros
+from .terms import COLD, INDEX
 
 # The columns of a message.
 TOP, TOTAL, LABEL, TOP_T, TOTAL_T, EXCESS, LABEL_T, BESIDE, BESIDE_T, COLD_TOP, COLD_TOTAL, COLD_LABEL = (
@@ -24,23 +25,21 @@ STATISTICS = tl.constexpr(Statistics._fields.index("rest_top"))
 
 
 class Known(NamedTuple):
-    """What later sweeps must know of each token, (C, 1) each: ``norms`` and d at the label of
-    :func:`fused_kd.rows.triton.math.arguments`; maximum and inverse sum of the student at temperature 1."""
+    """What later sweeps must know of each token, (C, 1) each: ``norms`` of
+    :func:`fused_kd.rows.triton.math.arguments`. After them comes d at the label of each term with sums."""
 
     s_max: Tensor
     s_inv: Tensor
     t_max: Tensor
     t_inv: Tensor
     log_ratio: Tensor
-    label_d: Tensor
-    cold_max: Tensor
-    cold_inv: Tensor
 
 
 KNOWN = tl.constexpr(len(Known._fields))
+FACTORS = tl.constexpr(6)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scalars_stride"])
 def statistics_kernel(
     student_ptr,  # (C, V) raw logits of this rank
     teacher_ptr,  # the same or None
@@ -51,11 +50,12 @@ def statistics_kernel(
     V,
     student_stride,
     teacher_stride,
+    scalars_stride,
     student_scale,
     student_cap,
     teacher_scale,
     teacher_cap,
-    COLD: tl.constexpr,
+    ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -68,13 +68,13 @@ def statistics_kernel(
     student = (student_row, student_scale, student_cap)
     label_z = tl.where(label >= 0, logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
     if teacher_ptr is None:
-        s_max, s_total = sweep_student(student, V, BLOCK, LANES, PACK)
+        s_max, s_total, _product = sweep_student(student, V, False, BLOCK, LANES, PACK)
     else:
-        k = exponent_scale(scalars_ptr)
+        k = exponent_scale(scalars_ptr + row * scalars_stride)
         teacher_row = teacher_ptr + row * teacher_stride
         teacher = (teacher_row, teacher_scale, teacher_cap, None, None, row, 0)
-        s_max, s_total, t_max, t_total, kl_total, cold_total, s_over, t_over = sweep_both(
-            student, teacher, V, k, COLD, EXCLUDES, BLOCK, LANES, PACK
+        s_max, s_total, t_max, t_total, kl_total, cold_total, s_over, t_over, _products_s, _products_t = sweep_both(
+            student, teacher, V, k, ROW[COLD], EXCLUDES, False, False, BLOCK, LANES, PACK
         )
         label_t = tl.where(label >= 0, logits(teacher_row, label, label >= 0, teacher_scale, teacher_cap), 0.0)
         tl.store(out + TOP_T, t_max)
@@ -83,7 +83,7 @@ def statistics_kernel(
         tl.store(out + LABEL_T, label_t)
         tl.store(out + BESIDE, s_over)
         tl.store(out + BESIDE_T, t_over)
-        if COLD:
+        if ROW[COLD]:
             tl.store(out + COLD_TOP, s_max)
             tl.store(out + COLD_TOTAL, cold_total)
             tl.store(out + COLD_LABEL, label_z)
@@ -92,44 +92,45 @@ def statistics_kernel(
     tl.store(out + LABEL, label_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scalars_stride"])
 def sums_kernel(
     student_ptr,
     teacher_ptr,
     labels_ptr,
     scalars_ptr,
-    known_ptr,  # (C, KNOWN)
+    known_ptr,  # (C, KNOWN + terms)
     use_ptr,  # (C,) which rows take the sweep; the others' sums are 0
-    out_ptr,  # (C, 2)
+    out_ptr,  # (C, 2 terms)
     first,
     V,
     student_stride,
     teacher_stride,
+    scalars_stride,
     student_scale,
     student_cap,
     teacher_scale,
     teacher_cap,
-    h: tl.constexpr,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
+    TABLED: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    h_total = 0.0
-    g_total = 0.0
+    out = out_ptr + row * (2 * len(TABLED))
     if tl.load(use_ptr + row) != 0:
         label = _own_label(tl.load(labels_ptr + row), first, V)
         student = (student_ptr + row * student_stride, student_scale, student_cap)
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
-        target, norms, _cold = _known(known_ptr, scalars_ptr, row)
-        h_total, g_total = sweep_sums(student, teacher, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
-    tl.store(out_ptr + row * 2, h_total)
-    tl.store(out_ptr + row * 2 + 1, g_total)
+        scalars = scalars_ptr + row * scalars_stride
+        targets, norms = _known(known_ptr, scalars, row, TABLED)
+        sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
+        for i in tl.static_range(2 * len(TABLED)):
+            tl.store(out + i, sums[i])
+    else:
+        for i in tl.static_range(2 * len(TABLED)):
+            tl.store(out + i, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scalars_stride"])
 def gradient_kernel(
     student_ptr,
     teacher_ptr,  # or None
@@ -138,23 +139,21 @@ def gradient_kernel(
     weights_ptr,  # or None
     scalars_ptr,
     known_ptr,
-    use_ptr,  # (C,) or None: no row uses the divergence's own gradient
-    totals_ptr,  # (C,): sum g over the whole vocabulary; None as use_ptr is
+    factors_ptr,  # (C, FACTORS) of fused_kd.rows.triton.shares.linear
+    use_ptr,  # (C,) or None: no row takes sums
+    own_ptr,  # (C, terms + 1): of each term's g, over T, and the sum of their products with sum g; None as use_ptr is
     first,
     V,
     student_stride,
     teacher_stride,
     dlogits_stride,
+    scalars_stride,
     student_scale,
     student_cap,
     teacher_scale,
     teacher_cap,
-    g: tl.constexpr,
-    free_g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
+    TABLED: tl.constexpr,
+    ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -166,26 +165,39 @@ def gradient_kernel(
         return
     label = _own_label(given, first, V)
     student = (student_ptr + row * student_stride, student_scale, student_cap)
-    target, norms, cold = _known(known_ptr, scalars_ptr, row)
+    scalars = scalars_ptr + row * scalars_stride
+    targets, norms = _known(known_ptr, scalars, row, TABLED)
+    factors = ()
+    for i in tl.static_range(FACTORS):
+        factors = factors + (tl.load(factors_ptr + row * FACTORS + i),)
     if teacher_ptr is None:
-        write_label_gradient(student, dlogits_row, V, row, label, norms[0], norms[1], weights_ptr, BLOCK)
+        write_label_gradient(
+            student, dlogits_row, V, row, label, norms[0], factors[0] * norms[1], factors[2], weights_ptr, BLOCK
+        )  # fmt: skip
     else:
         teacher = (teacher_ptr + row * teacher_stride, teacher_scale, teacher_cap, None, None, row, 0)
-        lam, rest, _log_lam = target[0]
-        ce_weight = 0.0
-        if HARD_LABEL:
-            ce_weight = rest
-        share = lam
-        if MIXED:
-            share = 1.0
-        shares = (share * inverse_temperature(scalars_ptr), ce_weight)
-        use, total = 0, 0.0
-        if use_ptr is not None:
-            use, total = tl.load(use_ptr + row).to(tl.int32), tl.load(totals_ptr + row)
-        write_gradient(
-            use != 0, total, student, teacher, dlogits_row, V, row, label, target, norms, cold, shares, weights_ptr,
-            g, free_g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
-        )  # fmt: skip
+        k = exponent_scale(scalars)
+        if use_ptr is None:
+            write_gradient(
+                student, teacher, dlogits_row, V, row, label, k, targets, norms, norms[0], factors, (), weights_ptr,
+                False, True, TABLED, ROW, False, BLOCK,
+            )  # fmt: skip
+        elif tl.load(use_ptr + row) != 0:
+            at = own_ptr + row * (len(TABLED) + 1)
+            own = ()
+            for i in tl.static_range(len(TABLED)):
+                factor = tl.load(at + i)
+                own = own + (factor, factor)
+            own = own + (tl.load(at + len(TABLED)),)
+            write_gradient(
+                student, teacher, dlogits_row, V, row, label, k, targets, norms, norms[0], factors, own, weights_ptr,
+                True, True, TABLED, ROW, EXCLUDES, BLOCK,
+            )  # fmt: skip
+        else:
+            write_gradient(
+                student, teacher, dlogits_row, V, row, label, k, targets, norms, norms[0], factors, (), weights_ptr,
+                False, True, TABLED, ROW, False, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -196,11 +208,14 @@ def _own_label(label, first, V):
 
 
 @triton.jit
-def _known(known_ptr, scalars_ptr, row):
-    """``target``, ``norms`` and ``cold`` of a row, as the functions of the whole row's kernel take them."""
-    at = known_ptr + row * KNOWN  # a Known
+def _known(known_ptr, scalars, row, TABLED: tl.constexpr):
+    """``targets`` and ``norms`` of a row, as the functions of the whole row's kernel take them."""
+    at = known_ptr + row * (KNOWN + len(TABLED))  # a Known, and d at the label
     norms = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4))
-    label_d = tl.load(at + 5)
-    cold = (tl.load(at + 6), tl.load(at + 7))
-    beta, alpha = tl.load(scalars_ptr + BETA), tl.load(scalars_ptr + ALPHA)
-    return (label_scalars(scalars_ptr), beta, alpha, exponent_scale(scalars_ptr), label_d), norms, cold
+    targets = ()
+    for i in tl.static_range(len(TABLED)):
+        own = scalars + TABLED[i][INDEX] * SCALARS
+        beta, alpha = tl.load(own + BETA), tl.load(own + ALPHA)
+        label_d = tl.load(at + KNOWN + i)
+        targets = targets + ((label_scalars(own), beta, alpha, exponent_scale(scalars), label_d),)
+    return targets, norms

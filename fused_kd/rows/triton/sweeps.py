@@ -1,7 +1,8 @@
 """The sweeps of a row's Triton kernels, and their loads: what a program does with the V logits of its row.
 
 ``student`` is (row pointer, scale or None, softcap or None); ``teacher`` the same, then the entries, the rest, the row
-and K of a sparse one. ``k``, ``target`` and ``norms`` as of :func:`fused_kd.rows.triton.math.arguments`.
+and K of a sparse one. ``k``, a term's ``target`` and ``norms`` as of :func:`fused_kd.rows.triton.math.arguments`;
+``TABLED`` and ``ROW`` as of :mod:`fused_kd.rows.triton.terms`.
 
 A sweep takes the row's whole blocks unmasked, so that a row that begins at a multiple of 16 bytes is read in vectors
 whatever V is, and what is left of it, if anything, masked.
@@ -13,26 +14,51 @@ import triton
 import triton.language as tl
 
 from .math import EXCLUDED, LOG2_E, LOG_ZERO, OUTSIDE, arguments, exponent, final_logits, first_entry, moved
+from .shares import linear
+from .terms import ALL_P, ALL_Y, COLD, KL_AT_ONE, MIXED, MIXTURE, POWERS, SUMS_P, SUMS_Y, G, H, Z
 
 
 @triton.jit
-def sweep_student(student, V, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
-    """The maximum, and the sum of exponentials over it at temperature 1."""
+def sweep_student(student, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
+    """The maximum, and the sum of exponentials over it at temperature 1; with ``ENTROPY`` that of their products with
+    their exponents, else 0."""
     z_max = tl.full((LANES,), OUTSIDE, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
+    product = tl.zeros((LANES,), tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        z_max, z_sum = _add_student(student, start, None, z_max, z_sum, BLOCK, LANES, PACK)
+        z_max, z_sum, product = _add_student(
+            student, start, None, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK
+        )  # fmt: skip
     if whole < V:
-        z_max, z_sum = _add_student(student, whole, V, z_max, z_sum, BLOCK, LANES, PACK)
+        z_max, z_sum, product = _add_student(student, whole, V, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK)
     top = tl.max(z_max, axis=0)
-    return top, tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)
+    step = exponent(z_max, LOG2_E, top)
+    if ENTROPY:
+        product = tl.exp2(step) * (product + z_sum * step)
+    return top, tl.sum(z_sum * tl.exp2(step), axis=0), tl.sum(product, axis=0)
 
 
 @triton.jit
-def _add_student(student, start, end, z_max, z_sum, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
+def _add_student(
+    student,
+    start,
+    end,
+    z_max,
+    z_sum,
+    product,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
+):
     z, _slope, _offsets = student_block(student, start, end, BLOCK)
-    return add_exponentials(by_lane(z, LANES, PACK), LOG2_E, z_max, z_sum)
+    z = by_lane(z, LANES, PACK)
+    if ENTROPY:
+        new = tl.maximum(z_max, lane_max(z))
+        product = add_products(z, LOG2_E, z_max, new, z_sum, product)
+    new_max, z_sum = add_exponentials(z, LOG2_E, z_max, z_sum)
+    return new_max, z_sum, product
 
 
 @triton.jit
@@ -43,13 +69,15 @@ def sweep_both(
     k,
     COLD: tl.constexpr,
     EXCLUDES: tl.constexpr,
+    ENTROPY_S: tl.constexpr,
+    ENTROPY_T: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     PACK: tl.constexpr,
 ):
     """Maxima and sums over them: of the student's exponentials, the teacher's, ``sum e_t * (a_t - a_s)`` of their
     exponents, and the student's at temperature 1. Of each side's logits the largest where the other excludes a token,
-    ``OUTSIDE`` without ``EXCLUDES``."""
+    ``OUTSIDE`` without ``EXCLUDES``. ``sum e_s * a_s`` and ``sum e_t * a_t``, 0 unless asked for."""
     s_max = tl.full((LANES,), OUTSIDE, tl.float32)
     t_max = tl.full((LANES,), OUTSIDE, tl.float32)
     s_sum = tl.zeros((LANES,), tl.float32)
@@ -58,28 +86,34 @@ def sweep_both(
     cold_sum = tl.zeros((LANES,), tl.float32)
     s_over = tl.full((LANES,), OUTSIDE, tl.float32)
     t_over = tl.full((LANES,), OUTSIDE, tl.float32)
+    s_product = tl.zeros((LANES,), tl.float32)
+    t_product = tl.zeros((LANES,), tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over = _add_both(
-            student, teacher, start, None, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over,
-            COLD, EXCLUDES, BLOCK, LANES, PACK,
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over, s_product, t_product = _add_both(
+            student, teacher, start, None, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over, s_product,
+            t_product, COLD, EXCLUDES, ENTROPY_S, ENTROPY_T, BLOCK, LANES, PACK,
         )  # fmt: skip
     if whole < V:
-        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over = _add_both(
-            student, teacher, whole, V, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over,
-            COLD, EXCLUDES, BLOCK, LANES, PACK,
+        s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over, s_product, t_product = _add_both(
+            student, teacher, whole, V, k, s_max, s_sum, t_max, t_sum, kl_sum, cold_sum, s_over, t_over, s_product,
+            t_product, COLD, EXCLUDES, ENTROPY_S, ENTROPY_T, BLOCK, LANES, PACK,
         )  # fmt: skip
     s_top = tl.max(s_max, axis=0)
     t_top = tl.max(t_max, axis=0)
     s_step = exponent(s_max, k, s_top)
     t_step = exponent(t_max, k, t_top)
     kl_sum = moved(kl_sum, t_sum, s_step, t_step)
+    if ENTROPY_S:
+        s_product = tl.exp2(s_step) * (s_product + s_sum * s_step)
+    if ENTROPY_T:
+        t_product = tl.exp2(t_step) * (t_product + t_sum * t_step)
     t_sum = t_sum * tl.exp2(t_step)
     s_sum = s_sum * tl.exp2(s_step)
     cold_sum = cold_sum * tl.exp2(exponent(s_max, LOG2_E, s_top))
     return (
         s_top, tl.sum(s_sum, axis=0), t_top, tl.sum(t_sum, axis=0), tl.sum(kl_sum, axis=0), tl.sum(cold_sum, axis=0),
-        tl.max(s_over, axis=0), tl.max(t_over, axis=0),
+        tl.max(s_over, axis=0), tl.max(t_over, axis=0), tl.sum(s_product, axis=0), tl.sum(t_product, axis=0),
     )  # fmt: skip
 
 
@@ -98,8 +132,12 @@ def _add_both(
     cold_sum,
     s_over,
     t_over,
+    s_product,
+    t_product,
     COLD: tl.constexpr,
     EXCLUDES: tl.constexpr,
+    ENTROPY_S: tl.constexpr,
+    ENTROPY_T: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     PACK: tl.constexpr,
@@ -121,12 +159,25 @@ def _add_both(
     s_step = exponent(s_max, k, new_s)
     t_step = exponent(t_max, k, new_t)
     shrink = tl.exp2(t_step)
+    if ENTROPY_S:
+        s_product = add_products(z_s, k, s_max, new_s, s_sum, s_product)
+    if ENTROPY_T:
+        t_product = add_products(z_t, k, t_max, new_t, t_sum, t_product)
     t_sum = t_sum * shrink
     # From the maxima, so offsets of the logits cost no digits.
     kl_sum = kl_sum * shrink + t_sum * (t_step - s_step) + lane_sum(e_t * (a_t - a_s))
     t_sum = t_sum + lane_sum(e_t)
     s_sum = s_sum * tl.exp2(s_step) + lane_sum(tl.exp2(a_s))
-    return new_s, s_sum, new_t, t_sum, kl_sum, cold_sum, s_over, t_over
+    return new_s, s_sum, new_t, t_sum, kl_sum, cold_sum, s_over, t_over, s_product, t_product
+
+
+@triton.jit
+def add_products(z, k, z_max, new_max, z_sum, product):
+    """The lanes' sums of exponentials times exponents, over ``new_max``, with those of (GROUPS, LANES, PACK) logits;
+    ``z_sum`` are exponentials over ``z_max``. All of one sign: nothing cancels."""
+    a = exponent(z, k, new_max[None, :, None])
+    step = exponent(z_max, k, new_max)
+    return tl.exp2(step) * (product + z_sum * step) + lane_sum(tl.exp2(a) * a)
 
 
 @triton.jit
@@ -156,106 +207,111 @@ def lane_sum(x):
 
 @triton.jit
 def sweep_sums(
-    student,
-    teacher,
-    V,
-    label,
-    target,
-    norms,
-    h: tl.constexpr,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``sum h`` and ``sum g``."""
-    h_sum = tl.zeros((BLOCK,), tl.float32)
-    g_sum = tl.zeros((BLOCK,), tl.float32)
+    student, teacher, V, label, targets, norms, TABLED: tl.constexpr, EXCLUDES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``sum h`` and ``sum g`` of each term."""
+    sums = ()
+    for _i in tl.static_range(2 * len(TABLED)):
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        of_h, of_g = _summands(
-            student, teacher, start, None, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK
-        )
-        h_sum += of_h
-        g_sum += of_g
+        sums = _add_sums(student, teacher, start, None, label, targets, norms, sums, TABLED, EXCLUDES, BLOCK)
     if whole < V:
-        of_h, of_g = _summands(student, teacher, whole, V, label, target, norms, h, g, MIXTURE, MIXED, EXCLUDES, BLOCK)
-        h_sum += of_h
-        g_sum += of_g
-    return tl.sum(h_sum, axis=0), tl.sum(g_sum, axis=0)
+        sums = _add_sums(student, teacher, whole, V, label, targets, norms, sums, TABLED, EXCLUDES, BLOCK)
+    totals = ()
+    for i in tl.static_range(2 * len(TABLED)):
+        totals = totals + (tl.sum(sums[i], axis=0),)
+    return totals
 
 
 @triton.jit
-def _summands(
+def _add_sums(
     student,
     teacher,
     start,
     end,
     label,
-    target,
+    targets,
     norms,
-    h: tl.constexpr,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
+    sums,
+    TABLED: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     z_s, _slope, offsets = student_block(student, start, end, BLOCK)
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
-    t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-        z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE, EXCLUDES
-    )
-    return h(t, q, d, r, log_r, s, log_s, beta, alpha), g(t, q, d, r, log_r, s, log_s, beta, alpha)
+    at_label = offsets == label
+    added = ()
+    for i in tl.static_range(len(TABLED)):
+        t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v = arguments(
+            z_s, z_t, at_label, targets[i], norms, TABLED[i][MIXED], TABLED[i][MIXTURE], TABLED[i][POWERS], EXCLUDES
+        )
+        of_h = TABLED[i][H](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        of_g = TABLED[i][G](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        added = added + (sums[2 * i] + of_h, sums[2 * i + 1] + of_g)
+    return added
 
 
 @triton.jit
-def write_label_gradient(student, dlogits_row, V, row, label, z_max, inv_total, weights_ptr, BLOCK: tl.constexpr):
-    """``q - y``, times the row's weight and d final / d raw; in place as :func:`write_gradient`."""
+def sweep_agreement(student, teacher, V, k, norms, BLOCK: tl.constexpr):
+    """Whether some token has the largest logit of both sides, and ``sum min(p, q)``."""
+    s_max, s_inv, t_max, t_inv, _log_ratio = norms
+    best = tl.full((BLOCK,), OUTSIDE, tl.float32)
+    overlap = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        z_s, _slope, offsets = student_block(student, start, V, BLOCK)
+        z_t = teacher_block(teacher, start, offsets, V, BLOCK)
+        best = tl.maximum(best, tl.where(z_t == t_max, z_s, OUTSIDE))
+        q = tl.exp2(exponent(z_s, k, s_max)) * s_inv
+        overlap += tl.minimum(q, tl.exp2(exponent(z_t, k, t_max)) * t_inv)
+    return tl.max(best, axis=0) == s_max, tl.sum(overlap, axis=0)
+
+
+@triton.jit
+def write_label_gradient(student, dlogits_row, V, row, label, z_max, of_q, of_y, weights_ptr, BLOCK: tl.constexpr):
+    """``of_q * e - of_y * y`` with exponentials e over the maximum, times the row's weight and d final / d raw; in
+    place as :func:`write_gradient`."""
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row)
     blocks = V // BLOCK
     if blocks * BLOCK < V:
-        _write_label_block(student, dlogits_row, blocks * BLOCK, V, label, z_max, inv_total, weight, BLOCK)
+        _write_label_block(student, dlogits_row, blocks * BLOCK, V, label, z_max, of_q, of_y, weight, BLOCK)
     for i in range(0, blocks):
         start = (blocks - 1 - i) * BLOCK
-        _write_label_block(student, dlogits_row, start, None, label, z_max, inv_total, weight, BLOCK)
+        _write_label_block(student, dlogits_row, start, None, label, z_max, of_q, of_y, weight, BLOCK)
 
 
 @triton.jit
-def _write_label_block(student, dlogits_row, start, end, label, z_max, inv_total, weight, BLOCK: tl.constexpr):
+def _write_label_block(student, dlogits_row, start, end, label, z_max, of_q, of_y, weight, BLOCK: tl.constexpr):
     z, slope, offsets = student_block(student, start, end, BLOCK)
-    gradient = tl.exp2(exponent(z, LOG2_E, z_max)) * inv_total - tl.where(offsets == label, 1.0, 0.0)
+    gradient = tl.exp2(exponent(z, LOG2_E, z_max)) * of_q - tl.where(offsets == label, of_y, 0.0)
     store_block(dlogits_row, offsets, end, gradient * (slope * weight))
 
 
 @triton.jit
 def write_gradient(
-    use,  # whether the row has taken sweep 2; else its gradient is that of KL(t||q)
-    g_total,
     student,
     teacher,
     dlogits_row,
     V,
     row,
     label,
-    target,
+    k,
+    targets,
     norms,
-    cold,
-    shares,
+    cold_max,
+    factors,  # of fused_kd.rows.triton.shares.linear
+    own,  # of each term's g, and of the KL beside it, over T; then the sum of their products with sum g
     weights_ptr,
-    g: tl.constexpr,
-    free_g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
+    SUMS: tl.constexpr,  # whether the row takes the terms' own gradients
+    ALL: tl.constexpr,  # whether the KL beside them is among ``factors``
+    TABLED: tl.constexpr,
+    ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``(share / T) * (g - q * sum g) + ce_share * (q - y)``, times the row's weight and d final / d raw.
+    """The gradient of :mod:`fused_kd.rows.shares`, times the row's weight and d final / d raw.
 
     Safe in place: a stored element is computed from that element's own load, whichever thread does either,
     and no other read of it can come late: stores need the sums, and the sums all threads' earlier loads.
@@ -263,50 +319,17 @@ def write_gradient(
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row)
-    if use:
-        _write_blocks(
-            student, teacher, dlogits_row, V, label, target, norms, cold, shares, weight, g_total,
-            g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
-        )  # fmt: skip
-    else:
-        _write_blocks(
-            student, teacher, dlogits_row, V, label, target, norms, cold, shares, weight, -1.0,
-            free_g, False, MIXED, HARD_LABEL, COLD, False, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _write_blocks(
-    student,
-    teacher,
-    dlogits_row,
-    V,
-    label,
-    target,
-    norms,
-    cold,
-    shares,
-    weight,
-    g_total,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
     # Backwards: the end of the row is what the sweep before has left in the cache.
     blocks = V // BLOCK
     if blocks * BLOCK < V:
         _write_block(
-            student, teacher, dlogits_row, blocks * BLOCK, V, label, target, norms, cold, shares, weight, g_total,
-            g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+            student, teacher, dlogits_row, blocks * BLOCK, V, label, k, targets, norms, cold_max, factors, own, weight,
+            SUMS, ALL, TABLED, ROW, EXCLUDES, BLOCK,
         )  # fmt: skip
     for i in range(0, blocks):
         _write_block(
-            student, teacher, dlogits_row, (blocks - 1 - i) * BLOCK, None, label, target, norms, cold, shares, weight,
-            g_total, g, MIXTURE, MIXED, HARD_LABEL, COLD, EXCLUDES, BLOCK,
+            student, teacher, dlogits_row, (blocks - 1 - i) * BLOCK, None, label, k, targets, norms, cold_max, factors,
+            own, weight, SUMS, ALL, TABLED, ROW, EXCLUDES, BLOCK,
         )  # fmt: skip
 
 
@@ -318,33 +341,61 @@ def _write_block(
     start,
     end,
     label,
-    target,
+    k,
+    targets,
     norms,
-    cold,
-    shares,
+    cold_max,
+    factors,
+    own,
     weight,
-    g_total,
-    g: tl.constexpr,
-    MIXTURE: tl.constexpr,
-    MIXED: tl.constexpr,
-    HARD_LABEL: tl.constexpr,
-    COLD: tl.constexpr,
+    SUMS: tl.constexpr,
+    ALL: tl.constexpr,
+    TABLED: tl.constexpr,
+    ROW: tl.constexpr,
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    cold_max, cold_inv = cold
-    div_share, ce_share = shares
     z_s, slope, offsets = student_block(student, start, end, BLOCK)
     z_t = teacher_block(teacher, start, offsets, end, BLOCK)
-    t, q, d, r, log_r, s, log_s, beta, alpha = arguments(
-        z_s, z_t, offsets == label, target, norms, MIXED, MIXTURE, EXCLUDES
-    )
-    gradient = div_share * (g(t, q, d, r, log_r, s, log_s, beta, alpha) - q * g_total)
-    if HARD_LABEL:
-        if COLD:
-            q = tl.exp2(exponent(z_s, LOG2_E, cold_max)) * cold_inv
-        gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))
+    at_label = offsets == label
+    if SUMS:
+        gradient = tabled_gradient(z_s, z_t, at_label, targets, norms, own, not ALL, TABLED, EXCLUDES)
+        if ALL:
+            if ROW[ALL_P] or ROW[ALL_Y] or ROW[COLD] or ROW[Z]:
+                gradient += linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)
+        elif ROW[SUMS_P] or ROW[SUMS_Y] or ROW[COLD] or ROW[Z]:
+            gradient += linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[SUMS_P], ROW[SUMS_Y], ROW)
+    else:
+        gradient = linear(z_s, z_t, at_label, k, norms, cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)
     store_block(dlogits_row, offsets, end, gradient * (slope * weight))
+
+
+@triton.jit
+def tabled_gradient(
+    z_s,
+    z_t,
+    at_label,
+    targets,
+    norms,
+    own,
+    FLOORS: tl.constexpr,  # whether KL beside a divergence is to be had here
+    TABLED: tl.constexpr,
+    EXCLUDES: tl.constexpr,
+):
+    """``sum_i factor_i * g_i - q * total``"""
+    for i in tl.static_range(len(TABLED)):
+        t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v = arguments(
+            z_s, z_t, at_label, targets[i], norms, TABLED[i][MIXED], TABLED[i][MIXTURE], TABLED[i][POWERS], EXCLUDES
+        )
+        if i == 0:
+            gradient = own[0] * TABLED[i][G](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        else:
+            gradient += own[2 * i] * TABLED[i][G](t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v)
+        if FLOORS and TABLED[i][KL_AT_ONE]:
+            gradient = tl.fma(-own[2 * i + 1], t, gradient)
+        if i == len(TABLED) - 1:
+            gradient = tl.fma(-q, own[2 * len(TABLED)], gradient)
+    return gradient
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import RowInputs, RowOutputs, Sparse, compiled
+from ..contract import RowInputs, RowOutputs, Sparse, compiled, scalars_stride
 from ..top_k import categories, category_rows
 from .math import LOG2_E, LOG_ZERO, TEMPERATURE, exponent, exponent_scale
 from .row import guard, launch_constants, shape_of
@@ -34,6 +34,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         "K1": K1,
         "V": V,
         "student_stride": student.raw.stride(0),
+        "scalars_stride": scalars_stride(inputs.scalars),
         "student_scale": scale,
         "student_cap": cap,
         "COLD": inputs.cold_labels,
@@ -48,7 +49,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         expand_kernel[(C,)](*lists, *parts, dlogits, dlogits.stride(0), **common)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scalars_stride"])
 def condense_kernel(
     student_ptr,  # (C, V) raw logits
     labels_ptr,  # (C,)
@@ -60,6 +61,7 @@ def condense_kernel(
     K1,
     V,
     student_stride,
+    scalars_stride,
     student_scale,
     student_cap,
     COLD: tl.constexpr,
@@ -69,12 +71,13 @@ def condense_kernel(
     PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(scalars_ptr + TEMPERATURE)
+    scalars = scalars_ptr + row * scalars_stride
+    temperature = tl.load(scalars + TEMPERATURE)
     student_row = student_ptr + row * student_stride
     indices_row = indices_ptr + row * K1
     lanes_k = tl.arange(0, BLOCK_K)
     entries = tl.load(indices_row + lanes_k, mask=lanes_k < K1, other=V).to(tl.int32)
-    k = exponent_scale(scalars_ptr)
+    k = exponent_scale(scalars)
     top = tl.full((LANES,), LOG_ZERO, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
     cold_sum = tl.zeros((LANES,), tl.float32)
@@ -128,7 +131,7 @@ def _log_sum(top, k, z_max, z_sum):
     return tl.log(tl.sum(z_sum * tl.exp2(exponent(z_max, k, top)), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scalars_stride"])
 def expand_kernel(
     student_ptr,
     labels_ptr,
@@ -145,6 +148,7 @@ def expand_kernel(
     K1,
     V,
     student_stride,
+    scalars_stride,
     student_scale,
     student_cap,
     COLD: tl.constexpr,
@@ -154,7 +158,7 @@ def expand_kernel(
     PACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    k = exponent_scale(scalars_ptr)
+    k = exponent_scale(scalars_ptr + row * scalars_stride)
     student = (student_ptr + row * student_stride, student_scale, student_cap)
     dlogits_row = dlogits_ptr + row * dlogits_stride
     if tl.load(labels_ptr + row) < 0:
