@@ -41,9 +41,10 @@ static void finish_gradient(const Call *c, int64_t row, int64_t start, int n, fl
 }
 
 // Of the student's softmax, of the teacher's or of what has replaced its exponentials, of the student's softmax at
-// temperature 1, and what is taken from the label's entry: `own` of its cross-entropy, `target` of mixed targets.
+// temperature 1, and what is taken from the label's entry: `own` of its cross-entropy, `target` of mixed targets. Beside
+// sums, `student` is what cancels them, and `linear` the rest.
 typedef struct {
-    double student, teacher, cold, own, target;
+    double student, teacher, cold, linear, own, target;
     bool has_sums;
 } Factors;
 
@@ -52,7 +53,9 @@ static Factors factors_of(const Row *r, const Token *token, const Shares *shares
     const double c = shares->z == 0.0 ? shares->ce : shares->ce + 2.0 * shares->z * token->log_sum_exp;
     const double T = r->temperature;
     Factors of = {.own = shares->ce, .target = shares->y / T, .has_sums = sums};
-    of.student = (sums ? shares->q - sums->total : shares->q) / T + (r->call->cold ? 0.0 : c);
+    const double linear = shares->q / T + (r->call->cold ? 0.0 : c);
+    of.student = sums ? -sums->total / T : linear;
+    of.linear = sums ? linear : 0.0;
     of.teacher = (sums ? sums->factor : -shares->p) / T;
     if (r->call->cold) of.cold = c;
     return of;
@@ -68,7 +71,7 @@ static void write_gradient(const Row *r, Factors of) {
         const int64_t start = b * BLOCK;
         float *out = gradient_block(c, r->row, start, buffer);
         const float *e_s = r->student.exps + start, *e_t = r->teacher.exps + start, *e_c = r->cold.exps + start;
-        const Factor of_s = split(scale * of.student * normaliser(&r->student, b));
+        const Factor of_s = split(scale * (of.student + of.linear) * normaliser(&r->student, b));
         if (of.teacher == 0.0) {
 #pragma omp simd
             for (int i = 0; i < n; i++) out[i] = times(e_s[i], of_s);
@@ -76,8 +79,9 @@ static void write_gradient(const Row *r, Factors of) {
             // Nearly equal, they cancel: scaled afterwards, only the student's part has been rounded before.
             const float outer = (float)(scale * of.teacher);
             const Factor inner = split(of.student / of.teacher * normaliser(&r->student, b));
+            const Factor beside = split(scale * of.linear * normaliser(&r->student, b));
 #pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = outer * (e_t[i] + times(e_s[i], inner));
+            for (int i = 0; i < n; i++) out[i] = outer * (e_t[i] + times(e_s[i], inner)) + times(e_s[i], beside);
         } else {
             const Factor of_t = split(scale * of.teacher * (of.has_sums ? 1.0 : normaliser(&r->teacher, b)));
 #pragma omp simd

@@ -111,6 +111,8 @@ class KDLoss(nn.Module):
         self.tp_group = tp_group
         self._objective = objective
         self._spec = objective.spec
+        # Not asked of the objective in a call: torch.compile would guard on each number of it.
+        self._own_numbers = objective.per_token
         # On the device and read by kernels there: annealing neither recompiles nor synchronises.
         self.register_buffer("scalars", self._scalars(), persistent=False)
 
@@ -123,7 +125,7 @@ class KDLoss(nn.Module):
 
     @property
     def _per_token(self) -> bool:
-        return self._objective.per_token or isinstance(self.temperature, Tensor)
+        return self._own_numbers or isinstance(self.temperature, Tensor)
 
     def _scalars_of(self, shape: torch.Size, device: torch.device) -> Tensor:
         """As :class:`.engines.problem.Problem` takes them."""
@@ -178,13 +180,14 @@ class KDLoss(nn.Module):
             raise TypeError(f"objective must stay a {' + '.join(_classes(self._objective))}, got {objective!r}")
         self._objective = objective
         self._spec = objective.spec
+        self._own_numbers = objective.per_token
         self._write_scalars()
 
     def extra_repr(self) -> str:
         shown = {k: getattr(self, k) for k in LossOptions.__annotations__}
         defaults = dict(KDLoss.__init__.__kwdefaults__ or {})
         changed = {k: v for k, v in shown.items() if isinstance(v, Tensor) or v != defaults[k]}
-        return ", ".join([repr(self._objective), *(f"{k}={shown_value(v)}" for k, v in changed.items())])
+        return ", ".join([repr(self._objective), *(f"{k}={shown_value(v) if isinstance(v, Tensor) else repr(v)}" for k, v in changed.items())])
 
     def forward(
         self,
@@ -302,9 +305,8 @@ class KDLoss(nn.Module):
         return shards.vocab, shards
 
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
-        name = repr(self._objective)
         if teacher is None:
-            raise ValueError(f"teacher must be an LMHead, logits or a TopK for {name}, got None")
+            raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
         if not isinstance(teacher, TopK):
             return
         if teacher.tail != "uniform" and any(term.z_loss for term in self._spec.terms):
@@ -316,8 +318,8 @@ class KDLoss(nn.Module):
                 if term.of.everywhere or not term.of.lumps:
                     why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
                     raise ValueError(
-                        f"tail must be 'uniform' or 'bucket' for {name}, which {why} where the teacher is 0, got "
-                        "'renormalize'"
+                        f"tail must be 'uniform' or 'bucket' for {self._objective!r}, which {why} where the teacher is 0, "
+                        "got 'renormalize'"
                     )
         elif isinstance(self.temperature, Tensor) or self.temperature != 1.0:
             raise ValueError(

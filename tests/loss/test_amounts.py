@@ -76,10 +76,10 @@ BAD = [
     ({"num_items": torch.tensor(1j)}, "num_items must be a real number, got a tensor of torch.complex64"),
     ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items must be a constant"),
     ({"num_items": torch.ones(2)}, "num_items must be one number, got a tensor of shape (2,)"),
-    ({"token_weights": weighted(-0.5)}, "token_weights must be finite and at least 0, got -0.5 at token 3"),
-    ({"token_weights": weighted(NAN)}, "token_weights must be finite and at least 0, got nan at token 3"),
-    ({"token_weights": weighted(INF), "reduction": "sum"}, "token_weights must be finite and at least 0, got inf"),
-    ({"token_weights": weighted(1.0).double() * 1e39}, "token_weights must be finite and at least 0, got inf at token"),
+    ({"token_weights": weighted(-0.5)}, "token_weights must be finite and at least 0 (or signed=True), got -0.5 at token 3"),
+    ({"token_weights": weighted(NAN)}, "token_weights must be finite and at least 0 (or signed=True), got nan at token 3"),
+    ({"token_weights": weighted(INF), "reduction": "sum"}, "token_weights must be finite and at least 0 (or signed=True), got inf"),
+    ({"token_weights": weighted(1.0).double() * 1e39}, "token_weights must be finite and at least 0 (or signed=True), got inf at token"),
     ({"token_weights": torch.full((29,), 1e-40)}, "token_weights of the valid tokens must add up to 0 or a number in"),
 ]  # fmt: skip
 
@@ -111,11 +111,11 @@ def test_where_looking_would_wait_bad_ones_are_nan(bad, monkeypatch):
     weights = torch.tensor([1.0, -1.0 if bad == "weights" else 1.0, NAN])
     items = torch.tensor(NAN if bad == "num_items" else 2.0).as_subclass(Elsewhere)
     cpu = torch.device("cpu")
-    _, found, scale = _tokens(labels, weights, items, 2, -100, True, False, cpu)
+    _, found, scale = _tokens(labels, weights, items, 2, -100, True, False, False, cpu)
     assert found.isnan().tolist() == [False, bad == "weights", False]
     assert scale.isnan().item() == (bad == "num_items")
     with pytest.raises(ValueError, match="must be"):
-        _tokens(labels, weights, items, 2, -100, True, True, cpu)
+        _tokens(labels, weights, items, 2, -100, True, True, False, cpu)
 
 
 def test_no_token_needs_no_denominator():

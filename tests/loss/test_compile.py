@@ -69,7 +69,7 @@ def test_opcheck():
     p = problem(N=11, V=53, bias=True)
     hidden = p.hidden.detach()
     tokens = torch.ops.fused_kd.tokens
-    given = p.labels, torch.rand(11), None, 53, -100, True, False, torch.device("cpu")
+    given = p.labels, torch.rand(11), None, 53, -100, True, False, False, torch.device("cpu")
     torch.library.opcheck(tokens.default, given)
     for wanted in (Wanted(True, True, True), Wanted(False, True, False)):
         call = Problem(

@@ -76,7 +76,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
             "student and teacher have unequal vocabularies, 9 and 8; if one is padded, pass vocab_size",
             lambda: call(teacher=fk.LMHead(H_T, W_T[:8])),
         ),
-        (ValueError, "teacher must be an LMHead, logits or a TopK for NoEvo, got None", lambda: fk.kd_loss(fk.LMHead(H, W), None, LABELS, fk.NoEvo())),
+        (ValueError, "teacher must be an LMHead, logits or a TopK for NoEvo(lam=0.5), got None", lambda: fk.kd_loss(fk.LMHead(H, W), None, LABELS, fk.NoEvo())),
         (TypeError, "student must be an LMHead or a tensor of logits, got tuple", lambda: call(student=(H, W))),
         (ValueError, "teacher must hold the student's tokens, shape (5,), got (4,)", lambda: call(teacher=fk.LMHead(H_T[:4], W_T))),
         (TypeError, "labels must be a tensor, got list", lambda: call(labels=[1, 2])),
