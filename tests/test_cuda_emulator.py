@@ -130,7 +130,9 @@ def battery() -> None:
     weights, given = torch.tensor([0.5, 2.0, 1.0, -1.0, 3.0, 1.5]), torch.arange(6) % 2 == 0
     lam, terms = torch.linspace(0.1, 0.9, 6), fk.objectives
     sums = (
-        0.3 * fk.SelfEvolution(gamma=2.0, floor=0.2, lam=lam) + fk.ForwardKD(lam=0.7) + 0.5 * fk.GeneralizedJSD(beta=0.3),
+        0.3 * fk.SelfEvolution(gamma=2.0, floor=0.2, lam=lam)
+        + fk.ForwardKD(lam=0.7)
+        + 0.5 * fk.GeneralizedJSD(beta=0.3),
         terms.EntropyGated(tau=2.5) + 0.1 * fk.SFT(),
         terms.Acceptance() + lam * terms.Renyi(),
     )
