@@ -154,6 +154,7 @@ def overlap_h(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):
 
 
 def overlap_g(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):
+    # Not less q / 2, as total variation's: over a small sum, what is left of the summands' rounding would be large.
     return ((t > q) * q - (q > t) * q + q) / 2
 
 

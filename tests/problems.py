@@ -82,6 +82,8 @@ def amplified(objective: Objective) -> float:
             factors.append(8 / (given.alpha * given.beta))
         elif isinstance(each, o.Renyi):
             factors.append(8 / (1 - given.alpha))
+        elif isinstance(each, (o.Acceptance, o.AcceptanceMix)):
+            factors.append(2.0)
     return max(factors)
 
 

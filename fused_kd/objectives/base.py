@@ -88,7 +88,8 @@ class Objective:
         if isinstance(factor, Objective):
             return NotImplemented
         factor = checked_number("weight", factor, WEIGHT)
-        return Sum(tuple((factor * weight, objective) for weight, objective in self._parts))
+        multiples = ((checked_number("weight", factor * weight, WEIGHT), objective) for weight, objective in self._parts)
+        return Sum(tuple(multiples))
 
     __rmul__ = __mul__
 

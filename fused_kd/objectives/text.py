@@ -34,7 +34,7 @@ def split_sum(text: str) -> list[str]:
 
 def _parse_multiple(part: str, text: str) -> Objective:
     factor, star, single = part.rpartition("*")
-    name, _, settings = single.strip().partition(":")
+    name, _, settings = (word.strip() for word in single.partition(":"))
     if name not in OBJECTIVES:
         raise ValueError(
             f"objective must be one of {', '.join(OBJECTIVES)}, or a sum of them, got {name!r} in {text!r}"

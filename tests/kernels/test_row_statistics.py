@@ -31,7 +31,7 @@ def truth(z: Tensor, z_t: Tensor, labels: Tensor, objective, T: float) -> dict[s
     log_q, log_p = (z / T).log_softmax(1), (z_t / T).log_softmax(1)
     q, p = log_q.exp(), log_p.exp()
     spec = objective.spec
-    lam = objective.scalars()[spec.main].lam if spec.terms[spec.main].mixed else 1.0
+    lam = objective.scalars()[spec.main].lam
     target = (lam * p).scatter_add(1, y, torch.full_like(y, 1 - lam, dtype=torch.float64))
     cold = any(term.hard_label or term.z_loss for term in spec.terms)
     return {

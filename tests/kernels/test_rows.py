@@ -12,10 +12,9 @@ import fused_kd as fk
 from fused_kd.divergences import TINY
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
-from fused_kd.terms import RowSpec, Term
 from fused_kd.tuning import current
 
-from ..problems import amplified, eager_rows, reads_level, relative, summands
+from ..problems import JUMPS, amplified, eager_rows, has_powers, reads_level, relative, summands
 from .contract import (
     ALL,
     BF16,
@@ -88,11 +87,15 @@ def test_within_the_error_of_eager_pytorch(kind, objective, backend):
     leaf = z.clone().requires_grad_()
     loss = eager_rows(leaf, z_t, labels, objective)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    check(actual, expected, 2 * BUDGET if loose(objective) else BUDGET)
+    budget = 2 * BUDGET if loose(objective) or has_powers(objective) else BUDGET
+    check(actual, expected, budget, least=2e-7 * amplified(objective))
+    least = 2e-7 * amplified(objective) * len(z) ** 0.5 / float(expected.loss.norm())
     assert relative(actual.loss, expected.loss) <= max(
-        2 * relative(loss, expected.loss), 1e-6 if backend == "cuda" else 2e-7
+        2 * relative(loss, expected.loss), least, 1e-6 if backend == "cuda" else 2e-7
     )
-    assert relative(actual.dlogits, expected.dlogits) <= max(2 * relative(gradient, expected.dlogits), 5e-7)
+    assert relative(actual.dlogits, expected.dlogits) <= max(
+        2 * relative(gradient, expected.dlogits), 2e-6 if has_powers(objective) else 5e-7
+    )
 
 
 SHAPES = {
@@ -254,7 +257,7 @@ def test_a_number_that_is_none_is_not_hidden(value, objective, backend):
         data[side][0, V - 100] = value
         loss, difficulty, _, gradient, _ = call(backend, *data, objective)
         assert loss[0].isnan() and difficulty[0].isnan()
-        assert gradient[0].isnan().any() or (side == 1 and objective.name == "total_variation")  # compares only
+        assert gradient[0].isnan().any() or (side == 1 and summands(objective) & JUMPS)  # compares only
         assert loss[1].isfinite() and difficulty[1].isfinite() and gradient[1].isfinite().all()
 
 
@@ -275,20 +278,6 @@ def test_hardness_can_be_given(backend):
     hard, easy = (call(backend, *data, objective).dlogits for objective in (fk.Skew(), fk.NoEvo()))
     same = torch.equal(actual.dlogits, torch.where(given[:, None].to(hard.device), hard, easy))
     assert same or relative(actual.dlogits, torch.where(given[:, None].to(hard.device), hard, easy)) < 1e-6
-
-
-@pytest.mark.parametrize("backend", [NATIVE, TRITON, CUDA], indirect=True)
-def test_mixed_target_in_a_divergence_of_differences(backend):
-    """No objective pairs them yet, but the specification allows ``KL(q||yt)``."""
-    z, z_t, labels = make(4, a_few(backend, 2500))
-    raw = z.double().requires_grad_()
-    log_q, p = raw.log_softmax(1), z_t.double().softmax(1)
-    target = 0.3 * p + 0.7 * torch.nn.functional.one_hot(labels, z.shape[1])
-    loss = (log_q.exp() * (log_q - target.log())).sum(1)
-    (gradient,) = torch.autograd.grad(loss.sum(), raw)
-    spec = RowSpec.of(Term("reverse_kl", mixed=True))
-    actual = call(backend, z, z_t, labels, fk.NoEvo(lam=0.3), spec=spec)
-    assert relative(actual.loss, loss) <= 1e-6 and relative(actual.dlogits, gradient) <= BUDGET
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 0.9, 0.999, 1.0])

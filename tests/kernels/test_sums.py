@@ -56,8 +56,9 @@ def test_any_terms_beside_each_other(objective, T, backend):
 
 @pytest.mark.parametrize("tail, objective, backend", cases(TAILS, SUMS, kinds=KINDS), indirect=["backend"])
 def test_a_sum_of_lists_is_that_of_its_terms(tail, objective, backend):
-    if refused(objective.spec, tail):
-        return
+    labelled = {part.spec.reads_label for _, part in objective.parts if part.spec.needs_teacher}
+    if refused(objective.spec, tail) or (tail == "bucket" and labelled != {objective.spec.reads_label}):
+        return  # where one term reads the label, it stands beside the bucket for all of them
     p = problem(4 if slow(backend) else 17, V=211, device=device_of(backend), ignored=0.0)
     lists = cached(p, 8, tail)
     z = (p.hidden @ p.weight.T).detach()
@@ -114,7 +115,7 @@ def test_one_call_of_the_row_a_chunk(monkeypatch):
         assert calls == [24], objective
         calls.clear()
         fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend="torch", engine="chunked", memory_budget=budget)
-        assert sum(calls) == 24 and len(calls) > 2, objective
+        assert sum(calls) == 24 and len(calls) > 1, objective
 
 
 @pytest.mark.parametrize("backend", FAST, indirect=True)
