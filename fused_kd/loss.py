@@ -187,7 +187,8 @@ class KDLoss(nn.Module):
         shown = {k: getattr(self, k) for k in LossOptions.__annotations__}
         defaults = dict(KDLoss.__init__.__kwdefaults__ or {})
         changed = {k: v for k, v in shown.items() if isinstance(v, Tensor) or v != defaults[k]}
-        return ", ".join([repr(self._objective), *(f"{k}={shown_value(v) if isinstance(v, Tensor) else repr(v)}" for k, v in changed.items())])
+        options = (f"{k}={shown_value(v) if isinstance(v, Tensor) else repr(v)}" for k, v in changed.items())
+        return ", ".join([repr(self._objective), *options])
 
     def forward(
         self,
@@ -318,8 +319,8 @@ class KDLoss(nn.Module):
                 if term.of.everywhere or not term.of.lumps:
                     why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
                     raise ValueError(
-                        f"tail must be 'uniform' or 'bucket' for {self._objective!r}, which {why} where the teacher is 0, "
-                        "got 'renormalize'"
+                        f"tail must be 'uniform' or 'bucket' for {self._objective!r}, which {why} where the teacher is "
+                        "0, got 'renormalize'"
                     )
         elif isinstance(self.temperature, Tensor) or self.temperature != 1.0:
             raise ValueError(

@@ -88,7 +88,9 @@ class Objective:
         if isinstance(factor, Objective):
             return NotImplemented
         factor = checked_number("weight", factor, WEIGHT)
-        multiples = ((checked_number("weight", factor * weight, WEIGHT), objective) for weight, objective in self._parts)
+        multiples = (
+            (checked_number("weight", factor * weight, WEIGHT), objective) for weight, objective in self._parts
+        )
         return Sum(tuple(multiples))
 
     __rmul__ = __mul__

@@ -127,7 +127,9 @@ def test_at_the_edge(case, backend):
 def test_an_offset_costs_no_digits_but_its_own(backend):
     z, z_t, labels = make(3, 150)
     z, z_t = ((x * 256).round() / 256 for x in (z, z_t))
-    told = [call(backend, z + by, z_t - by, labels, fk.NoEvo(), statistics=WITHOUT_SWEEP).statistics for by in (0, 4096)]
+    told = [
+        call(backend, z + by, z_t - by, labels, fk.NoEvo(), statistics=WITHOUT_SWEEP).statistics for by in (0, 4096)
+    ]
     same = [i for i, name in enumerate(STATISTICS[:WITHOUT_SWEEP]) if not name.startswith("log_sum_exp")]
     assert torch.allclose(told[0][:, same], told[1][:, same], rtol=1e-5, atol=2e-6)
     assert torch.allclose(told[0][:, 0] + 4096, told[1][:, 0]) and told[0].device.type == device_of(backend)

@@ -114,7 +114,9 @@ def test_one_call_of_the_row_a_chunk(monkeypatch):
         fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend="torch", engine="chunked")
         assert calls == [24], objective
         calls.clear()
-        fk.kd_loss(p.student(), p.teacher(), p.labels, objective, backend="torch", engine="chunked", memory_budget=budget)
+        fk.kd_loss(
+            p.student(), p.teacher(), p.labels, objective, backend="torch", engine="chunked", memory_budget=budget
+        )
         assert sum(calls) == 24 and len(calls) > 1, objective
 
 

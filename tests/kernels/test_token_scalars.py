@@ -79,7 +79,9 @@ def test_numbers_of_each_row(T, name, backend):
     expected = oracle(z, z_t, labels, objective, T=T)
     expected.dlogits.mul_(weights[:, None])
     powers = name in ("alpha_beta", "renyi")
-    check(found, expected, 1e-5 * (1 + 4 * powers) if loose(objective) or powers else 4e-6, 4e-6, 1e-5 if powers else 1e-6)
+    check(
+        found, expected, 1e-5 * (1 + 4 * powers) if loose(objective) or powers else 4e-6, 4e-6, 1e-5 if powers else 1e-6
+    )
     for row in range(6) if not slow(backend) else (2, 4):
         own = T[row].item() if isinstance(T, Tensor) else T
         one = slice(row, row + 1)

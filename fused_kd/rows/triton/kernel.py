@@ -306,7 +306,9 @@ def _distill(
             cold_inv, TERMS, TABLED, ROW, BLOCK,
         )  # fmt: skip
     elif ROW[ALWAYS]:
-        targets = _with_heads(student, teacher, V, scalars, norms, k, _targets(scalars, k, token, TABLED), TABLED, BLOCK)
+        targets = _with_heads(
+            student, teacher, V, scalars, norms, k, _targets(scalars, k, token, TABLED), TABLED, BLOCK
+        )
         sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
         loss, free, own = _after_sums(
             scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
