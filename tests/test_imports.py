@@ -87,13 +87,20 @@ def test_public_names():
 
 # From the bottom up; a module imports what is in its own layer or below. A name stands for all modules within it.
 LAYERS = (
-    ("fused_kd._version", "fused_kd.divergences", "fused_kd.objectives", "fused_kd.tuning", "fused_kd.workspace"),
+    (
+        "fused_kd._version",
+        "fused_kd.divergences",
+        "fused_kd.objectives",
+        "fused_kd.terms",
+        "fused_kd.tuning",
+        "fused_kd.workspace",
+    ),
     ("fused_kd.rows",),
     ("fused_kd.inputs",),
     ("fused_kd.reference", "fused_kd.engines"),
     ("fused_kd.tokens",),
     ("fused_kd.ops",),
-    ("fused_kd.parallel",),
+    ("fused_kd.parallel", "fused_kd.options"),
     ("fused_kd.loss",),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),

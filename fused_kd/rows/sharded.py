@@ -25,8 +25,8 @@ from ..divergences import EXCLUDED, LOG_LEAST, TINY
 from ..terms import Scalars
 from .contract import RowInputs, RowOutputs, Shards
 from .shares import Shares, Tabled, Token, after_sums, loss_shares
+from .torch.math import Factors as Factors
 from .torch.math import (
-    Factors,
     Over,
     infinite,
     known_all,

@@ -105,6 +105,18 @@ class Lazy:
         return self.apply(torch.gt, other)
 
 
+class Softmax(NamedTuple):
+    z: Tensor  # (B, V) logits at its temperature
+    prob: Tensor  # (B, V)
+    lse: Tensor  # (B, 1)
+    log_prob_y: Tensor  # (B, 1)
+    offset: Tensor | float = 0.0  # (B, 1) what the logits, and with them lse, lack
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        return self.lse + self.offset
+
+
 class Over(NamedTuple):
     """(B, 1) bool: whether the student is above 0 where the teacher excludes a token, and the other way round."""
 

@@ -16,6 +16,7 @@ from .math import (
     Lazy,
     Over,
     Scratch,
+    Softmax,
     above,
     add_label,
     add_scaled,
@@ -49,18 +50,6 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     scratch = Scratch(min(block, C), V, inputs.labels.device)
     for start in range(0, C, block):
         _block(inputs, outputs, slice(start, min(start + block, C)), scratch)
-
-
-class Softmax(NamedTuple):
-    z: Tensor  # (B, V) logits at its temperature
-    prob: Tensor  # (B, V)
-    lse: Tensor  # (B, 1)
-    log_prob_y: Tensor  # (B, 1)
-    offset: Tensor | float = 0.0  # (B, 1) what the logits, and with them lse, lack
-
-    @property
-    def log_sum_exp(self) -> Tensor:
-        return self.lse + self.offset
 
 
 def _block(inputs: RowInputs, outputs: RowOutputs, rows: slice, scratch: Scratch) -> None:

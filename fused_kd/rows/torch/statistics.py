@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...terms import STATISTICS, WITHOUT_SWEEP, Scalars
 from ..shares import Token, target_entropy
-from .math import Lazy, Scratch
-
-if TYPE_CHECKING:
-    from .row import Softmax
+from .math import Lazy, Scratch, Softmax
 
 
 def entropy(side: Softmax, scratch: Scratch) -> Tensor:
