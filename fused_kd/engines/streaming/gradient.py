@@ -8,7 +8,7 @@ import triton.language as tl
 from ...rows.triton.math import LOG2_E, exponent, exponent_scale
 from ...rows.triton.shares import linear
 from ...rows.triton.sweeps import tabled_gradient
-from ...rows.triton.terms import ALL_P, ALL_Y, COLD, Z
+from ...rows.triton.terms import COLD, SUMS_P, SUMS_Y, Z
 from .kernels import placed, row_factors, row_norms, row_own, row_scalars, row_targets, tile
 
 
@@ -47,10 +47,7 @@ def gradient_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A tile of the gradient of fused_kd.rows.shares, times d final / d raw and the row's weight.
-
-    Rows that took no sums have factors of 0 for the terms' own gradients: all rows of a tile do the same.
-    """
+    """A tile of the gradient of fused_kd.rows.shares, times d final / d raw and the row's weight."""
     count = tl.load(count_ptr)
     block, part = placed(GROUP)
     first = first_position + block * BM
@@ -73,14 +70,19 @@ def gradient_kernel(
             z_t, _slope_t = tile(teacher, tokens, start, V, ROUND_T, UPCAST, BM, BN, BK)
             norms = row_norms(norms_ptr, held, n)
             scalars = row_scalars(scalars_ptr, scalars_stride, tokens, PER_TOKEN)
-            if ROW[ALL_P] or ROW[ALL_Y] or ROW[COLD] or ROW[Z]:
-                factors = row_factors(norms_ptr, held, n)
-                k = exponent_scale(scalars)
-                gradient = linear(z_s, z_t, at_label, k, norms, norms[0], factors, ROW[ALL_P], ROW[ALL_Y], ROW)
+            # The terms' own first: what is linear holds fewer registers meanwhile.
             if len(TABLED) > 0:
                 targets = row_targets(norms_ptr, scalars, held, n, TABLED)
                 own = row_own(norms_ptr, held, n, TABLED)
-                gradient += tabled_gradient(z_s, z_t, at_label, targets, norms, own, False, TABLED, EXCLUDES)
+                gradient = tabled_gradient(z_s, z_t, at_label, targets, norms, own, True, TABLED, EXCLUDES)
+            if ROW[SUMS_P] or ROW[SUMS_Y] or ROW[COLD] or ROW[Z]:
+                factors = row_factors(norms_ptr, held, n)
+                k = exponent_scale(scalars)
+                more = linear(z_s, z_t, at_label, k, norms, norms[0], factors, ROW[SUMS_P], ROW[SUMS_Y], ROW)
+                if len(TABLED) > 0:
+                    gradient += more
+                else:
+                    gradient = more
         gradient = tl.where(valid[:, None], gradient * slope, 0.0)
     # Places are worked out here, not before the products, which need the registers.
     if BY_TOKEN:

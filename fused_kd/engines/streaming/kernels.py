@@ -42,7 +42,6 @@ from ...rows.triton.shares import (
     linear_factors,
     tabled_shares,
     target_of,
-    with_floors,
 )
 from ...rows.triton.terms import (
     BY_ENTROPY,
@@ -72,7 +71,7 @@ _T_OVER = tl.constexpr(9)
 _T_PRODUCT = tl.constexpr(10)  # of the teacher's exponentials and their exponents, for its entropy
 FIELDS = tl.constexpr(plan.FIELDS)
 
-# What later sweeps must know of a token: (NORMS + 2 terms, n) fp32.
+# What later sweeps must know of a token: (NORMS + 3 terms, n) fp32.
 _NORM_S_MAX = tl.constexpr(0)  # as are the next four: the norms of rows.triton.math.arguments
 _NORM_S_INV = tl.constexpr(1)
 _NORM_T_MAX = tl.constexpr(2)
@@ -80,8 +79,8 @@ _NORM_T_INV = tl.constexpr(3)
 _NORM_LOG_RATIO = tl.constexpr(4)
 _FACTORS = tl.constexpr(5)  # and the next five: of rows.triton.shares.linear
 _KL_OF_TOKEN = tl.constexpr(11)
-TOTAL = tl.constexpr(12)  # the sum of the terms' factors times sum g
-TERM_NORMS = tl.constexpr(13)  # from here on two of each term with sums: d at the label, and the factor of its g
+TOTAL = tl.constexpr(12)  # the sum of the terms' factors times sum g, which of KL is -1
+TERM_NORMS = tl.constexpr(13)  # from here on three of each term with sums: d at the label, the factors of g and of KL
 NORMS = 13
 
 
@@ -191,7 +190,7 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["n", "splits", "scalars_stride"])
 def combine_kernel(
     partials_ptr,
-    norms_ptr,  # (NORMS + 2 terms, n)
+    norms_ptr,  # (NORMS + 3 terms, n)
     count_ptr,
     tokens_ptr,
     scalars_ptr,
@@ -296,17 +295,20 @@ def combine_kernel(
             else:
                 hard = tl.load(given_ptr + positions, mask=valid, other=0) != 0
         loss, free = free_loss(scalars, token, difficulty, hard, TERMS, ROW)
+        total = tl.zeros((BLOCK,), tl.float32)
         for i in tl.static_range(len(TABLED)):
             own = scalars + TABLED[i][INDEX] * SCALARS
-            factor, _floor = tabled_shares(own, hard, TABLED[i][MIXED], TABLED[i][GATE], TABLED[i][KL_AT_ONE])
+            factor, floor = tabled_shares(own, hard, TABLED[i][MIXED], TABLED[i][GATE], TABLED[i][KL_AT_ONE])
             if EXCLUDES and TABLED[i][EVERYWHERE]:
                 beyond = student_above
                 if TABLED[i][COVERS]:
                     beyond = student_above | teacher_above
                 loss += weighed(factor, tl.where(beyond, float("inf"), 0.0))
             _label, _beta, _alpha, _k, label_d = target_of(own, k, token)
-            tl.store(norms + (TERM_NORMS + 2 * i) * n, label_d, mask=valid)
-            tl.store(norms + (TERM_NORMS + 2 * i + 1) * n, factor, mask=valid)
+            tl.store(norms + (TERM_NORMS + 3 * i) * n, label_d, mask=valid)
+            tl.store(norms + (TERM_NORMS + 3 * i + 1) * n, factor, mask=valid)
+            tl.store(norms + (TERM_NORMS + 3 * i + 2) * n, floor * inv_T, mask=valid)
+            total -= floor * inv_T
         if chosen_ptr is not None:
             tl.store(chosen_ptr + positions, any_takes_sums(scalars, hard, TABLED) & valid, mask=within)
         tl.store(norms + _NORM_S_MAX * n, s_max, mask=valid)
@@ -315,8 +317,8 @@ def combine_kernel(
         tl.store(norms + _NORM_T_INV * n, 1.0 / t_sum, mask=valid)
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
         tl.store(norms + _KL_OF_TOKEN * n, kl, mask=valid)
-        tl.store(norms + TOTAL * n, 0.0, mask=valid)
-        factors = linear_factors(scalars, with_floors(scalars, hard, free, TABLED), inv_T, lse, cold_inv, TERMS, ROW)
+        tl.store(norms + TOTAL * n, total, mask=valid)
+        factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
     else:
         difficulty = ce
         of_ce, of_z = label_factors(scalars, TERMS)
@@ -418,12 +420,13 @@ def row_scalars(scalars_ptr, scalars_stride, tokens, PER_TOKEN: tl.constexpr):
 @triton.jit
 def row_targets(norms_ptr, scalars, positions, n, TABLED: tl.constexpr):
     """Of each term with sums its ``target`` of rows.triton.math.arguments, as columns."""
+    k = exponent_scale(scalars)
     targets = ()
     for i in tl.static_range(len(TABLED)):
         own = scalars + TABLED[i][INDEX] * SCALARS
-        label_d = tl.load(norms_ptr + (TERM_NORMS + 2 * i) * n + positions)[:, None]
+        label_d = tl.load(norms_ptr + (TERM_NORMS + 3 * i) * n + positions)[:, None]
         beta, alpha = tl.load(own + BETA), tl.load(own + ALPHA)
-        targets = targets + ((label_scalars(own), beta, alpha, exponent_scale(scalars), label_d),)
+        targets = targets + ((label_scalars(own), beta, alpha, k, label_d),)
     return targets
 
 
@@ -438,9 +441,11 @@ def row_factors(norms_ptr, positions, n):
 
 @triton.jit
 def row_own(norms_ptr, positions, n, TABLED: tl.constexpr):
-    """Those of rows.triton.sweeps.tabled_gradient, as columns; KL beside a divergence is among the linear ones."""
+    """Those of rows.triton.sweeps.tabled_gradient, as columns. Rows that took no sums have 0 for g: all rows of a tile
+    do the same."""
     own = ()
     for i in tl.static_range(len(TABLED)):
-        factor = tl.load(norms_ptr + (TERM_NORMS + 2 * i + 1) * n + positions)[:, None]
-        own = own + (factor, factor)
+        factor = tl.load(norms_ptr + (TERM_NORMS + 3 * i + 1) * n + positions)[:, None]
+        floor = tl.load(norms_ptr + (TERM_NORMS + 3 * i + 2) * n + positions)[:, None]
+        own = own + (factor, floor)
     return own + (norm(norms_ptr, TOTAL, positions, n),)

@@ -127,11 +127,12 @@ class Plan(NamedTuple):
 
 
 def choose_tiles(
-    *dtypes: torch.dtype | None, capped: bool = False, plain: bool = True, target: str = "sm_90"
+    *dtypes: torch.dtype | None, capped: bool = False, plain: bool = True, target: str = "sm_90", terms: int = 1
 ) -> KernelTiles:
     """Tiles for operands of these dtypes (None: logits), with a softcap or without, on "sm_90", "gfx942" or the like.
 
     ``plain``: no bias, operands that need no rounding, and rows of both in 16-byte pieces; all else takes registers.
+    So do the sums of several ``terms``, and what their gradient has of each.
 
     The largest that leave all of a row's arithmetic in registers, by compiling for every target. Student's and
     teacher's accumulators live side by side, so they are half of a plain GEMM's: 128 x 128 in fp32, twice, are 128
@@ -151,7 +152,7 @@ def choose_tiles(
     if capped or not plain or target != "sm_90":  # 128 x 128 would spill
         return _all(narrow)
     wide = Tiles(128, 128, 64, 8, 3, 255)
-    return KernelTiles(wide, narrow, wide)
+    return KernelTiles(wide, narrow, wide if terms < 2 else narrow)
 
 
 def _all(tiles: Tiles) -> KernelTiles:

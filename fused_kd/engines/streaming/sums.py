@@ -103,7 +103,7 @@ def sums_combine_kernel(
     norms = norms_ptr + positions
     kl = tl.load(norms + _KL_OF_TOKEN * n, mask=valid, other=0.0)
     loss = tl.load(loss_ptr + positions, mask=valid, other=0.0)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.load(norms + TOTAL * n, mask=valid, other=0.0)
     for i in tl.static_range(len(TABLED)):
         h_sum = tl.zeros((BLOCK,), tl.float32)
         g_sum = tl.zeros((BLOCK,), tl.float32)
@@ -111,7 +111,7 @@ def sums_combine_kernel(
             part = partials_ptr + (tl.cast(split, tl.int64) * (2 * len(TABLED)) + 2 * i) * n + places
             h_sum += tl.load(part, mask=valid, other=0.0)
             g_sum += tl.load(part + n, mask=valid, other=0.0)
-        own = norms + (TERM_NORMS + 2 * i + 1) * n
+        own = norms + (TERM_NORMS + 3 * i + 1) * n
         value, factor, of_kl = after_sum(h_sum, tl.load(own, mask=valid, other=0.0), kl, TABLED[i][OUTER])
         loss += value
         total += factor * inv_T * g_sum

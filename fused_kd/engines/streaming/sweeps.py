@@ -49,9 +49,11 @@ class Sweeps:
         operands = [None if side.weight is None else problem.dtype or side.source.dtype for side in sides]
         capped = any(side.softcap is not None for side in sides)
         plain = all(_plain(side, operand) for side, operand in zip(sides, operands, strict=True))
-        self.tiles = streaming_plan.choose_tiles(*operands, capped=capped, plain=plain, target=_target())
+        self.tiles = streaming_plan.choose_tiles(
+            *operands, capped=capped, plain=plain, target=_target(), terms=self._terms
+        )  # fmt: skip
         self._student, self._teacher = _side(student, vocab), None if teacher is None else _side(teacher, vocab)
-        self._norms = empty((NORMS + 2 * self._terms, self.n), torch.float32, labels.device)
+        self._norms = empty((NORMS + 3 * self._terms, self.n), torch.float32, labels.device)
         # Heads make finite logits, unless by their bias.
         excludes = teacher is not None and any(side.weight is None or side.bias is not None for side in sides)
         self._formulas = formula_constants(spec, problem.cold_labels) | {
