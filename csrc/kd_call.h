@@ -65,6 +65,7 @@ typedef struct {
     const Scalars *own;
     double share;         // of the loss
     float beta, alpha;    // the objective's, or of an adaptive divergence this row's
+    float label_d;        // log(target / student) of the label where the target is mixed
     Factor of_w, of_u, of_v;  // of powers of exponentials over the maxima
     float factor;         // of its g
     double sum;           // of its h
@@ -77,7 +78,8 @@ typedef struct {
     bool tells_entropy_s, tells_entropy_t;
     bool without_label;  // its own cross-entropy is another row's
     Softmax student, teacher, cold;
-    double *kl;  // one a block: sum of exp * (teacher - student), each over its block's maximum
+    float *sums;  // (V,) multiples of g of several terms
+    double *kl;   // one a block: sum of exp * (teacher - student), each over its block's maximum
     bool student_above, teacher_above;  // 0, in tokens that the other side excludes
     Tabled *tabled;
     int tabled_count;
@@ -92,7 +94,7 @@ static int64_t block_count(int64_t V) { return (V + BLOCK - 1) / BLOCK; }
 
 // Bytes of scratch for one row of V logits, whole cache lines.
 static int64_t row_scratch(int64_t V, int terms) {
-    const size_t a_block = 3 * (BLOCK * sizeof(float) + sizeof(Part)) + sizeof(double);
+    const size_t a_block = 4 * BLOCK * sizeof(float) + 3 * sizeof(Part) + sizeof(double);
     return ((int64_t)a_block * block_count(V) + terms * (int64_t)sizeof(Tabled) + 63) / 64 * 64;
 }
 
@@ -107,6 +109,7 @@ static Row new_row(const Call *c, char *scratch) {
     Row r = {.call = c, .blocks = block_count(c->V), .tells_entropy_s = told, .tells_entropy_t = told || gated};
     Softmax *sides[] = {&r.student, &r.teacher, &r.cold};
     for (int i = 0; i < 3; i++) sides[i]->exps = take(&scratch, r.blocks * BLOCK, sizeof(float));
+    r.sums = take(&scratch, r.blocks * BLOCK, sizeof(float));
     for (int i = 0; i < 3; i++) sides[i]->parts = take(&scratch, r.blocks, sizeof(Part));
     r.kl = take(&scratch, r.blocks, sizeof(double));
     r.tabled = take(&scratch, c->term_count, sizeof(Tabled));

@@ -91,7 +91,7 @@ static void cross_entropy_row(Row *r) {
     c->difficulty[r->row] = (float)ce;
     c->is_hard[r->row] = 0;
     if (c->statistics) tell(r, &token, false);
-    if (c->dlogits) write_gradient(r, factors_of(r, &token, &shares, NULL));
+    if (c->dlogits) write_gradient(r, factors_of(r, &token, &shares, (Sums){0}));
 }
 
 static void distilled_row(Row *r) {
@@ -109,9 +109,8 @@ static void distilled_row(Row *r) {
     c->is_hard[r->row] = hard;
     Shares shares = loss_shares(r, &token, difficulty, hard);
     if (c->statistics) tell(r, &token, true);
-    Sums sums;
-    const bool has_sums = r->tabled_count > 0;
-    if (has_sums) sums = add_sums(r, &token, &shares, c->dlogits != NULL);
+    Sums sums = {0};
+    if (r->tabled_count > 0) sums = add_sums(r, &token, &shares, c->dlogits != NULL);
     c->loss[r->row] = (float)shares.loss;
-    if (c->dlogits) write_gradient(r, factors_of(r, &token, &shares, has_sums ? &sums : NULL));
+    if (c->dlogits) write_gradient(r, factors_of(r, &token, &shares, sums));
 }

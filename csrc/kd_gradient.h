@@ -40,54 +40,65 @@ static void finish_gradient(const Call *c, int64_t row, int64_t start, int n, fl
     if (c->dlogits_dtype != FP32 || cap != 0.0f) store(c, row, start, n, x);
 }
 
-// Of the student's softmax, of the teacher's or of what has replaced its exponentials, of the student's softmax at
-// temperature 1, and what is taken from the label's entry: `own` of its cross-entropy, `target` of mixed targets. Beside
-// sums, `student` is what cancels them, and `linear` the rest.
+// The linear part: of the student's softmax, of the teacher's, of the student's at temperature 1, and what is taken from
+// the label's entry: `own` of its cross-entropy, `target` of mixed targets. The sums: factor * (g - total * q).
 typedef struct {
-    double student, teacher, cold, linear, own, target;
-    bool has_sums;
+    double student, teacher, cold, own, target;
+    Sums sums;
 } Factors;
 
-// `sums` NULL: there are none.
-static Factors factors_of(const Row *r, const Token *token, const Shares *shares, const Sums *sums) {
+static Factors factors_of(const Row *r, const Token *token, const Shares *shares, Sums sums) {
     const double c = shares->z == 0.0 ? shares->ce : shares->ce + 2.0 * shares->z * token->log_sum_exp;
     const double T = r->temperature;
-    Factors of = {.own = shares->ce, .target = shares->y / T, .has_sums = sums};
-    const double linear = shares->q / T + (r->call->cold ? 0.0 : c);
-    of.student = sums ? -sums->total / T : linear;
-    of.linear = sums ? linear : 0.0;
-    of.teacher = (sums ? sums->factor : -shares->p) / T;
-    if (r->call->cold) of.cold = c;
+    Factors of = {.teacher = shares->p / T, .own = shares->ce, .target = shares->y / T, .sums = sums};
+    of.student = shares->q / T + (r->call->cold ? 0.0 : c);
+    of.cold = r->call->cold ? c : 0.0;
+    of.sums.factor /= T;
     return of;
+}
+
+static void linear_block(const Row *r, int64_t block, const Factors *of, double scale, float *out) {
+    const int n = block_length(r, block);
+    const float *e_s = r->student.exps + block * BLOCK, *e_t = r->teacher.exps + block * BLOCK;
+    const Factor of_s = split(scale * of->student * normaliser(&r->student, block));
+    if (of->teacher == 0.0) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = times(e_s[i], of_s);
+    } else {
+        const Factor of_t = split(scale * of->teacher * normaliser(&r->teacher, block));
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = times(e_s[i], of_s) - times(e_t[i], of_t);
+    }
+}
+
+static void add_sums_block(const Row *r, int64_t block, const Factors *of, double scale, bool alone, float *out) {
+    const int n = block_length(r, block);
+    const float *e_s = r->student.exps + block * BLOCK, *g = of->sums.g + block * BLOCK;
+    const float outer = (float)(scale * of->sums.factor);
+    const Factor total = split(of->sums.total * normaliser(&r->student, block));
+    if (alone) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] = outer * (g[i] - times(e_s[i], total));
+    } else {
+#pragma omp simd
+        for (int i = 0; i < n; i++) out[i] += outer * (g[i] - times(e_s[i], total));
+    }
 }
 
 static void write_gradient(const Row *r, Factors of) {
     const Call *c = r->call;
     const double scale = (double)c->student.scale * (c->weights ? c->weights[r->row] : 1.0f);
     const float own = (float)(scale * of.own), target = (float)(scale * of.target);
+    const bool linear = !of.sums.g || of.student != 0.0 || of.teacher != 0.0;
     float buffer[BLOCK], raw_buffer[BLOCK];
     for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b), label = label_in(r, b);
         const int64_t start = b * BLOCK;
         float *out = gradient_block(c, r->row, start, buffer);
-        const float *e_s = r->student.exps + start, *e_t = r->teacher.exps + start, *e_c = r->cold.exps + start;
-        const Factor of_s = split(scale * (of.student + of.linear) * normaliser(&r->student, b));
-        if (of.teacher == 0.0) {
-#pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = times(e_s[i], of_s);
-        } else if (of.has_sums && fabs(of.student) < 1e30 * fabs(of.teacher)) {
-            // Nearly equal, they cancel: scaled afterwards, only the student's part has been rounded before.
-            const float outer = (float)(scale * of.teacher);
-            const Factor inner = split(of.student / of.teacher * normaliser(&r->student, b));
-            const Factor beside = split(scale * of.linear * normaliser(&r->student, b));
-#pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = outer * (e_t[i] + times(e_s[i], inner)) + times(e_s[i], beside);
-        } else {
-            const Factor of_t = split(scale * of.teacher * (of.has_sums ? 1.0 : normaliser(&r->teacher, b)));
-#pragma omp simd
-            for (int i = 0; i < n; i++) out[i] = e_t[i] * of_t.high + (e_t[i] * of_t.low + times(e_s[i], of_s));
-        }
+        if (linear) linear_block(r, b, &of, scale, out);
+        if (of.sums.g) add_sums_block(r, b, &of, scale, !linear, out);
         if (of.cold != 0.0) {
+            const float *e_c = r->cold.exps + start;
             const Factor of_c = split(scale * of.cold * normaliser(&r->cold, b));
 #pragma omp simd
             for (int i = 0; i < n; i++) out[i] += times(e_c[i], of_c);

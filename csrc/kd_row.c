@@ -3,8 +3,9 @@
 // A row is swept in blocks that stay in the first-level cache:
 //   1. every logit's exponential over its block's maximum is kept in scratch, the blocks' sums give the statistics
 //      of the row (normalisers, KL(p||q), difficulty);
-//   2. terms whose divergence is not KL(t||q) evaluate h and g: sum h is the value, the sum of multiples of g replaces
-//      the teacher's exponentials. Once for all terms, but where the multiple follows from sum h;
+//   2. terms whose divergence is not KL(t||q) evaluate h and g: sum h is the value, the sum of multiples of g is kept,
+//      of a single term in place of the teacher's exponentials. Once for all terms, but where the multiple follows
+//      from sum h;
 //   3. the gradient is then a linear combination of what scratch holds.
 // Rows of a top-k teacher are condensed to a short dense row between sweep 1 and 3.
 //

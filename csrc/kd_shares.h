@@ -94,8 +94,9 @@ static Shares loss_shares(Row *r, const Token *token, double difficulty, bool ha
         const bool chosen = hard || term->gate == GATE_NONE || term->gate == GATE_ENTROPY;
         if (!term->free && chosen && !(term->kl_at_one && own->alpha == 0.0f)) {
             const double kept = term->kl_at_one ? own->kept : 1.0, floor = term->kl_at_one ? own->floor : 0.0;
-            r->tabled[r->tabled_count++] =
-                (Tabled){.term = term, .own = own, .share = share * kept, .beta = own->beta, .alpha = own->alpha};
+            Tabled *x = &r->tabled[r->tabled_count++];
+            *x = (Tabled){.term = term, .own = own, .share = share * kept, .beta = own->beta, .alpha = own->alpha};
+            if (term->mixed) x->label_d = (float)(log_of(label_target(token, own)) - token->log_q);
             share *= floor;
             if (share == 0.0) continue;
         }

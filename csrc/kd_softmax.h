@@ -16,12 +16,12 @@ typedef struct {
     float softcap;  // 0: none
 } Logits;
 
-// Sum of n <= BLOCK elements; the rest of the block is overwritten. Eight short chains a vector lane: one long chain
-// would lose a digit.
+// Sum of n <= BLOCK elements; the rest of the block is overwritten. Eight short chains a vector lane, continued in
+// double: one long chain would lose a digit.
 static double sum(float *x, int n) {
     enum { K = BLOCK / 8 };
     memset(x + n, 0, (size_t)(BLOCK - n) * sizeof(float));
-    float total = 0.0f;
+    double total = 0.0;
 #pragma omp simd reduction(+ : total)
     for (int i = 0; i < K; i++) {
         const float *y = x + i;

@@ -75,11 +75,14 @@ static Reads reads_of(const Tabled *x, int count) {
     return reads;
 }
 
-// log(p / q) of a block, and its logits over the maxima, as far as they are read.
-static void differences(const Row *r, int64_t block, Reads reads, Arguments *a) {
+static bool reads_mixed(const Tabled *x) { return x->term->mixed && x->term->reads_d; }
+
+// log(p / q) of a block, or of the term's target if that is mixed, and its logits over the maxima, as far as they are
+// read.
+static void differences(const Row *r, const Tabled *x, int64_t block, Reads reads, Arguments *a) {
     if (!reads.d && !reads.powers) return;
     const Call *c = r->call;
-    const int n = block_length(r, block);
+    const int n = block_length(r, block), label = reads_mixed(x) ? label_in(r, block) : -1;
     const float T = r->temperature, max_s = r->student.max, max_t = r->teacher.max;
     const float *z_s = student_logits(c, r->row, block * BLOCK, n, a->over_s);
     const float *z_t = teacher_logits(c, r->row, block * BLOCK, n, a->over_t);
@@ -93,7 +96,8 @@ static void differences(const Row *r, int64_t block, Reads reads, Arguments *a) 
     z_s = cooled(z_s, n, T, a->over_s);
     z_t = cooled(z_t, n, T, a->over_t);
     if (reads.d) {
-        const float offset = (float)(r->student.log_total - r->teacher.log_total);
+        float offset = (float)(r->student.log_total - r->teacher.log_total);
+        if (reads_mixed(x)) offset += x->own->log_lam;
 #pragma omp simd
         for (int i = 0; i < n; i++) a->d[i] = ((z_t[i] - max_t) - (z_s[i] - max_s)) + offset;
         // Beside an infinite part there is no finite one.
@@ -101,6 +105,7 @@ static void differences(const Row *r, int64_t block, Reads reads, Arguments *a) 
             for (int i = 0; i < n; i++) a->d[i] = out_s[i] ? 0.0f : a->d[i];
         if (teacher_excludes)
             for (int i = 0; i < n; i++) a->d[i] = out_t[i] ? LEFT_OUT : a->d[i];
+        if (label >= 0) a->d[label] = x->label_d;
     }
     if (!reads.powers) return;
 #pragma omp simd
@@ -201,7 +206,7 @@ static double sum_alone(Row *r, const Tabled *x, double *g_total) {
         const int n = block_length(r, b);
         float *g = g_total ? r->teacher.exps + b * BLOCK : unused;
         probabilities(r, x, b, a.t, a.q);
-        differences(r, b, reads, &a);
+        differences(r, x, b, reads, &a);
         evaluate_block(n, x, &a, h, g);
         total += sum(h, n);
         if (g_total) *g_total += sum(g, n);
@@ -209,37 +214,34 @@ static double sum_alone(Row *r, const Tabled *x, double *g_total) {
     return total;
 }
 
-// The sums of all terms, of which some may have theirs already, in one sweep; the sum of factor * g, less p * of_p,
-// replaces the teacher's exponentials.
-static double sum_together(Row *r, const Shares *shares) {
+// The sums of all terms, of which some may have theirs already, in one sweep. Returns that of factor * g.
+static double sum_together(Row *r) {
     const Reads reads = reads_of(r->tabled, r->tabled_count);
     Arguments a;
-    float h[BLOCK], g[BLOCK], all[BLOCK];
+    float h[BLOCK], g[BLOCK];
     double g_total = 0.0;
     for (int64_t b = 0; b < r->blocks; b++) {
         const int n = block_length(r, b);
-        differences(r, b, reads, &a);
+        float *all = r->sums + b * BLOCK;
+        memset(all, 0, (size_t)n * sizeof(float));
         for (int j = 0; j < r->tabled_count; j++) {
             Tabled *x = &r->tabled[j];
             const float factor = x->factor;
             probabilities(r, x, b, a.t, a.q);
+            if (j == 0 || reads_mixed(x) || reads_mixed(x - 1)) differences(r, x, b, reads, &a);
             evaluate_block(n, x, &a, h, g);
             if (x->term->outer == OUTER_NONE) x->sum += sum(h, n);
 #pragma omp simd
-            for (int i = 0; i < n; i++) all[i] = (j ? all[i] : 0.0f) + factor * g[i];
+            for (int i = 0; i < n; i++) all[i] += factor * g[i];
         }
         g_total += sum(all, n);
-        float *e_t = r->teacher.exps + b * BLOCK;
-        const Factor of_p = split(-shares->p * normaliser(&r->teacher, b));
-#pragma omp simd
-        for (int i = 0; i < n; i++) e_t[i] = all[i] + times(e_t[i], of_p);
     }
     return g_total;
 }
 
-// What has replaced the teacher's exponentials: of the gradient it is to be taken `factor` times, less the student's
-// probabilities `total` times.
+// Of the gradient: `factor` times what `g` holds, less the student's probabilities `total` times. g NULL: nothing.
 typedef struct {
+    const float *g;
     double factor, total;
 } Sums;
 
@@ -250,7 +252,7 @@ static Sums add_sums(Row *r, const Token *token, Shares *shares, bool wants_grad
     if (wants_gradient && r->tabled_count == 1 && shares->p == 0.0 && first->term->outer != OUTER_MIX) {
         double g_total = 0.0;
         settle_sum(r, first, token, shares, sum_alone(r, first, &g_total));
-        return (Sums){first->factor, first->factor * g_total};
+        return (Sums){r->teacher.exps, first->factor, g_total};
     }
     for (int j = 0; j < r->tabled_count; j++) {
         Tabled *x = &r->tabled[j];
@@ -258,10 +260,10 @@ static Sums add_sums(Row *r, const Token *token, Shares *shares, bool wants_grad
         if (!wants_gradient || x->term->outer != OUTER_NONE) settle_sum(r, x, token, shares, sum_alone(r, x, NULL));
     }
     if (!wants_gradient) return (Sums){0};
-    const double g_total = sum_together(r, shares);
+    const double g_total = sum_together(r);
     for (int j = 0; j < r->tabled_count; j++) {
         Tabled *x = &r->tabled[j];
         if (x->term->outer == OUTER_NONE) settle_sum(r, x, token, shares, x->sum);
     }
-    return (Sums){1.0, g_total};
+    return (Sums){r->sums, 1.0, g_total};
 }

@@ -35,8 +35,8 @@ from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, parse
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded import Statistics, Sums
-from fused_kd.rows.torch.math import Factors
 from fused_kd.rows.shares import Tabled
+from fused_kd.rows.torch.math import Factors
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow

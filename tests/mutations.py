@@ -300,7 +300,7 @@ MUTATIONS = [
         (_slices("no_evo", "dense", "triton"),),
     ),
     # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
-    Mutation("cuda: gate reversed", _CUDA, ": difficulty > scalar(call, SCALAR_gamma)", ": difficulty < scalar(call, SCALAR_gamma)", (_emulated("self_evolution", "near"),)),
+    Mutation("cuda: gate reversed", _CUDA, "return found > scalar(", "return found < scalar(", (_emulated("self_evolution", "near"),)),
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
     Mutation(
         "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",

@@ -128,7 +128,15 @@ def battery() -> None:
     """Calls of which every wrong formula below spoils one."""
     data = make(6, 517)
     weights, given = torch.tensor([0.5, 2.0, 1.0, -1.0, 3.0, 1.5]), torch.arange(6) % 2 == 0
-    for objective in (fk.SFT(), fk.SkewTeacher(lam=0.3), fk.SelfEvolution(gamma=1.0)):
+    lam, terms = torch.linspace(0.1, 0.9, 6), fk.objectives
+    sums = (
+        0.3 * fk.SelfEvolution(gamma=2.0, floor=0.2, lam=lam)
+        + fk.ForwardKD(lam=0.7)
+        + 0.5 * fk.GeneralizedJSD(beta=0.3),
+        terms.EntropyGated(tau=2.5) + 0.1 * fk.SFT(),
+        terms.Acceptance() + lam * terms.Renyi(),
+    )
+    for objective in (fk.SFT(), fk.SkewTeacher(lam=0.3), fk.SelfEvolution(gamma=1.0), *sums):
         expected = oracle(*data, objective)
         expected.dlogits.mul_(weights[:, None])
         check(call("cuda", *data, objective, weights=weights), expected)
@@ -136,12 +144,18 @@ def battery() -> None:
 
 
 WRONG = {
-    "ranking ignored": ("kd_row.cu", "call->given ? global_read1", "false ? global_read1"),
+    "ranking ignored": ("kd_row.cu", "if (call->given) return", "if (false) return"),
     "token weights missing": ("kd_row.cu", "call->weights ? as_float", "false ? as_float"),
     "the same row again": (
         "kd_row.cu", "begin_of(rows, next);\n    const int first", "begin_of(rows, norms->row);\n    const int first",
     ),
-    "the label's share twice": ("cuda_divergence.h", "at_label ? q - 1.0f : q", "at_label ? q - 2.0f : q"),
+    "the label's share twice": ("cuda_divergence.h", "q - norms->labels :", "q - 2.0f * norms->labels :"),
+    "the first term's numbers for all": ("kd_row.cu", "+ term * SCALARS +", "+"),
+    "all rows' numbers the first's": ("kd_row.cu", "row * call->scalars_stride + ", ""),
+    "a floor's gradient missing": ("cuda_divergence.h", "*g = fmaf(-term->floor, t, *g);", "*g += 0.0f;"),
+    "terms beside the sums missing": ("cuda_divergence.h", "if (!any_free()) return;", "return;"),
+    "an entropy of powers of 2": ("cuda_divergence.h", "fmaf(-a_t, LN_2, log_total)", "fmaf(-a_t, 1.0f, log_total)"),
+    "a logarithm's slope missing": ("kd_row.cu", "-share * reciprocal(fmaxf(sum, TINY))", "-share"),
     "row's end not masked": ("cuda_slots.h", "z_s[i] = OUTSIDE;", "z_s[i] = 0.0f;"),
     "one block of the cluster": ("cuda_sums.h", "block < cluster_size()", "block < 1"),
     "sums of other maxima": ("cuda_sums.h", "x[S_SUM] *= exp2_fast(s * k);", ""),

@@ -68,8 +68,8 @@ def _translate(node: ast.expr, function: str, names: set[str]) -> str:
 def c_header() -> str:
     """What every C source is compiled behind: ``FKD_DIVERGENCES(X)``, ``X(name, h, g)`` for every divergence in the
     table's order; ``FKD_SCALARS(X)``, ``FKD_TRAITS(X)`` and ``FKD_STATISTICS(X)``, ``X(name)`` for every scalar and
-    trait of a term and every statistic of a token in theirs; ``GATE_name`` and ``OUTER_name``, as traits number them; and the
-    numbers that stand for something, in fp32 but for the double ``LOG_LEAST``."""
+    trait of a term and every statistic of a token in theirs; ``GATE_name`` and ``OUTER_name``, as traits number them;
+    and the numbers that stand for something, in fp32 but for the double ``LOG_LEAST``."""
     divergences = (
         f"X({name}, {c_expression(entry.h)}, {c_expression(entry.g)})" for name, entry in DIVERGENCES.items()
     )

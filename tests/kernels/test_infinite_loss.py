@@ -16,7 +16,7 @@ from fused_kd.rows.contract import Logits, RowInputs
 from ..cuda_emulator import needs_cpp_compiler
 from ..problems import CPU_BACKENDS, gradients, may_overflow, relative
 from .contract import scalars_of
-from .ways import FORMS, every_way, in_slices, in_turns, needs_interpreter, through_the_loss, variants
+from .ways import FORMS, WAYS, every_way, in_slices, in_turns, needs_interpreter, through_the_loss, variants
 
 V, K, SPARED = 9, 3, 5
 
@@ -104,6 +104,34 @@ def test_a_list_that_adds_up_to_more_than_1_excludes_the_others_from_a_head_too(
         assert out.loss == expected.loss == math.inf
         found, truth = (gradients(x.loss, [leaf])[0] for x, leaf in zip((out, expected), leaves, strict=True))
         assert relative(found, truth) < 4e-6
+
+
+ALL_WAYS = [pytest.param(name, marks=marks) for name, (_, marks) in WAYS.items()]
+
+
+@pytest.mark.parametrize("way", ALL_WAYS, indirect=True)
+def test_what_one_side_excludes_and_the_other_has_none_of_is_nothing(way, request):
+    """Its probability underflows: whatever stands for log 0 must not show."""
+    g = torch.Generator().manual_seed(0)
+    z, z_t, labels = torch.randn(4, 67, generator=g), torch.randn(4, 67, generator=g), torch.arange(4)
+    gone, low = torch.arange(67) >= 30, 400.0 * (torch.arange(67) >= 30)
+    alone = "streaming" in request.node.name or "triton slices" in request.node.name  # without AdaptiveKL
+    objectives = [
+        fk.ReverseKD(lam=1.0),
+        fk.GeneralizedJSD(),
+        fk.objectives.ToDi(),
+        *([] if alone else [fk.AdaptiveKL()]),
+    ]
+    excluding, vanishing = z.masked_fill(gone, -math.inf), z_t - low
+    excluding[3] = -math.inf  # all of them, hence none
+    for student, teacher in ((excluding, vanishing), (vanishing, excluding)):
+        for objective in objectives:
+            out = way.run(student, teacher, labels, objective, 2.5)
+            leaf = student.double().requires_grad_()
+            expected = reference_kd_loss(leaf, teacher, labels, objective, temperature=2.5, reduction="none").loss
+            (gradient,) = gradients(expected.sum(), [leaf])
+            assert relative(out.loss, expected) < 1e-5, objective
+            assert relative(out.gradient, gradient) < 1e-5, objective
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -65,9 +65,9 @@ class Sizes(NamedTuple):
     """What the plan depends on.
 
     ``n`` of N tokens take part. ``sums`` terms have sums, ``gated`` says that only some rows need them; ``joinable``
-    that one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the bytes
-    of an element of dlogits, of a chunk's hidden states once they are gathered, and of a GEMM operand's copy in another
-    dtype; and which passes there are: by chunks of tokens, with or without an fp32 dW, and by slabs of columns, for a
+    that one pass may make both gradients. For a student given as a head, else 0: ``H`` and the teacher's ``H_t``; the
+    bytes of an element of dlogits, of a chunk's hidden states once they are gathered, and of a GEMM operand's copy in
+    another dtype; and which passes there are: by chunks of tokens, with or without an fp32 dW, and by slabs of columns, for a
     low-precision dW.
     """
 

@@ -17,7 +17,19 @@ from .launch import Device, Launch, cut_rows, gradient_arguments, side_arguments
 
 MOST_TERMS = 8
 # In the order of ``enum Trait`` in ``csrc/cuda_divergence.h``.
-_FLAGS = "has_teacher free mixture powers kl_at_one adaptive everywhere covers mixed hard_label z_loss".split()
+_FLAGS = [
+    "has_teacher",
+    "free",
+    "mixture",
+    "powers",
+    "kl_at_one",
+    "adaptive",
+    "everywhere",
+    "covers",
+    "mixed",
+    "hard_label",
+    "z_loss",
+]
 _POSITIONS = {name: i for i, name in enumerate(DIVERGENCES)}
 
 

@@ -121,7 +121,8 @@ class _TorchRow(SweptRow):
             d.sub_((of.log_sum_t - of.log_sum)[rows].float())
             if self.excludes:
                 bound = EXCLUDED / picked(self.temperature, rows)
-                d.masked_fill_((z_t < bound) & (of.top_t[rows] >= bound), LEFT_OUT)
+                for logits_of, top in ((z_t, of.top_t), (z, of.top)):
+                    d.masked_fill_((logits_of < bound) & (top[rows] >= bound), LEFT_OUT)
         made = []
         for term, mixture in zip(sums.terms, sums.mixtures, strict=True):
             s = Scalars(*(picked(x, rows) for x in self.scalars[term.index]))

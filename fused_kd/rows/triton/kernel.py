@@ -305,21 +305,32 @@ def _distill(
             student, teacher, dlogits_row, V, row, label, weights_ptr, scalars, k, inv_T, norms, free, hard, lse,
             cold_inv, TERMS, TABLED, ROW, BLOCK,
         )  # fmt: skip
+    elif ROW[ALWAYS]:
+        targets = _with_heads(student, teacher, V, scalars, norms, k, _targets(scalars, k, token, TABLED), TABLED, BLOCK)
+        sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
+        loss, free, own = _after_sums(
+            scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
+        )
+        tl.store(loss_ptr + row, loss)
+        if dlogits_row is not None:
+            factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
+            write_gradient(
+                student, teacher, dlogits_row, V, row, label, k, targets, norms, s_max, factors, own, weights_ptr,
+                True, False, TABLED, ROW, EXCLUDES, BLOCK,
+            )  # fmt: skip
     else:
-        use = True
-        if not ROW[ALWAYS]:
-            use = any_takes_sums(scalars, hard, TABLED)
+        use = any_takes_sums(scalars, hard, TABLED)
         targets = _targets(scalars, k, token, TABLED)
+        # Of what the branch computes, nothing but these numbers leaves it: more would hold registers.
         own = ()
         for _i in tl.static_range(2 * len(TABLED) + 1):
             own = own + (inv_T * 0.0,)
         if use:
-            targets = _with_heads(student, teacher, V, scalars, norms, k, targets, TABLED, BLOCK)
             sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
-            loss, free, own = _after_sums(
+            with_sums, _free, own = _after_sums(
                 scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
             )
-            tl.store(loss_ptr + row, loss)
+            tl.store(loss_ptr + row, with_sums)
         if dlogits_row is not None:
             if use:
                 factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)

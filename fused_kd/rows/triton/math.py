@@ -131,8 +131,10 @@ def arguments(
             t += TINY
         d = tl.fma(a_t - a_s, LN_2, -log_ratio)
     if EXCLUDES:
-        bound = tl.where(t_max >= EXCLUDED, EXCLUDED, -float("inf"))
-        d = tl.where(z_t < bound, LEFT_OUT, d)
+        # Of what the student excludes too: where the target has underflowed, TINY times d would be something.
+        t_bound = tl.where(t_max >= EXCLUDED, EXCLUDED, -float("inf"))
+        s_bound = tl.where(s_max >= EXCLUDED, EXCLUDED, -float("inf"))
+        d = tl.where((z_t < t_bound) | (z_s < s_bound), LEFT_OUT, d)
     r = t
     log_r = d
     s = q
