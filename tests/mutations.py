@@ -23,6 +23,14 @@ def _budget(objective: str, near: str = "far") -> str:
     return f"kernels/test_error_budget.py::test_hidden_fp32[1.0-{near}-{objective}-torch]"
 
 
+def _budget_of(objective: str, backend: str) -> str:
+    return f"kernels/test_error_budget.py::test_hidden_fp32[1.0-far-{objective}-{backend}]"
+
+
+def _told(columns: int = 9) -> str:
+    return f"kernels/test_row_statistics.py::test_each_statistic[torch-no_evo:lam=0.3-{columns}-1.0]"
+
+
 def _table(divergence: str) -> str:
     return f"loss/test_objectives.py::test_table_s_g_is_the_gradient_of_its_h[{divergence}]"
 
@@ -56,6 +64,7 @@ def _infinite(way: str) -> str:
     return f"kernels/test_infinite_loss.py::{test}[{way}-bucket-forward_kd]"
 
 
+_GATES = "loss/test_identities.py::test_gates_look_at_what_they_say"
 _SMALL_SHARE = "kernels/test_exact.py::test_a_share_of_a_millionth[{}]"
 _LABEL_LEFT_OUT = "kernels/test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _TOKENS, _INPUTS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/inputs.py"
@@ -73,12 +82,15 @@ _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
+_NATIVE_SHARES, _NATIVE_SUMS, _NATIVE_GRADIENT = (_CSRC + f"kd_{name}.h" for name in ("shares", "sums", "gradient"))
+_SHARES, _TRITON_SHARES = "fused_kd/rows/shares.py", "fused_kd/rows/triton/shares.py"
+_TOLD, _OBJECTIVES = "fused_kd/rows/torch/statistics.py", "fused_kd/objectives/divergences.py"
 _TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton/math.py", "fused_kd/rows/triton/sharded.py"
-_LABELS = "gradient += ce_share * (q - tl.where(offsets == label, 1.0, 0.0))\n"
+_LINEAR = "cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
 _STREAMING_KERNELS = "fused_kd/engines/streaming/kernels.py"
 _STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
-_ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha):\n    return "
+_ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):\n    return "
 
 MUTATIONS = [
     # the table of formulas
@@ -99,18 +111,106 @@ MUTATIONS = [
         "adaptive kl: weights swapped", _DIVERGENCES,
         "-beta * t - alpha * (q * d)", "-alpha * t - beta * (q * d)", (_table("adaptive_kl"),),
     ),
+    Mutation(
+        "detached skewed reverse kl: flows through the mixture", _DIVERGENCES,
+        f"skew_reverse_kl_detached_g{_ARGUMENTS}q * log_s", f"skew_reverse_kl_detached_g{_ARGUMENTS}q * (log_s - beta * s)",
+        (_table("skew_reverse_kl_detached"),),
+    ),
+    Mutation("todi: sign of a weight", _DIVERGENCES, "(r * t - s * q) * d / 2", "(r * t + s * q) * d / 2", (_budget("todi"),)),
+    Mutation("todi: the weight moves", _DIVERGENCES, "(s * q * (1 - d) - r * t) / 2", "(s * q * (1 + d) - r * t) / 2", (_table("todi"),)),
+    Mutation("alpha-beta: a factor missing", _DIVERGENCES, "(alpha * beta * (alpha + beta))", "(alpha * beta)", (_budget("alpha_beta"),)),
+    Mutation("alpha-beta: the other exponent", _DIVERGENCES, "(v - w) / alpha", "(v - w) / beta", (_table("alpha_beta"),)),
+    Mutation("renyi: beta missing", _DIVERGENCES, "return beta * w", "return w", (_table("renyi"),)),
+    Mutation(
+        "renyi: not over 1 - alpha", _OBJECTIVES, "weight=own.weight / (1.0 - self.alpha))", "weight=own.weight)",
+        (_budget("renyi"),),
+    ),
+    Mutation(
+        "acceptance: the larger for the smaller", _DIVERGENCES, "(q > t) * t + (1 - (q > t)) * q", "(q > t) * q + (1 - (q > t)) * t",
+        (_budget("acceptance"),),
+    ),
+    Mutation("acceptance: not halved", _DIVERGENCES, "(q > t) * q + q) / 2", "(q > t) * q + q)", (_table("acceptance"),)),
+    Mutation("acceptance mix: another decay", _DIVERGENCES, "OVERLAP_DECAY = 3.0", "OVERLAP_DECAY = 2.0", (_budget("acceptance_mix"),)),
+    Mutation(
+        "symmetric kl: weights swapped", _OBJECTIVES, "(self.beta, ForwardKD(lam=1.0)), (1.0 - self.beta,",
+        "(1.0 - self.beta, ForwardKD(lam=1.0)), (self.beta,", (_budget("symmetric_kl"),),
+    ),
+    # shares of terms
+    Mutation(
+        "shares: floor and the rest swapped", _SHARES, "(share * s.kept, share * s.floor)", "(share * s.floor, share * s.kept)",
+        (_budget("skew_floor"),),
+    ),
+    Mutation("shares: the label's dropped", _SHARES, "self.y = self.y + share * rest", "self.y = self.y", (_budget("no_evo"),)),
+    Mutation("shares: the teacher's without lam", _SHARES, "self.p = self.p + share * lam", "self.p = self.p + share", (_budget("no_evo"),)),
+    Mutation(
+        "shares: a second mixture's difficulty is the first's", _SHARES, "if term.mixed and i == spec.main else", "if term.mixed else",
+        (_budget("sum_of_targets"),),
+    ),
+    Mutation("shares: cross-entropy without its weight", _SHARES, "made.ce + s.weight * s.rest", "made.ce + s.rest", (_budget("sum"),)),
+    Mutation("shares: a divergence without its weight", _SHARES, "else s.weight * s.lam", "else s.lam", (_budget("sum"),)),
+    Mutation("shares: z-loss not doubled", _SHARES, "2.0 * self.z * token", "self.z * token", (_budget("z_loss"),)),
+    Mutation(
+        "shares: a gate of kl looks at the difficulty", _SHARES, "return token.kl > s.gamma", "return difficulty + 0 > s.gamma", (_GATES,),
+    ),
+    Mutation("shares: the excess is a sum", _SHARES, "difficulty - teachers_own(", "difficulty + teachers_own(", (_GATES,)),
+    Mutation("shares: unsure where it is sure", _SHARES, "token.entropy_t > s.gamma", "token.entropy_t < s.gamma", (_GATES,)),
+    Mutation(
+        "shares: sign of a logarithm's factor", _SHARES, "-share / total.clamp", "share / total.clamp", (_budget("acceptance"),),
+    ),
+    Mutation("shares: all of the mix is the overlap's", _SHARES, "return -share * (1.0 - w)", "return -share", (_budget("acceptance_mix"),)),
+    Mutation("shares: no kl in the mix", _SHARES, "shares.add_free(spread(share * w), ", "shares.add_free(spread(share * 0.0), ", (_budget("acceptance_mix"),)),
+    Mutation(
+        "native: floor and the rest swapped", _NATIVE_SHARES, "? own->kept : 1.0, floor = term->kl_at_one ? own->floor",
+        "? own->floor : 1.0, floor = term->kl_at_one ? own->kept", (_budget_of("skew_floor", "native"),),
+    ),
+    Mutation(
+        "native: sign of a logarithm's factor", _NATIVE_SHARES, "factor = -x->share / (", "factor = x->share / (",
+        (_budget_of("acceptance", "native"),),
+    ),
+    Mutation(
+        "native: a gate of kl looks at the difficulty", _NATIVE_SHARES, "return (float)token->kl > own->gamma", "return (float)difficulty > own->gamma",
+        (_budget_of("self_evolution_kl", "native"),),
+    ),
+    # numbers of each token
+    Mutation(
+        "engine: another token's numbers", _PROBLEM, "else self.scalars[tokens]", "else self.scalars.flip(0)[tokens]",
+        ("loss/test_token_numbers.py::test_a_call_is_the_loop_over_its_tokens[torch-forward_kd-1]",),
+    ),
+    Mutation(
+        "rows: all have the first one's numbers", "fused_kd/rows/contract.py", "else scalars.stride(0)", "else 0",
+        ("kernels/test_token_scalars.py::test_numbers_of_each_row[1-self_evolution-native]",),
+    ),
+    Mutation(
+        "text: an exponent's sign ends a term", "fused_kd/objectives/text.py", "(?<!\\d[eE])", "",
+        ("loss/test_algebra.py::test_texts",),
+    ),
+    Mutation(
+        "objectives: a product of weights goes unchecked", "fused_kd/objectives/base.py", 'checked_number("weight", factor * weight, WEIGHT)',
+        "factor * weight", ("loss/test_algebra.py::test_what_is_refused",),
+    ),
+    # what is told of tokens
+    Mutation("statistics: sign of the entropy", _TOLD, "keepdim=True).neg_()", "keepdim=True)", (_told(),)),
+    Mutation(
+        "statistics: the target's entropy without its label", _SHARES, "(others - torch.xlogy(t_y, t_y))", "(others + torch.xlogy(t_y, t_y))", (_told(),),
+    ),
+    Mutation("statistics: the label's of the other side", _TOLD, '"log_p_y": token.log_p_y', '"log_p_y": token.log_q_y', (_told(),)),
+    Mutation("statistics: the least of both sides", _TOLD, "q.z.argmax(1", "q.z.argmin(1", (_told(11),)),
+    Mutation(
+        "statistics: ignored tokens told", _TORCH, "found.masked_fill_(ignored.unsqueeze(1), 0.0)", "found",
+        ("kernels/test_row_statistics.py::test_told_beside_the_same_loss_and_gradient[torch]",),
+    ),
     # excluded tokens, and scalars near their limits
     Mutation(
         "torch: infinite by the excluded token's size", _TORCH_MATH, "p >= torch.finfo(torch.float32).tiny", "p >= 1e-12",
         (_exact("no_evo", "torch"),),
     ),
     Mutation(
-        "torch: what the teacher excludes stays in the gradient", _TORCH, "masked_fill_(pick(out_t), LEFT_OUT)",
-        "masked_fill_(pick(out_t), 0.0)", (_exact("reverse_kd", "torch"),),
+        "torch: what the teacher excludes stays in the gradient", _TORCH, "masked_fill_(pick(sides.outs[1]), LEFT_OUT)",
+        "masked_fill_(pick(sides.outs[1]), 0.0)", (_exact("reverse_kd", "torch"),),
     ),
     Mutation("torch: 0 times infinity", _TORCH_MATH, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", (_LABEL_LEFT_OUT.format("torch"),)),
     Mutation(
-        "1 - beta from fp32 beta", "fused_kd/objectives.py", "beta=1.0 - self.alpha, alpha=self.alpha)", "beta=1.0 - self.alpha, alpha=0.99999994 - (1.0 - self.alpha))",
+        "1 - beta from fp32 beta", _OBJECTIVES, "beta=1.0 - self.alpha, alpha=self.alpha)", "beta=1.0 - self.alpha, alpha=0.99999994 - (1.0 - self.alpha))",
         (_SMALL_SHARE.format("torch"),),
     ),
     Mutation(
@@ -122,11 +222,11 @@ MUTATIONS = [
         (_exact("reverse_kd", "native"),),
     ),
     Mutation(
-        "native: what the teacher excludes stays in the gradient", _NATIVE, "out[i] ? LEFT_OUT : d[i]", "out[i] ? 0.0f : d[i]",
+        "native: what the teacher excludes stays in the gradient", _NATIVE_SUMS, "out_t[i] ? LEFT_OUT : a->d[i]", "out_t[i] ? 0.0f : a->d[i]",
         (_exact("reverse_kd", "native"),),
     ),
-    Mutation("native: 1 - beta from beta", _NATIVE, "raised + alpha * (t[i] - raised)", "raised + (1.0f - beta) * (t[i] - raised)", (_SMALL_SHARE.format("native"),)),
-    Mutation("native: 0 times infinity", _NATIVE, "return weight == 0.0 && isinf(value) ? 0.0 : weight * value;", "return weight * value;", (_LABEL_LEFT_OUT.format("native"),)),
+    Mutation("native: 1 - beta from beta", _NATIVE_SUMS, "raised + alpha * (t - raised)", "raised + (1.0f - beta) * (t - raised)", (_SMALL_SHARE.format("native"),)),
+    Mutation("native: 0 times infinity", _NATIVE_SHARES, "return weight == 0.0 && isinf(value) ? 0.0 : weight * value;", "return weight * value;", (_LABEL_LEFT_OUT.format("native"),)),
     Mutation(
         "triton: infinite by the excluded token's size", _TRITON_MATH, "- log_total > LOG_LEAST", "- log_total > -27.6",
         (_exact("no_evo", "triton"),),
@@ -161,15 +261,15 @@ MUTATIONS = [
         (_not_numbers("no_evo", "torch"),),
     ),
     Mutation(
-        "native: NaN is called infinite", _NATIVE, "c->fraction < 1.0f)) value += INFINITY;",
-        "c->fraction < 1.0f)) value = INFINITY;", (_not_numbers("reverse_kd", "native"),),
+        "native: NaN is called infinite", _NATIVE_SUMS, "? sum + INFINITY : sum;", "? INFINITY : sum;",
+        (_not_numbers("reverse_kd", "native"),),
     ),
     Mutation(
         "native: the excluded label's cross-entropy hides NaN", _NATIVE, "x->log_total + INFINITY", "INFINITY",
         (_not_numbers("sft", "native"),),
     ),
     Mutation(
-        "triton: NaN is called infinite", _TRITON, "h_sum += tl.where(student_above", "h_sum = tl.where(student_above",
+        "triton: NaN is called infinite", _TRITON, "h_sum += tl.where(beyond, float(\"inf\"), 0.0)", "h_sum = tl.where(beyond, float(\"inf\"), h_sum)",
         (_not_numbers("reverse_kd", "triton"),),
     ),
     Mutation(
@@ -177,8 +277,8 @@ MUTATIONS = [
         "return tl.where(out, float(\"inf\"), log_total + ", (_not_numbers("sft", "triton"),),
     ),
     Mutation(
-        "cuda: NaN is called infinite", _CUDA, "student_above ? value + INFINITE", "student_above ? INFINITE",
-        (_not_numbers("reverse_kd", "cuda"),),
+        "cuda: NaN is called infinite", _CUDA, "token.kl += INFINITE", "token.kl = INFINITE",
+        (_not_numbers("no_evo", "cuda"),),
     ),
     Mutation(
         "top-k: the label is always its own category", _TOP_K, "    if reads_label:\n", "    if True:\n",
@@ -187,9 +287,7 @@ MUTATIONS = [
     # the torch row
     Mutation("torch: label off by one", _TORCH, "y = labels.clamp(min=0)", "y = (labels - 1).clamp(min=0)", (_budget("sft"),)),
     Mutation(
-        "torch: lam for 1 - lam", _TORCH_MATH,
-        "add_at(out, y, -s.rest * own)\n        scale(out, 1.0 / s.temperature)",
-        "add_at(out, y, -s.lam * own)\n        scale(out, 1.0 / s.temperature)",
+        "torch: lam for 1 - lam", _SHARES, "((s.lam, s.rest) if term.mixed", "((s.rest, s.lam) if term.mixed",
         (_budget("no_evo"),),
     ),
     Mutation(
@@ -202,7 +300,7 @@ MUTATIONS = [
     ),
     Mutation(
         "torch: teacher's temperature missing", _TORCH,
-        'cool(z, s.temperature, scratch("z_t", B)), out', "z, out", ("loss/test_loss.py::test_temperature[2.0-no_evo-torch]",),
+        'cool(z, temperature, scratch("z_t", B)), out', "z, out", ("loss/test_loss.py::test_temperature[2.0-no_evo-torch]",),
     ),
     Mutation("torch: difference reversed", _TORCH, "torch.sub(z_t, z, out", "torch.sub(z, z_t, out", (_budget("reverse_kd"),)),
     Mutation(
@@ -214,7 +312,7 @@ MUTATIONS = [
         ".neg_().add_(1.0).mul_(logits.scale)", ".mul_(logits.scale)",
         ("loss/test_loss.py::test_scale_and_softcap[{'softcap': 3.0}-sft-torch]",),
     ),
-    Mutation("torch: gate reversed", _TORCH, "(difficulty > s.gamma)", "(difficulty < s.gamma)", (_budget("self_evolution"),)),
+    Mutation("torch: gate reversed", _SHARES, "return difficulty > s.gamma", "return difficulty < s.gamma", (_budget("self_evolution"),)),
     # the row of a vocabulary slice
     Mutation(
         "sharded: the label's rank", _SHARDED, "labels >= bound", "labels > bound",
@@ -243,18 +341,18 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: maximum not subtracted", _TRITON_SWEEPS,
-        "tl.exp2(exponent(z, LOG2_E, z_max)) * inv_total", "tl.exp2(z * LOG2_E) * inv_total",
+        "tl.exp2(exponent(z, LOG2_E, z_max)) * of_q", "tl.exp2(z * LOG2_E) * of_q",
         ("kernels/test_rows.py::test_excluded_tokens_and_large_offsets[sft-triton]",),
     ),
     Mutation(
         "triton: row's end not masked", _TRITON_SWEEPS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
         ("kernels/test_rows.py::test_any_vocabulary[127-reverse_kd-triton]",),
     ),
-    Mutation("triton: gate reversed", _TRITON, "hard = difficulty > gamma", "hard = difficulty < gamma", (_logits("triton", "self_evolution"),)),
+    Mutation("triton: gate reversed", _TRITON_SHARES, "return seen > gamma", "return seen < gamma", (_logits("triton", "self_evolution"),)),
     Mutation(
         "triton: token weights missing", _TRITON_SWEEPS,
-        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
-        f"{_LABELS}    store_block(dlogits_row, offsets, end, gradient * slope)",
+        f"{_LINEAR}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
+        f"{_LINEAR}    store_block(dlogits_row, offsets, end, gradient * slope)",
         ("kernels/test_extremes.py::test_rows_left_out_and_weighted[dense-triton]",),
     ),
     Mutation(
@@ -267,16 +365,16 @@ MUTATIONS = [
     ),
     Mutation(
         "triton: lanes' sums joined as if their maxima were one", _TRITON_SWEEPS,
-        "tl.sum(z_sum * tl.exp2(exponent(z_max, LOG2_E, top)), axis=0)", "tl.sum(z_sum, axis=0)",
+        "top, tl.sum(z_sum * tl.exp2(step), axis=0)", "top, tl.sum(z_sum, axis=0)",
         ("kernels/test_rows.py::test_temperature_scale_and_softcap[T-sft-triton]",),
     ),
     Mutation(
         "triton: lanes' KL not moved to the row's maxima", _TRITON_SWEEPS,
-        "kl_sum = moved(kl_sum, t_sum, s_step, t_step)\n    t_sum", "kl_sum = kl_sum * tl.exp2(t_step)\n    t_sum",
+        "kl_sum = moved(kl_sum, t_sum, s_step, t_step)\n    if", "kl_sum = kl_sum * tl.exp2(t_step)\n    if",
         ("kernels/test_rows.py::test_any_vocabulary[1025-no_evo-triton]",),
     ),
     Mutation(
-        "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        of_h", "if whole > V:\n        of_h",
+        "triton: the row's end left out of a sum", _TRITON_SWEEPS, "if whole < V:\n        sums", "if whole > V:\n        sums",
         ("kernels/test_rows.py::test_strided_inputs_and_outputs[shifted-reverse_kd-triton]",),
     ),
     Mutation(
@@ -459,11 +557,11 @@ MUTATIONS = [
     ),
     # the row in C
     Mutation(
-        "native: hard and easy swapped", _NATIVE, "(float)difficulty > c->gamma", "(float)difficulty <= c->gamma",
+        "native: hard and easy swapped", _NATIVE_SHARES, "default: return (float)difficulty > own->gamma", "default: return (float)difficulty <= own->gamma",
         (_logits("native", "self_evolution"),),
     ),
     Mutation(
-        "native: teacher's gradient added", _NATIVE, "times(e_t[i], of_g) - q * total", "times(e_t[i], of_g) + q * total",
+        "native: teacher's gradient added", _NATIVE_GRADIENT, "PLACEHOLDER", "PLACEHOLDER2",
         (_logits("native", "forward_kd"),),
     ),
     Mutation(

@@ -6,11 +6,12 @@ Nothing is shared with the library, and no gradient is derived: what is wrong he
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mpmath import mp, mpf
 
 import fused_kd as fk
+from fused_kd import objectives as o
 
 mp.dps = 80  # of which a difference quotient of near rows at a temperature near 0 keeps 50
 LEAST = mpf(2) ** -126  # smaller probabilities are 0 beside an excluded token
@@ -66,6 +67,19 @@ def _mixed(p: _Side, y: int, lam: mpf) -> _Side:
     return t
 
 
+def _powers(p: _Side, q: _Side, a: mpf, b: mpf) -> Row:
+    """``p**a * q**b``, of what neither excludes."""
+    rows = zip(p.log_p, q.log_p, p.excluded, q.excluded, strict=True)
+    return [mpf(0) if out or other else mp.exp(a * x + b * y) for x, y, out, other in rows]
+
+
+def _todi(p: _Side, q: _Side, weights: Row) -> tuple[mpf, bool]:
+    """Both directions, the first by ``weights``, constants; infinite parts as those of each."""
+    rows = list(zip(weights, p.p, q.p, p.log_p, q.log_p, p.excluded, strict=True))
+    value = mp.fsum((a * x - (1 - a) * y) * (lx - ly) for a, x, y, lx, ly, out in rows if not out)
+    return value, _kl(p, q)[1] or _kl_reverse(q, p)[1]
+
+
 def _head_share(p: Row, q: Row, mass: mpf) -> mpf:
     error = [abs(a - b) for a, b in zip(p, q, strict=True)]
     total = mp.fsum(error)
@@ -108,7 +122,7 @@ def exact(
     p = _Side(*_split(z_t), temperature)
     lam = mpf(getattr(objective, "lam", 1.0))
     t = _mixed(p, y, lam)
-    fixed: dict[str, mpf | bool] = {}
+    fixed: dict[str, Any] = {}
 
     def difficulty(q: _Side) -> tuple[mpf, bool]:
         return _kl(t, q)
@@ -127,6 +141,12 @@ def exact(
         def add(*parts: tuple[mpf, bool]) -> tuple[mpf, bool]:
             return mp.fsum(x for x, _ in parts), any(out for _, out in parts)
 
+        def floored(q: _Side, beta: float, floor: float) -> tuple[mpf, bool]:
+            if beta == 1:
+                return difficulty(q)
+            skew = _to_mixture(t.p, q.p, mpf(beta)), False
+            return add(share(1 - mpf(floor), skew), share(mpf(floor), difficulty(q)))
+
         match objective:
             case fk.SFT():
                 return ce()
@@ -136,17 +156,19 @@ def exact(
                 return add(share(1 - lam, ce()), share(lam, _kl_reverse(q, p)))
             case fk.NoEvo():
                 return difficulty(q)
-            case fk.Skew(beta=beta):
-                return difficulty(q) if beta == 1 else (_to_mixture(t.p, q.p, mpf(beta)), False)
+            case fk.Skew(beta=beta, floor=floor):
+                return floored(q, beta, floor)
             case fk.SkewTeacher(beta=beta):
                 value = _kl(p, q) if beta == 1 else (_to_mixture(p.p, q.p, mpf(beta)), False)
                 return add(share(1 - lam, ce()), share(lam, value))
-            case fk.SelfEvolution(beta=beta, gamma=gamma):
+            case fk.SelfEvolution(beta=beta, gamma=gamma, floor=floor, gate=gate):
                 if "hard" not in fixed:
-                    d, infinite = difficulty(q)
+                    d, infinite = difficulty(q) if gate != "kl" else _kl(p, q)
+                    if gate == "excess" and not infinite:
+                        own, beyond = _kl(t, p)
+                        d = -mp.inf if beyond else d - own
                     fixed["hard"] = gamma < math.inf and (infinite or d > gamma)
-                hard = fixed["hard"] and beta < 1
-                return (_to_mixture(t.p, q.p, mpf(beta)), False) if hard else difficulty(q)
+                return floored(q, beta, floor) if fixed["hard"] else difficulty(q)
             case fk.GeneralizedJSD(beta=0.0):
                 return _kl(p, q)
             case fk.GeneralizedJSD(beta=1.0):
@@ -156,22 +178,55 @@ def exact(
                 return beta * forward + (1 - mpf(beta)) * reverse, False
             case fk.SkewForward(alpha=alpha):
                 return _kl(p, q) if alpha == 0 else (_to_mixture(p.p, q.p, 1 - mpf(alpha)), False)
-            case fk.SkewReverse(alpha=alpha):
-                return _kl_reverse(q, p) if alpha == 0 else (_to_mixture(q.p, p.p, 1 - mpf(alpha)), False)
             case fk.TotalVariation():
                 return mp.fsum(abs(a - b) for a, b in zip(p.p, q.p, strict=True)) / 2, False
+            case o.SkewReverseDetached(alpha=alpha):
+                if alpha == 0:
+                    return _kl_reverse(q, p)
+                m = fixed.setdefault("m", [mpf(alpha) * x + (1 - mpf(alpha)) * y for x, y in zip(q.p, p.p, strict=True)])
+                return mp.fsum(x * mp.log(x / y) for x, y in zip(q.p, m, strict=True) if x > 0), False
+            case fk.SkewReverse(alpha=alpha):
+                return _kl_reverse(q, p) if alpha == 0 else (_to_mixture(q.p, p.p, 1 - mpf(alpha)), False)
+            case o.SymmetricKL(beta=beta):
+                return add(share(mpf(beta), _kl(p, q)), share(1 - mpf(beta), _kl_reverse(q, p)))
+            case o.EntropyGated(tau=tau):
+                unsure = -mp.fsum(x * lx for x, lx in zip(p.p, p.log_p, strict=True) if x > 0) > tau
+                return add(share(mpf(unsure), _kl(p, q)), _kl_reverse(q, p))
+            case o.ToDi():
+                a = [x / (x + y) if x + y > 0 else mpf(0) for x, y in zip(p.p, q.p, strict=True)]
+                return _todi(p, q, fixed.setdefault("a", a))
+            case o.AlphaBeta(alpha=alpha, beta=beta):
+                a, b = mpf(alpha), mpf(beta)
+                own = [mp.fsum(x ** (a + b) for x in side.p if x > 0) for side in (p, q)]
+                both = mp.fsum(_powers(p, q, a, b))
+                return (a / (a + b) * own[0] + b / (a + b) * own[1] - both) / (a * b), False
+            case o.Renyi(alpha=alpha):
+                total = mp.fsum(_powers(p, q, mpf(alpha), 1 - mpf(alpha)))
+                return (-mp.log(total) / (1 - mpf(alpha)), False) if total > 0 else (mp.inf, True)
+            case o.Acceptance():
+                total = mp.fsum(min(x, y) for x, y in zip(p.p, q.p, strict=True))
+                return (-mp.log(total), False) if total > 0 else (mp.inf, True)
+            case o.AcceptanceMix():
+                total = mp.fsum(min(x, y) for x, y in zip(p.p, q.p, strict=True))
+                w = fixed.setdefault("w", mp.exp(-3 * total))
+                return add(share(w, _kl(p, q)), ((1 - w) * (1 - total), False))
+            case o.ZLoss():
+                kept = [x for x, out in zip(*merged, strict=True) if not out]
+                return mp.log(mp.fsum(mp.exp(x) for x in kept)) ** 2, False
             case fk.AdaptiveKL(fraction=fraction):
                 w = fixed.setdefault("w", _head_share(p.p, q.p, mpf(fraction)))
                 return add(share(w, _kl(p, q)), share(1 - w, _kl_reverse(q, p)))
         raise TypeError(f"no definition of {objective!r}")
 
     value, infinite = loss(student[0])
-    d = loss(student[0]) if isinstance(objective, fk.SFT) else difficulty(
-        _Side(*_merged(*student, groups), temperature)
-    )  # fmt: skip
+    first = _Side(*_merged(*student, groups), temperature)
+    if objective.spec.needs_teacher:
+        d = difficulty(first)
+    else:
+        d = -first.log_p[y], first.excluded[y]
     gradient = []
     for v, x in enumerate(student[0]):
         sides = ([*student[0][:v], x + step, *student[0][v + 1 :]] for step in (STEP, -STEP))
         above, below = (loss(moved)[0] for moved in sides)
-        gradient.append((above - below) / (2 * STEP))
+        gradient.append((above - below) / (2 * STEP) if mp.isfinite(above) else mpf(0))
     return Exact(mp.inf if infinite else value, mp.inf if d[1] else d[0], gradient)

@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.objectives import Objective
 
-from ..problems import CPU_BACKENDS, JUMPS, eager_rows, gradients, summands
+from ..problems import CPU_BACKENDS, JUMPS, eager_rows, gradients, may_overflow, reads_level, summands
 from .exact import Exact, Groups, exact
 from .ways import Found, Run, every_way, through_the_loss, variants
 
@@ -133,6 +133,7 @@ def wrong(run: Run, objective: Objective, T: float, tail: str, names: list[str])
             allowed = 4 * (e - r).abs().nan_to_num(0.0, 0.0, 0.0).amax(1) + factor * size
             allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * max(factor, share)
             off = torch.where(a == r, 0.0, (a - r).abs()).amax(1)
+            off[beyond_fp32(objective, chosen, found, truths)] = 0.0
             jumps = summands(objective) & JUMPS and tail != "dense"  # where a list's p is q
             if field == "gradient" and jumps and "equal" in chosen:
                 off[chosen.index("equal")] = 0.0
@@ -150,6 +151,12 @@ def rounding(z: Tensor, T: float) -> Tensor:
     largest = kept.nan_to_num(-INF).amax(1, keepdim=True)
     spread = (largest - kept).nan_to_num(0.0).amax(1).div(T).clamp(max=100.0)
     return 2**-23 * spread + (0.0 if T == 1.0 else 2**-23 / T) * kept.nan_to_num(0.0).abs().amax(1)
+
+
+def beyond_fp32(objective: Objective, names: list[str], found: Found, truths: list[Exact]) -> Tensor:
+    """Rows whose loss is the logarithm of a sum that is 0 in fp32, or the level of logits that are all -inf."""
+    small = torch.tensor([float(t.loss) > 80.0 for t in truths]) & (found.loss == INF) & may_overflow(objective)
+    return small | torch.tensor([reads_level(objective) and name == "student excludes all" for name in names])
 
 
 def own_share(objective: Objective) -> float:
