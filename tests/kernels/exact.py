@@ -183,7 +183,9 @@ def exact(
             case o.SkewReverseDetached(alpha=alpha):
                 if alpha == 0:
                     return _kl_reverse(q, p)
-                m = fixed.setdefault("m", [mpf(alpha) * x + (1 - mpf(alpha)) * y for x, y in zip(q.p, p.p, strict=True)])
+                m = fixed.setdefault(
+                    "m", [mpf(alpha) * x + (1 - mpf(alpha)) * y for x, y in zip(q.p, p.p, strict=True)]
+                )
                 return mp.fsum(x * mp.log(x / y) for x, y in zip(q.p, m, strict=True) if x > 0), False
             case fk.SkewReverse(alpha=alpha):
                 return _kl_reverse(q, p) if alpha == 0 else (_to_mixture(q.p, p.p, 1 - mpf(alpha)), False)

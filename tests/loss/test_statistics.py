@@ -19,7 +19,10 @@ from ..problems import CPU_BACKENDS, gradients, problem, relative
 def test_by_name_in_the_shape_of_the_labels(backend, T):
     p = problem(8, V=101, ignored=0.3)
     shape, valid = (2, 4), (p.labels != -100).reshape(2, 4)
-    student, teacher = fk.LMHead(p.hidden.reshape(2, 4, -1), p.weight), fk.LMHead(p.hidden_t.reshape(2, 4, -1), p.weight_t)
+    student, teacher = (
+        fk.LMHead(p.hidden.reshape(2, 4, -1), p.weight),
+        fk.LMHead(p.hidden_t.reshape(2, 4, -1), p.weight_t),
+    )
     objective = fk.SelfEvolution(lam=0.3, gamma=3.0)
     options = {"temperature": T, "backend": backend}
     out = fk.kd_loss(student, teacher, p.labels.reshape(shape), objective, statistics=STATISTICS, **options)
@@ -46,7 +49,9 @@ def test_some_in_any_order_over_chunks():
     assert list(whole.statistics) == wanted
     for name in wanted:
         assert torch.allclose(whole.statistics[name], small.statistics[name], rtol=1e-5)
-    ranked = fk.kd_loss(p.student(), p.teacher(), p.labels, fk.SelfEvolutionTopK(), statistics=wanted, memory_budget=budget)
+    ranked = fk.kd_loss(
+        p.student(), p.teacher(), p.labels, fk.SelfEvolutionTopK(), statistics=wanted, memory_budget=budget
+    )
     assert torch.allclose(ranked.statistics["kl"], whole.statistics["kl"], rtol=1e-5)
 
 
@@ -70,7 +75,11 @@ def test_what_is_refused():
 
     for names, options, message in (
         (["entropy"], {}, "statistics must be among 'log_sum_exp_s', 'log_sum_exp_t', .*, got 'entropy'"),
-        (["kl"], {"objective": fk.SFT()}, "statistics must be among 'log_sum_exp_s', 'entropy_s', .* without a teacher"),
+        (
+            ["kl"],
+            {"objective": fk.SFT()},
+            "statistics must be among 'log_sum_exp_s', 'entropy_s', .* without a teacher",
+        ),
         (["kl"], {"teacher": cached(p, 4)}, "statistics must be empty with a TopK"),
         (["kl"], {"engine": "streaming", "backend": "triton"}, "engine='streaming' tells no statistics"),
     ):
