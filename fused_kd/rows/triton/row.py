@@ -76,7 +76,8 @@ def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
 def is_heavy(spec: RowSpec, capped: bool) -> bool:
     """A tanh, two ratios and the sums of several terms need registers too: with whole blocks some targets would
     spill."""
-    return capped or len(spec.tabled) > 1 or any(term.of.reads >= {"r", "s"} for term in spec.terms)
+    several = len(spec.tabled) > 1 or any(term.chooses for term in spec.terms)
+    return capped or several or any(term.of.reads >= {"r", "s"} for term in spec.terms)
 
 
 def launch_constants(
