@@ -208,7 +208,7 @@ MUTATIONS = [
         "torch: what the teacher excludes stays in the gradient", _TORCH, "masked_fill_(pick(sides.outs[1]), LEFT_OUT)",
         "masked_fill_(pick(sides.outs[1]), 0.0)", (_exact("reverse_kd", "torch"),),
     ),
-    Mutation("torch: 0 times infinity", _TORCH_MATH, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", (_LABEL_LEFT_OUT.format("torch"),)),
+    Mutation("torch: 0 times infinity", _TORCH_MATH, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", ("kernels/test_sums.py::test_weights_of_0_and_1[torch]",)),
     Mutation(
         "1 - beta from fp32 beta", _OBJECTIVES, "beta=1.0 - self.alpha, alpha=self.alpha)", "beta=1.0 - self.alpha, alpha=0.99999994 - (1.0 - self.alpha))",
         (_SMALL_SHARE.format("torch"),),
@@ -561,7 +561,7 @@ MUTATIONS = [
         (_logits("native", "self_evolution"),),
     ),
     Mutation(
-        "native: teacher's gradient added", _NATIVE_GRADIENT, "PLACEHOLDER", "PLACEHOLDER2",
+        "native: teacher's gradient added", _NATIVE_GRADIENT, "times(e_s[i], of_s) - times(e_t[i], of_t)", "times(e_s[i], of_s) + times(e_t[i], of_t)",
         (_logits("native", "forward_kd"),),
     ),
     Mutation(

@@ -12,6 +12,7 @@ import fused_kd as fk
 from fused_kd.divergences import TINY
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
+from fused_kd.terms import RowSpec, Term
 from fused_kd.tuning import current
 
 from ..problems import JUMPS, amplified, eager_rows, has_powers, reads_level, relative, summands
@@ -278,6 +279,20 @@ def test_hardness_can_be_given(backend):
     hard, easy = (call(backend, *data, objective).dlogits for objective in (fk.Skew(), fk.NoEvo()))
     same = torch.equal(actual.dlogits, torch.where(given[:, None].to(hard.device), hard, easy))
     assert same or relative(actual.dlogits, torch.where(given[:, None].to(hard.device), hard, easy)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", [NATIVE, TRITON, CUDA], indirect=True)
+def test_mixed_target_in_a_divergence_of_differences(backend):
+    """No objective pairs them yet, but the specification allows ``KL(q||yt)``."""
+    z, z_t, labels = make(4, a_few(backend, 2500))
+    raw = z.double().requires_grad_()
+    log_q, p = raw.log_softmax(1), z_t.double().softmax(1)
+    target = 0.3 * p + 0.7 * torch.nn.functional.one_hot(labels, z.shape[1])
+    loss = (log_q.exp() * (log_q - target.log())).sum(1)
+    (gradient,) = torch.autograd.grad(loss.sum(), raw)
+    spec = RowSpec.of(Term("reverse_kl", mixed=True))
+    actual = call(backend, z, z_t, labels, fk.NoEvo(lam=0.3), spec=spec)
+    assert relative(actual.loss, loss) <= 1e-6 and relative(actual.dlogits, gradient) <= BUDGET
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 0.9, 0.999, 1.0])
