@@ -226,7 +226,7 @@ MUTATIONS = [
         (_exact("reverse_kd", "native"),),
     ),
     Mutation("native: 1 - beta from beta", _NATIVE_SUMS, "raised + alpha * (t - raised)", "raised + (1.0f - beta) * (t - raised)", (_SMALL_SHARE.format("native"),)),
-    Mutation("native: 0 times infinity", _NATIVE_SHARES, "return weight == 0.0 && isinf(value) ? 0.0 : weight * value;", "return weight * value;", (_LABEL_LEFT_OUT.format("native"),)),
+    Mutation("native: 0 times infinity", _NATIVE_SHARES, "return weight == 0.0 && isinf(value) ? 0.0 : weight * value;", "return weight * value;", ("kernels/test_sums.py::test_weights_of_0_and_1[native]",)),
     Mutation(
         "triton: infinite by the excluded token's size", _TRITON_MATH, "- log_total > LOG_LEAST", "- log_total > -27.6",
         (_exact("no_evo", "triton"),),
