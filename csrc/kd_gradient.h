@@ -40,8 +40,8 @@ static void finish_gradient(const Call *c, int64_t row, int64_t start, int n, fl
     if (c->dlogits_dtype != FP32 || cap != 0.0f) store(c, row, start, n, x);
 }
 
-// The linear part: of the student's softmax, of the teacher's, of the student's at temperature 1, and what is taken from
-// the label's entry: `own` of its cross-entropy, `target` of mixed targets. The sums: factor * (g - total * q).
+// The linear part: of the student's softmax, of the teacher's, of the student's at temperature 1, and what is taken
+// from the label's entry: `own` of its cross-entropy, `target` of mixed targets. The sums: factor * (g - total * q).
 typedef struct {
     double student, teacher, cold, own, target;
     Sums sums;

@@ -1,5 +1,5 @@
-// What a row's loss and gradient are made of, as fused_kd/rows/shares.py explains: factors of cross-entropy, of KL and of
-// the sums of terms that have their own.
+// What a row's loss and gradient are made of, as fused_kd/rows/shares.py explains: factors of cross-entropy, of KL and
+// of the sums of terms that have their own.
 #pragma once
 
 #include "kd_call.h"
@@ -9,7 +9,8 @@ typedef struct {
     double kl, log_p, log_q, warm_ce, ce, log_sum_exp;
 } Token;
 
-// The gradient in the final logits is (q * of_q - p * of_p - y * of_y + sums) / T + (ce + 2 * z * log_sum_exp) * c - ce * y,
+// Factors of q, p, y and more. The gradient in the final logits is
+// (of_q * q - of_p * p - of_y * y + sums) / T + (ce + 2 * z * log_sum_exp) * c - ce * y,
 // with c the student's softmax at temperature 1.
 typedef struct {
     double loss, q, p, y, ce, z;

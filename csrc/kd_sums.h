@@ -115,7 +115,8 @@ static void differences(const Row *r, const Tabled *x, int64_t block, Reads read
     }
 }
 
-// Teacher and student of a block, where equal logits must have equal probabilities in all blocks: over the row's maximum.
+// Teacher and student of a block, where equal logits must have equal probabilities in all blocks: over the row's
+// maximum.
 static void comparable(const Row *r, const Tabled *x, int64_t block, float *restrict t, float *restrict q) {
     const int n = block_length(r, block);
     float buffer[BLOCK];
@@ -128,8 +129,8 @@ static void comparable(const Row *r, const Tabled *x, int64_t block, float *rest
     for (int i = 0; i < n; i++) t[i] = times(exp_nonpositive(z[i] - max), norm);
 }
 
-// The shares of sum |t - q| in the head of t, its most probable entries up to `fraction` of the mass and the top, and in
-// the rest.
+// The shares of sum |t - q| in the head of t, its most probable entries up to `fraction` of the mass and the top, and
+// in the rest.
 static void head_share(const Row *r, Tabled *x) {
     const float fraction = x->own->fraction;
     float t[BLOCK], q[BLOCK];

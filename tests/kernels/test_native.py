@@ -42,11 +42,11 @@ def library(tmp_path: Path, text: str, *flags: str) -> ctypes.CDLL:
 @needs_compiler
 def test_formulas_in_c_are_those_of_the_table(tmp_path):
     text = """void both(int which, const float *x, float *hg) {
-        formulas(which, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], hg, hg + 1);
+        formulas(which, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], hg, hg + 1);
     }"""
     both = library(tmp_path, text).both
     for which, (name, divergence) in enumerate(DIVERGENCES.items()):
-        for x in np.random.default_rng(which).normal(size=(50, 9)).astype(np.float32):
+        for x in np.random.default_rng(which).normal(size=(50, 12)).astype(np.float32):
             hg = np.full(2, np.nan, np.float32)
             both(which, x.ctypes.data_as(ctypes.c_void_p), hg.ctypes.data_as(ctypes.c_void_p))
             arguments = x.astype(np.float64)
@@ -202,4 +202,4 @@ def test_any_number_of_threads_gives_the_same_bits(objective):
     finally:
         torch.set_num_threads(1)
     for a, b in zip(one, two, strict=True):
-        assert torch.equal(a, b)
+        assert a is b or torch.equal(a, b)  # no statistics
