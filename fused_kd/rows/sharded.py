@@ -47,13 +47,14 @@ Number = float | Tensor
 @dataclass(frozen=True)
 class Sums:
     """Of the rows that take sums (all, or those at ``index``): the terms, ``beta`` and ``alpha`` of each, of an
-    adaptive divergence (C', 1), and, once they are known, the factor of each one's ``g`` and
+    adaptive divergence (C', 1), and, once they are known, the factor of each one's ``g``, ``sum g`` and
     ``sum_i factor_i * sum g_i``."""
 
     index: Tensor | None
     terms: list[Tabled]
     mixtures: list[tuple[Number, Number]]
     factors: tuple[Number, ...] = ()
+    of_g: tuple[Number, ...] = ()
     total: Tensor | None = None
 
 
@@ -179,6 +180,7 @@ class SweptRow:
         found = joined((yield self.sums(of, sums)))
         over = Over(*(picked(x, index) for x in of.over))
         factors: list[Number] = []
+        of_g: list[Number] = []
         total = torch.zeros_like(found[:, :1])
         for j, term in enumerate(sums.terms):
             value, own = found[:, 2 * j : 2 * j + 1], found[:, 2 * j + 1 : 2 * j + 2]
@@ -191,8 +193,9 @@ class SweptRow:
                 value, own = value.masked_fill(unused, 0.0), own.masked_fill(unused, 0.0)
             factor = after_sums(shares, term, value, token, lambda x: picked(x, index), lambda x: spread(x, index, C))
             factors.append(factor)
+            of_g.append(own)
             total = total + factor * own
-        return replace(sums, factors=tuple(factors), total=total)
+        return replace(sums, factors=tuple(factors), of_g=tuple(of_g), total=total)
 
     def join(self, ranks: Statistics) -> Joined:
         """From (P, C, 1) float64 of all ranks."""

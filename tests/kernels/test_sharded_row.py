@@ -16,6 +16,7 @@ import fused_kd as fk
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Sparse
 from fused_kd.rows.select import get_row
 from fused_kd.rows.top_k import sparse_teacher
+from fused_kd.terms import ENTROPY
 
 from ..problems import NAMES, OBJECTIVES, label, relative, summands
 from .contract import KINDS, scalars_of
@@ -73,9 +74,11 @@ def inputs_of(
 def allowed(objective, form: str, temperature: float = 1.0, backend: str = "torch") -> bool:
     if backend == "triton" and (form != "dense" or "adaptive_kl" in summands(objective)):
         return False
-    if form == "renormalize":
-        return form == "dense" or not (objective.spec.needs_teacher and refused(objective.spec, form))
-    return form == "dense" or temperature == 1.0
+    if objective.spec.gate == ENTROPY or (
+        form != "dense" and objective.spec.needs_teacher and refused(objective.spec, form)
+    ):
+        return False
+    return form in ("dense", "renormalize") or temperature == 1.0
 
 
 def compare(

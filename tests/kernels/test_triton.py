@@ -23,6 +23,7 @@ if not (INTERPRETED or GPU):
 import triton
 import triton.language as tl
 
+from fused_kd.divergences import TINY
 from fused_kd.rows.triton import math as triton_math
 from fused_kd.rows.triton import row as triton_row
 from fused_kd.tuning import current, tuned
@@ -77,7 +78,7 @@ def test_lanes_of_any_height(T, objective, backend):
         eager = eager_rows(leaf, z_t[:, kept], places, objective)
         budget = max(budget, relative(torch.autograd.grad(eager.sum(), leaf)[0], expected.dlogits))
     check(actual._replace(dlogits=actual.dlogits.cpu()[:, kept]), expected, budget)
-    assert not actual.dlogits.cpu()[:, out].any()
+    assert actual.dlogits.cpu()[:, out].abs().max() <= TINY  # what both exclude has ratios of it
 
 
 @pytest.mark.parametrize(("block", "threads"), [(1024, 128), (1024, 512), (4096, 512)])
@@ -95,7 +96,7 @@ def test_odd_vocabularies_in_rows_of_whole_64_move_four_elements_at_a_time():
 
 def test_scalars_are_no_constants_of_the_kernel():
     """Annealing changes a tensor on the device, and compiles nothing."""
-    constants = triton_row.formula_constants(fk.SelfEvolution.kind, False)
+    constants = triton_row.formula_constants(fk.SelfEvolution().spec, False)
     assert not {"lam", "beta", "gamma"} & set(constants) and not {0.5, 0.4} & set(constants.values())
 
 

@@ -19,7 +19,7 @@ import fused_kd as fk
 from fused_kd.objectives import OBJECTIVES, Objective
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.top_k import sparse_teacher
-from fused_kd.terms import RowSpec
+from fused_kd.terms import ENTROPY, RowSpec
 
 from ..cuda_emulator import needs_cpp_compiler
 from ..problems import CPU_BACKENDS, gradients, needs_compiler
@@ -120,6 +120,7 @@ WAYS = {
     "slices": (Way(in_slices("torch"), False), ()),
     "triton slices": (Way(in_slices("triton"), True), needs_interpreter),
 }
+SHARDED = ("slices", "triton slices")
 DENSE_ALONE = ("streaming", "triton slices")  # which have no adaptive_kl either
 
 
@@ -139,6 +140,8 @@ def every_way(ways: tuple[str, ...] = tuple(WAYS)) -> pytest.MarkDecorator:
         for form in FORMS if name not in DENSE_ALONE else FORMS[:1]:
             for cls in OBJECTIVES.values():
                 spec = cls().spec
+                if name in SHARDED and spec.gate == ENTROPY:  # of the whole teacher
+                    continue
                 if spec.ranked or refused(spec, form) or (name in DENSE_ALONE and cls is fk.AdaptiveKL):
                     continue
                 rare = way.slow and cls.name not in FEW.get(form, ())

@@ -111,7 +111,7 @@ class _TorchRow(SweptRow):
         log_p = log_q = d = None
         if any(term.term.of.powers for term in sums.terms):
             log_p, log_q = (
-                Lazy(x, self.scratch) - (top[rows] + log_sum[rows]).float()
+                (Lazy(x, self.scratch) - top[rows].float()) - log_sum[rows].float()  # an offset costs no digits
                 for x, top, log_sum in ((z_t, of.top_t, of.log_sum_t), (z, of.top, of.log_sum))
             )
         if any("d" in term.term.of.reads for term in sums.terms):
@@ -182,24 +182,23 @@ class _TorchRow(SweptRow):
         for term, factor in zip(sums.terms, sums.factors, strict=True):
             everywhere = spread(factor, index, C)
             masked.append(_single(everywhere * term.use.unsqueeze(1)) if not known_all(term.use) else everywhere)
-        assert sums.total is not None
-        total = _single(spread(sums.total, index, C))
-        return Sums(None, sums.terms, mixtures, tuple(masked), total if isinstance(total, Tensor) else None)
+        of_g = tuple(_single(spread(own, index, C)) for own in sums.of_g)
+        return Sums(None, sums.terms, mixtures, tuple(masked), of_g)
 
     def _add_sums(
         self, work: Tensor, of: Joined, sums: Sums, rows: slice, logits: tuple[Tensor, Tensor], p: Tensor, q: Tensor
     ) -> None:
-        """Add ``(sum_i factor_i * g_i - q * total) / T``."""
-        assert sums.total is not None
-        part = torch.mul(q, -sums.total[rows], out=self.scratch("part", len(q)))
-        for term, factor, arguments in zip(
-            sums.terms, sums.factors, self._arguments(of, sums, rows, rows, logits, p, q), strict=True
+        """Add ``sum_i factor_i * (g_i - q * sum g_i) / T``: scaled after they cancel."""
+        inverse = 1.0 / picked(self.temperature, rows)
+        for term, factor, own, arguments in zip(
+            sums.terms, sums.factors, sums.of_g, self._arguments(of, sums, rows, rows, logits, p, q), strict=True
         ):
             g = term.term.of.g(*arguments).value
             if not known_all(term.use):
                 g = g.masked_fill(~term.use[rows].unsqueeze(1), 0.0)
-            add_scaled(part, g, picked(_single(factor), rows), part)
-        add_scaled(work, part, 1.0 / picked(self.temperature, rows), work)
+            part = torch.mul(q, picked(own, rows), out=self.scratch("part", len(q)))
+            torch.sub(g, part, out=part)
+            add_scaled(work, part, picked(_single(factor), rows) * inverse, work)
 
     def head_share(
         self, of: Joined, index: Tensor | None, mass: float | Tensor
