@@ -27,6 +27,10 @@ def _budget_of(objective: str, backend: str) -> str:
     return f"kernels/test_error_budget.py::test_hidden_fp32[1.0-far-{objective}-{backend}]"
 
 
+def _weighed(objective: str, backend: str) -> str:
+    return f"kernels/test_rows.py::test_ignored_rows_and_weights[{objective}-{backend}]"
+
+
 def _told(columns: int = 9) -> str:
     return f"kernels/test_row_statistics.py::test_each_statistic[torch-no_evo:lam=0.3-{columns}-1.0]"
 
@@ -170,6 +174,22 @@ MUTATIONS = [
     Mutation(
         "native: a gate of kl looks at the difficulty", _NATIVE_SHARES, "return (float)token->kl > own->gamma", "return (float)difficulty > own->gamma",
         (_budget_of("self_evolution_kl", "native"),),
+    ),
+    Mutation(
+        "triton: floor and the rest swapped", _TRITON_SHARES, "factor = share * tl.load(own + KEPT)", "factor = share * tl.load(own + FLOOR)",
+        (_weighed("sum_gated", "triton"),),
+    ),
+    Mutation(
+        "triton: sign of a logarithm's factor", _TRITON_SHARES, "factor = -factor / tl.maximum(", "factor = factor / tl.maximum(",
+        (_weighed("sum_outer", "triton"),),
+    ),
+    Mutation(
+        "cuda: floor and the rest swapped", _CUDA, "kept = share * scalar(call, row, j, SCALAR_kept)", "kept = share * scalar(call, row, j, SCALAR_floor)",
+        (_weighed("sum_gated", "cuda"),),
+    ),
+    Mutation(
+        "cuda: sign of a logarithm's factor", _CUDA, "terms[j].factor = -share * reciprocal(", "terms[j].factor = share * reciprocal(",
+        (_weighed("sum_outer", "cuda"),),
     ),
     # numbers of each token
     Mutation(
