@@ -187,8 +187,7 @@ class AlphaBeta(Objective):
     distance. Costs three exponentials more an entry and sweep.
 
     Args:
-        alpha, beta: exponents a and b of the teacher and the student, in [0, 1]; both 0 is refused, and 0 beside
-            anything but 1.
+        alpha, beta: exponents a and b of the teacher and the student, in [1e-3, 1], or (1, 0) or (0, 1).
     """
 
     alpha: Number = 0.2
@@ -198,10 +197,10 @@ class AlphaBeta(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (_is(self.alpha, 0.0) or _is(self.beta, 0.0)) and self.term == self.kind:
-            raise ValueError(
-                f"alpha and beta must be in (0, 1], or (1, 0) or (0, 1), got alpha={self.alpha!r}, beta={self.beta!r}"
-            )
+        if self.term == self.kind:
+            limit = Limit(1e-3, 1.0, "[0.001, 1], where alpha and beta are not (1, 0) or (0, 1)")
+            for name, value in self.numbers.items():
+                checked_number(name, value, limit)
 
     @property
     def term(self) -> Term:
