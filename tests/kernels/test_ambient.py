@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,10 +72,9 @@ def test_an_empty_list_is_uniform(tail, backend):
 
 def test_the_most_difficult_are_as_many_as_said():
     for fraction, n, expected in ((1.0, 3_000_000, 3_000_000), (0.5, 4_000_000, 2_000_000), (0.1, 10, 1), (0.3, 7, 3)):
-        objective = fk.SelfEvolutionTopK(fraction=fraction)
-        given = SimpleNamespace(scalars=torch.tensor([objective.scalars()]), spec=objective.spec)
+        share = torch.tensor(fk.SelfEvolutionTopK(fraction=fraction).scalars()[0].fraction)
         labels = torch.zeros(n, dtype=torch.long)
-        assert largest(torch.rand(n), labels, given).sum() == expected
+        assert largest(torch.rand(n), labels, share).sum() == expected
 
 
 @pytest.mark.parametrize("backend", HOST_BACKENDS, indirect=True)

@@ -136,7 +136,7 @@ def test_texts_that_say_nothing(text, error, message):
     (lambda: o.EntropyGated(tau=-1), ValueError, "tau must be in [0, inf], got -1"),
     (lambda: o.Renyi(alpha=1.0), ValueError, "alpha must be in [0.001, 0.999], got 1.0"),
     (lambda: o.Renyi(alpha=0), ValueError, "alpha must be in [0.001, 0.999], got 0"),
-    (lambda: o.AlphaBeta(alpha=0, beta=0), ValueError, "alpha must be in [0.001, 1], where alpha and beta are not (1, 0)"),
+    (lambda: o.AlphaBeta(alpha=0, beta=0), ValueError, "alpha must be in [0.001, 1], where alpha and beta are not"),
     (lambda: o.AlphaBeta(alpha=0.5, beta=0), ValueError, "beta must be in [0.001, 1], where alpha and beta are not"),
     (lambda: o.AlphaBeta(alpha=torch.tensor([0.5, 1e-9])), ValueError, "alpha must be in [0.001, 1], where alpha"),
     (lambda: o.AlphaBeta(alpha=2), ValueError, "alpha must be in [0, 1], got 2"),
