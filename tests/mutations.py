@@ -116,6 +116,11 @@ MUTATIONS = [
         "-beta * t - alpha * (q * d)", "-alpha * t - beta * (q * d)", (_table("adaptive_kl"),),
     ),
     Mutation(
+        "adaptive kl: ties by their block's maximum", f"{_CSRC}kd_sums.h",
+        "t[i] = times(exp_nonpositive(z[i] - max), norm);", "z[i] = max;",
+        ("kernels/test_rows.py::test_ties_in_several_blocks_share_their_side[native]",),
+    ),
+    Mutation(
         "detached skewed reverse kl: flows through the mixture", _DIVERGENCES,
         f"skew_reverse_kl_detached_g{_ARGUMENTS}q * log_s", f"skew_reverse_kl_detached_g{_ARGUMENTS}q * (log_s - beta * s)",
         (_table("skew_reverse_kl_detached"),),

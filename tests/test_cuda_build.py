@@ -96,7 +96,7 @@ def cuda_first(monkeypatch):
 def test_none_can_prefer_cuda_by_one_line(cuda_first, monkeypatch):
     assert select.choose_backend(None, GPU) == select.CUDA_OR_TRITON
     assert select.choose_backend("triton", GPU) == "triton"
-    assert dispatch.choose_engine(None, None, "kl", 0.0, GPU, sharded=True) == ("chunked", "triton")
+    assert dispatch.choose_engine(None, None, fk.ForwardKD().spec, 0.0, GPU, sharded=True) == ("chunked", "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select.choose_backend(None, GPU) == "triton"
     monkeypatch.setattr(select, "installed", lambda package: package != "triton")
@@ -152,10 +152,9 @@ def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):
 
 
 MACROS = (
-    *((f"FKD_{name}", 0) for name in ("DIVERGENCE", "MIXTURE", "KL_AT_ONE", "ADAPTIVE", "MIXED", "HARD_LABEL")),
-    *((f"FKD_{name}", 0) for name in ("GATED", "COLD", "STUDENT", "DLOGITS", "LISTED", "SHAPED", "WHOLE")),
-    *(("FKD_EXCLUDES", 0), ("FKD_EVERYWHERE", 0)),
-    *(("FKD_FREE", 1), ("FKD_TEACHER", -1), ("FKD_VECTOR", 1), ("FKD_WIDTH", 4), ("FKD_THREADS", 128)),
+    *cuda_row.formula_macros(fk.ForwardKD(lam=1).spec, cold_labels=False).items(),
+    *((f"FKD_{name}", 0) for name in ("STUDENT", "DLOGITS", "LISTED", "SHAPED", "WHOLE", "EXCLUDES")),
+    *(("FKD_TEACHER", -1), ("FKD_VECTOR", 1), ("FKD_WIDTH", 4), ("FKD_THREADS", 128)),
 )
 
 

@@ -168,7 +168,7 @@ def test_the_engine_of_a_gpu(group, monkeypatch):
 def test_a_gpu_without_triton_is_told(monkeypatch):
     monkeypatch.setattr(select, "installed", lambda package: False)
     with pytest.raises(ValueError, match=r"grad_filter_eps=0.001 must be 0 here: .* the package triton"):
-        choose_engine(None, None, "kl", 1e-3, torch.device("cuda"))
+        choose_engine(None, None, fk.ForwardKD().spec, 1e-3, torch.device("cuda"))
 
 
 @needs_interpreter

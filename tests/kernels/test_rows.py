@@ -304,6 +304,16 @@ def test_ties_share_their_side_of_the_head(fraction, backend):
 
 
 @pytest.mark.parametrize("backend", ROWS, indirect=True)
+def test_ties_in_several_blocks_share_their_side(backend):
+    """Blocks have maxima of their own, equal logits one probability."""
+    g = torch.Generator().manual_seed(0)
+    N, V = 2 if slow(backend) else 16, a_few(backend, 3000)
+    z, z_t = 2 * torch.randn(N, V, generator=g), torch.randn(N, V, generator=g).mul(4).round() / 2
+    labels, objective = torch.arange(N), fk.AdaptiveKL()
+    check(call(backend, z, z_t, labels, objective), oracle(z, z_t, labels, objective))
+
+
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
 def test_no_rows(backend):
     z = torch.empty(0, 5)
     out = call(backend, z, z, torch.empty(0, dtype=torch.int64), fk.NoEvo())

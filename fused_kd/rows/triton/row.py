@@ -31,6 +31,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     teacher_raw = None if teacher is None else teacher.raw
     told = outputs.statistics
     capped = student.softcap is not None or (teacher is not None and teacher.softcap is not None)
+    fp32 = all(x.dtype == torch.float32 for x in (student.raw, teacher_raw) if x is not None)
     with guard(inputs.labels.device):
         row_kernel[(C,)](
             student.raw,
@@ -59,7 +60,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
             COLUMNS=0 if told is None else told.shape[1],
             EXCLUDES=teacher is not None and not (student.finite and teacher.finite),
             **launch_constants(
-                is_heavy(inputs.spec, capped),
+                is_heavy(inputs.spec, capped, fp32),
                 student.raw,
                 None if entries is not None else teacher_raw,
                 dlogits,
@@ -73,11 +74,11 @@ def shape_of(side: Logits | None) -> tuple[float | None, float | None]:
     return (None, None) if side is None else (None if side.scale == 1.0 else side.scale, side.softcap)
 
 
-def is_heavy(spec: RowSpec, capped: bool) -> bool:
+def is_heavy(spec: RowSpec, capped: bool, all_sweeps_of_fp32: bool = False) -> bool:
     """A tanh, two ratios and the sums of several terms need registers too: with whole blocks some targets would
-    spill."""
-    several = len(spec.tabled) > 1 or any(term.chooses for term in spec.terms)
-    return capped or several or any(term.of.reads >= {"r", "s"} for term in spec.terms)
+    spill, as would skewed rows of fp32 logits in a kernel that holds all sweeps."""
+    skewed = all_sweeps_of_fp32 and any(term.of.kl_at_one for term in spec.terms)
+    return capped or skewed or len(spec.tabled) > 1 or any(term.of.reads >= {"r", "s"} for term in spec.terms)
 
 
 def launch_constants(
