@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fused_kd.objectives import OBJECTIVES
+from fused_kd.objectives import OBJECTIVES, parse
 
 triton = pytest.importorskip("triton", reason="the Triton row needs triton")
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "if it is meant, run: python -m tests.compile_kernels --write"
 SWEEPS = ("statistics", "sums", "gradient")
 # What some main loops load and store, in bytes. Padded rows have fp32 logits and a bf16 gradient, 4 columns a thread.
-NARROW = {"self_evolution/odd": [{4}, {2}], "self_evolution/padded": [{16}, {8}]}
+NARROW = {"self_evolution/odd": ({2, 4}, {4}), "self_evolution/padded": ({16}, {8})}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -125,8 +125,9 @@ def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time(compiled: Compi
     assert {"self_evolution/in_place", "self_evolution/padded", "self_evolution/odd"} <= counted.keys()
     for case, loops in counted.items():
         assert all(loop["barriers"] == loop["shuffles"] == loop["shared"] == 0 for loop in loops), case
-        widths = [{int(width) for loop in loops for width in loop[kind]} for kind in ("loads", "stores")]
-        assert widths == NARROW.get(case, [{16}, {16}]), case
+        loads, stores = ({int(width) for loop in loops for width in loop[kind]} for kind in ("loads", "stores"))
+        wide, also_wide = NARROW.get(case, ({16}, {16}))
+        assert loads == wide and stores == (set() if case.endswith("statistics") else also_wide), case
 
 
 def test_aligned_rows_are_read_in_16_byte_vectors(compiled: Compiled) -> None:
@@ -140,16 +141,20 @@ def test_aligned_rows_are_read_in_16_byte_vectors(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("chosen", ["--fast", "--few"])
 def test_a_choice_of_cases_has_every_class_of_kernels(chosen: str) -> None:
-    """And ``--fast``, of which the oldest Triton alone is asked, every kernel and divergence."""
-    from .compile_kernels import CHOICES
+    """And ``--fast``, of which the oldest Triton alone is asked, every kernel and set of divergences."""
+    from .compile_kernels import CHOICES, SUMS
 
     cases = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())["kernels"].keys()
     few = {case for case in cases if CHOICES[chosen].fullmatch(case)}
 
-    def kinds(cases: set[str]) -> set[tuple[str, ...]]:
-        parts = [case.split("/") for case in cases]
-        if chosen == "--few":
-            return {("row",) if part[0] in OBJECTIVES else (part[0],) for part in parts}
-        return {("row", str(OBJECTIVES[p[0]].kind.divergence)) if p[0] in OBJECTIVES else (p[0], p[-1]) for p in parts}
+    def kind(case: str) -> tuple[str, ...]:
+        name, *_, kernel = case.split("/")
+        if name not in OBJECTIVES and name not in SUMS:
+            return (name,) if chosen == "--few" else (name, kernel)
+        return ("row",) if chosen == "--few" else ("row", *divergences(SUMS.get(name, name)))
 
-    assert kinds(few) == kinds(set(cases)) and len(few) < len(cases) * (0.6 if chosen == "--fast" else 0.2)
+    def divergences(objective: str) -> list[str]:
+        return sorted({str(term.divergence) for term in parse(objective).spec.terms})
+
+    assert {kind(case) for case in few} == {kind(case) for case in cases}
+    assert len(few) < len(cases) * (0.6 if chosen == "--fast" else 0.2)

@@ -150,7 +150,7 @@ def choose_tiles(
         return _all(Tiles(128, 64, 64, 8, 2))
     narrow = Tiles(64, 128, 32 if capped else 64, 8, 3, 255)
     if capped or not plain or target != "sm_90":  # 128 x 128 would spill
-        return _all(narrow)
+        return KernelTiles(narrow, narrow._replace(columns=64) if terms > 1 else narrow, narrow)
     wide = Tiles(128, 128, 64, 8, 3, 255)
     return KernelTiles(wide, narrow, wide if terms < 2 else narrow)
 
