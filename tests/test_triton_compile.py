@@ -119,6 +119,20 @@ def test_instructions_of_the_main_loops_stay_within_the_table(compiled: Compiled
     assert not above, REMEDY
 
 
+@pytest.mark.parametrize(
+    "total, dearest, most",
+    [
+        ("sft+generalized_jsd", "generalized_jsd", 1.15),
+        ("forward_kd+reverse_kd", "reverse_kd", 1.15),
+        ("self_evolution+generalized_jsd", "generalized_jsd", 1.4),  # two mixtures, each with logarithms of its own
+    ],
+)
+def test_sums_cost_little_more_than_their_dearest_term(total: str, dearest: str, most: float) -> None:
+    kernels = json.loads((ROOT / "tests" / "kernel_budget.json").read_text())["kernels"]
+    of_sum, of_term = (sum(kernels[f"{name}/in_place"]["sm_90"]["instructions"]) for name in (total, dearest))
+    assert of_sum <= most * of_term
+
+
 def test_main_loops_wait_for_nothing_and_move_16_bytes_at_a_time(compiled: Compiled) -> None:
     """Also where the vocabulary is odd, if only the rows' stride is not; where that is odd too, nothing is wide."""
     counted = compiled.loops()
