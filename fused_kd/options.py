@@ -65,9 +65,7 @@ def checked_option(name: str, value: Any) -> Any:
             raise ValueError(f"ignore_index must be a 64-bit integer, got {value!r}")
     elif name == "temperature":
         if isinstance(value, Tensor):
-            return checked_number(
-                name, value, Limit(LEAST_TEMPERATURE, LARGEST, f"[{LEAST_TEMPERATURE:g}, {LARGEST:g}]")
-            )
+            return checked_number(name, value, TEMPERATURE)
         check_number(name, value, low=LEAST_TEMPERATURE)
         return float(value)
     elif name == "grad_filter_eps":

@@ -79,7 +79,8 @@ _HEAD, _PLAN = "fused_kd/engines/head_gradient.py", "fused_kd/engines/plan.py"
 _TORCH, _TRITON = "fused_kd/rows/torch/row.py", "fused_kd/rows/triton/kernel.py"
 _TORCH_MATH = "fused_kd/rows/torch/math.py"
 _SHARDED, _SHARDED_COLUMNS = "fused_kd/rows/sharded.py", "fused_kd/rows/torch/sharded_columns.py"
-_TRITON_SWEEPS = "fused_kd/rows/triton/sweeps.py"
+_TRITON_SWEEPS, _TRITON_GRADIENT = "fused_kd/rows/triton/sweeps.py", "fused_kd/rows/triton/gradient.py"
+_TRITON_BLOCKS, _TRITON_TABLED = "fused_kd/rows/triton/blocks.py", "fused_kd/rows/triton/tabled.py"
 _SHARDED_KERNELS = "fused_kd/rows/triton/sharded_kernels.py"
 _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
@@ -294,7 +295,7 @@ MUTATIONS = [
         (_not_numbers("sft", "native"),),
     ),
     Mutation(
-        "triton: NaN is called infinite", _TRITON, "h_sum += tl.where(beyond, float(\"inf\"), 0.0)", "h_sum = tl.where(beyond, float(\"inf\"), h_sum)",
+        "triton: NaN is called infinite", _TRITON_TABLED, "h_sum += tl.where(beyond, float(\"inf\"), 0.0)", "h_sum = tl.where(beyond, float(\"inf\"), h_sum)",
         (_not_numbers("reverse_kd", "triton"),),
     ),
     Mutation(
@@ -365,17 +366,17 @@ MUTATIONS = [
         (_logits("triton", "no_evo", "equal"),),
     ),
     Mutation(
-        "triton: maximum not subtracted", _TRITON_SWEEPS,
+        "triton: maximum not subtracted", _TRITON_GRADIENT,
         "tl.exp2(exponent(z, LOG2_E, z_max)) * of_q", "tl.exp2(z * LOG2_E) * of_q",
         ("kernels/test_rows.py::test_excluded_tokens_and_large_offsets[sft-triton]",),
     ),
     Mutation(
-        "triton: row's end not masked", _TRITON_SWEEPS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
+        "triton: row's end not masked", _TRITON_BLOCKS, "tl.where(mask, z, OUTSIDE), slope", "z, slope",
         ("kernels/test_rows.py::test_any_vocabulary[127-reverse_kd-triton]",),
     ),
     Mutation("triton: gate reversed", _TRITON_SHARES, "return seen > gamma", "return seen < gamma", (_logits("triton", "self_evolution"),)),
     Mutation(
-        "triton: token weights missing", _TRITON_SWEEPS,
+        "triton: token weights missing", _TRITON_GRADIENT,
         f"{_LINEAR}    store_block(dlogits_row, offsets, end, gradient * (slope * weight))",
         f"{_LINEAR}    store_block(dlogits_row, offsets, end, gradient * slope)",
         ("kernels/test_extremes.py::test_rows_left_out_and_weighted[dense-triton]",),
@@ -403,11 +404,11 @@ MUTATIONS = [
         ("kernels/test_rows.py::test_strided_inputs_and_outputs[shifted-reverse_kd-triton]",),
     ),
     Mutation(
-        "triton: the last whole block left out", _TRITON_SWEEPS, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
+        "triton: the last whole block left out", _TRITON_GRADIENT, "for i in range(0, blocks):\n        _write_block", "for i in range(1, blocks):\n        _write_block",
         ("kernels/test_rows.py::test_any_vocabulary[2048-self_evolution-triton]",),
     ),
     Mutation(
-        "triton: written beyond the row", _TRITON_SWEEPS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
+        "triton: written beyond the row", _TRITON_BLOCKS, "gradient, mask=offsets < end)", "gradient, mask=offsets <= end)",
         ("kernels/test_rows.py::test_strided_inputs_and_outputs[aligned-forward_kd-triton]",),
     ),
     Mutation(
@@ -500,7 +501,7 @@ MUTATIONS = [
         ("engines/test_tile_filter.py::test_within_the_bound_and_left_out[False-fp32-skew-torch]",),
     ),
     Mutation(
-        "triton: log 0 of a uniform rest", _TRITON_SWEEPS,
+        "triton: log 0 of a uniform rest", _TRITON_BLOCKS,
         "tl.maximum(tl.load(rest_ptr + row), LOG_ZERO)", "tl.load(rest_ptr + row)",
         ("kernels/test_extremes.py::test_logits_with_a_top_k_teacher[no tail-uniform-triton]",),
     ),

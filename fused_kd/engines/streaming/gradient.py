@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...rows.triton.gradient import tabled_gradient
 from ...rows.triton.math import LOG2_E, exponent, exponent_scale
 from ...rows.triton.shares import linear
-from ...rows.triton.sweeps import tabled_gradient
 from ...rows.triton.terms import COLD, SUMS_P, SUMS_Y, Z
 from .kernels import placed, row_factors, row_norms, row_own, row_scalars, row_targets, tile
 

@@ -441,8 +441,8 @@ def row_factors(norms_ptr, positions, n):
 
 @triton.jit
 def row_own(norms_ptr, positions, n, TABLED: tl.constexpr):
-    """Those of rows.triton.sweeps.tabled_gradient, as columns. Rows that took no sums have 0 for g: all rows of a tile
-    do the same."""
+    """Those of rows.triton.gradient.tabled_gradient, as columns. Rows that took no sums have 0 for g: all rows of a
+    tile do the same."""
     own = ()
     for i in tl.static_range(len(TABLED)):
         factor = tl.load(norms_ptr + (TERM_NORMS + 3 * i + 1) * n + positions)[:, None]

@@ -35,68 +35,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...terms import STATISTICS, WITHOUT_SWEEP
-from .math import (
-    FRACTION,
-    LN_2,
-    LOG_ZERO,
-    SCALARS,
-    above_zero,
-    cross_entropy,
-    exponent,
-    exponent_scale,
-    first_entry,
-    inverse_temperature,
-    label_scalars,
-    weighed,
-)
-from .shares import (
-    after_sum,
-    any_takes_sums,
-    difficulty_of,
-    free_loss,
-    is_hard,
-    label_factors,
-    linear_factors,
-    tabled_shares,
-    target_of,
-    with_floors,
-)
-from .sweeps import (
-    logits,
-    student_block,
-    sweep_agreement,
-    sweep_both,
-    sweep_student,
-    sweep_sums,
-    teacher_block,
-    write_gradient,
-    write_label_gradient,
-    write_zeros,
-)
-from .terms import (
-    ADAPTIVE,
-    ALWAYS,
-    BY_ENTROPY,
-    COLD,
-    COVERS,
-    EVERYWHERE,
-    GATE,
-    INDEX,
-    KL_AT_ONE,
-    MAIN,
-    MIX,
-    MIXED,
-    NO_GATE,
-    OUTER,
-    ROW_GATE,
-    Z,
-)
-
-# The columns of fused_kd.terms.STATISTICS.
-LOG_SUM_EXP_S, LOG_SUM_EXP_T, ENTROPY_S, ENTROPY_T, KL = (tl.constexpr(i) for i in range(5))
-CROSS_ENTROPY, LOG_Q_Y, LOG_P_Y, TARGET_ENTROPY, TOP_1, OVERLAP = (tl.constexpr(i) for i in range(5, len(STATISTICS)))
-WITHOUT = tl.constexpr(WITHOUT_SWEEP)
+from .blocks import logits, write_zeros
+from .gradient import write_gradient, write_label_gradient
+from .math import LN_2, LOG_ZERO, above_zero, cross_entropy, exponent_scale, first_entry, inverse_temperature, weighed
+from .shares import any_takes_sums, difficulty_of, free_loss, is_hard, label_factors, linear_factors, with_floors
+from .statistics import entropy, tell, tell_student
+from .sweeps import sweep_both, sweep_student, sweep_sums
+from .tabled import after_sums, targets_of, with_heads
+from .terms import ALWAYS, BY_ENTROPY, COLD, NO_GATE, ROW_GATE, Z
 
 
 @triton.jit(do_not_specialize=["scalars_stride", "statistics_stride"])
@@ -210,20 +156,9 @@ def _without_teacher(
     tl.store(loss_ptr + row, loss)
     tl.store(difficulty_ptr + row, ce)
     if told is not None:
-        for i in tl.static_range(COLUMNS):
-            tl.store(told + i, float("nan"))
-        tl.store(told + LOG_SUM_EXP_S, z_max + log_total)
-        tl.store(told + ENTROPY_S, _entropy(product, total))
-        tl.store(told + CROSS_ENTROPY, ce)
-        tl.store(told + LOG_Q_Y, (label_z - z_max) - log_total)
+        tell_student(told, z_max + log_total, entropy(product, total), ce, (label_z - z_max) - log_total, COLUMNS)
     if dlogits_row is not None:
         write_label_gradient(student, dlogits_row, V, row, label, z_max, of_q / total, of_ce, weights_ptr, BLOCK)
-
-
-@triton.jit
-def _entropy(product, total):
-    """Of exponentials' sum, and that of their products with their exponents."""
-    return tl.log(total) - (product / total) * LN_2
 
 
 @triton.jit
@@ -281,7 +216,7 @@ def _distill(
         cold_inv = 1.0 / cold_total
         ce = cross_entropy(label_z_s, s_max, tl.log(cold_total), 1.0)
         lse = s_max + tl.log(cold_total)
-    entropy_t = _entropy(t_product, t_total)
+    entropy_t = entropy(t_product, t_total)
     token = (kl, log_p_y, log_q_y, warm_ce, ce, lse, entropy_t)
     difficulty = difficulty_of(scalars, token, ROW)
     if ROW[ROW_GATE] == NO_GATE:
@@ -300,8 +235,8 @@ def _distill(
 
     norms = (s_max, 1.0 / s_total, t_max, 1.0 / t_total, t_log - s_log)
     if told is not None:
-        _tell(
-            told, student, teacher, V, k, inv_T, scalars, token, norms, (s_log, t_log, _entropy(s_product, s_total)),
+        tell(
+            told, student, teacher, V, k, inv_T, scalars, token, norms, (s_log, t_log, entropy(s_product, s_total)),
             ROW, COLUMNS, BLOCK,
         )  # fmt: skip
     if len(TABLED) == 0:
@@ -310,11 +245,11 @@ def _distill(
             cold_inv, TERMS, TABLED, ROW, BLOCK,
         )  # fmt: skip
     elif ROW[ALWAYS]:
-        targets = _with_heads(
-            student, teacher, V, scalars, norms, k, _targets(scalars, k, token, TABLED), TABLED, BLOCK
+        targets = with_heads(
+            student, teacher, V, scalars, norms, k, targets_of(scalars, k, token, TABLED), TABLED, BLOCK
         )
         sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
-        loss, free, own = _after_sums(
+        loss, free, own = after_sums(
             scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
         )
         tl.store(loss_ptr + row, loss)
@@ -326,14 +261,14 @@ def _distill(
             )  # fmt: skip
     else:
         use = any_takes_sums(scalars, hard, TABLED)
-        targets = _targets(scalars, k, token, TABLED)
+        targets = targets_of(scalars, k, token, TABLED)
         # Of what the branch computes, nothing but these numbers leaves it: more would hold registers.
         own = ()
         for _i in tl.static_range(2 * len(TABLED) + 1):
             own = own + (inv_T * 0.0,)
         if use:
             sums = sweep_sums(student, teacher, V, label, targets, norms, TABLED, EXCLUDES, BLOCK)
-            with_sums, _free, own = _after_sums(
+            with_sums, _free, own = after_sums(
                 scalars, loss, free, hard, kl, inv_T, sums, targets, student_above, teacher_above, TABLED, EXCLUDES
             )
             tl.store(loss_ptr + row, with_sums)
@@ -381,152 +316,6 @@ def _without_sums(
             student, teacher, dlogits_row, V, row, label, k, (), norms, norms[0], factors, (), weights_ptr,
             False, True, TABLED, ROW, False, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit
-def _targets(scalars, k, token, TABLED: tl.constexpr):
-    targets = ()
-    for i in tl.static_range(len(TABLED)):
-        targets = targets + (target_of(scalars + TABLED[i][INDEX] * SCALARS, k, token),)
-    return targets
-
-
-@triton.jit
-def _with_heads(student, teacher, V, scalars, norms, k, targets, TABLED: tl.constexpr, BLOCK: tl.constexpr):
-    """``targets`` with the adaptive divergence's own ``beta`` and ``alpha``."""
-    made = ()
-    for i in tl.static_range(len(TABLED)):
-        if TABLED[i][ADAPTIVE]:
-            mass = tl.load(scalars + TABLED[i][INDEX] * SCALARS + FRACTION)
-            beta, alpha = _head_share(student, teacher, V, norms, k, mass, BLOCK)
-            made = made + ((targets[i][0], beta, alpha, k, targets[i][4]),)
-        else:
-            made = made + (targets[i],)
-    return made
-
-
-@triton.jit
-def _after_sums(
-    scalars,
-    loss,
-    free,
-    hard,
-    kl,
-    inv_T,
-    sums,
-    targets,
-    student_above,
-    teacher_above,
-    TABLED: tl.constexpr,
-    EXCLUDES: tl.constexpr,
-):
-    """The loss; ``free`` with what only the sums tell; and ``own`` of
-    :func:`fused_kd.rows.triton.sweeps.write_gradient`."""
-    of_q, of_p, of_y = free
-    own = ()
-    total = 0.0
-    for i in tl.static_range(len(TABLED)):
-        h_sum = sums[2 * i]
-        of_term = scalars + TABLED[i][INDEX] * SCALARS
-        if EXCLUDES and TABLED[i][EVERYWHERE]:
-            beyond = student_above
-            if TABLED[i][ADAPTIVE]:
-                beyond = student_above & (tl.load(of_term + FRACTION) < 1.0)
-                beyond = beyond | (teacher_above & (targets[i][1] > 0.0))
-            elif TABLED[i][COVERS]:
-                beyond = student_above | teacher_above
-            h_sum += tl.where(beyond, float("inf"), 0.0)
-        factor, floor = tabled_shares(of_term, hard, TABLED[i][MIXED], TABLED[i][GATE], TABLED[i][KL_AT_ONE])
-        value, factor, of_kl = after_sum(h_sum, factor, kl, TABLED[i][OUTER])
-        loss += value
-        if TABLED[i][OUTER] == MIX:
-            of_q += of_kl
-            of_p += of_kl
-        own = own + (factor * inv_T, floor * inv_T)
-        total += factor * inv_T * sums[2 * i + 1] - floor * inv_T
-    return loss, (of_q, of_p, of_y), own + (total,)
-
-
-@triton.jit
-def _tell(
-    told,
-    student,
-    teacher,
-    V,
-    k,
-    inv_T,
-    scalars,
-    token,
-    norms,
-    of_sides,  # logarithms of both sums of exponentials, and H(q)
-    ROW: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Stores the first columns of fused_kd.terms.STATISTICS. ``top_1`` says whether some token has the largest logit of
-    both sides, also where several share it."""
-    kl, log_p_y, log_q_y, _warm_ce, ce, _lse, entropy_t = token
-    s_max, _s_inv, t_max, _t_inv, _log_ratio = norms
-    s_log, t_log, entropy_s = of_sides
-    tl.store(told + LOG_SUM_EXP_S, s_max * inv_T + s_log)
-    tl.store(told + LOG_SUM_EXP_T, t_max * inv_T + t_log)
-    tl.store(told + ENTROPY_S, entropy_s)
-    tl.store(told + ENTROPY_T, entropy_t)
-    tl.store(told + KL, kl)
-    tl.store(told + CROSS_ENTROPY, ce)
-    tl.store(told + LOG_Q_Y, log_q_y)
-    tl.store(told + LOG_P_Y, log_p_y)
-    # H(yt) from H(p)
-    lam, rest, log_lam = label_scalars(scalars + ROW[MAIN] * SCALARS)
-    p_y = tl.exp(log_p_y)
-    t_y = lam * p_y + rest
-    of_p = tl.where(p_y > 0.0, p_y * log_p_y, 0.0)
-    of_t = tl.where(t_y > 0.0, t_y * tl.log(t_y), 0.0)
-    entropy_y = lam * (entropy_t + of_p) - lam * log_lam * (1.0 - p_y) - of_t
-    tl.store(told + TARGET_ENTROPY, tl.where(entropy_y < 0.0, 0.0, entropy_y))
-    if COLUMNS > WITHOUT:
-        top_1, overlap = sweep_agreement(student, teacher, V, k, norms, BLOCK)
-        tl.store(told + TOP_1, tl.where(top_1, 1.0, 0.0))
-        tl.store(told + OVERLAP, overlap)
-
-
-@triton.jit
-def _head_share(student, teacher, V, norms, k, mass, BLOCK: tl.constexpr):
-    """The shares of ``sum |p - q|`` in the head of ``p``, its most probable entries up to ``mass``, and in the rest.
-
-    Finds the largest probability such that the entries at least as probable hold more than ``mass``, bit by bit.
-    """
-    s_max, s_inv, t_max, t_inv, _log_ratio = norms
-    lanes = tl.arange(0, BLOCK)
-    left_out = 0
-    top = 0
-    for i in range(0, 30):  # probabilities are at most 1.0 = 0x3f800000
-        trial = left_out | (1 << (29 - i))
-        held = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            z_t = teacher_block(teacher, start, start + lanes, V, BLOCK)
-            p = tl.exp2(exponent(z_t, k, t_max)) * t_inv
-            bits = p.to(tl.int32, bitcast=True)
-            top = tl.maximum(top, tl.max(bits, axis=0))
-            held += tl.where(bits >= trial, p, 0.0)
-        left_out = tl.where(tl.sum(held, axis=0) > mass, trial, left_out)
-    # All of the mass: nothing is left out, not even what has underflowed.
-    left_out = tl.where(mass < 1.0, left_out, -1)
-    head = tl.zeros((BLOCK,), tl.float32)
-    tail = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        z_s, _slope, offsets = student_block(student, start, V, BLOCK)
-        z_t = teacher_block(teacher, start, offsets, V, BLOCK)
-        p = tl.exp2(exponent(z_t, k, t_max)) * t_inv
-        bits = p.to(tl.int32, bitcast=True)
-        error = tl.abs(p - tl.exp2(exponent(z_s, k, s_max)) * s_inv)
-        inside = (bits > left_out) | (bits == top)
-        head += tl.where(inside, error, 0.0)
-        tail += tl.where(inside, 0.0, error)
-    sum_head = tl.sum(head, axis=0)
-    sum_tail = tl.sum(tail, axis=0)
-    total = sum_head + sum_tail
-    return tl.where(total == 0.0, 0.5, sum_head / total), tl.where(total == 0.0, 0.5, sum_tail / total)
 
 
 @triton.jit

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sharded import Statistics
+from .blocks import logits, write_zeros
+from .gradient import write_gradient, write_label_gradient
 from .math import ALPHA, BETA, SCALARS, exponent_scale, label_scalars
-from .sweeps import logits, sweep_both, sweep_student, sweep_sums, write_gradient, write_label_gradient, write_zeros
+from .sweeps import sweep_both, sweep_student, sweep_sums
 from .terms import COLD, INDEX
 
 # The columns of a message.

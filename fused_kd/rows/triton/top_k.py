@@ -12,10 +12,11 @@ import triton.language as tl
 
 from ..contract import RowInputs, RowOutputs, Sparse, compiled, scalars_stride
 from ..top_k import categories, category_rows
+from .blocks import logits, store_block, student_block, write_zeros
 from .math import LOG2_E, LOG_ZERO, TEMPERATURE, exponent, exponent_scale
 from .row import guard, launch_constants, shape_of
 from .row import row as dense
-from .sweeps import add_exponentials, by_lane, logits, store_block, student_block, write_zeros
+from .sweeps import add_exponentials, by_lane
 
 
 @compiled
