@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-import fused_kd as fk
 from fused_kd.training.checkpoints import last_checkpoint
 from fused_kd.training.collate import Collator
 from fused_kd.training.trainer import KDTrainer
@@ -167,7 +166,6 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
     if engine == "ddp":
         options["use_cpu"] = True
     arguments = transformers.TrainingArguments(**options)
-    name, parameters = case["objective"]
     data = rows(case.get("rows", 19))
     teacher: Any = tiny(24, seed=2, tied=case.get("tied", False))
     if case.get("cached"):
@@ -186,7 +184,8 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
     trainer = (Killed if "kill" in case else KDTrainer)(
         student,
         teacher,
-        fk.OBJECTIVES[name](**parameters),
+        case["objective"],
+        statistics=case.get("statistics", ()),
         args=arguments,
         train_dataset=data,
         eval_dataset=with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9),
