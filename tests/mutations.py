@@ -70,7 +70,6 @@ def _infinite(way: str) -> str:
 
 _GATES = "loss/test_identities.py::test_gates_look_at_what_they_say"
 _SMALL_SHARE = "kernels/test_exact.py::test_a_share_of_a_millionth[{}]"
-_LABEL_LEFT_OUT = "kernels/test_exact.py::test_nothing_of_an_excluded_label[{}]"
 _DIVERGENCES, _TOKENS, _INPUTS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/inputs.py"
 _ENGINE, _OPS = "fused_kd/engines/chunked.py", "fused_kd/ops.py"
 _CHUNKS, _PROBLEM = "fused_kd/engines/chunks.py", "fused_kd/engines/problem.py"

@@ -55,7 +55,9 @@ def test_a_call_is_the_loop_over_its_tokens(name, temperature, backend):
         assert relative(out.loss, alone) < 3e-6 and not out.loss[p.labels == -100].any()
         found = torch.autograd.grad(out.loss, p.leaves, upstream)
         assert furthest(found, torch.autograd.grad(alone, p.leaves, upstream, retain_graph=True)) < 1e-5
-        mean = fk.kd_loss(p.student(), p.teacher(), p.labels, objective, temperature=temperature, backend=backend).loss
+        mean = fk.kd_loss(
+            p.student(), p.teacher(), p.labels, objective, temperature=temperature, backend=backend, **options
+        ).loss
         assert relative(mean, alone.sum() / (p.labels != -100).sum()) < 3e-6
 
 

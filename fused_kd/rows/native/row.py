@@ -85,8 +85,6 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     if not isinstance(teacher, Logits):
         teacher = student._replace(finite=False)  # not read; lists may exclude what they do not hold
     dlogits, told = outputs.dlogits, outputs.statistics
-    if told is not None and not told.is_contiguous():
-        raise ValueError(f"statistics must be contiguous, got strides {told.stride()}")
     terms = _terms(spec)
     threads = min(torch.get_num_threads(), C)
     K = 0 if lists is None else lists.indices.shape[1]

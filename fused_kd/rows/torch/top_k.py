@@ -8,12 +8,11 @@ from torch import Tensor
 from ...divergences import NOWHERE
 from ..contract import RowInputs, RowOutputs, Sparse
 from ..top_k import categories, category_rows
-from .math import Scratch, finish_logits_, is_nothing, on_host, scalars_of, to_raw_
+from .math import DEVICE_BLOCK_BYTES, Scratch, finish_logits_, is_nothing, on_host, scalars_of, to_raw_
 from .row import row as dense
 
 # The sweeps below come back to a block, which should still be in the last-level cache.
 BLOCK_BYTES = 8 << 20
-DEVICE_BLOCK_BYTES = 256 << 20
 
 
 def row(inputs: RowInputs, outputs: RowOutputs) -> None:

@@ -56,8 +56,8 @@ def label_scalars(scalars_ptr):
 
 
 @triton.jit
-def label_terms(kl, label_log_p, label_log_q, ce, of_label):
-    """``KL(yt||q)`` from ``KL(p||q)`` and what p and q give the label; and ``log yt`` at the label."""
+def mixed_kl(kl, label_log_p, label_log_q, ce, of_label):
+    """``KL(yt||q)`` from ``KL(p||q)`` and what p and q give the label."""
     lam, rest, log_lam = of_label
     label_p = tl.exp(label_log_p)
     label_t = lam * label_p + rest
@@ -68,7 +68,7 @@ def label_terms(kl, label_log_p, label_log_q, ce, of_label):
         + label_t * (label_log_t - label_log_q)
     )
     difficulty += tl.where(rest * ce == float("inf"), float("inf"), 0.0)
-    return tl.where(difficulty < 0.0, 0.0, difficulty), label_log_t
+    return tl.where(difficulty < 0.0, 0.0, difficulty)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from .math import (
     WEIGHT,
     exponent,
     label_scalars,
-    label_terms,
+    mixed_kl,
     weighed,
 )
 from .terms import (
@@ -56,9 +56,7 @@ OVERLAP_DECAY = tl.constexpr(divergences.OVERLAP_DECAY)
 def difficulty_of(scalars, token, ROW: tl.constexpr):
     """``KL(yt||q)`` of the main term."""
     kl, log_p_y, log_q_y, warm_ce, _ce, _lse, _entropy_t = token
-    of_label = label_scalars(scalars + ROW[MAIN] * SCALARS)
-    difficulty, _label_log_t = label_terms(kl, log_p_y, log_q_y, warm_ce, of_label)
-    return difficulty
+    return mixed_kl(kl, log_p_y, log_q_y, warm_ce, label_scalars(scalars + ROW[MAIN] * SCALARS))
 
 
 @triton.jit
@@ -115,7 +113,7 @@ def free_loss(scalars, token, difficulty, hard, TERMS: tl.constexpr, ROW: tl.con
                 if TERMS[i][MIXED]:
                     value = difficulty
                     if i != ROW[MAIN]:
-                        value, _label_log_t = label_terms(kl, log_p_y, log_q_y, warm_ce, label_scalars(own))
+                        value = mixed_kl(kl, log_p_y, log_q_y, warm_ce, label_scalars(own))
                 loss += weighed(share, value)
                 if TERMS[i][FREE]:
                     of_q += share

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...divergences import DIVERGENCES
-from ...terms import ENTROPY, GATES, RowSpec, Term
+from ...terms import GATES, RowSpec, Term
 from ..contract import OUTERS, traits
 
 # A term: its formulas, what they are made of, where its scalars lie, and its traits.
@@ -47,7 +47,7 @@ def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
     row = {
         "main": spec.main,
         "gate": ("", *GATES).index(spec.gate),
-        "always": any(not (spec.terms[i].of.kl_at_one or spec.terms[i].chooses) for i in spec.tabled),
+        "always": any(not _may_be_kl(spec.terms[i]) for i in spec.tabled),
         "cold": cold_labels,
         "z": any(term.z_loss for term in spec.terms),
         "sums_p": mix or bool(free),
@@ -60,10 +60,6 @@ def formula_constants(spec: RowSpec, cold_labels: bool) -> dict[str, Any]:
         "TABLED": tuple(terms[i] for i in spec.tabled),
         "ROW": tuple(int(row[name]) for name in ROW),
     }
-
-
-def reads_entropy(spec: RowSpec) -> bool:
-    return spec.gate == ENTROPY
 
 
 def _may_be_kl(term: Term) -> bool:
