@@ -152,7 +152,7 @@ MUTATIONS = [
     Mutation("shares: the label's dropped", _SHARES, "self.y = self.y + share * rest", "self.y = self.y", (_budget("no_evo"),)),
     Mutation("shares: the teacher's without lam", _SHARES, "self.p = self.p + share * lam", "self.p = self.p + share", (_budget("no_evo"),)),
     Mutation(
-        "shares: a second mixture's difficulty is the first's", _SHARES, "if term.mixed and i == spec.main else", "if term.mixed else",
+        "shares: a second mixture's difficulty is the first's", _SHARES, "difficulty if i == spec.main else _mixed_kl(token, s)", "difficulty",
         (_budget("sum_of_targets"),),
     ),
     Mutation("shares: cross-entropy without its weight", _SHARES, "made.ce + s.weight * s.rest", "made.ce + s.rest", (_budget("sum"),)),
@@ -233,7 +233,7 @@ MUTATIONS = [
         "torch: what the teacher excludes stays in the gradient", _TORCH, "masked_fill_(pick(sides.outs[1]), LEFT_OUT)",
         "masked_fill_(pick(sides.outs[1]), 0.0)", (_exact("reverse_kd", "torch"),),
     ),
-    Mutation("torch: 0 times infinity", _TORCH_MATH, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", ("kernels/test_sums.py::test_weights_of_0_and_1[torch]",)),
+    Mutation("torch: 0 times infinity", _SHARES, "& (weight == 0.0), 0.0)", "& (weight < 0.0), 0.0)", ("kernels/test_sums.py::test_weights_of_0_and_1[torch]",)),
     Mutation(
         "1 - beta from fp32 beta", _OBJECTIVES, "beta=1.0 - self.alpha, alpha=self.alpha)", "beta=1.0 - self.alpha, alpha=0.99999994 - (1.0 - self.alpha))",
         (_SMALL_SHARE.format("torch"),),
@@ -329,8 +329,8 @@ MUTATIONS = [
     ),
     Mutation("torch: difference reversed", _TORCH, "torch.sub(z_t, z, out", "torch.sub(z, z_t, out", (_budget("reverse_kd"),)),
     Mutation(
-        "torch: difficulty without the target's entropy", _TORCH_MATH,
-        "(torch.xlogy(t_y, t_y) - t_y * log_q_y)", "(-t_y * log_q_y)", (_budget("no_evo"),),
+        "torch: difficulty without the target's entropy", _SHARES,
+        "(torch.xlogy(t_y, t_y) - t_y * token.log_q_y)", "(-t_y * token.log_q_y)", (_budget("no_evo"),),
     ),
     Mutation(
         "torch: softcap's slope without the tanh", _TORCH_MATH,

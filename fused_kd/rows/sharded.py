@@ -24,13 +24,12 @@ from torch import Tensor
 from ..divergences import EXCLUDED, LOG_LEAST, TINY
 from ..terms import Scalars
 from .contract import RowInputs, RowOutputs, Shards
-from .shares import Shares, Tabled, Token, after_sums, loss_shares
+from .shares import Shares, Tabled, Token, after_sums, label_target, loss_shares
 from .torch.math import Factors as Factors
 from .torch.math import (
     Over,
     infinite,
     known_all,
-    label_target,
     on_host,
     raised_,
     scalars_of,

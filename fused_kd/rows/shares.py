@@ -10,6 +10,7 @@ so that any number of terms costs the sums of those with a table entry of their 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..divergences import OVERLAP_DECAY, TINY
 from ..terms import ENTROPY, EXCESS, KL, RowSpec, Scalars, Term
-from .torch.math import Factors, difficulty_of, known_all, label_target, maybe_any, weighed
+from .torch.math import Factors, known_all, maybe_any, raised_
 
 Number = float | Tensor
 
@@ -88,7 +89,7 @@ class Shares:
 
 def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tensor | None) -> Shares:
     """``given`` (B,) bool or None says which rows are hard."""
-    difficulty = _difficulty(spec, scalars, token)
+    difficulty = _mixed_kl(token, scalars[spec.main]) if spec.needs_teacher else token.ce
     hard = torch.zeros(len(token.kl), dtype=torch.bool, device=token.kl.device)
     if spec.gate:
         gated = next(i for i, term in enumerate(spec.terms) if term.gate)
@@ -113,7 +114,9 @@ def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tens
             share = floor
             if isinstance(share, float) and share == 0.0:
                 continue
-        value = difficulty if term.mixed and i == spec.main else _value(term, s, token)
+        value = token.kl
+        if term.mixed:
+            value = difficulty if i == spec.main else _mixed_kl(token, s)
         made.add_free(share, value, *((s.lam, s.rest) if term.mixed else (1.0, 0.0)))
     if not (isinstance(made.ce, float) and made.ce == 0.0):
         made.loss = made.loss + weighed(made.ce, token.ce)
@@ -128,17 +131,22 @@ def _where(choice: Tensor, a: Number, b: Number) -> Tensor:
     return torch.where(choice, a, b)
 
 
-def _difficulty(spec: RowSpec, scalars: list[Scalars], token: Token) -> Tensor:
-    if not spec.needs_teacher:
-        return token.ce
-    return difficulty_of(token.kl, token.log_p_y, token.log_q_y, token.warm_ce, scalars[spec.main])
+def weighed(weight: Number, value: Tensor) -> Tensor:
+    """Their product, where nothing of an infinite value is nothing."""
+    return (weight * value).masked_fill_((value == math.inf) & (weight == 0.0), 0.0)
 
 
-def _value(term: Term, s: Scalars, token: Token) -> Tensor:
-    """``KL(t||q)``"""
-    if not term.mixed:
-        return token.kl
-    return difficulty_of(token.kl, token.log_p_y, token.log_q_y, token.warm_ce, s)
+def label_target(log_p_y: Tensor, s: Scalars) -> Tensor:
+    """What ``yt`` gives the label."""
+    return s.lam * log_p_y.exp() + s.rest
+
+
+def _mixed_kl(token: Token, s: Scalars) -> Tensor:
+    """``KL(yt||q)`` from ``KL(p||q)``."""
+    p_y, t_y = token.log_p_y.exp(), label_target(token.log_p_y, s)
+    others = weighed(s.lam, token.kl - p_y * (token.log_p_y - token.log_q_y)) + s.lam * s.log_lam * (1.0 - p_y)
+    found = (others + (torch.xlogy(t_y, t_y) - t_y * token.log_q_y)).clamp_(min=0.0)
+    return raised_(found, (token.warm_ce == math.inf) & (s.rest > 0.0))
 
 
 def _hard(term: Term, s: Scalars, token: Token, difficulty: Tensor) -> Tensor:

@@ -149,24 +149,6 @@ def top_and_sum(z: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
     return top, torch.sub(z, top, out=work).exp_().sum(1, keepdim=True)
 
 
-def label_target(log_p_y: Tensor, s: Scalars) -> Tensor:
-    """What ``yt`` gives the label."""
-    return s.lam * log_p_y.exp() + s.rest
-
-
-def difficulty_of(kl: Tensor, log_p_y: Tensor, log_q_y: Tensor, ce: Tensor, s: Scalars) -> Tensor:
-    """``KL(yt||q)`` from ``KL(p||q)`` and the label's two log-probabilities and cross-entropy, all of one shape."""
-    p_y, t_y = log_p_y.exp(), label_target(log_p_y, s)
-    others = weighed(s.lam, kl - p_y * (log_p_y - log_q_y)) + s.lam * s.log_lam * (1.0 - p_y)
-    found = (others + (torch.xlogy(t_y, t_y) - t_y * log_q_y)).clamp_(min=0.0)
-    return raised_(found, (ce == math.inf) & (s.rest > 0.0))
-
-
-def weighed(weight: float | Tensor, value: Tensor) -> Tensor:
-    """Their product, where nothing of an infinite value is nothing."""
-    return (weight * value).masked_fill_((value == math.inf) & (weight == 0.0), 0.0)
-
-
 def settled(value: Tensor, ignored: Tensor) -> Tensor:
     """(B,) fp32 from (B, 1): 0 for ignored rows."""
     return value.squeeze(1).float().masked_fill(ignored, 0.0)
