@@ -22,11 +22,11 @@ from .inputs import (
     shifted,
 )
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import Number, shown_value
+from .objectives.base import shown_value
 from .ops import KDFunction, pack
 from .options import LossOptions, checked_option, statistics_columns, token_scalars
 from .rows.contract import Shards
-from .terms import STATISTICS, Scalars
+from .terms import STATISTICS, Number, Scalars
 from .tokens import labels_weights_scale
 
 

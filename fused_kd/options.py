@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .engines.dispatch import ENGINES
 from .inputs import LARGEST, TopK, check_number
-from .objectives.base import Limit, Number, checked_number
+from .objectives.base import Limit, checked_number
 from .rows.select import BACKENDS
-from .terms import STATISTICS, WITHOUT_SWEEP, RowSpec, Scalars
+from .terms import STATISTICS, WITHOUT_SWEEP, Number, RowSpec, Scalars
 
 # At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
 LEAST_TEMPERATURE = 1e-8

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .divergences import DIVERGENCES, Divergence
 
+Number = float | Tensor
+"""One for a call, or one for each token."""
+
 DIFFICULTY, EXCESS, KL, RANK, ENTROPY = "difficulty", "excess", "kl", "rank", "entropy"
 GATES = (DIFFICULTY, EXCESS, KL, RANK, ENTROPY)
 """What of a token is compared with ``gamma``: ``d = KL(yt||q)``, ``d - KL(yt||p)``, ``KL(p||q)``, and, of all tokens
 together, whether d is among the ``fraction`` largest. Above, a token is hard and takes the divergence; else it takes
 ``KL(yt||q)``. With the last, ``H(p)``, the term is there for tokens above and absent for the others."""
-
 
 STATISTICS = (
     "log_sum_exp_s",
@@ -147,14 +149,14 @@ class Scalars(NamedTuple):
     ``floor`` is the share of ``KL(yt||q)``; ``kept`` is ``1 - floor``. ``temperature`` is the same of all terms.
     """
 
-    lam: float | Tensor
-    beta: float | Tensor
-    gamma: float | Tensor
-    temperature: float | Tensor
-    fraction: float | Tensor
-    rest: float | Tensor
-    alpha: float | Tensor
-    log_lam: float | Tensor
-    weight: float | Tensor = 1.0
-    floor: float | Tensor = 0.0
-    kept: float | Tensor = 1.0
+    lam: Number
+    beta: Number
+    gamma: Number
+    temperature: Number
+    fraction: Number
+    rest: Number
+    alpha: Number
+    log_lam: Number
+    weight: Number = 1.0
+    floor: Number = 0.0
+    kept: Number = 1.0

@@ -210,8 +210,8 @@ MUTATIONS = [
         ("loss/test_algebra.py::test_texts",),
     ),
     Mutation(
-        "objectives: a product of weights goes unchecked", "fused_kd/objectives/base.py", 'checked_number("weight", factor * weight, WEIGHT)',
-        "factor * weight", ("loss/test_algebra.py::test_what_is_refused",),
+        "objectives: a product of weights goes unchecked", "fused_kd/objectives/base.py", 'checked_number("weight", factor * own, WEIGHT)',
+        "factor * own", ("loss/test_algebra.py::test_what_is_refused",),
     ),
     # what is told of tokens
     Mutation("statistics: sign of the entropy", _TOLD, "keepdim=True).neg_()", "keepdim=True)", (_told(),)),

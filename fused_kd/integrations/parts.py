@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fused_kd.objectives import Objective, SelfEvolution, SelfEvolutionTopK, Sum
+from fused_kd.objectives.base import parts_of
 
 
 def ranked_part(objective: Objective) -> SelfEvolutionTopK:
@@ -57,8 +58,3 @@ def with_part(objective: Objective, part: Objective, new: Objective) -> Objectiv
     if part is objective:
         return new
     return Sum(tuple((weight, new if each is part else each) for weight, each in parts_of(objective)))
-
-
-def parts_of(objective: Objective) -> tuple[tuple[Any, Objective], ...]:
-    """Weights and objectives as written: those that stand for a sum are whole."""
-    return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)

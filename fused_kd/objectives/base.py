@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import LOG_ZERO
-from ..terms import RowSpec, Scalars, Term
-
-Number = float | Tensor
+from ..terms import Number, RowSpec, Scalars, Term
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -77,20 +75,14 @@ class Objective:
             kept=1.0 - floor,
         )
 
-    @property
-    def _parts(self) -> tuple[tuple[Number, Objective], ...]:
-        return ((1.0, self),)
-
     def __add__(self, other: Any) -> Objective:
-        return Sum((*self._parts, *other._parts)) if isinstance(other, Objective) else NotImplemented
+        return Sum((*parts_of(self), *parts_of(other))) if isinstance(other, Objective) else NotImplemented
 
     def __mul__(self, factor: Any) -> Objective:
         if isinstance(factor, Objective):
             return NotImplemented
         factor = checked_number("weight", factor, WEIGHT)
-        multiples = (
-            (checked_number("weight", factor * weight, WEIGHT), objective) for weight, objective in self._parts
-        )
+        multiples = ((checked_number("weight", factor * own, WEIGHT), objective) for own, objective in parts_of(self))
         return Sum(tuple(multiples))
 
     __rmul__ = __mul__
@@ -152,15 +144,16 @@ class Sum(Objective):
     def summands(self) -> tuple[tuple[Number, Objective], ...]:
         return tuple((weight * own, each) for weight, objective in self.parts for own, each in objective.summands)
 
-    @property
-    def _parts(self) -> tuple[tuple[Number, Objective], ...]:
-        return self.parts
-
     def __repr__(self) -> str:
         return " + ".join(f"{_multiple(weight, ' * ')}{objective!r}" for weight, objective in self.parts)
 
     def __str__(self) -> str:
         return "+".join(f"{_multiple(weight, '*')}{objective}" for weight, objective in self.parts)
+
+
+def parts_of(objective: Objective) -> tuple[tuple[Number, Objective], ...]:
+    """Weights and objectives as written: those that stand for a sum are whole."""
+    return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)
 
 
 class Limit(NamedTuple):

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..terms import ENTROPY, Scalars, Term
-from .base import Limit, Number, Objective, checked_number
+from ..terms import ENTROPY, Number, Scalars, Term
+from .base import Limit, Objective, checked_number
 from .self_evolution import ForwardKD, ReverseKD
 
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..divergences import LOG_ZERO
-from ..terms import RANK, Scalars, Term
-from .base import Number, Objective
+from ..terms import RANK, Number, Scalars, Term
+from .base import Objective
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

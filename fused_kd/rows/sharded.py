@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import EXCLUDED, LOG_LEAST, TINY
-from ..terms import Scalars
+from ..terms import Number, Scalars
 from .contract import RowInputs, RowOutputs, Shards
 from .shares import Shares, Tabled, Token, after_sums, label_target, loss_shares
 from .torch.math import Factors as Factors
@@ -38,9 +38,6 @@ from .torch.math import (
 
 Messages = Generator[Tensor, Tensor, None]
 """Yields tensors (C', k) to be gathered, and is sent them as (P, C', k)."""
-
-
-Number = float | Tensor
 
 
 @dataclass(frozen=True)

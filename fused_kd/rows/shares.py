@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import OVERLAP_DECAY, TINY
-from ..terms import ENTROPY, EXCESS, KL, RowSpec, Scalars, Term
+from ..terms import ENTROPY, EXCESS, KL, Number, RowSpec, Scalars, Term
 from .torch.math import Factors, known_all, maybe_any, raised_
-
-Number = float | Tensor
 
 
 class Token(NamedTuple):

@@ -6,8 +6,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from fused_kd.integrations.parts import annealed_part, parts_of
+from fused_kd.integrations.parts import annealed_part
 from fused_kd.objectives import Objective, parse
+from fused_kd.objectives.base import parts_of
 from fused_kd.objectives.text import split_sum
 from fused_kd.training.trainer import BetaSchedule
 

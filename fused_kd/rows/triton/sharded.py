@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ...terms import Number
 from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepared, scalars_stride
-from ..sharded import Factors, Joined, Messages, Number, Statistics, Sums, SweptRow, label_d
+from ..sharded import Factors, Joined, Messages, Statistics, Sums, SweptRow, label_d
 from .row import guard, is_heavy, launch_constants, shape_of
 from .sharded_kernels import STATISTICS, Known, gradient_kernel, statistics_kernel, sums_kernel
 from .terms import formula_constants
