@@ -3,7 +3,7 @@
 //
 // FKD_DIVERGENCES(X) comes from fused_kd/rows/expressions.py: X(name, h, g) with C expressions over t, q, d, r, log_r, s,
 // log_s, beta, alpha, w, u and v. FKD_TERMS is the number of terms, FKD_TERM_0, FKD_TERM_1, ... what each is made of, in
-// bits (fused_kd/rows/cuda/row.py); FKD_ALL has the bits of any.
+// bits (fused_kd/rows/cuda/row.py); FKD_ALL has the bits of any. GATE_ and OUTER_ numbers come with the divergences.
 #pragma once
 
 #include "cuda_slots.h"
@@ -36,8 +36,6 @@ enum Trait {
     HARD_LABEL = 1 << 23,
     Z_LOSS = 1 << 24,
 };
-enum Gate { NO_GATE, BY_DIFFICULTY, BY_EXCESS, BY_KL, BY_RANK, BY_ENTROPY };
-enum Outer { NO_OUTER, MINUS_LOG, MIX };
 
 FKD_INLINE int term_bits(int j) {
     switch (j) {
@@ -69,13 +67,13 @@ FKD_INLINE bool any_tabled() {
 FKD_INLINE bool any_free() {
     bool found = false;
     FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++)
-        found = found || (has(j, HAS_TEACHER) && has(j, FREE)) || outer_of(j) == MIX;
+        found = found || (has(j, HAS_TEACHER) && has(j, FREE)) || outer_of(j) == OUTER_MIX;
     return found;
 }
 
 FKD_INLINE bool any_outer() {
     bool found = false;
-    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) found = found || outer_of(j) != NO_OUTER;
+    FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) found = found || outer_of(j) != OUTER_NONE;
     return found;
 }
 
@@ -162,7 +160,7 @@ FKD_INLINE void evaluate_terms(const Norms *norms, float z_s, float z_t, bool at
         evaluate(norms, j, z_s, z_t, at_label, q, &t, &own_h, &own_g);
         const Term *term = &norms->terms[j];
         const bool used = FKD_TERMS == 1 || term->factor != 0.0f;  // unused, its ratios may be anything
-        if (used && outer_of(j) == NO_OUTER) *h = fmaf(term->share, own_h, *h);
+        if (used && outer_of(j) == OUTER_NONE) *h = fmaf(term->share, own_h, *h);
         if (used) *g = fmaf(term->factor, own_g, *g);
         if (has(j, KL_AT_ONE)) *g = fmaf(-term->floor, t, *g);
     }
@@ -189,7 +187,7 @@ FKD_INLINE void outer_sums(const Rows *rows, const Norms *norms, float *sums) {
         const int label = element_of(column_of(rows, slot), norms->label);
         FKD_UNROLL for (int i = 0; i < FKD_WIDTH; i++) {
             FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
-                if (outer_of(j) == NO_OUTER) continue;
+                if (outer_of(j) == OUTER_NONE) continue;
                 float q, t, h, g;
                 evaluate(norms, j, z_s[i], z_t[i], label == i, &q, &t, &h, &g);
                 sums[j] += h;

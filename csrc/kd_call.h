@@ -20,7 +20,6 @@ enum Statistic { FKD_STATISTICS(FKD_TOLD) };  // columns, of fused_kd.terms.STAT
 
 // A summand of the loss: what is fixed, of fused_kd.rows.contract.traits, and its numbers, of fused_kd.terms.Scalars.
 typedef struct {  // mirrored by fused_kd/rows/native/row.py
-    int32_t divergence;
     FKD_TRAITS(FKD_INT)
 } Term;
 

@@ -263,9 +263,9 @@ FKD_INLINE bool is_hard_row(const Call *call, const Norms *norms, int j, const T
                             float t_log, Pair t_norm, int *phase) {
     if (call->given) return global_read1(call->given + norms->row) != 0;
     float found = difficulty;
-    if (gate_of(j) == BY_EXCESS) found -= teachers_own(call, norms->row, j, token);
-    if (gate_of(j) == BY_KL) found = token->kl;
-    if (gate_of(j) == BY_ENTROPY) {
+    if (gate_of(j) == GATE_EXCESS) found -= teachers_own(call, norms->row, j, token);
+    if (gate_of(j) == GATE_KL) found = token->kl;
+    if (gate_of(j) == GATE_ENTROPY) {
         float sums[FKD_RECORD];
         Pair totals[FKD_RECORD];
         entropy_sum(&call->rows, norms, t_log, sums);
@@ -316,7 +316,7 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const
     float loss = label_loss(call, norms, ce, log_sum_exp);
     bool hard = false, use = false;
     FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++)
-        if (gate_of(j) != NO_GATE)
+        if (gate_of(j) != GATE_NONE)
             hard = is_hard_row(call, norms, j, &token, difficulty, t_log, t_norm, phase);
     norms->of_q = norms->of_p = norms->of_y = 0.0f;
     Term *terms = norms->terms;
@@ -325,10 +325,10 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const
         const float lam = scalar(call, row, j, SCALAR_lam), rest = scalar(call, row, j, SCALAR_rest);
         float share = scalar(call, row, j, SCALAR_weight);
         if (!has(j, MIXED)) share *= lam;
-        if (gate_of(j) == BY_ENTROPY && !hard) share = 0.0f;
+        if (gate_of(j) == GATE_ENTROPY && !hard) share = 0.0f;
         float kept = 0.0f, free = share;
         if (is_tabled(j)) {
-            bool takes = gate_of(j) == NO_GATE || gate_of(j) == BY_ENTROPY || hard;
+            bool takes = gate_of(j) == GATE_NONE || gate_of(j) == GATE_ENTROPY || hard;
             if (has(j, KL_AT_ONE)) takes = takes && scalar(call, row, j, SCALAR_alpha) > 0.0f;
             kept = takes ? share : 0.0f;
             free = takes ? 0.0f : share;
@@ -374,9 +374,9 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const
             outer_sums(&call->rows, norms, sums);
             reduce(sums, totals, FKD_TERMS, false, 0.0f, phase);
             FKD_UNROLL for (int j = 0; j < FKD_TERMS; j++) {
-                if (outer_of(j) == NO_OUTER) continue;
+                if (outer_of(j) == OUTER_NONE) continue;
                 const float sum = whole(totals[j]), share = terms[j].share;
-                if (outer_of(j) == MINUS_LOG) {
+                if (outer_of(j) == OUTER_MINUS_LOG) {
                     loss += weighed(share, sum > 0.0f ? -log_or_tiny(sum) : (sum == 0.0f ? INFINITE : sum));
                     terms[j].factor = -share * reciprocal(fmaxf(sum, TINY));
                 } else {

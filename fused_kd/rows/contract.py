@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..divergences import DIVERGENCES
 from ..terms import GATES, RowSpec, Term
 
 
@@ -81,13 +82,15 @@ Row = Callable[[RowInputs, RowOutputs], None]
 
 
 OUTERS = ("", "minus_log", "mix")
+_DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
 @functools.cache
 def traits(term: Term) -> dict[str, int]:
-    """What makes a term of a compiled row what it is, beside its formulas; ``gate`` and ``outer`` are numbered."""
+    """What makes a term of a compiled row what it is; ``divergence``, ``gate`` and ``outer`` are numbered."""
     of = term.of
     return {
+        "divergence": _DIVERGENCES[term.divergence or "kl"],
         "has_teacher": int(term.divergence is not None),
         "free": int(term.free),
         "mixture": int(of.mixture),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 
-from ...divergences import DIVERGENCES
 from ...terms import RowSpec, Term
 from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, scalars_stride, traits
 from . import build as cuda_build
@@ -30,7 +29,6 @@ _FLAGS = [
     "hard_label",
     "z_loss",
 ]
-_POSITIONS = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
 @compiled
@@ -116,5 +114,5 @@ def formula_macros(spec: RowSpec, cold_labels: bool) -> dict[str, int]:
 def _bits(term: Term) -> int:
     """As ``csrc/cuda_divergence.h`` reads them."""
     own = traits(term)
-    value = _POSITIONS[term.divergence or "kl"] | own["gate"] << 8 | own["outer"] << 12
+    value = own["divergence"] | own["gate"] << 8 | own["outer"] << 12
     return value | sum(own[name] << 14 + i for i, name in enumerate(_FLAGS))

@@ -8,14 +8,12 @@ import functools
 import torch
 from torch import Tensor
 
-from ...divergences import DIVERGENCES
 from ...terms import RowSpec, Term
 from ...workspace import empty
 from ..contract import Logits, RowInputs, RowOutputs, Sparse, compiled, scalars_stride, traits
 from . import build as native_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_DIVERGENCES = {name: i for i, name in enumerate(DIVERGENCES)}
 
 
 class _Logits(ctypes.Structure):
@@ -40,7 +38,7 @@ class _Lists(ctypes.Structure):
 
 
 class _Term(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("divergence", *traits(Term(None))))
+    _fields_ = tuple((name, ctypes.c_int32) for name in traits(Term(None)))
 
 
 class _Call(ctypes.Structure):
@@ -126,10 +124,7 @@ def prepare() -> None:
 
 @functools.cache
 def _terms(spec: RowSpec) -> ctypes.Array[_Term]:
-    def of(term: Term) -> _Term:
-        return _Term(divergence=-1 if term.divergence is None else _DIVERGENCES[term.divergence], **traits(term))
-
-    return (_Term * len(spec.terms))(*map(of, spec.terms))
+    return (_Term * len(spec.terms))(*(_Term(**traits(term)) for term in spec.terms))
 
 
 def _logits(logits: Logits) -> _Logits:
