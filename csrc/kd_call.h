@@ -147,7 +147,7 @@ static int64_t entries_before(const Call *c, int64_t row, int64_t end) {
 
 static inline float at_least_log_zero(float x) { return x < LOG_ZERO ? LOG_ZERO : x; }
 
-typedef const float *Side(const Call *, int64_t, int64_t, int, float *);
+typedef const float *LogitsOf(const Call *, int64_t, int64_t, int, float *);
 
 // Logits of the student and, listed with a uniform tail or dense, of the teacher; before the temperature.
 static const float *student_logits(const Call *c, int64_t row, int64_t start, int n, float *buffer) {

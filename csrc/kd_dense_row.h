@@ -5,7 +5,7 @@
 #include "kd_statistics.h"
 
 // The label's final logit; beyond the row it counts as an excluded token.
-static float label_logit(const Row *r, Side *logits) {
+static float label_logit(const Row *r, LogitsOf *logits) {
     float buffer;
     return r->label < r->call->V ? *logits(r->call, r->row, r->label, 1, &buffer) : LOG_ZERO;
 }
@@ -69,7 +69,6 @@ static double compare(Row *r) {
     if (r->teacher_above) kl += INFINITY;
     return kl < 0.0 ? 0.0 : kl;
 }
-
 
 // Without a teacher: the label's cross-entropy and the square of the log-sum-exp.
 static void cross_entropy_row(Row *r) {

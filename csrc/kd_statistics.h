@@ -4,7 +4,7 @@
 #include "kd_shares.h"
 
 // The first token with the largest logit at temperature T.
-static int64_t top_of_row(const Row *r, const Softmax *x, Side *logits) {
+static int64_t top_of_row(const Row *r, const Softmax *x, LogitsOf *logits) {
     int64_t b = 0;
     while (b + 1 < r->blocks && x->parts[b].max < x->max) b++;
     float buffer[BLOCK];
