@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,11 @@ from .torch.math import (
     infinite,
     known_all,
     on_host,
+    picked,
     raised_,
     scalars_of,
     settled,
+    spread,
 )
 
 Messages = Generator[Tensor, Tensor, None]
@@ -246,18 +248,6 @@ class SweptRow:
         return Joined(
             top, total, log_q_y, kl, top_t, total_t, log_p_y, cold_top, cold_total, warm_ce, ce, over, log_sum_exp
         )
-
-
-def picked(x: Any, index: slice | Tensor | None) -> Any:
-    """The rows at ``index`` of a number of each token, (C, 1)."""
-    return x[index] if index is not None and isinstance(x, Tensor) and x.dim() == 2 else x
-
-
-def spread(x: Number, index: Tensor | None, count: int) -> Number:
-    """Back to where they are from, 0 elsewhere."""
-    if index is None or not isinstance(x, Tensor) or x.dim() != 2:
-        return x
-    return x.new_zeros(count, 1).index_copy_(0, index, x)
 
 
 def _log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import EXCLUDED, LOG_ZERO, TINY, Divergence
-from ...terms import Scalars
+from ...terms import Number, Scalars
 from ...workspace import empty
 from ..contract import Logits, RowInputs, Sparse
 
@@ -333,6 +333,18 @@ def add_scaled(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> Non
         torch.addcmul(a, b, factor, out=out)
     else:
         torch.add(a, b, alpha=factor, out=out)
+
+
+def picked(x: Any, index: slice | Tensor | None) -> Any:
+    """The rows at ``index`` of a number of each token, (C, 1)."""
+    return x[index] if index is not None and isinstance(x, Tensor) and x.dim() == 2 else x
+
+
+def spread(x: Number, index: Tensor | None, count: int) -> Number:
+    """Back to where they are from, 0 elsewhere."""
+    if index is None or not isinstance(x, Tensor) or x.dim() != 2:
+        return x
+    return x.new_zeros(count, 1).index_copy_(0, index, x)
 
 
 def add_at(x: Tensor, y: Tensor, value: float | Tensor) -> Tensor:

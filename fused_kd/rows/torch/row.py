@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import LEFT_OUT, TINY
-from ...terms import ENTROPY, RowSpec, Scalars
+from ...terms import ENTROPY, Number, RowSpec, Scalars
 from ..contract import Logits, RowInputs, RowOutputs, Sparse
 from ..shares import Shares, Tabled, Token, after_sums, loss_shares
 from .math import (
@@ -29,11 +29,13 @@ from .math import (
     known_all,
     maybe_any,
     on_host,
+    picked,
     raised_,
     rows_of_block,
     scalars_of,
     scale,
     settled,
+    spread,
     table_arguments,
     target,
     to_raw_,
@@ -174,15 +176,13 @@ class _Chosen:
     def pick(self, x: Tensor) -> Tensor:
         return x if self._index is None else x.index_select(0, self._index)
 
-    def of(self, x: float | Tensor) -> float | Tensor:
+    def of(self, x: Number) -> Any:
         """Of a number, or of each token's, (B, 1)."""
-        return self.pick(x) if isinstance(x, Tensor) and x.dim() == 2 else x
+        return picked(x, self._index)
 
-    def spread(self, values: float | Tensor, count: int) -> float | Tensor:
+    def spread(self, values: Number, count: int) -> Number:
         """Of the picked rows, (B', 1), to all ``count``, with 0 elsewhere."""
-        if self._index is None or not isinstance(values, Tensor):
-            return values
-        return values.new_zeros(count, 1).index_copy_(0, self._index, values)
+        return spread(values, self._index, count)
 
     def add_(self, into: Tensor, values: Tensor, by: float | Tensor) -> None:
         """``into += by * values``, of the picked rows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...divergences import EXCLUDED, LEFT_OUT, NOWHERE
 from ...terms import Scalars
 from ..contract import Logits, RowInputs, RowOutputs, Shards
-from ..sharded import Joined, Messages, Statistics, Sums, SweptRow, joined, picked, spread
+from ..sharded import Joined, Messages, Statistics, Sums, SweptRow, joined
 from .math import (
     Factors,
     Lazy,
@@ -20,8 +20,10 @@ from .math import (
     add_label,
     add_scaled,
     known_all,
+    picked,
     rows_of_block,
     shares_of,
+    spread,
     table_arguments,
     target,
     top_and_sum,

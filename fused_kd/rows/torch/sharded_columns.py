@@ -10,9 +10,9 @@ from torch import Tensor
 from ...divergences import LOG_ZERO, NOWHERE
 from ...workspace import empty
 from ..contract import RowInputs, Shards, Sparse
-from ..sharded import Joined, picked
+from ..sharded import Joined
 from ..top_k import rest_gradient
-from .math import Scratch, cool, final_logits, rows_of_block, to_raw_, top_and_sum, uniform_logits
+from .math import Scratch, cool, final_logits, picked, rows_of_block, to_raw_, top_and_sum, uniform_logits
 
 
 class Read(NamedTuple):
