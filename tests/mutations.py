@@ -86,6 +86,7 @@ _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
+_CUDA_SHARES = _CSRC + "cuda_shares.h"
 _NATIVE_SHARES, _NATIVE_SUMS, _NATIVE_GRADIENT = (_CSRC + f"kd_{name}.h" for name in ("shares", "sums", "gradient"))
 _SHARES, _TRITON_SHARES = "fused_kd/rows/shares.py", "fused_kd/rows/triton/shares.py"
 _TOLD, _OBJECTIVES = "fused_kd/rows/torch/statistics.py", "fused_kd/objectives/divergences.py"
@@ -274,7 +275,7 @@ MUTATIONS = [
         (_exact("reverse_kd", "slices"),),
     ),
     Mutation(
-        "cuda: infinite by the excluded token's size", _CUDA, "(float)LOG_LEAST", "-27.6f",
+        "cuda: infinite by the excluded token's size", _CUDA_SHARES, "(float)LOG_LEAST", "-27.6f",
         (_exact("no_evo", "cuda"),),
     ),
     Mutation(
@@ -423,7 +424,7 @@ MUTATIONS = [
         (_slices("no_evo", "dense", "triton"),),
     ),
     # the CUDA row, in emulation; more of its faults are in test_cuda_emulator.py
-    Mutation("cuda: gate reversed", _CUDA, "return found > scalar(", "return found < scalar(", (_emulated("self_evolution", "near"),)),
+    Mutation("cuda: gate reversed", _CUDA_SHARES, "return found > scalar(", "return found < scalar(", (_emulated("self_evolution", "near"),)),
     Mutation("cuda: label off by one", _CUDA_SLOTS, "distance = column - first;", "distance = column - first - 1;", (_emulated("sft"),)),
     Mutation(
         "cuda: 32-bit row offsets", _CUDA_SLOTS, "rows->dlogits + row * rows->dlogits_stride",

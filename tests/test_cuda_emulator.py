@@ -144,14 +144,14 @@ def battery() -> None:
 
 
 WRONG = {
-    "ranking ignored": ("kd_row.cu", "if (call->given) return", "if (false) return"),
-    "token weights missing": ("kd_row.cu", "call->weights ? as_float", "false ? as_float"),
+    "ranking ignored": ("cuda_shares.h", "if (call->given) return", "if (false) return"),
+    "token weights missing": ("cuda_call.h", "call->weights ? as_float", "false ? as_float"),
     "the same row again": (
         "kd_row.cu", "begin_of(rows, next);\n    const int first", "begin_of(rows, norms->row);\n    const int first",
     ),
     "the label's share twice": ("cuda_divergence.h", "q - norms->labels :", "q - 2.0f * norms->labels :"),
-    "the first term's numbers for all": ("kd_row.cu", "+ term * SCALARS +", "+"),
-    "all rows' numbers the first's": ("kd_row.cu", "row * call->scalars_stride + ", ""),
+    "the first term's numbers for all": ("cuda_call.h", "+ term * SCALARS +", "+"),
+    "all rows' numbers the first's": ("cuda_call.h", "row * call->scalars_stride + ", ""),
     "a floor's gradient missing": ("cuda_divergence.h", "*g = fmaf(-term->floor, t, *g);", "*g += 0.0f;"),
     "terms beside the sums missing": ("cuda_divergence.h", "if (!any_free()) return;", "return;"),
     "an entropy of powers of 2": ("cuda_divergence.h", "fmaf(-a_t, LN_2, log_total)", "fmaf(-a_t, 1.0f, log_total)"),
