@@ -337,14 +337,15 @@ def reference_kd_loss(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     shift: bool = False,
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
     signed: bool = False,
 ) -> KDOutput:
-    """:func:`fused_kd.kd_loss` in float64 with everything materialised; the same arguments and results."""
+    """:func:`fused_kd.kd_loss` in float64 with everything materialised: its arguments that say what, not how, and its
+    results but for statistics."""
     z = full_logits(student)[..., :vocab_size]
     labels = labels.long()
     if shift:

@@ -17,7 +17,7 @@ from ..terms import Number, RowSpec, Scalars, Term
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Objective:
-    """Base of all objectives. Subclasses set ``name`` and ``kind`` and add the numbers that they use.
+    """Base of all objectives. Subclasses set ``name``, and ``kind`` or ``summands``, and add the numbers that they use.
 
     A number may be a tensor that gives each token its own, in the shape of the labels, or 0-d; it is a constant.
     Objectives add up, ``0.5 * SFT() + 0.5 * GeneralizedJSD()``: one loss in one pass.

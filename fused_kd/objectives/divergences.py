@@ -164,8 +164,7 @@ class _WhereUnsure(Objective):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ToDi(Objective):
-    """``sum a * p * log(p / q) + (1 - a) * q * log(q / p)``, token-wise distillation (Jung et al., EMNLP
-    2025).
+    """``sum a * p * log(p / q) + (1 - a) * q * log(q / p)``, token-wise distillation (Jung et al., EMNLP 2025).
 
     ``a = sigmoid(log p - log q) = p / (p + q)`` is each vocabulary entry's own and a constant: forward KL where the
     student is below its teacher, reverse KL where it is above.
@@ -175,6 +174,7 @@ class ToDi(Objective):
     kind: ClassVar[Term] = Term("todi")
 
     def own_scalars(self, weight: Number, temperature: Number) -> Scalars:
+        # With a mixture of halves, a is r / 2 and 1 - a is s / 2.
         return super().own_scalars(weight, temperature)._replace(beta=0.5, alpha=0.5)
 
 

@@ -71,7 +71,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
     and what else the models take: ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean
     over the valid target tokens of the whole optimizer step, exact under gradient accumulation and over all
     processes of DDP, FSDP2 and DeepSpeed. Each log entry has ``loss``, ``difficulty`` (mean, nats),
-    ``hard_fraction`` (share of tokens above the objective's Γ, or with a difficulty above 0.4), ``tokens_per_second``
+    ``hard_fraction`` (share of hard tokens; without a gate or by rank, difficulties above 0.4), ``tokens_per_second``
     (valid target tokens of all processes), ``peak_memory_mb`` (CUDA allocator, else resident set; of the process
     that logs), and ``beta`` under a schedule. ``eval_loss`` is the mean over the tokens of the evaluation set;
     ``SelfEvolutionTopK`` ranks those of a batch on all processes there.

@@ -21,6 +21,7 @@ ASSIGNED = {
     "shift": True,
     "memory_budget": 2**63,  # more than the op's integers hold
     "validate": True,
+    "signed": True,
     "grad_filter_eps": 1e-30,
     "engine": "chunked",
     "backend": "torch",
