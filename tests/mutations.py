@@ -93,7 +93,7 @@ _TOLD, _OBJECTIVES = "fused_kd/rows/torch/statistics.py", "fused_kd/objectives/d
 _TRITON_MATH, _SHARDED_TRITON = "fused_kd/rows/triton/math.py", "fused_kd/rows/triton/sharded.py"
 _LINEAR = "cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
-_STREAMING_KERNELS = "fused_kd/engines/streaming/kernels.py"
+_STREAMING_KERNELS, _STREAMING_TILES = (f"fused_kd/engines/streaming/{name}.py" for name in ("kernels", "tiles"))
 _STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):\n    return "
 
@@ -612,11 +612,11 @@ MUTATIONS = [
     ),
     # the streaming engine
     Mutation(
-        "streaming: a short last group takes tiles of another", _STREAMING_KERNELS, "part = place // size", "part = place // GROUP",
+        "streaming: a short last group takes tiles of another", _STREAMING_TILES, "part = place // size", "part = place // GROUP",
         ("engines/test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
     ),
     Mutation(
-        "streaming: groups overlap", _STREAMING_KERNELS, "started // (GROUP * parts) * GROUP", "started // (GROUP * parts)",
+        "streaming: groups overlap", _STREAMING_TILES, "started // (GROUP * parts) * GROUP", "started // (GROUP * parts)",
         ("engines/test_streaming.py::test_every_tile_is_made_once_group_after_group[7-5-3]",),
     ),
     Mutation(

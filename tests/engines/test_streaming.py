@@ -33,8 +33,8 @@ from fused_kd.engines import waves  # noqa: E402
 from fused_kd.engines.streaming import engine as streaming  # noqa: E402
 from fused_kd.engines.streaming import plan as streaming_plan  # noqa: E402
 from fused_kd.engines.streaming import sweeps as streaming_sweeps  # noqa: E402
-from fused_kd.engines.streaming.kernels import placed  # noqa: E402
 from fused_kd.engines.streaming.plan import KernelTiles, Plan, Tiles, plan_streaming  # noqa: E402
+from fused_kd.engines.streaming.tiles import placed  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]

@@ -9,7 +9,8 @@ from ...rows.triton.gradient import tabled_gradient
 from ...rows.triton.math import LOG2_E, exponent, exponent_scale
 from ...rows.triton.shares import linear
 from ...rows.triton.terms import COLD, SUMS_P, SUMS_Y, Z
-from .kernels import placed, row_factors, row_norms, row_own, row_scalars, row_targets, tile
+from .kernels import row_factors, row_norms, row_own, row_scalars, row_targets
+from .tiles import placed, tile
 
 
 @triton.jit(do_not_specialize=["first_position", "last_position", "n", "scalars_stride"])

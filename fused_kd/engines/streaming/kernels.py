@@ -1,13 +1,9 @@
-"""Triton kernels that make tiles of logits, use them and forget them: statistics over the vocabulary; and the tiles.
+"""Triton kernels of the streaming engine's first sweep: statistics over the vocabulary, and what later sweeps must know
+of them.
 
-A program owns BM tokens. It makes tiles (BM, BN) of both sides' final logits, by ``tl.dot`` over blocks of BK hidden
-units or by loading them where logits were given. What becomes of a tile is the row's arithmetic, from
+A program owns BM tokens. What becomes of a tile of :mod:`.tiles` is the row's arithmetic, from
 :mod:`fused_kd.rows.triton.math`. A token's *position* is its place in the engine's order: valid ones first.
 Nothing that depends on the number of tokens is compiled in.
-
-A side is a tuple ``(source, token stride, unit stride, weight, row stride, unit stride, bias, H, scale, softcap)``:
-``weight`` None says that the source holds logits, ``softcap`` None that there is no cap. ``ROUND_*`` is the dtype to
-which a side's operands are rounded; UPCAST multiplies them in fp32 all the same (the interpreter has no bf16 product).
 """
 
 from __future__ import annotations
@@ -27,7 +23,6 @@ from ...rows.triton.math import (
     cross_entropy,
     exponent,
     exponent_scale,
-    final_logits,
     inverse_temperature,
     label_scalars,
     moved,
@@ -56,6 +51,7 @@ from ...rows.triton.terms import (
     ROW_GATE,
 )
 from . import plan
+from .tiles import placed, tile
 
 # What a split of the vocabulary says of a token: (splits, FIELDS, n) fp32. Maxima are those before the temperature.
 _S_MAX = tl.constexpr(0)
@@ -77,8 +73,8 @@ _NORM_S_INV = tl.constexpr(1)
 _NORM_T_MAX = tl.constexpr(2)
 _NORM_T_INV = tl.constexpr(3)
 _NORM_LOG_RATIO = tl.constexpr(4)
-_FACTORS = tl.constexpr(5)  # and the next five: of rows.triton.shares.linear
-_KL_OF_TOKEN = tl.constexpr(11)
+FACTORS = tl.constexpr(5)  # and the next five: of rows.triton.shares.linear
+KL_OF_TOKEN = tl.constexpr(11)
 TOTAL = tl.constexpr(12)  # the sum of the terms' factors times sum g, which of KL is -1
 TERM_NORMS = tl.constexpr(13)  # from here on three of each term with sums: d at the label, the factors of g and of KL
 NORMS = 13
@@ -316,7 +312,7 @@ def combine_kernel(
         tl.store(norms + _NORM_T_MAX * n, t_max, mask=valid)
         tl.store(norms + _NORM_T_INV * n, 1.0 / t_sum, mask=valid)
         tl.store(norms + _NORM_LOG_RATIO * n, t_log - s_log, mask=valid)
-        tl.store(norms + _KL_OF_TOKEN * n, kl, mask=valid)
+        tl.store(norms + KL_OF_TOKEN * n, kl, mask=valid)
         tl.store(norms + TOTAL * n, total, mask=valid)
         factors = linear_factors(scalars, free, inv_T, lse, cold_inv, TERMS, ROW)
     else:
@@ -326,72 +322,10 @@ def combine_kernel(
         factors = (0.0, 0.0, 0.0, 0.0, (of_ce + 2.0 * of_z * lse) * cold_inv, of_ce)
         tl.store(norms + _NORM_S_MAX * n, s_max, mask=valid)
     for i in tl.static_range(6):
-        tl.store(norms + (_FACTORS + i) * n, factors[i], mask=valid)
+        tl.store(norms + (FACTORS + i) * n, factors[i], mask=valid)
     tl.store(loss_ptr + positions, tl.where(valid, loss, 0.0), mask=within)
     tl.store(difficulty_ptr + positions, tl.where(valid, difficulty, 0.0), mask=within)
     tl.store(hard_ptr + positions, hard & valid, mask=within)
-
-
-@triton.jit
-def placed(GROUP: tl.constexpr):
-    """The program's place in a grid (blocks of tokens, parts of the vocabulary).
-
-    Programs start in the order of their numbers, blocks first. Here GROUP blocks go through all parts before the next
-    do, so that those that run together share both hidden states and weights in the L2 cache.
-    """
-    blocks = tl.num_programs(0)
-    parts = tl.num_programs(1)
-    started = tl.program_id(1) * blocks + tl.program_id(0)
-    first = started // (GROUP * parts) * GROUP
-    size = tl.minimum(blocks - first, GROUP)
-    place = started - first * parts
-    block = first + place % size
-    part = place // size
-    return block, part
-
-
-@triton.jit
-def tile(
-    side,
-    tokens,
-    first_column,
-    V,
-    ROUND: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Final logits (BM, BN) from a column on, ``OUTSIDE`` from V on, and d final / d raw."""
-    source, token_stride, unit_stride, weight, row_stride, weight_stride, bias, H, scale, cap = side
-    lanes = tl.arange(0, BN)
-    columns = first_column + lanes
-    within = (columns < V)[None, :]
-    source_rows = source + tokens.to(tl.int64)[:, None] * token_stride
-    if weight is None:
-        source_rows += tl.cast(first_column, tl.int64) * unit_stride
-        z = tl.load(source_rows + (lanes * unit_stride)[None, :], mask=within, other=0.0).to(tl.float32)
-    else:
-        units = tl.arange(0, BK)
-        # Columns beyond the vocabulary read its last one: the loop's loads need one mask less.
-        held = tl.minimum(columns, V - 1)
-        a_ptrs = source_rows + units[None, :] * unit_stride
-        b_ptrs = weight + held.to(tl.int64)[None, :] * row_stride + units[:, None] * weight_stride
-        z = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, H, BK):
-            left = H - start
-            a = tl.load(a_ptrs, mask=(units < left)[None, :], other=0.0).to(ROUND)
-            b = tl.load(b_ptrs, mask=(units < left)[:, None], other=0.0).to(ROUND)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            z = tl.dot(a, b, z, input_precision="ieee")
-            a_ptrs += BK * unit_stride
-            b_ptrs += BK * weight_stride
-        if bias is not None:
-            z += tl.load(bias + held).to(ROUND).to(tl.float32)[None, :]
-    z, slope = final_logits(z, scale, cap)
-    return tl.where(within, z, OUTSIDE), slope
 
 
 @triton.jit
@@ -435,7 +369,7 @@ def row_factors(norms_ptr, positions, n):
     """Those of rows.triton.shares.linear, as columns."""
     factors = ()
     for i in tl.static_range(6):
-        factors = factors + (tl.load(norms_ptr + (_FACTORS + i) * n + positions)[:, None],)
+        factors = factors + (tl.load(norms_ptr + (FACTORS + i) * n + positions)[:, None],)
     return factors
 
 

@@ -9,7 +9,8 @@ import triton.language as tl
 from ...rows.triton.math import arguments, inverse_temperature
 from ...rows.triton.shares import after_sum
 from ...rows.triton.terms import MIX, MIXED, MIXTURE, OUTER, POWERS, G, H
-from .kernels import _FACTORS, _KL_OF_TOKEN, TERM_NORMS, TOTAL, placed, row_norms, row_scalars, row_targets, tile
+from .kernels import FACTORS, KL_OF_TOKEN, TERM_NORMS, TOTAL, row_norms, row_scalars, row_targets
+from .tiles import placed, tile
 
 
 @triton.jit(do_not_specialize=["n", "scalars_stride"])
@@ -101,7 +102,7 @@ def sums_combine_kernel(
     scalars = scalars_ptr + tl.load(tokens_ptr + positions, mask=valid, other=0) * scalars_stride
     inv_T = inverse_temperature(scalars)
     norms = norms_ptr + positions
-    kl = tl.load(norms + _KL_OF_TOKEN * n, mask=valid, other=0.0)
+    kl = tl.load(norms + KL_OF_TOKEN * n, mask=valid, other=0.0)
     loss = tl.load(loss_ptr + positions, mask=valid, other=0.0)
     total = tl.load(norms + TOTAL * n, mask=valid, other=0.0)
     for i in tl.static_range(len(TABLED)):
@@ -118,13 +119,13 @@ def sums_combine_kernel(
         tl.store(own, factor * inv_T, mask=valid)
         if TABLED[i][OUTER] == MIX:
             # More of q and p: the first and second linear factors, the third's scale with them.
-            scale = tl.load(norms + _FACTORS * n, mask=valid, other=0.0)
+            scale = tl.load(norms + FACTORS * n, mask=valid, other=0.0)
             more = scale + of_kl * inv_T
             some = tl.where(more > 0.0, more, 1.0)
-            of_p = tl.load(norms + (_FACTORS + 1) * n, mask=valid, other=0.0) * scale + of_kl * inv_T
-            of_y = tl.load(norms + (_FACTORS + 2) * n, mask=valid, other=0.0) * scale
-            tl.store(norms + _FACTORS * n, more, mask=valid)
-            tl.store(norms + (_FACTORS + 1) * n, tl.div_rn(of_p, some), mask=valid)
-            tl.store(norms + (_FACTORS + 2) * n, tl.div_rn(of_y, some), mask=valid)
+            of_p = tl.load(norms + (FACTORS + 1) * n, mask=valid, other=0.0) * scale + of_kl * inv_T
+            of_y = tl.load(norms + (FACTORS + 2) * n, mask=valid, other=0.0) * scale
+            tl.store(norms + FACTORS * n, more, mask=valid)
+            tl.store(norms + (FACTORS + 1) * n, tl.div_rn(of_p, some), mask=valid)
+            tl.store(norms + (FACTORS + 2) * n, tl.div_rn(of_y, some), mask=valid)
     tl.store(loss_ptr + positions, loss, mask=valid)
     tl.store(norms + TOTAL * n, total, mask=valid)
