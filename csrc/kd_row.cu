@@ -277,8 +277,9 @@ FKD_INLINE void distilled_row(const Call *call, Norms *norms, float *sums, const
                 if (outer_of(j) == OUTER_NONE) continue;
                 const float sum = whole(totals[j]), share = terms[j].share;
                 if (outer_of(j) == OUTER_MINUS_LOG) {
-                    loss += weighed(share, sum > 0.0f ? -log_or_tiny(sum) : (sum == 0.0f ? INFINITE : sum));
-                    terms[j].factor = -share * reciprocal(fmaxf(sum, TINY));
+                    const float least = fmaxf(sum, LEAST_SUM);
+                    loss += weighed(share, sum > 0.0f ? -log_positive(least) : (sum == 0.0f ? INFINITE : sum));
+                    terms[j].factor = -share * reciprocal(least);
                 } else {
                     const float w = exp_fast(-OVERLAP_DECAY * sum);
                     loss += share * (1.0f - w) * (1.0f - sum) + weighed(share * w, token.kl);

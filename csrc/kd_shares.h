@@ -117,7 +117,7 @@ static void after_sum(Tabled *x, const Token *token, Shares *shares) {
         shares->loss += weighed(x->share, x->sum);
     } else if (x->term->outer == OUTER_MINUS_LOG) {
         shares->loss += weighed(x->share, -log(x->sum));
-        factor = -x->share / (x->sum < TINY ? TINY : x->sum);  // NaN stays NaN
+        factor = -x->share / (x->sum < LEAST_SUM ? LEAST_SUM : x->sum);  // NaN stays NaN
     } else {
         const double w = exp(-(double)OVERLAP_DECAY * x->sum);
         shares->loss += x->share * (1.0 - w) * (1.0 - x->sum);

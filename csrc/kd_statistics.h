@@ -3,16 +3,18 @@
 
 #include "kd_shares.h"
 
-// The first token with the largest logit at temperature T.
-static int64_t top_of_row(const Row *r, const Softmax *x, LogitsOf *logits) {
-    int64_t b = 0;
-    while (b + 1 < r->blocks && x->parts[b].max < x->max) b++;
-    float buffer[BLOCK];
-    const int n = block_length(r, b);
-    const float *z = cooled(logits(r->call, r->row, b * BLOCK, n, buffer), n, r->temperature, buffer);
-    int i = 0;
-    while (i + 1 < n && z[i] < x->max) i++;
-    return b * BLOCK + i;
+// Whether some token has the largest logit of both sides, also where several share it.
+static bool tops_agree(const Row *r) {
+    float of_s[BLOCK], of_t[BLOCK];
+    for (int64_t b = 0; b < r->blocks; b++) {
+        if (r->student.parts[b].max < r->student.max || r->teacher.parts[b].max < r->teacher.max) continue;
+        const int n = block_length(r, b);
+        const float *z_s = cooled(student_logits(r->call, r->row, b * BLOCK, n, of_s), n, r->temperature, of_s);
+        const float *z_t = cooled(teacher_logits(r->call, r->row, b * BLOCK, n, of_t), n, r->temperature, of_t);
+        for (int i = 0; i < n; i++)
+            if (z_s[i] == r->student.max && z_t[i] == r->teacher.max) return true;
+    }
+    return false;
 }
 
 // sum min(p, q), before anything replaces exponentials.
@@ -50,6 +52,6 @@ static void tell(const Row *r, const Token *token, bool has_teacher) {
     out[TOLD_log_p_y] = (float)token->log_p;
     out[TOLD_target_entropy] = (float)target_entropy(entropy_t, token, scalars_of(c, r->row) + c->main);
     if (c->told <= TOLD_top_1) return;
-    out[TOLD_top_1] = top_of_row(r, &r->student, student_logits) == top_of_row(r, &r->teacher, teacher_logits);
+    out[TOLD_top_1] = tops_agree(r);
     out[TOLD_overlap] = (float)overlap(r);
 }

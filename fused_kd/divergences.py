@@ -55,6 +55,9 @@ LOG_LEAST = -126 * math.log(2.0)
 TINY = 1e-30
 """Keeps ratios of two underflowed probabilities defined; far below any probability that matters."""
 
+LEAST_SUM = 1.2e-37
+"""The gradient of a sum's logarithm is over no less: much smaller numbers have no reciprocal in fp32."""
+
 LEFT_OUT = 1.0
 """``d`` of an entry that the target excludes: with it, ``h`` and ``g`` are as if it were left out of ``KL(q||t)``."""
 

@@ -17,6 +17,7 @@ from .engines.streaming.plan import ALIGNED, choose_tiles, plan_streaming, sizes
 from .engines.streaming.plan import Plan as StreamingPlan
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
+from .options import check_objective
 from .rows.select import BACKENDS, _native_works
 from .terms import RowSpec
 
@@ -78,6 +79,7 @@ def plan_for(
             ``memory_budget`` that no plan fits; the message says what would.
     """
     objective = SelfEvolution() if objective is None else objective
+    check_objective(objective)
     sizes = {"N": N, "H_s": H_s, "H_t": H_t, "V": V, "memory_budget": memory_budget, "top_k": top_k}
     for name, value in sizes.items():
         if value is not None and value < 1:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import LARGEST, check_dense, check_number
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Logits of a size up to 1e4 stay far from fp32's end, and their losses from what stands for infinity.
-LARGEST = 1e12
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +69,6 @@ class LMHead:
     def vocab(self) -> int:
         """V, the number of logits of a token."""
         return self.weight.shape[0]
-
-    @property
-    def leading_shape(self) -> torch.Size:
-        """Shape of the tokens: ``hidden.shape[:-1]``."""
-        return self.hidden.shape[:-1]
 
     def __repr__(self) -> str:
         extras = "".join(
@@ -154,27 +148,12 @@ class TopK:
         return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r})"
 
 
-def check_dense(name: str, value: Tensor) -> None:
-    """Refuse what is not one array of numbers: sparse, nested and oneDNN's own tensors."""
-    if value.layout != torch.strided or value.is_nested:
-        kind = "nested" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name} must be a dense tensor, got one that is {kind}")
-
-
 def check_float_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
     check_dense(name, value)
-
-
-def check_number(name: str, value: object, *, low: float = -LARGEST) -> None:
-    """A number that fp32 kernels can multiply logits by, and divide them by if ``low`` is positive."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in [{low:g}, {LARGEST:g}], got {value!r}")
-    if not low <= value <= LARGEST:  # type: ignore[operator]
-        raise ValueError(f"{name} must be in [{low:g}, {LARGEST:g}], got {value!r}")
 
 
 class KDOutput(NamedTuple):

@@ -16,16 +16,23 @@ from .inputs import (
     LMHead,
     TopK,
     check_alike,
-    check_logits,
     common_vocab,
-    refuse_dtensors,
     shifted,
 )
-from .objectives import OBJECTIVES, Objective
-from .objectives.base import shown_value
+from .objectives import Objective
+from .objectives.base import parts_of, shown_value
 from .ops import KDFunction, pack
-from .options import LossOptions, checked_option, statistics_columns, token_scalars
+from .options import (
+    LossOptions,
+    check_objective,
+    check_tail,
+    checked_option,
+    statistics_columns,
+    statistics_names,
+    token_scalars,
+)
 from .rows.contract import Shards
+from .sides import autocast_dtype, flat_side
 from .terms import STATISTICS, Number, Scalars
 from .tokens import labels_weights_scale
 
@@ -45,10 +52,11 @@ class KDLoss(nn.Module):
         reduction: "mean" over valid tokens (with ``token_weights``: weighted mean), "sum", or "none".
         temperature: T in [1e-8, 1e12], or a tensor with one for each token, in the shape of the labels. Every
             distribution is softmax(logits / T), except the student's in a separate hard-label term (``SFT``,
-            ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``) and in ``ZLoss``, which stays at temperature 1. The loss is
-            not multiplied by T**2.
+            ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``) and in ``ZLoss``, which stays at temperature 1, as all of an
+            objective without a teacher does. The loss is not multiplied by T**2.
         vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies).
         shift: the labels are the input tokens: position i predicts label i + 1. Nothing but the labels is copied.
+            ``token_weights``, the objective's tensors and results of each token are those of the predicting position.
         memory_budget: bytes the workspace may take beyond inputs, results and their gradients; None lets the planner
             choose.
         backend: "torch", "triton", "cuda" (CUDA C++, compiled at first use; NVIDIA GPUs), "native" (C, likewise; CPUs),
@@ -95,8 +103,7 @@ class KDLoss(nn.Module):
         tp_group: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be one of {', '.join(sorted(_CLASSES))}, got {objective!r}")
+        check_objective(objective)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.temperature = temperature
@@ -130,7 +137,7 @@ class KDLoss(nn.Module):
     def _scalars_of(self, shape: torch.Size, device: torch.device) -> Tensor:
         """As :class:`.engines.problem.Problem` takes them."""
         if self._per_token:
-            return token_scalars(self._objective.scalars(self.temperature), shape, device)
+            return token_scalars(self._objective, self.temperature, shape, device)
         if self.scalars.is_meta and device.type != "meta":  # built there, and never emptied onto a device
             self.scalars = self._scalars(device)
         return self.scalars if self.scalars.device == device else self.scalars.to(device, non_blocking=True)
@@ -177,7 +184,9 @@ class KDLoss(nn.Module):
     @objective.setter
     def objective(self, objective: Objective) -> None:
         if not isinstance(objective, Objective) or _classes(objective) != _classes(self._objective):
-            raise TypeError(f"objective must stay a {' + '.join(_classes(self._objective))}, got {objective!r}")
+            stay = [type(part).__name__ for _, part in parts_of(self._objective)]
+            order = ", in this order" if len(stay) > 1 else ""
+            raise TypeError(f"objective must stay a {' + '.join(stay)}{order}, got {objective!r}")
         self._objective = objective
         self._spec = objective.spec
         self._own_numbers = objective.per_token
@@ -231,21 +240,22 @@ class KDLoss(nn.Module):
         """As :meth:`forward`, with each token's difficulty and hardness.
 
         Args:
-            statistics: names of what else to tell of each token, without gradient and at temperature T:
+            statistics: names of what else to tell of each token, without gradient and at temperature T (1 without a
+                teacher):
                 "log_sum_exp_s", "log_sum_exp_t", "entropy_s", "entropy_t" (of student and teacher), "kl" (KL(p||q)),
                 "cross_entropy" (-log q_y, at the temperature at which the loss takes it), "log_q_y", "log_p_y",
                 "target_entropy" (of yt), which come with the sweep that every loss takes; and "top_1" (1 where both
                 sides' largest logits are of one token) and "overlap" (sum min(p, q)), which take one more. They need
-                the chunked engine, without ``tp_group``, and a teacher that is no list, or none for
-                "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
+                the chunked engine, without ``tp_group``, another row than "cuda", and a teacher that is no list, or
+                none for "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
         """
-        spec, wanted = self._spec, tuple(statistics)
+        spec, wanted = self._spec, statistics_names(statistics)
         columns = statistics_columns(wanted, teacher, spec)
-        side, shape, sum_hidden = _flat("student", student, self._group)
+        side, shape, sum_hidden = flat_side("student", student, self._group)
         device, side_t, tokens_t = side.source.device, None, None
         if spec.needs_teacher:
             self._check_teacher(teacher)
-            side_t, shape_t, _ = _flat("teacher", teacher, self._group)
+            side_t, shape_t, _ = flat_side("teacher", teacher, self._group)
             tokens_t = shape_t, side_t.source.device
         vocab, shards = self._vocab(side, side_t)
         check_alike(shape, device, tokens_t, labels, token_weights)
@@ -278,7 +288,7 @@ class KDLoss(nn.Module):
             spec_code=spec.code,
             cold_labels=spec.has_cold(not isinstance(self.temperature, Tensor) and self.temperature == 1.0),
             vocab=vocab,
-            dtype=_autocast_dtype(device, student=side, teacher=side_t),
+            dtype=autocast_dtype(device, student=side, teacher=side_t),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
             engine=engine,
             backend=backend,
@@ -308,25 +318,8 @@ class KDLoss(nn.Module):
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
         if teacher is None:
             raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
-        if not isinstance(teacher, TopK):
-            return
-        if teacher.tail != "uniform" and any(term.z_loss for term in self._spec.terms):
-            raise ValueError(
-                f"tail must be 'uniform' for {self._objective!r}, whose ZLoss reads all logits, got {teacher.tail!r}"
-            )
-        if teacher.tail == "renormalize":
-            for term in self._spec.terms:
-                if term.of.everywhere or not term.of.lumps:
-                    why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
-                    raise ValueError(
-                        f"tail must be 'uniform' or 'bucket' for {self._objective!r}, which {why} where the teacher is "
-                        "0, got 'renormalize'"
-                    )
-        elif isinstance(self.temperature, Tensor) or self.temperature != 1.0:
-            raise ValueError(
-                f"temperature must be 1 with tail={teacher.tail!r}, whose entries it cannot flatten, got "
-                f"{self.temperature}; use tail='renormalize'"
-            )
+        if isinstance(teacher, TopK):
+            check_tail(self._objective, teacher.tail, self.temperature)
 
 
 def kd_loss(
@@ -357,48 +350,5 @@ def kd_loss(
     )
 
 
-_CLASSES = [cls.__name__ for cls in OBJECTIVES.values()]
-
-
-def _classes(objective: Objective) -> list[str]:
-    return [type(each).__name__ for _, each in objective.summands]
-
-
-def _flat(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[Side, torch.Size, bool]:
-    """A side with its tokens in a row, their shape, and whether the engine is to add up its hidden gradient over the
-    ranks of a ``group``. The teacher's tensors are constants."""
-    if isinstance(given, TopK) and name == "teacher":
-        values, indices = (x.detach().reshape(-1, x.shape[-1]) for x in (given.log_probs, given.indices))
-        return Side(values, indices=indices, tail=given.tail), given.log_probs.shape[:-1], True
-    head = given if isinstance(given, LMHead) else None
-    tensors: list[Any] = [given, None, None] if head is None else [head.hidden, head.weight, head.bias]
-    sum_hidden = True
-    if group is None:
-        refuse_dtensors(*tensors)
-    else:
-        from .parallel import local_tensors
-
-        tensors, sum_hidden = local_tensors(name, tensors, group)
-    if head is None:
-        check_logits(name, tensors[0])
-    if name == "teacher":
-        tensors = [None if x is None else x.detach() for x in tensors]
-    source, weight, bias = tensors
-    shape, flat = source.shape[:-1], source.reshape(-1, source.shape[-1])
-    if head is None:
-        return Side(flat), shape, sum_hidden
-    softcap = None if head.softcap is None else float(head.softcap)
-    return Side(flat, weight, bias, float(head.logit_scale), softcap), shape, sum_hidden
-
-
-def _autocast_dtype(device: torch.device, **sides: Side | None) -> torch.dtype | None:
-    """The dtype of GEMM operands under autocast, else None; without autocast a head's tensors must agree."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    for name, side in sides.items():
-        if side is not None and side.weight is not None and side.weight.dtype != side.source.dtype:
-            raise TypeError(
-                f"{name} hidden is {side.source.dtype} and weight {side.weight.dtype}; outside autocast they must "
-                "have one dtype"
-            )
-    return None
+def _classes(objective: Objective) -> list[type[Objective]]:
+    return [type(each) for _, each in objective.summands]

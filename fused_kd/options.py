@@ -9,15 +9,14 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from .checks import check_number, checked_number
 from .engines.dispatch import ENGINES
-from .inputs import LARGEST, TopK, check_number
-from .objectives.base import Limit, checked_number
+from .inputs import TopK
+from .objectives import OBJECTIVES, Objective
+from .objectives.base import TEMPERATURE, parts_of
 from .rows.select import BACKENDS
-from .terms import STATISTICS, WITHOUT_SWEEP, Number, RowSpec, Scalars
+from .terms import STATISTICS, WITHOUT_SWEEP, Number, RowSpec
 
-# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
-LEAST_TEMPERATURE = 1e-8
-TEMPERATURE = Limit(LEAST_TEMPERATURE, LARGEST, f"[{LEAST_TEMPERATURE:g}, {LARGEST:g}]")
 REDUCTIONS = ("mean", "sum", "none")
 _INT64 = 2**63
 
@@ -66,7 +65,7 @@ def checked_option(name: str, value: Any) -> Any:
     elif name == "temperature":
         if isinstance(value, Tensor):
             return checked_number(name, value, TEMPERATURE)
-        check_number(name, value, low=LEAST_TEMPERATURE)
+        check_number(name, value, low=TEMPERATURE.low)
         return float(value)
     elif name == "grad_filter_eps":
         check_number(name, value)
@@ -81,20 +80,78 @@ def _check_name(name: str, value: Any, known: Iterable[str], or_none: str = "") 
         raise ValueError(f"{name} must be {or_none}one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def token_scalars(terms: list[Scalars], shape: torch.Size, device: torch.device) -> Tensor:
-    """(N, terms, n) fp32 on the device: numbers of the call, and those of each token, in the tokens' shape or 0-d."""
+def check_objective(objective: Any) -> None:
+    """
+    Raises:
+        TypeError: for what is none.
+    """
+    if not isinstance(objective, Objective):
+        hint = "; fused_kd.objectives.parse reads a text" if isinstance(objective, str) else ""
+        known = ", ".join(sorted(cls.__name__ for cls in OBJECTIVES.values()))
+        raise TypeError(f"objective must be one of {known}, or a sum of them, got {objective!r}{hint}")
+
+
+def check_tail(objective: Objective, tail: str, temperature: Number) -> None:
+    """
+    Raises:
+        ValueError: for lists of a tail with which an objective, or a temperature, is not defined.
+    """
+    terms = objective.spec.terms
+    if tail != "uniform" and any(term.z_loss for term in terms):
+        raise ValueError(f"tail must be 'uniform' for {objective!r}, whose ZLoss reads all logits, got {tail!r}")
+    if tail == "renormalize":
+        for term in terms:
+            if term.of.everywhere or not term.of.lumps:
+                why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
+                raise ValueError(
+                    f"tail must be 'uniform' or 'bucket' for {objective!r}, which {why} where the teacher is 0, got "
+                    "'renormalize'"
+                )
+    elif isinstance(temperature, Tensor) or temperature != 1.0:
+        raise ValueError(
+            f"temperature must be 1 with tail={tail!r}, whose entries it cannot flatten, got {temperature}; use "
+            "tail='renormalize'"
+        )
+
+
+def token_scalars(objective: Objective, temperature: Number, shape: torch.Size, device: torch.device) -> Tensor:
+    """(N, terms, n) fp32 on the device: numbers of the call, and those of each token, of labels of this shape.
+
+    Raises:
+        ValueError: for a tensor that does not go with the labels.
+    """
+    given = [("weight", weight) for weight, _ in parts_of(objective)]
+    given += [own for _, part in parts_of(objective) for own in part.numbers.items()]
+    for name, value in [*given, ("temperature", temperature)]:
+        if isinstance(value, Tensor) and not _goes_with(value.shape, shape):
+            raise ValueError(
+                f"{name} must be 0-d or have the labels' shape {tuple(shape)}, or 1 in places of it, got a tensor of "
+                f"shape {tuple(value.shape)}"
+            )
 
     def spread(value: Number) -> Tensor:
         if not isinstance(value, Tensor):
             return torch.full((math.prod(shape),), value, dtype=torch.float32, device=device)
-        if value.dim() and value.shape != shape:
-            raise ValueError(
-                f"numbers of the objective and the temperature must be 0-d or have the labels' shape {tuple(shape)}, "
-                f"got a tensor of shape {tuple(value.shape)}"
-            )
         return value.to(device, torch.float32, non_blocking=True).expand(shape).reshape(-1)
 
+    terms = objective.scalars(temperature)
     return torch.stack([torch.stack([spread(value) for value in own], 1) for own in terms], 1)
+
+
+def _goes_with(numbers: torch.Size, labels: torch.Size) -> bool:
+    if len(numbers) != len(labels):
+        return not numbers
+    return all(n in (1, own) for n, own in zip(numbers, labels, strict=True))
+
+
+def statistics_names(wanted: Iterable[str]) -> tuple[str, ...]:
+    """
+    Raises:
+        TypeError: for one name alone, whose letters would be taken for names, and what is no sequence.
+    """
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+        raise TypeError(f"statistics must be a sequence of names such as ('kl',), got {wanted!r}")
+    return tuple(wanted)
 
 
 def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec) -> int:

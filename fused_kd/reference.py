@@ -7,7 +7,8 @@ and holds everything.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
@@ -144,6 +145,13 @@ def _parts(objective: Objective) -> list[tuple[float | Tensor, Objective]]:
     if not isinstance(objective, Sum):
         return [(1.0, objective)]
     return [(weight * own, each) for weight, part in objective.parts for own, each in _parts(part)]
+
+
+def _each(objective: Objective, change: Callable[[Any], Any]) -> Objective:
+    """With all of its numbers changed."""
+    if isinstance(objective, Sum):
+        return Sum(tuple((change(weight), _each(part, change)) for weight, part in objective.parts))
+    return replace(objective, **{name: change(value) for name, value in objective.numbers.items()})
 
 
 def _alone(objective: Objective) -> bool:
@@ -355,6 +363,8 @@ def reference_kd_loss(
     valid = labels != ignore_index
     z, y = z.reshape(-1, z.shape[-1])[valid], labels[valid]
     z_t = None
+    if not objective.spec.needs_teacher:
+        teacher = None
     if isinstance(teacher, TopK):
         log_probs, indices = (x.reshape(-1, x.shape[-1])[valid] for x in (teacher.log_probs, teacher.indices))
         if teacher.tail == "bucket":
@@ -364,7 +374,11 @@ def reference_kd_loss(
     elif teacher is not None:
         z_t = full_logits(teacher)[..., :vocab_size]
         z_t = z_t.reshape(-1, z_t.shape[-1])[valid]
-    rows, difficulty, is_hard = reference_rows(z, z_t, y, objective, temperature)
+
+    def of_tokens(value: Any) -> Any:
+        return value.expand(shape).reshape(-1)[valid] if isinstance(value, Tensor) else value
+
+    rows, difficulty, is_hard = reference_rows(z, z_t, y, _each(objective, of_tokens), of_tokens(temperature))
     weights = torch.ones_like(rows) if token_weights is None else token_weights.double().reshape(-1)[valid]
 
     def scatter(values: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .checks import check_dense
 from .engines.problem import IGNORED, INVALID, Side
-from .inputs import check_dense
 from .rows.top_k import out_of_range
 
 # One over a denominator must be a normal fp32 number too.

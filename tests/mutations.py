@@ -139,6 +139,10 @@ MUTATIONS = [
         "acceptance: the larger for the smaller", _DIVERGENCES, "(q > t) * t + (1 - (q > t)) * q", "(q > t) * q + (1 - (q > t)) * t",
         (_budget("acceptance"),),
     ),
+    Mutation(
+        "acceptance: a small sum's gradient is cut", _DIVERGENCES, "LEAST_SUM = 1.2e-37", "LEAST_SUM = 1e-30",
+        ("kernels/test_rows.py::test_the_logarithm_of_a_small_sum[torch-acceptance-84.0]",),
+    ),
     Mutation("acceptance: not halved", _DIVERGENCES, "(q > t) * q + q) / 2", "(q > t) * q + q)", (_table("acceptance"),)),
     Mutation("acceptance mix: another decay", _DIVERGENCES, "OVERLAP_DECAY = 3.0", "OVERLAP_DECAY = 2.0", (_budget("acceptance_mix"),)),
     Mutation(
@@ -418,6 +422,19 @@ MUTATIONS = [
     Mutation(
         "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",
         ("kernels/test_triton.py::test_ratios_and_logarithms_keep_relative_precision",),
+    ),
+    Mutation(
+        "sharded triton: a z-loss alone with tabled terms", _SHARDED_TRITON, "if beside else torch.zeros_like(q)", "if True else q",
+        ("kernels/test_sharded_row.py::test_a_z_loss_beside_it[triton-generalized_jsd-1.0]",),
+    ),
+    Mutation(
+        "torch: a common offset stays", _TORCH, "((top_t - top).abs() < 64.0) & (top.abs() < 64.0)", "(top_t - top).abs() < 64.0",
+        ("kernels/test_rows.py::test_an_offset_of_both_sides[torch]",),
+    ),
+    Mutation(
+        "native: the first of the largest logits alone", f"{_CSRC}kd_statistics.h", "r->teacher.parts[b].max < r->teacher.max) continue;",
+        "r->teacher.parts[b].max < r->teacher.max) return false;",
+        ("kernels/test_row_statistics.py::test_largest_logits_that_several_tokens_have[native]",),
     ),
     Mutation(
         "sharded triton: statistics left in powers of 2", _SHARDED_TRITON, "ranks.excess * math.log(2.0)", "ranks.excess * 1.0",

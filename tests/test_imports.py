@@ -89,6 +89,7 @@ def test_public_names():
 LAYERS = (
     (
         "fused_kd._version",
+        "fused_kd.checks",
         "fused_kd.divergences",
         "fused_kd.objectives",
         "fused_kd.terms",
@@ -100,7 +101,7 @@ LAYERS = (
     ("fused_kd.reference", "fused_kd.engines"),
     ("fused_kd.tokens",),
     ("fused_kd.ops",),
-    ("fused_kd.parallel", "fused_kd.options"),
+    ("fused_kd.parallel", "fused_kd.options", "fused_kd.sides"),
     ("fused_kd.loss",),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -175,7 +176,11 @@ class CycleDistill:
         if arm == "soft":
             return f"forward_kd:lam={self.alpha}"
         if arm == "soft_self_evolution":
-            return f"{self.self_evolution}{',' if ':' in self.self_evolution else ':'}lam={self.alpha}"
+
+            def with_lam(found: re.Match[str]) -> str:
+                return f"{found[1]}:lam={self.alpha}{',' if found[2] else ''}"
+
+            return re.sub(r"^((?:[\d.eE+-]+\*)?\w+)(:?)", with_lam, self.self_evolution)
         return "sft"
 
     def some(self, *names: str) -> dict[str, Any]:

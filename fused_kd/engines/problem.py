@@ -104,7 +104,8 @@ class Problem:
     @property
     def fraction(self) -> Tensor:
         """0-d: the share of hard tokens, of an objective that ranks them."""
-        return self.scalars[0, self.spec.main, Scalars._fields.index("fraction")]
+        # not [0]: there may be no token with numbers of its own
+        return self.scalars[:1, self.spec.main, Scalars._fields.index("fraction")].sum()
 
     def scalars_of(self, tokens: slice | Tensor) -> Tensor:
         """Those of some tokens."""

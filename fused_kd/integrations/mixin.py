@@ -32,7 +32,7 @@ from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions, statistics_columns
+from fused_kd.options import LossOptions, check_tail, statistics_columns, statistics_names
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -107,7 +107,7 @@ class KDLossMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         criterion = as_criterion(objective, criterion)
-        self.kd_statistics = tuple(statistics)
+        self.kd_statistics = statistics_names(statistics)
         self.objective: Objective = criterion.objective
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
@@ -118,6 +118,8 @@ class KDLossMixin(Trainer):
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
         statistics_columns(self.kd_statistics, None, self.objective.spec)
+        if self.cache is not None:
+            check_tail(self.objective, str(self.cache.tail), self.kd_options["temperature"])
         if self.cache is not None and self.kd_statistics:
             names = ", ".join(self.kd_statistics)
             raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fused_kd.objectives import Objective, SelfEvolution, SelfEvolutionTopK, Sum
+from torch import Tensor
+
+from fused_kd.objectives import Objective, SelfEvolution, SelfEvolutionTopK, Skew, SkewTeacher, Sum
 from fused_kd.objectives.base import parts_of
 
 
@@ -22,16 +24,21 @@ def with_threshold(objective: Objective, gamma: float) -> Objective:
 
 
 def annealed_part(objective: Objective) -> Any:
-    """The one whose β a schedule moves: that with a gate, or the only one with a β.
+    """The one whose β, the student's share of a mixture, a schedule moves from 1, that of KL: that with a gate, or the
+    only one with such a β.
 
     Raises:
-        ValueError: where there is none, or more than one.
+        ValueError: where there is none, or more than one, or a β of each token.
     """
-    having = [part for _, part in parts_of(objective) if hasattr(part, "beta")]
+    kinds = (Skew, SkewTeacher, SelfEvolution, SelfEvolutionTopK)
+    having = [part for _, part in parts_of(objective) if isinstance(part, kinds)]
     gated = [part for part in having if part.spec.gate]
     found = gated or having
-    if len(found) != 1:
-        raise ValueError(f"beta_schedule needs an objective with one beta, got {objective!r}")
+    if len(found) != 1 or isinstance(found[0].beta, Tensor):
+        raise ValueError(
+            "beta_schedule needs an objective with one beta, a number, that is the student's share of a mixture: one "
+            f"of {', '.join(kind.__name__ for kind in kinds)}; got {objective!r}"
+        )
     return found[0]
 
 

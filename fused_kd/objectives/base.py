@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST, Limit, checked_number, is_looked_at
 from ..divergences import LOG_ZERO
 from ..terms import Number, RowSpec, Scalars, Term
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Objective:
     """Base of all objectives. Subclasses set ``name``, and ``kind`` or ``summands``, and add the numbers that they use.
 
-    A number may be a tensor that gives each token its own, in the shape of the labels, or 0-d; it is a constant.
-    Objectives add up, ``0.5 * SFT() + 0.5 * GeneralizedJSD()``: one loss in one pass.
+    A number may be a tensor that gives each token its own: 0-d, or of as many dimensions as the labels and of their
+    sizes or 1, as (B, 1) for each sequence. It is copied, a constant. Objectives add up, ``0.5 * SFT() + 0.5 *
+    GeneralizedJSD()``: one loss in one pass.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Term]
+    # so that a product with an array of numpy's is refused, not one of as many objectives
+    __array_ufunc__ = None
 
     def __post_init__(self) -> None:
+        if type(self) is Objective:
+            raise TypeError("Objective is what objectives have in common; take one of fused_kd.objectives")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in _NAMES:
@@ -34,7 +39,11 @@ class Objective:
                     known = ", ".join(map(repr, _NAMES[field.name]))
                     raise ValueError(f"{field.name} must be one of {known}, got {value!r}")
             else:
-                object.__setattr__(self, field.name, checked_number(field.name, value, _LIMITS[field.name]))
+                object.__setattr__(self, field.name, checked_number(field.name, value, self.limit_of(field.name)))
+
+    def limit_of(self, name: str) -> Limit:
+        """The range of a number."""
+        return _LIMITS[name]
 
     @property
     def summands(self) -> tuple[tuple[Number, Objective], ...]:
@@ -56,11 +65,12 @@ class Objective:
         return [objective.own_scalars(weight, temperature) for weight, objective in self.summands]
 
     def own_scalars(self, weight: Number, temperature: Number) -> Scalars:
-        """Those of one term. Numbers of tokens are in float64, as what is formed from them is rounded once."""
-        lam, beta, floor = (_exact(getattr(self, name, neutral)) for name, neutral in _NEUTRAL)
-        for name, value in self.numbers.items():
-            if isinstance(value, Tensor) and value.device.type != "cpu":
-                weight = torch.where(_fits(value, name), weight, math.nan)
+        """Those of one term."""
+        lam, beta, floor = (getattr(self, name, neutral) for name, neutral in _NEUTRAL)
+        for name, value in (*self.numbers.items(), ("weight", weight), ("temperature", temperature)):
+            if isinstance(value, Tensor) and not is_looked_at(value):
+                known = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+                weight = known.where(self.limit_of(name).has(value), math.nan)
         return Scalars(
             lam=lam,
             beta=beta,
@@ -87,10 +97,21 @@ class Objective:
 
     __rmul__ = __mul__
 
+    def __radd__(self, other: Any) -> Objective:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # of sum([...])
+
     def __truediv__(self, divisor: Any) -> Objective:
         if isinstance(divisor, Objective):
             return NotImplemented
         return self * (1.0 / checked_number("divisor", divisor, DIVISOR))
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and all(
+            _equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_key(getattr(self, f.name)) for f in fields(self))))
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self) if not self._is_quiet(f.name, f.default)}
@@ -122,7 +143,7 @@ class Objective:
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Sum(Objective):
     """A weighted sum of objectives, evaluated in one pass over the logits.
 
@@ -136,6 +157,11 @@ class Sum(Objective):
     name: ClassVar[str] = "sum"
 
     def __post_init__(self) -> None:
+        pairs = isinstance(self.parts, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.parts)
+        if not pairs or not self.parts or not all(isinstance(each, Objective) for _, each in self.parts):
+            raise TypeError(f"parts must be a tuple of (weight, objective), at least one, got {self.parts!r}")
+        parts = tuple((checked_number("weight", weight, WEIGHT), each) for weight, each in self.parts)
+        object.__setattr__(self, "parts", parts)
         gated = [objective for _, objective in self.parts if objective.spec.gate]
         if len(gated) > 1:
             raise ValueError(f"a sum takes one objective with a gate, got {' and '.join(map(repr, gated))}")
@@ -156,14 +182,10 @@ def parts_of(objective: Objective) -> tuple[tuple[Number, Objective], ...]:
     return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)
 
 
-class Limit(NamedTuple):
-    low: float
-    high: float
-    text: str
-
-
 SHARE = Limit(0.0, 1.0, "[0, 1]")
 WEIGHT = Limit(0.0, 1e12, "[0, 1e12]")
+# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
+TEMPERATURE = Limit(1e-8, LARGEST, f"[1e-08, {LARGEST:g}]")
 DIVISOR = Limit(1e-12, math.inf, "[1e-12, inf]")
 _LIMITS = {
     "lam": SHARE,
@@ -173,44 +195,26 @@ _LIMITS = {
     "fraction": SHARE,
     "floor": SHARE,
     "tau": Limit(0.0, math.inf, "[0, inf]"),
+    "weight": WEIGHT,
+    "temperature": TEMPERATURE,
 }
 _NAMES: dict[str, Sequence[str]] = {"gate": ("difficulty", "excess", "kl")}
 _NEUTRAL = (("lam", 1.0), ("beta", 1.0), ("floor", 0.0))
 
 
-def checked_number(name: str, value: Any, limit: Limit) -> Number:
-    """``value`` as a float, or a tensor of tokens' numbers without its graph.
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
 
-    Values on an accelerator are not looked at: where they are out of range, the token's loss is NaN.
 
-    Raises:
-        TypeError, ValueError: with the name, the value and the range.
-    """
+def _key(value: Any) -> Any:
+    """What equal values have in common, to hash."""
     if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"{name} must be a tensor of real numbers in {limit.text}, got one of {value.dtype}")
-        value = value.detach()
-        if value.device.type == "cpu":
-            bad = ~((value >= limit.low) & (value <= limit.high))  # also NaN
-            if bool(bad.any()):
-                raise ValueError(f"{name} must be in {limit.text}, got {value[bad][0].item()!r} in a tensor")
-        return cast(Tensor, value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in {limit.text}, got {value!r}")
-    if not limit.low <= value <= limit.high:  # type: ignore[operator]  # also false for NaN
-        raise ValueError(f"{name} must be in {limit.text}, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:  # an integer that only infinity exceeds
-        return math.inf
-
-
-def _fits(value: Tensor, name: str) -> Tensor:
-    return (value >= _LIMITS[name].low) & (value <= _LIMITS[name].high)
-
-
-def _exact(value: Number) -> Number:
-    return value.double() if isinstance(value, Tensor) else value
+        return value.shape
+    return tuple(map(_key, value)) if isinstance(value, tuple) else value
 
 
 def _log(lam: Number) -> Number:

@@ -17,12 +17,13 @@ from ..terms import RANK, Number, Scalars, Term
 from .base import Objective
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SFT(Objective):
     """Cross-entropy with the label, ``-log q_y``, in nats. Needs no teacher.
 
     With labels smoothed by ``eps`` it is ``NoEvo(lam=eps)`` with a teacher of zeros, up to the target's entropy, a
-    constant; with class weights it is this with ``token_weights=class_weights[labels]``.
+    constant; with class weights it is this with ``token_weights=class_weights[labels.clamp(min=0)]``
+    (of the labels that positions predict: with ``shift``, ``labels.roll(-1)``).
     """
 
     name: ClassVar[str] = "sft"
@@ -32,7 +33,7 @@ class SFT(Objective):
         return super().own_scalars(weight, temperature)._replace(lam=0.0, rest=1.0, log_lam=LOG_ZERO)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ZLoss(Objective):
     """``(log sum exp z)**2`` of the student's logits at temperature 1: keeps them from drifting (PaLM, 2022).
 
@@ -43,7 +44,7 @@ class ZLoss(Objective):
     kind: ClassVar[Term] = Term(None, z_loss=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ForwardKD(Objective):
     """``(1 - lam) * CE + lam * KL(p||q)``, eq. 3: the usual word-level distillation.
 
@@ -58,7 +59,7 @@ class ForwardKD(Objective):
     kind: ClassVar[Term] = Term("kl", hard_label=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ReverseKD(Objective):
     """``(1 - lam) * CE + lam * KL(q||p)``: mode-seeking distillation.
 
@@ -71,7 +72,7 @@ class ReverseKD(Objective):
     kind: ClassVar[Term] = Term("reverse_kl", hard_label=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class NoEvo(Objective):
     """``KL(yt||q)``: Self-Evolution KD without its hard branch (every token is easy).
 
@@ -84,7 +85,7 @@ class NoEvo(Objective):
     kind: ClassVar[Term] = Term("kl", mixed=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Skew(Objective):
     """``KL(yt||beta * q + (1 - beta) * yt)``: the hard branch of Self-Evolution KD for every token.
 
@@ -105,7 +106,7 @@ class Skew(Objective):
     kind: ClassVar[Term] = Term("skew_kl", mixed=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SkewTeacher(Objective):
     """``(1 - lam) * CE + lam * KL(p||beta * q + (1 - beta) * p)``, eq. 10: skewed towards the teacher alone.
 
@@ -120,7 +121,7 @@ class SkewTeacher(Objective):
     kind: ClassVar[Term] = Term("skew_kl", hard_label=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SelfEvolution(Objective):
     """Self-Evolution KD, eq. 4-9: :class:`Skew` for hard tokens, :class:`NoEvo` for easy ones.
 
@@ -150,7 +151,7 @@ class SelfEvolution(Objective):
         return self.kind._replace(gate=self.gate)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SelfEvolutionTopK(Objective):
     """Self-Evolution KD by rank: hard tokens are the ``ceil(fraction * n)`` largest difficulties of the n valid tokens.
 

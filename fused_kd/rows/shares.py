@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import OVERLAP_DECAY, TINY
+from ..divergences import LEAST_SUM, OVERLAP_DECAY
 from ..terms import ENTROPY, EXCESS, KL, Number, RowSpec, Scalars, Term
 from .torch.math import Factors, known_all, maybe_any, raised_
 
@@ -199,7 +199,7 @@ def after_sums(
         return share
     if outer == "minus_log":
         shares.loss = shares.loss + spread(weighed(share, -total.log()))
-        return -share / total.clamp(min=TINY)
+        return -share / total.clamp(min=LEAST_SUM)
     w = (-OVERLAP_DECAY * total).exp()
     shares.loss = shares.loss + spread(share * (1.0 - w) * (1.0 - total))
     shares.add_free(spread(share * w), token.kl, 1.0, 0.0)

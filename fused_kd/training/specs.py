@@ -26,7 +26,7 @@ class ObjectiveSpec:
     @property
     def slug(self) -> str:
         """The text as a folder name; a long one is cut, and kept apart from others by a digest."""
-        name = re.sub(r"[^\w.=-]+", "-", self.text)
+        name = re.sub(r"[^\w.=-]+", "-", re.sub(r"(?<=\d[eE])\+", "", self.text))
         return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
 

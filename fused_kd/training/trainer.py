@@ -21,6 +21,7 @@ from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.integrations.parts import annealed_part, with_beta
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
 from fused_kd.objectives import Objective
+from fused_kd.options import statistics_names
 from fused_kd.terms import RANK
 from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.metrics import RunningMetrics
@@ -142,7 +143,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
                 "transformers.Seq2SeqTrainer"
             )
         criterion = fk.KDLoss(objective, temperature=temperature, memory_budget=memory_budget, backend=backend)
-        told = tuple(statistics)
+        told = statistics_names(statistics)
         super().__init__(
             model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, statistics=told, **trainer_args
         )
@@ -267,6 +268,8 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
 
 def _starves(objective: Objective) -> bool:
-    """A β below 1 and no floor."""
-    beta, floor = getattr(objective, "beta", 1.0), getattr(objective, "floor", 0.0)
+    """Whether a hard token's gradient vanishes with its probability: a β below 1 of a label-mixed target, no floor."""
+    if not isinstance(objective, (fk.Skew, fk.SelfEvolution, fk.SelfEvolutionTopK)):
+        return False
+    beta, floor = objective.beta, objective.floor
     return not isinstance(beta, torch.Tensor) and beta != 1.0 and not isinstance(floor, torch.Tensor) and floor == 0.0

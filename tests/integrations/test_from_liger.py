@@ -59,7 +59,7 @@ class Problem:
     def liger(self, criterion: Any, labels: Tensor | None) -> Tensor:
         return criterion(self.h_s, self.W_s, self.h_t, self.W_t, labels)
 
-    def ours(self, objective: fk.SFT | fk.GeneralizedJSD | fk.ForwardKD, labels: Tensor, **options: Any) -> Tensor:
+    def ours(self, objective: fk.objectives.Objective, labels: Tensor, **options: Any) -> Tensor:
         teacher = None if isinstance(objective, fk.SFT) else fk.LMHead(self.h_t, self.W_t)
         return fk.KDLoss(objective, **options)(fk.LMHead(self.h_s, self.W_s), teacher, labels)
 
@@ -134,15 +134,13 @@ def test_chunked_jsd(problem: Problem, beta: float, temperature: float, weights:
         {} if weights is None else {"weight_hard_loss": weights[0], "weight_soft_loss": weights[1]}
     )
     criterion = LigerFusedLinearJSDLoss(beta=beta, temperature=temperature, compiled=False, chunk_size=4, **options)
-    expected = problem.liger(criterion, problem.labels)
     hard, soft = weights or (0.5, 0.5)
+    objectives = [hard * fk.SFT() + soft * fk.GeneralizedJSD(beta=beta)]
     if beta in (0.0, 1.0):
-        objective = (fk.ForwardKD if beta == 0.0 else fk.ReverseKD)(lam=soft / (hard + soft))
-        found = (hard + soft) * problem.ours(objective, problem.labels, temperature=temperature)
-    else:
-        divergence = problem.ours(fk.GeneralizedJSD(beta=beta), problem.labels, temperature=temperature)
-        found = hard * problem.ours(fk.SFT(), problem.labels) + soft * divergence
-    problem.assert_equal(found, expected)
+        objectives.append((hard + soft) * (fk.ForwardKD if beta == 0.0 else fk.ReverseKD)(lam=soft / (hard + soft)))
+    for objective in objectives:
+        found = problem.ours(objective, problem.labels, temperature=temperature)
+        problem.assert_equal(found, problem.liger(criterion, problem.labels))
 
 
 def test_chunked_jsd_with_biases(problem: Problem) -> None:
@@ -173,6 +171,27 @@ def test_fused_linear_cross_entropy(problem: Problem, reduction: str) -> None:
     expected = criterion(problem.W_s, problem.h_s, problem.labels, bias)
     head = fk.LMHead(problem.h_s, problem.W_s, bias=bias)
     problem.assert_equal(fk.KDLoss(fk.SFT(), reduction=reduction)(head, None, problem.labels), expected)
+
+
+def test_options_of_cross_entropy(problem: Problem) -> None:
+    """The page's table: the z-loss, class weights, smoothed labels."""
+    head, labels = fk.LMHead(problem.h_s, problem.W_s), problem.labels
+
+    def theirs(**options: Any) -> Tensor:
+        return LigerFusedLinearCrossEntropyLoss(**options)(problem.W_s, problem.h_s, labels)
+
+    z_loss = fk.KDLoss(fk.SFT() + 0.1 * fk.ZLoss())(head, None, labels)
+    problem.assert_equal(z_loss, theirs(lse_square_scale=0.1))
+    w = torch.rand(V, device=DEVICE) + 0.5
+    weighted = fk.KDLoss(fk.SFT())(head, None, labels, token_weights=w[labels.clamp(min=0)])
+    # of PyTorch's, which Liger's means: its own does not run in the interpreter
+    problem.assert_equal(weighted, F.cross_entropy(problem.h_s @ problem.W_s.T, labels, weight=w))
+    eps = 0.2
+    zeros = torch.zeros(V, device=DEVICE).expand(N, V)
+    smoothed = fk.KDLoss(fk.NoEvo(lam=eps))(head, zeros, labels)
+    target = torch.full((V,), eps / V)
+    target[0] += 1 - eps
+    problem.assert_equal(smoothed - torch.xlogy(target, target).sum().to(DEVICE), theirs(label_smoothing=eps))
 
 
 def blocks() -> list[tuple[bool, str]]:

@@ -128,6 +128,17 @@ def test_at_the_edge(case, backend):
 
 
 @pytest.mark.parametrize("backend", ROWS, indirect=True)
+def test_largest_logits_that_several_tokens_have(backend):
+    """In one block and in two; one of them is enough to agree."""
+    V = 100 if slow(backend) else 2100
+    z, z_t = torch.zeros(4, V), torch.zeros(4, V)
+    z[:, 1] = z[:, V - 1] = 3.0
+    z_t[0, V - 1] = z_t[1, 1] = z_t[2, 2] = z_t[3, 2] = z_t[3, 1] = 4.0
+    told = call(backend, z, z_t, torch.zeros(4, dtype=torch.int64), fk.NoEvo(), statistics=len(STATISTICS)).statistics
+    assert told[:, STATISTICS.index("top_1")].tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
 def test_an_offset_costs_no_digits_but_its_own(backend):
     z, z_t, labels = make(3, 150)
     z, z_t = ((x * 256).round() / 256 for x in (z, z_t))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
+from fused_kd import objectives as o
 from fused_kd.divergences import TINY
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.select import get_row
@@ -311,6 +312,28 @@ def test_ties_in_several_blocks_share_their_side(backend):
     z, z_t = 2 * torch.randn(N, V, generator=g), torch.randn(N, V, generator=g).mul(4).round() / 2
     labels, objective = torch.arange(N), fk.AdaptiveKL()
     check(call(backend, z, z_t, labels, objective), oracle(z, z_t, labels, objective))
+
+
+@pytest.mark.parametrize("gap", [60.0, 72.0, 84.0])
+@pytest.mark.parametrize("objective", [o.Acceptance(), o.Renyi(alpha=0.5)], ids=lambda x: x.name)
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
+def test_the_logarithm_of_a_small_sum(objective, gap, backend):
+    """Its gradient is a quotient of the sum's, which is near the end of fp32."""
+    gap = gap * (2 if objective.name == "renyi" else 1)
+    z, z_t = torch.tensor([[gap, 0.3, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, gap, 0.2]])
+    labels = torch.tensor([0])
+    check(call(backend, z, z_t, labels, objective), oracle(z, z_t, labels, objective), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ROWS, indirect=True)
+def test_an_offset_of_both_sides(backend):
+    """Exact sums: it takes no digit of the logits."""
+    z, z_t, labels = make(5, 300, near=False)
+    z, z_t = ((x * 64).round() / 64 for x in (z, z_t))
+    for objective in (fk.ReverseKD(lam=1.0), o.AlphaBeta()):
+        plain, moved = (call(backend, z + by, z_t + by, labels, objective) for by in (0.0, 4096.0))
+        for key in ("loss", "dlogits"):
+            assert relative(getattr(moved, key), getattr(plain, key)) < 5e-6, (objective, key)
 
 
 @pytest.mark.parametrize("backend", ROWS, indirect=True)

@@ -160,6 +160,16 @@ def test_without_looking_at_values(objective, monkeypatch: pytest.MonkeyPatch) -
                 assert relative(found[0].loss, expected.loss) < TIGHT
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("objective", [fk.SFT(), fk.GeneralizedJSD(), fk.TotalVariation(), fk.NoEvo()], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_z_loss_beside_it(objective, temperature: float, backend: str) -> None:
+    """Of log-sum-exps of both signs, whose multiple of q is then negative."""
+    inputs = inputs_of(objective + 0.1 * fk.ZLoss(), C=4, temperature=temperature)
+    inputs.student.raw[1:3] -= 9.0
+    compare(inputs, [20, 41], backend=backend)
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
 def test_blocks_of_a_long_slice() -> None:
     """Longer than a block of the kernels, which the last one does not fill."""

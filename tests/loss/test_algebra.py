@@ -7,6 +7,7 @@ import math
 import pickle
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +63,19 @@ def test_they_are_plain_values(objective):
         objective.name = "other"
 
 
+def test_those_with_tensors_are_equal_where_all_their_numbers_are():
+    x = torch.rand(3)
+    for make in (lambda x: fk.ForwardKD(lam=x), lambda x: x * fk.SFT() + fk.NoEvo(), lambda x: fk.SFT() + fk.NoEvo(x)):
+        assert make(x) == make(x.clone()) and hash(make(x)) == hash(make(x.clone()))
+        assert make(x) not in [make(0.5 * x), make(x[:1]), make(0.5)]
+    assert o.SkewReverse() != o.SkewReverseDetached()
+
+
+def test_one_number_needs_no_name():
+    assert fk.GeneralizedJSD(0.3) == fk.GeneralizedJSD(beta=0.3) and fk.EntropyGated(2) == fk.EntropyGated(tau=2)
+    assert sum([fk.SFT(), 0.5 * fk.NoEvo(0.2)]) == fk.SFT() + 0.5 * fk.NoEvo(lam=0.2)
+
+
 def test_texts():
     assert str(fk.SelfEvolution()) == "self_evolution"
     assert str(fk.SelfEvolution(gamma=1, gate="kl")) == "self_evolution:gamma=1.0,gate=kl"
@@ -114,8 +128,8 @@ def test_texts_that_say_nothing(text, error, message):
     (lambda: fk.SFT() * math.nan, ValueError, "weight must be in [0, 1e12], got nan"),
     (lambda: math.inf * fk.SFT(), ValueError, "weight must be in [0, 1e12], got inf"),
     (lambda: 1e9 * (1e9 * fk.SFT()), ValueError, "weight must be in [0, 1e12], got 1e+18"),
-    (lambda: fk.SFT() * True, TypeError, "weight must be a number in [0, 1e12], got True"),
-    (lambda: fk.SFT() * "2", TypeError, "weight must be a number in [0, 1e12], got '2'"),
+    (lambda: fk.SFT() * True, TypeError, "weight must be a number in [0, 1e12], or a tensor of such, got True"),
+    (lambda: fk.SFT() * "2", TypeError, "weight must be a number in [0, 1e12], or a tensor of such, got '2'"),
     (lambda: fk.SFT() / 0, ValueError, "divisor must be in [1e-12, inf], got 0"),
     (lambda: fk.SFT() / -2.0, ValueError, "divisor must be in [1e-12, inf], got -2.0"),
     (lambda: fk.SFT() * fk.SFT(), TypeError, "unsupported operand"),
@@ -139,8 +153,17 @@ def test_texts_that_say_nothing(text, error, message):
     (lambda: o.AlphaBeta(alpha=0, beta=0), ValueError, "alpha must be in [0.001, 1], where alpha and beta are not"),
     (lambda: o.AlphaBeta(alpha=0.5, beta=0), ValueError, "beta must be in [0.001, 1], where alpha and beta are not"),
     (lambda: o.AlphaBeta(alpha=torch.tensor([0.5, 1e-9])), ValueError, "alpha must be in [0.001, 1], where alpha"),
-    (lambda: o.AlphaBeta(alpha=2), ValueError, "alpha must be in [0, 1], got 2"),
+    (lambda: o.AlphaBeta(alpha=2), ValueError, "alpha must be in [0.001, 1], where alpha and beta are not (1, 0)"),
     (lambda: o.SymmetricKL(beta=1.1), ValueError, "beta must be in [0, 1], got 1.1"),
+    (lambda: np.ones(3) * fk.SFT(), TypeError, "weight must be a number in [0, 1e12], or a tensor of such, got array"),
+    (lambda: fk.SFT() * np.ones(3), TypeError, "weight must be a number in [0, 1e12], or a tensor of such, got array"),
+    (lambda: torch.eye(2).to_sparse() * fk.SFT(), TypeError, "weight must be a dense tensor"),
+    (lambda: Sum(((-1.0, fk.SFT()),)), ValueError, "weight must be in [0, 1e12], got -1.0"),
+    (lambda: Sum(()), TypeError, "parts must be a tuple of (weight, objective), at least one, got ()"),
+    (lambda: Sum((fk.SFT(),)), TypeError, "parts must be a tuple of (weight, objective), at least one, got (SFT()"),
+    (lambda: Objective(), TypeError, "Objective is what objectives have in common; take one of"),
+    (lambda: fk.KDLoss("0.5*sft"), TypeError, "got '0.5*sft'; fused_kd.objectives.parse reads a text"),
+    (lambda: fk.Skew(0.5, 0.5), TypeError, "positional"),
 ])  # fmt: skip
 def test_what_is_refused(make, error, message):
     with pytest.raises(error) as caught:

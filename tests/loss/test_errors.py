@@ -31,7 +31,7 @@ def call(student=None, teacher=None, labels=LABELS, objective=None, **options):
         (ValueError, "beta must be in [0, 1], got -0.1", lambda: fk.Skew(beta=-0.1)),
         (ValueError, "gamma must be in [0, inf], got -1", lambda: fk.SelfEvolution(gamma=-1)),
         (ValueError, "beta must be in [0, 1], got nan", lambda: fk.Skew(beta=float("nan"))),
-        (TypeError, "lam must be a number in [0, 1], got '0.5'", lambda: fk.NoEvo(lam="0.5")),
+        (TypeError, "lam must be a number in [0, 1], or a tensor of such, got '0.5'", lambda: fk.NoEvo(lam="0.5")),
         (ValueError, "lam must be in [0, 1], got 1000", lambda: fk.NoEvo(lam=10**400)),
         (TypeError, "objective must be one of", lambda: fk.KDLoss("self_evolution")),
         # heads
@@ -130,6 +130,8 @@ def test_annealing_cannot_change_the_objective_s_class():
     criterion = fk.KDLoss(fk.Skew())
     with pytest.raises(TypeError, match="objective must stay a Skew, got NoEvo"):
         criterion.objective = fk.NoEvo()
+    with pytest.raises(TypeError, match="objective must stay a EntropyGated, got NoEvo"):
+        fk.KDLoss(fk.EntropyGated()).objective = fk.NoEvo()
 
 
 def test_triton_on_cpu_tensors_is_refused_not_replaced(monkeypatch):

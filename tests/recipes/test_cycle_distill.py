@@ -483,7 +483,7 @@ def test_paper_preset_with_a_model_from_a_folder(finished, data, tmp_path):
     arms = script.main(["--preset", "paper", *given])["seeds"]["0"]["arms"]
     assert list(arms) == ["hard", "soft_self_evolution", "control"]  # no references, no ceiling
     (soft,) = arms["soft_self_evolution"]
-    assert soft["objective"] == "self_evolution:gamma=0.4,beta=0.5,lam=0.5" and len(soft["validation"]) >= 1
+    assert soft["objective"] == "self_evolution:lam=0.5,gamma=0.4,beta=0.5" and len(soft["validation"]) >= 1
     train, valid = script.hold_out(range(10), 0.2, seed=1)
     assert len(train) == 8 and sorted([*train, *valid]) == list(range(10))
     assert soft["rows"] == soft["counts"]["kept"] + 10 and soft["counts"]["parallel"] == 10

@@ -378,6 +378,8 @@ def test_warns_once_when_all_tokens_stay_hard(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer(tmp_path, tiny(8, seed=1), fk.SelfEvolution(gamma=30.0), rows(16), **options).train()
+        for unskewed in (fk.GeneralizedJSD(), fk.AlphaBeta(), 0.5 * fk.SFT() + 0.5 * fk.GeneralizedJSD()):
+            trainer(tmp_path, tiny(8, seed=1), unskewed, rows(16), **options).train()
 
 
 def test_padded_vocabularies(tmp_path: Path) -> None:
@@ -410,12 +412,17 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
         ("self_evolution", {"teacher": None}, {}, "teacher must be given for SelfEvolution"),
         ("selfevolution", {}, {}, "objective must be one of sft, forward_kd, .*got 'selfevolution'"),
         ("forward_kd", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with one beta"),
+        ("symmetric_kl", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with one beta"),
+        (fk.Skew(beta=torch.tensor(0.5)), {"beta_schedule": BetaSchedule()}, {}, "one beta, a number, that is the"),
+        ("todi", {"teacher": SimpleNamespace(tail="renormalize")}, {}, "tail must be 'uniform' or 'bucket' for ToDi"),
+        ("sft+z_loss+no_evo", {"teacher": SimpleNamespace(tail="bucket")}, {}, "tail must be 'uniform' for SFT"),
+        ("no_evo", {"teacher": SimpleNamespace(tail="bucket"), "temperature": 2.0}, {}, "temperature must be 1 with"),
         ("no_evo", {"compute_metrics": print}, {}, "compute_metrics must be None"),
         ("no_evo", {}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         ("no_evo", {"temperature": 0.0}, {}, "temperature"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, objective: str, kd: dict, arguments: dict, message: str) -> None:
+def test_bad_arguments(tmp_path: Path, objective: Any, kd: dict, arguments: dict, message: str) -> None:
     options = {"teacher": tiny(8, seed=2), **kd}
     teacher = options.pop("teacher")
     with pytest.raises(ValueError, match=message):
@@ -476,8 +483,11 @@ def test_sums_as_text_with_a_schedule() -> None:
     assert str(spec.objective) == "0.5*sft+0.5*self_evolution:floor=0.3+0.0001*z_loss"
     assert spec.beta_schedule == BetaSchedule(fraction=0.2)
     assert re.fullmatch(r"[\w.=-]+", spec.slug) and len(parse_objective("+".join(["forward_kd:lam=0.5"] * 9)).slug) < 90
-    with pytest.raises(ValueError, match="one beta"):
-        parse_objective("skew:beta_warmup=0.2+generalized_jsd")
+    assert parse_objective("skew:beta_warmup=0.2+generalized_jsd").beta_schedule == BetaSchedule(fraction=0.2)
+    for text in ("skew:beta_warmup=0.2+skew_teacher", "generalized_jsd:beta_warmup=0.2", "alpha_beta:beta_warmup=0.2"):
+        with pytest.raises(ValueError, match="one beta, a number, that is the student's share of a mixture"):
+            parse_objective(text)
+    assert parse_objective("1e+4*sft").slug != parse_objective("1e-4*sft").slug == "1e-4-sft"
     with pytest.raises(ValueError, match="beta_warmup must stand with self_evolution, whose beta it moves"):
         parse_objective("self_evolution+generalized_jsd:beta_warmup=0.2")
     with pytest.raises(ValueError, match="beta_warmup must be given once"):
@@ -525,6 +535,8 @@ def test_statistics_are_logged(tmp_path: Path) -> None:
     assert 0 < logs[0]["overlap"] < 1 and 0 < logs[0]["entropy_t"] < math.log(VOCAB)
     for name in names:
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+    with pytest.raises(TypeError, match=r"statistics must be a sequence of names such as \('kl',\), got 'kl'"):
+        trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=teacher, statistics="kl")
     with pytest.raises(ValueError, match=r"statistics must be among .* got 'entropy'"):
         trainer(tmp_path, tiny(8, seed=1), fk.NoEvo(), data, teacher=teacher, statistics=["entropy"])
     with pytest.raises(ValueError, match="without a teacher, got 'kl'"):

@@ -296,10 +296,10 @@ def _cross_entropy(q: Softmax, out: Tensor | None, y: Tensor) -> Tensor:
 
 
 def _aligned(z: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float]:
-    """Both rows, and what was taken from them: their maxima where these are far apart, as a large common offset would
-    swallow the rows' difference."""
+    """Both rows, and what was taken from them: their maxima where these are far from 0 or from each other, as a large
+    offset would swallow the rows' differences."""
     top, top_t = z.amax(1, keepdim=True), z_t.amax(1, keepdim=True)
-    if on_host(z) and bool(((top_t - top).abs() < 64.0).all()):
+    if on_host(z) and bool((((top_t - top).abs() < 64.0) & (top.abs() < 64.0)).all()):
         return z, z_t, 0.0, 0.0
     z, z_t = torch.sub(z, top, out=scratch("z_s", len(z))), torch.sub(z_t, top_t, out=scratch("z_t", len(z)))
     return z, z_t, top, top_t

@@ -36,7 +36,9 @@ def statistics(columns: int, q: Softmax, p: Softmax | None, token: Token, s: Sca
             "target_entropy": target_entropy(entropy_t, token.log_p_y, s),
         }
         if columns > WITHOUT_SWEEP:
-            known["top_1"] = (q.z.argmax(1, keepdim=True) == p.z.argmax(1, keepdim=True)).float()
+            # of some token, also where several share the largest logit
+            both = (q.z == q.z.amax(1, keepdim=True)) & (p.z == p.z.amax(1, keepdim=True))
+            known["top_1"] = both.any(1, keepdim=True).float()
             known["overlap"] = torch.minimum(q.prob, p.prob, out=scratch.take()[: len(q.prob)]).sum(1, keepdim=True)
     for name, value in known.items():
         found[:, STATISTICS.index(name)] = value.squeeze(1)

@@ -12,7 +12,7 @@ from ..contract import RowInputs, RowOutputs, Shards, Sparse, copy_back, prepare
 from ..sharded import Factors, Joined, Messages, Statistics, Sums, SweptRow, label_d
 from .row import guard, is_heavy, launch_constants, shape_of
 from .sharded_kernels import STATISTICS, Known, gradient_kernel, statistics_kernel, sums_kernel
-from .terms import formula_constants
+from .terms import ALL_P, ALL_Y, formula_constants
 
 
 def row(inputs: RowInputs, outputs: RowOutputs, shards: Shards) -> Messages:
@@ -123,8 +123,9 @@ class TritonRow(SweptRow):
         more: Number = 0.0
         scale = q
         if not cold and any(term.z_loss for term in self.spec.terms):
-            # That of a log-sum-exp may be negative, and q's with it.
-            scale = torch.where(q > 0.0, q, 1.0)
+            # That of a log-sum-exp may be negative, and q's with it; without a p or label beside it, it is all of q's.
+            beside = self.made["ROW"][ALL_P.value] or self.made["ROW"][ALL_Y.value]
+            scale = torch.where(q > 0.0, q, 1.0) if beside else torch.zeros_like(q)
             more = q - scale
         some = torch.where(scale > 0.0, scale, 1.0)
         of_cold = factors.cold * (-of.cold_log_sum).exp() if cold else 0.0

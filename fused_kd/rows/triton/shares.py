@@ -50,6 +50,7 @@ from .terms import (
 )
 
 OVERLAP_DECAY = tl.constexpr(divergences.OVERLAP_DECAY)
+LEAST_SUM = tl.constexpr(divergences.LEAST_SUM)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def after_sum(h_sum, factor, kl, OUTER: tl.constexpr):
     of_kl = 0.0
     if OUTER == MINUS_LOG:
         value = weighed(factor, -tl.log(h_sum))
-        factor = -factor / tl.maximum(h_sum, TINY)
+        factor = -factor / tl.maximum(h_sum, LEAST_SUM)
     if OUTER == MIX:
         w = tl.exp(h_sum * -OVERLAP_DECAY)
         of_kl = factor * w
