@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from fused_kd.integrations.parts import thresholded_part
 from fused_kd.integrations.precision import trained_in_float32
+from fused_kd.options import statistics_columns
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
@@ -90,6 +91,7 @@ class Train:
     global_batch: int | None = 128  # sentences an optimizer step; null: as gradient_accumulation_steps says
     packing: bool = False  # rows end to end without padding, each blind to the others
     average: Literal["tokens", "sequences"] = "tokens"  # what the loss is the mean over
+    statistics: list[str] = field(default_factory=list)  # logged too: kl, entropy_t, top_1, ... (KDLoss.evaluate)
     lora: dict | None = None  # adapters on the student's body: r, alpha, dropout, target_modules
     temperature: float = 1.0
     memory_budget: int | None = None  # bytes for the loss's buffers
@@ -119,6 +121,9 @@ class Train:
             thresholded_part(spec.objective)
         if self.cached is not None and self.gamma_quantile is not None:
             raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
+        statistics_columns(tuple(self.statistics), None, spec.objective.spec)
+        if self.cached is not None and self.statistics:
+            raise ValueError(f"statistics need an online teacher, got teacher={self.teacher!r}")
         self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
 
     def load(self, name: str, tokenizer: Any, seed: int) -> Any:
@@ -217,6 +222,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         backend=train.backend,
         beta_schedule=spec.beta_schedule,
         average=train.average,
+        statistics=train.statistics,
         args=args,
         train_dataset=data,
         eval_dataset=rows.get("valid"),

@@ -50,7 +50,7 @@ def test_sft_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = {"teacher": teacher, "student": teacher, "num_train_epochs": 2}
+    pair = {"teacher": teacher, "student": teacher, "num_train_epochs": 2, "statistics": "kl"}
     train("self_evolution_quantile", tmp_path / "whole", **pair)
     text = capsys.readouterr().out
     assert "global batch 16 = 1 processes x 8 sentences x 2 steps" in text
@@ -70,6 +70,9 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
         train("self_evolution_quantile", tmp_path / "cut", **pair)
     monkeypatch.setattr(KDTrainer, "training_step", step)
     newest = max((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "loss" in entry]
+    assert all(entry["kl"] >= 0.0 for entry in logged)
     (newest / "optimizer.pt").unlink()
     with pytest.warns(UserWarning, match=r"lacks optimizer\.pt: passed over"):
         train("self_evolution_quantile", tmp_path / "cut", **pair)
@@ -232,6 +235,8 @@ def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
         ({"per_device_train_batch_size": 5}, r"per_device_train_batch_size x processes = 5 x 1, got 16"),
         ({"learning_rat": 1}, "--learning_rat"),
         ({"teacher": "null"}, "teacher must be given"),
+        ({"teacher": "cache:none", "statistics": "kl"}, "statistics need an online teacher, got teacher='cache"),
+        ({"teacher": "tiny-teacher", "statistics": "entropy"}, "statistics must be among .* got 'entropy'"),
         ({"lora": "{q: 1}"}, "unexpected keyword argument 'q'"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
