@@ -215,8 +215,8 @@ MUTATIONS = [
         ("loss/test_algebra.py::test_texts",),
     ),
     Mutation(
-        "objectives: a product of weights goes unchecked", "fused_kd/objectives/base.py", 'checked_number("weight", factor * own, WEIGHT)',
-        "factor * own", ("loss/test_algebra.py::test_what_is_refused",),
+        "objectives: weights go unchecked", "fused_kd/objectives/base.py", '(checked_number("weight", weight, WEIGHT), each)',
+        "(weight, each)", ("loss/test_algebra.py::test_what_is_refused",),
     ),
     # what is told of tokens
     Mutation("statistics: sign of the entropy", _TOLD, "keepdim=True).neg_()", "keepdim=True)", (_told(),)),
@@ -224,7 +224,7 @@ MUTATIONS = [
         "statistics: the target's entropy without its label", _SHARES, "(others - torch.xlogy(t_y, t_y))", "(others + torch.xlogy(t_y, t_y))", (_told(),),
     ),
     Mutation("statistics: the label's of the other side", _TOLD, '"log_p_y": token.log_p_y', '"log_p_y": token.log_q_y', (_told(),)),
-    Mutation("statistics: the least of both sides", _TOLD, "q.z.argmax(1", "q.z.argmin(1", (_told(11),)),
+    Mutation("statistics: the least of both sides", _TOLD, "(q.z == q.z.amax(", "(q.z == q.z.amin(", (_told(11),)),
     Mutation(
         "statistics: ignored tokens told", _TORCH, "found.masked_fill_(ignored.unsqueeze(1), 0.0)", "found",
         ("kernels/test_row_statistics.py::test_told_beside_the_same_loss_and_gradient[torch]",),

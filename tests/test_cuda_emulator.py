@@ -155,7 +155,7 @@ WRONG = {
     "a floor's gradient missing": ("cuda_divergence.h", "*g = fmaf(-term->floor, t, *g);", "*g += 0.0f;"),
     "terms beside the sums missing": ("cuda_divergence.h", "if (!any_free()) return;", "return;"),
     "an entropy of powers of 2": ("cuda_divergence.h", "fmaf(-a_t, LN_2, log_total)", "fmaf(-a_t, 1.0f, log_total)"),
-    "a logarithm's slope missing": ("kd_row.cu", "-share * reciprocal(fmaxf(sum, TINY))", "-share"),
+    "a logarithm's slope missing": ("kd_row.cu", "-share * reciprocal(least)", "-share"),
     "row's end not masked": ("cuda_slots.h", "z_s[i] = OUTSIDE;", "z_s[i] = 0.0f;"),
     "one block of the cluster": ("cuda_sums.h", "block < cluster_size()", "block < 1"),
     "sums of other maxima": ("cuda_sums.h", "x[S_SUM] *= exp2_fast(s * k);", ""),

@@ -92,8 +92,7 @@ class Objective:
         if isinstance(factor, Objective):
             return NotImplemented
         factor = checked_number("weight", factor, WEIGHT)
-        multiples = ((checked_number("weight", factor * own, WEIGHT), objective) for own, objective in parts_of(self))
-        return Sum(tuple(multiples))
+        return Sum(tuple((factor * own, objective) for own, objective in parts_of(self)))
 
     __rmul__ = __mul__
 

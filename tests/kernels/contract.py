@@ -180,7 +180,7 @@ def call(
 def scalars_of(objective: Objective, T: float | Tensor = 1.0, C: int = 1) -> Tensor:
     """As rows take them: one for all, or of each of ``C`` rows."""
     if objective.per_token or isinstance(T, Tensor):
-        return token_scalars(objective.scalars(T), torch.Size([C]), torch.device("cpu"))
+        return token_scalars(objective, T, torch.Size([C]), torch.device("cpu"))
     return torch.tensor([objective.scalars(T)])
 
 
