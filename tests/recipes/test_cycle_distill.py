@@ -252,6 +252,20 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no_evo", "no_evo:lam=0.2"),
+        ("self_evolution:gamma=0.4+1e-4*z_loss", "self_evolution:lam=0.2,gamma=0.4+1e-4*z_loss"),
+        ("0.5*self_evolution:gamma=0.4,beta_warmup=0.3", "0.5*self_evolution:lam=0.2,gamma=0.4,beta_warmup=0.3"),
+    ],
+)
+def test_alpha_is_the_lam_of_the_first_objective(text: str, expected: str) -> None:
+    recipe = script.CycleDistill("x", "en-de", "folder", alpha=0.2, self_evolution=text)
+    assert recipe.objective("soft_self_evolution") == expected
+    parse_objective(expected)
+
+
+@pytest.mark.parametrize(
     ("changes", "error"),
     [
         ({"shots": 5}, r"shots must be in \[0, 4\]"),
