@@ -74,7 +74,8 @@ def summands(objective: Objective) -> set[str]:
 
 def amplified(objective: Objective) -> float:
     """How many times a rounding of 1 is in the loss of near rows: of powers, the sums cancel, are divided by small
-    numbers, and have the rounding of a log-sum-exp, of about 8, in their exponents."""
+    numbers, and have the rounding of a log-sum-exp, of about 8, in their exponents. A KL that nothing stands beside has
+    that of a difference of two."""
     factors = [1.0]
     for _, each in objective.summands:
         given: Any = each
@@ -84,6 +85,8 @@ def amplified(objective: Objective) -> float:
             factors.append(8 / (1 - given.alpha))
         elif isinstance(each, (o.Acceptance, o.AcceptanceMix)):
             factors.append(2.0)
+        elif isinstance(each, (o.ForwardKD, o.ReverseKD)) and given.lam == 1.0:
+            factors.append(4.0)
     return max(factors)
 
 

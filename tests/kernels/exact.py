@@ -224,8 +224,9 @@ def exact(
     first = _Side(*_merged(*student, groups), temperature)
     if objective.spec.needs_teacher:
         d = difficulty(first)
-    else:
-        d = -first.log_p[y], first.excluded[y]
+    else:  # nothing else would read the temperature
+        cold = _Side(*_merged(*student, groups), mpf(1))
+        d = -cold.log_p[y], cold.excluded[y]
     gradient = []
     for v, x in enumerate(student[0]):
         sides = ([*student[0][:v], x + step, *student[0][v + 1 :]] for step in (STEP, -STEP))

@@ -13,9 +13,20 @@ from mpmath import mp, mpf
 from torch import Tensor
 
 import fused_kd as fk
+from fused_kd.divergences import LEAST_SUM
 from fused_kd.objectives import Objective
 
-from ..problems import CPU_BACKENDS, JUMPS, eager_rows, gradients, may_overflow, reads_level, summands
+from ..problems import (
+    CPU_BACKENDS,
+    JUMPS,
+    amplified,
+    eager_rows,
+    gradients,
+    has_powers,
+    may_overflow,
+    reads_level,
+    summands,
+)
 from .exact import Exact, Groups, exact
 from .ways import Found, Run, every_way, through_the_loss, variants
 
@@ -131,7 +142,9 @@ def wrong(run: Run, objective: Objective, T: float, tail: str, names: list[str])
             # The label's share of a gradient is taken at T = 1.
             share = own_share(objective) if field == "gradient" else 0.0
             allowed = 4 * (e - r).abs().nan_to_num(0.0, 0.0, 0.0).amax(1) + factor * size
-            allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + FLOOR * max(factor, share)
+            powers = 2**-24 * amplified(objective) if has_powers(objective) else 0.0
+            floor = (FLOOR + powers) * max(factor, share)
+            allowed = allowed.maximum(4e-6 * r.abs().amax(1).nan_to_num(posinf=0.0)) + floor
             off = torch.where(a == r, 0.0, (a - r).abs()).amax(1)
             off[beyond_fp32(objective, chosen, found, truths)] = 0.0
             jumps = summands(objective) & JUMPS and tail != "dense"  # where a list's p is q
@@ -154,8 +167,12 @@ def rounding(z: Tensor, T: float) -> Tensor:
 
 
 def beyond_fp32(objective: Objective, names: list[str], found: Found, truths: list[Exact]) -> Tensor:
-    """Rows whose loss is the logarithm of a sum that is 0 in fp32, or the level of logits that are all -inf."""
-    small = torch.tensor([float(t.loss) > 80.0 for t in truths]) & (found.loss == INF) & may_overflow(objective)
+    """Rows whose loss is the logarithm of a sum that is 0 in fp32, or that has no reciprocal there; or the level of
+    logits that are all -inf."""
+    losses = torch.tensor([float(t.loss) for t in truths])
+    logarithms = losses * (1.0 - objective.alpha if isinstance(objective, fk.Renyi) else 1.0)
+    beyond = ((losses > 80.0) & (found.loss == INF)) | (logarithms > -math.log(LEAST_SUM))
+    small = may_overflow(objective) & beyond
     return small | torch.tensor([reads_level(objective) and name == "student excludes all" for name in names])
 
 

@@ -14,7 +14,7 @@ from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.contract import Logits, RowInputs
 
 from ..cuda_emulator import needs_cpp_compiler
-from ..problems import CPU_BACKENDS, gradients, may_overflow, relative
+from ..problems import CPU_BACKENDS, gradients, has_powers, may_overflow, relative
 from .contract import scalars_of
 from .ways import FORMS, WAYS, every_way, in_slices, in_turns, needs_interpreter, through_the_loss, variants
 
@@ -55,7 +55,8 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
         logarithm = may_overflow(objective)  # its gradient has no limit where the sum is 0
         assert out.gradient.isfinite().all()
         for row in range(len(z)) if not logarithm else finite.nonzero().flatten().tolist():
-            assert relative(out.gradient[row], gradient[row]) < 1e-5 or gradient[row].norm() < 1e-6, (T, row)
+            tight = 2e-5 if has_powers(objective) else 1e-5
+            assert relative(out.gradient[row], gradient[row]) < tight or gradient[row].norm() < 1e-6, (T, row)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
