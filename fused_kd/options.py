@@ -13,7 +13,7 @@ from .checks import check_number, checked_number
 from .engines.dispatch import ENGINES
 from .inputs import TopK
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import TEMPERATURE, parts_of
+from .objectives.base import TEMPERATURE, numbers_of
 from .rows.select import BACKENDS
 from .terms import STATISTICS, WITHOUT_SWEEP, Number, RowSpec
 
@@ -120,9 +120,7 @@ def token_scalars(objective: Objective, temperature: Number, shape: torch.Size, 
     Raises:
         ValueError: for a tensor that does not go with the labels.
     """
-    given = [("weight", weight) for weight, _ in parts_of(objective)]
-    given += [own for _, part in parts_of(objective) for own in part.numbers.items()]
-    for name, value in [*given, ("temperature", temperature)]:
+    for name, value in [*numbers_of(objective), ("temperature", temperature)]:
         if isinstance(value, Tensor) and not _goes_with(value.shape, shape):
             raise ValueError(
                 f"{name} must be 0-d or have the labels' shape {tuple(shape)}, or 1 in places of it, got a tensor of "

@@ -135,11 +135,7 @@ class Objective:
     @property
     def per_token(self) -> bool:
         """Whether some number is a tensor."""
-        return any(
-            isinstance(value, Tensor)
-            for weight, objective in self.summands
-            for value in (weight, *objective.numbers.values())
-        )
+        return any(isinstance(value, Tensor) for _, value in numbers_of(self))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -179,6 +175,11 @@ class Sum(Objective):
 def parts_of(objective: Objective) -> tuple[tuple[Number, Objective], ...]:
     """Weights and objectives as written: those that stand for a sum are whole."""
     return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)
+
+
+def numbers_of(objective: Objective) -> list[tuple[str, Number]]:
+    """Names and values of all weights and numbers, as written."""
+    return [own for weight, part in parts_of(objective) for own in (("weight", weight), *part.numbers.items())]
 
 
 SHARE = Limit(0.0, 1.0, "[0, 1]")
