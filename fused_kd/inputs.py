@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import LARGEST, check_dense, check_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TAILS = ("renormalize", "uniform", "bucket", "listed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,20 @@ class LMHead:
         logit_scale: factor on the logits in [-1e12, 1e12] (Cohere's ``logit_scale``; the inverse of Granite's
             divisor).
         softcap: cap of the logits (Gemma's ``final_logit_softcapping``), in [1e-12, 1e12], or None.
+        columns: of a teacher with another vocabulary than the student: (V of the student,) int64 or int32, which of
+            the V columns of ``weight`` each of the student's is, none twice, or -1 for none.
+            :func:`fused_kd.vocab_map` makes one. Its values are looked at when a loss first takes it.
+        tail: with ``columns``, what becomes of tokens that one side alone has. The teacher's probabilities
+            ``p = softmax(logits)`` are of all of its V columns; M are the student's columns that are mapped, U the
+            others, and m is what p holds on columns of the teacher that no student column is:
+
+            - "renormalize": ``p / sum_M p`` on M, 0 on U;
+            - "uniform": p on M and ``m / |U|`` on each of U, up to a common factor where U is empty;
+            - "bucket": p on M, and U and m together as one category of each side, exact at any temperature. A label
+              in U is taken out of it with the share ``m / |U|``, where the objective reads it. Where U is empty the
+              student's category is 0, so that bounded objectives (``TotalVariation``, ``Acceptance``, JSD, ...) see
+              what it can never reach, and those with KL(p||q) are refused;
+            - "listed": ``p / sum_M p`` on M alone, and the student renormalised over M too.
 
     Raises:
         TypeError: for a tensor that is not one, or not of a supported dtype.
@@ -40,6 +55,8 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    columns: Tensor | None = None
+    tail: str = "renormalize"
 
     def __post_init__(self) -> None:
         check_float_tensor("hidden", self.hidden)
@@ -64,6 +81,15 @@ class LMHead:
         check_number("logit_scale", self.logit_scale)
         if self.softcap is not None:
             check_number("softcap", self.softcap, low=1 / LARGEST)
+        if self.columns is not None:
+            check_ids("columns", self.columns)
+            if self.columns.dim() != 1 or not len(self.columns):
+                raise ValueError(f"columns must have shape (V of the student,), got {tuple(self.columns.shape)}")
+            if self.columns.device != self.hidden.device:
+                raise ValueError(
+                    f"columns are on {self.columns.device}, hidden on {self.hidden.device}; they must share one"
+                )
+        check_tail_name(self.tail)
 
     @property
     def vocab(self) -> int:
@@ -79,14 +105,13 @@ class LMHead:
             )
             if value != default
         )
+        if self.columns is not None:
+            extras += f", columns=({len(self.columns)},), tail={self.tail!r}"
         bias = ", bias" if self.bias is not None else ""
         return (
             f"LMHead(hidden={tuple(self.hidden.shape)}, weight={tuple(self.weight.shape)}{bias}, "
             f"{str(self.hidden.dtype).removeprefix('torch.')}{extras})"
         )
-
-
-TAILS = ("renormalize", "uniform", "bucket")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +151,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         check_float_tensor("log_probs", self.log_probs)
-        if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
-            kind = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
-            raise TypeError(f"indices must be an int64 or int32 tensor, got {kind}")
-        check_dense("indices", self.indices)
+        check_ids("indices", self.indices)
         if self.log_probs.dim() < 1 or self.log_probs.shape[-1] < 1:
             raise ValueError(f"log_probs must have shape (..., K) with K >= 1, got {tuple(self.log_probs.shape)}")
         if self.indices.shape != self.log_probs.shape:
@@ -140,8 +162,7 @@ class TopK:
             raise ValueError(
                 f"indices are on {self.indices.device}, log_probs on {self.log_probs.device}; they must share one"
             )
-        if self.tail not in TAILS:
-            raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+        check_tail_name(self.tail)
 
     def __repr__(self) -> str:
         dtype = str(self.log_probs.dtype).removeprefix("torch.")
@@ -154,6 +175,18 @@ def check_float_tensor(name: str, value: object) -> None:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
     check_dense(name, value)
+
+
+def check_ids(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {kind}")
+    check_dense(name, value)
+
+
+def check_tail_name(tail: object) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
 
 
 class KDOutput(NamedTuple):

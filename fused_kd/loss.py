@@ -24,6 +24,7 @@ from .objectives.base import parts_of, shown_value
 from .ops import KDFunction, pack
 from .options import (
     LossOptions,
+    check_map_tail,
     check_objective,
     check_tail,
     checked_option,
@@ -261,8 +262,9 @@ class KDLoss(nn.Module):
         check_alike(shape, device, tokens_t, labels, token_weights)
         engine, backend = choose_engine(
             self.engine, self.backend, spec, self.grad_filter_eps, device,
-            top_k=side_t is not None and side_t.indices is not None, sharded=shards is not None,
-            statistics=columns > 0,
+            top_k=side_t is not None and side_t.indices is not None,
+            mapped=side_t is not None and side_t.columns is not None,
+            sharded=shards is not None, statistics=columns > 0,
         )  # fmt: skip
         labels = labels.long()
         labels, weights, scale = labels_weights_scale(
@@ -320,6 +322,8 @@ class KDLoss(nn.Module):
             raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
         if isinstance(teacher, TopK):
             check_tail(self._objective, teacher.tail, self.temperature)
+        if isinstance(teacher, LMHead) and teacher.columns is not None:
+            check_map_tail(self._objective, teacher.tail)
 
 
 def kd_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_number, checked_number
 from .engines.dispatch import ENGINES
-from .inputs import TopK
+from .inputs import LMHead, TopK
 from .objectives import OBJECTIVES, Objective
 from .objectives.base import TEMPERATURE, numbers_of
 from .rows.select import BACKENDS
@@ -114,6 +114,17 @@ def check_tail(objective: Objective, tail: str, temperature: Number) -> None:
         )
 
 
+def check_map_tail(objective: Objective, tail: str) -> None:
+    """
+    Raises:
+        ValueError: for a map of a tail with which an objective is not defined.
+    """
+    if tail in ("bucket", "listed") and any(term.z_loss for term in objective.spec.terms):
+        raise ValueError(
+            f"tail must be 'renormalize' or 'uniform' for {objective!r}, whose ZLoss reads all logits, got {tail!r}"
+        )
+
+
 def token_scalars(objective: Objective, temperature: Number, shape: torch.Size, device: torch.device) -> Tensor:
     """(N, terms, n) fp32 on the device: numbers of the call, and those of each token, of labels of this shape.
 
@@ -166,6 +177,8 @@ def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec) -> 
             raise ValueError(f"statistics must be among {', '.join(map(repr, alone))} without a teacher, got {name!r}")
     if wanted and spec.needs_teacher and isinstance(teacher, TopK):
         raise ValueError("statistics must be empty with a TopK, which does not know all of p; give an LMHead or logits")
+    if wanted and spec.needs_teacher and isinstance(teacher, LMHead) and teacher.columns is not None:
+        raise ValueError("statistics must be empty with columns, which map a part of p alone")
     if not wanted:
         return 0
     return WITHOUT_SWEEP if all(STATISTICS.index(name) < WITHOUT_SWEEP for name in wanted) else len(STATISTICS)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..divergences import EXCLUDED
-from ..rows.contract import Logits, RowInputs, RowOutputs, Sparse
+from ..rows.contract import Logits, Mapped, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
 from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
+from .mapping import MappedSource
 from .plan import Plan, Workspace
 from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
 
@@ -101,7 +102,7 @@ class Chunk(NamedTuple):
     tokens: slice | Tensor
     hidden: Tensor | None
     student: Logits
-    teacher: Logits | Sparse | None
+    teacher: Logits | Sparse | Mapped | None
     labels: Tensor
     bad: Tensor
 
@@ -127,8 +128,10 @@ class Chunks:
         self.problem, self.index, self.labels = problem, index, labels
         teacher = problem.teacher
         self.student = LogitSource(problem.student, columns, problem.dtype)
-        self.teacher = None
-        if teacher is not None and teacher.indices is None:
+        self.teacher: LogitSource | MappedSource | None = None
+        if teacher is not None and teacher.columns is not None:
+            self.teacher = MappedSource(teacher, columns, problem.dtype)
+        elif teacher is not None and teacher.indices is None:
             self.teacher = LogitSource(teacher, columns, problem.dtype)
 
     def chunk(self, span: slice, buffers: Buffers) -> Chunk:
@@ -142,9 +145,12 @@ class Chunks:
         labels = self.labels[span]
         bad = labels == INVALID
         hidden, student = self.student.chunk(tokens, buffers, "student")
-        teacher: Logits | Sparse | None = None
+        teacher: Logits | Sparse | Mapped | None = None
         of = self.problem.teacher
-        if self.teacher is not None:
+        if isinstance(self.teacher, MappedSource):
+            out = buffers.logits("teacher", len(labels))
+            teacher = self.teacher.chunk(tokens, out, self.problem.temperature_of(tokens), self.problem.backend)
+        elif self.teacher is not None:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
         elif of is not None and of.indices is not None:
             lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
@@ -198,7 +204,12 @@ class Chunks:
 
 
 def workspace_bytes(
-    student: LogitSource, teacher: LogitSource | None, lists: Side | None, vocab: int, wanted: Wanted, stride: int
+    student: LogitSource,
+    teacher: LogitSource | MappedSource | None,
+    lists: Side | None,
+    vocab: int,
+    wanted: Wanted,
+    stride: int,
 ) -> Workspace:
     """From what the sides' tensors are, not what is in them; ``lists`` are a top-k teacher where they have indices."""
     token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
@@ -206,6 +217,10 @@ def workspace_bytes(
         token += 64 * (lists.indices.shape[1] + 2)
     for side in (student, teacher):
         if side is None:
+            continue
+        if isinstance(side, MappedSource):
+            token += 4 * (stride + side.widest) + 8 * side.source.shape[1]
+            fixed, slab = fixed + side.fixed_bytes(vocab), SLAB_BYTES
             continue
         if side.projection is None:
             token += vocab * side.source.element_size()  # gathered when tokens are dropped

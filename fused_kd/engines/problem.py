@@ -23,7 +23,8 @@ class Side:
     """Student or teacher, on all N tokens.
 
     ``source`` is (N, H) with ``weight`` (V, H); or logits (N, V) with neither weight nor indices; or, of a top-k
-    teacher, log-probabilities (N, K) with ``indices`` (N, K) and ``tail``, see :class:`fused_kd.inputs.TopK`. Where the
+    teacher, log-probabilities (N, K) with ``indices`` (N, K) and ``tail``, see :class:`fused_kd.inputs.TopK`; of one of
+    another vocabulary with ``columns`` (V of the student,) and ``tail``, see :class:`fused_kd.inputs.LMHead`. Where the
     vocabulary is divided over ranks, V are this rank's rows.
     """
 
@@ -34,10 +35,13 @@ class Side:
     softcap: float | None = None
     indices: Tensor | None = None
     tail: str = ""
+    columns: Tensor | None = None
 
     @property
     def vocab(self) -> int | None:
-        """V; None of a top-k teacher, which does not know."""
+        """V, of the student where there is a map; None of a top-k teacher, which does not know."""
+        if self.columns is not None:
+            return len(self.columns)
         if self.indices is not None:
             return None
         return self.source.shape[1] if self.weight is None else self.weight.shape[0]
@@ -110,6 +114,10 @@ class Problem:
     def scalars_of(self, tokens: slice | Tensor) -> Tensor:
         """Those of some tokens."""
         return self.scalars if len(self.scalars) == 1 else self.scalars[tokens]
+
+    def temperature_of(self, tokens: slice | Tensor) -> Tensor:
+        """(1,) fp32, or that of each of some tokens."""
+        return self.scalars_of(tokens)[:, 0, Scalars._fields.index("temperature")].contiguous()
 
 
 class Result(NamedTuple):

@@ -31,6 +31,7 @@ from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
+from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 from fused_kd.options import LossOptions, check_tail, statistics_columns, statistics_names
 
@@ -76,6 +77,10 @@ class KDLossMixin(Trainer):
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are; for
             unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error is raised.
+        vocab_map: of a causal teacher with another vocabulary: :func:`fused_kd.vocab_map`'s, or a tensor of
+            ``columns`` as of :class:`fused_kd.LMHead`. Ids of the batches are the student's where its embedding is as
+            large as its head, and translated for the teacher; else (a draft on a reduced vocabulary) the teacher's.
+        tail: with ``vocab_map``, as of :class:`fused_kd.LMHead`.
         statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
             ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
             their means.
@@ -103,10 +108,14 @@ class KDLossMixin(Trainer):
         objective: Objective | str | None = None,
         criterion: fk.KDLoss | None = None,
         vocab_size: int | None = None,
+        vocab_map: Any = None,
+        tail: str = "renormalize",
         statistics: Iterable[str] = (),
         **kwargs: Any,
     ) -> None:
         criterion = as_criterion(objective, criterion)
+        self._vocab_map, self._tail = vocab_map, tail
+        self.vocabulary: TeacherMap | None = None
         self.kd_statistics = statistics_names(statistics)
         self.objective: Objective = criterion.objective
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
@@ -147,7 +156,7 @@ class KDLossMixin(Trainer):
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
         models = self._own_models(student)
-        if len(models) == 2:
+        if len(models) == 2 and self.vocabulary is None:
             check_tokenizers(student, self.teacher, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
@@ -177,13 +186,22 @@ class KDLossMixin(Trainer):
         for each in (student, self.teacher):
             if each is not None:
                 check_head_module(each, plain=not self.adapted_heads)
-        self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
         self.shift = labels_need_shift(student)
+        if self._vocab_map is None:
+            self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
+        else:
+            self.vocab_size, self.vocabulary = vocab_size, self._mapped(student)
         if self.teacher is not None and labels_need_shift(self.teacher) != self.shift:
             kinds = ("a decoder-only", "an encoder-decoder")
             raise ValueError(
                 f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
             )
+
+    def _mapped(self, student: Any) -> TeacherMap:
+        if self.teacher is None or isinstance(self.teacher, AdaptersOff) or not self.shift:
+            raise ValueError("vocab_map must be None without a teacher that is a causal LM of its own")
+        read = self.objective.spec.reads_label
+        return TeacherMap(self._vocab_map, self._tail, reads_label=read, student=student, teacher=self.teacher)
 
     def _own_models(self, student: Any) -> list[Any]:
         """The student, and the teacher where that is a model of its own."""
@@ -252,7 +270,9 @@ class KDLossMixin(Trainer):
             cached = top_k_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            return loss_of_heads(model, self.teacher, inputs, loss, ranks=ranks, cached=cached)
+            return loss_of_heads(
+                model, self.teacher, inputs, loss, ranks=ranks, cached=cached, vocabulary=self.vocabulary
+            )
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
         if len(self._own_models(model)) == 2:
@@ -366,6 +386,8 @@ class KDLossMixin(Trainer):
         if hasattr(loader, "device"):
             # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
             loader.device = None
+        if self.vocabulary is not None:
+            loader.collate_fn = self.vocabulary.collated(loader.collate_fn)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

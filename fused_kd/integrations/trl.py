@@ -68,6 +68,9 @@ class FusedLoss(Trainer):
             for GKD (whose ``args.temperature`` is for sampling alone) and ``args.temperature`` for distillation.
         vocab_size: cut both heads to this many columns and never sample beyond. None (default): heads of equal size
             stay whole; unequal ones are cut to the size of ``processing_class``, the tokenizer of both models.
+        vocab_map, tail: of a teacher with another vocabulary, as of
+            :class:`fused_kd.integrations.mixin.KDLossMixin`; tokens that the teacher lacks are never sampled. The
+            student's embedding must be as large as its head.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: of :class:`fused_kd.KDLoss`; None picks.
 
@@ -97,6 +100,8 @@ class FusedLoss(Trainer):
         objective: Objective | str | None = None,
         temperature: float | None = None,
         vocab_size: int | None = None,
+        vocab_map: Any = None,
+        tail: str = "renormalize",
         memory_budget: int | None = None,
         backend: str | None = None,
         **trainer_args: Any,

@@ -44,6 +44,20 @@ class Sparse(NamedTuple):
     tail: str
 
 
+class Mapped(NamedTuple):
+    """A teacher of another vocabulary of one chunk, see :class:`fused_kd.inputs.LMHead`, where what it does not share
+    is a category of its own.
+
+    ``logits`` (C, V) fp32 final ones of the student's columns, over the largest of all, -inf on the ``unmapped`` (U,)
+    int64; ``rest`` (C,) fp32 T times the log-sum-exp over T of all columns that the student lacks.
+    """
+
+    logits: Tensor
+    rest: Tensor
+    unmapped: Tensor
+    tail: str
+
+
 class RowInputs(NamedTuple):
     """One chunk. ``labels`` (C,) int64 in [0, V), or negative for rows to be left out (loss and gradient 0).
 
@@ -55,7 +69,7 @@ class RowInputs(NamedTuple):
     """
 
     student: Logits
-    teacher: Logits | Sparse | None
+    teacher: Logits | Sparse | Mapped | None
     labels: Tensor
     weights: Tensor | None
     scalars: Tensor

@@ -1,0 +1,205 @@
+"""A teacher of another vocabulary: which of its columns the student's are, and their logits, a slab of its weight at a
+time, so that neither a second head nor logits of its whole vocabulary are held."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..rows.contract import Logits, Mapped
+from ..rows.largest import Leading, take
+from ..rows.torch.mapped import block_bytes
+from ..terms import ENTROPY, RowSpec
+from ..workspace import empty
+from .gemm import Projection, slab_rows
+from .problem import Side
+
+# Columns that follow each other in the teacher too, at least so many, need no copy of their rows.
+LONG = 512
+
+
+class Piece(NamedTuple):
+    """``columns`` of the student, or of a tile, that are ``rows`` of the teacher's weight: a slice, or their numbers."""
+
+    columns: slice
+    rows: slice | Tensor
+
+
+class Mapping(NamedTuple):
+    """What is known of a map once it has been looked at.
+
+    ``mapped`` are the pieces of the student's columns that have one of the teacher's; ``unmapped`` (U,) int64 those
+    that have none; ``others`` the pieces of the ``other_count`` columns of the teacher that no student's column is.
+    """
+
+    mapped: tuple[Piece, ...]
+    unmapped: Tensor
+    others: tuple[Piece, ...]
+    other_count: int
+
+
+# A map stays the same over a training, and looking at it would wait for the device.
+_known: Any = WeakTensorKeyDictionary()
+
+
+def mapping_of(teacher: Side, vocab: int) -> Mapping:
+    """The map of a teacher's side on the student's first ``vocab`` columns.
+
+    Raises:
+        ValueError: columns that are none of the teacher's, one of them twice, none at all.
+    """
+    columns, weight = teacher.columns, teacher.weight
+    assert columns is not None and weight is not None
+    key = (-1 if columns.is_inference() else columns._version, vocab, tuple(weight.shape))
+    found = _known.get(columns)
+    if found is None or found[0] != key:
+        found = key, _looked_at(columns, vocab, *weight.shape)
+        _known[columns] = found
+    mapping: Mapping = found[1]
+    return mapping
+
+
+def _looked_at(columns: Tensor, vocab: int, V_t: int, H: int) -> Mapping:
+    host = columns.detach().to("cpu", torch.int64)
+    outside = (host < -1) | (host >= V_t)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"columns must be in [0, {V_t}) or -1, got {int(host[at])} at {at}")
+    ordered, order = host.sort(stable=True)
+    twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
+    if len(twice):
+        at = int(twice[0])
+        first, second = int(order[at]), int(order[at + 1])
+        raise ValueError(
+            f"columns must hold each teacher column once, got {int(ordered[at])} at {first} and at {second}"
+        )
+    host = host[:vocab]
+    if not bool((host >= 0).any()):
+        raise ValueError("columns must map at least one column of the student, got -1 for all")
+    is_other = torch.ones(V_t, dtype=torch.bool)
+    is_other[host[host >= 0]] = False
+    others, step = is_other.nonzero().squeeze(1), slab_rows(V_t, H)
+    return Mapping(
+        tuple(_pieces(host, step, columns.device)),
+        (host < 0).nonzero().squeeze(1).to(columns.device),
+        tuple(_pieces(others, step, columns.device)),
+        len(others),
+    )
+
+
+def _pieces(host: Tensor, step: int, device: torch.device) -> list[Piece]:
+    """Of teacher columns ``host``, or -1, in this order: long runs as slices, the rest in lists of at most ``step``."""
+    starts = [0, *((host[1:] != host[:-1] + 1).nonzero().squeeze(1) + 1).tolist()]
+    ends = [*starts[1:], len(host)]
+    pieces, first = [], 0
+
+    def listed(start: int, stop: int) -> None:
+        for at in range(start, stop, step):
+            own = slice(at, min(at + step, stop))
+            if bool((host[own] >= 0).any()):
+                pieces.append(Piece(own, host[own].clamp(min=0).to(device)))
+
+    for start, stop in zip(starts, ends, strict=True):
+        if stop - start < LONG:
+            continue
+        listed(first, start)
+        begin = int(host[start])
+        start, begin = (start + 1, 0) if begin < 0 else (start, begin)  # -1 is followed by 0
+        for at in range(start, stop, step):
+            end = min(at + step, stop)
+            pieces.append(Piece(slice(at, end), slice(begin + at - start, begin + end - start)))
+        first = stop
+    listed(first, len(host))
+    return pieces
+
+
+def check_map(teacher: Side, vocab: int, spec: RowSpec) -> None:
+    """
+    Raises:
+        ValueError: as :func:`mapping_of`, and for a tail with which the loss of every token is infinite.
+    """
+    mapping, tail = mapping_of(teacher, vocab), teacher.tail
+    lacking = len(mapping.unmapped)
+    nothing = tail == "renormalize" or (tail != "listed" and not mapping.other_count)
+    if lacking and nothing and any(term.of.everywhere for term in spec.terms):
+        others = "'bucket', 'uniform' or 'listed'" if mapping.other_count else "'listed'"
+        raise ValueError(
+            f"tail must be {others} for this objective, which is infinite where the teacher is 0, as on the {lacking} "
+            f"of the student's columns that have none of the teacher's, got {tail!r}"
+        )
+    if tail == "bucket" and not lacking and mapping.other_count and any(map(_asks_for_all, spec.terms)):
+        raise ValueError(
+            "tail must be 'renormalize' for this objective, which is infinite where the student is 0: all of its "
+            "columns are mapped, so that it has none for the rest of the teacher's, got 'bucket'"
+        )
+
+
+def _asks_for_all(term: Any) -> bool:
+    """Whether a term, or ``KL(t||q)`` beside it, is infinite where the student is 0 and the target is not."""
+    if term.divergence is None:
+        return False
+    return term.of.free or term.of.covers or term.of.outer == "mix" or term.chooses or term.gate == ENTROPY
+
+
+class MappedSource:
+    """The teacher's logits of the student's first ``vocab`` columns, chunk by chunk; ``widest`` is the largest slab of
+    its other columns that is held beside them."""
+
+    def __init__(self, side: Side, vocab: int, dtype: torch.dtype | None) -> None:
+        assert side.weight is not None
+        self._mapping, self._side = mapping_of(side, vocab), side
+        self.source = side.source.detach()
+        self._weight, self._dtype = side.weight.detach(), dtype or side.source.dtype
+        self._bias = None if side.bias is None else side.bias.detach()
+        self._reads_others = side.tail in ("bucket", "uniform")
+        others = self._mapping.others if self._reads_others else ()
+        self.widest = max((piece.columns.stop - piece.columns.start for piece in others), default=0)
+
+    def fixed_bytes(self, vocab: int) -> int:
+        """Of the rows that a category of its own takes in blocks, see :mod:`fused_kd.rows.torch.mapped`."""
+        if not (self._side.tail == "bucket" or (self._side.tail == "listed" and len(self._mapping.unmapped))):
+            return 0
+        return block_bytes(vocab, self.source.device)
+
+    def chunk(self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str) -> Logits | Mapped:
+        """Logits (C, V) in ``out``; with what is not mapped where that is a category of its own.
+
+        ``temperature`` is (1,) or (C,) fp32.
+        """
+        side, unmapped = self._side, self._mapping.unmapped
+        hidden = self._projection(slice(0, 1)).operand(self.source[tokens])
+        for piece in self._mapping.mapped:
+            self._projection(piece.rows).logits(hidden, out[:, piece.columns])
+        if side.softcap is not None:
+            out.mul_(side.logit_scale / side.softcap).tanh_().mul_(side.softcap)
+        elif side.logit_scale != 1.0:
+            out.mul_(side.logit_scale)
+        if len(unmapped):
+            out.index_fill_(1, unmapped, -math.inf)
+        if side.tail == "uniform" and len(unmapped):
+            rest = self._rest(hidden, out, torch.ones_like(temperature[:1]), backend) - math.log(len(unmapped))
+            out.index_copy_(1, unmapped, rest.unsqueeze(1).expand(-1, len(unmapped)))
+        elif side.tail == "bucket" or (side.tail == "listed" and len(unmapped)):
+            return Mapped(out, self._rest(hidden, out, temperature, backend), unmapped, side.tail)
+        return Logits(out, 1.0, None, False)
+
+    def _projection(self, rows: slice | Tensor) -> Projection:
+        return Projection(self._weight[rows], None if self._bias is None else self._bias[rows], self._dtype)
+
+    def _rest(self, hidden: Tensor, z: Tensor, temperature: Tensor, backend: str) -> Tensor:
+        """(C,) ``T log sum exp(z / T)`` over the teacher's other columns, -inf where there are none. It and ``z`` are
+        then over the largest of all, as a large common offset would swallow the digits of the logarithm."""
+        seen = Leading.nothing(len(hidden), 0, hidden.device)
+        if self.widest:
+            tile = empty((len(hidden), self.widest), torch.float32, hidden.device)
+            for piece in self._mapping.others:
+                slab = tile[:, : piece.columns.stop - piece.columns.start]
+                self._projection(piece.rows).logits(hidden, slab)
+                take(Logits(slab, self._side.logit_scale, self._side.softcap, False), 0, seen, temperature, backend)
+        origin = torch.maximum(z.amax(1), seen.top)
+        z.sub_(origin.unsqueeze(1))
+        return (seen.top - origin) + seen.total.log() * temperature
