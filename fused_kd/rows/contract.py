@@ -50,8 +50,8 @@ class Leading(NamedTuple):
     """A running selection of C rows, see :mod:`fused_kd.rows.largest`.
 
     ``values`` (C, k) fp32 are the largest final logits so far, in any order and -inf where there is none yet, and
-    ``indices`` (C, k) int64 their vocabulary ids. Of all others seen, ``top`` (C,) fp32 is the largest, -inf where there
-    is none, and ``total`` (C,) fp32 ``sum exp((z - top) / T)``.
+    ``indices`` (C, k) int64 their vocabulary ids. Of all others seen, ``top`` (C,) fp32 is the largest, -inf where
+    there is none, and ``total`` (C,) fp32 ``sum exp((z - top) / T)``.
     """
 
     values: Tensor

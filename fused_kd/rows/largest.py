@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .contract import Leading, Logits
+from .select import CUDA_OR_TRITON, NATIVE_OR_TORCH, native_works
 
 
 def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backend: str) -> None:
@@ -34,8 +35,12 @@ def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backe
     _check(C, so_far, temperature)
     if C == 0 or W == 0:
         return
-    from .torch.largest import take as implementation
-
+    if backend in ("triton", "cuda", CUDA_OR_TRITON):
+        from .triton.largest import take as implementation
+    elif backend == "native" or (backend == NATIVE_OR_TORCH and native_works()):
+        from .native.largest import take as implementation
+    else:
+        from .torch.largest import take as implementation
     if logits.raw.stride(1) != 1 and W > 1:
         logits = logits._replace(raw=logits.raw.contiguous())
     implementation(logits, first, so_far, temperature)

@@ -47,8 +47,8 @@ def _take_block(z: Tensor, first: int, so_far: Leading, temperature: Tensor) -> 
 
 
 def _list(z: Tensor, first: int, so_far: Leading) -> Tensor:
-    """Moves what is to be listed from ``z``, where -inf takes its place; the entries (B, k) that had to leave, -inf where
-    one stays."""
+    """Moves what is to be listed from ``z``, where -inf takes its place; the entries (B, k) that had to leave, -inf
+    where one stays."""
     before = _keys(so_far.values, so_far.indices)
     k = before.shape[1]
     keys = torch.cat([before, _candidates(z, first, k)], 1).topk(k, dim=1).values
