@@ -18,7 +18,7 @@ from .engines.streaming.plan import Plan as StreamingPlan
 from .inputs import FLOAT_DTYPES
 from .objectives import Objective, SelfEvolution
 from .options import check_objective
-from .rows.select import BACKENDS, _native_works
+from .rows.select import BACKENDS, native_works
 from .terms import RowSpec
 
 
@@ -96,7 +96,7 @@ def plan_for(
         top_k = None
     chosen, row = choose_engine(engine, backend, spec, 0.0, place, top_k=top_k is not None)
     if row not in BACKENDS:
-        row = "native" if _native_works() else "torch"
+        row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
     upcast = dtype != torch.float32 and here and not has_fp32_output(place)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]

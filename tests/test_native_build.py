@@ -80,7 +80,7 @@ def test_processes_race_to_one_library_later_ones_reuse_it_and_no_cache_is_done_
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not used the native row yet, with its own cache."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    caches = (native_build.load, native_build.thread_pool, select._native_works)
+    caches = (native_build.load, native_build.thread_pool, select.native_works)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -138,7 +138,7 @@ def test_the_default_falls_back_quietly_without_a_compiler_and_warns_once_where_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(loss(), expected)
-    select._native_works.cache_clear()
+    select.native_works.cache_clear()
     monkeypatch.setenv("CC", str(compiler(tmp_path, FAILS)))
     with pytest.warns(RuntimeWarning, match="the slower torch row is used: .*out of registers"):
         assert torch.equal(loss(), expected)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..rows.contract import Logits, Mapped
-from ..rows.largest import Leading, take
+from ..rows.contract import Leading, Logits, Mapped
+from ..rows.largest import take
 from ..rows.torch.mapped import block_bytes
 from ..terms import ENTROPY, RowSpec
 from ..workspace import empty
@@ -193,7 +193,7 @@ class MappedSource:
     def _rest(self, hidden: Tensor, z: Tensor, temperature: Tensor, backend: str) -> Tensor:
         """(C,) ``T log sum exp(z / T)`` over the teacher's other columns, -inf where there are none. It and ``z`` are
         then over the largest of all, as a large common offset would swallow the digits of the logarithm."""
-        seen = Leading.nothing(len(hidden), 0, hidden.device)
+        seen = Leading.none(len(hidden), 0, hidden.device)
         if self.widest:
             tile = empty((len(hidden), self.widest), torch.float32, hidden.device)
             for piece in self._mapping.others:

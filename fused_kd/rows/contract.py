@@ -7,10 +7,12 @@ Implementations never import each other.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
@@ -56,6 +58,30 @@ class Mapped(NamedTuple):
     rest: Tensor
     unmapped: Tensor
     tail: str
+
+
+class Leading(NamedTuple):
+    """A running selection of C rows, see :mod:`fused_kd.rows.largest`.
+
+    ``values`` (C, k) fp32 are the largest final logits so far, in any order and -inf where there is none yet, and
+    ``indices`` (C, k) int64 their vocabulary ids. Of all others seen, ``top`` (C,) fp32 is the largest, -inf where
+    there is none, and ``total`` (C,) fp32 ``sum exp((z - top) / T)``.
+    """
+
+    values: Tensor
+    indices: Tensor
+    top: Tensor
+    total: Tensor
+
+    @staticmethod
+    def none(C: int, k: int, device: torch.device) -> Leading:
+        """Of no columns yet."""
+        return Leading(
+            torch.full((C, k), -math.inf, dtype=torch.float32, device=device),
+            torch.zeros(C, k, dtype=torch.int64, device=device),
+            torch.full((C,), -math.inf, dtype=torch.float32, device=device),
+            torch.zeros(C, dtype=torch.float32, device=device),
+        )
 
 
 class RowInputs(NamedTuple):

@@ -103,7 +103,7 @@ def get_row(backend: str) -> Row:
         from .cuda.top_k import row as listed
 
         cuda_build.require()
-    elif backend == "native" or (backend == NATIVE_OR_TORCH and _native_works()):
+    elif backend == "native" or (backend == NATIVE_OR_TORCH and native_works()):
         from .native.row import prepare
         from .native.row import row as dense
 
@@ -150,7 +150,7 @@ def _cuda_or_triton() -> Row:
 
 
 @functools.cache
-def _native_works() -> bool:
+def native_works() -> bool:
     """Silently false where something is missing; a compiler that fails deserves a warning."""
     from .native import build as native_build
 

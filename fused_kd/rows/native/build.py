@@ -118,6 +118,10 @@ def _opened(code: bytes, folder: Path | None) -> ctypes.CDLL:
     library.fkd_scratch.restype = ctypes.c_int64
     library.fkd_row.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.fkd_row.restype = None
+    library.fkd_largest_scratch.argtypes = (ctypes.c_int64,)
+    library.fkd_largest_scratch.restype = ctypes.c_int64
+    library.fkd_largest.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.fkd_largest.restype = None
     return library
 
 

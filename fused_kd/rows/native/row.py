@@ -16,7 +16,7 @@ from . import build as native_build
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Logits(ctypes.Structure):
+class LogitsOfC(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
@@ -45,8 +45,8 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("C", ctypes.c_int64),
         ("V", ctypes.c_int64),
-        ("student", _Logits),
-        ("teacher", _Logits),
+        ("student", LogitsOfC),
+        ("teacher", LogitsOfC),
         ("lists", _Lists),
         ("dlogits", ctypes.c_void_p),
         ("dlogits_stride", ctypes.c_int64),
@@ -90,10 +90,10 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     call = _Call(
         C=C,
         V=V,
-        student=_logits(student),
-        teacher=_logits(teacher),
+        student=logits_of_c(student),
+        teacher=logits_of_c(teacher),
         lists=_Lists() if lists is None else _lists(lists),
-        dlogits=_pointer(dlogits),
+        dlogits=pointer(dlogits),
         dlogits_stride=0 if dlogits is None else dlogits.stride(0),
         dlogits_dtype=0 if dlogits is None else _DTYPES[dlogits.dtype],
         needs_teacher=spec.needs_teacher,
@@ -101,17 +101,17 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
         term_count=len(terms),
         main=spec.main,
         terms=terms,
-        scalars=_pointer(inputs.scalars),
+        scalars=pointer(inputs.scalars),
         scalars_stride=scalars_stride(inputs.scalars),
-        labels=_pointer(inputs.labels),
-        weights=_pointer(inputs.weights),
-        given=_pointer(inputs.hard),
-        loss=_pointer(outputs.loss),
-        difficulty=_pointer(outputs.difficulty),
-        is_hard=_pointer(outputs.is_hard),
-        statistics=_pointer(told),
+        labels=pointer(inputs.labels),
+        weights=pointer(inputs.weights),
+        given=pointer(inputs.hard),
+        loss=pointer(outputs.loss),
+        difficulty=pointer(outputs.difficulty),
+        is_hard=pointer(outputs.is_hard),
+        statistics=pointer(told),
         told=0 if told is None else told.shape[1],
-        scratch=_pointer(scratch),
+        scratch=pointer(scratch),
     )
     library.fkd_row(ctypes.byref(call), pool, threads)
 
@@ -127,15 +127,15 @@ def _terms(spec: RowSpec) -> ctypes.Array[_Term]:
     return (_Term * len(spec.terms))(*(_Term(**traits(term)) for term in spec.terms))
 
 
-def _logits(logits: Logits) -> _Logits:
+def logits_of_c(logits: Logits) -> LogitsOfC:
     raw, scale, softcap, finite = logits
-    return _Logits(raw.data_ptr(), raw.stride(0), _DTYPES[raw.dtype], finite, scale, softcap or 0.0)
+    return LogitsOfC(raw.data_ptr(), raw.stride(0), _DTYPES[raw.dtype], finite, scale, softcap or 0.0)
 
 
 def _lists(teacher: Sparse) -> _Lists:
     indices, log_probs, rest, tail = teacher
-    return _Lists(_pointer(indices), _pointer(log_probs), _pointer(rest), indices.shape[1], tail == "uniform")
+    return _Lists(pointer(indices), pointer(log_probs), pointer(rest), indices.shape[1], tail == "uniform")
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()

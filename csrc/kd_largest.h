@@ -1,0 +1,139 @@
+// The k largest logits of rows and the sum of exponentials of all others, slab by slab: fused_kd/rows/largest.py.
+//
+// The list is a heap with its smallest entry first. A slab is read in blocks; in one with a logit above that entry, the
+// cache lines that have such take part in exchanges: what leaves the list takes the place of what enters it.
+#pragma once
+
+#include <stdbool.h>
+
+#include "kd_softmax.h"
+
+#define LINE 16  // logits of a cache line
+
+typedef struct {  // mirrored by fused_kd/rows/native/largest.py
+    int64_t C, W, k, first;
+    Logits logits;
+    const float *temperature;
+    int64_t temperature_stride;
+    float *values;     // (C, k)
+    int64_t *indices;  // (C, k)
+    float *top, *total;
+    char *scratch;  // (threads, fkd_largest_scratch(k)), uninitialised, on cache lines
+} Largest;
+
+int64_t fkd_largest_scratch(int64_t k) { return (k * (int64_t)sizeof(uint64_t) + 63) / 64 * 64; }
+
+// In the order of values and, where these are equal, in the inverse one of indices below 2**32.
+static inline uint64_t key_of(float value, int64_t index) {
+    const uint32_t bits = as_bits(value + 0.0f);  // -0 equals 0
+    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (uint64_t)ordered << 32 | (uint32_t)~index;
+}
+
+static inline float value_of(uint64_t key) {
+    const uint32_t ordered = (uint32_t)(key >> 32);
+    return as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
+}
+
+static inline int64_t index_of(uint64_t key) { return (uint32_t)~key; }
+
+// Puts `key` where entry i was, whose children are heaps.
+static void sift(uint64_t *heap, int64_t k, int64_t i, uint64_t key) {
+    for (int64_t child; (child = 2 * i + 1) < k; i = child) {
+        if (child + 1 < k) child += heap[child + 1] < heap[child];
+        if (heap[child] >= key) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = key;
+}
+
+static float largest_of(const float *z, int n) {
+    float max = -INFINITY;
+#pragma omp simd reduction(max : max)
+    for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
+    return max;
+}
+
+// A block's final logits in `buffer`, -inf of excluded tokens.
+static void block_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
+    const float *z = final_logits(x, row, start, n, buffer);
+    if (x->finite && z == buffer) return;
+#pragma omp simd
+    for (int i = 0; i < n; i++) buffer[i] = z[i] < EXCLUDED ? -INFINITY : z[i];
+}
+
+// Exchanges a block's logits, the first of which has vocabulary id `first`, with smaller ones of the list.
+static void exchange(uint64_t *heap, int64_t k, float *z, int n, int64_t first) {
+    float least = value_of(heap[0]);
+    for (int start = 0; start < n; start += LINE) {
+        const int end = start + LINE < n ? start + LINE : n;
+        int passes = 0;
+#pragma omp simd reduction(| : passes)
+        for (int i = start; i < end; i++) passes |= z[i] > least;
+        if (!passes) continue;
+        for (int i = start; i < end; i++) {
+            if (!(z[i] > least)) continue;
+            sift(heap, k, 0, key_of(z[i], first + i));
+            z[i] = least;
+            least = value_of(heap[0]);
+        }
+    }
+}
+
+static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
+    const int64_t k = c->k;
+    float *values = c->values + row * k;
+    int64_t *indices = c->indices + row * k;
+    for (int64_t j = 0; j < k; j++) heap[j] = key_of(values[j], indices[j]);
+    for (int64_t j = k / 2 - 1; j >= 0; j--) sift(heap, k, j, heap[j]);
+
+    const double T = c->temperature[row * c->temperature_stride];
+    const float by = (float)(1.0 / T);
+    float top = c->top[row], buffer[BLOCK];
+    double total = c->total[row];
+    for (int64_t start = 0; start < c->W; start += BLOCK) {
+        const int n = c->W - start < BLOCK ? (int)(c->W - start) : BLOCK;
+        block_logits(&c->logits, row, start, n, buffer);
+        float max = largest_of(buffer, n);
+        if (k > 0 && max > value_of(heap[0])) {
+            exchange(heap, k, buffer, n, c->first + start);
+            max = largest_of(buffer, n);
+        }
+        if (max > top) {
+            if (total != 0.0) total *= exp(((double)top - max) / T);  // NaN stays NaN
+            top = max;
+        }
+        const float origin = top == -INFINITY ? 0.0f : top;
+#pragma omp simd
+        for (int i = 0; i < n; i++) buffer[i] = exp_nonpositive((buffer[i] - origin) * by);
+        total += sum(buffer, n);
+    }
+    c->top[row] = top;
+    c->total[row] = (float)total;
+    for (int64_t j = 0; j < k; j++) {
+        values[j] = value_of(heap[j]);
+        indices[j] = index_of(heap[j]);
+    }
+}
+
+typedef struct {
+    const Largest *call;
+    atomic_llong next_row;
+    atomic_int next_thread;
+} LargestWork;
+
+static void work_on_largest(void *shared) {
+    LargestWork *work = shared;
+    const Largest *c = work->call;
+    uint64_t *heap = (uint64_t *)(c->scratch + atomic_fetch_add(&work->next_thread, 1) * fkd_largest_scratch(c->k));
+    for (int64_t row; (row = atomic_fetch_add(&work->next_row, 1)) < c->C;) largest_row(c, row, heap);
+}
+
+// `parallel` as of fkd_row.
+void fkd_largest(const Largest *call, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+    LargestWork work = {.call = call};
+    if (threads > 1)
+        parallel(work_on_largest, &work, threads, 0);
+    else
+        work_on_largest(&work);
+}

@@ -1,0 +1,63 @@
+"""The k largest logits of each row and the sum of exponentials of all others, slab by slab of the vocabulary.
+
+An element is listed or counted in the sum: one that leaves the list is added to the sum, so that nothing is ever
+subtracted and the mass of what is not listed keeps its digits however small it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contract import Leading, Logits
+from .select import CUDA_OR_TRITON, NATIVE_OR_TORCH, native_works
+
+
+def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backend: str) -> None:
+    """Read a slab of columns (C, W) whose first one is vocabulary id ``first``, and update ``so_far`` in place.
+
+    Of equal logits the lower id is listed, if slabs come in ascending order. Logits of -inf (excluded tokens, see
+    ``docs/excluded_tokens.md``) are neither listed nor counted. A NaN is not listed and makes the row's ``total`` NaN.
+
+    Args:
+        logits: (C, W).
+        first: vocabulary id of the first column, below 2**32 - W.
+        so_far: of the columns read before; k = 0 makes it the sum of exponentials alone.
+        temperature: (1,) or (C,) fp32 on the logits' device. It divides the exponents alone: ``values`` and ``top`` are
+            logits.
+        backend: from :func:`fused_kd.rows.select.choose_backend`. "cuda" has no kernel of its own for this and uses
+            Triton's.
+
+    Raises:
+        ValueError: for ``so_far`` or ``temperature`` that do not fit, and for "native" where it cannot be compiled.
+    """
+    C, W = logits.raw.shape
+    _check(C, so_far, temperature)
+    if C == 0 or W == 0:
+        return
+    if backend in ("triton", "cuda", CUDA_OR_TRITON):
+        from .triton.largest import take as implementation
+    elif backend == "native" or (backend == NATIVE_OR_TORCH and native_works()):
+        from .native.largest import take as implementation
+    else:
+        from .torch.largest import take as implementation
+    if logits.raw.stride(1) != 1 and W > 1:
+        logits = logits._replace(raw=logits.raw.contiguous())
+    implementation(logits, first, so_far, temperature)
+
+
+def _check(C: int, so_far: Leading, temperature: Tensor) -> None:
+    k = so_far.values.shape[-1]
+    shapes = {"values": (C, k), "indices": (C, k), "top": (C,), "total": (C,)}
+    for name, tensor in so_far._asdict().items():
+        dtype = torch.int64 if name == "indices" else torch.float32
+        if tensor.shape != shapes[name] or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"so_far.{name} must be contiguous, {dtype} and of shape {shapes[name]}, got {tensor.dtype}, "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    if temperature.shape not in ((1,), (C,)) or temperature.dtype != torch.float32 or not temperature.is_contiguous():
+        raise ValueError(
+            f"temperature must be contiguous, float32 and of shape (1,) or ({C},), got {temperature.dtype}, "
+            f"{tuple(temperature.shape)} with strides {temperature.stride()}"
+        )
