@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import EXCLUDED
-from ..rows.contract import Logits, Mapped, RowInputs, RowOutputs, Sparse
+from ..rows.contract import Beyond, Logits, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
 from ..terms import RowSpec, Term
@@ -102,23 +102,26 @@ class Chunk(NamedTuple):
     tokens: slice | Tensor
     hidden: Tensor | None
     student: Logits
-    teacher: Logits | Sparse | Mapped | None
+    teacher: Logits | Sparse | None
     labels: Tensor
     bad: Tensor
+    beyond: Beyond | None
 
     def inputs(self, problem: Problem, weights: Tensor | None, hard: Tensor | None) -> RowInputs:
         """For the loss; ``weights`` of all tokens, ``hard`` of those to process."""
         return RowInputs(
             self.student, self.teacher, self.labels, None if weights is None else weights[self.tokens],
             problem.scalars_of(self.tokens), problem.spec, problem.cold_labels,
-            None if hard is None else hard[self.span],
+            None if hard is None else hard[self.span], self.beyond,
         )  # fmt: skip
 
     def difficulty_inputs(self, problem: Problem) -> RowInputs:
         """For ``KL(yt||q)`` alone."""
         own = slice(problem.spec.main, problem.spec.main + 1)
         scalars = problem.scalars_of(self.tokens)[:, own].contiguous()
-        return RowInputs(self.student, self.teacher, self.labels, None, scalars, _DIFFICULTY, cold_labels=False)
+        return RowInputs(
+            self.student, self.teacher, self.labels, None, scalars, _DIFFICULTY, cold_labels=False, beyond=self.beyond
+        )
 
 
 class Chunks:
@@ -145,18 +148,20 @@ class Chunks:
         labels = self.labels[span]
         bad = labels == INVALID
         hidden, student = self.student.chunk(tokens, buffers, "student")
-        teacher: Logits | Sparse | Mapped | None = None
+        teacher: Logits | Sparse | None = None
+        beyond: Beyond | None = None
         of = self.problem.teacher
         if isinstance(self.teacher, MappedSource):
             out = buffers.logits("teacher", len(labels))
-            teacher = self.teacher.chunk(tokens, out, self.problem.temperature_of(tokens), self.problem.backend)
+            temperature = self.problem.temperature_of(tokens)
+            teacher, beyond = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
         elif self.teacher is not None:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
         elif of is not None and of.indices is not None:
             lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
             teacher, malformed = sparse_teacher(*lists, labels, self.problem.vocab, of.tail, reads_label=reads_label)
             bad |= malformed
-        return Chunk(span, tokens, hidden, student, teacher, labels, bad)
+        return Chunk(span, tokens, hidden, student, teacher, labels, bad, beyond)
 
     def gradient_buffer(self, chunk: Chunk, d_source: Tensor | None, buffers: Buffers, place: slice) -> Tensor:
         """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow;

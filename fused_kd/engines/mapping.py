@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..rows.contract import Leading, Logits, Mapped
+from ..rows.contract import Beyond, Leading, Logits
 from ..rows.largest import take
 from ..rows.torch.mapped import block_bytes
-from ..terms import ENTROPY, RowSpec
+from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import Projection, slab_rows
 from .problem import Side
@@ -23,7 +23,7 @@ LONG = 512
 
 
 class Piece(NamedTuple):
-    """``columns`` of the student, or of a tile, that are ``rows`` of the teacher's weight: a slice, or their numbers."""
+    """``columns`` of the student, or of a tile, that are ``rows`` of the teacher's weight: a slice, or a list."""
 
     columns: slice
     rows: slice | Tensor
@@ -138,11 +138,12 @@ def check_map(teacher: Side, vocab: int, spec: RowSpec) -> None:
         )
 
 
-def _asks_for_all(term: Any) -> bool:
+def _asks_for_all(term: Term) -> bool:
     """Whether a term, or ``KL(t||q)`` beside it, is infinite where the student is 0 and the target is not."""
     if term.divergence is None:
         return False
-    return term.of.free or term.of.covers or term.of.outer == "mix" or term.chooses or term.gate == ENTROPY
+    of = term.of
+    return of.free or of.covers or of.outer == "mix" or term.gate != ""
 
 
 class MappedSource:
@@ -155,17 +156,17 @@ class MappedSource:
         self.source = side.source.detach()
         self._weight, self._dtype = side.weight.detach(), dtype or side.source.dtype
         self._bias = None if side.bias is None else side.bias.detach()
-        self._reads_others = side.tail in ("bucket", "uniform")
-        others = self._mapping.others if self._reads_others else ()
+        others = self._mapping.others if side.tail in ("bucket", "uniform") else ()
+        self._has_category = side.tail == "bucket" or (side.tail == "listed" and len(self._mapping.unmapped) > 0)
         self.widest = max((piece.columns.stop - piece.columns.start for piece in others), default=0)
 
     def fixed_bytes(self, vocab: int) -> int:
-        """Of the rows that a category of its own takes in blocks, see :mod:`fused_kd.rows.torch.mapped`."""
-        if not (self._side.tail == "bucket" or (self._side.tail == "listed" and len(self._mapping.unmapped))):
-            return 0
-        return block_bytes(vocab, self.source.device)
+        """Of the blocks of rows of :mod:`fused_kd.rows.torch.mapped`."""
+        return block_bytes(vocab, self.source.device) if self._has_category else 0
 
-    def chunk(self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str) -> Logits | Mapped:
+    def chunk(
+        self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str
+    ) -> tuple[Logits, Beyond | None]:
         """Logits (C, V) in ``out``; with what is not mapped where that is a category of its own.
 
         ``temperature`` is (1,) or (C,) fp32.
@@ -183,9 +184,10 @@ class MappedSource:
         if side.tail == "uniform" and len(unmapped):
             rest = self._rest(hidden, out, torch.ones_like(temperature[:1]), backend) - math.log(len(unmapped))
             out.index_copy_(1, unmapped, rest.unsqueeze(1).expand(-1, len(unmapped)))
-        elif side.tail == "bucket" or (side.tail == "listed" and len(unmapped)):
-            return Mapped(out, self._rest(hidden, out, temperature, backend), unmapped, side.tail)
-        return Logits(out, 1.0, None, False)
+        beyond = None
+        if self._has_category:
+            beyond = Beyond(self._rest(hidden, out, temperature, backend), unmapped, side.tail)
+        return Logits(out, 1.0, None, False), beyond
 
     def _projection(self, rows: slice | Tensor) -> Projection:
         return Projection(self._weight[rows], None if self._bias is None else self._bias[rows], self._dtype)

@@ -36,6 +36,7 @@ from fused_kd.integrations.transformers import (
     route_head_loss,
     rows_of,
 )
+from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 
 # what a multimodal model takes beside tokens, as TRL's DistillationTrainer names it in its batches
@@ -139,12 +140,16 @@ class FusedLoss(Trainer):
                     "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"
                 )
             self.teacher_model = teacher
-        else:
+        elif vocab_map is None:
             check_tokenizers(student, teacher, self.processing_class)
         check_trainable(student)
         warn_of_lost_updates(student, self.args, self.accelerator)
-        self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
-        self._sample_within(self.vocab_size, student, teacher)
+        self.vocab_size, self.vocabulary = vocab_size, None
+        if vocab_map is None:
+            self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
+            self._sample_within(self.vocab_size, student, teacher)
+        else:
+            self.vocabulary = self._mapped(vocab_map, tail, student, teacher)
         for each in (student, teacher):
             route_head_loss(each)
         if self.args.use_liger_kernel:
@@ -190,7 +195,7 @@ class FusedLoss(Trainer):
             )
 
         with self.accelerator.autocast():
-            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks)
+            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks, vocabulary=self.vocabulary)
         # ignored tokens have difficulty 0 and are not hard, so they count nowhere
         sums = torch.stack([out.difficulty.sum(), out.is_hard.sum()]).double()
         sums = torch.cat([sums, count_targets(labels)[None].to(sums)])
@@ -239,18 +244,34 @@ class FusedLoss(Trainer):
                 stacklevel=4,
             )
 
+    def _mapped(self, vocab_map: Any, tail: str, student: Any, teacher: Any) -> TeacherMap:
+        if isinstance(teacher, AdaptersOff):
+            raise ValueError("vocab_map must be None where the student is its own teacher")
+        reads_label = self.current_objective().spec.reads_label
+        made = TeacherMap(vocab_map, tail, reads_label=reads_label, student=student, teacher=teacher)
+        if not made.own_ids:
+            raise ValueError(
+                "vocab_map must go with a student whose embedding is as large as its head: others cannot sample"
+            )
+        if made.unmapped:
+            self._never_sample(made.unmapped)
+        return made
+
     def _sample_within(self, vocab_size: int | None, *models: PreTrainedModel) -> None:
         """Never sample a padded column: neither the other model nor the loss has it."""
         if vocab_size is None:
             return
         columns = [rows_of(check_head_module(each).weight) for each in models]
-        if columns[0] > vocab_size and getattr(self.args, "use_vllm", False):
+        self._never_sample(list(range(vocab_size, max(columns))), at_all=columns[0] > vocab_size)
+
+    def _never_sample(self, tokens: list[int], *, at_all: bool = True) -> None:
+        """``at_all``: whether some of them are the student's."""
+        if at_all and getattr(self.args, "use_vllm", False):
             raise ValueError(
-                f"use_vllm must be False for a student of {columns[0]} columns cut to {vocab_size}: vLLM would sample "
-                "from those beyond; resize the student's embeddings to the tokenizer"
+                f"use_vllm must be False where tokens from {tokens[0]} on are the student's alone: vLLM would sample "
+                "them; resize the student's embeddings to the tokenizer"
             )
-        beyond = list(range(vocab_size, max(columns)))
-        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *beyond]
+        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *tokens]
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
 
 

@@ -46,15 +46,12 @@ class Sparse(NamedTuple):
     tail: str
 
 
-class Mapped(NamedTuple):
-    """A teacher of another vocabulary of one chunk, see :class:`fused_kd.inputs.LMHead`, where what it does not share
-    is a category of its own.
-
-    ``logits`` (C, V) fp32 final ones of the student's columns, over the largest of all, -inf on the ``unmapped`` (U,)
-    int64; ``rest`` (C,) fp32 T times the log-sum-exp over T of all columns that the student lacks.
+class Beyond(NamedTuple):
+    """What student and teacher of different vocabularies do not share, see :class:`fused_kd.inputs.LMHead`, where it is
+    a category of its own: of the student its ``unmapped`` (U,) int64 columns, on which the teacher's logits are -inf;
+    of the teacher ``rest`` (C,) fp32, T times the log-sum-exp over T of the columns that the student lacks.
     """
 
-    logits: Tensor
     rest: Tensor
     unmapped: Tensor
     tail: str
@@ -91,17 +88,19 @@ class RowInputs(NamedTuple):
     chunk's device, or (C, terms, n) where each token has its own: of each term of ``spec`` those of
     :class:`fused_kd.terms.Scalars`. ``cold_labels`` says that the label's own cross-entropy is taken at temperature 1
     while the rest is taken at another temperature. ``hard`` (C,) bool or None says of a gated objective's rows which
-    are hard, in place of their difficulty.
+    are hard, in place of their difficulty. ``beyond`` says that the teacher has another vocabulary; final logits of it
+    are then given.
     """
 
     student: Logits
-    teacher: Logits | Sparse | Mapped | None
+    teacher: Logits | Sparse | None
     labels: Tensor
     weights: Tensor | None
     scalars: Tensor
     spec: RowSpec
     cold_labels: bool
     hard: Tensor | None = None
+    beyond: Beyond | None = None
 
 
 class RowOutputs(NamedTuple):

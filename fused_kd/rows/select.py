@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from .contract import Mapped, Row, RowInputs, RowOutputs, Sparse
+from .contract import Row, RowInputs, RowOutputs, Sparse
 
 _Answer = TypeVar("_Answer", bound=Callable[..., object])
 
@@ -117,7 +117,7 @@ def get_row(backend: str) -> Row:
 
 
 def _row(dense: Row, listed: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
-    if isinstance(inputs.teacher, Mapped):
+    if inputs.beyond is not None:
         from .torch.mapped import row
 
         return row(dense, inputs, outputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import LOG_ZERO, NOWHERE
-from ..contract import Mapped, Row, RowInputs, RowOutputs
+from ..contract import Logits, Row, RowInputs, RowOutputs
 from ..top_k import Categories, category_rows
 from .math import DEVICE_BLOCK_BYTES, Scratch, finish_logits_, scalars_of, to_raw_
 
@@ -31,7 +31,7 @@ def block_bytes(V: int, device: torch.device) -> int:
 
 
 def row(dense: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
-    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says, of a :class:`Mapped` teacher."""
+    """Fill ``outputs`` for one chunk, as :mod:`fused_kd.rows.contract` says, of a teacher of another vocabulary."""
     C, V = inputs.student.raw.shape
     B = min(C, block_rows(V, inputs.labels.device))
     wide, narrow = (Scratch(B, columns, inputs.labels.device) for columns in (V + 1, V))
@@ -44,11 +44,12 @@ def row(dense: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
 
 
 def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
-    teacher, student = inputs.teacher, inputs.student
-    assert isinstance(teacher, Mapped)
+    teacher, student, beyond = inputs.teacher, inputs.student, inputs.beyond
+    assert isinstance(teacher, Logits) and beyond is not None
     return inputs._replace(
         student=student._replace(raw=student.raw[rows]),
-        teacher=teacher._replace(logits=teacher.logits[rows], rest=teacher.rest[rows]),
+        teacher=teacher._replace(raw=teacher.raw[rows]),
+        beyond=beyond._replace(rest=beyond.rest[rows]),
         labels=inputs.labels[rows],
         weights=None if inputs.weights is None else inputs.weights[rows],
         hard=None if inputs.hard is None else inputs.hard[rows],
@@ -57,9 +58,9 @@ def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
 
 
 def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, narrow: Scratch) -> None:
-    teacher, student, (B, V) = inputs.teacher, inputs.student, inputs.student.raw.shape
-    assert isinstance(teacher, Mapped)
-    unmapped, label = teacher.unmapped, inputs.labels.clamp(min=0).unsqueeze(1)
+    teacher, student, beyond, (B, V) = inputs.teacher, inputs.student, inputs.beyond, inputs.student.raw.shape
+    assert isinstance(teacher, Logits) and beyond is not None
+    unmapped, label = beyond.unmapped, inputs.labels.clamp(min=0).unsqueeze(1)
     # Of a label that the teacher lacks, but the objective reads: a column of its own.
     own = (unmapped == label) & inputs.spec.reads_label
     alone = own.any(1, keepdim=True)
@@ -83,8 +84,8 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
         cold_share, cold_rest = _log_sum(rest, top, 1.0)
         cold_rest = cold_rest.squeeze(1)
 
-    U, others = len(unmapped), teacher.rest.unsqueeze(1)
-    small.teacher[:, :V] = teacher.logits
+    U, others = len(unmapped), beyond.rest.unsqueeze(1)
+    small.teacher[:, :V] = teacher.raw
     if U:
         p_y = others - math.log(U)
         small.teacher.scatter_(1, label, torch.where(alone, p_y, small.teacher.gather(1, label)))
