@@ -225,7 +225,7 @@ def workspace_bytes(
             continue
         if isinstance(side, MappedSource):
             token += 4 * (stride + side.widest) + 8 * side.source.shape[1]
-            fixed, slab = fixed + side.fixed_bytes(vocab), SLAB_BYTES
+            fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:
             token += vocab * side.source.element_size()  # gathered when tokens are dropped

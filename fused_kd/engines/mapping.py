@@ -161,8 +161,17 @@ class MappedSource:
         self.widest = max((piece.columns.stop - piece.columns.start for piece in others), default=0)
 
     def fixed_bytes(self, vocab: int) -> int:
-        """Of the blocks of rows of :mod:`fused_kd.rows.torch.mapped`."""
-        return block_bytes(vocab, self.source.device) if self._has_category else 0
+        """Of the blocks of rows of :mod:`fused_kd.rows.torch.mapped`, and of rows of the weight that are gathered or
+        made fp32."""
+        pieces = self._mapping.mapped + (self._mapping.others if self.widest else ())
+        H, upcast = self._weight.shape[1], self._projection(slice(0, 1)).upcast
+        slabs = [
+            len(piece.rows) * H * self._weight.element_size() if isinstance(piece.rows, Tensor) else 0
+            for piece in pieces
+        ]
+        rows = max(piece.columns.stop - piece.columns.start for piece in pieces)
+        blocks = block_bytes(len(self.source), vocab, self.source.device) if self._has_category else 0
+        return blocks + max(slabs) + (4 * rows * H if upcast else 0)
 
     def chunk(
         self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str

@@ -15,19 +15,19 @@ from torch import Tensor
 from ...divergences import LOG_ZERO, NOWHERE
 from ..contract import Logits, Row, RowInputs, RowOutputs
 from ..top_k import Categories, category_rows
-from .math import DEVICE_BLOCK_BYTES, Scratch, finish_logits_, scalars_of, to_raw_
+from .math import Scratch, finish_logits_, rows_of_block, scalars_of, to_raw_
 
-# A block's logits of both sides and their gradient.
-BLOCK_BYTES = 4 << 20
+# Of a block's logits on a GPU: there are several buffers of it, and kernels that fill the device at this size.
+DEVICE_BLOCK_BYTES = 64 << 20
 
 
 def block_rows(V: int, device: torch.device) -> int:
-    return max(1, (BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES) // (4 * V))
+    return rows_of_block(V, device) if device.type == "cpu" else max(1, DEVICE_BLOCK_BYTES // (4 * V))
 
 
-def block_bytes(V: int, device: torch.device) -> int:
-    """Of what a block holds: both sides, two gradients, slopes and shares of the unmapped."""
-    return 8 * 4 * (V + 1) * block_rows(V, device)
+def block_bytes(C: int, V: int, device: torch.device) -> int:
+    """Of what a block of a chunk holds: both sides, two gradients, slopes and shares of the unmapped."""
+    return 8 * 4 * (V + 1) * min(C, block_rows(V, device))
 
 
 def row(dense: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
@@ -87,9 +87,10 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
     U, others = len(unmapped), beyond.rest.unsqueeze(1)
     small.teacher[:, :V] = teacher.raw
     if U:
-        p_y = others - math.log(U)
+        p_y = others - math.log(U) * temperature
         small.teacher.scatter_(1, label, torch.where(alone, p_y, small.teacher.gather(1, label)))
-        others = torch.where(alone, others + (math.log((U - 1) / U) if U > 1 else -math.inf), others)
+        left = math.log((U - 1) / U) * temperature if U > 1 else -math.inf
+        others = torch.where(alone, others + left, others)
     small.teacher[:, V:] = others
 
     gradient = category_rows(dense, inputs, outputs, small, cold_rest)
