@@ -35,7 +35,7 @@ from ..problems import OBJECTIVES, Problem, label, oracle64, problem, relative, 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order
 WIDTHS = {2: (100, 417), 4: (100, 1, 216, 200)}
-FORMS = ("heads", "logits", "renormalize", "bucket", "uniform")
+FORMS = ("heads", "logits", "renormalize", "bucket", "uniform", "listed")
 # name: options of the loss and of the heads
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -23,7 +23,7 @@ from .contract import KINDS, scalars_of
 from .ways import in_turns, outputs, refused
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
-FORMS = ("dense", "renormalize", "bucket", "uniform")
+FORMS = ("dense", "renormalize", "bucket", "uniform", "listed")
 TIGHT = 2e-6
 
 
@@ -55,7 +55,9 @@ def inputs_of(
         values, indices = z_t.log_softmax(1).topk(min(5, V))
         if V > 5:
             values[::3, -1] = -math.inf
-        teacher, malformed = sparse_teacher(values, indices, labels, V, form)
+        teacher, malformed = sparse_teacher(
+            values, indices, labels, V, form, temperature=temperature if form == "bucket" else 1.0
+        )
         assert not malformed.any()
     spec = objective.spec
     hard = torch.rand(C, generator=g) < 0.4 if spec.ranked else None
@@ -66,7 +68,7 @@ def inputs_of(
         torch.rand(C, generator=g) if weighted else None,
         scalars_of(objective, temperature),
         spec,
-        spec.has_cold(temperature == 1.0),
+        spec.has_cold(temperature == 1.0, form),
         hard,
     )
 
@@ -78,7 +80,7 @@ def allowed(objective, form: str, temperature: float = 1.0, backend: str = "torc
         form != "dense" and objective.spec.needs_teacher and refused(objective.spec, form)
     ):
         return False
-    return form in ("dense", "renormalize") or temperature == 1.0
+    return True
 
 
 def compare(

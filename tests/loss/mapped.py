@@ -99,7 +99,9 @@ def by_hand(
         loss, difficulty, _ = reference_rows(*rows, divergence, temperature)
         losses.append(lam * loss - (1 - lam) * z[i].log_softmax(0)[label] if separate else loss)
         if separate:
-            difficulty = reference_rows(*rows, fk.NoEvo(lam=lam), temperature)[1]
+            # over a list that lacks the label there is no target with it
+            lacks = tail == "listed" and bool((p.columns < 0).any())
+            difficulty = reference_rows(*rows, fk.NoEvo(lam=1.0 if lacks else lam), temperature)[1]
         difficulties.append(difficulty)
     loss = torch.cat(losses).mean()
     return loss.detach(), torch.cat(difficulties), gradients(loss, leaves)

@@ -81,7 +81,12 @@ def top_k_of(draw: Draw, shape: tuple[int, ...], V: int) -> fk.TopK:
     return fk.TopK(
         draw.one([values, values - 1], odd_values),
         draw.one([indices, indices.int()], odd_indices),
-        draw.one(["renormalize", "uniform", "bucket"], ["ignore", None]),
+        draw.one(["renormalize", "uniform", "bucket", "listed"], ["ignore", None]),
+        draw.one([1.0, 1.0, 2.0], NUMBERS),
+        draw.one(
+            [None, torch.full(shape, -3.0)],
+            [torch.full(shape, 0.5), torch.zeros(*shape, 1), torch.zeros(shape).double(), *NOT_ONE_ARRAY],
+        ),
     )
 
 
@@ -117,7 +122,7 @@ def apart(objective: Any, teacher: Any, options: dict[str, Any]) -> bool:
         return False
     beyond = options["vocab_size"] is not None  # which entries may be
     refusable = refused(objective.spec, teacher.tail)
-    return beyond or refusable or (teacher.tail != "renormalize" and options["temperature"] != 1)
+    return beyond or refusable or (teacher.tail == "bucket" and options["temperature"] != teacher.temperature)
 
 
 def check(data: st.DataObject, backend: str | None) -> None:

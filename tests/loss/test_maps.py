@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import fused_kd as fk
 from fused_kd.engines import mapping
 from fused_kd.engines.problem import Side
+from fused_kd.reference import reference_kd_loss
 
 from ..problems import CPU_BACKENDS, JUMPS, NAMES, OBJECTIVES, Allocations, gradients, label, relative, summands
 from .mapped import MappedProblem, by_hand, mapped_problem
@@ -62,7 +63,10 @@ def agree(p: MappedProblem, objective, tail: str, tight: float = TIGHT, **option
     jumps = 4 if summands(objective) & JUMPS else 1
     for name, a, b in zip(("dH", "dW", "db"), actual, grads, strict=False):
         assert relative(a, b) < tight * jumps, name
+    reference = reference_kd_loss(p.student(), p.teacher(tail), p.labels, objective, temperature=T)
+    assert relative(reference.loss, loss) < 1e-9
     valid = p.labels != -100
+    assert relative(reference.difficulty[valid], difficulty) < 1e-9 or difficulty.max() == math.inf
     finite = difficulty.isfinite()
     assert torch.equal(out.difficulty[valid].isfinite(), finite)
     assert relative(out.difficulty[valid][finite], difficulty[finite]) < tight

@@ -27,7 +27,7 @@ def block_rows(V: int, device: torch.device) -> int:
 
 def block_bytes(C: int, V: int, device: torch.device) -> int:
     """Of what a block of a chunk holds: both sides, two gradients, slopes and shares of the unmapped."""
-    return 8 * 4 * (V + 1) * min(C, block_rows(V, device))
+    return 9 * 4 * (V + 1) * min(C, block_rows(V, device))
 
 
 def row(dense: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
@@ -64,9 +64,9 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
     # Of a label that the teacher lacks, but the objective reads: a column of its own.
     own = (unmapped == label) & inputs.spec.reads_label
     alone = own.any(1, keepdim=True)
-    small = Categories(wide("student", B), wide("teacher", B), inputs.labels)
+    columns, all_p = wide("student", B), wide("teacher", B)
 
-    z = small.student[:, :V].copy_(student.raw)
+    z = columns[:, :V].copy_(student.raw)
     slope = finish_logits_(z, student._replace(finite=False), narrow, "slope")
     rest = z.index_select(1, unmapped).masked_fill_(own, NOWHERE)
     of_label = z.gather(1, label)
@@ -78,21 +78,29 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
     z.sub_(origin)
     rest, top = rest.sub_(top), top - origin
     temperature = scalars_of(inputs)[0].temperature
-    share, small.student[:, V:] = _log_sum(rest, top, temperature)
+    share, columns[:, V:] = _log_sum(rest, top, temperature)
     cold_share = cold_rest = None
     if inputs.cold_labels:
         cold_share, cold_rest = _log_sum(rest, top, 1.0)
         cold_rest = cold_rest.squeeze(1)
 
     U, others = len(unmapped), beyond.rest.unsqueeze(1)
-    small.teacher[:, :V] = teacher.raw
+    all_p[:, :V] = teacher.raw
     if U:
         p_y = others - math.log(U) * temperature
-        small.teacher.scatter_(1, label, torch.where(alone, p_y, small.teacher.gather(1, label)))
+        all_p.scatter_(1, label, torch.where(alone, p_y, all_p.gather(1, label)))
         left = math.log((U - 1) / U) * temperature if U > 1 else -math.inf
         others = torch.where(alone, others + left, others)
-    small.teacher[:, V:] = others
+    all_p[:, V:] = others
 
+    listed = None
+    if beyond.tail == "listed":
+        listed = wide("listed", B).copy_(columns)
+        if not inputs.spec.mixes_label:
+            listed.scatter_(1, label, torch.where(alone, NOWHERE, listed.gather(1, label)))
+        listed[:, V:] = NOWHERE
+        listed.sub_(listed.amax(1, keepdim=True)).clamp_(min=LOG_ZERO)
+    small = Categories(columns, all_p, inputs.labels, listed)
     gradient = category_rows(dense, inputs, outputs, small, cold_rest)
     if gradient is None or outputs.dlogits is None:
         return
