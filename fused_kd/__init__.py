@@ -28,6 +28,7 @@ from .objectives import (
     TotalVariation,
     ZLoss,
 )
+from .vocab import VocabMap, vocab_map
 from .workspace import empty_cache
 
 __all__ = [
@@ -57,8 +58,10 @@ __all__ = [
     "ToDi",
     "TopK",
     "TotalVariation",
+    "VocabMap",
     "ZLoss",
     "__version__",
     "empty_cache",
     "kd_loss",
+    "vocab_map",
 ]
