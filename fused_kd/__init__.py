@@ -1,7 +1,7 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
-from .inputs import KDOutput, LMHead, TopK
+from .inputs import KDOutput, Lists, LMHead, TopK
 from .loss import KDLoss, kd_loss
 from .objectives import (
     OBJECTIVES,
@@ -43,6 +43,7 @@ __all__ = [
     "KDLoss",
     "KDOutput",
     "LMHead",
+    "Lists",
     "NoEvo",
     "Renyi",
     "ReverseKD",

@@ -126,9 +126,11 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
-        statistics_columns(self.kd_statistics, None, self.objective.spec)
+        statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         if self.cache is not None:
             check_tail(self.objective, str(self.cache.tail), self.kd_options["temperature"])
+        if self.cache is not None and criterion.lists is not None:
+            raise ValueError(f"lists must be None with a cache, whose lists are made, got {criterion.lists!r}")
         if self.cache is not None and self.kd_statistics:
             names = ", ".join(self.kd_statistics)
             raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
@@ -382,12 +384,16 @@ class KDLossMixin(Trainer):
         return result._replace(metrics=metrics)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        collate = self.data_collator
+        if self.vocabulary is not None:
+            self.data_collator = self.vocabulary.collated(collate)
+        try:
+            loader = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collate
         if hasattr(loader, "device"):
             # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
             loader.device = None
-        if self.vocabulary is not None:
-            loader.collate_fn = self.vocabulary.collated(loader.collate_fn)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
