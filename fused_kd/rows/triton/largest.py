@@ -16,7 +16,8 @@ from .math import COLDEST, EXCLUDED, LOG2_E, OUTSIDE, exponent
 from .row import guard, pack_of, shape_of, warp_size
 from .sweeps import add_exponentials, by_lane
 
-BLOCK = 1024
+# A longer list than this would not fit registers.
+LONGEST = 2048
 # Above every key.
 NO_ENTRY = tl.constexpr((1 << 63) - 1)
 INDICES = tl.constexpr((1 << 32) - 1)
@@ -25,10 +26,12 @@ INDICES = tl.constexpr((1 << 32) - 1)
 def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor) -> None:
     """As :func:`fused_kd.rows.largest.take`. Launches one kernel on the current stream and never synchronises."""
     (C, W), k = logits.raw.shape, so_far.values.shape[1]
+    if k > LONGEST:
+        raise ValueError(f"k must be at most {LONGEST} with backend='triton', got {k}; use backend='torch'")
     block_k = triton.next_power_of_2(max(k, 1))
     # Few threads: each exchange is a reduction among them. Long lists need more to hold them.
-    warps = max(1, min(8, block_k // 256)) if k else 2
-    lanes = warps * warp_size()
+    warps = max(1, block_k // 256) if k else 2
+    lanes, block = warps * warp_size(), 512 * min(warps, 2)
     with guard(logits.raw.device):
         largest_kernel[(C,)](
             logits.raw,
@@ -41,9 +44,9 @@ def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor) -> No
             0 if len(temperature) == 1 else 1,
             *shape_of(logits),
             BLOCK_K=block_k if k else 0,
-            BLOCK=BLOCK,
+            BLOCK=block,
             LANES=lanes,
-            PACK=pack_of(BLOCK // lanes, logits.raw),
+            PACK=pack_of(block // lanes, logits.raw),
             num_warps=warps,
         )
 
