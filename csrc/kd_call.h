@@ -33,7 +33,7 @@ typedef struct {
     const float *log_probs;  // (C, K)
     const float *rest;       // (C,)
     int64_t K;
-    int32_t uniform;
+    int32_t uniform, listed;  // tails; of listed ones, both sides are over the list alone
 } Lists;
 
 typedef struct {  // mirrored by fused_kd/rows/native/row.py
@@ -75,7 +75,8 @@ typedef struct {
     int64_t row, label, blocks;
     float temperature;
     bool tells_entropy_s, tells_entropy_t;
-    bool without_label;  // its own cross-entropy is another row's
+    bool without_label;   // its own cross-entropy is another row's
+    bool without_target;  // no target holds the label: the difficulty is KL(p||q)
     Softmax student, teacher, cold;
     float *sums;  // (V,) multiples of g of several terms
     double *kl;   // one a block: sum of exp * (teacher - student), each over its block's maximum

@@ -102,7 +102,7 @@ static void distilled_row(Row *r) {
     token.warm_ce = cross_entropy(&r->student, z_s, T);
     token.ce = c->cold ? cross_entropy(&r->cold, z_s, 1.0f) : token.warm_ce;
     token.log_sum_exp = log_sum_exp(c->cold ? &r->cold : &r->student);
-    const double difficulty = mixed_kl(&token, scalars_of(c, r->row) + c->main);
+    const double difficulty = r->without_target ? token.kl : mixed_kl(&token, scalars_of(c, r->row) + c->main);
     const bool hard = is_hard(r, &token, difficulty);
     c->difficulty[r->row] = (float)difficulty;
     c->is_hard[r->row] = hard;

@@ -8,18 +8,19 @@
 typedef struct {
     float *student, *teacher, *gradient;  // (K + 1,), the rest last
     float *cold, *cold_gradient;          // with the rest's logit at temperature 1
+    float *listed;                        // the student of a divergence over the list alone, which has no rest
     char *scratch;
 } Categories;
 
 static int64_t top_k_scratch(int64_t K, int terms) {
-    return K == 0 ? 0 : row_scratch(K + 1, terms) + (5 * (K + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
+    return K == 0 ? 0 : row_scratch(K + 1, terms) + (6 * (K + 1) * (int64_t)sizeof(float) + 63) / 64 * 64;
 }
 
 static Categories new_categories(int64_t K, int terms, char *scratch) {
     Categories x = {.scratch = scratch};
     scratch += row_scratch(K + 1, terms);
-    float **arrays[] = {&x.student, &x.teacher, &x.gradient, &x.cold, &x.cold_gradient};
-    for (int i = 0; i < 5; i++) *arrays[i] = take(&scratch, K + 1, sizeof(float));
+    float **arrays[] = {&x.student, &x.teacher, &x.gradient, &x.cold, &x.cold_gradient, &x.listed};
+    for (int i = 0; i < 6; i++) *arrays[i] = take(&scratch, K + 1, sizeof(float));
     return x;
 }
 
@@ -31,6 +32,27 @@ static double top_of(const Softmax *x, double T) {
 
 // log sum exp at temperature T, times T, less `origin`.
 static double log_sum(const Softmax *x, double T, double origin) { return (top_of(x, T) - origin) + x->log_total * T; }
+
+static bool mixes_label(const Call *c) {
+    for (int i = 0; i < c->term_count; i++)
+        if (c->terms[i].mixed) return true;
+    return false;
+}
+
+// From the first `count` entries' final logits, over their own largest: over that of all they would lose digits. The
+// label that the teacher does not list is one of them where a target holds it.
+static void keep_listed(const Row *r, const Categories *small, int64_t count) {
+    const int64_t K = r->call->lists.K;
+    const float *log_probs = r->call->lists.log_probs + r->row * K;
+    const bool all = mixes_label(r->call);
+    float top = OUTSIDE;
+    for (int64_t j = 0; j < count; j++)
+        if ((all || log_probs[j] > -INFINITY) && small->student[j] > top) top = small->student[j];
+    for (int64_t j = 0; j <= K; j++) {
+        const bool part = j < count && (all || log_probs[j] > -INFINITY);
+        small->listed[j] = part ? at_least_log_zero(small->student[j] - top) : LOG_ZERO;
+    }
+}
 
 // Fill the student's categories; the softmaxes are then of the rest alone.
 static void condense(Row *r, const Categories *small) {
@@ -58,11 +80,13 @@ static void condense(Row *r, const Categories *small) {
     }
     join_parts(&r->student, r->blocks);
     if (c->cold) join_parts(&r->cold, r->blocks);
+    if (c->lists.listed) keep_listed(r, small, next);
     // Only differences count: a large common offset would swallow the digits of the rest's logarithm.
     const double rest = top_of(&r->student, r->temperature), origin = rest > top ? rest : top;
     for (int64_t j = 0; j < K; j++)
         small->student[j] = j < next ? at_least_log_zero((float)(small->student[j] - origin)) : LOG_ZERO;
     small->student[K] = at_least_log_zero((float)log_sum(&r->student, r->temperature, origin));
+    if (isnan(small->student[K])) small->listed[K] = NAN;
     if (!c->cold) return;
     memcpy(small->cold, small->student, (size_t)K * sizeof(float));
     small->cold[K] = at_least_log_zero((float)log_sum(&r->cold, 1.0, origin));
@@ -91,7 +115,7 @@ static Call categories_call(const Row *r, const Categories *small, const int64_t
     return call;
 }
 
-// The label's cross-entropy at temperature 1: the two temperatures see two rests, so it is a row of its own.
+// The label's cross-entropy at temperature 1 and over the vocabulary: with another rest, it is a row of its own.
 static void add_cold_cross_entropy(const Row *r, const Categories *small, Call call) {
     float loss, difficulty;
     uint8_t is_hard;
@@ -142,8 +166,10 @@ static void top_k_row(Row *r, const Categories *small) {
     small->teacher[K] = c->lists.rest[r->row];
     int64_t label = entries_before(c, r->row, r->label);
     Call call = categories_call(r, small, &label);
+    if (c->lists.listed) call.student.data = small->listed;
     Row row = new_row(&call, small->scratch);
     row.without_label = c->cold;
+    row.without_target = c->lists.listed && !mixes_label(c);
     set_row(&row, 0);
     distilled_row(&row);
     if (c->cold) add_cold_cross_entropy(r, small, call);

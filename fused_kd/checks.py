@@ -25,6 +25,10 @@ class Limit(NamedTuple):
         return (value >= self.low) & (value <= self.high)
 
 
+# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
+TEMPERATURE = Limit(1e-8, LARGEST, f"[1e-08, {LARGEST:g}]")
+
+
 def checked_number(name: str, value: Any, limit: Limit) -> Number:
     """``value`` as a float, or a tensor of tokens' numbers as a copy in float64, of which what is formed is exact.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import LARGEST, check_dense, check_number
+from .checks import LARGEST, TEMPERATURE, check_dense, check_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,43 +86,58 @@ class LMHead:
         )
 
 
-TAILS = ("renormalize", "uniform", "bucket")
+TAILS = ("renormalize", "uniform", "bucket", "listed")
 
 
 @dataclass(frozen=True, eq=False)
 class TopK:
     """A cached or served teacher: its k log-probabilities of each token, instead of V logits.
 
-    With the listed entries L, their probabilities ``p_v = exp(log_probs)`` and the missing mass
-    ``m = max(0, 1 - sum_L p_v)``, the teacher is (up to a common factor, where they do not add up to 1)
+    With the listed entries L, their probabilities ``p_v = exp(log_probs)`` and the missing mass ``m``, which is
+    ``exp(log_rest)`` or else ``max(0, 1 - sum_L p_v)``, the teacher is (up to a common factor, where they do not add up
+    to 1)
 
-    - ``tail="renormalize"``: ``p_v / sum_L p_v`` on L and 0 elsewhere. ``log_probs`` may be logits. Objectives with
-      ``KL(q||p)`` are infinite then and refused.
+    - ``tail="renormalize"``: ``p_v / sum_L p_v`` on L and 0 elsewhere, against the student's ``q`` over all V entries.
+      ``log_probs`` may be logits. Objectives with ``KL(q||p)`` are infinite then and refused.
     - ``tail="uniform"``: ``p_v`` on L and ``m / (V - |L|)`` on each other entry.
     - ``tail="bucket"``: ``p_v`` on L and ``m`` on all other entries together, as one category. Divergences are taken
       between distributions over |L| + 1 categories, the student's last being ``1 - sum_L q_v``: how the student
       spreads it is its own affair. Where the objective reads the label (``ForwardKD``, ``ReverseKD``, ``NoEvo``,
       ``Skew``, ``SkewTeacher``, ``SelfEvolution``, ``SelfEvolutionTopK``), one outside L is taken out of the bucket,
       with the share ``p_y = m / (V - |L|)``, so that ``yt = (1 - lam) * onehot(y) + lam * p`` still asks for it.
+    - ``tail="listed"``: ``p_v / sum_L p_v`` against ``q_v / sum_L q_v``, both on L alone: entries outside it get no
+      gradient from the divergence. ``log_probs`` may be logits. Where a target holds the label (``NoEvo``, ``Skew``,
+      ``SelfEvolution``, ``SelfEvolutionTopK``; in a sum with one, for all terms), the label joins L, with ``p_y = 0``
+      where it was not listed; terms with ``KL(q||p)`` are then infinite and refused. A label's cross-entropy beside a
+      divergence (``SFT``, ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``) stays over all V entries, and the label out of
+      the divergence; the difficulty is then ``KL(p||q)`` on L, whatever the label.
 
-    Temperatures other than 1 flatten the listed log-probabilities like logits, which says nothing of the tail: they
-    need "renormalize".
+    A loss at temperature T takes p and q at T. "renormalize" and "listed" flatten the list from ``temperature`` to T
+    like logits, and "uniform" all of the vocabulary, whose every entry it gives a probability. How much a "bucket"
+    holds is known at ``temperature`` alone: T must be the same number.
 
     Args:
         log_probs: (..., K) natural logarithms, float32, bfloat16 or float16; -inf leaves an entry out, whatever its
             index (padding of shorter lists).
         indices: (..., K) vocabulary ids, int64 or int32, in any order, none twice in a list.
         tail: what is known of the entries that are not listed, see above.
+        temperature: at which ``log_probs`` and ``log_rest`` were taken; default 1.
+        log_rest: (...,) natural logarithm of the mass of all that is not listed, float32, bfloat16 or float16; -inf: no
+            mass. Default None: ``log(max(0, 1 - sum_L p_v))``, which is -inf by rounding where a teacher is almost
+            certain, and ``KL(q||p)`` infinite with it. "renormalize" and "listed" do not read it.
 
     Raises:
-        TypeError, ValueError: for tensors or names that do not fit. Ids out of range or listed twice and log-probs
-            that are NaN or above 0 by more than rounding explains, 1e-4 ("renormalize": +inf), raise when the loss is
-            called with tensors on the CPU or ``validate=True``; elsewhere the loss of such a token is NaN.
+        TypeError, ValueError: for tensors, numbers or names that do not fit. Ids out of range or listed twice and
+            log-probs (also ``log_rest``) that are NaN or above 0 by more than rounding explains, 1e-4 ("renormalize"
+            and "listed": +inf), raise when the loss is called with tensors on the CPU or ``validate=True``; elsewhere
+            the loss of such a token is NaN.
     """
 
     log_probs: Tensor
     indices: Tensor
     tail: str = "renormalize"
+    temperature: float = 1.0
+    log_rest: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_float_tensor("log_probs", self.log_probs)
@@ -142,10 +157,25 @@ class TopK:
             )
         if self.tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+        check_number("temperature", self.temperature, low=TEMPERATURE.low)
+        if self.log_rest is None:
+            return
+        check_float_tensor("log_rest", self.log_rest)
+        if self.log_rest.shape != self.log_probs.shape[:-1]:
+            raise ValueError(
+                f"log_rest must have log_probs' shape without K, {tuple(self.log_probs.shape[:-1])}, got "
+                f"{tuple(self.log_rest.shape)}"
+            )
+        if self.log_rest.device != self.log_probs.device:
+            raise ValueError(
+                f"log_rest is on {self.log_rest.device}, log_probs on {self.log_probs.device}; they must share one"
+            )
 
     def __repr__(self) -> str:
         dtype = str(self.log_probs.dtype).removeprefix("torch.")
-        return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r})"
+        extras = "" if self.temperature == 1.0 else f", temperature={self.temperature}"
+        extras += "" if self.log_rest is None else ", log_rest"
+        return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r}{extras})"
 
 
 def check_float_tensor(name: str, value: object) -> None:

@@ -286,7 +286,10 @@ class KDLoss(nn.Module):
             scalars=self._scalars_of(shape, device),
             wanted=Wanted(*(grad and x is not None and x.requires_grad for x in (side.source, side.weight, side.bias))),
             spec_code=spec.code,
-            cold_labels=spec.has_cold(not isinstance(self.temperature, Tensor) and self.temperature == 1.0),
+            cold_labels=spec.has_cold(
+                not isinstance(self.temperature, Tensor) and self.temperature == 1.0,
+                "" if side_t is None else side_t.tail,
+            ),
             vocab=vocab,
             dtype=autocast_dtype(device, student=side, teacher=side_t),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
@@ -319,7 +322,7 @@ class KDLoss(nn.Module):
         if teacher is None:
             raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
         if isinstance(teacher, TopK):
-            check_tail(self._objective, teacher.tail, self.temperature)
+            check_tail(self._objective, teacher.tail, self.temperature, teacher.temperature)
 
 
 def kd_loss(

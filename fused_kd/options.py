@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .checks import check_number, checked_number
+from .checks import TEMPERATURE, check_number, checked_number
 from .engines.dispatch import ENGINES
 from .inputs import TopK
 from .objectives import OBJECTIVES, Objective
-from .objectives.base import TEMPERATURE, numbers_of
+from .objectives.base import numbers_of
 from .rows.select import BACKENDS
 from .terms import STATISTICS, WITHOUT_SWEEP, Number, RowSpec
 
@@ -91,26 +91,28 @@ def check_objective(objective: Any) -> None:
         raise TypeError(f"objective must be one of {known}, or a sum of them, got {objective!r}{hint}")
 
 
-def check_tail(objective: Objective, tail: str, temperature: Number) -> None:
-    """
+def check_tail(objective: Objective, tail: str, temperature: Number, taken_at: float = 1.0) -> None:
+    """``temperature`` is the loss's, ``taken_at`` that of the lists.
+
     Raises:
         ValueError: for lists of a tail with which an objective, or a temperature, is not defined.
     """
-    terms = objective.spec.terms
-    if tail != "uniform" and any(term.z_loss for term in terms):
+    spec = objective.spec
+    if tail != "uniform" and any(term.z_loss for term in spec.terms):
         raise ValueError(f"tail must be 'uniform' for {objective!r}, whose ZLoss reads all logits, got {tail!r}")
-    if tail == "renormalize":
-        for term in terms:
-            if term.of.everywhere or not term.of.lumps:
-                why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
-                raise ValueError(
-                    f"tail must be 'uniform' or 'bucket' for {objective!r}, which {why} where the teacher is 0, got "
-                    "'renormalize'"
-                )
-    elif isinstance(temperature, Tensor) or temperature != 1.0:
+    for term in spec.terms:
+        beyond = term.of.everywhere or (tail == "renormalize" and not term.of.lumps)
+        if beyond and (tail == "renormalize" or (tail == "listed" and spec.mixes_label)):
+            allowed = "'uniform' or 'bucket'" if spec.mixes_label else "'uniform', 'bucket' or 'listed'"
+            why = "is infinite" if term.of.everywhere else "needs each of the student's entries"
+            raise ValueError(
+                f"tail must be {allowed} for {objective!r}, which {why} where the teacher is 0, got {tail!r}"
+            )
+    if tail == "bucket" and (isinstance(temperature, Tensor) or temperature != taken_at):
         raise ValueError(
-            f"temperature must be 1 with tail={tail!r}, whose entries it cannot flatten, got {temperature}; use "
-            "tail='renormalize'"
+            f"temperature must be {taken_at:g} with tail='bucket', whose mass is known at that of the list alone, got "
+            f"{temperature}; list at the temperature of the loss, as fk.top_k_of(head, k, temperature=T) does, or use "
+            "another tail"
         )
 
 

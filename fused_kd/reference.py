@@ -41,9 +41,10 @@ from .objectives import (
     TotalVariation,
     ZLoss,
 )
+from .reference_lists import LOG_ZERO as _LOG_ZERO
+from .reference_lists import floored as _floored
+from .reference_lists import of_lists
 
-# Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
-_LOG_ZERO = -1e30
 # Log-probabilities below it are those of excluded tokens.
 _EXCLUDED = -1e18
 # Smaller probabilities are 0 where the other side excludes the token.
@@ -59,22 +60,6 @@ def full_logits(source: LMHead | Tensor) -> Tensor:
         logits = logits + source.bias.double()
     logits = logits * source.logit_scale
     return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
-
-
-class _Floored(torch.autograd.Function):
-    """``z.clamp(min=_LOG_ZERO)`` whose gradient goes on to what was below, where an infinite loss has one."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.clamp(min=_LOG_ZERO)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def _floored(z: Tensor) -> Tensor:
-    return cast(Tensor, _Floored.apply(z))  # type: ignore[no-untyped-call]
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -118,17 +103,18 @@ def reference_rows(
     labels: Tensor,
     objective: Objective,
     temperature: float | Tensor = 1.0,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token loss, difficulty (N,) float64 and hardness (N,) bool from logits (N, V) and valid labels (N,).
 
     Every distribution is ``softmax(logits / temperature)``, except the student's in the hard-label term of ``SFT``,
     ``ForwardKD``, ``ReverseKD`` and ``SkewTeacher``, and in ``ZLoss``, which are taken at temperature 1. Numbers of the
-    objective, and the temperature, may be (N,).
+    objective, and the temperature, may be (N,). ``own``: logits and labels of that hard-label term, if they are others.
     """
     losses, difficulties, hards = [], [], []
     parts = _parts(objective)
     for weight, part in parts:
-        loss, difficulty, hard = _single(student_logits, teacher_logits, labels, part, temperature)
+        loss, difficulty, hard = _single(student_logits, teacher_logits, labels, part, temperature, own)
         losses.append((_numbers(weight), loss))
         difficulties.append(difficulty)
         hards.append(hard)
@@ -168,11 +154,13 @@ def _single(
     labels: Tensor,
     objective: Objective,
     temperature: float | Tensor,
+    own: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = _floored(student_logits.double())
     T = torch.as_tensor(temperature, dtype=torch.float64, device=z.device).reshape(-1, 1)
     log_q = (z / T).log_softmax(-1)
-    ce = -z.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    z_own, y_own = (z, labels) if own is None else (_floored(own[0].double()), own[1])
+    ce = -z_own.log_softmax(-1).gather(-1, y_own[:, None]).squeeze(-1)
     ce = ce + torch.zeros_like(ce).masked_fill(ce >= -_EXCLUDED, math.inf)
     never = torch.zeros_like(labels, dtype=torch.bool)
     if isinstance(objective, SFT):
@@ -284,59 +272,6 @@ def _shares(p: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]
     return head, tail
 
 
-def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, tail: str) -> Tensor:
-    """(N, V) log-probabilities of a top-k teacher that is defined on every entry."""
-    rows = []
-    for z_row, values, entries in zip(z, log_probs, indices, strict=True):
-        listed = values > -math.inf
-        missing = (1.0 - values.exp().sum()).clamp(min=0.0)
-        rest = missing / max(len(z_row) - int(listed.sum()), 1)
-        base = rest.log().clamp(min=_LOG_ZERO) if tail == "uniform" else z.new_tensor(_LOG_ZERO)
-        rows.append(base.expand(len(z_row)).index_put((entries[listed],), values[listed]))
-    return torch.stack(rows) if rows else z.detach()
-
-
-def _categories(
-    z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor, reads_label: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits, teacher log-probabilities and labels over the listed entries, one for the rest and, where it is
-    read, the label."""
-    K, z = log_probs.shape[1], _floored(z)
-    students, teachers, positions = [], [], []
-    for z_row, values, entries, y in zip(
-        z - z.detach().amax(1, keepdim=True), log_probs, indices, labels.tolist(), strict=True
-    ):
-        table = {e: v for e, v in zip(entries.tolist(), values, strict=True) if v > -math.inf}
-        missing = (1.0 - values.exp().sum()).clamp(min=0.0)
-        others = len(z_row) - len(table)
-        if reads_label and y not in table:
-            table[y] = (missing / others).log().clamp(min=_LOG_ZERO)
-            missing = missing * (others - 1) / others
-        chosen = torch.tensor(list(table), dtype=torch.int64, device=z.device)
-        rest = torch.ones_like(z_row, dtype=torch.bool).index_fill(0, chosen, False)
-        nothing = z_row.new_full((K + 2 - len(table) - int(rest.any()),), _LOG_ZERO)  # to a common width
-        # A rest whose tokens are all excluded gives them no gradient.
-        tail = (
-            z_row[rest].where(z_row[rest] > _LOG_ZERO, _LOG_ZERO).logsumexp(0, keepdim=True)
-            if rest.any()
-            else z_row[:0]
-        )
-        students.append(torch.cat([z_row[chosen], tail, nothing]))
-        teachers.append(
-            torch.cat(
-                [
-                    *(value[None] for value in table.values()),
-                    missing.log().clamp(min=_LOG_ZERO)[None][: len(tail)],
-                    nothing,
-                ]
-            )
-        )
-        positions.append(list(table).index(y) if y in table else 0)
-    if not students:
-        return z, z.detach(), labels
-    return torch.stack(students), torch.stack(teachers), torch.tensor(positions, dtype=torch.int64, device=z.device)
-
-
 def reference_kd_loss(
     student: LMHead | Tensor,
     teacher: LMHead | TopK | Tensor | None,
@@ -362,15 +297,14 @@ def reference_kd_loss(
     labels = labels.reshape(-1)
     valid = labels != ignore_index
     z, y = z.reshape(-1, z.shape[-1])[valid], labels[valid]
-    z_t = None
+    z_t = own = None
     if not objective.spec.needs_teacher:
         teacher = None
     if isinstance(teacher, TopK):
         log_probs, indices = (x.reshape(-1, x.shape[-1])[valid] for x in (teacher.log_probs, teacher.indices))
-        if teacher.tail == "bucket":
-            z, z_t, y = _categories(z, log_probs.double(), indices, y, objective.spec.reads_label)
-        else:
-            z_t = _dense(z, log_probs.double(), indices.long(), teacher.tail)
+        log_rest = None if teacher.log_rest is None else teacher.log_rest.reshape(-1)[valid]
+        own = z, y
+        z, z_t, y = of_lists(z, y, replace(teacher, log_probs=log_probs, indices=indices, log_rest=log_rest), objective)
     elif teacher is not None:
         z_t = full_logits(teacher)[..., :vocab_size]
         z_t = z_t.reshape(-1, z_t.shape[-1])[valid]
@@ -378,7 +312,10 @@ def reference_kd_loss(
     def of_tokens(value: Any) -> Any:
         return value.expand(shape).reshape(-1)[valid] if isinstance(value, Tensor) else value
 
-    rows, difficulty, is_hard = reference_rows(z, z_t, y, _each(objective, of_tokens), of_tokens(temperature))
+    rows, difficulty, is_hard = reference_rows(z, z_t, y, _each(objective, of_tokens), of_tokens(temperature), own)
+    if isinstance(teacher, TopK) and teacher.tail == "listed" and not objective.spec.mixes_label:
+        # the label is none of the list
+        difficulty = reference_rows(z, z_t, y, NoEvo(lam=1.0), of_tokens(temperature))[1]
     weights = torch.ones_like(rows) if token_weights is None else token_weights.double().reshape(-1)[valid]
 
     def scatter(values: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ def flat_side(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tu
     ranks of a ``group``. The teacher's tensors are constants."""
     if isinstance(given, TopK) and name == "teacher":
         values, indices = (x.detach().reshape(-1, x.shape[-1]) for x in (given.log_probs, given.indices))
-        return Side(values, indices=indices, tail=given.tail), given.log_probs.shape[:-1], True
+        log_rest = None if given.log_rest is None else given.log_rest.detach().reshape(-1)
+        side = Side(values, indices=indices, tail=given.tail, temperature=float(given.temperature), log_rest=log_rest)
+        return side, given.log_probs.shape[:-1], True
     head = given if isinstance(given, LMHead) else None
     tensors: list[Any] = [given, None, None] if head is None else [head.hidden, head.weight, head.bias]
     sum_hidden = True

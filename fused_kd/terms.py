@@ -111,6 +111,11 @@ class RowSpec(NamedTuple):
         return any(term.mixed or term.hard_label for term in self.terms)
 
     @property
+    def mixes_label(self) -> bool:
+        """Whether a divergence's target holds the label."""
+        return any(term.mixed for term in self.terms)
+
+    @property
     def main(self) -> int:
         """The term whose ``KL(yt||q)`` is the difficulty: the gated one, else the first with a mixed target, else the
         first with a teacher."""
@@ -131,11 +136,11 @@ class RowSpec(NamedTuple):
         """The terms that have sums of their own."""
         return tuple(i for i, term in enumerate(self.terms) if not term.free)
 
-    def has_cold(self, temperature_is_one: bool) -> bool:
-        """Whether the label's own cross-entropy, or the student's log-sum-exp, is taken at temperature 1 while the rest
-        is taken at another."""
+    def has_cold(self, temperature_is_one: bool, tail: str = "") -> bool:
+        """Whether the label's own cross-entropy, or the student's log-sum-exp, is taken at temperature 1 and over the
+        vocabulary while the rest is taken at another temperature or, of lists with ``tail="listed"``, over the list."""
         own = any(term.hard_label or term.z_loss for term in self.terms)
-        return own and self.needs_teacher and not temperature_is_one
+        return own and self.needs_teacher and (tail == "listed" or not temperature_is_one)
 
 
 _MAIN = (lambda term: term.gate, lambda term: term.mixed, lambda term: term.divergence is not None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_dense
 from .engines.problem import IGNORED, INVALID, Side
-from .rows.top_k import out_of_range
+from .rows.top_k import OF_LIST_ALONE, out_of_range
 
 # One over a denominator must be a normal fp32 number too.
 LEAST, MOST = 1e-37, 1e37
@@ -149,16 +149,24 @@ def check_top_k(teacher: Side, labels: Tensor, vocab: int) -> None:
     wrong = listed & out_of_range(values, tail)
     if bool(wrong.any()):
         token, k = wrong.nonzero()[0].tolist()
-        allowed = "finite or -inf" if tail == "renormalize" else "at most 0 and not NaN"
+        allowed = "finite or -inf" if tail in OF_LIST_ALONE else "at most 0 and not NaN"
         raise ValueError(
             f"log_probs must be {allowed}, got {float(values[token, k])} at token {token} (of the flattened tokens)"
         )
     empty = valid.squeeze(1) & ~listed.any(1)
-    if tail == "renormalize" and bool(empty.any()):
+    if tail in OF_LIST_ALONE and bool(empty.any()):
         raise ValueError(
-            "log_probs must list an entry above -inf with tail='renormalize', got none at token "
+            f"log_probs must list an entry above -inf with tail={tail!r}, got none at token "
             f"{int(empty.nonzero()[0])} (of the flattened tokens)"
         )
+    if teacher.log_rest is not None and tail not in OF_LIST_ALONE:
+        beyond = valid.squeeze(1) & out_of_range(teacher.log_rest, tail)
+        if bool(beyond.any()):
+            token = int(beyond.nonzero()[0])
+            raise ValueError(
+                f"log_rest must be at most 0 and not NaN, got {float(teacher.log_rest[token])} at token {token} "
+                "(of the flattened tokens)"
+            )
     outside = listed & ((indices < 0) | (indices >= vocab))
     if bool(outside.any()):
         token, k = outside.nonzero()[0].tolist()

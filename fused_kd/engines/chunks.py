@@ -148,7 +148,10 @@ class Chunks:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
         elif of is not None and of.indices is not None:
             lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
-            teacher, malformed = sparse_teacher(*lists, labels, self.problem.vocab, of.tail, reads_label=reads_label)
+            teacher, malformed = sparse_teacher(
+                *lists, labels, self.problem.vocab, of.tail, reads_label=reads_label, temperature=of.temperature,
+                log_rest=None if of.log_rest is None else of.log_rest[tokens],
+            )  # fmt: skip
             bad |= malformed
         return Chunk(span, tokens, hidden, student, teacher, labels, bad)
 
@@ -203,7 +206,7 @@ def workspace_bytes(
     """From what the sides' tensors are, not what is in them; ``lists`` are a top-k teacher where they have indices."""
     token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
     if lists is not None and lists.indices is not None:  # sorted entries, and categories with their gradient
-        token += 64 * (lists.indices.shape[1] + 2)
+        token += (96 if lists.tail == "listed" else 64) * (lists.indices.shape[1] + 2)
     for side in (student, teacher):
         if side is None:
             continue

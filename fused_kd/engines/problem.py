@@ -23,8 +23,8 @@ class Side:
     """Student or teacher, on all N tokens.
 
     ``source`` is (N, H) with ``weight`` (V, H); or logits (N, V) with neither weight nor indices; or, of a top-k
-    teacher, log-probabilities (N, K) with ``indices`` (N, K) and ``tail``, see :class:`fused_kd.inputs.TopK`. Where the
-    vocabulary is divided over ranks, V are this rank's rows.
+    teacher, log-probabilities (N, K) with ``indices`` (N, K), ``tail``, ``temperature`` and ``log_rest`` (N,) or None,
+    see :class:`fused_kd.inputs.TopK`. Where the vocabulary is divided over ranks, V are this rank's rows.
     """
 
     source: Tensor
@@ -34,6 +34,8 @@ class Side:
     softcap: float | None = None
     indices: Tensor | None = None
     tail: str = ""
+    temperature: float = 1.0
+    log_rest: Tensor | None = None
 
     @property
     def vocab(self) -> int | None:
@@ -65,7 +67,7 @@ class Problem:
         scalars: (1, terms, n) fp32, or (N, terms, n) where each token has its own, see :class:`fused_kd.terms.Scalars`.
         wanted: gradients.
         spec_code: what a row must know before it is compiled, see :class:`fused_kd.terms.RowSpec`.
-        cold_labels: the label's own cross-entropy is taken at temperature 1, the rest at another one.
+        cold_labels: see :class:`fused_kd.rows.contract.RowInputs`.
         vocab: both sides are cut to their first ``vocab`` logits.
         dtype: of the GEMM operands under autocast; None takes that of each side.
         memory_budget: bytes of workspace, or None.

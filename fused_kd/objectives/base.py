@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import LARGEST, Limit, checked_number, is_looked_at
+from ..checks import TEMPERATURE, Limit, checked_number, is_looked_at
 from ..divergences import LOG_ZERO
 from ..terms import Number, RowSpec, Scalars, Term
 
@@ -184,8 +184,6 @@ def numbers_of(objective: Objective) -> list[tuple[str, Number]]:
 
 SHARE = Limit(0.0, 1.0, "[0, 1]")
 WEIGHT = Limit(0.0, 1e12, "[0, 1e12]")
-# At less, differences of what stands for log 0 would overflow: its inverse is COLDEST in the kernels.
-TEMPERATURE = Limit(1e-8, LARGEST, f"[1e-08, {LARGEST:g}]")
 DIVISOR = Limit(1e-12, math.inf, "[1e-12, inf]")
 _LIMITS = {
     "lam": SHARE,

@@ -37,7 +37,8 @@ class Sparse(NamedTuple):
 
     ``indices`` (C, K + 1) int64, ascending, V where there is no entry; ``log_probs`` (C, K + 1) fp32, -inf where there
     is none; ``rest`` (C,) fp32, the logarithm of what the tail gives to
-    all other entries together ("bucket"), to each of them ("uniform"), or -inf ("renormalize").
+    all other entries together ("bucket"), to each of them ("uniform"), or -inf ("renormalize", "listed"). Both are
+    times the temperature at which the list was taken: final logits, as a dense teacher's.
     """
 
     indices: Tensor
@@ -76,8 +77,8 @@ class RowInputs(NamedTuple):
     ``weights`` (C,) fp32 or None multiplies the gradient, not the returned loss. ``scalars`` (1, terms, n) fp32 on the
     chunk's device, or (C, terms, n) where each token has its own: of each term of ``spec`` those of
     :class:`fused_kd.terms.Scalars`. ``cold_labels`` says that the label's own cross-entropy is taken at temperature 1
-    while the rest is taken at another temperature. ``hard`` (C,) bool or None says of a gated objective's rows which
-    are hard, in place of their difficulty.
+    while the rest is taken at another temperature or over a list alone. ``hard`` (C,) bool or None says of a gated
+    objective's rows which are hard, in place of their difficulty.
     """
 
     student: Logits

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..divergences import EXCLUDED, LOG_LEAST, TINY
 from ..terms import Number, Scalars
-from .contract import RowInputs, RowOutputs, Shards
+from .contract import RowInputs, RowOutputs, Shards, Sparse
 from .shares import Shares, Tabled, Token, after_sums, label_target, loss_shares
 from .torch.math import Factors as Factors
 from .torch.math import (
@@ -154,7 +154,9 @@ class SweptRow:
         gathered = yield self.statistics()
         of = self.join(Statistics.of(gathered.to(torch.float64)))
         token = Token(of.kl, of.log_p_y, of.log_q_y, of.warm_ce, of.ce, of.log_sum_exp)
-        shares = loss_shares(self.spec, self.scalars, token, self.inputs.hard)
+        teacher = self.inputs.teacher
+        alone = isinstance(teacher, Sparse) and teacher.tail == "listed" and not self.spec.mixes_label
+        shares = loss_shares(self.spec, self.scalars, token, self.inputs.hard, without_target=alone)
         use, sums = shares.use, None
         if use is not None:
             # On the host every rank leaves out the same tokens; elsewhere that would wait for the device.
@@ -241,7 +243,8 @@ class SweptRow:
         cold_top, cold_total, ce = nothing, nothing, warm_ce
         if self.inputs.cold_labels:
             cold_top, cold_total = _log_sum(ranks.cold_top, ranks.cold_total)
-            ce = raised_(cold_total - (of_label(ranks.cold_label) - cold_top), label_out)
+            cold_label = of_label(ranks.cold_label)
+            ce = raised_(cold_total - (cold_label - cold_top), (cold_label < EXCLUDED) & (cold_top >= EXCLUDED))
         log_sum_exp = cold_top + cold_total if self.inputs.cold_labels else top + total
         if self.condensed:
             top = nothing

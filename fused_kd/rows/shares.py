@@ -85,9 +85,13 @@ class Shares:
         self.y = self.y + share * rest
 
 
-def loss_shares(spec: RowSpec, scalars: list[Scalars], token: Token, given: Tensor | None) -> Shares:
-    """``given`` (B,) bool or None says which rows are hard."""
-    difficulty = _mixed_kl(token, scalars[spec.main]) if spec.needs_teacher else token.ce
+def loss_shares(
+    spec: RowSpec, scalars: list[Scalars], token: Token, given: Tensor | None, *, without_target: bool = False
+) -> Shares:
+    """``given`` (B,) bool or None says which rows are hard; ``without_target``: the difficulty is ``KL(p||q)``."""
+    difficulty = token.ce
+    if spec.needs_teacher:
+        difficulty = token.kl if without_target else _mixed_kl(token, scalars[spec.main])
     hard = torch.zeros(len(token.kl), dtype=torch.bool, device=token.kl.device)
     if spec.gate:
         gated = next(i for i, term in enumerate(spec.terms) if term.gate)

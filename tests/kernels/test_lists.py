@@ -17,7 +17,7 @@ from ..problems import JUMPS, OBJECTIVES, Problem, _Head, gradients, problem, re
 from .contract import DTYPES, FP32, INTERPRETED, NEAR, ROUNDED, ROWS, cases, device_of, slow
 from .ways import refused
 
-TAILS = ["renormalize", "uniform", "bucket"]
+TAILS = ["renormalize", "uniform", "bucket", "listed"]
 TEACHED = [o for o in OBJECTIVES if not refused(o.spec, "uniform")]
 TIGHT = 4e-6
 
@@ -228,7 +228,7 @@ LOG_PROBS, INDICES = torch.tensor([[-1.0, -2.0]] * 3), torch.tensor([[0, 1]] * 3
     (TypeError, "indices must be an int64 or int32 tensor, got torch.int16", lambda: fk.TopK(LOG_PROBS, INDICES.short())),
     (ValueError, "indices must have log_probs' shape (3, 2), got (2, 2)", lambda: fk.TopK(LOG_PROBS, INDICES[:2])),
     (ValueError, "log_probs must have shape (..., K) with K >= 1", lambda: fk.TopK(LOG_PROBS[:, :0], INDICES[:, :0])),
-    (ValueError, "tail must be one of 'renormalize', 'uniform', 'bucket', got 'ignore'", lambda: fk.TopK(LOG_PROBS, INDICES, "ignore")),
+    (ValueError, "tail must be one of 'renormalize', 'uniform', 'bucket', 'listed', got 'ignore'", lambda: fk.TopK(LOG_PROBS, INDICES, "ignore")),
 ])  # fmt: skip
 def test_errors_of_the_lists(error, message, make):
     with pytest.raises(error) as caught:
@@ -242,7 +242,7 @@ def test_errors_of_the_lists(error, message, make):
     ("log_probs must be at most 0 and not NaN, got 0.5 at token 0", [[0.5, -1.0]] * 3, None, fk.NoEvo(), {"tail": "bucket"}),
     ("log_probs must be finite or -inf, got nan at token 0", [[math.nan, -1.0]] * 3, None, fk.NoEvo(), {}),
     ("log_probs must be finite or -inf, got inf at token 0", [[math.inf, -1.0]] * 3, None, fk.NoEvo(), {}),
-    ("tail must be 'uniform' or 'bucket' for ReverseKD", None, None, fk.ReverseKD(), {}),
+    ("tail must be 'uniform', 'bucket' or 'listed' for ReverseKD", None, None, fk.ReverseKD(), {}),
     ("temperature must be 1 with tail='bucket'", None, None, fk.NoEvo(), {"tail": "bucket", "temperature": 2.0}),
     ("teacher must hold the student's tokens, shape (3,), got (2,)", [[-1.0, -2.0]] * 2, [[0, 1]] * 2, fk.NoEvo(), {}),
 ])  # fmt: skip

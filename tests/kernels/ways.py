@@ -27,9 +27,13 @@ from .contract import KINDS, scalars_of
 
 INTERPRETED = "triton" in CPU_BACKENDS
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
-FORMS = ("dense", "renormalize", "uniform", "bucket")
+FORMS = ("dense", "renormalize", "uniform", "bucket", "listed")
 # Of slow ways.
-FEW = {"dense": KINDS, "bucket": ("no_evo", "reverse_kd", "self_evolution", "generalized_jsd")}
+FEW = {
+    "dense": KINDS,
+    "bucket": ("no_evo", "reverse_kd", "self_evolution", "generalized_jsd"),
+    "listed": ("no_evo", "reverse_kd", "alpha_beta"),
+}
 SCALARS = {"lam": 0.3, "beta": 0.4, "alpha": 0.1, "fraction": 0.6, "gamma": 0.5, "floor": 0.2, "tau": 1.0}
 EDGES = (0.0, 1e-6, 1 - 1e-6, 1.0)
 # Of classes with other ranges: an exponent near 0 or 1 leaves a difference of near numbers, divided by it.
@@ -98,8 +102,9 @@ def in_slices(backend: str) -> Run:
             side, _ = sparse_teacher(*lists, y, V, teacher.tail, reads_label=spec.reads_label)
         elif spec.needs_teacher:
             side = Logits(teacher, 1.0, None, False)
+        cold = spec.has_cold(T == 1.0, side.tail if isinstance(side, Sparse) else "")
         student, scalars = Logits(z, 1.0, None, False), scalars_of(objective, T)
-        inputs = RowInputs(student, side, y, None, scalars, spec, spec.has_cold(T == 1.0))
+        inputs = RowInputs(student, side, y, None, scalars, spec, cold)
         out = in_turns(inputs, (V // 2, V - V // 2), backend=backend)
         return Found(out[0].loss, out[0].difficulty, torch.cat([x.dlogits for x in out], 1))
 
@@ -129,6 +134,8 @@ def refused(spec: RowSpec, form: str) -> bool:
         return False
     if not spec.needs_teacher or (form != "uniform" and any(term.z_loss for term in spec.terms)):
         return True
+    if form == "listed" and spec.mixes_label:
+        return any(term.of.everywhere for term in spec.terms)
     return form == "renormalize" and any(term.of.everywhere or not term.of.lumps for term in spec.terms)
 
 

@@ -26,7 +26,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     """
     teacher, (C, V), where = inputs.teacher, inputs.student.raw.shape, inputs.labels.device
     assert isinstance(teacher, Sparse)
-    small = categories(teacher, inputs.labels)
+    small = categories(inputs)
     origins = torch.empty(C, dtype=torch.float32, device=where)
     cold = torch.empty_like(origins) if inputs.cold_labels else None
     shared = {

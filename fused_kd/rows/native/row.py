@@ -33,7 +33,7 @@ class _Lists(ctypes.Structure):
         ("log_probs", ctypes.c_void_p),
         ("rest", ctypes.c_void_p),
         ("K", ctypes.c_int64),
-        ("uniform", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("uniform", "listed")),
     )
 
 
@@ -134,7 +134,8 @@ def logits_of_c(logits: Logits) -> LogitsOfC:
 
 def _lists(teacher: Sparse) -> _Lists:
     indices, log_probs, rest, tail = teacher
-    return _Lists(pointer(indices), pointer(log_probs), pointer(rest), indices.shape[1], tail == "uniform")
+    tails = (tail == name for name in ("uniform", "listed"))
+    return _Lists(pointer(indices), pointer(log_probs), pointer(rest), indices.shape[1], *tails)
 
 
 def pointer(x: Tensor | None) -> int | None:

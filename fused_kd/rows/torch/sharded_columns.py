@@ -11,7 +11,7 @@ from ...divergences import LOG_ZERO, NOWHERE
 from ...workspace import empty
 from ..contract import RowInputs, Shards, Sparse
 from ..sharded import Joined
-from ..top_k import rest_gradient
+from ..top_k import rest_gradient, takes_part
 from .math import Scratch, cool, final_logits, picked, rows_of_block, to_raw_, top_and_sum, uniform_logits
 
 
@@ -62,8 +62,7 @@ class Columns:
             z_t = uniform_logits(teacher, rows, self._start, scratch("z_t", len(z)))
         else:
             z_t, _ = final_logits(teacher, rows, scratch, "z_t")
-            z_t = cool(z_t, T, scratch("z_t", len(z)))
-        return Read(z, z_t, hot, slope)
+        return Read(z, cool(z_t, T, scratch("z_t", len(z))), hot, slope)
 
     def join_rest(self, above: Tensor, top: Tensor) -> Tensor:
         """Learn the logit of all unlisted entries together over the largest of all, and that, (C, 1) float64 each.
@@ -89,7 +88,8 @@ _ELSEWHERE = NOWHERE / 1e4
 class CondensedColumns(Columns):
     """A top-k teacher's entries within the slice, and a last column for all others of the vocabulary.
 
-    The last column's student logit is known once the ranks have joined theirs; the first rank counts it.
+    The last column's student logit is known once the ranks have joined theirs; the first rank counts it. Of a list
+    alone it is log 0, and the largest logit is that of the entries.
     """
 
     condensed = True
@@ -103,6 +103,8 @@ class CondensedColumns(Columns):
         local = teacher.indices - shards.start
         self._present = (teacher.indices < shards.vocab) & (local >= 0) & (local < V)
         self._index = torch.where(self._present, local, V)
+        self._listed = teacher.tail == "listed"
+        self._part = self._present & takes_part(teacher, shards.vocab, inputs.spec) if self._listed else self._present
         self.width, self.counted = K + 1, K + 1 if shards.rank == 0 else K
         self._z = torch.full((C, K + 1), _ELSEWHERE, dtype=torch.float32, device=device)
         self._z_t = torch.full_like(self._z, LOG_ZERO)
@@ -122,7 +124,7 @@ class CondensedColumns(Columns):
 
     def _condense(self, rows: slice) -> None:
         known = {name: column[rows] for name, column in self.known.items()}
-        present, index = self._present[rows], self._index[rows]
+        index = self._index[rows]
         z, _ = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         if self._hot is not None:
             known["cold_top"][:], known["cold_total"][:] = top_and_sum(z, self._scratch("work", len(z)))
@@ -130,10 +132,17 @@ class CondensedColumns(Columns):
             entry = index.gather(1, column).clamp(max=z.shape[1] - 1)
             known["cold_label"][:] = z.gather(1, entry) * own
         z = cool(z, picked(self.temperature, rows), self._scratch("z_cool", len(z)))
-        known["top"][:], known["total"][:] = top_and_sum(z, self._scratch("work", len(z)))
-        self._z[rows, :-1] = z.gather(1, index.clamp(max=z.shape[1] - 1)).where(present, _ELSEWHERE)
+        entries = z.gather(1, index.clamp(max=z.shape[1] - 1))
+        self._z[rows, :-1] = entries.where(self._part[rows], _ELSEWHERE)
+        if self._listed:
+            known["top"][:], known["total"][:] = top_and_sum(self._z[rows, :-1], entries)
+        else:
+            known["top"][:], known["total"][:] = top_and_sum(z, self._scratch("work", len(z)))
         unlisted = self._unlisted(z, rows)
         known["rest_top"][:], known["rest_total"][:] = top_and_sum(unlisted, self._scratch("work", len(z)))
+        if self._listed:
+            known["rest_top"].fill_(NOWHERE)
+            known["rest_total"].clamp_(1.0, 1.0)  # a NaN is somebody's logit
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
         """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
@@ -163,10 +172,13 @@ class CondensedColumns(Columns):
         hot, slope = final_logits(self.inputs.student, rows, self._scratch, "z_s")
         z = cool(hot, picked(self.temperature, rows), self._scratch("z_cool", len(hot)))
         # each entry that is not listed has its share of the rest's gradient
-        share = self._unlisted(z, rows).sub_(self._top[rows])
-        rest = self._z[rows, -1:]
-        share.sub_(rest).exp_().mul_(rest_gradient(gradient[:, -1:], rest))
-        work = self._scratch("work", len(z)).copy_(share)
+        work = self._scratch("work", len(z))
+        if self._listed:
+            work.zero_()
+        else:
+            rest = self._z[rows, -1:]
+            share = self._unlisted(z, rows).sub_(self._top[rows])
+            work.copy_(share.sub_(rest).exp_().mul_(rest_gradient(gradient[:, -1:], rest)))
         if self._hot is not None:  # the entries' own columns have only the label's part of the cross-entropy
             cold = hot.sub(of.cold_top[rows].float()).exp_().mul_(of.cold_log_sum[rows].neg().exp().float())
             work.add_(cold.mul_(picked(self.cold_share, rows)))

@@ -45,7 +45,7 @@ def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
 def _block(inputs: RowInputs, outputs: RowOutputs, scratch: Scratch) -> None:
     assert isinstance(inputs.teacher, Sparse)
     student, B, V = inputs.student, *inputs.student.raw.shape
-    small = categories(inputs.teacher, inputs.labels)
+    small = categories(inputs)
     # Where there is no entry, one of the others stands in: what is written there twice is the same, or 0.
     index = torch.minimum(inputs.teacher.indices, inputs.teacher.indices[:, :1]).clamp_(max=V - 1)
     index = torch.where(inputs.teacher.indices < V, inputs.teacher.indices, index)

@@ -26,7 +26,7 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     teacher, student, dlogits = inputs.teacher, inputs.student, outputs.dlogits
     assert isinstance(teacher, Sparse)
     (C, V), K1 = student.raw.shape, teacher.indices.shape[1]
-    small = categories(teacher, inputs.labels)
+    small = categories(inputs)
     scale, cap = shape_of(student)
     origin = torch.empty(C, dtype=torch.float32, device=inputs.labels.device)
     cold_rest = torch.empty_like(origin) if inputs.cold_labels else None
