@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .inputs import KDOutput, Lists, LMHead, TopK
+from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
 from .objectives import (
     OBJECTIVES,
@@ -62,4 +63,6 @@ __all__ = [
     "__version__",
     "empty_cache",
     "kd_loss",
+    "log_probs_at",
+    "top_k_of",
 ]
