@@ -168,7 +168,7 @@ def category_rows(
     student = small.student
     if small.listed is not None:
         student = small.listed
-        student[:, -1] = small.student[:, -1].clamp(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
+        student[:, -1] = small.student.amax(1).clamp_(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
     hard_label = any(term.hard_label for term in inputs.spec.terms)
     scalars = inputs.scalars
     if small.listed is not None and hard_label:
