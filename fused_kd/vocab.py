@@ -108,8 +108,7 @@ class VocabMap:
         """(V_t,) int64: which student column each teacher column is, -1: none."""
         spare = torch.full((self.teacher_size + 1,), -1, dtype=torch.int64, device=self.columns.device)
         places = torch.arange(len(self.columns), device=self.columns.device)
-        # what has no column goes into one more, without a look at the values
-        spare[torch.where(self.columns < 0, self.teacher_size, self.columns)] = places
+        spare[self.columns] = places  # what has none, -1, goes into the one more
         return spare[:-1]
 
     @property
