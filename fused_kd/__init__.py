@@ -29,6 +29,7 @@ from .objectives import (
     TotalVariation,
     ZLoss,
 )
+from .vocab import VocabMap, vocab_map
 from .workspace import empty_cache
 
 __all__ = [
@@ -59,10 +60,12 @@ __all__ = [
     "ToDi",
     "TopK",
     "TotalVariation",
+    "VocabMap",
     "ZLoss",
     "__version__",
     "empty_cache",
     "kd_loss",
     "log_probs_at",
     "top_k_of",
+    "vocab_map",
 ]

@@ -9,7 +9,13 @@ import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
 
 import fused_kd as fk
-from fused_kd.integrations.arguments import as_criterion, check_arguments, check_teacher, check_tokenizers
+from fused_kd.integrations.arguments import (
+    as_criterion,
+    check_arguments,
+    check_cache,
+    check_teacher,
+    check_tokenizers,
+)
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import (
     TEACHER_COLUMNS,
@@ -160,6 +166,8 @@ class KDLossMixin(Trainer):
         models = self._own_models(student)
         if len(models) == 2 and self.vocabulary is None:
             check_tokenizers(student, self.teacher, self.processing_class)
+        if self.cache is not None:
+            check_cache(self.cache, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)

@@ -260,6 +260,16 @@ def test_mismatch_names_the_culprit(finished: Path, culprit: str, given) -> None
             cache.rows(given["rows"])
 
 
+def test_the_tokenizer_alone(finished: Path) -> None:
+    """Tokens that a student has beyond the teacher's do not count."""
+    cache = TeacherCache(finished)
+    cache.check_tokenizer(Words())
+    cache.check_tokenizer(Words(VOCAB + 1))
+    for other in (Words(prefix="u"), Words(VOCAB - 1), Words(VOCAB + 1, prefix="u")):
+        with pytest.raises(ValueError, match="was made from something else: tokenizer"):
+            cache.check_tokenizer(other)
+
+
 def test_fingerprints_survive_saving(tmp_path: Path) -> None:
     teacher = model(0, tie_word_embeddings=True)
     teacher.save_pretrained(tmp_path)
