@@ -94,7 +94,7 @@ class VocabMap:
         for part in [ids] if isinstance(ids, Tensor) else ids:
             flat = _known_ids("ids", torch.as_tensor(part, device="cpu").reshape(-1), teacher_size)
             counts += torch.bincount(flat[flat >= 0], minlength=teacher_size)
-        kept = torch.as_tensor(sorted(set(always)), dtype=torch.int64)
+        kept = torch.tensor(sorted({int(index) for index in always}), dtype=torch.int64)
         if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < teacher_size:
             wrong = int(kept[0 if kept[0] < 0 else -1])
             raise ValueError(f"always must be ids in [0, {teacher_size - 1}], got {wrong}")
