@@ -303,7 +303,8 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
     if len(set(sizes)) > 1:
         raise ValueError(
             f"student and teacher have unequal vocabularies, {sizes[0]} and {sizes[1]}; if one is padded, pass "
-            "vocab_size (the tokenizer's size) to cut both"
+            "vocab_size (the tokenizer's size) to cut both; else say which columns they share, LMHead(columns=...), as "
+            "fused_kd.vocab_map finds them"
         )
     return sizes[0]
 
