@@ -23,11 +23,11 @@ from fused_kd.integrations.distributed import (
     check_engine,
     hard_threshold,
     is_cached,
+    lists_of,
     prepare_arguments,
     shard_teacher,
     shards_weights,
     sum_over_ranks,
-    top_k_of,
 )
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
@@ -277,7 +277,7 @@ class KDLossMixin(Trainer):
             self._check_packing(model, inputs)
         cached = None
         if self.cache is not None and objective.spec.needs_teacher:
-            cached = top_k_of(lists, self.cache)
+            cached = lists_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
             return loss_of_heads(
