@@ -195,9 +195,9 @@ def test_what_does_not_fit_is_refused():
     logits, so_far = Logits(torch.randn(3, 10), 1.0, None, True), Leading.none(3, 2, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"temperature must be .*\(1,\) or \(3,\), got torch.float32, \(2,\)"):
         take(logits, 0, so_far, torch.ones(2), "torch")
-    with pytest.raises(ValueError, match=r"so_far.top must be .*\(3,\), got torch.float32, \(2,\)"):
+    with pytest.raises(ValueError, match=r"so_far\.top must be .*\(3,\), got torch.float32, \(2,\)"):
         take(logits, 0, so_far._replace(top=so_far.top[:2]), torch.ones(1), "torch")
-    with pytest.raises(ValueError, match="so_far.indices must be contiguous, torch.int64"):
+    with pytest.raises(ValueError, match=r"so_far\.indices must be contiguous, torch.int64"):
         take(logits, 0, so_far._replace(indices=so_far.indices.int()), torch.ones(1), "torch")
 
 

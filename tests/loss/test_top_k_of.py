@@ -190,7 +190,7 @@ def test_given_logits_excluded_tokens_and_shapes(dtype):
     assert bool((at.log_probs[..., 1] == -math.inf).all()) and bool((at.indices[..., 1] == -1).all())
     assert relative(at.log_probs[0, 0, ::2], log_p[0, [1, 0]]) < 1e-6
     assert float(at.log_rest[0, 1]) == -math.inf
-    one = fk.top_k_of(z[0, 0].float(), 2)  # a single token
+    one = fk.top_k_of(fk.LMHead(torch.randn(4), torch.randn(90, 4)), 2)  # a single token
     assert one.log_probs.shape == (2,) and one.log_rest.shape == ()
     none = fk.top_k_of(z[:0], 2)
     assert none.log_probs.shape == (0, 3, 2)
@@ -312,6 +312,7 @@ def test_compiled_and_checked_as_an_op():
 # Bad input.
 
 Z = torch.zeros(3, 10)
+MIXED = fk.LMHead(Z, Z.bfloat16())
 
 
 @pytest.mark.parametrize("error, message, call", [
@@ -334,7 +335,7 @@ Z = torch.zeros(3, 10)
     (ValueError, "memory_budget must be a positive integer or None", lambda: fk.top_k_of(Z, 2, memory_budget=0)),
     (TypeError, "tp_group must be a process group", lambda: fk.top_k_of(Z, 2, tp_group=3)),
     (TypeError, "return_log_sum_exp must be True or False", lambda: fk.top_k_of(Z, 2, return_log_sum_exp=1)),
-    (TypeError, "head hidden is torch.float32 and weight torch.bfloat16", lambda: fk.top_k_of(fk.LMHead(Z, Z.bfloat16()), 2)),
+    (TypeError, "head hidden is torch.float32 and weight torch.bfloat16", lambda: fk.top_k_of(MIXED, 2)),
     (TypeError, "indices must be an int64 or int32 tensor, got torch.int16", lambda: fk.log_probs_at(Z, Z.short())),
     (TypeError, "indices must be an int64 or int32 tensor, got list", lambda: fk.log_probs_at(Z, [[1]])),
     (ValueError, "indices must have the shape of the head's tokens (3,) and K >= 1", lambda: fk.log_probs_at(Z, IDS)),
