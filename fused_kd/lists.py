@@ -15,12 +15,9 @@ from .engines.listing import Listed, Request, at, largest
 from .engines.problem import Side
 from .inputs import TAILS, LMHead, TopK, common_vocab
 from .options import checked_option
-from .rows.contract import Shards
+from .rows.contract import LONGEST_IN_TRITON, Shards
 from .rows.select import CUDA_OR_TRITON, choose_backend
 from .sides import autocast_dtype, flat_side
-
-# Longer lists do not fit a GPU's registers.
-LONGEST_IN_TRITON = 2048
 
 
 @overload

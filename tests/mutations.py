@@ -97,6 +97,7 @@ _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
+_LISTING, _LARGEST_TRITON = "fused_kd/engines/listing.py", "fused_kd/rows/triton/largest.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _CUDA_SHARES = _CSRC + "cuda_shares.h"
 _NATIVE_SHARES, _NATIVE_SUMS, _NATIVE_GRADIENT = (_CSRC + f"kd_{name}.h" for name in ("shares", "sums", "gradient"))
@@ -558,6 +559,32 @@ MUTATIONS = [
     Mutation(
         "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
         ("engines/test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
+    ),
+    # lists made from a head
+    Mutation(
+        "native largest: what leaves the list is lost", f"{_CSRC}kd_largest.h", "z[i] = least;", "z[i] = -INFINITY;",
+        ("kernels/test_largest.py::test_sorted_rows[native-ascending]",),
+    ),
+    Mutation(
+        "triton largest: what leaves the list is lost", _LARGEST_TRITON,
+        "tl.where(offsets == column, _values(least), z)", "tl.where(offsets == column, OUTSIDE, z)",
+        ("kernels/test_largest.py::test_sorted_rows[triton-ascending]",),
+    ),
+    Mutation(
+        "triton largest: the first columns listed twice", _LARGEST_TRITON, "offsets < listed", "offsets < 0",
+        ("kernels/test_largest.py::test_all_rows[triton-5-fp32]",),
+    ),
+    Mutation(
+        "torch largest: the last of equals counted too", "fused_kd/rows/torch/largest.py", "(ids <= last_index)", "(ids < last_index)",
+        ("kernels/test_largest.py::test_of_equal_logits_the_lower_id_is_listed[torch-4]",),
+    ),
+    Mutation(
+        "lists: what top_p cuts off is lost", _LISTING, "share.masked_fill(kept, 0.0)", "(0 * share)",
+        ("loss/test_top_k_of.py::test_top_p_is_the_smallest_prefix[0.3-1.0]",),
+    ),
+    Mutation(
+        "lists: given entries stay in the rest", _LISTING, "tile.scatter_(1, columns, -math.inf)", "pass",
+        ("loss/test_top_k_of.py::test_at_given_ids[torch-plain-1.0]",),
     ),
     # top-k teachers
     Mutation(

@@ -252,11 +252,11 @@ def finished(found: Leading, temperature: float | Tensor, k: int | None = None, 
             before = torch.nn.functional.pad(share.cumsum(1)[:, :-1], (1, 0))
             kept &= (before < top_p * whole.unsqueeze(1)) | whole.isnan().unsqueeze(1)
     others = others + share.masked_fill(kept, 0.0).sum(1)
-    k, log_whole = k or values.shape[1], whole.log()
+    k, log_whole, sound = k or values.shape[1], whole.log(), ~whole.isnan()
     log_probs = (values - origin.unsqueeze(1)) / T - log_whole.unsqueeze(1)
     none = ~kept | (values == -math.inf)
-    log_probs = log_probs.masked_fill(none & ~whole.isnan().unsqueeze(1), -math.inf)
-    log_rest = (others.log() - log_whole).masked_fill(others == 0.0, -math.inf)
+    log_probs = log_probs.masked_fill(none & sound.unsqueeze(1), -math.inf)
+    log_rest = (others.log() - log_whole).masked_fill((others == 0.0) & sound, -math.inf)
     return Listed(
         log_probs[:, :k].float(),
         found.indices.masked_fill(none, -1)[:, :k],

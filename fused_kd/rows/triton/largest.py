@@ -10,14 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Leading, Logits
+from ..contract import LONGEST_IN_TRITON, Leading, Logits
 from .blocks import student_block
 from .math import COLDEST, EXCLUDED, LOG2_E, OUTSIDE, exponent
 from .row import guard, pack_of, shape_of, warp_size
 from .sweeps import add_exponentials, by_lane
 
-# A longer list than this would not fit registers.
-LONGEST = 2048
 # Above every key.
 NO_ENTRY = tl.constexpr((1 << 63) - 1)
 INDICES = tl.constexpr((1 << 32) - 1)
@@ -26,8 +24,8 @@ INDICES = tl.constexpr((1 << 32) - 1)
 def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor) -> None:
     """As :func:`fused_kd.rows.largest.take`. Launches one kernel on the current stream and never synchronises."""
     (C, W), k = logits.raw.shape, so_far.values.shape[1]
-    if k > LONGEST:
-        raise ValueError(f"k must be at most {LONGEST} with backend='triton', got {k}; use backend='torch'")
+    if k > LONGEST_IN_TRITON:
+        raise ValueError(f"k must be at most {LONGEST_IN_TRITON} with backend='triton', got {k}; use backend='torch'")
     block_k = triton.next_power_of_2(max(k, 1))
     # Few threads: each exchange is a reduction among them. Long lists need more to hold them.
     warps = max(1, block_k // 256) if k else 2
