@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.contract import Leading, Logits
+from ..rows.contract import LONGEST_IN_TRITON, Leading, Logits
 from ..rows.largest import take
 from .listing import Listed, finished
 from .problem import Listing
@@ -28,7 +28,7 @@ def chosen(
     C, V = by.raw.shape
     k, device = min(listing.k, V), by.raw.device
     found = Leading.none(C, k, device)
-    take(by, 0, found, temperature, backend)
+    take(by, 0, found, temperature, backend if k <= LONGEST_IN_TRITON or device.type == "cpu" else "torch")
     listed = finished(found, temperature, k, listing.top_p)
     if not listing.of_student:
         return listed
