@@ -1,7 +1,8 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
-from .inputs import KDOutput, LMHead, TopK
+from .inputs import KDOutput, Lists, LMHead, TopK
+from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
 from .objectives import (
     OBJECTIVES,
@@ -44,6 +45,7 @@ __all__ = [
     "KDLoss",
     "KDOutput",
     "LMHead",
+    "Lists",
     "NoEvo",
     "Renyi",
     "ReverseKD",
@@ -63,5 +65,7 @@ __all__ = [
     "__version__",
     "empty_cache",
     "kd_loss",
+    "log_probs_at",
+    "top_k_of",
     "vocab_map",
 ]

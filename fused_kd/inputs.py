@@ -199,6 +199,54 @@ class TopK:
         return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r}{extras})"
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Which entries of each token a loss compares, chosen while it runs from logits that it has anyway.
+
+    Both sides are then those of a :class:`TopK` of the teacher with an exact ``log_rest``, taken at the temperature of
+    the loss: no sweep over the vocabulary but those of the list and of the gradient.
+
+    Args:
+        k: entries of a list, at least 1; all of them where the vocabulary is smaller.
+        chosen_by: "teacher" lists the teacher's k largest, "student" the student's (a constant choice, at which the
+            teacher is read).
+        tail: as of :class:`TopK`.
+        top_p: keep only the first of the k largest that hold this share of the chooser's probability, in (0, 1]; None:
+            all k.
+
+    Raises:
+        TypeError, ValueError: for arguments out of range.
+    """
+
+    k: int
+    chosen_by: str = "teacher"
+    tail: str = "bucket"
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if self.chosen_by not in ("teacher", "student"):
+            raise ValueError(f"chosen_by must be 'teacher' or 'student', got {self.chosen_by!r}")
+        check_tail_name(self.tail)
+        check_top_p(self.top_p)
+
+
+def check_k(k: object) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be a positive integer, got {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+
+
+def check_top_p(top_p: object) -> None:
+    if top_p is None:
+        return
+    if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
+        raise TypeError(f"top_p must be a number in (0, 1] or None, got {top_p!r}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be a number in (0, 1] or None, got {top_p!r}")
+
+
 def check_float_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -255,7 +303,8 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
     if len(set(sizes)) > 1:
         raise ValueError(
             f"student and teacher have unequal vocabularies, {sizes[0]} and {sizes[1]}; if one is padded, pass "
-            "vocab_size (the tokenizer's size) to cut both"
+            "vocab_size (the tokenizer's size) to cut both; else say which columns they share, LMHead(columns=...), as "
+            "fused_kd.vocab_map finds them"
         )
     return sizes[0]
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .engines.dispatch import run as run
 from .engines.mapping import check_map
-from .engines.problem import IGNORED, Problem, Result, Side, Wanted, gradient_dtype
+from .engines.problem import IGNORED, Listing, Problem, Result, Side, Wanted, gradient_dtype
 from .rows.contract import Shards
 from .rows.select import installed
 from .tokens import check_top_k
 
-_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards}
+_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards, "listing": Listing}
 # What stands for a part that is None.
 _MISSING: dict[str, Any] = {"teacher": Side(cast(Tensor, None)), "shards": Shards("", 0, ())}
 _KINDS: dict[Any, str] = {

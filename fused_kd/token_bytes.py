@@ -68,7 +68,7 @@ class Convention:
         if self.word_suffix and text.endswith(self.word_suffix):
             text, end = text[: -len(self.word_suffix)], b" "
         if self.byte_level:
-            return b"".join(BYTES.get(letter, letter.encode()) for letter in text) + end
+            return text.translate(_BYTES).encode("latin-1") + end
         if self.word_prefix is not None:
             text = text[len(self.word_prefix) :] if text.startswith(self.word_prefix) else _as_word(text)
         for mark in self.spaces:
@@ -76,20 +76,28 @@ class Convention:
         return text.encode("utf-8", "surrogatepass") + end
 
 
-def _byte_table() -> dict[str, int]:
-    """Bytes that are printable in Latin-1 are themselves, the others follow from character 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+class _Bytes(dict[int, int | str]):
+    """Characters to those of Latin-1 that have the number of the byte, for ``str.translate``."""
+
+    def __init__(self) -> None:
+        # bytes that are printable in Latin-1 are themselves, the others follow from character 256 on
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        super().__init__({byte: byte for byte in printable} | {256 + place: byte for place, byte in enumerate(others)})
+
+    def __missing__(self, letter: int) -> str:
+        """One that stands for no byte is text."""
+        return chr(letter).encode("utf-8", "surrogatepass").decode("latin-1")
 
 
-BYTES = {letter: bytes([byte]) for letter, byte in _byte_table().items()}
+_BYTES = _Bytes()
 
 
 def _as_word(text: str) -> str:
-    """The start of a word has a space before it; marks and Chinese characters are cut off wherever they stand."""
-    category = unicodedata.category(text[0]) if text else "P"
-    return text if category[0] in "PS" or _CJK.match(text) else f" {text}"
+    """The start of a word has a space before it; what BERT's splitter cuts off wherever it stands has none."""
+    first = text[:1]
+    cut = not first.isalnum() if first.isascii() else unicodedata.category(first)[0] == "P"
+    return text if cut or _CJK.match(first) else f" {text}"
 
 
 def read_vocabulary(name: str, tokenizer: Any) -> Vocabulary:

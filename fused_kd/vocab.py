@@ -94,7 +94,7 @@ class VocabMap:
         for part in [ids] if isinstance(ids, Tensor) else ids:
             flat = _known_ids("ids", torch.as_tensor(part, device="cpu").reshape(-1), teacher_size)
             counts += torch.bincount(flat[flat >= 0], minlength=teacher_size)
-        kept = torch.as_tensor(sorted(set(always)), dtype=torch.int64)
+        kept = torch.tensor(sorted({int(index) for index in always}), dtype=torch.int64)
         if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < teacher_size:
             wrong = int(kept[0 if kept[0] < 0 else -1])
             raise ValueError(f"always must be ids in [0, {teacher_size - 1}], got {wrong}")
@@ -108,8 +108,7 @@ class VocabMap:
         """(V_t,) int64: which student column each teacher column is, -1: none."""
         spare = torch.full((self.teacher_size + 1,), -1, dtype=torch.int64, device=self.columns.device)
         places = torch.arange(len(self.columns), device=self.columns.device)
-        # what has no column goes into one more, without a look at the values
-        spare[torch.where(self.columns < 0, self.teacher_size, self.columns)] = places
+        spare[self.columns] = places  # what has none, -1, goes into the one more
         return spare[:-1]
 
     @property

@@ -33,11 +33,12 @@ from fused_kd.engines.problem import Problem, Side, Wanted
 from fused_kd.engines.streaming.sweeps import Sweeps
 from fused_kd.engines.tile_filter_triton import DeviceTiles
 from fused_kd.objectives import OBJECTIVES, parse
-from fused_kd.rows.contract import Logits, RowInputs, RowOutputs, Shards, Sparse
+from fused_kd.rows.contract import Leading, Logits, RowInputs, RowOutputs, Shards, Sparse
 from fused_kd.rows.sharded import Statistics, Sums
 from fused_kd.rows.shares import Tabled
 from fused_kd.rows.torch.math import Factors
 from fused_kd.rows.triton import top_k as triton_top_k
+from fused_kd.rows.triton.largest import take
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
 from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
@@ -93,7 +94,7 @@ CHOICES = {
         r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse|reverse_detached)|total_variation|adaptive_kl)/in_place"
         r"|(symmetric_kl|todi|alpha_beta|renyi|acceptance(_mix)?|z_loss|(sft|self_evolution)\+generalized_jsd)/in_place"
         r"|self_evolution/(loss|V=1)|(self_evolution|reverse_kd)/excluding|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
-        r"|top_k/K=64/bf16.*"
+        r"|top_k/K=64/bf16.*|largest/k=(0|64)/.*"
         r"|hand_over/.*|filter/bf16/.*"
         r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
         r"|sharded/(sft|forward_kd|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
@@ -101,7 +102,7 @@ CHOICES = {
     # The kernels whose machine code the tests look at, and one of each other class.
     "--few": re.compile(
         r"(sft|self_evolution|generalized_jsd)/in_place|self_evolution/(odd|padded|bf16_logits)|reverse_kd/excluding"
-        r"|top_k/K=64/bf16(/(condense|expand))?|hand_over/bf16|filter/bf16/flags|sharded/self_evolution/statistics"
+        r"|top_k/K=64/bf16(/(condense|expand))?|largest/k=64/fp32|hand_over/bf16|filter/bf16/flags|sharded/self_evolution/statistics"
         r"|streaming/self_evolution/bf16/(statistics|sums|gradient)(/(combine|sums_combine))?"
     ),
 }
@@ -142,6 +143,22 @@ def _top_k(K: int, dtype: torch.dtype, cold: bool) -> None:
     teacher = Sparse(torch.zeros(1, K + 1, dtype=torch.int64), torch.zeros(1, K + 1), torch.zeros(1), "bucket")
     with mock.patch.object(triton_top_k, "dense", lambda inputs, outputs: None):
         triton_top_k.row(inputs._replace(teacher=teacher), outputs)
+
+
+def largest_cases() -> dict[str, Callable[[], None]]:
+    """Lists of all lengths, a slab each; k = 0 sums exponentials alone."""
+    made = {
+        f"largest/k={k}/{name}": functools.partial(_largest, k, dtype)
+        for k in (0, 1, 64, 256, 1024, 2048)
+        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+    }
+    made["largest/k=64/softcap"] = functools.partial(_largest, 64, FP32, softcap=30.0, W=4095)
+    return made
+
+
+def _largest(k: int, dtype: torch.dtype, softcap: float | None = None, W: int = 4096) -> None:
+    raw, so_far = torch.empty(1, W, dtype=dtype), Leading.none(1, k, torch.device("cpu"))
+    take(Logits(raw, 1.0, softcap, False), 0, so_far, torch.ones(1))
 
 
 def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
@@ -393,7 +410,8 @@ def loop_counts(kernel: Any, bytes_read: int) -> list[dict[str, Any]]:
 
 
 def all_cases() -> dict[str, Callable[[], None]]:
-    return cases() | hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
+    rest = hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
+    return cases() | rest | largest_cases()
 
 
 def measure(targets: list[str], chosen: re.Pattern[str] = re.compile(".*")) -> Iterator[dict[str, Any]]:

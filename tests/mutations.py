@@ -68,6 +68,18 @@ def _infinite(way: str) -> str:
     return f"kernels/test_infinite_loss.py::{test}[{way}-bucket-forward_kd]"
 
 
+def _listed_alone(backend: str) -> str:
+    return f"kernels/test_list_tails.py::test_listed_is_a_dense_loss_over_the_list_alone[1.0-{backend}]"
+
+
+def _beside_a_list(backend: str) -> str:
+    return f"kernels/test_list_tails.py::test_a_cross_entropy_beside_a_list_stays_over_the_vocabulary[False-{backend}]"
+
+
+def _exact_rest(tail: str) -> str:
+    return f"kernels/test_list_tails.py::test_an_exact_rest[reverse_kd-{tail}-torch]"
+
+
 _GATES = "loss/test_identities.py::test_gates_look_at_what_they_say"
 _SMALL_SHARE = "kernels/test_exact.py::test_a_share_of_a_millionth[{}]"
 _DIVERGENCES, _TOKENS, _INPUTS = "fused_kd/divergences.py", "fused_kd/tokens.py", "fused_kd/inputs.py"
@@ -85,6 +97,7 @@ _CSRC = "fused_kd/_csrc/"
 _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top_k_row.h", _CSRC + "kd_call.h"
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
+_LISTING, _LARGEST_TRITON = "fused_kd/engines/listing.py", "fused_kd/rows/triton/largest.py"
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _CUDA_SHARES = _CSRC + "cuda_shares.h"
 _NATIVE_SHARES, _NATIVE_SUMS, _NATIVE_GRADIENT = (_CSRC + f"kd_{name}.h" for name in ("shares", "sums", "gradient"))
@@ -547,9 +560,35 @@ MUTATIONS = [
         "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
         ("engines/test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
     ),
+    # lists made from a head
+    Mutation(
+        "native largest: what leaves the list is lost", f"{_CSRC}kd_largest.h", "z[i] = least;", "z[i] = -INFINITY;",
+        ("kernels/test_largest.py::test_sorted_rows[native-ascending]",),
+    ),
+    Mutation(
+        "triton largest: what leaves the list is lost", _LARGEST_TRITON,
+        "tl.where(offsets == column, _values(least), z)", "tl.where(offsets == column, OUTSIDE, z)",
+        ("kernels/test_largest.py::test_sorted_rows[triton-ascending]",),
+    ),
+    Mutation(
+        "triton largest: the first columns listed twice", _LARGEST_TRITON, "offsets < listed", "offsets < 0",
+        ("kernels/test_largest.py::test_all_rows[triton-5-fp32]",),
+    ),
+    Mutation(
+        "torch largest: the last of equals counted too", "fused_kd/rows/torch/largest.py", "(ids <= last_index)", "(ids < last_index)",
+        ("kernels/test_largest.py::test_of_equal_logits_the_lower_id_is_listed[torch-4]",),
+    ),
+    Mutation(
+        "lists: what top_p cuts off is lost", _LISTING, "share.masked_fill(kept, 0.0)", "(0 * share)",
+        ("loss/test_top_k_of.py::test_top_p_is_the_smallest_prefix[0.3-1.0]",),
+    ),
+    Mutation(
+        "lists: given entries stay in the rest", _LISTING, "tile.scatter_(1, columns, -math.inf)", "pass",
+        ("loss/test_top_k_of.py::test_at_given_ids[torch-plain-1.0]",),
+    ),
     # top-k teachers
     Mutation(
-        "top-k: label's mass counted twice", _TOP_K, "each * (V - (entries < V).sum(1))", "missing",
+        "top-k: label's mass counted twice", _TOP_K, "each + (V - (entries < V).sum(1)).double().log()", "missing",
         ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-torch]",),
     ),
     Mutation(
@@ -597,6 +636,107 @@ MUTATIONS = [
     Mutation(
         "top-k: the rest's origin forgotten", _TOP_K_TRITON, "((z - origin) - rest)", "(z - rest)",
         ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-triton]",),
+    ),
+    # tails of lists
+    Mutation(
+        "listed: a rest in the divergence", _TOP_K, "clamp_(LOG_ZERO, LOG_ZERO)", "clamp_(0.0, 0.0)",
+        (_listed_alone("torch"),),
+    ),
+    Mutation(
+        "listed: the label joins every divergence", _TOP_K, "teacher.indices < V if spec.mixes_label else", "teacher.indices < V if True else",
+        (_beside_a_list("torch"),),
+    ),
+    Mutation(
+        "listed: a difficulty with the label", _TOP_K, "            scalars = _without_label(scalars)\n", "            pass\n",
+        (_beside_a_list("torch"),),
+    ),
+    Mutation(
+        "listed: a broken logit beside the list unnoticed", _TOP_K, "small.student.amax(1).clamp_(LOG_ZERO, LOG_ZERO)", "LOG_ZERO",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[torch-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "lists: the exact rest forgotten", _TOP_K, "missing = log_rest.double()", "missing = (log_rest + 1.0).double()",
+        (_exact_rest("bucket"),),
+    ),
+    Mutation(
+        "lists: the exact rest not passed on", "fused_kd/sides.py", "log_rest=log_rest", "log_rest=None", (_exact_rest("uniform"),),
+    ),
+    Mutation(
+        "lists: the exact rest of other tokens", _CHUNKS, "of.log_rest[tokens]", "of.log_rest[: len(labels)]",
+        (_exact_rest("bucket"),),
+    ),
+    Mutation(
+        "lists: a rest at the temperature of the loss", _TOP_K, "values * temperature, rest * temperature", "values * temperature, rest",
+        ("kernels/test_list_tails.py::test_a_bucket_is_the_sum_of_the_others_at_the_temperature_of_both[torch]",),
+    ),
+    Mutation(
+        "lists: values at the temperature of the loss", _TOP_K, "values * temperature, rest * temperature", "values, rest * temperature",
+        ("kernels/test_list_tails.py::test_a_uniform_tail_is_flattened_whole[torch]",),
+    ),
+    Mutation(
+        "listed: a cross-entropy over the list", "fused_kd/terms.py", '(tail == "listed" or not temperature_is_one)', "(not temperature_is_one)",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a rest in the divergence", _NATIVE_TOP_K, "call.student.data = small->listed", "call.student.data = small->student",
+        (_listed_alone("native"),),
+    ),
+    Mutation(
+        "native listed: the label joins every divergence", _NATIVE_TOP_K, "part = j < count && (all || log_probs[j] > -INFINITY)", "part = j < count",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a difficulty with the label", _NATIVE_TOP_K, "c->lists.listed && !mixes_label(c)", "false",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a broken logit beside the list unnoticed", _NATIVE_TOP_K, "small->listed[K] = NAN", "small->listed[K] = LOG_ZERO",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[native-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "native listed: over the largest of all logits", _NATIVE_TOP_K, "at_least_log_zero(small->student[j] - top)", "at_least_log_zero(small->student[j] - (float)r->student.parts[0].max)",
+        ("kernels/test_list_tails.py::test_a_list_far_below_the_others_keeps_its_digits[native]",),
+    ),
+    Mutation(
+        "slices: a bucket's rest not flattened", _SHARDED_COLUMNS, "cool(rest, self.temperature, torch.empty_like(rest))", "rest",
+        ("kernels/test_sharded_row.py::test_temperature[no_evo-bucket-torch]",),
+    ),
+    Mutation(
+        "slices: a uniform tail not flattened", _SHARDED_COLUMNS,
+        "Read(z, cool(z_t, T, scratch(\"z_t\", len(z)))", "Read(z, z_t if isinstance(teacher, Sparse) else cool(z_t, T, scratch(\"z_t\", len(z)))",
+        ("kernels/test_sharded_row.py::test_temperature[no_evo-uniform-torch]",),
+    ),
+    Mutation(
+        "slices listed: the label joins every divergence", _SHARDED_COLUMNS, "self._present & takes_part(teacher, shards.vocab, inputs.spec) if self._listed", "self._present if self._listed",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a difficulty with the label", _SHARDED, "without_target=alone", "without_target=False",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a label outside the list is excluded", _SHARDED, "(cold_label < EXCLUDED) & (cold_top >= EXCLUDED)", "label_out",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a broken logit beside the list unnoticed", _SHARDED_COLUMNS, "[1].clamp_(1.0, 1.0)  # or NaN", "[1].fill_(1.0)",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[slices-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "a bucket of another temperature goes through", "fused_kd/options.py", "or temperature != taken_at)", "or temperature < taken_at)",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
+    ),
+    Mutation(
+        "KL(q||p) beside a label that joins the list goes through", "fused_kd/options.py", '(tail == "listed" and spec.mixes_label)', "False",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
+    ),
+    Mutation(
+        "lists: a rest of any shape", _INPUTS, "self.log_rest.shape != self.log_probs.shape[:-1]", "False",
+        ("kernels/test_list_tails.py::test_errors_of_the_list",),
+    ),
+    Mutation(
+        "lists: a rest above 1 goes through", _TOKENS, "out_of_range(teacher.log_rest, tail)", "out_of_range(teacher.log_rest, tail) & False",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
     ),
     # the row in C
     Mutation(

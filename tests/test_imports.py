@@ -105,7 +105,7 @@ LAYERS = (
     ("fused_kd.tokens",),
     ("fused_kd.ops",),
     ("fused_kd.parallel", "fused_kd.options", "fused_kd.sides"),
-    ("fused_kd.loss",),
+    ("fused_kd.lists", "fused_kd.loss"),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),
     ("fused_kd.integrations",),

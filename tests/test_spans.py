@@ -48,6 +48,9 @@ def test_tokens_that_share_characters() -> None:
         [[0, 1], [1, 2], [2, 3]],
     )
     assert lists(aligned_spans([(0, 1), (0, 1), (1, 2)], [(0, 1), (1, 2)])) == ([[0, 2], [2, 3]], [[0, 1], [1, 2]])
+    # one within another
+    nested = [(0, 1), (1, 4), (2, 3), (4, 5)]
+    assert lists(aligned_spans(nested, [(0, 1), (1, 3), (3, 4), (4, 5)])) == ([[0, 1], [1, 3], [3, 4]],) * 2
     # " é" as " " with its first byte, and its second
     assert lists(aligned_spans([(0, 1), (1, 3), (2, 3)], [(0, 1), (1, 2), (2, 3)])) == (
         [[0, 1], [1, 3]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,18 @@ import fused_kd as fk
 from fused_kd import vocab
 from fused_kd.vocab import VocabMap, vocab_map
 
-from .small_tokenizers import byte_fallback, byte_level, fast, metaspace, models, numbered, pre_tokenizers, word_piece
+from .small_tokenizers import (
+    byte_fallback,
+    byte_level,
+    decoders,
+    fast,
+    metaspace,
+    models,
+    normalizers,
+    numbered,
+    pre_tokenizers,
+    word_piece,
+)
 
 KINDS = {"byte level": byte_level, "metaspace": metaspace, "word piece": word_piece}
 
@@ -35,11 +47,7 @@ def said(core: Any, text: str) -> str | None:
     assert anchor is not None
     whole = core.decode([anchor, index], skip_special_tokens=False)
     told = whole.removeprefix("x")
-    if (
-        isinstance(core.model, models.WordPiece)
-        and told[:1] == " "
-        and (not told[1:].isalnum() or told[1:] in "你好世界")
-    ):
+    if isinstance(core.model, models.WordPiece) and re.fullmatch(r" [!-/:-@\[-`{-~，。你好世界]", told):
         told = told[1:]  # it puts a space before what has none in any text
     return None if "\ufffd" in told else told
 
@@ -137,10 +145,20 @@ def test_bytes_and_spaces_of_sentencepiece() -> None:
 
 def test_beginnings_of_words() -> None:
     """WordPiece's word has a space before it; marks, digits' neighbours and Chinese characters have none."""
-    teacher = word_piece(["[UNK]", "the", "##the", ",", "你", "7", "##7"])
-    student = byte_level(["the", "Ġthe", ",", "Ġ,", "ä½ł", "7", "Ġ7"])
+    teacher = word_piece(["[UNK]", "the", "##the", ",", "你", "7", "##7", "€", "+", "«"])
+    student = byte_level(["the", "Ġthe", ",", "Ġ,", "ä½ł", "7", "Ġ7", "ĠâĤ¬", "+", "Â«"])
     pairs = named(vocab_map(student, teacher), student, teacher)
-    assert pairs == {"the": "##the", "Ġthe": "the", ",": ",", "ä½ł": "你", "7": "##7", "Ġ7": "7"}
+    assert pairs == {
+        "the": "##the",
+        "Ġthe": "the",
+        ",": ",",
+        "ä½ł": "你",
+        "7": "##7",
+        "Ġ7": "7",
+        "ĠâĤ¬": "€",
+        "+": "+",
+        "Â«": "«",
+    }
 
 
 def test_ends_of_words() -> None:
@@ -155,6 +173,8 @@ def test_equal_bytes_without_equal_entries() -> None:
     """The lower id, and one only; the others are counted."""
     student, teacher = word_piece(["[UNK]", "##.", "."]), byte_level([".", "x"])
     assert vocab_map(student, teacher).columns.tolist() == [-1, -1, 0]  # "." is the entry that both have
+    both = vocab_map(byte_fallback([".", "<0x2E>"]), word_piece(["##.", "."]))
+    assert both.columns.tolist() == [1, -1] and both.ambiguous == 1
     fallback = byte_fallback(["<0xC3>", "Q", "<0xc3>"])
     made = vocab_map(fallback, byte_level(["Z", "Ã"]))
     assert made.columns.tolist() == [1, -1, -1] and made.ambiguous == 2
@@ -178,9 +198,27 @@ def test_special_tokens() -> None:
     assert named(vocab_map(student, teacher), student, teacher)["<|x|>"] == "<|x|>"
 
 
+def test_a_token_that_one_of_two_calls_special() -> None:
+    """Equal ids and entries of one family are one token."""
+    student, teacher = fast(byte_level(["a", "<think>", "b"])), byte_level(["a", "<think>", "c"])
+    student.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    assert vocab_map(student, teacher).columns.tolist() == [0, 1, -1]
+    assert vocab_map(teacher, student).columns.tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("part", ["decoder", "pre_tokenizer", "normalizer"])
+def test_spaces_are_read_from_what_there_is(part: str) -> None:
+    core = byte_fallback(["_the", "▁the"])
+    full = {"decoder": decoders.Metaspace("_"), "pre_tokenizer": pre_tokenizers.Metaspace("_")}
+    full["normalizer"] = normalizers.Replace(" ", "_")
+    for name in ("decoder", "pre_tokenizer", "normalizer"):
+        setattr(core, name, full[name] if name == part else None)
+    assert vocab_map(core, byte_level(["a", "Ġthe"])).columns.tolist() == [1, -1]
+
+
 def test_an_added_token_of_text() -> None:
     """Runs of spaces as GPT-NeoX adds them are text, spelled as it is."""
-    student, teacher = fast(byte_level(["a", "ĠĠ"])), fast(byte_level(["a", "b"]))
+    student, teacher = fast(byte_level(["a", "ĠĠ", "Ġ"])), fast(byte_level(["a", "b"]))
     teacher.add_tokens(["  ", "Ġ"])
     assert named(vocab_map(student, teacher), student, teacher) == {"a": "a", "ĠĠ": "  "}
 

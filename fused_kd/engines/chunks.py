@@ -13,6 +13,7 @@ from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
 from ..terms import RowSpec, Term
 from ..workspace import empty
+from .choosing import chosen
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
 from .mapping import MappedSource
@@ -157,6 +158,9 @@ class Chunks:
             teacher, beyond = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
         elif self.teacher is not None:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
+            if self.problem.listing.k:
+                teacher, malformed = self._chosen(student, teacher, tokens, labels)
+                bad |= malformed
         elif of is not None and of.indices is not None:
             lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
             teacher, malformed = sparse_teacher(
@@ -165,6 +169,18 @@ class Chunks:
             )  # fmt: skip
             bad |= malformed
         return Chunk(span, tokens, hidden, student, teacher, labels, bad, beyond)
+
+    def _chosen(
+        self, student: Logits, teacher: Logits, tokens: slice | Tensor, labels: Tensor
+    ) -> tuple[Sparse, Tensor]:
+        problem, listing = self.problem, self.problem.listing
+        assert isinstance(self.teacher, LogitSource)
+        temperature, own = problem.temperature_of(tokens), self.teacher.projection is not None
+        listed = chosen(student, teacher, listing, temperature, problem.backend, reusable=own)
+        return sparse_teacher(
+            listed.log_probs, listed.indices, labels, problem.vocab, listing.tail,
+            reads_label=problem.spec.reads_label, temperature=temperature, log_rest=listed.log_rest,
+        )  # fmt: skip
 
     def gradient_buffer(self, chunk: Chunk, d_source: Tensor | None, buffers: Buffers, place: slice) -> Tensor:
         """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow;
@@ -208,7 +224,14 @@ class Chunks:
 
     def workspace(self, columns: int, stride: int) -> Workspace:
         """With ``columns`` a side in rows of ``stride``."""
-        return workspace_bytes(self.student, self.teacher, self.problem.teacher, columns, self.problem.wanted, stride)
+        problem = self.problem
+        found = workspace_bytes(self.student, self.teacher, problem.teacher, columns, problem.wanted, stride)
+        listing = problem.listing
+        if not listing.k:
+            return found
+        copied = listing.of_student and isinstance(self.teacher, LogitSource) and self.teacher.projection is None
+        # doubles of the list and its sums, and what lists take anyway
+        return found._replace(token=found.token + 176 * (listing.k + 2) + (4 * columns if copied else 0))
 
 
 def workspace_bytes(

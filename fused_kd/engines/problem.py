@@ -49,6 +49,18 @@ class Side:
         return self.source.shape[1] if self.weight is None else self.weight.shape[0]
 
 
+class Listing(NamedTuple):
+    """The lists to choose in each chunk, see :class:`fused_kd.inputs.Lists`; ``k`` 0: none."""
+
+    k: int = 0
+    of_student: bool = False
+    tail: str = ""
+    top_p: float = 1.0
+
+
+NO_LISTING = Listing()
+
+
 class Wanted(NamedTuple):
     """Which gradients of the student to make; what is not wanted costs nothing."""
 
@@ -80,6 +92,7 @@ class Problem:
         validate: whether to look at values that are not on the host.
         shards: the vocabulary's slices over ranks; None: all of it is here.
         statistics: how many of :data:`fused_kd.terms.STATISTICS` to tell.
+        listing: lists to be made of a teacher that is none.
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
     """
 
@@ -102,6 +115,7 @@ class Problem:
     shards: Shards | None = None
     sum_hidden: bool = True
     statistics: int = 0
+    listing: Listing = NO_LISTING
 
     @property
     def spec(self) -> RowSpec:

@@ -29,7 +29,6 @@ TWO_TOKENIZERS = (
     "for two tokenizers, fused_kd.vocab_map says which tokens they share, and LMHead(..., columns=...) takes it, in a "
     "training loop of one's own"
 )
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None) -> fk.KDLoss:
@@ -106,7 +105,7 @@ def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:
     The student's is ``processing_class``, else that of its files; tokens that only one of them has do not count, and
     models without files at hand are not looked at.
     """
-    ours = tokenizer_of(processing_class) or _saved_tokenizer(student)
+    ours = _tokenizer_of(processing_class) or _saved_tokenizer(student)
     theirs = None if ours is None else _saved_tokenizer(teacher)
     if ours is None or theirs is None:
         return
@@ -127,12 +126,12 @@ def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:
 
 def check_cache(cache: Any, processing_class: Any) -> None:
     """Raise ``ValueError`` where a cache that knows its tokenizer was made with another one than the student's."""
-    tokenizer = tokenizer_of(processing_class)
+    tokenizer = _tokenizer_of(processing_class)
     if tokenizer is not None and hasattr(cache, "check_tokenizer"):
         cache.check_tokenizer(tokenizer)
 
 
-def tokenizer_of(processing_class: Any) -> Any:
+def _tokenizer_of(processing_class: Any) -> Any:
     """A tokenizer, or that of a processor; None where there is none."""
     found = getattr(processing_class, "tokenizer", processing_class)
     return found if hasattr(found, "get_vocab") else None
@@ -143,7 +142,7 @@ def _saved_tokenizer(model: Any) -> Any:
     from transformers import AutoTokenizer
 
     name = getattr(without_adapters(model).config, "_name_or_path", "")
-    if not name or (Path(name).is_dir() and not any(any(Path(name).glob(each)) for each in _TOKENIZER_FILES)):
+    if not name or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)

@@ -23,11 +23,11 @@ from fused_kd.integrations.distributed import (
     check_engine,
     hard_threshold,
     is_cached,
+    lists_of,
     prepare_arguments,
     shard_teacher,
     shards_weights,
     sum_over_ranks,
-    top_k_of,
 )
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
@@ -132,9 +132,11 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
-        statistics_columns(self.kd_statistics, None, self.objective.spec)
+        statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         if self.cache is not None:
             check_tail(self.objective, str(self.cache.tail), self.kd_options["temperature"])
+        if self.cache is not None and criterion.lists is not None:
+            raise ValueError(f"lists must be None with a cache, whose lists are made, got {criterion.lists!r}")
         if self.cache is not None and self.kd_statistics:
             names = ", ".join(self.kd_statistics)
             raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
@@ -275,7 +277,7 @@ class KDLossMixin(Trainer):
             self._check_packing(model, inputs)
         cached = None
         if self.cache is not None and objective.spec.needs_teacher:
-            cached = top_k_of(lists, self.cache)
+            cached = lists_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
             return loss_of_heads(
@@ -390,12 +392,16 @@ class KDLossMixin(Trainer):
         return result._replace(metrics=metrics)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        collate = self.data_collator
+        if self.vocabulary is not None:
+            self.data_collator = self.vocabulary.collated(collate)
+        try:
+            loader = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collate
         if hasattr(loader, "device"):
             # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
             loader.device = None
-        if self.vocabulary is not None:
-            loader.collate_fn = self.vocabulary.collated(loader.collate_fn)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

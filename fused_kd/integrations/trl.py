@@ -72,6 +72,7 @@ class FusedLoss(Trainer):
         vocab_map, tail: of a teacher with another vocabulary, as of
             :class:`fused_kd.integrations.mixin.KDLossMixin`; tokens that the teacher lacks are never sampled. The
             student's embedding must be as large as its head.
+        lists: compare only a :class:`fused_kd.Lists` of each token.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: of :class:`fused_kd.KDLoss`; None picks.
 
@@ -103,6 +104,7 @@ class FusedLoss(Trainer):
         vocab_size: int | None = None,
         vocab_map: Any = None,
         tail: str = "renormalize",
+        lists: fk.Lists | None = None,
         memory_budget: int | None = None,
         backend: str | None = None,
         **trainer_args: Any,
@@ -113,7 +115,7 @@ class FusedLoss(Trainer):
                 raise ValueError(f"{name} must be a model or its name, got None")
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
-        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
+        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend, "lists": lists}
         # checks the options before anything is loaded
         fk.KDLoss(
             self.objective or fk.GeneralizedJSD(),

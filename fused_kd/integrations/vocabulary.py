@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -74,8 +75,11 @@ class TeacherMap:
         return {**inputs, _IDS: self.columns(ids.device)[ids].clamp(min=0)}
 
     def collated(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``collate``, with labels that are the student's columns."""
-        return lambda rows: self.batch(collate(rows))
+        """``collate``, with labels that are the student's columns; goes to other processes as it does."""
+        return functools.partial(self._collate, collate)
+
+    def _collate(self, collate: Callable[[Any], Any], rows: Any) -> Any:
+        return self.batch(collate(rows))
 
     def batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """

@@ -58,6 +58,10 @@ class Beyond(NamedTuple):
     tail: str
 
 
+# Longer lists of a :class:`Leading` do not fit a GPU's registers.
+LONGEST_IN_TRITON = 2048
+
+
 class Leading(NamedTuple):
     """A running selection of C rows, see :mod:`fused_kd.rows.largest`.
 

@@ -22,14 +22,16 @@ def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backe
     Args:
         logits: (C, W).
         first: vocabulary id of the first column, below 2**32 - W.
-        so_far: of the columns read before; k = 0 makes it the sum of exponentials alone.
+        so_far: of the columns read before; k = 0 makes it the sum of exponentials alone. With Triton k is at most
+            :data:`fused_kd.rows.contract.LONGEST_IN_TRITON`.
         temperature: (1,) or (C,) fp32 on the logits' device. It divides the exponents alone: ``values`` and ``top`` are
             logits.
         backend: from :func:`fused_kd.rows.select.choose_backend`. "cuda" has no kernel of its own for this and uses
             Triton's.
 
     Raises:
-        ValueError: for ``so_far`` or ``temperature`` that do not fit, and for "native" where it cannot be compiled.
+        ValueError: for ``so_far`` or ``temperature`` that do not fit, a list that is too long for Triton, and "native"
+            where it cannot be compiled.
     """
     C, W = logits.raw.shape
     _check(C, so_far, temperature)

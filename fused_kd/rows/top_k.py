@@ -122,7 +122,7 @@ def takes_part(teacher: Sparse, V: int, spec: RowSpec) -> Tensor:
 
 
 def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
-    """(C, K + 2) fp32: final logits over their own largest, log 0 for all others.
+    """(C, K + 2) fp32: final logits over their own largest, log 0 for all others; the rest's is for later.
 
     Not those of the sweep: over the largest logit of all, theirs would lose digits where they are far below it.
     """
@@ -132,7 +132,7 @@ def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
         z = student.softcap * torch.tanh(z / student.softcap)
     part = takes_part(teacher, V, spec)
     top = z.clamp_(min=LOG_ZERO).where(part, NOWHERE).amax(1, keepdim=True)
-    return torch.nn.functional.pad((z - top).where(part, LOG_ZERO), (0, 1), value=LOG_ZERO)
+    return torch.nn.functional.pad((z - top).where(part, LOG_ZERO), (0, 1))
 
 
 def _without_label(scalars: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def category_rows(
     student = small.student
     if small.listed is not None:
         student = small.listed
-        student[:, -1] = small.student[:, -1].clamp(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
+        student[:, -1] = small.student.amax(1).clamp_(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
     hard_label = any(term.hard_label for term in inputs.spec.terms)
     scalars = inputs.scalars
     if small.listed is not None and hard_label:

@@ -83,6 +83,8 @@ def matrix() -> dict[str, tuple[Any, str, str]]:
     cells = [(objective, "heads", variant) for objective in SHARDED for variant in WITH_EVERY_OBJECTIVE]
     cells += [(ANY, form, variant) for form in FORMS for variant in WITH_EVERY_OBJECTIVE]
     cells += [(ANY, "renormalize", variant) for variant in VARIANTS]
+    cells += [(fk.ForwardKD(), "listed", variant) for variant in ("plain", "cold")]
+    cells += [(fk.ReverseKD(), form, "cold") for form in ("listed", "uniform")]
     for objective in (ANY, fk.SelfEvolutionTopK(), fk.ForwardKD(), fk.GeneralizedJSD()):
         cells += [(objective, "heads", variant) for variant in VARIANTS]
     return {f"{label(objective)}/{form}/{variant}": (objective, form, variant) for objective, form, variant in cells}

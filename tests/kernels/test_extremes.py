@@ -219,16 +219,19 @@ def test_logits_with_a_top_k_teacher(case, tail, backend):
     chosen = objectives(backend, tail)
     for objective in chosen if not slow(backend) else chosen[TOP_K_CASES.index(case) % len(chosen) :][:1]:
         options = {"reduction": "none"}
+        tight = 2e-5 if tail == "listed" else 1e-5  # of few entries, gradients are small
         if tail in ("renormalize", "listed") and "unlisted" in case:
             check(
                 evaluate(z, teacher, y, objective, backend=backend, temperature=0.5, **options),
                 truth(z, teacher, y, objective, temperature=0.5, **options),
-                logarithm=may_overflow(objective),
+                tight,
+            may_overflow(objective),
             )
         check(
             evaluate(z, teacher, y, objective, backend=backend, **options),
             truth(z, teacher, y, objective, **options),
-            logarithm=may_overflow(objective),
+            tight,
+            may_overflow(objective),
         )
 
 

@@ -23,7 +23,7 @@ def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor) -> No
     for start in range(0, C, B):
         rows = slice(start, min(start + B, C))
         z = scratch("z", rows.stop - start).copy_(logits.raw[rows])
-        finish_logits_(z, logits, scratch, "slope")
+        finish_logits_(z, logits)
         own = temperature if len(temperature) == 1 else temperature[rows].unsqueeze(1)
         _take_block(z, first, Leading(*(x[rows] for x in so_far)), own)
 
@@ -49,15 +49,15 @@ def _take_block(z: Tensor, first: int, so_far: Leading, temperature: Tensor) -> 
 def _list(z: Tensor, first: int, so_far: Leading) -> Tensor:
     """Moves what is to be listed from ``z``, where -inf takes its place; the entries (B, k) that had to leave, -inf
     where one stays."""
-    before = _keys(so_far.values, so_far.indices)
+    before = keys_of(so_far.values, so_far.indices)
     k = before.shape[1]
     keys = torch.cat([before, _candidates(z, first, k)], 1).topk(k, dim=1).values
     least = keys[:, -1:]
     displaced = so_far.values.masked_fill(before >= least, -math.inf)
-    values, indices = _split(keys)
+    values, indices = split_keys(keys)
     so_far.values.copy_(values)
     so_far.indices.copy_(indices)
-    last, last_index = _split(least)
+    last, last_index = split_keys(least)
     ids = torch.arange(first, first + z.shape[1], device=z.device)
     z.masked_fill_((z > last) | ((z == last) & (ids <= last_index)), -math.inf)
     return displaced
@@ -71,23 +71,23 @@ def _candidates(z: Tensor, first: int, k: int) -> Tensor:
     B, W = z.shape
     size = math.isqrt(W // k)
     if size < 2:
-        return _keys(z, torch.arange(first, first + W, device=z.device))
+        return keys_of(z, torch.arange(first, first + W, device=z.device))
     groups = W // size
     whole = z[:, : groups * size].view(B, groups, size)
-    largest = _keys(whole.amax(2), torch.arange(groups, device=z.device)).topk(min(k, groups), dim=1, sorted=False)
-    of = _split(largest.values)[1].unsqueeze(2)
+    largest = keys_of(whole.amax(2), torch.arange(groups, device=z.device)).topk(min(k, groups), dim=1, sorted=False)
+    of = split_keys(largest.values)[1].unsqueeze(2)
     values = whole.gather(1, of.expand(-1, -1, size)).flatten(1)
     ids = (of * size + torch.arange(first, first + size, device=z.device)).flatten(1)
     rest = torch.arange(first + groups * size, first + W, device=z.device)
-    return torch.cat([_keys(values, ids), _keys(z[:, groups * size :], rest)], 1)
+    return torch.cat([keys_of(values, ids), keys_of(z[:, groups * size :], rest)], 1)
 
 
-def _keys(values: Tensor, indices: Tensor) -> Tensor:
+def keys_of(values: Tensor, indices: Tensor) -> Tensor:
     """int64 that are in the order of the values and, where these are equal, in the inverse one of their indices."""
     return (_ordered((values + 0.0).view(torch.int32)).long() << 32) + (_INDICES - indices)  # 0.0: -0.0 equals it
 
 
-def _split(keys: Tensor) -> tuple[Tensor, Tensor]:
+def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Values and indices again."""
     return _ordered((keys >> 32).int()).view(torch.float32), _INDICES - (keys & _INDICES)
 

@@ -285,15 +285,18 @@ def final_logits(logits: Logits, rows: slice | Tensor, scratch: Scratch, name: s
     return z, finish_logits_(z, logits, scratch, name + "_slope")
 
 
-def finish_logits_(z: Tensor, logits: Logits, scratch: Scratch, slope_name: str) -> Tensor | None:
-    """From raw fp32 logits to final ones, in place; d final / d raw where that is more than the scale."""
+def finish_logits_(z: Tensor, logits: Logits, scratch: Scratch | None = None, slope_name: str = "") -> Tensor | None:
+    """From raw fp32 logits to final ones, in place; d final / d raw where that is more than the scale, and there is
+    scratch for it."""
     if logits.softcap is None:
         scale(z, logits.scale)
         if not logits.finite:
             z.clamp_(min=LOG_ZERO)
         return None
     tanh = z.mul_(logits.scale / logits.softcap).tanh_()
-    slope = torch.mul(tanh, tanh, out=scratch(slope_name, len(z))).neg_().add_(1.0).mul_(logits.scale)
+    slope = None
+    if scratch is not None:
+        slope = torch.mul(tanh, tanh, out=scratch(slope_name, len(z))).neg_().add_(1.0).mul_(logits.scale)
     tanh.mul_(logits.softcap)
     return slope
 

@@ -87,15 +87,20 @@ def launch_constants(
     """A program's columns at once, its threads, and how many neighbouring columns of these logits one of them takes."""
     tuning = current()
     block = tuning.row_block // 2 if heavy else tuning.row_block
-    # As Triton decides, for all together: of unaligned rows a thread takes every LANES-th column.
-    widths = [16 // x.element_size() for x in (student, teacher, dlogits) if x is not None and _aligned(x)]
-    pack = min(max(widths, default=1), block // tuning.row_threads)
+    pack = pack_of(block // tuning.row_threads, student, teacher, dlogits)
     made = {"BLOCK": block, "LANES": tuning.row_threads, "PACK": pack, "num_warps": tuning.row_threads // warp_size()}
     if _on_nvidia() and (adaptive or any(x.element_size() == 2 for x in (student, teacher) if x is not None)):
         # Left to itself, ptxas takes 80 for 16-bit logits, and spills at 48 what the adaptive divergence needs; at 64,
         # 1024 threads share a multiprocessor.
         made["maxnreg"] = 64
     return made
+
+
+def pack_of(most: int, *logits: Tensor | None) -> int:
+    """How many neighbouring columns a thread takes, as Triton decides, for all together: of unaligned rows each takes
+    one among all threads'."""
+    widths = [16 // x.element_size() for x in logits if x is not None and _aligned(x)]
+    return min(max(widths, default=1), most)
 
 
 def _aligned(x: Tensor) -> bool:
