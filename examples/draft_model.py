@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pandas as pd
 import torch
 import transformers
-from drafting import Draft, Drafter, continuations, kept_share, new_draft
+from drafting import Draft, Drafter, continuations, kept_share, new_draft, reachable_share
 from matplotlib.figure import Figure
 
 import fused_kd as fk
@@ -50,11 +50,11 @@ TARGET = "tiny-teacher"
 COMPARED = ["forward_kd:lam=1", "acceptance", "total_variation", "acceptance_mix"]
 WARM_UP = "warm_up"
 # finite whatever the draft cannot write, so they may see it
-BOUNDED = (fk.objectives.Acceptance, fk.objectives.TotalVariation)
+BOUNDED = (fk.Acceptance, fk.TotalVariation)
 
 COLUMNS = {
     "length": ("tokens a target forward", 1, ".2f"),
-    "matched": ("drafted tokens that match, %", 100, ".1f"),
+    "matched": ("drafted tokens used, %", 100, ".1f"),
     "kept": ("sum min(p, q), %", 100, ".1f"),
 }
 PLOTTED = {"length": "tokens a forward of the target", "kept": "mean of sum min(p, q), held-out"}
@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     V, special = rows_of(target.get_output_embeddings().weight), tokenizer.all_special_ids
     mapped = fk.VocabMap.most_frequent(labels["train"], settings.vocabulary, V, always=special)
     coverage = mapped.coverage(torch.cat(labels["valid"]))
-    console.print(f"{mapped!r}: {coverage:.1%} of the held-out tokens")
+    reachable = reachable_share(mapped, target, rows["valid"])
+    told = f"{coverage:.1%} of the held-out tokens, {reachable:.1%} of the target's probability there"
+    console.print(f"{mapped!r}: {told}")
 
     def alone(folder: Path) -> None:
         write_json(folder / "made.json", continuations(target, prompts, settings.max_new_tokens))
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for slug, spec in settings.specs.items():
             trained(slug, begun, spec, seed, settings.epochs)
     result = {"arguments": asdict(settings), "versions": versions(), "machine": devices()}
-    result |= {"vocabulary": repr(mapped), "coverage": coverage, "drafts": found}
+    result |= {"vocabulary": repr(mapped), "coverage": coverage, "reachable": reachable, "drafts": found}
     write_json(output / "metrics.json", result)
     report = table(pd.DataFrame(found))
     write_text(output / "results.md", report + "\n")

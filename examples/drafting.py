@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,14 @@ def new_draft(target: Any, columns: Tensor, hidden: int | None, layers: int, see
     return draft
 
 
+def batches(target: Any, rows: Rows) -> Iterator[tuple[dict[str, Tensor], Tensor, fk.LMHead]]:
+    """Inputs, labels that are 0 where a token counts and -100 elsewhere, and the target's head on its hidden states."""
+    for start in range(0, len(rows), 32):
+        batch = {name: x.to(target.device) for name, x in Collator(0)(rows.rows[start : start + 32]).items()}
+        labels = batch.pop("labels").clamp(max=0)
+        yield batch, labels, lm_head_of(target, hidden_states(target, **batch))
+
+
 @torch.no_grad()
 def kept_share(draft: Draft, target: Any, rows: Rows) -> float:
     """The mean of sum min(p, q) over the held-out responses: what speculative sampling keeps of the drafted tokens.
@@ -64,15 +73,20 @@ def kept_share(draft: Draft, target: Any, rows: Rows) -> float:
     p is of all of the target's columns, of which the draft's are a part.
     """
     kept = tokens = 0.0
-    for start in range(0, len(rows), 32):
-        batch = {name: x.to(target.device) for name, x in Collator(0)(rows.rows[start : start + 32]).items()}
-        labels = batch.pop("labels").clamp(max=0)  # the distance reads only which tokens count
-        head_s, head_t = (lm_head_of(model, hidden_states(model, **batch)) for model in (draft, target))
+    for batch, labels, head_t in batches(target, rows):
+        head_s = lm_head_of(draft, hidden_states(draft, **batch))
         head_t = replace(head_t, columns=draft.columns, tail="bucket")
-        distance = fk.kd_loss(head_s, head_t, labels, fk.objectives.TotalVariation(), shift=True, reduction="sum").loss
+        distance = fk.kd_loss(head_s, head_t, labels, fk.TotalVariation(), shift=True, reduction="sum").loss
         count = int((labels[:, 1:] == 0).sum())
         kept, tokens = kept + count - float(distance), tokens + count
     return kept / tokens
+
+
+@torch.no_grad()
+def reachable_share(mapped: fk.VocabMap, target: Any, rows: Rows) -> float:
+    """:func:`kept_share` of the best draft with this map: what the target gives to tokens that it can write."""
+    found = [mapped.mass(head)[:, :-1][labels[:, 1:] == 0] for _, labels, head in batches(target, rows)]
+    return float(torch.cat(found).mean())
 
 
 def continuations(target: Any, prompts: list[list[int]], longest: int, draft: Any = None, drafted: int = 0) -> dict:

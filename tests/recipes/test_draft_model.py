@@ -24,7 +24,7 @@ from fused_kd.training.trainer import KDTrainer
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import draft_model
-from drafting import Draft, Drafter, continuations, kept_share, new_draft
+from drafting import Draft, Drafter, continuations, kept_share, new_draft, reachable_share
 
 from ..training.tiny import VOCAB, rows, tiny
 
@@ -61,6 +61,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 def test_everything_is_written(finished: Path) -> None:
     metrics = metrics_of(finished)
     assert metrics["arguments"]["vocabulary"] == 200 and 0.5 < metrics["coverage"] <= 1
+    assert 0.3 < metrics["reachable"] <= 1
     assert [(run["draft"], run["tail"]) for run in metrics["drafts"]] == list(
         zip(DRAFTS, ("", "bucket", "renormalize"), strict=True)
     )
@@ -87,6 +88,31 @@ def test_finished_work_is_kept_and_never_stale(finished: Path, monkeypatch: pyte
     for change in ("--epochs 1", "--vocabulary 150", "--tail renormalize"):
         with pytest.raises(AssertionError, match="a model is trained"):
             draft_model.main([*command, *change.split()])
+
+
+def test_a_targets_folder_and_a_trained_start(finished: Path, tmp_path: Path) -> None:
+    (target,) = finished.glob("target-*/model")
+    more = [
+        "--target",
+        str(target),
+        "--objective",
+        "total_variation",
+        "--warm_up",
+        "2",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+    ]
+    metrics = draft_model.main([*SMALL, *more, "--output", str(tmp_path)])
+    assert not list(tmp_path.glob("target-*")) and metrics["coverage"] == metrics_of(finished)["coverage"]
+    runs = metrics["drafts"]
+    assert [(run["draft"], run["seed"]) for run in runs] == [
+        (draft, seed) for seed in (0, 1) for draft in ("untrained", "warm_up", "total_variation")
+    ]
+    assert runs[1]["kept"] == pytest.approx(metrics_of(finished)["drafts"][2]["kept"]), "the same two epochs of KL"
+    assert runs[2]["kept"] > runs[0]["kept"] + 0.02, "it starts where the KL has led"
+    assert (tmp_path / "results.md").read_text().count("±") == 3 * 3
 
 
 def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +209,7 @@ def test_the_target_itself_is_a_draft_of_which_all_is_kept() -> None:
 def test_kept_share_is_the_mean_overlap_of_the_distributions() -> None:
     target = tiny(32, 0).eval()
     narrow, wide = of_one_map(target)
-    total = count = 0.0
+    total = most = count = 0.0
     for row in rows(40, seed=2):
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         with torch.no_grad():
@@ -191,7 +217,10 @@ def test_kept_share_is_the_mean_overlap_of_the_distributions() -> None:
             q = narrow(ids[None]).logits[0, :-1].double().softmax(-1)
         overlap = torch.minimum(p, q).sum(-1)[labels[1:] != -100]
         total, count = total + float(overlap.sum()), count + len(overlap)
+        most += float(p.sum(-1)[labels[1:] != -100].sum())
     assert kept_share(wide, target, Rows(rows(40, seed=2))) == pytest.approx(total / count, rel=1e-5)
+    mapped = fk.VocabMap.of_columns(COLUMNS, VOCAB)
+    assert reachable_share(mapped, target, Rows(rows(40, seed=2))) == pytest.approx(most / count, rel=1e-5)
 
 
 def test_training_holds_no_logits_of_the_whole_vocabulary(tmp_path: Path) -> None:
