@@ -1,4 +1,4 @@
-"""What each tail of a list says: over which entries both sides are, at which temperature, and with which mass beside."""
+"""What a list's tail says: over which entries both sides are, at which temperature, and with which mass beside."""
 
 from __future__ import annotations
 
