@@ -112,7 +112,11 @@ _LINEAR = "cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
 _STREAMING_KERNELS, _STREAMING_TILES = (f"fused_kd/engines/streaming/{name}.py" for name in ("kernels", "tiles"))
 _STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
-_MAPPING, _MAPPED, _CHOOSING = "fused_kd/engines/mapping.py", "fused_kd/rows/torch/mapped.py", "fused_kd/engines/choosing.py"
+_MAPPING, _MAPPED, _CHOOSING = (
+    "fused_kd/engines/mapping.py",
+    "fused_kd/rows/torch/mapped.py",
+    "fused_kd/engines/choosing.py",
+)
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):\n    return "
 
 MUTATIONS = [
