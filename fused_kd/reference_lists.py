@@ -104,7 +104,7 @@ def _listed(
 
 
 def of_lists(z: Tensor, labels: Tensor, teacher: TopK, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """From the student's logits (N, V), labels (N,) and the lists of these tokens: both sides' logits and the labels, over
+    """From the student's logits (N, V), labels (N,) and lists of these tokens: both sides' logits and the labels, over
     the vocabulary or over categories."""
     log_probs, indices = teacher.log_probs.double(), teacher.indices.long()
     if teacher.log_rest is None:

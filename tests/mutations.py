@@ -55,6 +55,10 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"kernels/test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
+def _map(name: str, tail: str) -> str:
+    return f"loss/test_maps.py::test_equals_the_oracle[{name}-{tail}-torch]"
+
+
 def _exact(objective: str, way: str) -> str:
     return f"kernels/test_exact.py::test_exact[{way}-dense-{objective}]"
 
@@ -108,6 +112,11 @@ _LINEAR = "cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
 _STREAMING_KERNELS, _STREAMING_TILES = (f"fused_kd/engines/streaming/{name}.py" for name in ("kernels", "tiles"))
 _STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
+_MAPPING, _MAPPED, _CHOOSING = (
+    "fused_kd/engines/mapping.py",
+    "fused_kd/rows/torch/mapped.py",
+    "fused_kd/engines/choosing.py",
+)
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):\n    return "
 
 MUTATIONS = [
@@ -790,6 +799,67 @@ MUTATIONS = [
         "streaming: joined dH of the last slab alone", _STREAMING,
         "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
         ("engines/test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
+    ),
+    # teachers of another vocabulary, and lists that a loss chooses
+    Mutation(
+        "map: the first column stands for none", _MAPPING, "out.index_fill_(1, unmapped, -math.inf)", "pass",
+        (_map("two tokenizers", "renormalize"),),
+    ),
+    Mutation(
+        "map: mapped columns are of the rest too", _MAPPING, "z.index_fill_(1, tile.places, -math.inf)", "pass",
+        (_map("a draft", "bucket"),),
+    ),
+    Mutation(
+        "map: the rest's share of no column", _MAPPING, "each = rest - math.log(len(unmapped))", "each = rest",
+        (_map("two tokenizers", "uniform"),),
+    ),
+    Mutation(
+        "map: the rest at temperature 1", _MAPPING, "(others.top - origin) + others.total.log() * temperature",
+        "(others.top - origin) + others.total.log()", ("loss/test_maps.py::test_temperatures[torch-bucket-no_evo]",),
+    ),
+    Mutation(
+        "map: the teacher's offset stays", _MAPPING, "out.sub_(origin.unsqueeze(1))", "pass",
+        (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "map: a list of rows in the order of the student", _MAPPING, "host[own].clamp(min=0).to(device)",
+        "host[own].sort().values.clamp(min=0).to(device)", ("loss/test_maps.py::test_pieces_cover_a_map",),
+    ),
+    Mutation(
+        "map: looked at once for good", _MAPPING, "if found is None or found[0] != key:", "if found is None:",
+        ("loss/test_maps.py::test_a_map_is_looked_at_once_and_again_where_it_changes",),
+    ),
+    Mutation(
+        "mapped: a label that is not mapped stays in the rest", _MAPPED, "(unmapped == label) & inputs.spec.reads_label",
+        "(unmapped == label) & False", (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the label's share is the rest's too", _MAPPED, "torch.where(alone, others + left, others)", "others",
+        (_map("one unmapped", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the rest's gradient for nobody", _MAPPED, "out.index_add_(1, unmapped, share)", "pass",
+        (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the label of a cross-entropy joins the list", _MAPPED, "if not spec.mixes_label:", "if False:",
+        (_map("two tokenizers", "listed"),),
+    ),
+    Mutation(
+        "mapped: the cold rest's gradient for nobody", _MAPPED, "share.addcmul_(cold_share, gradient.cold.unsqueeze(1))", "pass",
+        ("loss/test_maps.py::test_temperatures[torch-bucket-forward_kd]",),
+    ),
+    Mutation(
+        "lists: chosen by the teacher whoever chooses", _CHOOSING, "by = student if listing.of_student else teacher", "by = teacher",
+        ("loss/test_chosen_lists.py::test_equals_the_oracle[student-bucket-torch]",),
+    ),
+    Mutation(
+        "lists: the teacher's entries are of its rest too", _CHOOSING, "z.scatter_(1, index, -math.inf)", "pass",
+        ("loss/test_chosen_lists.py::test_equals_the_oracle[student-bucket-torch]",),
+    ),
+    Mutation(
+        "lists: the user's logits are written over", _CHOOSING, "teacher.raw.float().clone()", "teacher.raw.float()",
+        ("loss/test_chosen_lists.py::test_logits_scales_caps_and_a_small_vocabulary[student]",),
     ),
     # what stands around a call, or beside a row
     Mutation(

@@ -250,7 +250,7 @@ def workspace_bytes(
         if side is None:
             continue
         if isinstance(side, MappedSource):
-            token += 4 * (stride + side.widest) + 8 * side.source.shape[1]
+            token += 4 * (stride + side.width) + 8 * side.source.shape[1]
             fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:

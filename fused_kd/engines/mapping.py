@@ -1,9 +1,13 @@
-"""A teacher of another vocabulary: which of its columns the student's are, and their logits, a slab of its weight at a
-time, so that neither a second head nor logits of its whole vocabulary are held."""
+"""A teacher of another vocabulary: which of its columns the student's are, and their logits.
+
+Where the teacher's other columns count for nothing, the student's alone are multiplied, by rows of the weight; else all
+of them, a tile at a time: neither a second head nor logits of the teacher's whole vocabulary are held.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,25 +24,33 @@ from .problem import Side
 
 # Columns that follow each other in the teacher too, at least so many, need no copy of their rows.
 LONG = 512
+# Columns of a tile of the teacher's logits, which should stay in the cache until they are read.
+CPU_COLUMNS, DEVICE_COLUMNS = 1024, 8192
 
 
 class Piece(NamedTuple):
-    """``columns`` of the student, or of a tile, that are ``rows`` of the teacher's weight: a slice, or a list."""
+    """``columns`` of the student that are ``rows`` of the teacher's weight: a slice, or a list."""
 
     columns: slice
     rows: slice | Tensor
 
 
+class Tile(NamedTuple):
+    """``rows`` of the teacher's weight, of which those at ``places`` are the student's ``columns``, both (n,) int64."""
+
+    rows: slice
+    places: Tensor
+    columns: Tensor
+
+
 class Mapping(NamedTuple):
-    """What is known of a map once it has been looked at.
+    """What is known of a map once it has been looked at: the ``pieces`` of the student's columns that have one of the
+    teacher's, the ``unmapped`` (U,) int64 that have none, and all of the teacher's in ``tiles``, of which
+    ``other_count`` are no column of the student."""
 
-    ``mapped`` are the pieces of the student's columns that have one of the teacher's; ``unmapped`` (U,) int64 those
-    that have none; ``others`` the pieces of the ``other_count`` columns of the teacher that no student's column is.
-    """
-
-    mapped: tuple[Piece, ...]
+    pieces: tuple[Piece, ...]
+    tiles: tuple[Tile, ...]
     unmapped: Tensor
-    others: tuple[Piece, ...]
     other_count: int
 
 
@@ -80,15 +92,25 @@ def _looked_at(columns: Tensor, vocab: int, V_t: int, H: int) -> Mapping:
     host = host[:vocab]
     if not bool((host >= 0).any()):
         raise ValueError("columns must map at least one column of the student, got -1 for all")
-    is_other = torch.ones(V_t, dtype=torch.bool)
-    is_other[host[host >= 0]] = False
-    others, step = is_other.nonzero().squeeze(1), slab_rows(V_t, H)
+    mapped = (host >= 0).nonzero().squeeze(1)
+    place = torch.full((V_t,), -1)
+    place[host[mapped]] = mapped
+    device = columns.device
+    width = CPU_COLUMNS if device.type == "cpu" else DEVICE_COLUMNS
     return Mapping(
-        tuple(_pieces(host, step, columns.device)),
-        (host < 0).nonzero().squeeze(1).to(columns.device),
-        tuple(_pieces(others, step, columns.device)),
-        len(others),
+        tuple(_pieces(host, slab_rows(V_t, H), device)),
+        tuple(_tiles(place, width, device)),
+        (host < 0).nonzero().squeeze(1).to(device),
+        V_t - len(mapped),
     )
+
+
+def _tiles(place: Tensor, width: int, device: torch.device) -> Iterator[Tile]:
+    """``place`` (V_t,) holds the student's columns of the teacher's, or -1."""
+    for start in range(0, len(place), width):
+        own = place[start : start + width]
+        places = (own >= 0).nonzero().squeeze(1)
+        yield Tile(slice(start, start + len(own)), places.to(device), own[places].to(device))
 
 
 def _pieces(host: Tensor, step: int, device: torch.device) -> list[Piece]:
@@ -147,8 +169,7 @@ def _asks_for_all(term: Term) -> bool:
 
 
 class MappedSource:
-    """The teacher's logits of the student's first ``vocab`` columns, chunk by chunk; ``widest`` is the largest slab of
-    its other columns that is held beside them."""
+    """The teacher's logits of the student's first ``vocab`` columns, chunk by chunk."""
 
     def __init__(self, side: Side, vocab: int, dtype: torch.dtype | None) -> None:
         assert side.weight is not None
@@ -156,22 +177,23 @@ class MappedSource:
         self.source = side.source.detach()
         self._weight, self._dtype = side.weight.detach(), dtype or side.source.dtype
         self._bias = None if side.bias is None else side.bias.detach()
-        others = self._mapping.others if side.tail in ("bucket", "uniform") else ()
-        self._has_category = side.tail == "bucket" or (side.tail == "listed" and len(self._mapping.unmapped) > 0)
-        self.widest = max((piece.columns.stop - piece.columns.start for piece in others), default=0)
+        lacking = len(self._mapping.unmapped)
+        self._has_category = side.tail == "bucket" or (side.tail == "listed" and lacking > 0)
+        reads_all = side.tail == "bucket" or (side.tail == "uniform" and lacking > 0)
+        self._tiles = self._mapping.tiles if reads_all and self._mapping.other_count else ()
+        self.width = max((tile.rows.stop - tile.rows.start for tile in self._tiles), default=0)
 
     def fixed_bytes(self, vocab: int) -> int:
         """Of the blocks of rows of :mod:`fused_kd.rows.torch.mapped`, and of rows of the weight that are gathered or
         made fp32."""
-        pieces = self._mapping.mapped + (self._mapping.others if self.widest else ())
-        H, upcast = self._weight.shape[1], self._projection(slice(0, 1)).upcast
-        slabs = [
-            len(piece.rows) * H * self._weight.element_size() if isinstance(piece.rows, Tensor) else 0
-            for piece in pieces
-        ]
-        rows = max(piece.columns.stop - piece.columns.start for piece in pieces)
-        blocks = block_bytes(len(self.source), vocab, self.source.device) if self._has_category else 0
-        return blocks + max(slabs) + (4 * rows * H if upcast else 0)
+        H, size = self._weight.shape[1], self._weight.element_size()
+        upcast = 4 if self._projection(slice(0, 1)).upcast else 0
+        found = block_bytes(len(self.source), vocab, self.source.device) if self._has_category else 0
+        if self._tiles:
+            return found + self.width * H * upcast
+        rows: int = max(piece.columns.stop - piece.columns.start for piece in self._mapping.pieces)
+        gathered = any(isinstance(piece.rows, Tensor) for piece in self._mapping.pieces)
+        return found + rows * H * (upcast + size * gathered)
 
     def chunk(
         self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str
@@ -181,36 +203,48 @@ class MappedSource:
         ``temperature`` is (1,) or (C,) fp32.
         """
         side, unmapped = self._side, self._mapping.unmapped
+        if side.tail == "uniform":  # one mass of its own a column, which the loss flattens like any other
+            temperature = torch.ones_like(temperature[:1])
         hidden = self._projection(slice(0, 1)).operand(self.source[tokens])
-        for piece in self._mapping.mapped:
-            self._projection(piece.rows).logits(hidden, out[:, piece.columns])
-        if side.softcap is not None:
-            out.mul_(side.logit_scale / side.softcap).tanh_().mul_(side.softcap)
-        elif side.logit_scale != 1.0:
-            out.mul_(side.logit_scale)
+        others = Leading.none(len(hidden), 0, hidden.device)
+        if self._tiles:
+            self._read_all(hidden, out, others, temperature, backend)
+        else:
+            for piece in self._mapping.pieces:
+                self._projection(piece.rows).logits(hidden, out[:, piece.columns])
+            self._finish_(out)
         if len(unmapped):
             out.index_fill_(1, unmapped, -math.inf)
-        if side.tail == "uniform" and len(unmapped):
-            rest = self._rest(hidden, out, torch.ones_like(temperature[:1]), backend) - math.log(len(unmapped))
-            out.index_copy_(1, unmapped, rest.unsqueeze(1).expand(-1, len(unmapped)))
-        beyond = None
+        if not (self._has_category or self._tiles):
+            return Logits(out, 1.0, None, False), None
+        # Over the largest of all: a large common offset would swallow the digits of the logarithm.
+        origin = torch.maximum(out.amax(1), others.top)
+        out.sub_(origin.unsqueeze(1))
+        rest = (others.top - origin) + others.total.log() * temperature
         if self._has_category:
-            beyond = Beyond(self._rest(hidden, out, temperature, backend), unmapped, side.tail)
-        return Logits(out, 1.0, None, False), beyond
+            return Logits(out, 1.0, None, False), Beyond(rest, unmapped, side.tail)
+        each = rest - math.log(len(unmapped))
+        out.index_copy_(1, unmapped, each.unsqueeze(1).expand(-1, len(unmapped)))
+        return Logits(out, 1.0, None, False), None
+
+    def _read_all(self, hidden: Tensor, out: Tensor, others: Leading, temperature: Tensor, backend: str) -> None:
+        """The student's columns into ``out``, the exponentials of all others into ``others``."""
+        buffer = empty((len(hidden), self.width), torch.float32, hidden.device)
+        for tile in self._tiles:
+            z = buffer[:, : tile.rows.stop - tile.rows.start]
+            self._projection(tile.rows).logits(hidden, z)
+            self._finish_(z)
+            out.index_copy_(1, tile.columns, z.index_select(1, tile.places))
+            z.index_fill_(1, tile.places, -math.inf)
+            take(Logits(z, 1.0, None, False), 0, others, temperature, backend)
 
     def _projection(self, rows: slice | Tensor) -> Projection:
         return Projection(self._weight[rows], None if self._bias is None else self._bias[rows], self._dtype)
 
-    def _rest(self, hidden: Tensor, z: Tensor, temperature: Tensor, backend: str) -> Tensor:
-        """(C,) ``T log sum exp(z / T)`` over the teacher's other columns, -inf where there are none. It and ``z`` are
-        then over the largest of all, as a large common offset would swallow the digits of the logarithm."""
-        seen = Leading.none(len(hidden), 0, hidden.device)
-        if self.widest:
-            tile = empty((len(hidden), self.widest), torch.float32, hidden.device)
-            for piece in self._mapping.others:
-                slab = tile[:, : piece.columns.stop - piece.columns.start]
-                self._projection(piece.rows).logits(hidden, slab)
-                take(Logits(slab, self._side.logit_scale, self._side.softcap, False), 0, seen, temperature, backend)
-        origin = torch.maximum(z.amax(1), seen.top)
-        z.sub_(origin.unsqueeze(1))
-        return (seen.top - origin) + seen.total.log() * temperature
+    def _finish_(self, z: Tensor) -> None:
+        """From raw logits to final ones."""
+        side = self._side
+        if side.softcap is not None:
+            z.mul_(side.logit_scale / side.softcap).tanh_().mul_(side.softcap)
+        elif side.logit_scale != 1.0:
+            z.mul_(side.logit_scale)

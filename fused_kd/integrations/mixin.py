@@ -29,8 +29,9 @@ from fused_kd.integrations.distributed import (
     shards_weights,
     sum_over_ranks,
 )
+from fused_kd.integrations.evaluation import EvaluatedByTokens
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
-from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
+from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
 from fused_kd.integrations.parts import ranked_part, with_threshold
@@ -44,12 +45,11 @@ from fused_kd.options import LossOptions, check_tail, statistics_columns, statis
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
     from transformers import PreTrainedModel, Trainer, TrainingArguments
-    from transformers.trainer_utils import EvalLoopOutput
 else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(Trainer):
+class KDLossMixin(EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -188,7 +188,6 @@ class KDLossMixin(Trainer):
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
         self._step_gamma: float | None = None
-        self._evaluated = torch.zeros(2, dtype=torch.float32)
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
@@ -247,11 +246,6 @@ class KDLossMixin(Trainer):
     def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """(batch, length) factors of the tokens' losses; None: 1."""
         return None
-
-    def _denominator(self, batch: dict[str, Any]) -> torch.Tensor:
-        """How much of what the loss is averaged over a batch holds: its target tokens."""
-        labels = batch["labels"]
-        return count_targets(labels) if self.shift else (labels != LABEL_PAD).sum()
 
     def _run(
         self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
@@ -346,50 +340,6 @@ class KDLossMixin(Trainer):
         self._step_batches, self._step_gamma = batches, None
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **generation: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The mean loss of one batch, never logits; of a Seq2SeqTrainer that generates, the tokens and labels too."""
-        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
-        if self.shift:
-            inputs = without_first_targets(inputs)
-        labels, loss = inputs.get("labels"), None
-        if labels is not None or not generates:
-            with torch.no_grad():
-                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
-            items = self._denominator(inputs).to(loss)
-            self._evaluated = self._evaluated.to(loss) + torch.stack([loss * items, items])
-        if not generates:
-            return loss, None, None
-        # decoder inputs made from labels would be continued
-        made = labels is not None and getattr(inputs.get("decoder_input_ids"), "shape", None) == labels.shape
-        dropped = ("labels", "decoder_input_ids", "decoder_attention_mask") if made else ("labels",)
-        free = {name: value for name, value in inputs.items() if name not in dropped}
-        tokens = super().prediction_step(model, free, prediction_loss_only, ignore_keys, **generation)[1]
-        return loss, tokens, None if labels is None else labels.to(self.args.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss averaged over tokens and not over batches."""
-        self._evaluated = torch.zeros(2, dtype=torch.float32)
-        result = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        total, items = sum_over_ranks(self.accelerator, self._evaluated).tolist()
-        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
-        return result._replace(metrics=metrics)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         collate = self.data_collator

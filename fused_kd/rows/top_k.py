@@ -137,9 +137,10 @@ def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
 
 def _without_label(scalars: Tensor) -> Tensor:
     """Numbers of terms that keep their divergence alone, so that a difficulty is ``KL(p||q)``."""
-    own = Scalars(*scalars.unbind(-1))
-    share, one, nothing = own.weight * own.lam, torch.ones_like(own.lam), torch.zeros_like(own.lam)
-    return torch.stack(own._replace(weight=share, lam=one, rest=nothing, log_lam=nothing), -1)
+    own = dict(zip(Scalars._fields, scalars.unbind(-1), strict=True))
+    share, nothing = own["weight"] * own["lam"], torch.zeros_like(own["lam"])
+    own |= {"weight": share, "lam": torch.ones_like(share), "rest": nothing, "log_lam": nothing}
+    return torch.stack(list(own.values()), -1)
 
 
 class CategoryGradient(NamedTuple):

@@ -225,7 +225,7 @@ def test_logits_with_a_top_k_teacher(case, tail, backend):
                 evaluate(z, teacher, y, objective, backend=backend, temperature=0.5, **options),
                 truth(z, teacher, y, objective, temperature=0.5, **options),
                 tight,
-            may_overflow(objective),
+                may_overflow(objective),
             )
         check(
             evaluate(z, teacher, y, objective, backend=backend, **options),

@@ -56,7 +56,7 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
         assert out.gradient.isfinite().all()
         for row in range(len(z)) if not logarithm else finite.nonzero().flatten().tolist():
             tight = 2e-5 if has_powers(objective) else 1e-5
-            small = (out.gradient[row] - gradient[row]).norm() < 1e-7  # a rounding of 1
+            small = gradient[row].norm() < 1e-6 or (out.gradient[row] - gradient[row]).norm() < 1e-7
             assert relative(out.gradient[row], gradient[row]) < tight or small, (T, row)
 
 

@@ -1,4 +1,4 @@
-"""What each tail of a list says: over which entries both sides are, at which temperature, and with which mass beside."""
+"""What a list's tail says: over which entries both sides are, at which temperature, and with which mass beside."""
 
 from __future__ import annotations
 
@@ -252,3 +252,24 @@ def test_repr_says_what_is_not_the_default():
     assert repr(fk.TopK(MATRIX, IDS)) == "TopK((3, 2), float32, tail='renormalize')"
     long = fk.TopK(MATRIX, IDS, "bucket", 2.0, MATRIX[:, 0])
     assert repr(long) == "TopK((3, 2), float32, tail='bucket', temperature=2.0, log_rest)"
+
+
+@pytest.mark.parametrize("objective, tail, backend", cases(KINDS, ["uniform", "listed"]), indirect=["backend"])
+def test_numbers_of_each_token(objective, tail, backend):
+    p = problem(rows(backend), V=211, std=2.0, device=device_of(backend))
+    T, lam = (0.5 + torch.rand(len(p.labels), device=p.labels.device) for _ in range(2))
+    if objective.spec.reads_label:
+        objective = type(objective)(lam=lam - 0.5)
+    compare(p, cached(p, 8, tail), objective, temperature=T, backend=backend, tight=2e-5)
+
+
+def test_compiles_whole_with_an_exact_rest():
+    z, teacher, labels = lists()
+    rest = torch.full_like(z[:, 0], -3.0)
+
+    def step(z, log_probs, indices, log_rest, labels):
+        lists = fk.TopK(log_probs, indices, "bucket", temperature=2.0, log_rest=log_rest)
+        return fk.kd_loss(z, lists, labels, fk.ReverseKD(), temperature=2.0).loss
+
+    args = (z, teacher.log_probs, teacher.indices, rest, labels)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(*args), step(*args))

@@ -18,8 +18,8 @@ from ..kernels.ways import refused
 from ..problems import gradients, needs_compiler
 
 ORACLE = ("ignore_index", "reduction", "temperature", "vocab_size", "shift")
-NAMES = ("objective", "hidden", "weight", "bias", "logit_scale", "softcap", "log_probs", "indices", "tail", "log_rest", "student",
-         "teacher", "labels", "token_weights", "num_items", "memory_budget", "backend", "validate", "engine",
+NAMES = ("objective", "hidden", "weight", "bias", "logit_scale", "softcap", "log_probs", "indices", "tail", "log_rest",
+         "student", "teacher", "labels", "token_weights", "num_items", "memory_budget", "backend", "validate", "engine",
          "grad_filter_eps", *ORACLE, "lam", "beta", "gamma", "alpha", "fraction", "floor", "gate", "tau")  # fmt: skip
 NUMBERS = [0, -1, math.nan, math.inf, 1e300, 1e-300, True, "1", None, 2**70, 10**400]
 NOT_ONE_ARRAY = [torch.eye(3).to_sparse(), None, 3.0, [1.0]]

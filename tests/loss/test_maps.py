@@ -216,7 +216,7 @@ def test_a_sum_and_a_ranked_objective():
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_pieces_cover_a_map(data):
-    """Each mapped column once, from its own row of the teacher; the others in order, once."""
+    """Each mapped column once, from its own row of the teacher; all of the teacher's once, in tiles."""
     V, V_t = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 60))
     start = data.draw(st.integers(0, max(V_t - 1, 0)))
     columns = torch.arange(start, start + V)
@@ -240,6 +240,13 @@ def test_pieces_cover_a_map(data):
         assert torch.equal(found, columns)
     finally:
         mapping.LONG = mapping_long
+    place = torch.full((V_t,), -1)
+    place[columns[columns >= 0]] = (columns >= 0).nonzero().squeeze(1)
+    seen = torch.zeros(V_t, dtype=torch.int64)
+    for tile in mapping._tiles(place, step, columns.device):
+        seen[tile.rows] += 1
+        assert torch.equal(columns[tile.columns], torch.arange(V_t)[tile.rows][tile.places])
+    assert bool((seen == 1).all())
 
 
 def test_a_map_is_looked_at_once_and_again_where_it_changes():
@@ -301,6 +308,7 @@ def test_nothing_of_the_teachers_width_is_held(tail, monkeypatch):
     from fused_kd.engines import gemm
 
     monkeypatch.setattr(gemm, "SLAB_BYTES", 1 << 16)
+    monkeypatch.setattr(mapping, "CPU_COLUMNS", 256)
     V, V_t, N = 400, 3000, 64
     p = mapped_problem(shuffled(V, V_t, 40), V_t, N=N, H=32, H_t=64)
     p.labels = p.labels.clamp(min=0)

@@ -63,8 +63,8 @@ def axolotl_forward_kl(z: Tensor, top: Tensor, indices: Tensor, log_p: Tensor, T
 
 
 def server(z: Tensor, top: Tensor, indices: Tensor, log_p: Tensor, T: float, beta: float, tail: bool) -> Tensor:
-    """TRL's loss against a server, whose log-probabilities are of temperature T: with one more entry for what is left of
-    each side, or both normalised over the list."""
+    """TRL's loss against a server, whose log-probabilities are of temperature T: with one more entry for what is left
+    of each side, or both normalised over the list."""
     log_q = (z / T).log_softmax(-1).gather(-1, indices)
     if not tail:
         return jsd(*(x - x.logsumexp(-1, keepdim=True) for x in (log_p, log_q)), beta)

@@ -328,7 +328,9 @@ def test_bad_arguments(tmp_path: Path, options: dict, message: str) -> None:
 
 
 def test_bad_tail_and_small_head(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tail must be one of 'renormalize', 'uniform', 'bucket', 'listed', got 'ignore'"):
+    with pytest.raises(
+        ValueError, match="tail must be one of 'renormalize', 'uniform', 'bucket', 'listed', got 'ignore'"
+    ):
         TeacherCache(finished, tail="ignore")
     with pytest.raises(ValueError, match="head has 59 rows, fewer than the 60 tokens"):
         write_cache(tmp_path, model(0), Words(60), rows(), k=1, template="tiny")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import LOG_ZERO, NOWHERE
+from ...terms import RowSpec
 from ..contract import Logits, Row, RowInputs, RowOutputs
 from ..top_k import Categories, category_rows
 from .math import Scratch, finish_logits_, rows_of_block, scalars_of, to_raw_
@@ -72,8 +73,9 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
     of_label = z.gather(1, label)
     z.index_fill_(1, unmapped, NOWHERE)
     z.scatter_(1, label, torch.where(alone, of_label, z.gather(1, label)))
-    # Only differences count: a large common offset would swallow the digits of the rest's logarithm.
+    listed = _listed(z, label, alone, inputs.spec, wide("listed", B)) if beyond.tail == "listed" else None
     top = torch.full_like(of_label, NOWHERE) if not len(unmapped) else rest.amax(1, keepdim=True)
+    # Only differences count: a large common offset would swallow the digits of the rest's logarithm.
     origin = torch.maximum(z.amax(1, keepdim=True), top)
     z.sub_(origin)
     rest, top = rest.sub_(top), top - origin
@@ -93,13 +95,6 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
         others = torch.where(alone, others + left, others)
     all_p[:, V:] = others
 
-    listed = None
-    if beyond.tail == "listed":
-        listed = wide("listed", B).copy_(columns)
-        if not inputs.spec.mixes_label:
-            listed.scatter_(1, label, torch.where(alone, NOWHERE, listed.gather(1, label)))
-        listed[:, V:] = NOWHERE
-        listed.sub_(listed.amax(1, keepdim=True)).clamp_(min=LOG_ZERO)
     small = Categories(columns, all_p, inputs.labels, listed)
     gradient = category_rows(dense, inputs, outputs, small, cold_rest)
     if gradient is None or outputs.dlogits is None:
@@ -112,6 +107,15 @@ def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, na
         out.index_add_(1, unmapped, share)
     to_raw_(out, student, slope)
     outputs.dlogits.copy_(out)
+
+
+def _listed(z: Tensor, label: Tensor, alone: Tensor, spec: RowSpec, out: Tensor) -> Tensor:
+    """The student (B, V + 1) of a divergence over mapped columns, and a label in the target: over their own largest."""
+    V = z.shape[1]
+    out[:, :V], out[:, V:] = z, NOWHERE
+    if not spec.mixes_label:
+        out.scatter_(1, label, torch.where(alone, NOWHERE, z.gather(1, label)))
+    return out.sub_(out.amax(1, keepdim=True)).clamp_(min=LOG_ZERO)
 
 
 def _log_sum(rest: Tensor, top: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
