@@ -225,10 +225,11 @@ def test_kept_share_is_the_mean_overlap_of_the_distributions() -> None:
 
 def test_training_holds_no_logits_of_the_whole_vocabulary(tmp_path: Path) -> None:
     """Of no tensor that an operation reads are the rows tokens and the columns the target's vocabulary."""
-    target = tiny(8, 0)
+    vocab = 3000  # beyond a tile of columns
+    target = tiny(8, 0, vocab=vocab)
     narrow, wide = of_one_map(target)
     args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=16, save_strategy="no")
-    mapped = fk.VocabMap.of_columns(COLUMNS, VOCAB)
+    mapped = fk.VocabMap.of_columns(COLUMNS, vocab)
     trainer = KDTrainer(
         narrow, target, fk.Acceptance(), vocab_map=mapped, tail="bucket",
         args=args, train_dataset=Rows(rows(16)), data_collator=Collator(0),
@@ -238,7 +239,7 @@ def test_training_holds_no_logits_of_the_whole_vocabulary(tmp_path: Path) -> Non
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             work()
         shapes = {tuple(shape) for event in seen.events() for shape in event.input_shapes if shape}
-        return {shape for shape in shapes if shape[-1] == VOCAB and torch.Size(shape[:-1]).numel() > 16}
+        return {shape for shape in shapes if shape[-1] == vocab and torch.Size(shape[:-1]).numel() > 16}
 
     assert not wide_ones(trainer.train)
     with torch.no_grad():
