@@ -225,14 +225,15 @@ def _joined(request: Request, own: Leading, k: int | None) -> Leading:
 
     assert request.shards is not None
     exchange = Exchange(request.shards.group)
-    parts = [exchange.gather(x) for x in own]
-    values, indices, tops, totals = (part.wait() for part in parts)
+    parts = [exchange.gather(x) for x in (own.values, own.top, own.total)]
+    ids = exchange.gather(own.indices) if k is not None else None
+    values, tops, totals = (part.wait() for part in parts)
     top = tops.amax(0)
     origin = top.masked_fill(top == -math.inf, 0.0)
     total = (totals * ((tops - origin) / request.temperature).exp()).sum(0)
-    if k is None:
+    if ids is None:
         return Leading(values.amax(0), own.indices, top, total)
-    return Leading(values.movedim(0, 1).flatten(1), indices.movedim(0, 1).flatten(1), top, total)
+    return Leading(values.movedim(0, 1).flatten(1), ids.wait().movedim(0, 1).flatten(1), top, total)
 
 
 def _finish(found: Leading, temperature: float, k: int | None, top_p: float) -> Listed:
