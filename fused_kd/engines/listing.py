@@ -24,8 +24,8 @@ from .gemm import Projection
 from .plan import BudgetTooSmall
 from .problem import Side
 
-# Logits of a tile and its most tokens and columns: 8 MB on a CPU, 32 MB on a GPU. Smaller ones are as fast on idle cores,
-# but where a core is busy each GEMM waits for it once more.
+# Logits of a tile and its most tokens and columns: 8 MB on a CPU, 32 MB on a GPU. Smaller ones are as fast on idle
+# cores, but where one is busy each GEMM waits for it once more.
 CPU_TILE, CPU_TOKENS, CPU_COLUMNS = 1 << 21, 512, 8192
 DEVICE_TILE, DEVICE_TOKENS, DEVICE_COLUMNS = 1 << 23, 2048, 16384
 COLUMN_MULTIPLE = 64
