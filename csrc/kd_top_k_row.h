@@ -86,7 +86,8 @@ static void condense(Row *r, const Categories *small) {
     for (int64_t j = 0; j < K; j++)
         small->student[j] = j < next ? at_least_log_zero((float)(small->student[j] - origin)) : LOG_ZERO;
     small->student[K] = at_least_log_zero((float)log_sum(&r->student, r->temperature, origin));
-    if (isnan(small->student[K])) small->listed[K] = NAN;
+    for (int64_t j = 0; j <= K; j++)
+        if (isnan(small->student[j])) small->listed[K] = NAN;  // also what has no part in the divergence
     if (!c->cold) return;
     memcpy(small->cold, small->student, (size_t)K * sizeof(float));
     small->cold[K] = at_least_log_zero((float)log_sum(&r->cold, 1.0, origin));

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
 WIDTH = 100
+PROPERTIES = (property, cached_property)
 # What a training script of one's own takes; the recipes' folders have pages of their own.
 TRAINING = {
     "fused_kd.training.trainer": ("KDTrainer", "BetaSchedule"),
@@ -33,6 +35,7 @@ TRAINING = {
     "fused_kd.training.score": ("Scores", "Similarity", "score", "similarity", "Comparison", "paired_bootstrap"),
 }
 PARALLEL = {"fused_kd.parallel": ("Shards", "Traffic", "count_traffic", "predicted_traffic", "shard_rows")}
+SPANS = {"fused_kd.spans": ("aligned_spans", "Spans")}
 PLANNING = {"fused_kd.forecast": ("Choice", "plan_for"), "fused_kd.reference": ("reference_kd_loss",)}
 HEAD = """\
 # API
@@ -52,10 +55,12 @@ def sections() -> list[tuple[str, list[tuple[str, Any]]]]:
     objectives = [cls.__name__ for cls in core.OBJECTIVES.values()]
     kinds = [*objectives, "Sum", "parse"]
     loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK"]
-    others = [name for name in names if name not in {*objectives, *loss}]
+    maps = ["vocab_map", "VocabMap"]
+    others = [name for name in names if name not in {*objectives, *loss, *maps}]
     found = [
         ("The loss", _of(core, loss)),
         ("Objectives", [*_of(importlib.import_module("fused_kd.objectives"), kinds), *_of(core, others[:1])]),
+        ("Vocabularies", [*_of(core, maps), *_listed(SPANS)]),
         ("Memory, plans, the float64 reference", [*_of(core, others[1:]), *_listed(PLANNING)]),
         ("A vocabulary over ranks", _listed(PARALLEL)),
     ]
@@ -88,7 +93,7 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
     """The public methods and properties that a class defines and documents itself."""
     for name, value in vars(cls).items():
         plain = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        if not name.startswith("_") and (inspect.isfunction(plain) or isinstance(plain, property)) and plain.__doc__:
+        if not name.startswith("_") and (inspect.isfunction(plain) or isinstance(plain, PROPERTIES)) and plain.__doc__:
             yield name, plain
 
 
@@ -153,7 +158,7 @@ def _entry(name: str, obj: Any, anchors: dict[str, str]) -> Iterator[str]:
     if isinstance(obj, type):
         for member, value in members(obj):
             yield f"#### {obj.__name__}.{member}"
-            if not isinstance(value, property):
+            if not isinstance(value, PROPERTIES):
                 yield _fence(signature(member, value))
             yield markdown(value.__doc__, anchors)
 
@@ -161,7 +166,7 @@ def _entry(name: str, obj: Any, anchors: dict[str, str]) -> Iterator[str]:
 def signature(name: str, obj: Any) -> str:
     """``name(...) -> ...``, broken into a line a parameter where it is long."""
     found = inspect.signature(obj)
-    parameters = [p for p in found.parameters.values() if p.name != "self"]
+    parameters = [p for p in found.parameters.values() if p.name not in ("self", "cls")]
     shown = [_parameter(p) for p in parameters]
     kinds = [p.kind for p in parameters]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:

@@ -102,7 +102,7 @@ class Train:
     vocab: int = 4000  # tokens of the tokenizer trained where both models are presets
     attn_implementation: str | None = None  # sdpa, flash_attention_2, ...; null lets transformers choose
     dtype: str = "auto"  # of loaded models; a student in half precision is trained in float32, bf16 computes so
-    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"  # what a cached list says of other tokens
+    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] = "bucket"  # of tokens that a list lacks
     show: bool = False  # print the options and stop
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
-from .inputs import KDOutput, LMHead, TopK
+from .inputs import KDOutput, Lists, LMHead, TopK
 from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
 from .objectives import (
@@ -29,6 +29,7 @@ from .objectives import (
     TotalVariation,
     ZLoss,
 )
+from .vocab import VocabMap, vocab_map
 from .workspace import empty_cache
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "KDLoss",
     "KDOutput",
     "LMHead",
+    "Lists",
     "NoEvo",
     "Renyi",
     "ReverseKD",
@@ -58,10 +60,12 @@ __all__ = [
     "ToDi",
     "TopK",
     "TotalVariation",
+    "VocabMap",
     "ZLoss",
     "__version__",
     "empty_cache",
     "kd_loss",
     "log_probs_at",
     "top_k_of",
+    "vocab_map",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .engines import chunked
-from .engines.chunks import Chunks
+from .engines.chunks import Chunks, LogitSource
 from .engines.dispatch import AUTO, ENGINES, choose_engine
 from .engines.gemm import has_fp32_output
 from .engines.plan import BudgetTooSmall
@@ -163,7 +163,7 @@ def chunked_plan(
 def _chunked(problem: Problem, device: torch.device, upcast: bool) -> ChunkedPlan:
     chunks = Chunks(problem, problem.vocab, None, problem.labels)
     for source in (chunks.student, chunks.teacher):
-        if source is not None and source.projection is not None:
+        if isinstance(source, LogitSource) and source.projection is not None:
             # It asks the tensors' device, which is not the one to be planned for.
             source.projection.upcast = upcast and problem.student.source.dtype != torch.float32
     return chunked.plan(chunks, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import LARGEST, TEMPERATURE, check_dense, check_number
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TAILS = ("renormalize", "uniform", "bucket", "listed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,20 @@ class LMHead:
         logit_scale: factor on the logits in [-1e12, 1e12] (Cohere's ``logit_scale``; the inverse of Granite's
             divisor).
         softcap: cap of the logits (Gemma's ``final_logit_softcapping``), in [1e-12, 1e12], or None.
+        columns: of a teacher with another vocabulary than the student: (V of the student,) int64 or int32, which of
+            the V columns of ``weight`` each of the student's is, none twice, or -1 for none.
+            :func:`fused_kd.vocab_map` makes one. Its values are looked at when a loss first takes it.
+        tail: with ``columns``, what becomes of tokens that one side alone has. The teacher's probabilities
+            ``p = softmax(logits)`` are of all of its V columns; M are the student's columns that are mapped, U the
+            others, and m is what p holds on columns of the teacher that no student column is:
+
+            - "renormalize": ``p / sum_M p`` on M, 0 on U;
+            - "uniform": p on M and ``m / |U|`` on each of U, up to a common factor where U is empty;
+            - "bucket": p on M, and U and m together as one category of each side, exact at any temperature. A label
+              in U is taken out of it with the share ``m / |U|``, where the objective reads it. Where U is empty the
+              student's category is 0, so that bounded objectives (``TotalVariation``, ``Acceptance``, JSD, ...) see
+              what it can never reach, and those with KL(p||q) are refused;
+            - "listed": ``p / sum_M p`` on M alone, and the student renormalised over M too.
 
     Raises:
         TypeError: for a tensor that is not one, or not of a supported dtype.
@@ -40,6 +55,8 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    columns: Tensor | None = None
+    tail: str = "renormalize"
 
     def __post_init__(self) -> None:
         check_float_tensor("hidden", self.hidden)
@@ -64,6 +81,15 @@ class LMHead:
         check_number("logit_scale", self.logit_scale)
         if self.softcap is not None:
             check_number("softcap", self.softcap, low=1 / LARGEST)
+        if self.columns is not None:
+            check_ids("columns", self.columns)
+            if self.columns.dim() != 1 or not len(self.columns):
+                raise ValueError(f"columns must have shape (V of the student,), got {tuple(self.columns.shape)}")
+            if self.columns.device != self.hidden.device:
+                raise ValueError(
+                    f"columns are on {self.columns.device}, hidden on {self.hidden.device}; they must share one"
+                )
+        check_tail_name(self.tail)
 
     @property
     def vocab(self) -> int:
@@ -79,14 +105,13 @@ class LMHead:
             )
             if value != default
         )
+        if self.columns is not None:
+            extras += f", columns=({len(self.columns)},), tail={self.tail!r}"
         bias = ", bias" if self.bias is not None else ""
         return (
             f"LMHead(hidden={tuple(self.hidden.shape)}, weight={tuple(self.weight.shape)}{bias}, "
             f"{str(self.hidden.dtype).removeprefix('torch.')}{extras})"
         )
-
-
-TAILS = ("renormalize", "uniform", "bucket", "listed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +166,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         check_float_tensor("log_probs", self.log_probs)
-        if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
-            kind = self.indices.dtype if isinstance(self.indices, Tensor) else type(self.indices).__name__
-            raise TypeError(f"indices must be an int64 or int32 tensor, got {kind}")
-        check_dense("indices", self.indices)
+        check_ids("indices", self.indices)
         if self.log_probs.dim() < 1 or self.log_probs.shape[-1] < 1:
             raise ValueError(f"log_probs must have shape (..., K) with K >= 1, got {tuple(self.log_probs.shape)}")
         if self.indices.shape != self.log_probs.shape:
@@ -155,8 +177,7 @@ class TopK:
             raise ValueError(
                 f"indices are on {self.indices.device}, log_probs on {self.log_probs.device}; they must share one"
             )
-        if self.tail not in TAILS:
-            raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+        check_tail_name(self.tail)
         check_number("temperature", self.temperature, low=TEMPERATURE.low)
         if self.log_rest is None:
             return
@@ -178,12 +199,72 @@ class TopK:
         return f"TopK({tuple(self.log_probs.shape)}, {dtype}, tail={self.tail!r}{extras})"
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Which entries of each token a loss compares, chosen while it runs from logits that it has anyway.
+
+    Both sides are then those of a :class:`TopK` of the teacher with an exact ``log_rest``, taken at the temperature of
+    the loss: no sweep over the vocabulary but those of the list and of the gradient.
+
+    Args:
+        k: entries of a list, at least 1; all of them where the vocabulary is smaller.
+        chosen_by: "teacher" lists the teacher's k largest, "student" the student's (a constant choice, at which the
+            teacher is read).
+        tail: as of :class:`TopK`.
+        top_p: keep only the first of the k largest that hold this share of the chooser's probability, in (0, 1]; None:
+            all k.
+
+    Raises:
+        TypeError, ValueError: for arguments out of range.
+    """
+
+    k: int
+    chosen_by: str = "teacher"
+    tail: str = "bucket"
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if self.chosen_by not in ("teacher", "student"):
+            raise ValueError(f"chosen_by must be 'teacher' or 'student', got {self.chosen_by!r}")
+        check_tail_name(self.tail)
+        check_top_p(self.top_p)
+
+
+def check_k(k: object) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be a positive integer, got {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+
+
+def check_top_p(top_p: object) -> None:
+    if top_p is None:
+        return
+    if isinstance(top_p, bool) or not isinstance(top_p, (int, float)):
+        raise TypeError(f"top_p must be a number in (0, 1] or None, got {top_p!r}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be a number in (0, 1] or None, got {top_p!r}")
+
+
 def check_float_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
     check_dense(name, value)
+
+
+def check_ids(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 or int32 tensor, got {kind}")
+    check_dense(name, value)
+
+
+def check_tail_name(tail: object) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
 
 
 class KDOutput(NamedTuple):
@@ -222,7 +303,8 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
     if len(set(sizes)) > 1:
         raise ValueError(
             f"student and teacher have unequal vocabularies, {sizes[0]} and {sizes[1]}; if one is padded, pass "
-            "vocab_size (the tokenizer's size) to cut both"
+            "vocab_size (the tokenizer's size) to cut both; else say which columns they share, LMHead(columns=...), as "
+            "fused_kd.vocab_map finds them"
         )
     return sizes[0]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .engines.dispatch import choose_engine
-from .engines.problem import Problem, Side, Wanted
+from .engines.problem import NO_LISTING, Listing, Problem, Side, Wanted
 from .inputs import (
     KDOutput,
+    Lists,
     LMHead,
     TopK,
     check_alike,
@@ -24,6 +25,7 @@ from .objectives.base import parts_of, shown_value
 from .ops import KDFunction, pack
 from .options import (
     LossOptions,
+    check_map_tail,
     check_objective,
     check_tail,
     checked_option,
@@ -78,6 +80,8 @@ class KDLoss(nn.Module):
             hidden states may be DTensors, see :func:`fused_kd.parallel.local_tensors`. All ranks get the same loss;
             each gets its own rows' gradient, and the hidden states' summed over the ranks. ``backend`` is "triton"
             (dense teachers, all objectives but ``AdaptiveKL``) or "torch".
+        lists: compare only some entries of each token, and the rest by a tail: see :class:`fused_kd.Lists`. The teacher
+            is an LMHead or logits. Needs the chunked engine, without ``tp_group``.
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.
@@ -101,6 +105,7 @@ class KDLoss(nn.Module):
         engine: str | None = None,
         grad_filter_eps: float = 0.0,
         tp_group: Any = None,
+        lists: Lists | None = None,
     ) -> None:
         super().__init__()
         check_objective(objective)
@@ -116,6 +121,7 @@ class KDLoss(nn.Module):
         self.engine = engine
         self.grad_filter_eps = grad_filter_eps
         self.tp_group = tp_group
+        self.lists = lists
         self._objective = objective
         self._spec = objective.spec
         # Not asked of the objective in a call: torch.compile would guard on each number of it.
@@ -250,19 +256,21 @@ class KDLoss(nn.Module):
                 none for "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
         """
         spec, wanted = self._spec, statistics_names(statistics)
-        columns = statistics_columns(wanted, teacher, spec)
+        columns = statistics_columns(wanted, teacher, spec, self.lists)
         side, shape, sum_hidden = flat_side("student", student, self._group)
         device, side_t, tokens_t = side.source.device, None, None
         if spec.needs_teacher:
             self._check_teacher(teacher)
             side_t, shape_t, _ = flat_side("teacher", teacher, self._group)
             tokens_t = shape_t, side_t.source.device
+        listing = self._listing(side_t)
         vocab, shards = self._vocab(side, side_t)
         check_alike(shape, device, tokens_t, labels, token_weights)
         engine, backend = choose_engine(
             self.engine, self.backend, spec, self.grad_filter_eps, device,
-            top_k=side_t is not None and side_t.indices is not None, sharded=shards is not None,
-            statistics=columns > 0,
+            top_k=side_t is not None and side_t.indices is not None,
+            mapped=side_t is not None and side_t.columns is not None, listing=listing.k > 0,
+            sharded=shards is not None, statistics=columns > 0,
         )  # fmt: skip
         labels = labels.long()
         labels, weights, scale = labels_weights_scale(
@@ -288,7 +296,7 @@ class KDLoss(nn.Module):
             spec_code=spec.code,
             cold_labels=spec.has_cold(
                 not isinstance(self.temperature, Tensor) and self.temperature == 1.0,
-                "" if side_t is None else side_t.tail,
+                listing.tail if listing.k or side_t is None else side_t.tail,
             ),
             vocab=vocab,
             dtype=autocast_dtype(device, student=side, teacher=side_t),
@@ -300,6 +308,7 @@ class KDLoss(nn.Module):
             shards=shards,
             sum_hidden=sum_hidden,
             statistics=columns,
+            listing=listing,
         )
         loss, difficulty, is_hard, told = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
@@ -318,11 +327,23 @@ class KDLoss(nn.Module):
         shards = divide(self._group, columns, columns_t, self.vocab_size)
         return shards.vocab, shards
 
+    def _listing(self, teacher: Side | None) -> Listing:
+        lists = self.lists
+        if lists is None or teacher is None:
+            return NO_LISTING
+        if teacher.indices is not None or teacher.columns is not None:
+            given = "a TopK, which is one" if teacher.indices is not None else "columns"
+            raise ValueError(f"lists must be None with {given}, got {lists!r}")
+        check_tail(self._objective, lists.tail, 1.0)  # the mass of a bucket is known at any
+        return Listing(lists.k, lists.chosen_by == "student", lists.tail, 1.0 if lists.top_p is None else lists.top_p)
+
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
         if teacher is None:
             raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
         if isinstance(teacher, TopK):
             check_tail(self._objective, teacher.tail, self.temperature, teacher.temperature)
+        if isinstance(teacher, LMHead) and teacher.columns is not None:
+            check_map_tail(self._objective, teacher.tail)
 
 
 def kd_loss(

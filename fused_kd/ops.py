@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .engines.dispatch import run as run
-from .engines.problem import IGNORED, Problem, Result, Side, Wanted, gradient_dtype
+from .engines.mapping import check_map
+from .engines.problem import IGNORED, Listing, Problem, Result, Side, Wanted, gradient_dtype
 from .rows.contract import Shards
 from .rows.select import installed
 from .tokens import check_top_k
 
-_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards}
+_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards, "listing": Listing}
 # What stands for a part that is None.
 _MISSING: dict[str, Any] = {"teacher": Side(cast(Tensor, None)), "shards": Shards("", 0, ())}
 _KINDS: dict[Any, str] = {
@@ -96,6 +97,8 @@ def _kd(*values: Any) -> tuple[Tensor, ...]:
     student, teacher = problem.student, problem.teacher
     if teacher is not None and teacher.indices is not None and (problem.validate or teacher.source.is_cpu):
         check_top_k(teacher, problem.labels, problem.vocab)
+    if teacher is not None and teacher.columns is not None:
+        check_map(teacher, problem.vocab, problem.spec)
     # Under autocast the engine's own GEMMs would be cast once more.
     with torch.autocast(student.source.device.type, enabled=False), torch.no_grad():
         result = run(problem)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import TEMPERATURE, check_number, checked_number
 from .engines.dispatch import ENGINES
-from .inputs import TopK
+from .inputs import Lists, LMHead, TopK
 from .objectives import OBJECTIVES, Objective
 from .objectives.base import numbers_of
 from .rows.select import BACKENDS
@@ -36,6 +36,7 @@ class LossOptions(TypedDict, total=False):
     engine: str | None
     grad_filter_eps: float
     tp_group: Any
+    lists: Lists | None
 
 
 def checked_option(name: str, value: Any) -> Any:
@@ -67,6 +68,9 @@ def checked_option(name: str, value: Any) -> Any:
             return checked_number(name, value, TEMPERATURE)
         check_number(name, value, low=TEMPERATURE.low)
         return float(value)
+    elif name == "lists":
+        if value is not None and not isinstance(value, Lists):
+            raise TypeError(f"lists must be a fused_kd.Lists or None, got {value!r}")
     elif name == "grad_filter_eps":
         check_number(name, value)
         if value < 0:
@@ -116,6 +120,17 @@ def check_tail(objective: Objective, tail: str, temperature: Number, taken_at: f
         )
 
 
+def check_map_tail(objective: Objective, tail: str) -> None:
+    """
+    Raises:
+        ValueError: for a map of a tail with which an objective is not defined.
+    """
+    if tail in ("bucket", "listed") and any(term.z_loss for term in objective.spec.terms):
+        raise ValueError(
+            f"tail must be 'renormalize' or 'uniform' for {objective!r}, whose ZLoss reads all logits, got {tail!r}"
+        )
+
+
 def token_scalars(objective: Objective, temperature: Number, shape: torch.Size, device: torch.device) -> Tensor:
     """(N, terms, n) fp32 on the device: numbers of the call, and those of each token, of labels of this shape.
 
@@ -154,7 +169,7 @@ def statistics_names(wanted: Iterable[str]) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec) -> int:
+def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec, lists: Lists | None = None) -> int:
     """How many columns of :data:`fused_kd.terms.STATISTICS` have those of these names.
 
     Raises:
@@ -168,6 +183,10 @@ def statistics_columns(wanted: tuple[str, ...], teacher: Any, spec: RowSpec) -> 
             raise ValueError(f"statistics must be among {', '.join(map(repr, alone))} without a teacher, got {name!r}")
     if wanted and spec.needs_teacher and isinstance(teacher, TopK):
         raise ValueError("statistics must be empty with a TopK, which does not know all of p; give an LMHead or logits")
+    if wanted and spec.needs_teacher and lists is not None:
+        raise ValueError(f"statistics must be empty with lists, got {', '.join(wanted)}")
+    if wanted and spec.needs_teacher and isinstance(teacher, LMHead) and teacher.columns is not None:
+        raise ValueError("statistics must be empty with columns, which map a part of p alone")
     if not wanted:
         return 0
     return WITHOUT_SWEEP if all(STATISTICS.index(name) < WITHOUT_SWEEP for name in wanted) else len(STATISTICS)

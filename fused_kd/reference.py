@@ -43,7 +43,7 @@ from .objectives import (
 )
 from .reference_lists import LOG_ZERO as _LOG_ZERO
 from .reference_lists import floored as _floored
-from .reference_lists import of_lists
+from .reference_lists import of_lists, of_map
 
 # Log-probabilities below it are those of excluded tokens.
 _EXCLUDED = -1e18
@@ -306,14 +306,20 @@ def reference_kd_loss(
         own = z, y
         z, z_t, y = of_lists(z, y, replace(teacher, log_probs=log_probs, indices=indices, log_rest=log_rest), objective)
     elif teacher is not None:
-        z_t = full_logits(teacher)[..., :vocab_size]
+        mapped = isinstance(teacher, LMHead) and teacher.columns is not None
+        z_t = full_logits(teacher)[..., : None if mapped else vocab_size]
         z_t = z_t.reshape(-1, z_t.shape[-1])[valid]
 
     def of_tokens(value: Any) -> Any:
         return value.expand(shape).reshape(-1)[valid] if isinstance(value, Tensor) else value
 
+    tail = teacher.tail if isinstance(teacher, TopK) else ""
+    if z_t is not None and isinstance(teacher, LMHead) and teacher.columns is not None:
+        own, columns = (z, y), teacher.columns[:vocab_size]
+        z, z_t = of_map(z, z_t, y, columns, teacher.tail, objective, of_tokens(temperature))
+        tail = teacher.tail if bool((columns < 0).any()) else ""
     rows, difficulty, is_hard = reference_rows(z, z_t, y, _each(objective, of_tokens), of_tokens(temperature), own)
-    if isinstance(teacher, TopK) and teacher.tail == "listed" and not objective.spec.mixes_label:
+    if tail == "listed" and not objective.spec.mixes_label:
         # the label is none of the list
         difficulty = reference_rows(z, z_t, y, NoEvo(lam=1.0), of_tokens(temperature))[1]
     weights = torch.ones_like(rows) if token_weights is None else token_weights.double().reshape(-1)[valid]

@@ -1,4 +1,5 @@
-"""Top-k teachers of the float64 oracle: both sides over the vocabulary, or over the categories that a tail makes."""
+"""Top-k teachers of the float64 oracle, and those of another vocabulary: both sides over the vocabulary, or over the
+categories that a tail makes."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def _listed(
 
 
 def of_lists(z: Tensor, labels: Tensor, teacher: TopK, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """From the student's logits (N, V), labels (N,) and the lists of these tokens: both sides' logits and the labels, over
+    """From the student's logits (N, V), labels (N,) and lists of these tokens: both sides' logits and the labels, over
     the vocabulary or over categories."""
     log_probs, indices = teacher.log_probs.double(), teacher.indices.long()
     if teacher.log_rest is None:
@@ -119,3 +120,42 @@ def of_lists(z: Tensor, labels: Tensor, teacher: TopK, objective: Objective) -> 
         nothing = torch.full_like(log_masses, -math.inf)
         z_t = _dense(z, log_probs, indices, log_masses if teacher.tail == "uniform" else nothing)
     return z, (z_t * T).clamp(min=LOG_ZERO), labels
+
+
+def of_map(
+    z: Tensor,
+    z_t: Tensor,
+    labels: Tensor,
+    columns: Tensor,
+    tail: str,
+    objective: Objective,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From the student's logits (N, V), the teacher's (N, V_t) and labels (N,): both sides' logits over the student's
+    columns and one for the rest."""
+    T = torch.as_tensor(temperature, dtype=torch.float64, device=z.device).reshape(-1, 1)
+    mapped, spec = columns >= 0, objective.spec
+    others = torch.ones_like(z_t[0], dtype=torch.bool).index_fill(0, columns[mapped].long(), False)
+    lacking = int((~mapped).sum())
+
+    def of_others(T: Tensor) -> Tensor:
+        return T * (z_t.where(others, LOG_ZERO) / T).logsumexp(-1, keepdim=True)
+
+    shared = torch.full_like(z, LOG_ZERO).detach()
+    shared[:, mapped] = z_t[:, columns[mapped].long()]
+    if tail == "uniform" and lacking:
+        shared = shared.where(mapped, of_others(torch.ones_like(T)) - math.log(lacking))
+    if tail in ("renormalize", "uniform"):
+        return z, shared
+    z, is_label = floored(z), torch.nn.functional.one_hot(labels, z.shape[1]).bool()
+    alone = is_label & ~mapped & (spec.reads_label if tail == "bucket" else spec.mixes_label)
+    apart = ~mapped & ~alone
+    student = z.where(~apart, LOG_ZERO)
+    if tail == "listed":
+        return student, shared
+    left = apart.sum(-1, keepdim=True)
+    rest = of_others(T)
+    shared = shared.where(~alone, rest - T * math.log(max(lacking, 1)))
+    rest = rest + T * (left / lacking).log().clamp(min=LOG_ZERO) if lacking else rest
+    lumped = T * (z.where(apart, LOG_ZERO) / T).logsumexp(-1, keepdim=True)
+    return torch.cat([student, lumped], 1), torch.cat([shared, rest], 1).clamp(min=LOG_ZERO)

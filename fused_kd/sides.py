@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,14 @@ def flat_side(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tu
     if head is None:
         return Side(flat), shape, sum_hidden
     softcap = None if head.softcap is None else float(head.softcap)
-    return Side(flat, weight, bias, float(head.logit_scale), softcap), shape, sum_hidden
+    side = Side(flat, weight, bias, float(head.logit_scale), softcap)
+    if head.columns is not None:
+        if name != "teacher":
+            raise ValueError(f"{name} must have no columns: they say which of the teacher's the student's are")
+        if group is not None:
+            raise ValueError("teacher must have no columns with tp_group: give each rank the rows that its own map to")
+        side = replace(side, tail=head.tail, columns=head.columns)
+    return side, shape, sum_hidden
 
 
 def autocast_dtype(device: torch.device, **sides: Side | None) -> torch.dtype | None:

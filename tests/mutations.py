@@ -55,6 +55,10 @@ def _logits(backend: str, objective: str, case: str = "one-hot") -> str:
     return f"kernels/test_extremes.py::test_logits[{case}-{objective}-{backend}]"
 
 
+def _map(name: str, tail: str) -> str:
+    return f"loss/test_maps.py::test_equals_the_oracle[{name}-{tail}-torch]"
+
+
 def _exact(objective: str, way: str) -> str:
     return f"kernels/test_exact.py::test_exact[{way}-dense-{objective}]"
 
@@ -66,6 +70,18 @@ def _not_numbers(objective: str, way: str) -> str:
 def _infinite(way: str) -> str:
     test = "test_infinite_where_the_reference_is_and_its_gradient"
     return f"kernels/test_infinite_loss.py::{test}[{way}-bucket-forward_kd]"
+
+
+def _listed_alone(backend: str) -> str:
+    return f"kernels/test_list_tails.py::test_listed_is_a_dense_loss_over_the_list_alone[1.0-{backend}]"
+
+
+def _beside_a_list(backend: str) -> str:
+    return f"kernels/test_list_tails.py::test_a_cross_entropy_beside_a_list_stays_over_the_vocabulary[False-{backend}]"
+
+
+def _exact_rest(tail: str) -> str:
+    return f"kernels/test_list_tails.py::test_an_exact_rest[reverse_kd-{tail}-torch]"
 
 
 _GATES = "loss/test_identities.py::test_gates_look_at_what_they_say"
@@ -96,6 +112,11 @@ _LINEAR = "cold_max, factors, ROW[ALL_P], ROW[ALL_Y], ROW)\n"
 _STREAMING, _STREAMING_SWEEPS = "fused_kd/engines/streaming/engine.py", "fused_kd/engines/streaming/sweeps.py"
 _STREAMING_KERNELS, _STREAMING_TILES = (f"fused_kd/engines/streaming/{name}.py" for name in ("kernels", "tiles"))
 _STREAMING_GRADIENT = "fused_kd/engines/streaming/gradient.py"
+_MAPPING, _MAPPED, _CHOOSING = (
+    "fused_kd/engines/mapping.py",
+    "fused_kd/rows/torch/mapped.py",
+    "fused_kd/engines/choosing.py",
+)
 _ARGUMENTS = "(t, q, d, r, log_r, s, log_s, beta, alpha, w, u, v):\n    return "
 
 MUTATIONS = [
@@ -576,7 +597,7 @@ MUTATIONS = [
     ),
     # top-k teachers
     Mutation(
-        "top-k: label's mass counted twice", _TOP_K, "each * (V - (entries < V).sum(1))", "missing",
+        "top-k: label's mass counted twice", _TOP_K, "each + (V - (entries < V).sum(1)).double().log()", "missing",
         ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-torch]",),
     ),
     Mutation(
@@ -624,6 +645,107 @@ MUTATIONS = [
     Mutation(
         "top-k: the rest's origin forgotten", _TOP_K_TRITON, "((z - origin) - rest)", "(z - rest)",
         ("kernels/test_lists.py::test_matrix[far-bucket-no_evo-triton]",),
+    ),
+    # tails of lists
+    Mutation(
+        "listed: a rest in the divergence", _TOP_K, "clamp_(LOG_ZERO, LOG_ZERO)", "clamp_(0.0, 0.0)",
+        (_listed_alone("torch"),),
+    ),
+    Mutation(
+        "listed: the label joins every divergence", _TOP_K, "teacher.indices < V if spec.mixes_label else", "teacher.indices < V if True else",
+        (_beside_a_list("torch"),),
+    ),
+    Mutation(
+        "listed: a difficulty with the label", _TOP_K, "            scalars = _without_label(scalars)\n", "            pass\n",
+        (_beside_a_list("torch"),),
+    ),
+    Mutation(
+        "listed: a broken logit beside the list unnoticed", _TOP_K, "small.student.amax(1).clamp_(LOG_ZERO, LOG_ZERO)", "LOG_ZERO",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[torch-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "lists: the exact rest forgotten", _TOP_K, "missing = log_rest.double()", "missing = (log_rest + 1.0).double()",
+        (_exact_rest("bucket"),),
+    ),
+    Mutation(
+        "lists: the exact rest not passed on", "fused_kd/sides.py", "log_rest=log_rest", "log_rest=None", (_exact_rest("uniform"),),
+    ),
+    Mutation(
+        "lists: the exact rest of other tokens", _CHUNKS, "of.log_rest[tokens]", "of.log_rest[: len(labels)]",
+        (_exact_rest("bucket"),),
+    ),
+    Mutation(
+        "lists: a rest at the temperature of the loss", _TOP_K, "values * temperature, rest * temperature", "values * temperature, rest",
+        ("kernels/test_list_tails.py::test_a_bucket_is_the_sum_of_the_others_at_the_temperature_of_both[torch]",),
+    ),
+    Mutation(
+        "lists: values at the temperature of the loss", _TOP_K, "values * temperature, rest * temperature", "values, rest * temperature",
+        ("kernels/test_list_tails.py::test_a_uniform_tail_is_flattened_whole[torch]",),
+    ),
+    Mutation(
+        "listed: a cross-entropy over the list", "fused_kd/terms.py", '(tail == "listed" or not temperature_is_one)', "(not temperature_is_one)",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a rest in the divergence", _NATIVE_TOP_K, "call.student.data = small->listed", "call.student.data = small->student",
+        (_listed_alone("native"),),
+    ),
+    Mutation(
+        "native listed: the label joins every divergence", _NATIVE_TOP_K, "part = j < count && (all || log_probs[j] > -INFINITY)", "part = j < count",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a difficulty with the label", _NATIVE_TOP_K, "c->lists.listed && !mixes_label(c)", "false",
+        (_beside_a_list("native"),),
+    ),
+    Mutation(
+        "native listed: a broken logit beside the list unnoticed", _NATIVE_TOP_K, "small->listed[K] = NAN", "small->listed[K] = LOG_ZERO",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[native-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "native listed: over the largest of all logits", _NATIVE_TOP_K, "at_least_log_zero(small->student[j] - top)", "at_least_log_zero(small->student[j] - (float)r->student.parts[0].max)",
+        ("kernels/test_list_tails.py::test_a_list_far_below_the_others_keeps_its_digits[native]",),
+    ),
+    Mutation(
+        "slices: a bucket's rest not flattened", _SHARDED_COLUMNS, "cool(rest, self.temperature, torch.empty_like(rest))", "rest",
+        ("kernels/test_sharded_row.py::test_temperature[no_evo-bucket-torch]",),
+    ),
+    Mutation(
+        "slices: a uniform tail not flattened", _SHARDED_COLUMNS,
+        "Read(z, cool(z_t, T, scratch(\"z_t\", len(z)))", "Read(z, z_t if isinstance(teacher, Sparse) else cool(z_t, T, scratch(\"z_t\", len(z)))",
+        ("kernels/test_sharded_row.py::test_temperature[no_evo-uniform-torch]",),
+    ),
+    Mutation(
+        "slices listed: the label joins every divergence", _SHARDED_COLUMNS, "self._present & takes_part(teacher, shards.vocab, inputs.spec) if self._listed", "self._present if self._listed",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a difficulty with the label", _SHARDED, "without_target=alone", "without_target=False",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a label outside the list is excluded", _SHARDED, "(cold_label < EXCLUDED) & (cold_top >= EXCLUDED)", "label_out",
+        (_slices("forward_kd", "listed", "torch"),),
+    ),
+    Mutation(
+        "slices listed: a broken logit beside the list unnoticed", _SHARDED_COLUMNS, "[1].clamp_(1.0, 1.0)  # or NaN", "[1].fill_(1.0)",
+        ("kernels/test_not_numbers.py::test_nan_and_inf_make_loss_and_difficulty_nan[slices-listed-generalized_jsd]",),
+    ),
+    Mutation(
+        "a bucket of another temperature goes through", "fused_kd/options.py", "or temperature != taken_at)", "or temperature < taken_at)",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
+    ),
+    Mutation(
+        "KL(q||p) beside a label that joins the list goes through", "fused_kd/options.py", '(tail == "listed" and spec.mixes_label)', "False",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
+    ),
+    Mutation(
+        "lists: a rest of any shape", _INPUTS, "self.log_rest.shape != self.log_probs.shape[:-1]", "False",
+        ("kernels/test_list_tails.py::test_errors_of_the_list",),
+    ),
+    Mutation(
+        "lists: a rest above 1 goes through", _TOKENS, "out_of_range(teacher.log_rest, tail)", "out_of_range(teacher.log_rest, tail) & False",
+        ("kernels/test_list_tails.py::test_errors_of_the_loss",),
     ),
     # the row in C
     Mutation(
@@ -677,6 +799,67 @@ MUTATIONS = [
         "streaming: joined dH of the last slab alone", _STREAMING,
         "head.weight_operand(columns), None, first=columns.start == 0)", "head.weight_operand(columns), None, first=True)",
         ("engines/test_streaming.py::test_both_gradients_from_the_same_dlogits[sft]",),
+    ),
+    # teachers of another vocabulary, and lists that a loss chooses
+    Mutation(
+        "map: the first column stands for none", _MAPPING, "out.index_fill_(1, unmapped, -math.inf)", "pass",
+        (_map("two tokenizers", "renormalize"),),
+    ),
+    Mutation(
+        "map: mapped columns are of the rest too", _MAPPING, "z.index_fill_(1, tile.places, -math.inf)", "pass",
+        (_map("a draft", "bucket"),),
+    ),
+    Mutation(
+        "map: the rest's share of no column", _MAPPING, "each = rest - math.log(len(unmapped))", "each = rest",
+        (_map("two tokenizers", "uniform"),),
+    ),
+    Mutation(
+        "map: the rest at temperature 1", _MAPPING, "(others.top - origin) + others.total.log() * temperature",
+        "(others.top - origin) + others.total.log()", ("loss/test_maps.py::test_temperatures[torch-bucket-no_evo]",),
+    ),
+    Mutation(
+        "map: the teacher's offset stays", _MAPPING, "out.sub_(origin.unsqueeze(1))", "pass",
+        (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "map: a list of rows in the order of the student", _MAPPING, "host[own].clamp(min=0).to(device)",
+        "host[own].sort().values.clamp(min=0).to(device)", ("loss/test_maps.py::test_pieces_cover_a_map",),
+    ),
+    Mutation(
+        "map: looked at once for good", _MAPPING, "if found is None or found[0] != key:", "if found is None:",
+        ("loss/test_maps.py::test_a_map_is_looked_at_once_and_again_where_it_changes",),
+    ),
+    Mutation(
+        "mapped: a label that is not mapped stays in the rest", _MAPPED, "(unmapped == label) & inputs.spec.reads_label",
+        "(unmapped == label) & False", (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the label's share is the rest's too", _MAPPED, "torch.where(alone, others + left, others)", "others",
+        (_map("one unmapped", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the rest's gradient for nobody", _MAPPED, "out.index_add_(1, unmapped, share)", "pass",
+        (_map("two tokenizers", "bucket"),),
+    ),
+    Mutation(
+        "mapped: the label of a cross-entropy joins the list", _MAPPED, "if not spec.mixes_label:", "if False:",
+        (_map("two tokenizers", "listed"),),
+    ),
+    Mutation(
+        "mapped: the cold rest's gradient for nobody", _MAPPED, "share.addcmul_(cold_share, gradient.cold.unsqueeze(1))", "pass",
+        ("loss/test_maps.py::test_temperatures[torch-bucket-forward_kd]",),
+    ),
+    Mutation(
+        "lists: chosen by the teacher whoever chooses", _CHOOSING, "by = student if listing.of_student else teacher", "by = teacher",
+        ("loss/test_chosen_lists.py::test_equals_the_oracle[student-bucket-torch]",),
+    ),
+    Mutation(
+        "lists: the teacher's entries are of its rest too", _CHOOSING, "z.scatter_(1, index, -math.inf)", "pass",
+        ("loss/test_chosen_lists.py::test_equals_the_oracle[student-bucket-torch]",),
+    ),
+    Mutation(
+        "lists: the user's logits are written over", _CHOOSING, "teacher.raw.float().clone()", "teacher.raw.float()",
+        ("loss/test_chosen_lists.py::test_logits_scales_caps_and_a_small_vocabulary[student]",),
     ),
     # what stands around a call, or beside a row
     Mutation(

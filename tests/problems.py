@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
 from fused_kd import objectives as o
@@ -269,6 +270,22 @@ def compare(
     assert furthest(actual, refs) < tight * (4 if summands(objective) & JUMPS else 1)
     assert torch.equal(out.is_hard, expected.is_hard)
     assert relative(out.difficulty, expected.difficulty) < tight
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor made inside, results included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
 
 
 class _Head(fk.LMHead):

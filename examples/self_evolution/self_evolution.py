@@ -141,7 +141,7 @@ class Config:
     baseline: str = "forward_kd"  # the method that the others are compared with
     sweeps: dict = field(default_factory=dict)  # method.parameter: the fields of Sweep
     cache_dtype: Literal["fp16", "8bit"] = "fp16"
-    cache_tail: Literal["renormalize", "uniform", "bucket"] = "bucket"  # what a list says of the other tokens
+    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] = "bucket"  # of tokens that a list lacks
 
     def __post_init__(self) -> None:
         get_prompt(self.prompt)

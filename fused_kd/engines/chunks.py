@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..divergences import EXCLUDED
-from ..rows.contract import Logits, RowInputs, RowOutputs, Sparse
+from ..rows.contract import Beyond, Logits, RowInputs, RowOutputs, Sparse
 from ..rows.top_k import sparse_teacher
 from ..rows.torch.math import known_all
 from ..terms import RowSpec, Term
 from ..workspace import empty
+from .choosing import chosen
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
+from .mapping import MappedSource
 from .plan import Plan, Workspace
 from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
 
@@ -104,20 +106,23 @@ class Chunk(NamedTuple):
     teacher: Logits | Sparse | None
     labels: Tensor
     bad: Tensor
+    beyond: Beyond | None
 
     def inputs(self, problem: Problem, weights: Tensor | None, hard: Tensor | None) -> RowInputs:
         """For the loss; ``weights`` of all tokens, ``hard`` of those to process."""
         return RowInputs(
             self.student, self.teacher, self.labels, None if weights is None else weights[self.tokens],
             problem.scalars_of(self.tokens), problem.spec, problem.cold_labels,
-            None if hard is None else hard[self.span],
+            None if hard is None else hard[self.span], self.beyond,
         )  # fmt: skip
 
     def difficulty_inputs(self, problem: Problem) -> RowInputs:
         """For ``KL(yt||q)`` alone."""
         own = slice(problem.spec.main, problem.spec.main + 1)
         scalars = problem.scalars_of(self.tokens)[:, own].contiguous()
-        return RowInputs(self.student, self.teacher, self.labels, None, scalars, _DIFFICULTY, cold_labels=False)
+        return RowInputs(
+            self.student, self.teacher, self.labels, None, scalars, _DIFFICULTY, cold_labels=False, beyond=self.beyond
+        )
 
 
 class Chunks:
@@ -127,8 +132,10 @@ class Chunks:
         self.problem, self.index, self.labels = problem, index, labels
         teacher = problem.teacher
         self.student = LogitSource(problem.student, columns, problem.dtype)
-        self.teacher = None
-        if teacher is not None and teacher.indices is None:
+        self.teacher: LogitSource | MappedSource | None = None
+        if teacher is not None and teacher.columns is not None:
+            self.teacher = MappedSource(teacher, columns, problem.dtype)
+        elif teacher is not None and teacher.indices is None:
             self.teacher = LogitSource(teacher, columns, problem.dtype)
 
     def chunk(self, span: slice, buffers: Buffers) -> Chunk:
@@ -143,9 +150,17 @@ class Chunks:
         bad = labels == INVALID
         hidden, student = self.student.chunk(tokens, buffers, "student")
         teacher: Logits | Sparse | None = None
+        beyond: Beyond | None = None
         of = self.problem.teacher
-        if self.teacher is not None:
+        if isinstance(self.teacher, MappedSource):
+            out = buffers.logits("teacher", len(labels))
+            temperature = self.problem.temperature_of(tokens)
+            teacher, beyond = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
+        elif self.teacher is not None:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
+            if self.problem.listing.k:
+                teacher, malformed = self._chosen(student, teacher, tokens, labels)
+                bad |= malformed
         elif of is not None and of.indices is not None:
             lists, reads_label = (of.source[tokens], of.indices[tokens]), self.problem.spec.reads_label
             teacher, malformed = sparse_teacher(
@@ -153,7 +168,19 @@ class Chunks:
                 log_rest=None if of.log_rest is None else of.log_rest[tokens],
             )  # fmt: skip
             bad |= malformed
-        return Chunk(span, tokens, hidden, student, teacher, labels, bad)
+        return Chunk(span, tokens, hidden, student, teacher, labels, bad, beyond)
+
+    def _chosen(
+        self, student: Logits, teacher: Logits, tokens: slice | Tensor, labels: Tensor
+    ) -> tuple[Sparse, Tensor]:
+        problem, listing = self.problem, self.problem.listing
+        assert isinstance(self.teacher, LogitSource)
+        temperature, own = problem.temperature_of(tokens), self.teacher.projection is not None
+        listed = chosen(student, teacher, listing, temperature, problem.backend, reusable=own)
+        return sparse_teacher(
+            listed.log_probs, listed.indices, labels, problem.vocab, listing.tail,
+            reads_label=problem.spec.reads_label, temperature=temperature, log_rest=listed.log_rest,
+        )  # fmt: skip
 
     def gradient_buffer(self, chunk: Chunk, d_source: Tensor | None, buffers: Buffers, place: slice) -> Tensor:
         """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow;
@@ -197,11 +224,23 @@ class Chunks:
 
     def workspace(self, columns: int, stride: int) -> Workspace:
         """With ``columns`` a side in rows of ``stride``."""
-        return workspace_bytes(self.student, self.teacher, self.problem.teacher, columns, self.problem.wanted, stride)
+        problem = self.problem
+        found = workspace_bytes(self.student, self.teacher, problem.teacher, columns, problem.wanted, stride)
+        listing = problem.listing
+        if not listing.k:
+            return found
+        copied = listing.of_student and isinstance(self.teacher, LogitSource) and self.teacher.projection is None
+        # doubles of the list and its sums, and what lists take anyway
+        return found._replace(token=found.token + 176 * (listing.k + 2) + (4 * columns if copied else 0))
 
 
 def workspace_bytes(
-    student: LogitSource, teacher: LogitSource | None, lists: Side | None, vocab: int, wanted: Wanted, stride: int
+    student: LogitSource,
+    teacher: LogitSource | MappedSource | None,
+    lists: Side | None,
+    vocab: int,
+    wanted: Wanted,
+    stride: int,
 ) -> Workspace:
     """From what the sides' tensors are, not what is in them; ``lists`` are a top-k teacher where they have indices."""
     token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
@@ -209,6 +248,10 @@ def workspace_bytes(
         token += (96 if lists.tail == "listed" else 64) * (lists.indices.shape[1] + 2)
     for side in (student, teacher):
         if side is None:
+            continue
+        if isinstance(side, MappedSource):
+            token += 4 * (stride + side.width) + 8 * side.source.shape[1]
+            fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:
             token += vocab * side.source.element_size()  # gathered when tokens are dropped

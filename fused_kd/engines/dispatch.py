@@ -22,20 +22,25 @@ def choose_engine(
     device: torch.device,
     *,
     top_k: bool = False,
+    mapped: bool = False,
+    listing: bool = False,
     sharded: bool = False,
     statistics: bool = False,
 ) -> tuple[str, str]:
     """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
 
-    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``sharded`` that the
-    vocabulary is divided over ranks, ``statistics`` that some are asked for.
+    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``mapped`` that it has
+    another vocabulary, ``listing`` that lists are to be made, ``sharded`` that the vocabulary is divided over ranks,
+    ``statistics`` that some are asked for.
     """
     if sharded:
+        if listing:
+            raise ValueError("lists must be None with tp_group: fused_kd.top_k_of(..., tp_group=...) makes them before")
         if statistics:
             raise ValueError("statistics must be empty with tp_group, whose ranks see a slice of the vocabulary each")
         return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, top_k)
     if engine == "streaming":
-        obstacle = _streaming_obstacle(backend, spec, top_k, statistics, device)
+        obstacle = _streaming_obstacle(backend, spec, top_k, mapped, listing, statistics, device)
         if obstacle is not None:
             raise ValueError(obstacle)
         return "streaming", "triton"
@@ -49,7 +54,7 @@ def choose_engine(
             choose_backend("triton", device)
         except ValueError as error:
             raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
-    if engine is None and _streaming_obstacle(backend, spec, top_k, statistics, device) is None:
+    if engine is None and _streaming_obstacle(backend, spec, top_k, mapped, listing, statistics, device) is None:
         return AUTO, chosen
     return "chunked", chosen
 
@@ -82,7 +87,13 @@ def _adaptive(spec: RowSpec) -> bool:
 
 
 def _streaming_obstacle(
-    backend: str | None, spec: RowSpec, top_k: bool, statistics: bool, device: torch.device
+    backend: str | None,
+    spec: RowSpec,
+    top_k: bool,
+    mapped: bool,
+    listing: bool,
+    statistics: bool,
+    device: torch.device,
 ) -> str | None:
     """Why the streaming engine can not run, or None."""
     if backend not in (None, "triton"):
@@ -93,6 +104,10 @@ def _streaming_obstacle(
         return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
     if top_k:
         return "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"
+    if mapped:
+        return "engine='streaming' takes no columns of a teacher with another vocabulary; use engine='chunked'"
+    if listing:
+        return "engine='streaming' makes no lists; use engine='chunked'"
     try:
         choose_backend("triton", device)
     except ValueError as error:

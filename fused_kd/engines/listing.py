@@ -203,17 +203,14 @@ def _up(count: int, multiple: int) -> int:
 
 
 def _finished(request: Request, found: Leading, k: int | None, top_p: float) -> Listed:
-    """Log-probabilities in place of logits, of the ranks' entries together; sorted, and cut, where there is a ``k``."""
+    """Of the ranks' entries together."""
     log_rest, log_sum_exp = torch.empty_like(found.top), torch.empty_like(found.top)
     for start in range(0, len(found.top), FINISHED):
         rows = slice(start, start + FINISHED)
         own = Leading(*(x[rows] for x in found))
         if request.shards is not None:
             own = _joined(request, own, k)
-        if k is not None:
-            values, indices = split_keys(keys_of(own.values, own.indices).sort(1, descending=True).values)
-            own = own._replace(values=values, indices=indices)
-        done = _finish(own, request.temperature, k, top_p)
+        done = finished(own, request.temperature, k, top_p)
         for whole, part in zip((found.values, found.indices, log_rest, log_sum_exp), done, strict=True):
             whole[rows] = part
     return Listed(found.values, found.indices, log_rest, log_sum_exp)
@@ -236,13 +233,18 @@ def _joined(request: Request, own: Leading, k: int | None) -> Leading:
     return Leading(values.movedim(0, 1).flatten(1), ids.wait().movedim(0, 1).flatten(1), top, total)
 
 
-def _finish(found: Leading, temperature: float, k: int | None, top_p: float) -> Listed:
-    """Of entries in descending order the first k, unless those before make up ``top_p``; without a ``k`` all."""
+def finished(found: Leading, temperature: float | Tensor, k: int | None = None, top_p: float = 1.0) -> Listed:
+    """Log-probabilities in place of logits: in descending order the first k, unless those before make up ``top_p``;
+    without a ``k`` all, as they are. ``temperature`` may be (1,) or (C,)."""
+    if k is not None:
+        values, indices = split_keys(keys_of(found.values, found.indices).sort(1, descending=True).values)
+        found = found._replace(values=values, indices=indices)
     values = found.values.double()
     # Only differences count: a large common offset would swallow the digits of the sums' logarithms.
     origin = torch.maximum(found.top.double(), values.amax(1))
     origin = origin.masked_fill(origin == -math.inf, 0.0)
-    share = ((values - origin.unsqueeze(1)) / temperature).exp()
+    T = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+    share = ((values - origin.unsqueeze(1)) / T).exp()
     others = found.total * ((found.top - origin) / temperature).exp()
     whole = share.sum(1) + others
     kept = torch.ones_like(share, dtype=torch.bool)
@@ -253,7 +255,7 @@ def _finish(found: Leading, temperature: float, k: int | None, top_p: float) -> 
             kept &= (before < top_p * whole.unsqueeze(1)) | whole.isnan().unsqueeze(1)
     others = others + share.masked_fill(kept, 0.0).sum(1)
     k, log_whole, sound = k or values.shape[1], whole.log(), ~whole.isnan()
-    log_probs = (values - origin.unsqueeze(1)) / temperature - log_whole.unsqueeze(1)
+    log_probs = (values - origin.unsqueeze(1)) / T - log_whole.unsqueeze(1)
     none = ~kept | (values == -math.inf)
     log_probs = log_probs.masked_fill(none & sound.unsqueeze(1), -math.inf)
     log_rest = (others.log() - log_whole).masked_fill((others == 0.0) & sound, -math.inf)

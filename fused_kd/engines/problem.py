@@ -24,7 +24,8 @@ class Side:
 
     ``source`` is (N, H) with ``weight`` (V, H); or logits (N, V) with neither weight nor indices; or, of a top-k
     teacher, log-probabilities (N, K) with ``indices`` (N, K), ``tail``, ``temperature`` and ``log_rest`` (N,) or None,
-    see :class:`fused_kd.inputs.TopK`. Where the vocabulary is divided over ranks, V are this rank's rows.
+    see :class:`fused_kd.inputs.TopK`; of one of another vocabulary with ``columns`` (V of the student,) and ``tail``,
+    see :class:`fused_kd.inputs.LMHead`. Where the vocabulary is divided over ranks, V are this rank's rows.
     """
 
     source: Tensor
@@ -36,13 +37,28 @@ class Side:
     tail: str = ""
     temperature: float = 1.0
     log_rest: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def vocab(self) -> int | None:
-        """V; None of a top-k teacher, which does not know."""
+        """V, of the student where there is a map; None of a top-k teacher, which does not know."""
+        if self.columns is not None:
+            return len(self.columns)
         if self.indices is not None:
             return None
         return self.source.shape[1] if self.weight is None else self.weight.shape[0]
+
+
+class Listing(NamedTuple):
+    """The lists to choose in each chunk, see :class:`fused_kd.inputs.Lists`; ``k`` 0: none."""
+
+    k: int = 0
+    of_student: bool = False
+    tail: str = ""
+    top_p: float = 1.0
+
+
+NO_LISTING = Listing()
 
 
 class Wanted(NamedTuple):
@@ -76,6 +92,7 @@ class Problem:
         validate: whether to look at values that are not on the host.
         shards: the vocabulary's slices over ranks; None: all of it is here.
         statistics: how many of :data:`fused_kd.terms.STATISTICS` to tell.
+        listing: lists to be made of a teacher that is none.
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
     """
 
@@ -98,6 +115,7 @@ class Problem:
     shards: Shards | None = None
     sum_hidden: bool = True
     statistics: int = 0
+    listing: Listing = NO_LISTING
 
     @property
     def spec(self) -> RowSpec:
@@ -112,6 +130,10 @@ class Problem:
     def scalars_of(self, tokens: slice | Tensor) -> Tensor:
         """Those of some tokens."""
         return self.scalars if len(self.scalars) == 1 else self.scalars[tokens]
+
+    def temperature_of(self, tokens: slice | Tensor) -> Tensor:
+        """(1,) fp32, or that of each of some tokens."""
+        return self.scalars_of(tokens)[:, 0, Scalars._fields.index("temperature")].contiguous()
 
 
 class Result(NamedTuple):

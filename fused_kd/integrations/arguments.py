@@ -24,6 +24,13 @@ _REFUSED = {
 }
 
 
+# what to do instead
+TWO_TOKENIZERS = (
+    "for two tokenizers, fused_kd.vocab_map says which tokens they share, and LMHead(..., columns=...) takes it, in a "
+    "training loop of one's own"
+)
+
+
 def as_criterion(objective: Objective | str | None, criterion: fk.KDLoss | None) -> fk.KDLoss:
     if (objective is None) == (criterion is None):
         raise ValueError("one of objective and criterion must be given")
@@ -98,8 +105,7 @@ def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:
     The student's is ``processing_class``, else that of its files; tokens that only one of them has do not count, and
     models without files at hand are not looked at.
     """
-    ours = getattr(processing_class, "tokenizer", processing_class)
-    ours = ours if hasattr(ours, "get_vocab") else _saved_tokenizer(student)
+    ours = _tokenizer_of(processing_class) or _saved_tokenizer(student)
     theirs = None if ours is None else _saved_tokenizer(teacher)
     if ours is None or theirs is None:
         return
@@ -114,8 +120,21 @@ def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:
         f"({shown})"
     )
     if len(differing) > 0.01 * len(common):
-        raise ValueError(told)
+        raise ValueError(f"{told}: {TWO_TOKENIZERS}")
     warnings.warn(told, stacklevel=4)
+
+
+def check_cache(cache: Any, processing_class: Any) -> None:
+    """Raise ``ValueError`` where a cache that knows its tokenizer was made with another one than the student's."""
+    tokenizer = _tokenizer_of(processing_class)
+    if tokenizer is not None and hasattr(cache, "check_tokenizer"):
+        cache.check_tokenizer(tokenizer)
+
+
+def _tokenizer_of(processing_class: Any) -> Any:
+    """A tokenizer, or that of a processor; None where there is none."""
+    found = getattr(processing_class, "tokenizer", processing_class)
+    return found if hasattr(found, "get_vocab") else None
 
 
 def _saved_tokenizer(model: Any) -> Any:

@@ -32,7 +32,7 @@ def is_cached(teacher: Any) -> bool:
     return isinstance(teacher, CachedTeacher) and not hasattr(teacher, "forward")
 
 
-def top_k_of(lists: dict[str, torch.Tensor], cache: CachedTeacher) -> TopK:
+def lists_of(lists: dict[str, torch.Tensor], cache: CachedTeacher) -> TopK:
     """The teacher of a batch from its ``TEACHER_COLUMNS``; ``ValueError`` where they are missing."""
     if len(lists) < len(TEACHER_COLUMNS):
         raise ValueError(

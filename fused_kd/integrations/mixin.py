@@ -9,7 +9,13 @@ import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
 
 import fused_kd as fk
-from fused_kd.integrations.arguments import as_criterion, check_arguments, check_teacher, check_tokenizers
+from fused_kd.integrations.arguments import (
+    as_criterion,
+    check_arguments,
+    check_cache,
+    check_teacher,
+    check_tokenizers,
+)
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import (
     TEACHER_COLUMNS,
@@ -17,32 +23,33 @@ from fused_kd.integrations.distributed import (
     check_engine,
     hard_threshold,
     is_cached,
+    lists_of,
     prepare_arguments,
     shard_teacher,
     shards_weights,
     sum_over_ranks,
-    top_k_of,
 )
+from fused_kd.integrations.evaluation import EvaluatedByTokens
 from fused_kd.integrations.heads import check_head_module, common_vocab_size
-from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
+from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
 from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
+from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 from fused_kd.options import LossOptions, check_tail, statistics_columns, statistics_names
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
     from transformers import PreTrainedModel, Trainer, TrainingArguments
-    from transformers.trainer_utils import EvalLoopOutput
 else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(Trainer):
+class KDLossMixin(EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -76,6 +83,10 @@ class KDLossMixin(Trainer):
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are; for
             unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error is raised.
+        vocab_map: of a causal teacher with another vocabulary: :func:`fused_kd.vocab_map`'s, or a tensor of
+            ``columns`` as of :class:`fused_kd.LMHead`. Ids of the batches are the student's where its embedding is as
+            large as its head, and translated for the teacher; else (a draft on a reduced vocabulary) the teacher's.
+        tail: with ``vocab_map``, as of :class:`fused_kd.LMHead`.
         statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
             ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
             their means.
@@ -103,10 +114,14 @@ class KDLossMixin(Trainer):
         objective: Objective | str | None = None,
         criterion: fk.KDLoss | None = None,
         vocab_size: int | None = None,
+        vocab_map: Any = None,
+        tail: str = "renormalize",
         statistics: Iterable[str] = (),
         **kwargs: Any,
     ) -> None:
         criterion = as_criterion(objective, criterion)
+        self._vocab_map, self._tail = vocab_map, tail
+        self.vocabulary: TeacherMap | None = None
         self.kd_statistics = statistics_names(statistics)
         self.objective: Objective = criterion.objective
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
@@ -117,9 +132,11 @@ class KDLossMixin(Trainer):
         elif teacher is None:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         self.cache: Any = teacher if is_cached(teacher) else None
-        statistics_columns(self.kd_statistics, None, self.objective.spec)
+        statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         if self.cache is not None:
             check_tail(self.objective, str(self.cache.tail), self.kd_options["temperature"])
+        if self.cache is not None and criterion.lists is not None:
+            raise ValueError(f"lists must be None with a cache, whose lists are made, got {criterion.lists!r}")
         if self.cache is not None and self.kd_statistics:
             names = ", ".join(self.kd_statistics)
             raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
@@ -147,8 +164,10 @@ class KDLossMixin(Trainer):
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
         models = self._own_models(student)
-        if len(models) == 2:
+        if len(models) == 2 and self.vocabulary is None:
             check_tokenizers(student, self.teacher, self.processing_class)
+        if self.cache is not None:
+            check_cache(self.cache, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
@@ -169,7 +188,6 @@ class KDLossMixin(Trainer):
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
         self._step_gamma: float | None = None
-        self._evaluated = torch.zeros(2, dtype=torch.float32)
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
@@ -177,13 +195,22 @@ class KDLossMixin(Trainer):
         for each in (student, self.teacher):
             if each is not None:
                 check_head_module(each, plain=not self.adapted_heads)
-        self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
         self.shift = labels_need_shift(student)
+        if self._vocab_map is None:
+            self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
+        else:
+            self.vocab_size, self.vocabulary = vocab_size, self._mapped(student)
         if self.teacher is not None and labels_need_shift(self.teacher) != self.shift:
             kinds = ("a decoder-only", "an encoder-decoder")
             raise ValueError(
                 f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
             )
+
+    def _mapped(self, student: Any) -> TeacherMap:
+        if self.teacher is None or isinstance(self.teacher, AdaptersOff) or not self.shift:
+            raise ValueError("vocab_map must be None without a teacher that is a causal LM of its own")
+        read = self.objective.spec.reads_label
+        return TeacherMap(self._vocab_map, self._tail, reads_label=read, student=student, teacher=self.teacher)
 
     def _own_models(self, student: Any) -> list[Any]:
         """The student, and the teacher where that is a model of its own."""
@@ -220,11 +247,6 @@ class KDLossMixin(Trainer):
         """(batch, length) factors of the tokens' losses; None: 1."""
         return None
 
-    def _denominator(self, batch: dict[str, Any]) -> torch.Tensor:
-        """How much of what the loss is averaged over a batch holds: its target tokens."""
-        labels = batch["labels"]
-        return count_targets(labels) if self.shift else (labels != LABEL_PAD).sum()
-
     def _run(
         self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
     ) -> tuple[torch.Tensor, fk.KDOutput]:
@@ -249,10 +271,12 @@ class KDLossMixin(Trainer):
             self._check_packing(model, inputs)
         cached = None
         if self.cache is not None and objective.spec.needs_teacher:
-            cached = top_k_of(lists, self.cache)
+            cached = lists_of(lists, self.cache)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            return loss_of_heads(model, self.teacher, inputs, loss, ranks=ranks, cached=cached)
+            return loss_of_heads(
+                model, self.teacher, inputs, loss, ranks=ranks, cached=cached, vocabulary=self.vocabulary
+            )
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
         if len(self._own_models(model)) == 2:
@@ -317,52 +341,14 @@ class KDLossMixin(Trainer):
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **generation: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The mean loss of one batch, never logits; of a Seq2SeqTrainer that generates, the tokens and labels too."""
-        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
-        if self.shift:
-            inputs = without_first_targets(inputs)
-        labels, loss = inputs.get("labels"), None
-        if labels is not None or not generates:
-            with torch.no_grad():
-                loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()
-            items = self._denominator(inputs).to(loss)
-            self._evaluated = self._evaluated.to(loss) + torch.stack([loss * items, items])
-        if not generates:
-            return loss, None, None
-        # decoder inputs made from labels would be continued
-        made = labels is not None and getattr(inputs.get("decoder_input_ids"), "shape", None) == labels.shape
-        dropped = ("labels", "decoder_input_ids", "decoder_attention_mask") if made else ("labels",)
-        free = {name: value for name, value in inputs.items() if name not in dropped}
-        tokens = super().prediction_step(model, free, prediction_loss_only, ignore_keys, **generation)[1]
-        return loss, tokens, None if labels is None else labels.to(self.args.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss averaged over tokens and not over batches."""
-        self._evaluated = torch.zeros(2, dtype=torch.float32)
-        result = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        total, items = sum_over_ranks(self.accelerator, self._evaluated).tolist()
-        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
-        return result._replace(metrics=metrics)
-
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        collate = self.data_collator
+        if self.vocabulary is not None:
+            self.data_collator = self.vocabulary.collated(collate)
+        try:
+            loader = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collate
         if hasattr(loader, "device"):
             # accelerate's loader moves whole batches; without a device _prepare_inputs does it, and spares the labels
             loader.device = None

@@ -24,6 +24,7 @@ from fused_kd import KDOutput, LMHead, TopK
 from fused_kd.integrations.bodies import eval_mode, hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
 from fused_kd.integrations.pair import AdaptersOff
+from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.integrations.weights import is_quantised, rows_of
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ def loss_of_heads(
     *,
     ranks: int = 1,
     cached: TopK | None = None,
+    vocabulary: TeacherMap | None = None,
 ) -> tuple[torch.Tensor, KDOutput]:
     """``ranks`` times the loss of two routed models on the same inputs, for the backward; and ``loss``'s own result.
 
     The student's loss is made inside its head module's call, that inside the teacher's: there both heads are whole,
     whatever shards them. The teacher's hooks see no graph, and it is in eval mode. Of :class:`AdaptersOff` the states
     are made first, and its head is that of the student. Without a ``teacher``, ``loss`` is given ``cached``.
+    With ``vocabulary`` the teacher's inputs and head are made to go with the student's.
     """
     out: list[KDOutput] = []
     returned: list[torch.Tensor] = []
@@ -102,8 +105,9 @@ def loss_of_heads(
         student(lambda: teacher.head(states))
     else:
         teacher.eval()
+        read = inputs if vocabulary is None else vocabulary.inputs(inputs)
         with torch.no_grad():
-            teacher(**inputs, head_loss=lambda head: student(lambda: head))
+            teacher(**read, head_loss=lambda head: student(lambda: vocabulary.head(head) if vocabulary else head))
     made = returned[0]
     if made.dtype != torch.float32:
         # FSDP2 rounds what leaves the model: keep the value, and the gradient's path

@@ -36,6 +36,7 @@ from fused_kd.integrations.transformers import (
     route_head_loss,
     rows_of,
 )
+from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 
 # what a multimodal model takes beside tokens, as TRL's DistillationTrainer names it in its batches
@@ -68,6 +69,10 @@ class FusedLoss(Trainer):
             for GKD (whose ``args.temperature`` is for sampling alone) and ``args.temperature`` for distillation.
         vocab_size: cut both heads to this many columns and never sample beyond. None (default): heads of equal size
             stay whole; unequal ones are cut to the size of ``processing_class``, the tokenizer of both models.
+        vocab_map, tail: of a teacher with another vocabulary, as of
+            :class:`fused_kd.integrations.mixin.KDLossMixin`; tokens that the teacher lacks are never sampled. The
+            student's embedding must be as large as its head.
+        lists: compare only a :class:`fused_kd.Lists` of each token.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: of :class:`fused_kd.KDLoss`; None picks.
 
@@ -97,6 +102,9 @@ class FusedLoss(Trainer):
         objective: Objective | str | None = None,
         temperature: float | None = None,
         vocab_size: int | None = None,
+        vocab_map: Any = None,
+        tail: str = "renormalize",
+        lists: fk.Lists | None = None,
         memory_budget: int | None = None,
         backend: str | None = None,
         **trainer_args: Any,
@@ -107,7 +115,7 @@ class FusedLoss(Trainer):
                 raise ValueError(f"{name} must be a model or its name, got None")
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
-        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend}
+        self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend, "lists": lists}
         # checks the options before anything is loaded
         fk.KDLoss(
             self.objective or fk.GeneralizedJSD(),
@@ -134,12 +142,16 @@ class FusedLoss(Trainer):
                     "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"
                 )
             self.teacher_model = teacher
-        else:
+        elif vocab_map is None:
             check_tokenizers(student, teacher, self.processing_class)
         check_trainable(student)
         warn_of_lost_updates(student, self.args, self.accelerator)
-        self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
-        self._sample_within(self.vocab_size, student, teacher)
+        self.vocab_size, self.vocabulary = vocab_size, None
+        if vocab_map is None:
+            self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
+            self._sample_within(self.vocab_size, student, teacher)
+        else:
+            self.vocabulary = self._mapped(vocab_map, tail, student, teacher)
         for each in (student, teacher):
             route_head_loss(each)
         if self.args.use_liger_kernel:
@@ -185,7 +197,7 @@ class FusedLoss(Trainer):
             )
 
         with self.accelerator.autocast():
-            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks)
+            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks, vocabulary=self.vocabulary)
         # ignored tokens have difficulty 0 and are not hard, so they count nowhere
         sums = torch.stack([out.difficulty.sum(), out.is_hard.sum()]).double()
         sums = torch.cat([sums, count_targets(labels)[None].to(sums)])
@@ -234,18 +246,34 @@ class FusedLoss(Trainer):
                 stacklevel=4,
             )
 
+    def _mapped(self, vocab_map: Any, tail: str, student: Any, teacher: Any) -> TeacherMap:
+        if isinstance(teacher, AdaptersOff):
+            raise ValueError("vocab_map must be None where the student is its own teacher")
+        reads_label = self.current_objective().spec.reads_label
+        made = TeacherMap(vocab_map, tail, reads_label=reads_label, student=student, teacher=teacher)
+        if not made.own_ids:
+            raise ValueError(
+                "vocab_map must go with a student whose embedding is as large as its head: others cannot sample"
+            )
+        if made.unmapped:
+            self._never_sample(made.unmapped)
+        return made
+
     def _sample_within(self, vocab_size: int | None, *models: PreTrainedModel) -> None:
         """Never sample a padded column: neither the other model nor the loss has it."""
         if vocab_size is None:
             return
         columns = [rows_of(check_head_module(each).weight) for each in models]
-        if columns[0] > vocab_size and getattr(self.args, "use_vllm", False):
+        self._never_sample(list(range(vocab_size, max(columns))), at_all=columns[0] > vocab_size)
+
+    def _never_sample(self, tokens: list[int], *, at_all: bool = True) -> None:
+        """``at_all``: whether some of them are the student's."""
+        if at_all and getattr(self.args, "use_vllm", False):
             raise ValueError(
-                f"use_vllm must be False for a student of {columns[0]} columns cut to {vocab_size}: vLLM would sample "
-                "from those beyond; resize the student's embeddings to the tokenizer"
+                f"use_vllm must be False where tokens from {tokens[0]} on are the student's alone: vLLM would sample "
+                "them; resize the student's embeddings to the tokenizer"
             )
-        beyond = list(range(vocab_size, max(columns)))
-        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *beyond]
+        self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *tokens]
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
 
 

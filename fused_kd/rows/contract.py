@@ -47,6 +47,17 @@ class Sparse(NamedTuple):
     tail: str
 
 
+class Beyond(NamedTuple):
+    """What student and teacher of different vocabularies do not share, see :class:`fused_kd.inputs.LMHead`, where it is
+    a category of its own: of the student its ``unmapped`` (U,) int64 columns, on which the teacher's logits are -inf;
+    of the teacher ``rest`` (C,) fp32, T times the log-sum-exp over T of the columns that the student lacks.
+    """
+
+    rest: Tensor
+    unmapped: Tensor
+    tail: str
+
+
 # Longer lists of a :class:`Leading` do not fit a GPU's registers.
 LONGEST_IN_TRITON = 2048
 
@@ -82,7 +93,8 @@ class RowInputs(NamedTuple):
     chunk's device, or (C, terms, n) where each token has its own: of each term of ``spec`` those of
     :class:`fused_kd.terms.Scalars`. ``cold_labels`` says that the label's own cross-entropy is taken at temperature 1
     while the rest is taken at another temperature or over a list alone. ``hard`` (C,) bool or None says of a gated
-    objective's rows which are hard, in place of their difficulty.
+    objective's rows which are hard, in place of their difficulty. ``beyond`` says that the teacher has another
+    vocabulary; final logits of it are then given.
     """
 
     student: Logits
@@ -93,6 +105,7 @@ class RowInputs(NamedTuple):
     spec: RowSpec
     cold_labels: bool
     hard: Tensor | None = None
+    beyond: Beyond | None = None
 
 
 class RowOutputs(NamedTuple):

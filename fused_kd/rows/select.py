@@ -84,7 +84,7 @@ def installed(package: str) -> bool:
 
 
 def get_row(backend: str) -> Row:
-    """The row of a name from :func:`choose_backend`, for dense and top-k teachers alike.
+    """The row of a name from :func:`choose_backend`, for teachers of all kinds alike.
 
     Compiles the native one where no process has done so before.
 
@@ -104,10 +104,11 @@ def get_row(backend: str) -> Row:
 
         cuda_build.require()
     elif backend == "native" or (backend == NATIVE_OR_TORCH and native_works()):
-        from .native.row import prepare, row
+        from .native.row import prepare
+        from .native.row import row as dense
 
         prepare()
-        return row
+        listed = dense
     else:
         from .torch.row import row as dense
         from .torch.top_k import row as listed
@@ -116,6 +117,10 @@ def get_row(backend: str) -> Row:
 
 
 def _row(dense: Row, listed: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
+    if inputs.beyond is not None:
+        from .torch.mapped import row
+
+        return row(dense, inputs, outputs)
     condensed = isinstance(inputs.teacher, Sparse) and inputs.teacher.tail != "uniform"
     (listed if condensed else dense)(inputs, outputs)
 

@@ -40,7 +40,7 @@ def sparse_teacher(
     tail: str,
     *,
     reads_label: bool = True,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     log_rest: Tensor | None = None,
 ) -> tuple[Sparse, Tensor]:
     """A chunk's teacher in the form that rows take, and which of its rows (C,) are malformed.
@@ -51,7 +51,7 @@ def sparse_teacher(
         V: vocabulary.
         tail: see :class:`fused_kd.inputs.TopK`.
         reads_label: whether the label is to be an entry of its own.
-        temperature, log_rest: (C,) or None, see :class:`fused_kd.inputs.TopK`.
+        temperature: a number, (1,) or (C,); log_rest: (C,) or None; see :class:`fused_kd.inputs.TopK`.
     """
     values, entries = log_probs.float(), indices.long()
     wanted = ~(values == -torch.inf)  # a NaN is somebody's value
@@ -78,7 +78,10 @@ def sparse_teacher(
         each = (missing - others.double().log()).masked_fill(others == 0, -torch.inf)
         values = torch.where((entries == y) & (values == -torch.inf), each.unsqueeze(1).float(), values)
         rest = (each if tail == "uniform" else each + (V - (entries < V).sum(1)).double().log()).float()
-    if temperature != 1.0:  # rows divide what they are given by the temperature of the loss
+    # Rows divide what they are given by the temperature of the loss.
+    if isinstance(temperature, Tensor):
+        values, rest = values * temperature.unsqueeze(1), rest * temperature
+    elif temperature != 1.0:
         values, rest = values * temperature, rest * temperature
     return Sparse(entries, values, rest, tail), bad & (labels >= 0)
 
@@ -119,7 +122,7 @@ def takes_part(teacher: Sparse, V: int, spec: RowSpec) -> Tensor:
 
 
 def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
-    """(C, K + 2) fp32: final logits over their own largest, log 0 for all others.
+    """(C, K + 2) fp32: final logits over their own largest, log 0 for all others; the rest's is for later.
 
     Not those of the sweep: over the largest logit of all, theirs would lose digits where they are far below it.
     """
@@ -129,14 +132,15 @@ def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
         z = student.softcap * torch.tanh(z / student.softcap)
     part = takes_part(teacher, V, spec)
     top = z.clamp_(min=LOG_ZERO).where(part, NOWHERE).amax(1, keepdim=True)
-    return torch.nn.functional.pad((z - top).where(part, LOG_ZERO), (0, 1), value=LOG_ZERO)
+    return torch.nn.functional.pad((z - top).where(part, LOG_ZERO), (0, 1))
 
 
 def _without_label(scalars: Tensor) -> Tensor:
     """Numbers of terms that keep their divergence alone, so that a difficulty is ``KL(p||q)``."""
-    own = Scalars(*scalars.unbind(-1))
-    share, one, nothing = own.weight * own.lam, torch.ones_like(own.lam), torch.zeros_like(own.lam)
-    return torch.stack(own._replace(weight=share, lam=one, rest=nothing, log_lam=nothing), -1)
+    own = dict(zip(Scalars._fields, scalars.unbind(-1), strict=True))
+    share, nothing = own["weight"] * own["lam"], torch.zeros_like(own["lam"])
+    own |= {"weight": share, "lam": torch.ones_like(share), "rest": nothing, "log_lam": nothing}
+    return torch.stack(list(own.values()), -1)
 
 
 class CategoryGradient(NamedTuple):
@@ -165,7 +169,7 @@ def category_rows(
     student = small.student
     if small.listed is not None:
         student = small.listed
-        student[:, -1] = small.student[:, -1].clamp(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
+        student[:, -1] = small.student.amax(1).clamp_(LOG_ZERO, LOG_ZERO)  # a NaN is somebody's logit
     hard_label = any(term.hard_label for term in inputs.spec.terms)
     scalars = inputs.scalars
     if small.listed is not None and hard_label:

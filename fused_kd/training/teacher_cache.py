@@ -160,6 +160,17 @@ class TeacherCache:
         given = fingerprints_of(tokenizer, rows, template)
         self._compare(given if teacher is None else {**given, **fingerprint_teacher(teacher)})
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise unless the cache was made with this tokenizer; tokens that were added to it since do not count.
+
+        Raises:
+            ValueError: another one.
+        """
+        tokens = sorted(tokenizer.get_vocab().items())
+        first = fingerprint([(token, index) for token, index in tokens if index < self.vocab_size])
+        if self.fingerprints.get("tokenizer") != first:
+            self._compare({"tokenizer": fingerprint(tokens)})
+
     def rows(self, dataset: AnyRows) -> CachedRows:
         """The rows of ``dataset``, which must be those that the cache was made for, each with its lists.
 

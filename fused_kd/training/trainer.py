@@ -94,6 +94,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             is raised.
         memory_budget: bytes for the loss's buffers; None lets the library choose.
         backend: "torch", "triton", "cuda", "native"; None picks.
+        lists: compare only a :class:`fused_kd.Lists` of each token, the teacher's or the student's largest entries.
+        vocab_map, tail: of a teacher with another vocabulary, as of
+            :class:`fused_kd.integrations.mixin.KDLossMixin`.
         beta_schedule: anneal the objective's β; of a sum, that of the one with a gate, or of the only one with a β.
         average: the loss is the mean over the target "tokens" of the step (default), or over its "sequences" of each
             one's mean.
@@ -121,6 +124,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         *,
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        vocab_map: Any = None,
+        tail: str = "renormalize",
+        lists: fk.Lists | None = None,
         memory_budget: int | None = None,
         backend: str | None = None,
         beta_schedule: BetaSchedule | None = None,
@@ -142,11 +148,14 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
                 f"model must be a causal LM, {type(model).__name__} is an encoder-decoder: put KDLossMixin before "
                 "transformers.Seq2SeqTrainer"
             )
-        criterion = fk.KDLoss(objective, temperature=temperature, memory_budget=memory_budget, backend=backend)
+        criterion = fk.KDLoss(
+            objective, temperature=temperature, memory_budget=memory_budget, backend=backend, lists=lists
+        )
         told = statistics_names(statistics)
         super().__init__(
-            model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, statistics=told, **trainer_args
-        )
+            model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, vocab_map=vocab_map, tail=tail,
+            statistics=told, **trainer_args,
+        )  # fmt: skip
         self._warned_hard = False
         self.add_callback(RunningMetrics(told))
 

@@ -35,7 +35,7 @@ from ..problems import OBJECTIVES, Problem, label, oracle64, problem, relative, 
 V, N = 517, 29
 TIGHT = 3e-6  # fp32 rounding of sums in another order
 WIDTHS = {2: (100, 417), 4: (100, 1, 216, 200)}
-FORMS = ("heads", "logits", "renormalize", "bucket", "uniform")
+FORMS = ("heads", "logits", "renormalize", "bucket", "uniform", "listed")
 # name: options of the loss and of the heads
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,6 +83,8 @@ def matrix() -> dict[str, tuple[Any, str, str]]:
     cells = [(objective, "heads", variant) for objective in SHARDED for variant in WITH_EVERY_OBJECTIVE]
     cells += [(ANY, form, variant) for form in FORMS for variant in WITH_EVERY_OBJECTIVE]
     cells += [(ANY, "renormalize", variant) for variant in VARIANTS]
+    cells += [(fk.ForwardKD(), "listed", variant) for variant in ("plain", "cold")]
+    cells += [(fk.ReverseKD(), form, "cold") for form in ("listed", "uniform")]
     for objective in (ANY, fk.SelfEvolutionTopK(), fk.ForwardKD(), fk.GeneralizedJSD()):
         cells += [(objective, "heads", variant) for variant in VARIANTS]
     return {f"{label(objective)}/{form}/{variant}": (objective, form, variant) for objective, form, variant in cells}

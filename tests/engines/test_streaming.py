@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
 from fused_kd import tokens
@@ -19,7 +18,19 @@ from .. import interpreter
 from ..budget import ROUNDING, check_budget
 from ..kernels.contract import DTYPES, NEAR, TRITON, cases
 from ..kernels.test_error_budget import LOSS_SCALE
-from ..problems import OBJECTIVES, Problem, compare, furthest, gradients, label, oracle64, problem, relative, summands
+from ..problems import (
+    OBJECTIVES,
+    Allocations,
+    Problem,
+    compare,
+    furthest,
+    gradients,
+    label,
+    oracle64,
+    problem,
+    relative,
+    summands,
+)
 from .peaked import EPS, check_left_out, peak
 
 triton = pytest.importorskip("triton", reason="the streaming engine needs triton")
@@ -344,22 +355,6 @@ def test_compiled_step(one_piece):
 
 
 # Memory and selection.
-
-
-class Allocations(TorchDispatchMode):
-    """The largest tensor made inside, results included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
-        for x in out if isinstance(out, tuple) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "together"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,5 +122,39 @@ def test_equal_sizes_of_different_tokenizers(tmp_path: Path) -> None:
         return KDTrainer(tiny(16, 1, vocab=300), loaded, "forward_kd", args=arguments(tmp_path), **options)
 
     assert size > 260 and build("same", processing_class=ours) and build("other")
-    with pytest.raises(ValueError, match=r"must be one, \d+ of \d+ ids are other tokens \(\d+: "):
+    with pytest.raises(ValueError, match=r"must be one, \d+ of \d+ ids are other tokens \(\d+: .*fused_kd\.vocab_map"):
         build("other", processing_class=ours)
+    with pytest.raises(ValueError, match="must be one"):
+        build("other", processing_class=SimpleNamespace(tokenizer=ours))
+
+
+class KnowingCache(Cache):
+    """As TeacherCache does."""
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        if len(tokenizer) != 62:
+            raise ValueError("something else")
+
+
+def test_a_cache_of_another_tokenizer(tmp_path: Path) -> None:
+    """One that knows its tokenizer is asked; one that does not, or a trainer without one, trains."""
+
+    def build(cache: Any, **options: Any) -> Any:
+        return KDTrainer(tiny(16, 1), cache, "forward_kd", args=arguments(tmp_path), **options)
+
+    class Given(Tokens):
+        size = 62
+
+        def __len__(self) -> int:
+            return self.size
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    other = Given()
+    other.size = 61
+    for tokenizer in (other, SimpleNamespace(tokenizer=other)):
+        with pytest.raises(ValueError, match="something else"):
+            build(KnowingCache(), processing_class=tokenizer)
+        assert build(Cache(), processing_class=tokenizer)
+    assert build(KnowingCache(), processing_class=Given()) and build(KnowingCache())

@@ -392,6 +392,29 @@ def test_models_by_name_and_the_example(tmp_path: Path, monkeypatch: pytest.Monk
     assert relative(saved.lm_head.weight.detach(), by_name.model.lm_head.weight.detach()) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["GKDTrainer", "DistillationTrainer"])
+def test_teachers_of_another_tokenizer(tmp_path: Path, name: str) -> None:
+    """Of the same size: found by the files beside the teacher, given as a model or by name."""
+    student, teacher = pair()
+    teacher.save_pretrained(tmp_path / "teacher")
+    words = [*SPECIAL, *(f"v{i}" for i in range(WORDS))]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(tmp_path / "teacher")
+    student.save_pretrained(tmp_path / "student")
+    tokenizer().save_pretrained(tmp_path / "student")
+    gkd_run = name == "GKDTrainer"
+    args = arguments(gkd.GKDConfig if gkd_run else trl.DistillationConfig, tmp_path / "run")
+    data = {"train_dataset": dialogues() if gkd_run else prompts(), "processing_class": tokenizer()}
+    paths = [str(tmp_path / each) for each in ("student", "teacher")]
+    loaded = [transformers.AutoModelForCausalLM.from_pretrained(path) for path in paths]
+    for models in (loaded, paths):
+        with pytest.raises(ValueError, match=r"must be one, \d+ of \d+ ids are other tokens .*fused_kd\.vocab_map"):
+            getattr(ours, name)(*models, args, **data)
+    loaded[1].config._name_or_path = paths[0]
+    assert getattr(ours, name)(*loaded, args, **data)
+
+
 class Scaled(transformers.LlamaForCausalLM):
     """Multiplies its logits by what no field of its configuration says."""
 

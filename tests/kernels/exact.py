@@ -115,13 +115,15 @@ def exact(
     objective: fk.objectives.Objective,
     T: float = 1.0,
     groups: Groups | None = None,
+    y_own: int | None = None,
 ) -> Exact:
     """Of one token, for any objective but those that rank tokens: student logits (V,) and teacher's, -inf where
-    excluded. With ``groups`` of tokens, ``z_t`` and ``y`` are those of the categories."""
+    excluded. With ``groups`` of tokens, ``z_t`` and ``y`` are those of the categories. ``y_own`` is the label among all
+    tokens, of groups that are not all of them: the label's cross-entropy is over all."""
     student, temperature = _split(z), mpf(T)
     p = _Side(*_split(z_t), temperature)
     lam = mpf(getattr(objective, "lam", 1.0))
-    t = _mixed(p, y, lam)
+    t = _mixed(p, y, lam if y_own is None or objective.spec.mixes_label else mpf(1))
     fixed: dict[str, Any] = {}
 
     def difficulty(q: _Side) -> tuple[mpf, bool]:
@@ -132,6 +134,9 @@ def exact(
         q = _Side(*merged, temperature)
 
         def ce() -> tuple[mpf, bool]:
+            if y_own is not None:
+                whole = _Side(z, student[1], mpf(1))
+                return -whole.log_p[y_own], whole.excluded[y_own]
             cold = q if T == 1.0 else _Side(*merged, mpf(1))
             return -cold.log_p[y], cold.excluded[y]
 

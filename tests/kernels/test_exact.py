@@ -88,6 +88,12 @@ def log_probs(name: str) -> tuple[Tensor, Tensor]:
 def of_list(name: str, tail: str, splits_label: bool) -> tuple[list[mpf], int, Groups | None]:
     """The teacher's logits and the label over the tokens, or over the categories that ``bucket`` makes of them."""
     V, y = len(ROWS[name][0]), ROWS[name][2]
+    if tail == "listed":
+        values, indices = (x.tolist() for x in log_probs(name))
+        entries = {i: mpf(x) for x, i in zip(values, indices, strict=True) if x > -INF}
+        if splits_label:
+            entries.setdefault(y, -mp.inf)
+        return [*entries.values()], list(entries).index(y) if y in entries else 0, [[v] for v in entries]
     listed = {i: mpf(x) for x, i in zip(*(x.tolist() for x in log_probs(name)), strict=True) if x > -INF}
     others = [v for v in range(V) if v not in listed]
     missing = max(mpf(0), 1 - mp.fsum(mp.exp(x) for x in listed.values()))
@@ -108,8 +114,9 @@ def truth(name: str, tail: str, objective: Objective, T: float) -> Exact:
     if tail == "dense":
         return exact(z, z_t, y, objective, T)
     spec = objective.spec
-    z_t, y, groups = of_list(name, tail, spec.reads_label)
-    return exact(z, z_t, y, objective, T, groups)
+    listed = tail == "listed"
+    z_t, at, groups = of_list(name, tail, spec.mixes_label if listed else spec.reads_label)
+    return exact(z, z_t, at, objective, T, groups, y if listed else None)
 
 
 def by_eager(z: Tensor, z_t: Tensor, y: Tensor, objective: Objective, T: float) -> Found:
@@ -188,7 +195,7 @@ def _list(x: mpf | list[mpf]) -> list[mpf]:
 
 def check(run: Run, cls: type[Objective], form: str, names: list[str], *, full: bool = False) -> None:
     """``full``: at other temperatures, and with each scalar at its edges."""
-    temperatures = (1.0, 0.1, 100.0) if full and form in ("dense", "renormalize") else (1.0,)
+    temperatures = (1.0, 0.1, 100.0) if full and form in ("dense", "renormalize", "uniform", "listed") else (1.0,)
     said = [
         line
         for T in temperatures

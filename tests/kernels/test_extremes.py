@@ -219,16 +219,19 @@ def test_logits_with_a_top_k_teacher(case, tail, backend):
     chosen = objectives(backend, tail)
     for objective in chosen if not slow(backend) else chosen[TOP_K_CASES.index(case) % len(chosen) :][:1]:
         options = {"reduction": "none"}
-        if tail == "renormalize" and "unlisted" in case:
+        tight = 2e-5 if tail == "listed" else 1e-5  # of few entries, gradients are small
+        if tail in ("renormalize", "listed") and "unlisted" in case:
             check(
                 evaluate(z, teacher, y, objective, backend=backend, temperature=0.5, **options),
                 truth(z, teacher, y, objective, temperature=0.5, **options),
-                logarithm=may_overflow(objective),
+                tight,
+                may_overflow(objective),
             )
         check(
             evaluate(z, teacher, y, objective, backend=backend, **options),
             truth(z, teacher, y, objective, **options),
-            logarithm=may_overflow(objective),
+            tight,
+            may_overflow(objective),
         )
 
 
@@ -474,7 +477,7 @@ def test_uninitialised_memory_is_never_read_with_a_top_k_teacher(tail, backend, 
         for dtype in (torch.float32, torch.bfloat16):
             p = problem(N=3, V=61, dtype=dtype, bias=True)
             for objective in objectives(backend, tail):
-                cold = {"temperature": 2.0} if tail == "renormalize" else {}
+                cold = {} if tail == "bucket" else {"temperature": 2.0}
                 labels, teacher = p.labels.clamp(max=59), cached(replace(p, weight_t=p.weight_t[:60]), 5, tail)
                 out = fk.kd_loss(p.student(), teacher, labels, objective, backend=backend, vocab_size=60, **cold)
                 assert out.loss.isfinite() and out.difficulty.isfinite().all()
@@ -504,7 +507,9 @@ def test_any_list_and_scalar(N, V, share, std, tail, lam, beta, gamma, T, padded
     torch.manual_seed(seed)
     teacher = cached(p, 1 + round(share * (V - 1)), tail, padded=padded)
     z = (p.hidden @ p.weight.T).detach()
-    options = {"reduction": "none", "temperature": T if tail == "renormalize" else 1.0}
+    options = {"reduction": "none", "temperature": T}
+    if tail == "bucket":
+        teacher = replace(teacher, temperature=T)
     out, dz = evaluate(z, teacher, p.labels, objective, **options)
     ref, dz_ref = truth(z, teacher, p.labels, objective, **options)
     same = out.is_hard == ref.is_hard

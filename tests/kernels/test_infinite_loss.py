@@ -44,7 +44,7 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
     if form != "dense":
         teacher = fk.TopK(*teacher.log_softmax(1).sub(0.3 * (form != "renormalize")).topk(K), form)
     (objective,) = variants(cls, form, edges=False)
-    for T in (1.0, 2.0) if form in ("dense", "renormalize") else (1.0,):
+    for T in (1.0, 2.0) if form != "bucket" else (1.0,):
         out = way.run(z, teacher, labels, objective, T)
         leaf = z.double().requires_grad_()
         expected = reference_kd_loss(leaf, teacher, labels, objective, temperature=T, reduction="none")
@@ -56,7 +56,8 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
         assert out.gradient.isfinite().all()
         for row in range(len(z)) if not logarithm else finite.nonzero().flatten().tolist():
             tight = 2e-5 if has_powers(objective) else 1e-5
-            assert relative(out.gradient[row], gradient[row]) < tight or gradient[row].norm() < 1e-6, (T, row)
+            small = gradient[row].norm() < 1e-6 or (out.gradient[row] - gradient[row]).norm() < 1e-7
+            assert relative(out.gradient[row], gradient[row]) < tight or small, (T, row)
 
 
 @pytest.mark.parametrize("T", [0.5, 1.0, 2.0])
@@ -64,7 +65,7 @@ def test_infinite_where_the_reference_is_and_its_gradient(way, form, cls):
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "slices"])
 def test_a_student_that_excludes_all_is_uniform(backend, tail, T):
     """Over its tokens, whatever the list has of them; a list may be short, and hold the whole vocabulary."""
-    if T != 1.0 and tail != "renormalize":
+    if T != 1.0 and tail == "bucket":
         return  # refused
     run = in_slices("torch") if backend == "slices" else through_the_loss(backend=backend)
     z, labels = torch.full((3, V), -math.inf), torch.tensor([0, 1, 2])

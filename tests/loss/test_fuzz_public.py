@@ -18,8 +18,8 @@ from ..kernels.ways import refused
 from ..problems import gradients, needs_compiler
 
 ORACLE = ("ignore_index", "reduction", "temperature", "vocab_size", "shift")
-NAMES = ("objective", "hidden", "weight", "bias", "logit_scale", "softcap", "log_probs", "indices", "tail", "student",
-         "teacher", "labels", "token_weights", "num_items", "memory_budget", "backend", "validate", "engine",
+NAMES = ("objective", "hidden", "weight", "bias", "logit_scale", "softcap", "log_probs", "indices", "tail", "log_rest",
+         "student", "teacher", "labels", "token_weights", "num_items", "memory_budget", "backend", "validate", "engine",
          "grad_filter_eps", *ORACLE, "lam", "beta", "gamma", "alpha", "fraction", "floor", "gate", "tau")  # fmt: skip
 NUMBERS = [0, -1, math.nan, math.inf, 1e300, 1e-300, True, "1", None, 2**70, 10**400]
 NOT_ONE_ARRAY = [torch.eye(3).to_sparse(), None, 3.0, [1.0]]
@@ -81,7 +81,12 @@ def top_k_of(draw: Draw, shape: tuple[int, ...], V: int) -> fk.TopK:
     return fk.TopK(
         draw.one([values, values - 1], odd_values),
         draw.one([indices, indices.int()], odd_indices),
-        draw.one(["renormalize", "uniform", "bucket"], ["ignore", None]),
+        draw.one(["renormalize", "uniform", "bucket", "listed"], ["ignore", None]),
+        draw.one([1.0, 1.0, 2.0], NUMBERS),
+        draw.one(
+            [None, torch.full(shape, -3.0)],
+            [torch.full(shape, 0.5), torch.zeros(*shape, 1), torch.zeros(shape).double(), *NOT_ONE_ARRAY],
+        ),
     )
 
 
@@ -117,7 +122,7 @@ def apart(objective: Any, teacher: Any, options: dict[str, Any]) -> bool:
         return False
     beyond = options["vocab_size"] is not None  # which entries may be
     refusable = refused(objective.spec, teacher.tail)
-    return beyond or refusable or (teacher.tail != "renormalize" and options["temperature"] != 1)
+    return beyond or refusable or (teacher.tail == "bucket" and options["temperature"] != teacher.temperature)
 
 
 def check(data: st.DataObject, backend: str | None) -> None:

@@ -118,7 +118,7 @@ def test_whole_vocabulary_is_the_online_teacher(tmp_path: Path, dtype: str, tole
     collate = Collator(0, side=side, pad_to_multiple_of=5)
     batch = collate([cached[i] for i in range(len(cached))])
     expected = training(data, batch, None)
-    for tail in ("renormalize", "uniform", "bucket"):
+    for tail in ("renormalize", "uniform", "bucket", "listed"):
         for ours, theirs in zip(training(data, batch, cache, tail), expected, strict=True):
             assert relative(ours, theirs) < tolerance
     shifted = {**batch, **{n: batch[n].roll(1, 1) for n in ("teacher_log_probs", "teacher_indices")}}
@@ -260,6 +260,16 @@ def test_mismatch_names_the_culprit(finished: Path, culprit: str, given) -> None
             cache.rows(given["rows"])
 
 
+def test_the_tokenizer_alone(finished: Path) -> None:
+    """Tokens that a student has beyond the teacher's do not count."""
+    cache = TeacherCache(finished)
+    cache.check_tokenizer(Words())
+    cache.check_tokenizer(Words(VOCAB + 1))
+    for other in (Words(prefix="u"), Words(VOCAB - 1), Words(VOCAB + 1, prefix="u")):
+        with pytest.raises(ValueError, match="was made from something else: tokenizer"):
+            cache.check_tokenizer(other)
+
+
 def test_fingerprints_survive_saving(tmp_path: Path) -> None:
     teacher = model(0, tie_word_embeddings=True)
     teacher.save_pretrained(tmp_path)
@@ -318,7 +328,9 @@ def test_bad_arguments(tmp_path: Path, options: dict, message: str) -> None:
 
 
 def test_bad_tail_and_small_head(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tail must be one of 'renormalize', 'uniform', 'bucket', got 'ignore'"):
+    with pytest.raises(
+        ValueError, match="tail must be one of 'renormalize', 'uniform', 'bucket', 'listed', got 'ignore'"
+    ):
         TeacherCache(finished, tail="ignore")
     with pytest.raises(ValueError, match="head has 59 rows, fewer than the 60 tokens"):
         write_cache(tmp_path, model(0), Words(60), rows(), k=1, template="tiny")

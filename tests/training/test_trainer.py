@@ -414,7 +414,12 @@ def test_padded_vocabularies(tmp_path: Path) -> None:
         ("forward_kd", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with one beta"),
         ("symmetric_kl", {"beta_schedule": BetaSchedule()}, {}, "beta_schedule needs an objective with one beta"),
         (fk.Skew(beta=torch.tensor(0.5)), {"beta_schedule": BetaSchedule()}, {}, "one beta, a number, that is the"),
-        ("todi", {"teacher": SimpleNamespace(tail="renormalize")}, {}, "tail must be 'uniform' or 'bucket' for ToDi"),
+        (
+            "todi",
+            {"teacher": SimpleNamespace(tail="renormalize")},
+            {},
+            "tail must be 'uniform', 'bucket' or 'listed' for ToDi",
+        ),
         ("sft+z_loss+no_evo", {"teacher": SimpleNamespace(tail="bucket")}, {}, "tail must be 'uniform' for SFT"),
         ("no_evo", {"teacher": SimpleNamespace(tail="bucket"), "temperature": 2.0}, {}, "temperature must be 1 with"),
         ("no_evo", {"compute_metrics": print}, {}, "compute_metrics must be None"),

@@ -138,11 +138,11 @@ class CondensedColumns(Columns):
             known["top"][:], known["total"][:] = top_and_sum(self._z[rows, :-1], entries)
         else:
             known["top"][:], known["total"][:] = top_and_sum(z, self._scratch("work", len(z)))
+        if self._listed:
+            known["rest_total"][:] = top_and_sum(z, self._scratch("work", len(z)))[1].clamp_(1.0, 1.0)  # or NaN
+            return
         unlisted = self._unlisted(z, rows)
         known["rest_top"][:], known["rest_total"][:] = top_and_sum(unlisted, self._scratch("work", len(z)))
-        if self._listed:
-            known["rest_top"].fill_(NOWHERE)
-            known["rest_total"].clamp_(1.0, 1.0)  # a NaN is somebody's logit
 
     def _unlisted(self, z: Tensor, rows: slice) -> Tensor:
         """``z`` with log 0 where the teacher lists an entry; what is not in the slice goes into a column of its own."""
@@ -159,7 +159,8 @@ class CondensedColumns(Columns):
         self._top = top.float()
         self._z.sub_(self._top).clamp_(min=LOG_ZERO)
         self._z[:, -1:] = above.clamp(min=LOG_ZERO)
-        self._z_t[:, -1] = teacher.rest.clamp(min=LOG_ZERO)
+        rest = teacher.rest.clamp(min=LOG_ZERO).unsqueeze(1)
+        self._z_t[:, -1:] = cool(rest, self.temperature, torch.empty_like(rest))
         return self._z_t[:, -1:]
 
     def write(self, rows: slice, gradient: Tensor, read: Read, out: Tensor, of: Joined) -> None:
