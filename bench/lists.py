@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -52,8 +53,19 @@ def eager_of(head: fk.LMHead, k: int) -> Callable[[], None]:
     return call
 
 
+def least_cpu_seconds(calls: Calls, rounds: int) -> dict[str, float]:
+    """Of this thread alone, in turns."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            samples[name].append(time.thread_time() - start)
+    return {name: min(found) for name, found in samples.items()}
+
+
 def measure(
-    head: fk.LMHead, ks: list[int], backend: str | None, rounds: int, before: Callable[[], None]
+    head: fk.LMHead, ks: list[int], backend: str | None, rounds: int, before: Callable[[], None], alone: bool = False
 ) -> list[list[str]]:
     """Rows of the table: what is made, its milliseconds, the GEMM's, the ratio."""
 
@@ -68,7 +80,10 @@ def measure(
     calls[f"log_probs_at, k {ks[-1]}"] = given(fk.top_k_of(head, ks[-1], backend=backend).indices)
     calls[f"PyTorch, k {ks[-1]}"] = eager_of(head, ks[-1])
     interleaved(calls, 1, before)
-    least = {name: min(samples) for name, samples in interleaved(calls, rounds, before).items()}
+    if alone:
+        least = least_cpu_seconds(calls, rounds)
+    else:
+        least = {name: min(samples) for name, samples in interleaved(calls, rounds, before).items()}
     floor = least.pop("GEMM")
     return [[name, f"{1e3 * s:.1f}", f"{1e3 * floor:.1f}", f"{s / floor:.3f}"] for name, s in least.items()]
 
@@ -84,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", nargs=3, type=int, action="append", metavar=("N", "H", "V"), help="one or more (default: two)"
     )
+    parser.add_argument(
+        "--one-thread", action="store_true", help="the CPU time of one thread, on a CPU that others use too"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="turns (default 9)")
     return parser
 
@@ -93,6 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench lists: --device cuda needs a GPU", file=sys.stderr)
         return 2
+    if args.one_thread:
+        if args.device != "cpu":
+            print("bench lists: --one-thread is of a CPU", file=sys.stderr)
+            return 2
+        torch.set_num_threads(1)
     device = torch.device(args.device)
     name = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     shapes = args.shape or (GPU_SHAPES if args.device == "cuda" else CPU_SHAPES)
@@ -102,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             torch.manual_seed(0)
             hidden, weight = torch.randn(N, H, device=device), torch.randn(V, H, device=device)
             head = fk.LMHead((hidden * (3 / H**0.5)).to(getattr(torch, name)), weight.to(getattr(torch, name)))
-            lines = measure(head, args.ks or list(KS), args.backend, args.rounds, Flush(device))
+            lines = measure(head, args.ks or list(KS), args.backend, args.rounds, Flush(device), args.one_thread)
             print(f"(N, H, V) = ({N}, {H}, {V}), {name}, backend {backend}, {args.device}\n")
             print(table(["", "ms", "GEMM", "ratio"], lines) + "\n")
     except ValueError as error:

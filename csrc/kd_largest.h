@@ -62,22 +62,53 @@ static void block_logits(const Logits *x, int64_t row, int64_t start, int n, flo
     for (int i = 0; i < n; i++) buffer[i] = z[i] < EXCLUDED ? -INFINITY : z[i];
 }
 
-// Exchanges a block's logits, the first of which has vocabulary id `first`, with smaller ones of the list.
-static void exchange(uint64_t *heap, int64_t k, float *z, int n, int64_t first) {
-    float least = value_of(heap[0]);
-    for (int start = 0; start < n; start += LINE) {
-        const int end = start + LINE < n ? start + LINE : n;
-        int passes = 0;
-#pragma omp simd reduction(| : passes)
-        for (int i = start; i < end; i++) passes |= z[i] > least;
-        if (!passes) continue;
-        for (int i = start; i < end; i++) {
+static bool any_above(const float *line, float least) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int i = 0; i < LINE; i++) found |= line[i] > least;
+    return found;
+}
+
+// Exchanges a block's logits above `least`, the first of which has vocabulary id `first`, with smaller ones of the list;
+// its smallest value, or `least` where that is more.
+static float exchange(uint64_t *heap, int64_t k, float *z, float least, int64_t first) {
+    for (int start = 0; start < BLOCK; start += LINE) {
+        if (!any_above(z + start, least)) continue;
+        for (int i = start; i < start + LINE; i++) {
             if (!(z[i] > least)) continue;
+            const float left = value_of(heap[0]);
             sift(heap, k, 0, key_of(z[i], first + i));
-            z[i] = least;
-            least = value_of(heap[0]);
+            z[i] = left;
+            const float smallest = value_of(heap[0]);
+            if (smallest > least) least = smallest;
         }
     }
+    return least;
+}
+
+// Below the k-th largest logit of a slab, or -inf: what is above it are few more than k. At least as many lines of
+// logits, each a block's length from the next, have their maxima above it.
+static float bound_below(const Largest *c, int64_t row) {
+    if (c->W < 2 * BLOCK || c->k > BLOCK / 2) return -INFINITY;
+    float maxima[BLOCK], buffer[BLOCK];
+    for (int i = 0; i < BLOCK; i++) maxima[i] = -INFINITY;
+    for (int64_t start = 0; start + BLOCK <= c->W; start += BLOCK) {
+        block_logits(&c->logits, row, start, BLOCK, buffer);
+#pragma omp simd
+        for (int i = 0; i < BLOCK; i++) maxima[i] = buffer[i] > maxima[i] ? buffer[i] : maxima[i];
+    }
+    float low = -INFINITY, high = largest_of(maxima, BLOCK), by = 1.0f;
+    for (int step = 0; step < 16; step++) {
+        const float middle = low == -INFINITY ? high - by : low + 0.5f * (high - low);
+        int above = 0;
+#pragma omp simd reduction(+ : above)
+        for (int i = 0; i < BLOCK; i++) above += maxima[i] > middle;
+        if (above >= c->k)
+            low = middle;
+        else
+            high = middle, by *= 2.0f;
+    }
+    return low;
 }
 
 static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
@@ -87,6 +118,8 @@ static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
     for (int64_t j = 0; j < k; j++) heap[j] = key_of(values[j], indices[j]);
     for (int64_t j = k / 2 - 1; j >= 0; j--) sift(heap, k, j, heap[j]);
 
+    float least = k > 0 ? value_of(heap[0]) : INFINITY;
+    if (least == -INFINITY) least = bound_below(c, row);
     const double T = c->temperature[row * c->temperature_stride];
     const float by = (float)(1.0 / T);
     float top = c->top[row], buffer[BLOCK];
@@ -95,8 +128,9 @@ static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
         const int n = c->W - start < BLOCK ? (int)(c->W - start) : BLOCK;
         block_logits(&c->logits, row, start, n, buffer);
         float max = largest_of(buffer, n);
-        if (k > 0 && max > value_of(heap[0])) {
-            exchange(heap, k, buffer, n, c->first + start);
+        if (max > least) {
+            for (int i = n; i < BLOCK; i++) buffer[i] = -INFINITY;
+            least = exchange(heap, k, buffer, least, c->first + start);
             max = largest_of(buffer, n);
         }
         if (max > top) {

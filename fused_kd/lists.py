@@ -67,7 +67,7 @@ def top_k_of(
         vocab_size: cut to the first ``vocab_size`` logits.
         tail: of the result, see :class:`TopK`.
         backend: as of :class:`KDLoss`; "cuda" has no kernel of its own for this and uses Triton's.
-        memory_budget: bytes the workspace may take beyond the head and the result; None: 2 MB of logits on a CPU, 32 MB
+        memory_budget: bytes the workspace may take beyond the head and the result; None: 8 MB of logits on a CPU, 32 MB
             on a GPU, and casts of as many rows.
         tp_group: as of :class:`KDLoss`: each rank gives its rows of the head (or its logits), and gets the lists of the
             whole vocabulary.

@@ -571,7 +571,7 @@ MUTATIONS = [
     ),
     # lists made from a head
     Mutation(
-        "native largest: what leaves the list is lost", f"{_CSRC}kd_largest.h", "z[i] = least;", "z[i] = -INFINITY;",
+        "native largest: what leaves the list is lost", f"{_CSRC}kd_largest.h", "z[i] = left;", "z[i] = -INFINITY;",
         ("kernels/test_largest.py::test_sorted_rows[native-ascending]",),
     ),
     Mutation(

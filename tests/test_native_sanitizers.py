@@ -36,6 +36,10 @@ for step in range(int(sys.argv[1])):
     for x in (z, z_t):
         if draw.random() < 0.5:
             x[torch.rand(N, V) < 0.3] = draw.choice([-math.inf, -1e30, 6e4, -6e4, math.nan, math.inf])
+    lists, k = z_t.to(dtype), draw.choice([1, min(V, 70), V])
+    fk.top_k_of(lists, k, backend="native", temperature=draw.choice([1.0, 1e-8, 1e12]))
+    head = fk.LMHead(lists[:, :1].nan_to_num(), torch.randn(V, 1).to(dtype))
+    fk.log_probs_at(head, torch.full((N, 1), V - 1), backend="native")
     z, z_t = z.to(dtype).requires_grad_(), z_t.to(draw.choice([dtype, torch.float32]))
     y = torch.randint(V, (N,))
     y[torch.rand(N) < 0.3] = -100

@@ -24,10 +24,13 @@ from .gemm import Projection
 from .plan import BudgetTooSmall
 from .problem import Side
 
-# Logits of a tile and its most tokens and columns: 2 MB on a CPU, 32 MB on a GPU.
-CPU_TILE, CPU_TOKENS, CPU_COLUMNS = 1 << 19, 512, 8192
+# Logits of a tile and its most tokens and columns: 8 MB on a CPU, 32 MB on a GPU. Smaller ones are as fast on idle
+# cores, but where one is busy each GEMM waits for it once more.
+CPU_TILE, CPU_TOKENS, CPU_COLUMNS = 1 << 21, 512, 8192
 DEVICE_TILE, DEVICE_TOKENS, DEVICE_COLUMNS = 1 << 23, 2048, 16384
 COLUMN_MULTIPLE = 64
+# fp32 logits of a cache line.
+LINE = 16
 # Tokens whose lists are finished at a time, alike on all ranks.
 FINISHED = 1024
 
@@ -124,8 +127,8 @@ def _tiles(request: Request, spare: int = 0) -> Iterator[tuple[slice, int, Logit
     ``spare`` uninitialised columns behind it."""
     side, V = request.side, request.vocab
     N, device = len(side.source), side.source.device
-    tokens, columns = tile_size(request, spare)
-    buffer = empty((tokens, columns + spare), torch.float32, device)
+    tokens, columns = tile_size(request)
+    buffer = empty((tokens, _stride(columns)), torch.float32, device)
     for start in range(0, V, columns):
         width = min(columns, V - start)
         slab = None if side.weight is None else _Slab(side, slice(start, start + width), request.dtype)
@@ -157,7 +160,7 @@ class _Slab:
         self._wide.logits(self._own.operand(hidden), out)
 
 
-def tile_size(request: Request, spare: int = 0) -> tuple[int, int]:
+def tile_size(request: Request) -> tuple[int, int]:
     """Tokens and columns of a tile.
 
     Raises:
@@ -171,9 +174,9 @@ def tile_size(request: Request, spare: int = 0) -> tuple[int, int]:
     tokens = max(1, min(tokens, N))
     columns = min(columns, max(1, most // tokens))
     budget = request.memory_budget
-    while budget is not None and _bytes(request, tokens, min(columns, V), spare) > budget:
+    while budget is not None and _bytes(request, tokens, min(columns, V)) > budget:
         if tokens == columns == 1:
-            raise BudgetTooSmall(_bytes(request, 1, 1, spare), "one token and one logit at a time", budget)
+            raise BudgetTooSmall(_bytes(request, 1, 1), "one token and one logit at a time", budget)
         tokens, columns = (-(-tokens // 2), columns) if tokens >= columns else (tokens, columns // 2)
     if columns >= V:
         return tokens, max(V, 1)
@@ -182,10 +185,16 @@ def tile_size(request: Request, spare: int = 0) -> tuple[int, int]:
     return tokens, columns
 
 
-def _bytes(request: Request, tokens: int, columns: int, spare: int) -> int:
+def _stride(columns: int) -> int:
+    """Of a tile's rows, with room for a spare column: whole cache lines, or a GEMM that writes them takes a third
+    longer, and no power of 2, whose rows contend for the same ones."""
+    return _up(columns, LINE) + LINE
+
+
+def _bytes(request: Request, tokens: int, columns: int) -> int:
     """Of workspace: the tile, and operands that are cast."""
     side = request.side
-    size = 4 * tokens * (columns + spare)
+    size = 4 * tokens * _stride(columns)
     if request.backend == "torch":
         size *= 3
     if side.weight is not None:
@@ -221,14 +230,15 @@ def _joined(request: Request, own: Leading, k: int | None) -> Leading:
 
     assert request.shards is not None
     exchange = Exchange(request.shards.group)
-    parts = [exchange.gather(x) for x in own]
-    values, indices, tops, totals = (part.wait() for part in parts)
+    parts = [exchange.gather(x) for x in (own.values, own.top, own.total)]
+    ids = exchange.gather(own.indices) if k is not None else None
+    values, tops, totals = (part.wait() for part in parts)
     top = tops.amax(0)
     origin = top.masked_fill(top == -math.inf, 0.0)
     total = (totals * ((tops - origin) / request.temperature).exp()).sum(0)
-    if k is None:
+    if ids is None:
         return Leading(values.amax(0), own.indices, top, total)
-    return Leading(values.movedim(0, 1).flatten(1), indices.movedim(0, 1).flatten(1), top, total)
+    return Leading(values.movedim(0, 1).flatten(1), ids.wait().movedim(0, 1).flatten(1), top, total)
 
 
 def finished(found: Leading, temperature: float | Tensor, k: int | None = None, top_p: float = 1.0) -> Listed:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from bench import __main__ as bench
 
 
-def test_a_line_a_call(capsys):
+@pytest.mark.parametrize("more", [[], ["--one-thread"]])
+def test_a_line_a_call(capsys, more):
     options = [
         "--device",
         "cpu",
@@ -24,7 +27,7 @@ def test_a_line_a_call(capsys):
         "4",
         "9",
     ]
-    assert bench.main(["lists", "1", "5", *options]) == 0
+    assert bench.main(["lists", "1", "5", *options, *more]) == 0
     printed = capsys.readouterr().out
     assert printed.count("(N, H, V) = (") == 2
     lines = [line for line in printed.splitlines() if re.search(r"\| \d+\.\d{3} \|$", line)]

@@ -379,9 +379,38 @@ def compiled(world: World) -> dict[str, float]:
     return {"loss": abs(float(again) - float(loss)), **gradients}
 
 
+def lists(world: World) -> dict[str, float]:
+    """Made from a head or logits in slices, some of them narrower than the list or cut off whole."""
+    p, own = problem(N, V=V, bias=True), world.columns()
+    hidden, weight, bias = (x.detach() for x in (p.hidden, p.weight, p.bias))
+    z = hidden @ weight.T + bias
+    sides = {"head": (fk.LMHead(hidden, weight[own], bias[own]), fk.LMHead(hidden, weight, bias)), "z": (z[:, own], z)}
+    ids = torch.stack([torch.randperm(90)[:5] for _ in range(N)])
+    ids[3, 2:] = -1
+    found = {}
+    for name, (mine, whole) in sides.items():
+        for title, options in (("", {}), ("cut", {"vocab_size": 90}), ("warm", {"temperature": 2.0})):
+            cut = {} if title == "cut" else {"top_p": 0.8}
+            made, expected = (
+                (*fk.top_k_of(side, 12, return_log_sum_exp=True, **cut, **options, **group),
+                 *fk.log_probs_at(side, ids, return_log_sum_exp=True, **options, **group))
+                for side, group in ((mine, {"tp_group": world.group}), (whole, {}))
+            )  # fmt: skip
+            for i, (a, b) in enumerate(zip(made, expected, strict=True)):
+                where = f"{name} {title} {i}"
+                if isinstance(a, Tensor):
+                    found[where] = relative(a, b)
+                    continue
+                found[f"{where} indices"] = float(not torch.equal(a.indices, b.indices))
+                found[f"{where} unequal"] = float(unequal(a.log_probs))  # all ranks have the same bits
+                found[where] = relative(a.log_probs.exp(), b.log_probs.exp())
+                found[f"{where} rest"] = relative(a.log_rest, b.log_rest)
+    return found
+
+
 _FUNCTIONS = (
     low_precision, kernels, nothing_valid, twice_and_annealed, dtensors, two_dimensions, refusals, resharded, traffic,
-    compiled,
+    compiled, lists,
 )  # fmt: skip
 OTHERS = {function.__name__: function for function in _FUNCTIONS}
 
