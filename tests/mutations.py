@@ -575,6 +575,10 @@ MUTATIONS = [
         ("kernels/test_largest.py::test_sorted_rows[native-ascending]",),
     ),
     Mutation(
+        "native largest: a bound above the k-th", f"{_CSRC}kd_largest.h", "if (above >= c->k)", "if (2 * above >= c->k)",
+        ("kernels/test_largest.py::test_all_rows[native-64-fp32]",),
+    ),
+    Mutation(
         "triton largest: what leaves the list is lost", _LARGEST_TRITON,
         "tl.where(offsets == column, _values(least), z)", "tl.where(offsets == column, OUTSIDE, z)",
         ("kernels/test_largest.py::test_sorted_rows[triton-ascending]",),
