@@ -30,7 +30,7 @@ TRAINING = {
     "fused_kd.training.collate": ("Collator", "PackingCollator"),
     "fused_kd.training.models": ("LoRA", "load_model", "load_tokenizer"),
     "fused_kd.training.teacher_cache": ("TeacherCache", "CachedRows"),
-    "fused_kd.training.cache": ("write_cache", "write_lists", "top_k_log_probs", "convert_vllm"),
+    "fused_kd.training.cache": ("write_cache", "write_lists", "convert_vllm"),
     "fused_kd.training.generate": ("Decoding", "Generation", "Generations", "generate", "generate_to"),
     "fused_kd.training.score": ("Scores", "Similarity", "score", "similarity", "Comparison", "paired_bootstrap"),
 }

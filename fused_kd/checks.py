@@ -76,3 +76,22 @@ def check_number(name: str, value: object, *, low: float = -LARGEST) -> None:
         raise TypeError(f"{name} must be a number in [{low:g}, {LARGEST:g}], got {value!r}")
     if not low <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [{low:g}, {LARGEST:g}], got {value!r}")
+
+
+def check_columns(name: str, columns: Tensor, size: int) -> None:
+    """Of a map, (V_s,) int64 on the host: the first that is none of ``size`` columns, or one of them again.
+
+    Raises:
+        ValueError: there is one.
+    """
+    outside = (columns < -1) | (columns >= size)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(f"{name} must be in [0, {size}) or -1, got {int(columns[at])} at {at}")
+    ordered, order = columns.sort(stable=True)
+    twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
+    if len(twice):
+        first, second = order[twice[0] + torch.arange(2)].tolist()
+        raise ValueError(
+            f"{name} must hold each teacher column once, got {int(columns[first])} at {first} and at {second}"
+        )

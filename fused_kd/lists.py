@@ -10,10 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .checks import check_dense, check_number
 from .engines.listing import Listed, Request, at, largest
 from .engines.problem import Side
-from .inputs import TAILS, LMHead, TopK, common_vocab
+from .inputs import LMHead, TopK, check_ids, check_k, check_tail_name, check_top_p, common_vocab
 from .options import checked_option
 from .rows.contract import LONGEST_IN_TRITON, Shards
 from .rows.select import CUDA_OR_TRITON, choose_backend
@@ -84,14 +83,10 @@ def top_k_of(
     """
     request, shape = _request(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
     whole = request.whole
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an integer in [1, {whole}], got {k!r}")
-    if not 1 <= k <= whole:
+    check_k(k)
+    if k > whole:
         raise ValueError(f"k must be in [1, {whole}], the vocabulary, got {k}")
-    if top_p is not None:
-        check_number("top_p", top_p)
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1] or None, got {top_p!r}")
+    check_top_p(top_p)
     if k > LONGEST_IN_TRITON and request.backend in ("triton", "cuda", CUDA_OR_TRITON):
         if backend is not None:
             raise ValueError(f"k must be at most {LONGEST_IN_TRITON} with backend={backend!r}, got {k}")
@@ -146,10 +141,7 @@ def log_probs_at(
         TypeError, ValueError: as :func:`top_k_of`; ids out of range or given twice with tensors on the CPU. Elsewhere
             all that is said of such a token is NaN.
     """
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {kind}")
-    check_dense("indices", indices)
+    check_ids("indices", indices)
     request, shape = _request(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
     if indices.dim() < 1 or indices.shape[:-1] != shape or indices.shape[-1] < 1:
         raise ValueError(
@@ -173,8 +165,7 @@ def _request(
     memory_budget: int | None,
 ) -> tuple[Request, torch.Size]:
     """What is asked of the engine, and the tokens' shape."""
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
+    check_tail_name(tail)
     if isinstance(temperature, Tensor):
         raise TypeError("temperature must be a number, one for all tokens, got a tensor")
     vocab_size, budget = checked_option("vocab_size", vocab_size), checked_option("memory_budget", memory_budget)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_columns
 from .inputs import LMHead, check_float_tensor
 from .token_bytes import read_vocabulary
 from .token_matching import Matched, within
@@ -50,7 +51,7 @@ class VocabMap:
         if self.columns.dim() != 1 or self.columns.numel() < 1:
             raise ValueError(f"columns must have shape (V_s,) with V_s >= 1, got {tuple(self.columns.shape)}")
         if self.columns.device.type == "cpu":
-            _check_columns(self.columns, self.teacher_size)
+            check_columns("columns", self.columns, self.teacher_size)
 
     @classmethod
     def of_columns(cls, columns: Tensor | Sequence[int], teacher_size: int) -> VocabMap:
@@ -247,20 +248,6 @@ def _check_size(name: str, value: Any, most: int | None = None) -> None:
         raise TypeError(f"{name} must be an integer {allowed}, got {value!r}")
     if value < 1 or (most is not None and value > most):
         raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def _check_columns(columns: Tensor, size: int) -> None:
-    bad = (columns < -1) | (columns >= size)
-    if bool(bad.any()):
-        place = int(bad.nonzero()[0])
-        raise ValueError(f"columns must be in [-1, {size - 1}], got {int(columns[place])} at position {place}")
-    values, order = columns.sort(stable=True)
-    twice = (values[1:] == values[:-1]) & (values[1:] >= 0)
-    if bool(twice.any()):
-        first, second = (int(order[int(twice.nonzero()[0]) + step]) for step in (0, 1))
-        raise ValueError(
-            f"columns must name no teacher column twice, got {int(columns[first])} at positions {first} and {second}"
-        )
 
 
 def _known_ids(name: str, ids: Tensor, size: int) -> Tensor:

@@ -76,7 +76,7 @@ COUNTED = {
 # Sums of objectives, for which a kernel has the sums of several terms, or factors beside them.
 SUMS = {
     "sft+generalized_jsd": "0.5*sft+0.5*generalized_jsd",
-    "forward_kd+reverse_kd": "forward_kd:lam=1+reverse_kd:lam=1",
+    "forward_kd+reverse_kd": "forward_kd+reverse_kd",
     "self_evolution+generalized_jsd": "self_evolution+generalized_jsd",
     "sft+z_loss": "sft+0.0001*z_loss",
 }

@@ -279,9 +279,9 @@ def test_ids_there_and_back() -> None:
 @pytest.mark.parametrize(
     "error, message, call",
     [
-        (ValueError, r"columns must be in \[-1, 5\], got 6 at position 1", lambda: VocabMap.of_columns([0, 6], 6)),
-        (ValueError, r"columns must be in \[-1, 5\], got -2 at position 0", lambda: VocabMap.of_columns([-2], 6)),
-        (ValueError, "got 3 at positions 0 and 2", lambda: VocabMap.of_columns([3, -1, 3, -1], 6)),
+        (ValueError, r"columns must be in \[0, 6\) or -1, got 6 at 1", lambda: VocabMap.of_columns([0, 6], 6)),
+        (ValueError, r"columns must be in \[0, 6\) or -1, got -2 at 0", lambda: VocabMap.of_columns([-2], 6)),
+        (ValueError, "got 3 at 0 and at 2", lambda: VocabMap.of_columns([3, -1, 3, -1], 6)),
         (ValueError, r"columns must have shape \(V_s,\)", lambda: VocabMap.of_columns([[1]], 6)),  # type: ignore[list-item]
         (TypeError, "columns must be integers", lambda: VocabMap.of_columns([1.0], 6)),  # type: ignore[list-item]
         (TypeError, "columns must be an int64 tensor, got list", lambda: VocabMap([1], 6)),  # type: ignore[arg-type]

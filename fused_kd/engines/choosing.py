@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..rows.contract import LONGEST_IN_TRITON, Leading, Logits
+from ..rows.contract import Leading, Logits
 from ..rows.largest import take
+from ..rows.torch.math import finish_logits_
 from .listing import Listed, finished
 from .problem import Listing
 
@@ -28,15 +29,12 @@ def chosen(
     C, V = by.raw.shape
     k, device = min(listing.k, V), by.raw.device
     found = Leading.none(C, k, device)
-    take(by, 0, found, temperature, backend if k <= LONGEST_IN_TRITON or device.type == "cpu" else "torch")
+    take(by, 0, found, temperature, backend)
     listed = finished(found, temperature, k, listing.top_p)
     if not listing.of_student:
         return listed
     z = teacher.raw if reusable else teacher.raw.float().clone()
-    if teacher.softcap is not None:
-        z.mul_(teacher.scale / teacher.softcap).tanh_().mul_(teacher.softcap)
-    elif teacher.scale != 1.0:
-        z.mul_(teacher.scale)
+    finish_logits_(z, teacher._replace(finite=True))  # -inf stays
     there = listed.indices >= 0
     index = torch.where(there, listed.indices, listed.indices[:, :1]).clamp(min=0)
     values = z.gather(1, index).where(there, -math.inf)

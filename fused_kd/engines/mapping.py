@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..checks import check_columns
 from ..rows.contract import Beyond, Leading, Logits
 from ..rows.largest import take
 from ..rows.torch.mapped import block_bytes
+from ..rows.torch.math import finish_logits_
 from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import Projection, slab_rows
@@ -77,18 +79,7 @@ def mapping_of(teacher: Side, vocab: int) -> Mapping:
 
 def _looked_at(columns: Tensor, vocab: int, V_t: int, H: int) -> Mapping:
     host = columns.detach().to("cpu", torch.int64)
-    outside = (host < -1) | (host >= V_t)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
-        raise ValueError(f"columns must be in [0, {V_t}) or -1, got {int(host[at])} at {at}")
-    ordered, order = host.sort(stable=True)
-    twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
-    if len(twice):
-        at = int(twice[0])
-        first, second = int(order[at]), int(order[at + 1])
-        raise ValueError(
-            f"columns must hold each teacher column once, got {int(ordered[at])} at {first} and at {second}"
-        )
+    check_columns("columns", host, V_t)
     host = host[:vocab]
     if not bool((host >= 0).any()):
         raise ValueError("columns must map at least one column of the student, got -1 for all")
@@ -212,7 +203,7 @@ class MappedSource:
         else:
             for piece in self._mapping.pieces:
                 self._projection(piece.rows).logits(hidden, out[:, piece.columns])
-            self._finish_(out)
+            finish_logits_(out, self._final(out))
         if len(unmapped):
             out.index_fill_(1, unmapped, -math.inf)
         if not (self._has_category or self._tiles):
@@ -233,7 +224,7 @@ class MappedSource:
         for tile in self._tiles:
             z = buffer[:, : tile.rows.stop - tile.rows.start]
             self._projection(tile.rows).logits(hidden, z)
-            self._finish_(z)
+            finish_logits_(z, self._final(z))
             out.index_copy_(1, tile.columns, z.index_select(1, tile.places))
             z.index_fill_(1, tile.places, -math.inf)
             take(Logits(z, 1.0, None, False), 0, others, temperature, backend)
@@ -241,10 +232,5 @@ class MappedSource:
     def _projection(self, rows: slice | Tensor) -> Projection:
         return Projection(self._weight[rows], None if self._bias is None else self._bias[rows], self._dtype)
 
-    def _finish_(self, z: Tensor) -> None:
-        """From raw logits to final ones."""
-        side = self._side
-        if side.softcap is not None:
-            z.mul_(side.logit_scale / side.softcap).tanh_().mul_(side.softcap)
-        elif side.logit_scale != 1.0:
-            z.mul_(side.logit_scale)
+    def _final(self, z: Tensor) -> Logits:
+        return Logits(z, self._side.logit_scale, self._side.softcap, True)  # -inf stays

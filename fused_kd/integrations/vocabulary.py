@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fused_kd import LMHead
+from fused_kd.checks import check_columns
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.labels import LABEL_PAD
@@ -45,11 +46,7 @@ class TeacherMap:
                 f"vocab_map must have a column of the teacher for each of the student's, shape ({V},), got {got}"
             )
         self._columns = columns.detach().to("cpu", torch.int64)
-        if bool(((self._columns < -1) | (self._columns >= V_t)).any()):
-            raise ValueError(
-                f"vocab_map must hold columns of the teacher's head, in [0, {V_t}) or -1, got "
-                f"{int(self._columns.min())} to {int(self._columns.max())}"
-            )
+        check_columns("vocab_map", self._columns, V_t)
         self._on: dict[torch.device, torch.Tensor] = {}
         embedded = rows_of(without_adapters(student).get_input_embeddings().weight)
         self.own_ids = embedded == V

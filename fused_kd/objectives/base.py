@@ -177,6 +177,11 @@ def parts_of(objective: Objective) -> tuple[tuple[Number, Objective], ...]:
     return objective.parts if isinstance(objective, Sum) else ((1.0, objective),)
 
 
+def is_number(value: Number, number: float) -> bool:
+    """Of a number of the call; a tensor's limits are those of its formula."""
+    return not isinstance(value, Tensor) and value == number
+
+
 def numbers_of(objective: Objective) -> list[tuple[str, Number]]:
     """Names and values of all weights and numbers, as written."""
     return [own for weight, part in parts_of(objective) for own in (("weight", weight), *part.numbers.items())]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import Limit
 from ..terms import ENTROPY, Number, Scalars, Term
-from .base import Objective
+from .base import Objective, is_number
 from .self_evolution import ForwardKD, ReverseKD
 
 EXPONENT = Limit(1e-3, 1.0, "[0.001, 1], where alpha and beta are not (1, 0) or (0, 1)")
@@ -82,7 +82,7 @@ class SkewReverse(Objective):
 
     @property
     def term(self) -> Term:
-        return Term("reverse_kl") if _is(self.alpha, 0.0) else self.kind
+        return Term("reverse_kl") if is_number(self.alpha, 0.0) else self.kind
 
     def own_scalars(self, weight: Number, temperature: Number) -> Scalars:
         return super().own_scalars(weight, temperature)._replace(beta=self.alpha, alpha=1.0 - self.alpha)
@@ -215,9 +215,9 @@ class AlphaBeta(Objective):
 
     @property
     def term(self) -> Term:
-        if _is(self.alpha, 1.0) and _is(self.beta, 0.0):
+        if is_number(self.alpha, 1.0) and is_number(self.beta, 0.0):
             return Term("kl")
-        return Term("reverse_kl") if _is(self.alpha, 0.0) and _is(self.beta, 1.0) else self.kind
+        return Term("reverse_kl") if is_number(self.alpha, 0.0) and is_number(self.beta, 1.0) else self.kind
 
     def own_scalars(self, weight: Number, temperature: Number) -> Scalars:
         return super().own_scalars(weight, temperature)._replace(beta=self.beta, alpha=self.alpha)
@@ -267,11 +267,6 @@ class AcceptanceMix(Objective):
 
     name: ClassVar[str] = "acceptance_mix"
     kind: ClassVar[Term] = Term("acceptance_mix")
-
-
-def _is(value: Number, number: float) -> bool:
-    """Of a number of the call; a tensor's limits are those of its formula."""
-    return not isinstance(value, Tensor) and value == number
 
 
 _LIMITS_OF_JSD = {0.0: Term("kl"), 1.0: Term("reverse_kl")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..divergences import LOG_ZERO
 from ..terms import RANK, Number, Scalars, Term
-from .base import Objective
+from .base import Objective, is_number
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,6 +58,10 @@ class ForwardKD(Objective):
     name: ClassVar[str] = "forward_kd"
     kind: ClassVar[Term] = Term("kl", hard_label=True)
 
+    @property
+    def term(self) -> Term:
+        return _without_label(self.kind, self.lam)
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ReverseKD(Objective):
@@ -71,6 +75,10 @@ class ReverseKD(Objective):
     name: ClassVar[str] = "reverse_kd"
     kind: ClassVar[Term] = Term("reverse_kl", hard_label=True)
 
+    @property
+    def term(self) -> Term:
+        return _without_label(self.kind, self.lam)
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class NoEvo(Objective):
@@ -83,6 +91,10 @@ class NoEvo(Objective):
     lam: Number = 0.5
     name: ClassVar[str] = "no_evo"
     kind: ClassVar[Term] = Term("kl", mixed=True)
+
+    @property
+    def term(self) -> Term:
+        return _without_label(self.kind, self.lam)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -119,6 +131,10 @@ class SkewTeacher(Objective):
     beta: Number = 0.9
     name: ClassVar[str] = "skew_teacher"
     kind: ClassVar[Term] = Term("skew_kl", hard_label=True)
+
+    @property
+    def term(self) -> Term:
+        return _without_label(self.kind, self.lam)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -179,3 +195,8 @@ class SelfEvolutionTopK(Objective):
         super().__post_init__()
         if isinstance(self.fraction, Tensor):
             raise TypeError(f"fraction must be one number in [0, 1] for all tokens, got {self.fraction!r}")
+
+
+def _without_label(kind: Term, lam: Number) -> Term:
+    """Where ``lam`` is 1 no label has a part in it."""
+    return kind._replace(mixed=False, hard_label=False) if is_number(lam, 1.0) else kind

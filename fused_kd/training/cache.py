@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fused_kd import LMHead
-from fused_kd.engines.gemm import Projection
+from fused_kd import top_k_of
 from fused_kd.integrations.bodies import eval_mode
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
@@ -270,35 +268,10 @@ def _teacher_lists(
                 with torch.no_grad():
                     hidden = hidden_states(teacher, **inputs)
                     head = lm_head_of(teacher, hidden[:, :-1][valid.to(hidden.device)])
-                found = top_k_log_probs(head, k, vocab_size, memory)
-                lists_of_rows = (part.split(valid.sum(1).tolist()) for part in found)
+                found = top_k_of(head, k, vocab_size=vocab_size, memory_budget=memory)
+                lengths = valid.sum(1).tolist()
+                lists_of_rows = (part.cpu().split(lengths) for part in (found.log_probs, found.indices))
                 for index, values, ids in zip(batch, *lists_of_rows, strict=True):
                     yield index, values.numpy(), ids.numpy()
 
     return lists
-
-
-@torch.no_grad()
-def top_k_log_probs(head: LMHead, k: int, vocab_size: int, memory: int = 256 << 20) -> tuple[Tensor, Tensor]:
-    """The k largest of ``log_softmax(logits[:vocab_size])`` in fp32, largest first, and their ids, on the CPU.
-
-    ``head`` has N tokens, ``hidden`` (N, H); both results are (N, k), float32 and int64. ``memory`` bounds the logits'
-    bytes: a chunk of tokens is done at a time.
-    """
-    N = head.hidden.shape[0]
-    C = max(1, min(N, memory // (2 * 4 * vocab_size)))  # logits and their log_softmax
-    bias = None if head.bias is None else head.bias[:vocab_size]
-    projection = Projection(head.weight[:vocab_size], bias, head.hidden.dtype)
-    buffer = torch.empty(C, vocab_size, device=head.hidden.device)
-    log_probs, indices = torch.empty(N, k), torch.empty(N, k, dtype=torch.int64)
-    for start in range(0, N, C):
-        tokens = slice(start, min(start + C, N))
-        logits = buffer[: tokens.stop - start]
-        projection.logits(projection.operand(head.hidden[tokens]), logits)
-        if head.softcap is not None:
-            logits.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap)
-        elif head.logit_scale != 1.0:
-            logits.mul_(head.logit_scale)
-        values, ids = logits.log_softmax(-1).topk(k)
-        log_probs[tokens], indices[tokens] = values.cpu(), ids.cpu()
-    return log_probs, indices

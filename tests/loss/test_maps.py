@@ -204,8 +204,8 @@ def test_acceptance_of_a_draft_is_that_of_the_whole_vocabulary():
 
 def test_a_sum_and_a_ranked_objective():
     p = mapped_problem(*MAPS["two tokenizers"])
-    parts = [run(p, each, "bucket")[0].loss for each in (fk.NoEvo(), fk.ReverseKD(lam=1.0))]
-    total = run(p, 0.4 * fk.NoEvo() + 0.6 * fk.ReverseKD(lam=1.0), "bucket")[0].loss
+    parts = [run(p, each, "bucket")[0].loss for each in (fk.NoEvo(), fk.ReverseKD(lam=0.9))]
+    total = run(p, 0.4 * fk.NoEvo() + 0.6 * fk.ReverseKD(lam=0.9), "bucket")[0].loss
     assert relative(total, 0.4 * parts[0] + 0.6 * parts[1]) < TIGHT
     ranked = run(p, fk.SelfEvolutionTopK(fraction=0.3), "bucket")[0]
     valid = p.labels != -100

@@ -16,7 +16,7 @@ from ...divergences import LOG_ZERO, NOWHERE
 from ...terms import RowSpec
 from ..contract import Logits, Row, RowInputs, RowOutputs
 from ..top_k import Categories, category_rows
-from .math import Scratch, finish_logits_, rows_of_block, scalars_of, to_raw_
+from .math import Scratch, blocks, finish_logits_, rows_of_block, scalars_of, to_raw_
 
 # Of a block's logits on a GPU: there are several buffers of it, and kernels that fill the device at this size.
 DEVICE_BLOCK_BYTES = 64 << 20
@@ -36,26 +36,8 @@ def row(dense: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
     C, V = inputs.student.raw.shape
     B = min(C, block_rows(V, inputs.labels.device))
     wide, narrow = (Scratch(B, columns, inputs.labels.device) for columns in (V + 1, V))
-    for start in range(0, C, B):
-        rows = slice(start, min(start + B, C))
-        out = RowOutputs(outputs.loss[rows], outputs.difficulty[rows], outputs.is_hard[rows], None)
-        if outputs.dlogits is not None:
-            out = out._replace(dlogits=outputs.dlogits[rows])
-        _block(dense, _rows_of(inputs, rows), out, wide, narrow)
-
-
-def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
-    teacher, student, beyond = inputs.teacher, inputs.student, inputs.beyond
-    assert isinstance(teacher, Logits) and beyond is not None
-    return inputs._replace(
-        student=student._replace(raw=student.raw[rows]),
-        teacher=teacher._replace(raw=teacher.raw[rows]),
-        beyond=beyond._replace(rest=beyond.rest[rows]),
-        labels=inputs.labels[rows],
-        weights=None if inputs.weights is None else inputs.weights[rows],
-        hard=None if inputs.hard is None else inputs.hard[rows],
-        scalars=inputs.scalars if len(inputs.scalars) == 1 else inputs.scalars[rows],
-    )
+    for rows, out in blocks(inputs, outputs, B):
+        _block(dense, rows, out, wide, narrow)
 
 
 def _block(dense: Row, inputs: RowInputs, outputs: RowOutputs, wide: Scratch, narrow: Scratch) -> None:

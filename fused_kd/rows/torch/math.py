@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...divergences import EXCLUDED, LOG_ZERO, TINY, Divergence
 from ...terms import Number, Scalars
 from ...workspace import empty
-from ..contract import Logits, RowInputs, Sparse
+from ..contract import Logits, RowInputs, RowOutputs, Sparse
 
 # A block's buffers should stay in the last-level cache, yet each operation must outweigh its thread barrier.
 CPU_BLOCK_BYTES = 2 << 20
@@ -26,6 +26,29 @@ def rows_of_block(V: int, device: torch.device) -> int:
     if device.type == "cpu":
         return max(CPU_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * V))
     return max(1, DEVICE_BLOCK_BYTES // (4 * V))
+
+
+def blocks(inputs: RowInputs, outputs: RowOutputs, B: int) -> Iterator[tuple[RowInputs, RowOutputs]]:
+    """A chunk without statistics, B rows at a time."""
+    for start in range(0, len(inputs.labels), B):
+        rows = slice(start, start + B)
+        teacher, beyond = inputs.teacher, inputs.beyond
+        if isinstance(teacher, Logits):
+            teacher = teacher._replace(raw=teacher.raw[rows])
+        elif isinstance(teacher, Sparse):
+            indices, log_probs, rest, tail = teacher
+            teacher = Sparse(indices[rows], log_probs[rows], rest[rows], tail)
+        own = inputs._replace(
+            student=inputs.student._replace(raw=inputs.student.raw[rows]),
+            teacher=teacher,
+            labels=inputs.labels[rows],
+            weights=None if inputs.weights is None else inputs.weights[rows],
+            hard=None if inputs.hard is None else inputs.hard[rows],
+            scalars=inputs.scalars if len(inputs.scalars) == 1 else inputs.scalars[rows],
+            beyond=None if beyond is None else beyond._replace(rest=beyond.rest[rows]),
+        )
+        dlogits = None if outputs.dlogits is None else outputs.dlogits[rows]
+        yield own, RowOutputs(outputs.loss[rows], outputs.difficulty[rows], outputs.is_hard[rows], dlogits)
 
 
 def scalars_of(inputs: RowInputs, rows: slice | Tensor = slice(None)) -> list[Scalars]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...divergences import NOWHERE
 from ..contract import RowInputs, RowOutputs, Sparse
 from ..top_k import categories, category_rows
-from .math import DEVICE_BLOCK_BYTES, Scratch, finish_logits_, is_nothing, on_host, scalars_of, to_raw_
+from .math import DEVICE_BLOCK_BYTES, Scratch, blocks, finish_logits_, is_nothing, on_host, scalars_of, to_raw_
 from .row import row as dense
 
 # The sweeps below come back to a block, which should still be in the last-level cache.
@@ -21,25 +21,8 @@ def row(inputs: RowInputs, outputs: RowOutputs) -> None:
     C, V = inputs.student.raw.shape
     B = max(1, min(C, (BLOCK_BYTES if on_host(inputs.labels) else DEVICE_BLOCK_BYTES) // (4 * V)))
     scratch = Scratch(B, V, inputs.labels.device)
-    for start in range(0, C, B):
-        rows = slice(start, min(start + B, C))
-        out = RowOutputs(outputs.loss[rows], outputs.difficulty[rows], outputs.is_hard[rows], None)
-        if outputs.dlogits is not None:
-            out = out._replace(dlogits=outputs.dlogits[rows])
-        _block(_rows_of(inputs, rows), out, scratch)
-
-
-def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
-    teacher, student = inputs.teacher, inputs.student
-    assert isinstance(teacher, Sparse)
-    return inputs._replace(
-        student=student._replace(raw=student.raw[rows]),
-        teacher=Sparse(teacher.indices[rows], teacher.log_probs[rows], teacher.rest[rows], teacher.tail),
-        labels=inputs.labels[rows],
-        weights=None if inputs.weights is None else inputs.weights[rows],
-        hard=None if inputs.hard is None else inputs.hard[rows],
-        scalars=inputs.scalars if len(inputs.scalars) == 1 else inputs.scalars[rows],
-    )
+    for rows, out in blocks(inputs, outputs, B):
+        _block(rows, out, scratch)
 
 
 def _block(inputs: RowInputs, outputs: RowOutputs, scratch: Scratch) -> None:
