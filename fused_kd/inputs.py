@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ class LMHead:
             divisor).
         softcap: cap of the logits (Gemma's ``final_logit_softcapping``), in [1e-12, 1e12], or None.
         columns: of a teacher with another vocabulary than the student: (V of the student,) int64 or int32, which of
-            the V columns of ``weight`` each of the student's is, none twice, or -1 for none.
-            :func:`fused_kd.vocab_map` makes one. Its values are looked at when a loss first takes it.
+            the V columns of ``weight`` each of the student's is, none twice, or -1 for none; or a
+            :class:`fused_kd.VocabMap`. Its values are looked at when a loss first takes it. ``vocab_size`` of the loss
+            cuts the student and the map, not the teacher.
         tail: with ``columns``, what becomes of tokens that one side alone has. The teacher's probabilities
             ``p = softmax(logits)`` are of all of its V columns; M are the student's columns that are mapped, U the
             others, and m is what p holds on columns of the teacher that no student column is:
@@ -55,7 +56,7 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
-    columns: Tensor | None = None
+    columns: Any = None
     tail: str = "renormalize"
 
     def __post_init__(self) -> None:
@@ -82,6 +83,11 @@ class LMHead:
         if self.softcap is not None:
             check_number("softcap", self.softcap, low=1 / LARGEST)
         if self.columns is not None:
+            if not isinstance(self.columns, Tensor) and hasattr(self.columns, "teacher_size"):
+                V, size = len(self.weight), self.columns.teacher_size
+                if size > V:
+                    raise ValueError(f"columns must be of a teacher of at most weight's V={V} columns, got {size}")
+                object.__setattr__(self, "columns", self.columns.columns)
             check_ids("columns", self.columns)
             if self.columns.dim() != 1 or not len(self.columns):
                 raise ValueError(f"columns must have shape (V of the student,), got {tuple(self.columns.shape)}")
@@ -89,6 +95,9 @@ class LMHead:
                 raise ValueError(
                     f"columns are on {self.columns.device}, hidden on {self.hidden.device}; they must share one"
                 )
+        elif self.tail != "renormalize":
+            check_tail_name(self.tail)
+            raise ValueError(f"tail must be 'renormalize' without columns, got {self.tail!r}")
         check_tail_name(self.tail)
 
     @property

@@ -135,7 +135,8 @@ def log_probs_at(
             :func:`top_k_of`.
 
     Returns:
-        As :func:`top_k_of`, entries in the order of ``indices``.
+        As :func:`top_k_of`, entries in the order of ``indices``. An id that the head excludes has -1e30 over T, which
+        stands for log 0: -inf would leave it out of the list.
 
     Raises:
         TypeError, ValueError: as :func:`top_k_of`; ids out of range or given twice with tensors on the CPU. Elsewhere
@@ -181,7 +182,7 @@ def _request(
     if group is None:
         vocab = common_vocab(vocab, None, vocab_size)
     else:
-        shards = divide(group, vocab, None, vocab_size)
+        shards = divide(group, vocab, None, vocab_size, known=False)
         vocab = shards.size
     device = side.source.device
     request = Request(

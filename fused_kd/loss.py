@@ -56,7 +56,8 @@ class KDLoss(nn.Module):
             distribution is softmax(logits / T), except the student's in a separate hard-label term (``SFT``,
             ``ForwardKD``, ``ReverseKD``, ``SkewTeacher``) and in ``ZLoss``, which stays at temperature 1, as all of an
             objective without a teacher does. The loss is not multiplied by T**2.
-        vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies).
+        vocab_size: cut both sides to their first ``vocab_size`` logits (padded vocabularies); with ``columns`` of the
+            teacher, the student and the map.
         shift: the labels are the input tokens: position i predicts label i + 1. Nothing but the labels is copied.
             ``token_weights``, the objective's tensors and results of each token are those of the predicting position.
         memory_budget: bytes the workspace may take beyond inputs, results and their gradients; None lets the planner
@@ -81,7 +82,7 @@ class KDLoss(nn.Module):
             each gets its own rows' gradient, and the hidden states' summed over the ranks. ``backend`` is "triton"
             (dense teachers, all objectives but ``AdaptiveKL``) or "torch".
         lists: compare only some entries of each token, and the rest by a tail: see :class:`fused_kd.Lists`. The teacher
-            is an LMHead or logits. Needs the chunked engine, without ``tp_group``.
+            is an LMHead without ``columns``, or logits. Needs the chunked engine, without ``tp_group``.
 
     Raises:
         TypeError, ValueError: for arguments out of range; the message names the argument, its value and the range.
@@ -123,6 +124,7 @@ class KDLoss(nn.Module):
         self.tp_group = tp_group
         self.lists = lists
         self._objective = objective
+        self._check_lists()
         self._spec = objective.spec
         # Not asked of the objective in a call: torch.compile would guard on each number of it.
         self._own_numbers = objective.per_token
@@ -183,6 +185,10 @@ class KDLoss(nn.Module):
         if name == "temperature" and "scalars" in self._buffers:
             self._write_scalars()
 
+    def _check_lists(self) -> None:
+        if self.lists is not None and self._objective.spec.needs_teacher:
+            check_tail(self._objective, self.lists.tail, 1.0)  # the mass of a bucket is known at any temperature
+
     @property
     def objective(self) -> Objective:
         return self._objective
@@ -193,7 +199,12 @@ class KDLoss(nn.Module):
             stay = [type(part).__name__ for _, part in parts_of(self._objective)]
             order = ", in this order" if len(stay) > 1 else ""
             raise TypeError(f"objective must stay a {' + '.join(stay)}{order}, got {objective!r}")
-        self._objective = objective
+        before, self._objective = self._objective, objective
+        try:
+            self._check_lists()
+        except ValueError:
+            self._objective = before
+            raise
         self._spec = objective.spec
         self._own_numbers = objective.per_token
         self._write_scalars()
@@ -252,8 +263,8 @@ class KDLoss(nn.Module):
                 "cross_entropy" (-log q_y, at the temperature at which the loss takes it), "log_q_y", "log_p_y",
                 "target_entropy" (of yt), which come with the sweep that every loss takes; and "top_1" (1 where both
                 sides' largest logits are of one token) and "overlap" (sum min(p, q)), which take one more. They need
-                the chunked engine, without ``tp_group``, another row than "cuda", and a teacher that is no list, or
-                none for "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
+                the chunked engine, without ``tp_group`` and ``lists``, another row than "cuda", and a teacher without
+                ``columns`` that is no list, or none for "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
         """
         spec, wanted = self._spec, statistics_names(statistics)
         columns = statistics_columns(wanted, teacher, spec, self.lists)
@@ -321,6 +332,8 @@ class KDLoss(nn.Module):
         columns, columns_t = student.vocab, None if teacher is None else teacher.vocab
         assert columns is not None
         if self._group is None:
+            if teacher is not None and teacher.columns is not None and columns_t != columns:
+                raise ValueError(f"columns must have the student's {columns} entries, got {columns_t}")
             return common_vocab(columns, columns_t, self.vocab_size), None
         from .parallel import divide
 
@@ -334,7 +347,6 @@ class KDLoss(nn.Module):
         if teacher.indices is not None or teacher.columns is not None:
             given = "a TopK, which is one" if teacher.indices is not None else "columns"
             raise ValueError(f"lists must be None with {given}, got {lists!r}")
-        check_tail(self._objective, lists.tail, 1.0)  # the mass of a bucket is known at any
         return Listing(lists.k, lists.chosen_by == "student", lists.tail, 1.0 if lists.top_p is None else lists.top_p)
 
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:

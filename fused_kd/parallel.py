@@ -41,8 +41,11 @@ def group_of(tp_group: Any) -> dist.ProcessGroup:
     raise TypeError(f"tp_group must be a process group or a device mesh, got {type(tp_group).__name__}")
 
 
-def divide(group: dist.ProcessGroup, local_s: int, local_t: int | None, vocab_size: int | None) -> Shards:
-    """The slices over a group, cut to ``vocab_size``.
+def divide(
+    group: dist.ProcessGroup, local_s: int, local_t: int | None, vocab_size: int | None, *, known: bool = True
+) -> Shards:
+    """The slices over a group, cut to ``vocab_size``. With ``known`` those of an earlier call with slices of this size:
+    then all ranks must have made the same calls with the same sizes.
 
     Args:
         local_s, local_t: this rank's rows of the student's and the teacher's head; ``local_t`` None without a teacher
@@ -53,7 +56,7 @@ def divide(group: dist.ProcessGroup, local_s: int, local_t: int | None, vocab_si
             and teacher that begin or end at different tokens.
     """
     key = (group.group_name, local_s, local_t)
-    if key not in _layouts:
+    if not known or key not in _layouts:
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, (local_s, local_t), group=group)
         _layouts[key] = everyone

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_columns
-from .inputs import LMHead, check_float_tensor
+from .inputs import LMHead, TopK, check_float_tensor
 from .token_bytes import read_vocabulary
 from .token_matching import Matched, within
 
@@ -50,6 +51,7 @@ class VocabMap:
             raise TypeError(f"columns must be an int64 tensor, got {kind}")
         if self.columns.dim() != 1 or self.columns.numel() < 1:
             raise ValueError(f"columns must have shape (V_s,) with V_s >= 1, got {tuple(self.columns.shape)}")
+        object.__setattr__(self, "columns", self.columns.detach().clone())  # what is known of it must stay true
         if self.columns.device.type == "cpu":
             check_columns("columns", self.columns, self.teacher_size)
 
@@ -135,6 +137,20 @@ class VocabMap:
             ValueError: an id beyond the teacher's columns; on accelerators it is missing.
         """
         return _looked_up("ids", ids, self.student_columns, missing)
+
+    def lists(self, top_k: TopK) -> TopK:
+        """A teacher's lists as lists of the student's columns, for a draft from a cache or a server.
+
+        Entries without a column are left out: with "bucket" and "uniform" their mass is the rest's.
+        """
+        indices = self.labels(top_k.indices, missing=-1)
+        lost = (indices < 0) & (top_k.log_probs > -math.inf)
+        log_probs = top_k.log_probs.masked_fill(indices < 0, -math.inf)
+        rest = top_k.log_rest
+        if rest is not None:
+            gone = top_k.log_probs.float().masked_fill(~lost, -math.inf)
+            rest = torch.cat([rest.float().unsqueeze(-1), gone], -1).logsumexp(-1)
+        return replace(top_k, log_probs=log_probs, indices=indices.clamp(min=0), log_rest=rest)
 
     def teacher_ids(self, ids: Tensor, missing: int | None = None) -> Tensor:
         """Student ids as those of the teacher, token by token: not what the teacher's tokenizer makes of the text.

@@ -116,7 +116,7 @@ class Inputs:
 
     def __init__(self, V: int) -> None:
         self.student = SimpleNamespace(raw=torch.empty(1, V, device="meta"))
-        self.teacher = None
+        self.teacher = self.beyond = None
 
 
 def test_none_falls_back_to_triton_without_a_word(cuda_first, monkeypatch):

@@ -346,3 +346,34 @@ def test_mass_of_excluded_columns() -> None:
     z = torch.tensor([[-torch.inf, -torch.inf, 0.0, 1.0], [3.0, 1.0, -torch.inf, -torch.inf], [0.0, 0.0, 0.0, 0.0]])
     assert made.mass(z).tolist() == pytest.approx([0.0, 1.0, 0.5])
     assert made.mass(torch.zeros(4)).shape == () and made.mass(torch.zeros(0, 4)).shape == (0,)
+
+
+def test_a_map_keeps_its_columns():
+    """Whatever becomes of the tensor that it was made from."""
+    source = torch.tensor([5, -1, 0, 3])
+    made = VocabMap.of_columns(source, 8)
+    source[0] = 9
+    assert made.columns.tolist() == [5, -1, 0, 3]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_lists_of_a_teacher_as_lists_of_a_draft(exact):
+    """As the draft's bucket of a head: what it cannot write is of the rest."""
+    torch.manual_seed(0)
+    z_t, m = torch.randn(5, 12) * 2, VocabMap.of_columns([2, 7, 3, -1, 11], 12)
+    top = fk.top_k_of(z_t, 6)
+    if not exact:
+        top = fk.TopK(top.log_probs, top.indices, "bucket")
+    found = m.lists(top)
+    log_p = z_t.log_softmax(-1)
+    rest = []
+    for row, values, ids, old in zip(log_p, found.log_probs, found.indices, top.indices, strict=True):
+        kept = [int(i) for i in old if int(m.student_columns[i]) >= 0]
+        listed = {int(i): float(v) for i, v in zip(ids, values, strict=True) if v > -torch.inf}
+        assert listed == {int(m.student_columns[i]): pytest.approx(float(row[i]), abs=1e-5) for i in kept}
+        rest.append(1 - sum(float(row[i].exp()) for i in kept))
+    if exact:
+        assert torch.allclose(found.log_rest.exp(), torch.tensor(rest), atol=1e-6)
+    draft = torch.randn(5, 5)
+    loss = fk.kd_loss(draft, found, torch.zeros(5, dtype=torch.int64), fk.GeneralizedJSD(0.5)).loss
+    assert 0 < float(loss) < 1

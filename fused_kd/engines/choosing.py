@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..divergences import LOG_ZERO
 from ..rows.contract import Leading, Logits
 from ..rows.largest import take
 from ..rows.torch.math import finish_logits_
@@ -37,7 +38,7 @@ def chosen(
     finish_logits_(z, teacher._replace(finite=True))  # -inf stays
     there = listed.indices >= 0
     index = torch.where(there, listed.indices, listed.indices[:, :1]).clamp(min=0)
-    values = z.gather(1, index).where(there, -math.inf)
+    values = z.gather(1, index).clamp(min=LOG_ZERO).where(there, -math.inf)  # excluded, but listed
     z.scatter_(1, index, -math.inf)
     others = Leading.none(C, 0, device)
     take(Logits(z, 1.0, None, False), 0, others, temperature, backend)

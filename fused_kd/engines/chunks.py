@@ -16,6 +16,7 @@ from ..workspace import empty
 from .choosing import chosen
 from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
+from .listing import tile_stride
 from .mapping import MappedSource
 from .plan import Plan, Workspace
 from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
@@ -155,7 +156,8 @@ class Chunks:
         if isinstance(self.teacher, MappedSource):
             out = buffers.logits("teacher", len(labels))
             temperature = self.problem.temperature_of(tokens)
-            teacher, beyond = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
+            teacher, beyond, without = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
+            bad |= False if without is None else without & (labels >= 0)
         elif self.teacher is not None:
             _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
             if self.problem.listing.k:
@@ -250,7 +252,7 @@ def workspace_bytes(
         if side is None:
             continue
         if isinstance(side, MappedSource):
-            token += 4 * (stride + side.width) + 8 * side.source.shape[1]
+            token += 4 * (stride + tile_stride(side.width)) + 8 * side.source.shape[1]
             fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:

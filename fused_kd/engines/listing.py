@@ -96,7 +96,8 @@ def largest(request: Request, k: int, top_p: float) -> Listed:
 
 
 def at(request: Request, indices: Tensor) -> Listed:
-    """The entries at ``indices`` (N, K) int64, negative for none: -inf of those that are out of range.
+    """The entries at ``indices`` (N, K) int64, negative for none: -inf of those that are out of range, and
+    :data:`fused_kd.divergences.LOG_ZERO` over T of excluded ones, which are listed all the same.
 
     Raises:
         BudgetTooSmall: as :func:`largest`.
@@ -114,7 +115,6 @@ def at(request: Request, indices: Tensor) -> Listed:
         tile.scatter_(1, columns, -math.inf)
         others = Leading(found.values[rows, :0], found.indices[rows, :0], found.top[rows], found.total[rows])
         take(Logits(tile[:, :width], 1.0, None, False), first, others, temperature, request.backend)
-    found.values.masked_fill_(found.values < EXCLUDED, -math.inf)
     return _finished(request, found, None, 1.0)
 
 
@@ -128,7 +128,7 @@ def _tiles(request: Request, spare: int = 0) -> Iterator[tuple[slice, int, Logit
     side, V = request.side, request.vocab
     N, device = len(side.source), side.source.device
     tokens, columns = tile_size(request)
-    buffer = empty((tokens, _stride(columns)), torch.float32, device)
+    buffer = empty((tokens, tile_stride(columns)), torch.float32, device)
     for start in range(0, V, columns):
         width = min(columns, V - start)
         slab = None if side.weight is None else _Slab(side, slice(start, start + width), request.dtype)
@@ -185,7 +185,7 @@ def tile_size(request: Request) -> tuple[int, int]:
     return tokens, columns
 
 
-def _stride(columns: int) -> int:
+def tile_stride(columns: int) -> int:
     """Of a tile's rows, with room for a spare column: whole cache lines, or a GEMM that writes them takes a third
     longer, and no power of 2, whose rows contend for the same ones."""
     return _up(columns, LINE) + LINE
@@ -194,7 +194,7 @@ def _stride(columns: int) -> int:
 def _bytes(request: Request, tokens: int, columns: int) -> int:
     """Of workspace: the tile, and operands that are cast."""
     side = request.side
-    size = 4 * tokens * _stride(columns)
+    size = 4 * tokens * tile_stride(columns)
     if request.backend == "torch":
         size *= 3
     if side.weight is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..checks import check_columns
+from ..divergences import EXCLUDED
 from ..rows.contract import Beyond, Leading, Logits
 from ..rows.largest import take
 from ..rows.torch.mapped import block_bytes
@@ -22,6 +23,7 @@ from ..rows.torch.math import finish_logits_
 from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import Projection, slab_rows
+from .listing import tile_stride
 from .problem import Side
 
 # Columns that follow each other in the teacher too, at least so many, need no copy of their rows.
@@ -63,17 +65,24 @@ _known: Any = WeakTensorKeyDictionary()
 def mapping_of(teacher: Side, vocab: int) -> Mapping:
     """The map of a teacher's side on the student's first ``vocab`` columns.
 
+    What is known of a tensor is used again until it changes: on the CPU its contents tell, on an accelerator its
+    version, which writes through ``.data`` do not raise.
+
     Raises:
         ValueError: columns that are none of the teacher's, one of them twice, none at all.
     """
     columns, weight = teacher.columns, teacher.weight
     assert columns is not None and weight is not None
-    key = (-1 if columns.is_inference() else columns._version, vocab, tuple(weight.shape))
-    found = _known.get(columns)
-    if found is None or found[0] != key:
-        found = key, _looked_at(columns, vocab, *weight.shape)
-        _known[columns] = found
-    mapping: Mapping = found[1]
+    on_cpu = columns.device.type == "cpu"
+    version = -1 if on_cpu or columns.is_inference() else columns._version
+    key = (version, vocab, tuple(weight.shape))
+    known = _known.get(columns)
+    if known is None or known[0] != key or (on_cpu and not torch.equal(known[1], columns)):
+        if not on_cpu and columns.is_inference():
+            return _looked_at(columns, vocab, *weight.shape)
+        known = key, columns.detach().clone() if on_cpu else None, _looked_at(columns, vocab, *weight.shape)
+        _known[columns] = known
+    mapping: Mapping = known[2]
     return mapping
 
 
@@ -141,13 +150,13 @@ def check_map(teacher: Side, vocab: int, spec: RowSpec) -> None:
     if lacking and nothing and any(term.of.everywhere for term in spec.terms):
         others = "'bucket', 'uniform' or 'listed'" if mapping.other_count else "'listed'"
         raise ValueError(
-            f"tail must be {others} for this objective, which is infinite where the teacher is 0, as on the {lacking} "
-            f"of the student's columns that have none of the teacher's, got {tail!r}"
+            f"tail must be {others} for an objective with KL(q||p), which is infinite where the teacher is 0, as on "
+            f"the {lacking} of the student's columns that have none of the teacher's, got {tail!r}"
         )
     if tail == "bucket" and not lacking and mapping.other_count and any(map(_asks_for_all, spec.terms)):
         raise ValueError(
-            "tail must be 'renormalize' for this objective, which is infinite where the student is 0: all of its "
-            "columns are mapped, so that it has none for the rest of the teacher's, got 'bucket'"
+            "tail must be 'renormalize' or 'listed' for an objective with KL(p||q) where all of the student's columns "
+            "are mapped: it has none for the rest of the teacher's, so that the loss is infinite, got 'bucket'"
         )
 
 
@@ -188,8 +197,9 @@ class MappedSource:
 
     def chunk(
         self, tokens: slice | Tensor, out: Tensor, temperature: Tensor, backend: str
-    ) -> tuple[Logits, Beyond | None]:
-        """Logits (C, V) in ``out``; with what is not mapped where that is a category of its own.
+    ) -> tuple[Logits, Beyond | None, Tensor | None]:
+        """Logits (C, V) in ``out``; what is not mapped, where that is a category of its own; and which rows (C,) have
+        no distribution, as the teacher excludes all that is mapped.
 
         ``temperature`` is (1,) or (C,) fp32.
         """
@@ -206,21 +216,24 @@ class MappedSource:
             finish_logits_(out, self._final(out))
         if len(unmapped):
             out.index_fill_(1, unmapped, -math.inf)
+        bad = None
+        if side.tail in ("renormalize", "listed") and side.bias is not None:
+            bad = out.amax(1) < EXCLUDED
         if not (self._has_category or self._tiles):
-            return Logits(out, 1.0, None, False), None
+            return Logits(out, 1.0, None, False), None, bad
         # Over the largest of all: a large common offset would swallow the digits of the logarithm.
         origin = torch.maximum(out.amax(1), others.top)
         out.sub_(origin.unsqueeze(1))
         rest = (others.top - origin) + others.total.log() * temperature
         if self._has_category:
-            return Logits(out, 1.0, None, False), Beyond(rest, unmapped, side.tail)
+            return Logits(out, 1.0, None, False), Beyond(rest, unmapped, side.tail), bad
         each = rest - math.log(len(unmapped))
         out.index_copy_(1, unmapped, each.unsqueeze(1).expand(-1, len(unmapped)))
-        return Logits(out, 1.0, None, False), None
+        return Logits(out, 1.0, None, False), None, None
 
     def _read_all(self, hidden: Tensor, out: Tensor, others: Leading, temperature: Tensor, backend: str) -> None:
         """The student's columns into ``out``, the exponentials of all others into ``others``."""
-        buffer = empty((len(hidden), self.width), torch.float32, hidden.device)
+        buffer = empty((len(hidden), tile_stride(self.width)), torch.float32, hidden.device)
         for tile in self._tiles:
             z = buffer[:, : tile.rows.stop - tile.rows.start]
             self._projection(tile.rows).logits(hidden, z)

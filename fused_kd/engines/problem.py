@@ -84,7 +84,7 @@ class Problem:
         wanted: gradients.
         spec_code: what a row must know before it is compiled, see :class:`fused_kd.terms.RowSpec`.
         cold_labels: see :class:`fused_kd.rows.contract.RowInputs`.
-        vocab: both sides are cut to their first ``vocab`` logits.
+        vocab: both sides are cut to their first ``vocab`` logits; with a map, the student and the map.
         dtype: of the GEMM operands under autocast; None takes that of each side.
         memory_budget: bytes of workspace, or None.
         grad_filter_eps: see :mod:`.tile_filter`.
@@ -92,7 +92,7 @@ class Problem:
         validate: whether to look at values that are not on the host.
         shards: the vocabulary's slices over ranks; None: all of it is here.
         statistics: how many of :data:`fused_kd.terms.STATISTICS` to tell.
-        listing: lists to be made of a teacher that is none.
+        listing: which lists to choose, in each chunk, of a teacher with logits.
         sum_hidden: add up the hidden gradient over the ranks; else each has the part of its own slice.
     """
 

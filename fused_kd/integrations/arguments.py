@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fused_kd as fk
+from fused_kd.inputs import check_tail_name
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.objectives import Objective, parse
@@ -148,3 +149,14 @@ def _saved_tokenizer(model: Any) -> Any:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
+
+
+def check_tail_of_map(vocab_map: Any, tail: str | None) -> None:
+    """Raise ``ValueError`` for a name that is none, and for a tail of nothing."""
+    if tail is not None:
+        check_tail_name(tail)
+    if tail is not None and vocab_map is None:
+        raise ValueError(
+            f"tail must be None without vocab_map, got {tail!r}; lists have their own: TeacherCache(..., tail=), "
+            "fused_kd.Lists(..., tail=)"
+        )

@@ -83,7 +83,8 @@ def common_vocab_size(
         if tokenizer is None or not hasattr(tokenizer, "__len__"):
             raise ValueError(
                 f"student and teacher have vocabularies of {heads[0]} and {heads[1]}: give vocab_size, or "
-                "the shared tokenizer as processing_class, to cut both heads to the common tokens"
+                "the shared tokenizer as processing_class, to cut both heads to the common tokens; or vocab_map, which "
+                "says which of the teacher's columns the student's are"
             )
         vocab_size = len(tokenizer)
         if vocab_size > min(heads):

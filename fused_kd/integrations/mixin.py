@@ -13,6 +13,7 @@ from fused_kd.integrations.arguments import (
     as_criterion,
     check_arguments,
     check_cache,
+    check_tail_of_map,
     check_teacher,
     check_tokenizers,
 )
@@ -86,7 +87,7 @@ class KDLossMixin(EvaluatedByTokens):
         vocab_map: of a causal teacher with another vocabulary: :func:`fused_kd.vocab_map`'s, or a tensor of
             ``columns`` as of :class:`fused_kd.LMHead`. Ids of the batches are the student's where its embedding is as
             large as its head, and translated for the teacher; else (a draft on a reduced vocabulary) the teacher's.
-        tail: with ``vocab_map``, as of :class:`fused_kd.LMHead`.
+        tail: with ``vocab_map``, as of :class:`fused_kd.LMHead`; None: "renormalize".
         statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
             ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
             their means.
@@ -115,11 +116,12 @@ class KDLossMixin(EvaluatedByTokens):
         criterion: fk.KDLoss | None = None,
         vocab_size: int | None = None,
         vocab_map: Any = None,
-        tail: str = "renormalize",
+        tail: str | None = None,
         statistics: Iterable[str] = (),
         **kwargs: Any,
     ) -> None:
         criterion = as_criterion(objective, criterion)
+        check_tail_of_map(vocab_map, tail)
         self._vocab_map, self._tail = vocab_map, tail
         self.vocabulary: TeacherMap | None = None
         self.kd_statistics = statistics_names(statistics)
@@ -199,7 +201,8 @@ class KDLossMixin(EvaluatedByTokens):
         if self._vocab_map is None:
             self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
         else:
-            self.vocab_size, self.vocabulary = vocab_size, self._mapped(student)
+            self.vocab_size = vocab_size
+            self.vocabulary = self._mapped(student)
         if self.teacher is not None and labels_need_shift(self.teacher) != self.shift:
             kinds = ("a decoder-only", "an encoder-decoder")
             raise ValueError(
@@ -207,10 +210,16 @@ class KDLossMixin(EvaluatedByTokens):
             )
 
     def _mapped(self, student: Any) -> TeacherMap:
-        if self.teacher is None or isinstance(self.teacher, AdaptersOff) or not self.shift:
-            raise ValueError("vocab_map must be None without a teacher that is a causal LM of its own")
-        read = self.objective.spec.reads_label
-        return TeacherMap(self._vocab_map, self._tail, reads_label=read, student=student, teacher=self.teacher)
+        if self.teacher is None:
+            why = "with a cache" if self.cache is not None else f"for {self.objective!r}, which has no teacher"
+            raise ValueError(f"vocab_map must be None {why}")
+        if not self.shift:
+            raise ValueError(f"vocab_map must be None for {type(student).__name__}: it is for causal LMs")
+        options = {**self.kd_options, "vocab_size": self.vocab_size}
+        return TeacherMap(
+            self._vocab_map, self._tail, self.objective, options, self.kd_statistics,
+            student=student, teacher=self.teacher,
+        )  # fmt: skip
 
     def _own_models(self, student: Any) -> list[Any]:
         """The student, and the teacher where that is a model of its own."""

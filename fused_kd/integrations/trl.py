@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 import fused_kd as fk
-from fused_kd.integrations.arguments import as_objective, check_tokenizers
+from fused_kd.integrations.arguments import as_objective, check_tail_of_map, check_tokenizers
 from fused_kd.integrations.distributed import check_fsdp, sum_over_ranks
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
 from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
@@ -103,13 +103,14 @@ class FusedLoss(Trainer):
         temperature: float | None = None,
         vocab_size: int | None = None,
         vocab_map: Any = None,
-        tail: str = "renormalize",
+        tail: str | None = None,
         lists: fk.Lists | None = None,
         memory_budget: int | None = None,
         backend: str | None = None,
         **trainer_args: Any,
     ) -> None:
         self.objective: Objective | None = None if objective is None else as_objective(objective)
+        check_tail_of_map(vocab_map, tail)
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
@@ -183,6 +184,8 @@ class FusedLoss(Trainer):
         if not self._heads_checked:
             self._check_heads(model, self.teacher_model)
         labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
+        if self.vocabulary is not None:
+            self.vocabulary.check_ids({name: inputs[name].cpu() for name in ("input_ids", "attention_mask")})
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
             return fk.kd_loss(
@@ -246,11 +249,9 @@ class FusedLoss(Trainer):
                 stacklevel=4,
             )
 
-    def _mapped(self, vocab_map: Any, tail: str, student: Any, teacher: Any) -> TeacherMap:
-        if isinstance(teacher, AdaptersOff):
-            raise ValueError("vocab_map must be None where the student is its own teacher")
-        reads_label = self.current_objective().spec.reads_label
-        made = TeacherMap(vocab_map, tail, reads_label=reads_label, student=student, teacher=teacher)
+    def _mapped(self, vocab_map: Any, tail: str | None, student: Any, teacher: Any) -> TeacherMap:
+        options = {**self.loss_options, "vocab_size": self.vocab_size}
+        made = TeacherMap(vocab_map, tail, self.current_objective(), options, student=student, teacher=teacher)
         if not made.own_ids:
             raise ValueError(
                 "vocab_map must go with a student whose embedding is as large as its head: others cannot sample"

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from fused_kd import LMHead
-from fused_kd.checks import check_columns
+from fused_kd import LMHead, VocabMap, kd_loss
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.integrations.pair import AdaptersOff
 from fused_kd.integrations.weights import rows_of
+from fused_kd.objectives import Objective
 
 _IDS = "input_ids"
 
@@ -27,45 +28,60 @@ class TeacherMap:
     translated, and those without a column are left out of an objective that reads them.
 
     Args:
-        columns: as of :class:`fused_kd.LMHead`, or an object that has them (:class:`fused_kd.VocabMap`).
-        tail: as there.
-        reads_label: whether the objective does.
-        student, teacher: models; the teacher's may be another process's in part.
+        vocab_map: a :class:`fused_kd.VocabMap`, or columns as of :class:`fused_kd.LMHead`.
+        tail: as there; None: "renormalize".
+        objective: what is minimised, with ``options`` of :class:`fused_kd.KDLoss` and ``statistics``.
+        student, teacher: causal LMs of their own; of the teacher's weights a part may be here.
 
     Raises:
-        TypeError, ValueError: columns that do not go with the heads.
+        TypeError, ValueError: columns that do not go with the heads; what no loss can be made of.
     """
 
-    def __init__(self, columns: Any, tail: str, *, reads_label: bool, student: Any, teacher: Any) -> None:
-        columns = getattr(columns, "columns", columns)
-        self.tail, self._reads_label = tail, reads_label
+    def __init__(
+        self,
+        vocab_map: Any,
+        tail: str | None,
+        objective: Objective,
+        options: dict[str, Any],
+        statistics: tuple[str, ...] = (),
+        *,
+        student: Any,
+        teacher: Any,
+    ) -> None:
+        if isinstance(teacher, AdaptersOff):
+            raise ValueError("vocab_map must be None where the student is its own teacher")
         V, V_t = (rows_of(check_head_module(model).weight) for model in (student, teacher))
-        if not isinstance(columns, torch.Tensor) or columns.shape != (V,):
-            got = tuple(columns.shape) if isinstance(columns, torch.Tensor) else type(columns).__name__
+        if not isinstance(vocab_map, VocabMap):
+            if not isinstance(vocab_map, torch.Tensor):
+                raise TypeError(f"vocab_map must be a VocabMap or a tensor of columns, got {vocab_map!r}")
+            vocab_map = VocabMap.of_columns(vocab_map, V_t)
+        if vocab_map.columns.shape != (V,) or vocab_map.teacher_size > V_t:
             raise ValueError(
-                f"vocab_map must have a column of the teacher for each of the student's, shape ({V},), got {got}"
+                f"vocab_map must be of the student's {V} columns and of at most the teacher's {V_t}, got "
+                f"{len(vocab_map.columns)} and {vocab_map.teacher_size}"
             )
-        self._columns = columns.detach().to("cpu", torch.int64)
-        check_columns("vocab_map", self._columns, V_t)
+        self._map, self.tail = vocab_map.to("cpu"), tail or "renormalize"
         self._on: dict[torch.device, torch.Tensor] = {}
-        embedded = rows_of(without_adapters(student).get_input_embeddings().weight)
+        self._reads_label = objective.spec.reads_label
+        columns, embedded = self._map.columns, rows_of(without_adapters(student).get_input_embeddings().weight)
         self.own_ids = embedded == V
-        mapped = (self._columns >= 0).nonzero().squeeze(1)
-        self.unmapped: list[int] = (self._columns < 0).nonzero().squeeze(1).tolist()
-        self._translates = self.own_ids and not torch.equal(self._columns[mapped], mapped)
-        self._columns_of_ids = torch.full((max(V_t, embedded),), LABEL_PAD, dtype=torch.int64)
-        self._columns_of_ids[self._columns[mapped]] = mapped
+        self.unmapped: list[int] = (columns < 0).nonzero().squeeze(1).tolist()
+        self._translates = self.own_ids and not torch.equal(columns, torch.arange(V))
+        # On one token: what is refused is so before anything is trained.
+        one, label = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+        sides = LMHead(one, torch.ones(V, 1)), self.head(LMHead(one, torch.ones(V_t, 1)))
+        kd_loss(*sides, label, objective, statistics=statistics, **options)
 
     def columns(self, device: torch.device) -> torch.Tensor:
         """The same tensor each time: what a loss has looked at once, it need not look at again."""
-        return self._on.setdefault(device, self._columns.to(device))
+        return self._on.setdefault(device, self._map.columns.to(device))
 
     def head(self, head: LMHead) -> LMHead:
         """The teacher's, with the map."""
         return replace(head, columns=self.columns(head.hidden.device), tail=self.tail)
 
     def inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The teacher's, of the student's."""
+        """The teacher's, of the student's; ids that it lacks stand where nobody looks."""
         if not self._translates:
             return inputs
         ids = inputs[_IDS]
@@ -81,18 +97,30 @@ class TeacherMap:
     def batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """
         Raises:
-            ValueError: ids that the teacher cannot read.
+            ValueError: ids that the teacher cannot read, labels beyond its columns.
         """
         if self.own_ids:
-            ids = batch[_IDS]
-            if self.unmapped and ids.device.type == "cpu":
-                read = ids if batch.get("attention_mask") is None else ids[batch["attention_mask"].bool()]
-                unknown = read[self._columns[read] < 0]
-                if len(unknown):
-                    raise ValueError(f"batch has the token {int(unknown[0])}, which vocab_map says the teacher lacks")
+            self.check_ids(batch)
             return batch
         labels = batch["labels"]
-        found = self._columns_of_ids[labels.clamp(min=0)]
+        found = self._map.labels(labels, LABEL_PAD)
         if not self._reads_label:  # any column will do: it only says that the token counts
-            found = found.clamp(min=0)
-        return {**batch, "labels": torch.where(labels == LABEL_PAD, LABEL_PAD, found)}
+            found = torch.where(labels == LABEL_PAD, LABEL_PAD, 0)
+        return {**batch, "labels": found}
+
+    def check_ids(self, batch: dict[str, Any]) -> None:
+        """Of inputs that are the student's; looks at what is on the host.
+
+        Raises:
+            ValueError: an id that the teacher lacks, where the mask has it read.
+        """
+        ids, mask = batch[_IDS], batch.get("attention_mask")
+        if not self.unmapped or ids.device.type != "cpu":
+            return
+        unknown = (self._map.columns[ids] < 0) & (torch.ones_like(ids) if mask is None else mask).bool()
+        if bool(unknown.any()):
+            row, place = unknown.nonzero()[0].tolist()
+            raise ValueError(
+                f"batch has token {int(ids[row, place])} in row {row}, which vocab_map says the teacher lacks: it "
+                "cannot read the row; leave such rows out, or put another token in its place"
+            )

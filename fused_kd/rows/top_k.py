@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import LOG_ZERO, NOWHERE
+from ..divergences import EXCLUDED, LOG_ZERO, NOWHERE
 from ..terms import RowSpec, Scalars, Term
 from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
 
@@ -66,7 +66,7 @@ def sparse_teacher(
     values = values.gather(1, order)
     bad |= ((entries[:, 1:] == entries[:, :-1]) & (entries[:, 1:] < V)).any(1)
     if tail in OF_LIST_ALONE:
-        bad |= ~listed.any(1)  # 0 / 0
+        bad |= (values < EXCLUDED).all(1)  # 0 / 0
         rest = torch.full_like(values[:, 0], -torch.inf)
     else:
         if log_rest is None:

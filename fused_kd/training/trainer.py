@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         temperature: float = 1.0,
         vocab_size: int | None = None,
         vocab_map: Any = None,
-        tail: str = "renormalize",
+        tail: str | None = None,
         lists: fk.Lists | None = None,
         memory_budget: int | None = None,
         backend: str | None = None,
@@ -204,6 +205,8 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             logged = [entry["step"] for entry in self.state.log_history if "loss" in entry]
             last = logged[-1] if logged else 0
             logs.update(self.metrics.take(self.state.global_step - int(last), self.accelerator))
+            if logs["difficulty"] == math.inf:  # a draft lacks what its teacher wants: says nothing
+                del logs["difficulty"], logs["hard_fraction"]
             if self.beta_schedule is not None:
                 logs["beta"] = annealed_part(self.current_objective()).beta
         super().log(logs, start_time)

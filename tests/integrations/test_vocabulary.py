@@ -176,29 +176,89 @@ def test_trl(given: str, tmp_path: Path) -> None:
         assert run.loss_options["lists"] == fk.Lists(8, "student")
 
 
-def test_bad_maps(tmp_path: Path) -> None:
-    def make(student: Any, found: Any, **given: Any) -> Any:
-        return trainer(KDTrainer, tmp_path, student, fk.NoEvo(), rows(4), vocab_map=found, **given)
+def test_a_pad_token_that_the_teacher_lacks(tmp_path: Path) -> None:
+    """Nobody reads it, so the teacher gets another id in its place."""
+    student, found = tiny(16, 1, vocab=V_T + 1), torch.cat([torch.arange(V_T), torch.tensor([-1])])
+    data = rows(6)
+    run = trainer(KDTrainer, tmp_path, student, fk.NoEvo(), data, vocab_map=found)
+    run.data_collator = Collator(V_T)
+    batch = Collator(V_T)(data)
+    assert int(batch["input_ids"].max()) == V_T
+    want = expected(
+        student, run.teacher, batch, batch["input_ids"].clamp(max=V_T - 1), found, "renormalize", fk.NoEvo()
+    )
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(want, rel=1e-5)
 
-    with pytest.raises(ValueError, match=r"vocab_map must have a column .* shape \(61,\), got \(60,\)"):
-        make(tiny(16, 1), torch.arange(60))
-    with pytest.raises(ValueError, match=r"vocab_map must hold columns of the teacher's head, in \[0, 90\)"):
-        make(tiny(16, 1), torch.arange(61) + 40)
-    with pytest.raises(ValueError, match="got str"):
-        make(tiny(16, 1), "identity")
+
+def test_an_infinite_difficulty_is_not_logged(tmp_path: Path) -> None:
+    """A draft lacks what its teacher wants, which the bucket sees."""
+    data = [{key: [x if x < 0 else x % 40 for x in ids] for key, ids in row.items()} for row in rows(8)]
+    run = trainer(KDTrainer, tmp_path, draft(), fk.Acceptance(), data, vocab_map=torch.arange(3, 23), tail="bucket")
+    run.train()
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert logged and not any({"difficulty", "hard_fraction"} & entry.keys() for entry in logged)
+
+
+def test_trl_refuses_tokens_that_the_teacher_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from trl.experimental import gkd
+
+    from fused_kd.integrations import trl as ours
+    from tests.integrations.test_trl import VOCAB as WORDS
+    from tests.integrations.test_trl import arguments as of_trl
+    from tests.integrations.test_trl import dialogues, train
+
+    student, teacher = tiny(16, 1, vocab=WORDS), tiny(24, 2, vocab=WORDS)
+    found = torch.arange(WORDS)
+    found[7] = -1
+    args = of_trl(gkd.GKDConfig, tmp_path, lmbda=0.0, max_length=24)
+    with pytest.raises(ValueError, match="batch has token 7 in row"):
+        train(ours.GKDTrainer, args, dialogues(), models=(student, teacher), vocab_map=found)
+    with pytest.raises(ValueError, match="tail must be None without vocab_map, got 'bucket'"):
+        train(ours.GKDTrainer, args, dialogues(), models=(student, teacher), tail="bucket")
+
+
+BAD = [
+    (torch.arange(60), {}, "vocab_map must be of the student's 61 columns and of at most the teacher's 90, got 60"),
+    (torch.arange(61) + 40, {}, "columns must be in [0, 90) or -1, got 90 at 50"),
+    (torch.zeros(61, dtype=torch.int64), {}, "columns must hold each teacher column once, got 0 at 0 and at 1"),
+    (torch.arange(61) + 0.7, {}, "columns must be integers, int64 or int32, got torch.float32"),
+    ("identity", {}, "vocab_map must be a VocabMap or a tensor of columns, got 'identity'"),
+    (fk.VocabMap.of_columns(range(61), 91), {}, "of at most the teacher's 90, got 61 and 91"),
+    (columns(), {"tail": "bukket"}, "tail must be one of"),
+    (None, {"tail": "bucket"}, "tail must be None without vocab_map, got 'bucket'"),
+    (columns(), {"tail": "bucket"}, "tail must be 'renormalize' or 'listed' for an objective with KL(p||q)"),
+    (columns(), {"lists": fk.Lists(3)}, "lists must be None with columns"),
+    (columns(), {"statistics": ("kl",)}, "statistics must be empty with columns"),
+]
+
+
+@pytest.mark.parametrize("found, given, message", BAD, ids=[message for *_, message in BAD])
+def test_bad_maps_are_refused_before_the_training(found: Any, given: Any, message: str, tmp_path: Path) -> None:
+    student = tiny(16, 1, vocab=V_T if found is None else VOCAB)
+    with pytest.raises((TypeError, ValueError)) as error:
+        trainer(KDTrainer, tmp_path, student, fk.NoEvo(), rows(4), vocab_map=found, **given)
+    assert message in str(error.value)
+
+
+def test_what_takes_no_map(tmp_path: Path) -> None:
     unknown = columns(unmapped=2)
-    with pytest.raises(ValueError, match=r"batch has the token \d+, which vocab_map says the teacher lacks"):
+    with pytest.raises(ValueError, match=r"batch has token \d+ in row 0, which vocab_map says the teacher lacks"):
         data = [{"input_ids": [3, VOCAB - 1, 4], "labels": [3, VOCAB - 1, 4]}]
         trainer(KDTrainer, tmp_path, tiny(16, 1), fk.NoEvo(), data, vocab_map=unknown).train()
-    with pytest.raises(ValueError, match="vocab_map must be None without a teacher"):
+    with pytest.raises(ValueError, match=r"vocab_map must be None for SFT\(\), which has no teacher"):
         KDTrainer(tiny(16, 1), None, fk.SFT(), args=arguments(tmp_path), vocab_map=unknown)
     with pytest.raises(ValueError, match=r"statistics must be empty with lists"):
         trainer(KDTrainer, tmp_path, tiny(16, 1, vocab=V_T), fk.NoEvo(), lists=fk.Lists(3), statistics=("kl",))
+    with pytest.raises(ValueError, match="which is infinite where the teacher is 0"):
+        renormalised = fk.Lists(3, tail="renormalize")
+        trainer(KDTrainer, tmp_path, tiny(16, 1, vocab=V_T), fk.ReverseKD(), lists=renormalised)
 
 
 def test_the_same_columns_each_time() -> None:
     """A loss looks at them once."""
-    made = TeacherMap(columns(), "bucket", reads_label=True, student=tiny(16, 1), teacher=tiny(24, 2, vocab=V_T))
+    models = {"student": tiny(16, 1), "teacher": tiny(24, 2, vocab=V_T)}
+    made = TeacherMap(columns(), "renormalize", fk.NoEvo(), {}, **models)
     head = fk.LMHead(torch.randn(2, 24), torch.randn(V_T, 24))
     assert made.head(head).columns is made.head(head).columns
-    assert made.head(head).tail == "bucket"
+    assert made.head(head).tail == "renormalize"

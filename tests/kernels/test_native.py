@@ -164,7 +164,7 @@ def test_conversions_are_those_of_pytorch(apply, which, dtype):
 @needs_compiler
 def test_the_default_on_cpus_is_native():
     name = select.choose_backend(None, torch.device("cpu"))
-    assert select.get_row(name) is native_row.row
+    assert set(select.get_row(name).args) == {native_row.row}
     losses = (
         fk.kd_loss(torch.eye(3), torch.ones(3, 3), torch.arange(3), fk.SelfEvolution(), backend=backend).loss
         for backend in (None, "native")

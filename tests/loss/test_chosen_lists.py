@@ -137,6 +137,67 @@ def test_a_peaked_teacher_leaves_a_finite_reverse_kl() -> None:
     assert math.isfinite(loss.item())
 
 
+@pytest.mark.parametrize("by", ["the loss", "log_probs_at"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_an_entry_that_the_teacher_excludes_stays_listed(tail: str, by: str) -> None:
+    """The limit of small probabilities: a student that is sure of what its teacher never says is far from it."""
+    z = torch.tensor([[6.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    label = torch.tensor([1])
+
+    def loss(value: float, objective: Any) -> Tensor:
+        z_t, lists = torch.tensor([[value, 1.0, 0.0, 0.0, 0.0, 0.0]]), fk.Lists(2, "student", tail)
+        student = z.clone().requires_grad_()
+        if by == "the loss":
+            made = fk.kd_loss(student, z_t, label, objective, lists=lists).loss
+        else:
+            ids = fk.top_k_of(z, 2).indices
+            made = fk.kd_loss(student, fk.log_probs_at(z_t, ids, tail=tail), label, objective).loss
+        return torch.stack([made.detach(), gradients(made, [student])[0].abs().sum()])
+
+    for objective in (fk.TotalVariation(), fk.ForwardKD(lam=1)):
+        assert relative(loss(-math.inf, objective), loss(-1e4, objective)) < 1e-6
+    if tail != "renormalize":
+        assert loss(-math.inf, fk.ReverseKD(lam=1))[0] == math.inf
+
+
+def test_a_teacher_that_excludes_all_that_is_listed() -> None:
+    """A bucket has all of it; over the list alone there is no distribution."""
+    z, z_t = torch.tensor([[6.0, 5.0, 0.0, 0.0]]), torch.tensor([[-math.inf, -math.inf, 0.0, 0.0]])
+    label = torch.tensor([0])
+    bucket = fk.kd_loss(z, z_t, label, fk.TotalVariation(), lists=fk.Lists(2, "student")).loss
+    assert relative(bucket, z.softmax(-1)[0, :2].sum()) < 1e-6
+    for tail in ("listed", "renormalize"):
+        assert fk.kd_loss(z, z_t, label, fk.TotalVariation(), lists=fk.Lists(2, "student", tail)).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        fk.ForwardKD(lam=1),
+        fk.ReverseKD(lam=1),
+        fk.NoEvo(lam=1),
+        fk.SkewTeacher(lam=1),
+        fk.SymmetricKL(0.3),
+        fk.EntropyGated(2.0),
+    ],
+    ids=lambda x: x.name,
+)
+def test_a_label_without_a_part_in_the_loss_changes_nothing(objective: Any) -> None:
+    """No label is taken out of the bucket for it."""
+    p = problem(V=301, ignored=0.0)
+    losses = {
+        round(
+            fk.kd_loss(
+                p.student(), p.teacher(), torch.full_like(p.labels, y), objective, lists=fk.Lists(8)
+            ).loss.item(),
+            6,
+        )
+        for y in (0, 7, 20, 300)
+    }
+    assert len(losses) == 1
+    compare(p, objective, fk.Lists(8))
+
+
 def test_ranked_and_chunked() -> None:
     """Chunks of a few tokens give what one does, and the ranking spans them."""
     p = problem(N=61, V=301)
@@ -188,8 +249,8 @@ MESSAGES = [
     (ValueError, "lists must be None with columns", lambda: call(MAP)),
     (ValueError, "engine='streaming' makes no lists", lambda: call(engine="streaming")),
     (ValueError, "statistics must be empty with lists", lambda: call(statistics=("kl",))),
-    (ValueError, "which is infinite", lambda: call(objective=fk.ReverseKD(), lists=fk.Lists(3, tail="renormalize"))),
-    (ValueError, "whose ZLoss reads all logits", lambda: call(objective=fk.NoEvo() + fk.ZLoss())),
+    (ValueError, "which is infinite", lambda: fk.KDLoss(fk.ReverseKD(), lists=fk.Lists(3, tail="renormalize"))),
+    (ValueError, "whose ZLoss reads all logits", lambda: fk.KDLoss(fk.NoEvo() + fk.ZLoss(), lists=fk.Lists(3))),
     (ValueError, "k must be a positive integer, got 0", lambda: fk.Lists(0)),
     (TypeError, "k must be a positive integer, got 2.0", lambda: fk.Lists(2.0)),
     (TypeError, "k must be a positive integer, got True", lambda: fk.Lists(True)),

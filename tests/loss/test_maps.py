@@ -275,7 +275,7 @@ MESSAGES = [
     (ValueError, "columns must be in [0, 11) or -1, got -2 at 0", lambda: call(torch.tensor([-2, 1, 2, 3, 4, 5, 6]))),
     (ValueError, "got 2 at 2 and at 6", lambda: call(torch.tensor([0, 1, 2, 3, 4, 5, 2]))),
     (ValueError, "must map at least one", lambda: call(torch.full((7,), -1))),
-    (ValueError, "unequal vocabularies, 7 and 6", lambda: call(torch.arange(6))),
+    (ValueError, "columns must have the student's 7 entries, got 6", lambda: call(torch.arange(6))),
     (TypeError, "columns must be an int64 or int32 tensor, got torch.float32", lambda: call(torch.arange(7.0))),
     (TypeError, "columns must be an int64 or int32 tensor, got list", lambda: call([0, 1])),
     (ValueError, "columns must have shape", lambda: call(torch.zeros(7, 1, dtype=torch.int64))),
@@ -295,6 +295,39 @@ def test_messages(kind, message, bad):
     with pytest.raises(kind) as error:
         bad()
     assert message in str(error.value)
+
+
+def test_a_map_object_is_its_columns():
+    whole = fk.VocabMap.of_columns(range(7), 11)
+    assert torch.equal(call(whole).loss, call(FULL).loss)
+    with pytest.raises(ValueError, match="columns must be of a teacher of at most weight's V=11 columns, got 12"):
+        call(fk.VocabMap.of_columns(range(7), 12))
+    with pytest.raises(ValueError, match="tail must be 'renormalize' without columns, got 'bucket'"):
+        fk.LMHead(H_T, W_T, tail="bucket")
+
+
+@pytest.mark.parametrize("change", ["version", "data", "inference"])
+def test_a_map_that_changes_in_place_is_looked_at_again(change):
+    p = mapped_problem(*MAPS["two tokenizers"])
+    other = MappedProblem(p.hidden, p.weight, p.hidden_t, p.weight_t, p.columns.roll(1), p.labels)
+    expected = run(other, fk.NoEvo(), "bucket")[0].loss
+    with torch.inference_mode(change == "inference"):
+        p.columns = p.columns.clone()
+        before = fk.kd_loss(p.student(), p.teacher("bucket"), p.labels, fk.NoEvo()).loss
+        (p.columns.data if change == "data" else p.columns).copy_(other.columns)
+        after = fk.kd_loss(p.student(), p.teacher("bucket"), p.labels, fk.NoEvo()).loss
+    assert before != after and relative(after, expected) < 1e-6
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_teacher_that_excludes_all_that_is_mapped(tail):
+    """There is no p over the mapped columns; what is beside them has all of it."""
+    p = mapped_problem(torch.tensor([0, 1, -1, -1]), 6, bias=True)
+    p.bias_t = torch.tensor([-math.inf, -math.inf, 0.0, 0.0, 0.0, 0.0])
+    loss = fk.kd_loss(p.student(), p.teacher(tail), p.labels, fk.TotalVariation()).loss
+    assert loss.isnan() == (tail in ("renormalize", "listed"))
+    if tail == "bucket":
+        assert relative(loss, by_hand(p, fk.TotalVariation(), tail)[0]) < TIGHT
 
 
 def test_int32_columns_and_repr():

@@ -187,7 +187,7 @@ def test_given_logits_excluded_tokens_and_shapes(dtype):
     check(found, log_p, UNIT * log_p.abs().clamp(max=99), torch.where(some, descending(log_p, 60), -1), 1.0)
     ids = torch.tensor([1, 45, 0]).expand(2, 3, 3)
     at = fk.log_probs_at(z, ids)
-    assert bool((at.log_probs[..., 1] == -math.inf).all()) and bool((at.indices[..., 1] == -1).all())
+    assert bool((at.log_probs[..., 1] < -1e29).all()) and bool((at.indices[..., 1] == 45).all())
     assert relative(at.log_probs[0, 0, ::2], log_p[0, [1, 0]]) < 1e-6
     assert float(at.log_rest[0, 1]) == -math.inf
     one = fk.top_k_of(fk.LMHead(torch.randn(4), torch.randn(90, 4)), 2)  # a single token

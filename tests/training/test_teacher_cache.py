@@ -54,7 +54,7 @@ def truth(row: dict, teacher: transformers.PreTrainedModel) -> torch.Tensor:
     return logits[:-1][torch.tensor([label != -100 for label in row["labels"][1:]], dtype=torch.bool)].log_softmax(-1)
 
 
-@pytest.mark.parametrize(("k", "memory"), [(5, 1), (VOCAB, 256 << 20)])
+@pytest.mark.parametrize(("k", "memory"), [(5, 1 << 12), (VOCAB, 256 << 20)])
 def test_lists_are_the_models_own(tmp_path: Path, k: int, memory: int) -> None:
     cache = write(tmp_path, k=k, dtype="fp32", memory=memory)
     teacher, total = model(0), []
