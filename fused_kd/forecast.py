@@ -8,7 +8,7 @@ import torch
 
 from .engines import chunked
 from .engines.chunks import Chunks, LogitSource
-from .engines.dispatch import AUTO, ENGINES, choose_engine
+from .engines.dispatch import AUTO, ENGINES, TOP_K, choose_engine
 from .engines.gemm import has_fp32_output
 from .engines.plan import BudgetTooSmall
 from .engines.plan import Plan as ChunkedPlan
@@ -94,7 +94,7 @@ def plan_for(
     spec, place = objective.spec, torch.device(device)
     if not spec.needs_teacher:
         top_k = None
-    chosen, row = choose_engine(engine, backend, spec, 0.0, place, top_k=top_k is not None)
+    chosen, row = choose_engine(engine, backend, spec, 0.0, place, asks=() if top_k is None else (TOP_K,))
     if row not in BACKENDS:
         row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines.dispatch import choose_engine
+from .engines.dispatch import COLUMNS, LISTS, TOLD, TOP_K, choose_engine
 from .engines.problem import NO_LISTING, Listing, Problem, Side, Wanted
 from .inputs import (
     KDOutput,
@@ -277,12 +277,14 @@ class KDLoss(nn.Module):
         listing = self._listing(side_t)
         vocab, shards = self._vocab(side, side_t)
         check_alike(shape, device, tokens_t, labels, token_weights)
+        asks = [TOLD] if columns else []
+        if side_t is not None:
+            asks += [TOP_K] if side_t.indices is not None else []
+            asks += [COLUMNS] if side_t.columns is not None else []
+            asks += [LISTS] if listing.k else []
         engine, backend = choose_engine(
-            self.engine, self.backend, spec, self.grad_filter_eps, device,
-            top_k=side_t is not None and side_t.indices is not None,
-            mapped=side_t is not None and side_t.columns is not None, listing=listing.k > 0,
-            sharded=shards is not None, statistics=columns > 0,
-        )  # fmt: skip
+            self.engine, self.backend, spec, self.grad_filter_eps, device, asks=tuple(asks), sharded=shards is not None
+        )
         labels = labels.long()
         labels, weights, scale = labels_weights_scale(
             (shifted(labels, self.ignore_index) if self.shift else labels).reshape(-1),

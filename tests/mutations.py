@@ -865,6 +865,22 @@ MUTATIONS = [
         "lists: the user's logits are written over", _CHOOSING, "teacher.raw.float().clone()", "teacher.raw.float()",
         ("loss/test_chosen_lists.py::test_logits_scales_caps_and_a_small_vocabulary[student]",),
     ),
+    Mutation(
+        "lists: what the teacher excludes is not listed", _CHOOSING, ".clamp(min=LOG_ZERO).where(there, -math.inf)",
+        ".where(there, -math.inf)", ("loss/test_chosen_lists.py::test_an_entry_that_the_teacher_excludes_stays_listed[bucket-the loss]",),
+    ),
+    Mutation(
+        "lists: a list of nothing but excluded entries is uniform", _TOP_K, "bad |= (values < EXCLUDED).all(1)", "pass",
+        ("loss/test_chosen_lists.py::test_a_teacher_that_excludes_all_that_is_listed",),
+    ),
+    Mutation(
+        "map: a teacher that excludes all of it is uniform", _MAPPING, "bad = out.amax(1) < EXCLUDED", "pass",
+        ("loss/test_maps.py::test_a_teacher_that_excludes_all_that_is_mapped[renormalize]",),
+    ),
+    Mutation(
+        "objectives: a label without a share is read", "fused_kd/objectives/self_evolution.py", "if is_number(lam, 1.0) else kind",
+        "if False else kind", ("loss/test_chosen_lists.py::test_a_label_without_a_part_in_the_loss_changes_nothing[forward_kd]",),
+    ),
     # what stands around a call, or beside a row
     Mutation(
         "loss: a factor in the default dtype", _TOKENS, "scale = torch.full((), 1.0 / float(number), dtype=torch.float32, ",

@@ -12,6 +12,15 @@ from .problem import Problem, Result
 
 ENGINES = ("chunked", "streaming")
 AUTO = "auto"
+TOLD, TOP_K, COLUMNS, LISTS = "statistics", "top_k", "columns", "lists"
+"""What a call may ask for: statistics, a top-k teacher, one of another vocabulary, lists to be chosen."""
+
+_NOT_STREAMED = {
+    TOLD: "tells no statistics",
+    TOP_K: "takes the teacher as an LMHead or logits, got a TopK",
+    COLUMNS: "takes no columns of a teacher with another vocabulary",
+    LISTS: "makes no lists",
+}
 
 
 def choose_engine(
@@ -21,26 +30,23 @@ def choose_engine(
     grad_filter_eps: float,
     device: torch.device,
     *,
-    top_k: bool = False,
-    mapped: bool = False,
-    listing: bool = False,
+    asks: tuple[str, ...] = (),
     sharded: bool = False,
-    statistics: bool = False,
 ) -> tuple[str, str]:
     """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
 
-    A named one is used or refused, never replaced. ``top_k`` says that the teacher is one, ``mapped`` that it has
-    another vocabulary, ``listing`` that lists are to be made, ``sharded`` that the vocabulary is divided over ranks,
-    ``statistics`` that some are asked for.
+    A named one is used or refused, never replaced. ``asks`` for some of :data:`TOLD`, :data:`TOP_K`,
+    :data:`COLUMNS` and :data:`LISTS`; ``sharded`` says that the vocabulary is divided over ranks.
     """
+    statistics = TOLD in asks
     if sharded:
-        if listing:
+        if LISTS in asks:
             raise ValueError("lists must be None with tp_group: fused_kd.top_k_of(..., tp_group=...) makes them before")
         if statistics:
             raise ValueError("statistics must be empty with tp_group, whose ranks see a slice of the vocabulary each")
-        return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, top_k)
+        return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, TOP_K in asks)
     if engine == "streaming":
-        obstacle = _streaming_obstacle(backend, spec, top_k, mapped, listing, statistics, device)
+        obstacle = _streaming_obstacle(backend, spec, asks, device)
         if obstacle is not None:
             raise ValueError(obstacle)
         return "streaming", "triton"
@@ -54,7 +60,7 @@ def choose_engine(
             choose_backend("triton", device)
         except ValueError as error:
             raise ValueError(f"grad_filter_eps={grad_filter_eps!r} must be 0 here: {error}") from None
-    if engine is None and _streaming_obstacle(backend, spec, top_k, mapped, listing, statistics, device) is None:
+    if engine is None and _streaming_obstacle(backend, spec, asks, device) is None:
         return AUTO, chosen
     return "chunked", chosen
 
@@ -86,28 +92,14 @@ def _adaptive(spec: RowSpec) -> bool:
     return any(term.of.adaptive for term in spec.terms)
 
 
-def _streaming_obstacle(
-    backend: str | None,
-    spec: RowSpec,
-    top_k: bool,
-    mapped: bool,
-    listing: bool,
-    statistics: bool,
-    device: torch.device,
-) -> str | None:
+def _streaming_obstacle(backend: str | None, spec: RowSpec, asks: tuple[str, ...], device: torch.device) -> str | None:
     """Why the streaming engine can not run, or None."""
     if backend not in (None, "triton"):
         return f"engine='streaming' needs backend='triton' or None, got backend={backend!r}"
-    if statistics:
-        return "engine='streaming' tells no statistics; use engine='chunked'"
     if _adaptive(spec):
         return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
-    if top_k:
-        return "engine='streaming' takes the teacher as an LMHead or logits, got a TopK; use engine='chunked'"
-    if mapped:
-        return "engine='streaming' takes no columns of a teacher with another vocabulary; use engine='chunked'"
-    if listing:
-        return "engine='streaming' makes no lists; use engine='chunked'"
+    for name in asks:
+        return f"engine='streaming' {_NOT_STREAMED[name]}; use engine='chunked'"
     try:
         choose_backend("triton", device)
     except ValueError as error:
