@@ -52,7 +52,7 @@ def oracle(name: str, N: int, objective, tail: str, T: float):
     return by_hand(mapped_problem(*MAPS[name], N=N), objective, tail, T)
 
 
-def agree(name: str, objective, tail: str, tight: float = TIGHT, *, N: int = 11, T: float = 1.0, backend="torch"):
+def agree(name: str, objective, tail: str, tight: float = TIGHT, *, N: int = 8, T: float = 1.0, backend="torch"):
     """With the oracle, or an infinite loss on both sides; or refused where all losses are infinite."""
     p, (loss, difficulty, grads) = mapped_problem(*MAPS[name], N=N), oracle(name, N, objective, tail, T)
     try:
@@ -90,8 +90,8 @@ def test_equals_the_oracle(name, tail, backend):
         fk.NoEvo(lam=0.6), fk.ForwardKD(lam=0.3), fk.ReverseKD(lam=0.6), fk.SelfEvolution(gamma=2.0, lam=0.7),
         fk.GeneralizedJSD(0.3), fk.TotalVariation(), fk.Acceptance(), fk.SkewTeacher(lam=0.5),
     ]  # fmt: skip
-    for objective in chosen[:: 2 if slow(backend) else 1]:
-        agree(name, objective, tail, N=6 if slow(backend) else 11, backend=backend)
+    for objective in chosen[:: 3 if slow(backend) else 1]:
+        agree(name, objective, tail, N=5 if slow(backend) else 8, backend=backend)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -99,8 +99,8 @@ def test_equals_the_oracle(name, tail, backend):
 def test_every_objective(objective, tail):
     if objective.spec.ranked or not objective.spec.needs_teacher:
         pytest.skip("has no row of its own")
-    for name in ("two tokenizers", "a draft"):
-        agree(name, objective, tail, 2e-5, N=8)
+    for name in ("two tokenizers", "a draft") if tail in ("renormalize", "bucket") else ("two tokenizers",):
+        agree(name, objective, tail, 2e-5)
 
 
 @pytest.mark.parametrize("objective", [fk.NoEvo(), fk.ForwardKD(lam=0.4), fk.GeneralizedJSD(0.4)], ids=label)
