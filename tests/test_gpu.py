@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fused_kd as fk
+from fused_kd.inputs import TAILS
 from fused_kd.reference import reference_rows
 from fused_kd.rows import select
 from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
@@ -16,7 +17,7 @@ from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
 from fused_kd.rows.cuda.launch import cut_rows
 
-from .kernels.test_lists import TAILS, cached
+from .kernels.test_lists import cached
 from .kernels.test_sharded_row import allowed, in_turns, inputs_of, whole
 from .problems import JUMPS, OBJECTIVES, gradients, label, problem, relative, summands
 

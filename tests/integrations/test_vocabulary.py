@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import fused_kd as fk
+from fused_kd.inputs import TAILS
 from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.reference import reference_kd_loss
@@ -18,7 +19,6 @@ from fused_kd.training.collate import Collator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.tiny import VOCAB, rows, tiny
 
-TAILS = ("renormalize", "uniform", "bucket", "listed")
 V_T = 90
 
 

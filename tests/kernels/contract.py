@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -43,6 +43,8 @@ NATIVE = pytest.param("native", id="native", marks=needs_compiler)
 TRITON = pytest.param("triton", id="triton", marks=[needs_triton, *on_gpu])
 CUDA = pytest.param("cuda", id="cuda", marks=[needs_cuda, *on_gpu])
 ROWS = [TORCH, NATIVE, TRITON, CUDA]
+# Of CPU tensors on every machine.
+HOSTED = [TORCH, NATIVE, *([TRITON] if INTERPRETED else [])]
 
 ALL = [objective for objective in OBJECTIVES if not objective.spec.ranked]
 # No teacher; the free gradient; differences and a label of its own; a gate and a mixture; both sums; two of a row;
@@ -70,16 +72,25 @@ def slow(backend: str) -> bool:
 
 
 def cases(
-    *axes: Sequence[Any], backends: Sequence[Any] = ROWS, kinds: Sequence[str] = KINDS, pairs: bool = False
+    *axes: Sequence[Any],
+    backends: Sequence[Any] = ROWS,
+    kinds: Sequence[str] = KINDS,
+    pairs: bool = False,
+    few: Callable[..., bool] | None = None,
 ) -> list[Any]:
     """The product of the axes and the backends, in this order; of slow backends as few as have each pair of values.
 
     Of two axes each value once is enough in the interpreter, unless all ``pairs`` are asked for. Objectives, or their
-    classes, that are not among ``kinds`` wait for ``make test-all`` there.
+    classes, that are not among ``kinds`` wait for ``make test-all`` there. ``few`` says of a cell whether slow backends
+    take it, where what steers their code is no pair of values.
     """
     made, cells = [], list(itertools.product(*axes))
     for backend in backends:
-        chosen = _few(cells, backend.values[0], kinds, pairs) if slow(backend.values[0]) else set(range(len(cells)))
+        chosen = set(range(len(cells)))
+        if slow(backend.values[0]) and few is not None:
+            chosen = {i for i, cell in enumerate(cells) if few(*map(_value, cell))}
+        elif slow(backend.values[0]):
+            chosen = _few(cells, backend.values[0], kinds, pairs)
         for i, cell in enumerate(cells):
             marks = [*backend.marks, *(mark for x in cell if isinstance(x, PARAM) for mark in x.marks)]
             if i not in chosen:
@@ -87,6 +98,14 @@ def cases(
             label = "-".join([*map(_label, cell), str(backend.id)])
             made.append(pytest.param(*map(_value, cell), backend.values[0], id=label, marks=marks))
     return made
+
+
+def backend_first(made: Sequence[Any]) -> list[Any]:
+    """The same cases for ``"backend, ..."``."""
+    return [
+        pytest.param(case.values[-1], *case.values[:-1], id="-".join(case.id.rsplit("-", 1)[::-1]), marks=case.marks)
+        for case in made
+    ]
 
 
 def _few(cells: list[Any], backend: str, kinds: Sequence[str], pairs: bool) -> set[int]:

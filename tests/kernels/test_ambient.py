@@ -9,11 +9,12 @@ import torch
 
 import fused_kd as fk
 from fused_kd.engines.problem import largest
+from fused_kd.inputs import TAILS
 from fused_kd.reference import reference_kd_loss
 
 from ..problems import OBJECTIVES, gradients, label, problem, relative
 from .contract import NATIVE, TORCH, TRITON, cases
-from .test_lists import TAILS, cached
+from .test_lists import cached
 from .ways import refused
 
 INF = math.inf

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_kd as fk
+from fused_kd.inputs import TAILS
 from fused_kd.objectives import OBJECTIVES as CLASSES
 from fused_kd.objectives import Sum
 from fused_kd.reference import reference_kd_loss
@@ -33,7 +34,7 @@ from ..problems import (
     with_numbers,
 )
 from .contract import FP16, GPU, KINDS, NATIVE, TORCH, TRITON, cases, scalars_of, slow
-from .test_lists import TAILS, TEACHED, allowed, cached
+from .test_lists import TEACHED, allowed, cached
 
 pytestmark = pytest.mark.skipif(GPU, reason="small CPU tensors")
 TEACHERS = ["dense", *TAILS]

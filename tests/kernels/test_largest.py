@@ -13,7 +13,7 @@ from fused_kd.rows.contract import LONGEST_IN_TRITON, Leading, Logits
 from fused_kd.rows.largest import take
 
 from ..problems import needs_compiler
-from .contract import DTYPES, FP32, NATIVE, TORCH, TRITON, device_of, slow
+from .contract import DTYPES, FP32, NATIVE, TORCH, TRITON, backend_first, cases, device_of, slow
 
 BACKENDS = [TORCH, NATIVE, TRITON]
 # Of a row's logarithm, in units of its size.
@@ -63,15 +63,16 @@ def check(found: Leading, z: Tensor, T: float | Sequence[float] = 1.0, exact: bo
     assert bool(((actual - expected).abs() <= BUDGET * size)[~none].all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [0, 1, 5, 64])
-@pytest.mark.parametrize("backend", BACKENDS)
+LENGTHS = cases([0, 1, 5, 64], DTYPES, backends=BACKENDS, few=lambda k, dtype: dtype == FP32 or k == 5)
+
+
+@pytest.mark.parametrize("backend, k, dtype", backend_first(LENGTHS))
 def test_all_rows(backend, k, dtype):
     """Widths that are no multiple of a block or a vector."""
-    V = 430 if slow(backend) else 5001
-    raw = (torch.randn(7, V) * 3).to(dtype)
+    raw = (torch.randn(*((2, 530) if slow(backend) else (7, 5001))) * 3).to(dtype)
     check(taken(raw, k, backend), raw.double())
-    check(taken(raw, k, backend, finite=True), raw.double())
+    if not (slow(backend) and k == 64):
+        check(taken(raw, k, backend, finite=True), raw.double())
     check(taken(raw, k, backend, slabs=(1, 130, 33, 257), start=1000), raw.double(), start=1000)
 
 
@@ -79,7 +80,7 @@ def test_all_rows(backend, k, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_list_of_all(backend, V):
     """k = V: nothing is left; and slabs that are narrower than the list."""
-    raw = torch.randn(3, V)
+    raw = torch.randn(1 if slow(backend) and V > 31 else 3, V)
     check(taken(raw, V, backend), raw.double())
     check(taken(raw, V, backend, slabs=(V // 3, V // 2)), raw.double())
 
@@ -105,7 +106,7 @@ def test_of_equal_logits_the_lower_id_is_listed(backend, k):
     check(taken(raw, k, backend, slabs=(64, 100, 200)), raw.double() + 0.0)
 
 
-@pytest.mark.parametrize("k", [0, 3, 50])
+@pytest.mark.parametrize("k", [0, 3, 20])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_excluded_tokens_are_nothing(backend, k):
     """Some, all but fewer than k, and all; with a scale too."""
@@ -175,7 +176,7 @@ def test_rows_of_any_stride(backend):
 @pytest.mark.parametrize("k", [129, 700])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_lists(backend, k):
-    raw = torch.randn(2, 900) * 2
+    raw = torch.randn(1 if slow(backend) else 2, 900) * 2
     check(taken(raw, k, backend, slabs=(400, 300)), raw.double())
 
 

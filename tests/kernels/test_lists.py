@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
+from fused_kd.inputs import TAILS
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.top_k import sparse_teacher
 
@@ -17,7 +18,6 @@ from ..problems import JUMPS, OBJECTIVES, Problem, _Head, gradients, problem, re
 from .contract import DTYPES, FP32, INTERPRETED, NEAR, ROUNDED, ROWS, cases, device_of, slow
 from .ways import refused
 
-TAILS = ["renormalize", "uniform", "bucket", "listed"]
 TEACHED = [o for o in OBJECTIVES if not refused(o.spec, "uniform")]
 TIGHT = 4e-6
 

@@ -10,12 +10,13 @@ import torch
 import fused_kd as fk
 from fused_kd import objectives as o
 from fused_kd.engines import dispatch
+from fused_kd.inputs import TAILS
 from fused_kd.objectives import Sum
 from fused_kd.reference import reference_kd_loss
 
 from ..problems import JUMPS, OBJECTIVES, gradients, problem, relative, summands
 from .contract import KINDS, ROWS, call, cases, check, device_of, make, oracle, slow
-from .test_lists import TAILS, cached
+from .test_lists import cached
 from .ways import refused
 
 SUMS = [objective for objective in OBJECTIVES if isinstance(objective, Sum) and not objective.spec.ranked]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
+from fused_kd.inputs import TAILS
 from fused_kd.reference import full_logits, reference_kd_loss
 
-from ..problems import CPU_BACKENDS, JUMPS, Allocations, Problem, gradients, problem, relative, summands
+from ..kernels.contract import HOSTED, cases, slow
+from ..problems import JUMPS, Allocations, Problem, gradients, problem, relative, summands
 
 TIGHT = 8e-6
-TAILS = ("renormalize", "uniform", "bucket", "listed")
 OBJECTIVES = [
     fk.NoEvo(lam=0.6), fk.ForwardKD(lam=0.4), fk.SelfEvolution(gamma=2.0), fk.GeneralizedJSD(0.4),
     fk.ReverseKD(lam=1.0), fk.TotalVariation(), 0.5 * fk.SFT() + 0.5 * fk.SkewReverse(0.3),
@@ -58,14 +59,12 @@ def allowed(objective: Any, tail: str) -> bool:
     return tail != "renormalize" or not any(term.of.everywhere for term in objective.spec.terms)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("chosen_by", ["teacher", "student"])
+@pytest.mark.parametrize("chosen_by, tail, backend", cases(["teacher", "student"], TAILS, backends=HOSTED))
 def test_equals_the_oracle(chosen_by: str, tail: str, backend: str) -> None:
-    p = problem(N=9 if backend == "triton" else 23, V=301)
-    for objective in OBJECTIVES[:: 3 if backend == "triton" else 1]:
+    p = problem(N=5 if slow(backend) else 23, V=301)
+    for objective in OBJECTIVES[:: 3 if slow(backend) else 1]:
         if allowed(objective, tail):
-            compare(p, objective, fk.Lists(12, chosen_by, tail), backend=backend)
+            compare(p, objective, fk.Lists(5 if slow(backend) else 12, chosen_by, tail), backend=backend)
 
 
 @pytest.mark.parametrize("tail", TAILS)

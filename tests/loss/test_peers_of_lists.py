@@ -11,7 +11,8 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.objectives import Objective
 
-from ..problems import CPU_BACKENDS, gradients, relative
+from ..kernels.contract import HOSTED, cases, slow
+from ..problems import gradients, relative
 
 N, V, K = 9, 53, 6
 
@@ -98,13 +99,19 @@ PEERS: dict[str, tuple[Peer, dict, Objective, str, bool, bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("T", [1.0, 2.0])
-@pytest.mark.parametrize("name", PEERS)
+# In the interpreter: each tail, values that are logits or not, both KLs and a mixture; all but one not at 1.
+IN_THE_INTERPRETER = {
+    "ms-swift 0.3": 2.0, "axolotl Liger": 2.0, "axolotl forward_kl": 2.0, "TRL server 1.0": 1.0,
+    "TRL server with tail 0.5": 2.0,
+}  # fmt: skip
+CASES = cases(list(PEERS), [1.0, 2.0], backends=HOSTED, few=lambda name, T: IN_THE_INTERPRETER.get(name) == T)
+
+
+@pytest.mark.parametrize("name, T, backend", CASES)
 def test_a_peer_is_one_of_our_tails(name, T, backend):
     peer, options, objective, tail, of_logits, squared = PEERS[name]
     taken_at = T if peer is server else 1.0
-    z, top, indices, log_p = sides(taken_at)
+    z, top, indices, log_p = (x[: 4 if slow(backend) else N] for x in sides(taken_at))
     leaf = z.double().requires_grad_()
     expected = peer(leaf, top.double(), indices, log_p.double(), T, **options)
     teacher = fk.TopK(top if of_logits else log_p, indices, tail, temperature=taken_at)
