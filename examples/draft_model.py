@@ -110,6 +110,8 @@ class Settings:
             raise ValueError(f"hidden must be an even number of at least 2, got {self.hidden}")
         texts = [*self.objective, *(COMPARED if self.compare else [])]
         self.specs = {spec.slug: spec for spec in map(parse_objective, texts)}
+        if not self.specs:
+            raise ValueError("objective must name at least one, got none")
         for spec in self.specs.values():
             if not spec.objective.spec.needs_teacher:
                 raise ValueError(f"objective must be one that reads the target, got {spec.text!r}")

@@ -148,6 +148,7 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
     "arguments, message",
     [
         ("--objective nonsense", "objective must be one of"),
+        ("--objective", "objective must name at least one, got none"),
         ("--objective sft", "objective must be one that reads the target, got 'sft'"),
         ("--objective forward_kd:lam=1 --tail bucket", "tail must be 'renormalize' for this objective"),
         ("--tail none", "tail must be one of"),
