@@ -13,6 +13,7 @@ goes on where it stopped; everything is in --output.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,7 @@ from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
-from fused_kd.training.prompts import encode_prompts, get_prompt, render_sample, tokenize_pairs, training_texts
+from fused_kd.training.prompts import PROMPTS, encode_prompts, get_prompt, render_sample, tokenize_pairs, training_texts
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.specs import ObjectiveSpec, parse_objective
 from fused_kd.training.stage import Stages, check_counts, fingerprint, read_json, write_json, write_text
@@ -60,40 +61,57 @@ COLUMNS = {
 PLOTTED = {"length": "tokens a forward of the target", "kept": "mean of sum min(p, q), held-out"}
 
 
+def option(default: Any, told: str) -> Any:
+    """A field with a help text."""
+    return field(default=default, metadata={"help": told})
+
+
 @dataclass
 class Settings:
     """What is drafted for whom, and how it is trained."""
 
-    output: str = "runs/draft_model"
-    target: str | None = None  # a causal LM's folder or hub name; null: a tiny one is trained here
-    data: str = "builtin"  # as of examples/distill.py
-    direction: str = "en-de"
-    prompt: str = "tiny"
-    objective: list[str] = field(default_factory=lambda: ["acceptance"])  # name, name:key=value,... or a sum
-    compare: bool = False  # besides: forward_kd:lam=1, acceptance, total_variation and acceptance_mix
-    seeds: int = 1  # of the draft's start and training
-    tail: str | None = None  # null: bucket for acceptance and total_variation, renormalize for others
-    vocabulary: int = 256  # tokens that the draft can write
-    hidden: int | None = None  # the draft's; null: half of the target's
-    layers: int = 1
-    vocab: int = 800  # tokens of the tokenizer trained for the tiny target
-    max_length: int = 256  # tokens of prompt and response
-    train_limit: int | None = 8000
-    target_epochs: float = 4
-    target_rate: float = 4e-3
-    warm_up: float = 0.0  # epochs of forward_kd:lam=1, whose draft all others start from
-    epochs: float = 3
-    learning_rate: float = 4e-3
-    batch: int = 32
-    held_out: int = 100  # pairs whose sources are prompts of the measurement
-    drafted: int = 5  # tokens before each forward of the target
-    max_new_tokens: int = 64
+    output: str = option("runs/draft_model", "folder of the models, metrics.json, results.md and drafts.png")
+    target: str | None = option(None, "a causal LM's folder or hub name; null: a tiny one is trained here")
+    data: str = option("builtin", "pairs to train on: builtin, a file, a folder or a hub name")
+    direction: str = option("en-de", "source and target language of the pairs")
+    prompt: str = option("tiny", f"template of the prompts, one of {', '.join(PROMPTS)}")
+    objective: list[str] = field(
+        default_factory=lambda: ["acceptance"],
+        metadata={"help": "of the draft: name, name:key=value,... or a sum of them; a draft for each"},
+    )
+    compare: bool = option(False, f"also train with {', '.join(COMPARED)}")
+    seeds: int = option(1, "how often each draft is started and trained, with the seeds 0, 1, ...")
+    tail: str | None = option(None, "null: bucket for acceptance and total_variation, renormalize for others")
+    vocabulary: int = option(256, "tokens that the draft can write, the special ones among them")
+    hidden: int | None = option(None, "width of the draft, an even number; null: half of the target's")
+    layers: int = option(1, "layers of the draft")
+    vocab: int = option(800, "tokens of the tokenizer that is trained for the tiny target")
+    max_length: int = option(256, "tokens of prompt and response together; what is longer is cut")
+    train_limit: int | None = option(8000, "pairs to train on; null: all")
+    target_epochs: float = option(4, "of the tiny target")
+    target_rate: float = option(4e-3, "learning rate of the tiny target")
+    warm_up: float = option(0.0, f"epochs of {COMPARED[0]}, whose draft all others then start from; 0: none")
+    epochs: float = option(3, "of each draft")
+    learning_rate: float = option(4e-3, "of the drafts")
+    batch: int = option(32, "pairs a step")
+    held_out: int = option(100, "pairs whose sources are the prompts of the measurement")
+    drafted: int = option(5, "tokens that the draft proposes before each forward of the target")
+    max_new_tokens: int = option(64, "of each text that is generated for the measurement")
 
     def __post_init__(self) -> None:
         names = ("seeds", "vocabulary", "layers", "batch", "held_out", "drafted", "max_new_tokens")
         check_counts(**{name: getattr(self, name) for name in names})
+        for name in ("target_epochs", "target_rate", "epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.warm_up < math.inf:
+            raise ValueError(f"warm_up must be 0 or above and finite, got {self.warm_up}")
+        if self.hidden is not None and (self.hidden < 2 or self.hidden % 2):
+            raise ValueError(f"hidden must be an even number of at least 2, got {self.hidden}")
         texts = [*self.objective, *(COMPARED if self.compare else [])]
         self.specs = {spec.slug: spec for spec in map(parse_objective, texts)}
+        if not self.specs:
+            raise ValueError("objective must name at least one, got none")
         for spec in self.specs.values():
             if not spec.objective.spec.needs_teacher:
                 raise ValueError(f"objective must be one that reads the target, got {spec.text!r}")
@@ -109,6 +127,15 @@ def check_together(objective: fk.objectives.Objective, tail: str) -> None:
     one, label = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
     teacher = fk.LMHead(one, torch.ones(3, 1), columns=torch.arange(2), tail=tail)
     fk.kd_loss(fk.LMHead(one, torch.ones(2, 1)), teacher, label, objective)
+
+
+def check_vocabulary(size: int, tokenizer: Any) -> None:
+    """Raise ``ValueError`` where a draft of so many tokens could not be, before a target is trained for it."""
+    least, most = len(set(tokenizer.all_special_ids)), len(tokenizer)
+    if not least < size <= most:
+        raise ValueError(
+            f"vocabulary must be above {least}, the special tokens, and at most {most}, the tokenizer's, got {size}"
+        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -131,6 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     texts |= {key: getattr(settings, key) for key in ("prompt", "max_length", "vocab")}
     tokens = stages("tokenizer", tokenizer_in, texts)
     tokenizer = tokenizer_in(tokens)
+    check_vocabulary(settings.vocabulary, tokenizer)
     rows = {key: tokenize_pairs(tokenizer, template, of, direction, settings.max_length) for key, of in pairs.items()}
     prompts = encode_prompts(tokenizer, [template.render(pair.source, direction) for pair in pairs["valid"]])
     console.print(f"{rows['train']}; the first:\n{render_sample(tokenizer, rows['train'][0])}")

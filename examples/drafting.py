@@ -42,13 +42,15 @@ class Drafter(Draft):
 
 
 def new_draft(target: Any, columns: Tensor, hidden: int | None, layers: int, seed: int) -> Draft:
-    """Random, ``hidden`` wide (None: half of the target), with the target's special tokens."""
+    """Random, ``hidden`` wide (even; None: half of the target), with the target's special tokens."""
     of = target.config.get_text_config()
-    hidden = hidden or of.hidden_size // 2
+    hidden = hidden or max(of.hidden_size // 4, 1) * 2
+    # rotary embeddings turn pairs within a head
+    heads = next(count for count in range(max(1, hidden // 32), 0, -1) if hidden % (2 * count) == 0)
     ids = {name: getattr(of, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=rows_of(target.get_output_embeddings().weight), draft_vocab_size=len(columns), hidden_size=hidden,
-        intermediate_size=int(2.75 * hidden), num_hidden_layers=layers, num_attention_heads=max(1, hidden // 32),
+        intermediate_size=int(2.75 * hidden), num_hidden_layers=layers, num_attention_heads=heads,
         max_position_embeddings=of.max_position_embeddings, tie_word_embeddings=False, **ids,
     )  # fmt: skip
     with torch.random.fork_rng():

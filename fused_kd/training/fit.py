@@ -97,8 +97,11 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
         if trainer.args.world_size == 1:
             check_room(checkpoints, model)
         show_bar(trainer, title or folder.name)
+        checkpoint = trainer.last_checkpoint()
+        if checkpoint is not None and trainer.is_world_process_zero():
+            print(f"{title or folder.name} goes on from {Path(checkpoint).name}", flush=True)
         with stoppable(trainer):
-            trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+            trainer.train(resume_from_checkpoint=checkpoint)
         _save_whole(trainer, folder / "model")
         history = trainer.state.log_history
         record = {

@@ -221,6 +221,7 @@ class Stages:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._kept: set[str] | None = set()
         if is_main():
             check_writable(self.folder)
 
@@ -257,13 +258,18 @@ class Stages:
         }
         folder = self.folder / f"{title}-{fingerprint(about)[:_DIGITS]}"
         if (folder / DONE).is_file():
+            if self._kept is not None:
+                self._kept.add(folder.name)
             return folder
         with lock(self.folder / ".locks" / folder.name):
             if not (folder / DONE).is_file():
                 if is_main():
-                    print(f"{time.strftime('%H:%M:%S')} {folder.name}", flush=True)
+                    again = " goes on" if (folder / "stage.json").is_file() else ""
+                    kept = f"; finished before: {len(self._kept)}" if self._kept else ""
+                    print(f"{time.strftime('%H:%M:%S')} {folder.name}{again}{kept}", flush=True)
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / "stage.json", about)
+                self._kept = None  # said once
                 work(folder)
                 if is_main():
                     write_json(folder / DONE, {"stage": folder.name})

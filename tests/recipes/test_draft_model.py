@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -110,7 +112,7 @@ def test_a_targets_folder_and_a_trained_start(finished: Path, tmp_path: Path) ->
     assert (tmp_path / "results.md").read_text().count("±") == 3 * 3
 
 
-def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     steps: list[int] = []
     step = KDTrainer.training_step
 
@@ -127,8 +129,12 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
     command = [*SMALL, "--objective", "acceptance", "--output", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         draft_model.main(command)
+    capsys.readouterr()
     draft_model.main(command)
     assert steps == [0, 1, 2, 3, 3, 4, 5], "of the draft alone"
+    told = capsys.readouterr().out
+    assert re.search(r"acceptance\.0-\w+ goes on; finished before: 4\n", told), "tokenizer, target, greedy, start"
+    assert re.search(r"acceptance\.0-\w+ goes on from checkpoint-3\n", told)
     ours, theirs = (
         json.loads(next(folder.glob("acceptance.0-*/training.json")).read_text())["log_history"]
         for folder in (tmp_path, finished)
@@ -140,10 +146,20 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
     "arguments, message",
     [
         ("--objective nonsense", "objective must be one of"),
+        ("--objective", "objective must name at least one, got none"),
         ("--objective sft", "objective must be one that reads the target, got 'sft'"),
         ("--objective forward_kd:lam=1 --tail bucket", "tail must be 'renormalize' for this objective"),
         ("--tail none", "tail must be one of"),
         ("--vocabulary 0", "vocabulary must be an int of at least 1, got 0"),
+        ("--vocabulary 3", "vocabulary must be above 3, the special tokens, and at most 400, .* got 3"),
+        ("--vocabulary 401", "vocabulary must be above 3, .* at most 400, the tokenizer's, got 401"),
+        ("--learning_rate -1", "learning_rate must be above 0 and finite, got -1"),
+        ("--target_rate nan", "target_rate must be above 0 and finite, got nan"),
+        ("--epochs 0", "epochs must be above 0 and finite, got 0"),
+        ("--target_epochs inf", "target_epochs must be above 0 and finite, got inf"),
+        ("--warm_up -1", "warm_up must be 0 or above and finite, got -1"),
+        ("--hidden 33", "hidden must be an even number of at least 2, got 33"),
+        ("--hidden 0", "hidden must be an even number of at least 2, got 0"),
         ("--target ./nowhere", "'./nowhere' is neither a preset"),
         ("--data ./nowhere.jsonl", "no such file"),
     ],
@@ -152,6 +168,20 @@ def test_bad_arguments(tmp_path: Path, arguments: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draft_model.main([*SMALL, "--output", str(tmp_path / "run"), *arguments.split()])
     assert not list(tmp_path.rglob("training.json")), "before any work"
+
+
+@pytest.mark.parametrize("hidden, heads", [(2, 1), (66, 1), (64, 2), (100, 2), (288, 9)])
+def test_every_even_width_is_a_draft(hidden: int, heads: int) -> None:
+    draft = new_draft(tiny(32, 0), COLUMNS, hidden, layers=1, seed=0)
+    assert draft.config.num_attention_heads == heads
+    assert draft(torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 4, len(COLUMNS))
+
+
+def test_every_option_is_explained() -> None:
+    texts = {each.name: each.metadata.get("help") for each in dataclasses.fields(draft_model.Settings)}
+    assert all(texts.values()), [name for name, text in texts.items() if not text]
+    shown = as_a_user("--help")
+    assert shown.returncode == 0 and "(default: 0.004)" in shown.stdout
 
 
 def test_a_users_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

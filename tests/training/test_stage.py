@@ -73,7 +73,7 @@ def test_files_count_by_content(tmp_path: Path) -> None:
     assert same == moved and prefix != changed_prefix and len({same, missing, changed, renamed}) == 4
 
 
-def test_a_stage_that_died_is_done_again_in_its_folder(tmp_path: Path) -> None:
+def test_a_stage_that_died_is_done_again_in_its_folder(tmp_path: Path, capsys) -> None:
     tries: list[int] = []
 
     def work(out: Path) -> None:
@@ -82,9 +82,16 @@ def test_a_stage_that_died_is_done_again_in_its_folder(tmp_path: Path) -> None:
         if len(tries) == 1:
             raise KeyboardInterrupt
 
+    Stages(tmp_path)("first", lambda _: None, {})
     with pytest.raises(KeyboardInterrupt):
         Stages(tmp_path)("s", work, {})
-    folder = Stages(tmp_path)("s", work, {})
+    capsys.readouterr()
+    again = Stages(tmp_path)
+    again("first", lambda _: None, {})
+    folder = again("s", work, {})
+    assert capsys.readouterr().out.endswith(f" {folder.name} goes on; finished before: 1\n")
+    again("last", lambda _: None, {})
+    assert "before" not in capsys.readouterr().out, "said once"
     Stages(tmp_path)("s", work, {})
     assert tries == [0, 1] and json.loads((folder / "stage.json").read_text())["title"] == "s"
 
