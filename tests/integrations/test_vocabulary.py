@@ -124,7 +124,7 @@ def test_a_step_of_several_batches_is_one_mean(tmp_path: Path) -> None:
         start = student.lm_head.weight.detach().clone()
         run.train()
         moved.append(student.lm_head.weight.detach() - start)
-    assert float((moved[0] - moved[1]).norm()) < 1e-5 * float(moved[0].norm())
+    assert float((moved[0] - moved[1]).norm()) < 1e-4 * float(moved[0].norm())  # another order of sums
 
 
 @pytest.mark.parametrize("lists", [fk.Lists(5), fk.Lists(7, "student", "listed", 0.9)], ids=["teacher", "student"])
