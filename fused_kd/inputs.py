@@ -82,6 +82,7 @@ class LMHead:
         check_number("logit_scale", self.logit_scale)
         if self.softcap is not None:
             check_number("softcap", self.softcap, low=1 / LARGEST)
+        check_tail_name(self.tail)
         if self.columns is not None:
             if not isinstance(self.columns, Tensor) and hasattr(self.columns, "teacher_size"):
                 V, size = len(self.weight), self.columns.teacher_size
@@ -96,9 +97,7 @@ class LMHead:
                     f"columns are on {self.columns.device}, hidden on {self.hidden.device}; they must share one"
                 )
         elif self.tail != "renormalize":
-            check_tail_name(self.tail)
             raise ValueError(f"tail must be 'renormalize' without columns, got {self.tail!r}")
-        check_tail_name(self.tail)
 
     @property
     def vocab(self) -> int:

@@ -122,9 +122,8 @@ class KDLoss(nn.Module):
         self.engine = engine
         self.grad_filter_eps = grad_filter_eps
         self.tp_group = tp_group
-        self.lists = lists
         self._objective = objective
-        self._check_lists()
+        self.lists = lists
         self._spec = objective.spec
         # Not asked of the objective in a call: torch.compile would guard on each number of it.
         self._own_numbers = objective.per_token
@@ -181,13 +180,11 @@ class KDLoss(nn.Module):
                 from .parallel import group_of
 
                 self._group = group_of(value)
+        if name == "lists":
+            _check_lists(value, self._objective)
         super().__setattr__(name, value)
         if name == "temperature" and "scalars" in self._buffers:
             self._write_scalars()
-
-    def _check_lists(self) -> None:
-        if self.lists is not None and self._objective.spec.needs_teacher:
-            check_tail(self._objective, self.lists.tail, 1.0)  # the mass of a bucket is known at any temperature
 
     @property
     def objective(self) -> Objective:
@@ -199,12 +196,8 @@ class KDLoss(nn.Module):
             stay = [type(part).__name__ for _, part in parts_of(self._objective)]
             order = ", in this order" if len(stay) > 1 else ""
             raise TypeError(f"objective must stay a {' + '.join(stay)}{order}, got {objective!r}")
-        before, self._objective = self._objective, objective
-        try:
-            self._check_lists()
-        except ValueError:
-            self._objective = before
-            raise
+        _check_lists(self.lists, objective)
+        self._objective = objective
         self._spec = objective.spec
         self._own_numbers = objective.per_token
         self._write_scalars()
@@ -386,6 +379,11 @@ def kd_loss(
     return criterion.evaluate(
         student, teacher, labels, token_weights=token_weights, num_items=num_items, statistics=statistics
     )
+
+
+def _check_lists(lists: Lists | None, objective: Objective) -> None:
+    if lists is not None and objective.spec.needs_teacher:
+        check_tail(objective, lists.tail, 1.0)  # the mass of a bucket is known at any temperature
 
 
 def _classes(objective: Objective) -> list[type[Objective]]:

@@ -98,8 +98,8 @@ def _streaming_obstacle(backend: str | None, spec: RowSpec, asks: tuple[str, ...
         return f"engine='streaming' needs backend='triton' or None, got backend={backend!r}"
     if _adaptive(spec):
         return "engine='streaming' can not run AdaptiveKL, which needs whole rows of the teacher; use engine='chunked'"
-    for name in asks:
-        return f"engine='streaming' {_NOT_STREAMED[name]}; use engine='chunked'"
+    if asks:
+        return f"engine='streaming' {_NOT_STREAMED[asks[0]]}; use engine='chunked'"
     try:
         choose_backend("triton", device)
     except ValueError as error:

@@ -153,9 +153,10 @@ def _saved_tokenizer(model: Any) -> Any:
 
 def check_tail_of_map(vocab_map: Any, tail: str | None) -> None:
     """Raise ``ValueError`` for a name that is none, and for a tail of nothing."""
-    if tail is not None:
-        check_tail_name(tail)
-    if tail is not None and vocab_map is None:
+    if tail is None:
+        return
+    check_tail_name(tail)
+    if vocab_map is None:
         raise ValueError(
             f"tail must be None without vocab_map, got {tail!r}; lists have their own: TeacherCache(..., tail=), "
             "fused_kd.Lists(..., tail=)"

@@ -184,7 +184,7 @@ class FusedLoss(Trainer):
         if not self._heads_checked:
             self._check_heads(model, self.teacher_model)
         labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and self.vocabulary.unmapped:
             self.vocabulary.check_ids({name: inputs[name].cpu() for name in ("input_ids", "attention_mask")})
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..divergences import EXCLUDED, LOG_ZERO, NOWHERE
 from ..terms import RowSpec, Scalars, Term
 from .contract import Logits, Row, RowInputs, RowOutputs, Sparse
+from .torch.math import finish_logits_
 
 # By how much the logarithm of a probability near 1 may pass 0.
 ROUNDING = 1e-4
@@ -127,11 +128,10 @@ def _listed_student(student: Logits, teacher: Sparse, spec: RowSpec) -> Tensor:
     Not those of the sweep: over the largest logit of all, theirs would lose digits where they are far below it.
     """
     V = student.raw.shape[1]
-    z = student.raw.gather(1, teacher.indices.clamp(max=V - 1)).float() * student.scale
-    if student.softcap is not None:
-        z = student.softcap * torch.tanh(z / student.softcap)
+    z = student.raw.gather(1, teacher.indices.clamp(max=V - 1)).float()
+    finish_logits_(z, student._replace(finite=False))
     part = takes_part(teacher, V, spec)
-    top = z.clamp_(min=LOG_ZERO).where(part, NOWHERE).amax(1, keepdim=True)
+    top = z.where(part, NOWHERE).amax(1, keepdim=True)
     return torch.nn.functional.pad((z - top).where(part, LOG_ZERO), (0, 1))
 
 

@@ -285,6 +285,13 @@ def test_lists_may_be_assigned() -> None:
     criterion.lists = None
     with pytest.raises(TypeError, match="lists must be"):
         criterion.lists = 3
+    reverse = fk.KDLoss(fk.ReverseKD(), lists=fk.Lists(3))
+    with pytest.raises(ValueError, match="which is infinite"):
+        reverse.lists = fk.Lists(3, tail="renormalize")
+    assert reverse.lists == fk.Lists(3)
+    moved = fk.KDLoss(fk.NoEvo(lam=1), lists=fk.Lists(3, tail="renormalize"))
+    moved.objective = fk.NoEvo(lam=0.5)
+    assert moved.objective == fk.NoEvo(lam=0.5)
     dense = fk.kd_loss(P.student(), P.teacher(), P.labels, fk.NoEvo()).loss
     assert torch.equal(criterion(P.student(), P.teacher(), P.labels), dense)
 
