@@ -13,12 +13,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
+from fused_kd.integrations.forms import TEACHER_ID, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 
-TEACHER_ID = "teacher_id"
-# ends of the names of what a cached teacher has for each label with loss
 _LISTS = ("_log_probs", "_indices")
-_KINDS = (*_LISTS, "_log_rest", "_hidden")
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -110,7 +108,7 @@ class Collator:
 
 def _teacher_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of what cached teachers have in these rows, in all of them or in none."""
-    found = dict.fromkeys(name for row in rows for name in row if name.endswith(_KINDS))
+    found = dict.fromkeys(name for row in rows for name in row if is_per_target(name))
     for name in list(found):
         if name.endswith(_LISTS):
             prefix = name.removesuffix(_LISTS[0]).removesuffix(_LISTS[1])

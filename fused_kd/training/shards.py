@@ -180,11 +180,12 @@ def _check_hidden(index: dict[str, Any]) -> None:
         raise ValueError(f"no hidden states are in {str(index['dtype'])[:80]}, with a head {str(head)[:200]}")
     if index["vocab_size"] > head["rows"]:
         raise ValueError(f"no head of {head['rows']} rows has {index['vocab_size']} tokens")
-    numbers = [head["logit_scale"], *error.values(), *([] if head["softcap"] is None else [head["softcap"]])]
+    errors = [error[name] for name in ("logits", "kl", "top_1", "tokens")]
+    numbers = [head["logit_scale"], *errors, *([] if head["softcap"] is None else [head["softcap"]])]
     if not all(type(value) in (int, float) for value in numbers):
         raise ValueError(f"scale, cap and errors must be numbers, got {str(numbers)[:200]}")
     if index["project"] is not None:
-        check_counts(project=index["project"])
+        check_counts(project=index["project"], from_width=index["from_width"])
     parts = [head] if index["projection"] is None else [head, index["projection"]]
     if not all(part["bytes"] > 0 and isinstance(part["sha256"], str) for part in parts):
         raise ValueError(f"no head and projection can be {str(parts)[:200]}")

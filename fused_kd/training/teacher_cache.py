@@ -209,15 +209,14 @@ class TeacherCache:
         Raises:
             ValueError: a batch without the columns.
         """
-        if missing := [name for name in self.columns if name not in batch]:
+        needed = self.columns[:2]  # with lists of others there may be no log_rest
+        if missing := [name for name in needed if name not in batch]:
             raise ValueError(
-                f"batch must have {' and '.join(self.columns)} for the cached teacher {self!r}, it lacks "
-                f"{' and '.join(missing)}: the collators of fused_kd.training (Collator, PackingCollator) put those of "
-                "cache.rows(...) there"
+                f"batch must have {' and '.join(missing)} for the cached teacher {self!r}: the collators of "
+                "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
             )
-        given = [batch[name].to(device) for name in self.columns]
-        if self.keep == "lists":
-            assert self.tail is not None
+        given = [batch[name].to(device) for name in self.columns if name in batch]
+        if self.tail is not None:
             log_probs, indices, *rest = given
             return TopK(log_probs, indices, tail=self.tail, log_rest=rest[0] if rest else None)
         stored, options = self._head_on(given[0].device), self._index["head"]
