@@ -117,8 +117,11 @@ class MaskedTail(Dataset[Mapping[str, Any]]):
         for name in TEACHER_COLUMNS:
             if name in row and len(row[name]) == count_targets(labels) < len(labels):
                 row[name] = row[name][:0]
-        masked = torch.full_like(labels, LABEL_PAD)
-        return {**row, "labels": masked if isinstance(row["labels"], torch.Tensor) else masked.tolist()}
+        for name in ("labels", "teacher_labels"):  # the latter of a teacher with another prompt
+            if name in row:
+                masked = torch.full_like(torch.as_tensor(row[name]), LABEL_PAD)
+                row[name] = masked if isinstance(row[name], torch.Tensor) else masked.tolist()
+        return row
 
 
 def has_rows(dataset: Any) -> bool:
