@@ -4,6 +4,7 @@ from ._version import __version__
 from .inputs import KDOutput, Lists, LMHead, TopK
 from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
+from .mixtures import Mixture
 from .objectives import (
     OBJECTIVES,
     SFT,
@@ -46,6 +47,7 @@ __all__ = [
     "KDOutput",
     "LMHead",
     "Lists",
+    "Mixture",
     "NoEvo",
     "Renyi",
     "ReverseKD",

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_kd import LMHead
 from fused_kd.integrations.bodies import eval_mode, without_adapters
 from fused_kd.integrations.heads import lm_head_of
+from fused_kd.integrations.routing import routed_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,12 @@ class StudentView(torch.nn.Module):
         with self.active():
             return _constant(lm_head_of(self.student, hidden))
 
+    def within(self, step: Any, then: Callable[[Callable[[], LMHead]], None]) -> None:
+        """As of :mod:`fused_kd.integrations.forms`: the states first; its head where the student's is whole."""
+        with torch.no_grad(), self.active():
+            states = routed_states(step.model, step.read)
+        then(lambda: step.placed(self.head(states)))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.active():
             return self.student(*args, **kwargs)
@@ -132,6 +139,15 @@ class StudentView(torch.nn.Module):
 
 class AsItIs(StudentView):
     """The student itself, to be given another prompt."""
+
+    def within(self, step: Any, then: Callable[[Callable[[], LMHead]], None]) -> None:
+        """As of :class:`StudentView`; ``ValueError`` for a batch without another prompt."""
+        if "teacher_input_ids" not in step.columns:
+            raise ValueError(
+                "batch must have teacher_input_ids and teacher_labels for OwnTeacher(), another prompt than the "
+                "student's (fused_kd.training.with_context): with the same one the target is its own output"
+            )
+        super().within(step, then)
 
 
 class AdaptersOff(StudentView):
