@@ -15,6 +15,7 @@ from transformers import DataCollatorWithFlattening
 
 from fused_kd.integrations.distributed import TEACHER_COLUMNS
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.training.contexts import teacher_batch
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -52,7 +53,8 @@ class Collator:
         lists (``teacher_log_probs`` and ``teacher_indices`` (n, K), one list a label that has a token before it and
         carries loss) also ``teacher_log_probs`` float32 and ``teacher_indices`` int64 (rows, length, K): position i has
         the distribution of the token at i + 1, as the loss takes it with ``shift=True``; a position without loss the
-        ids 0 to K - 1, all alike.
+        ids 0 to K - 1, all alike. Of rows with ``teacher_input_ids`` and ``teacher_labels`` (:func:`with_context`), for
+        a teacher with another prompt, also ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``.
 
     Raises:
         TypeError: a row that is no dict.
@@ -85,7 +87,7 @@ class Collator:
             batch = without_first_targets(batch)
         if any("teacher_log_probs" in row for row in rows):
             batch |= self._teacher_lists(rows, batch["labels"][:, 1:] != LABEL_PAD)
-        return batch
+        return batch | teacher_batch(rows, self)
 
     def _padded(self, rows: Sequence[Any], fill: int) -> Tensor:
         """(rows, length) int64."""
@@ -123,7 +125,8 @@ class PackingCollator(DataCollatorWithFlattening):
     the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the rows apart; a trainer of
     this library tries both models with the first batch and refuses one that does not (Falcon, Bloom, Mamba, ...). The
     first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds FlashAttention's row
-    limits.
+    limits. Rows with ``teacher_input_ids`` and ``teacher_labels`` are laid end to end too, with
+    ``teacher_position_ids``.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
@@ -133,4 +136,4 @@ class PackingCollator(DataCollatorWithFlattening):
             apart = [Collator(0)([row]) for row in features]
             for name in TEACHER_COLUMNS:
                 batch[name] = torch.cat([row[name] for row in apart], dim=1)
-        return batch
+        return batch | teacher_batch(features, self)
