@@ -15,6 +15,7 @@ from transformers import DataCollatorWithFlattening
 
 from fused_kd.integrations.forms import TEACHER_ID, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.training.contexts import teacher_batch
 
 _LISTS = ("_log_probs", "_indices")
 
@@ -61,6 +62,9 @@ class Collator:
         Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
         teacher is theirs, give ``teacher_id`` (rows,) int64.
 
+        Rows with ``teacher_input_ids`` and ``teacher_labels`` (:func:`with_context`), for a teacher with another
+        prompt, give ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``.
+
     Raises:
         TypeError: a row that is no dict.
         ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
@@ -96,7 +100,7 @@ class Collator:
         if any(TEACHER_ID in row for row in rows):
             _check_everywhere(TEACHER_ID, rows)
             batch[TEACHER_ID] = torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
-        return batch
+        return batch | teacher_batch(rows, self)
 
     def _padded(self, rows: Sequence[Any], fill: int) -> Tensor:
         """(rows, length) int64."""
@@ -153,7 +157,8 @@ class PackingCollator(DataCollatorWithFlattening):
     row; from them and from the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the
     rows apart; a trainer of this library tries both models with the first batch and refuses one that does not (Falcon,
     Bloom, Mamba, ...). The first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds
-    FlashAttention's row limits.
+    FlashAttention's row limits. Rows with ``teacher_input_ids`` and ``teacher_labels`` are laid end to end too, with
+    ``teacher_position_ids``.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
@@ -166,11 +171,12 @@ class PackingCollator(DataCollatorWithFlattening):
         plain = [{name: value for name, value in row.items() if name not in own} for row in features]
         batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if columns:
-            apart = [Collator(0)([row]) for row in features]
+            needed = ("input_ids", "labels", *columns)
+            apart = [Collator(0)([{name: row[name] for name in needed}]) for row in features]
             for name in columns:
                 batch[name] = torch.cat([row[name] for row in apart], dim=1)
         if ids:
             each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
             lengths = torch.tensor([len(row["input_ids"]) for row in features])
             batch[TEACHER_ID] = each.repeat_interleave(lengths)[None]
-        return batch
+        return batch | teacher_batch(features, self)
