@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_kd.training.codes import decode, encode
+from fused_kd.training.codes import decode, decode_ids, encode, encode_ids, id_bits, ids_are_packed, packed_bytes
 
 
 @st.composite
@@ -71,3 +71,43 @@ def test_bad_lists() -> None:
             encode(np.array(values, dtype=np.float32), "fp16")
     with pytest.raises(ValueError, match="dtype must be one of 'fp16', '8bit', 'fp32', got 'int8'"):
         encode(np.zeros((1, 1), dtype=np.float32), "int8")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2**31), st.integers(1, 40), st.integers(0, 5))
+def test_packed_ids_come_back(seed: int, vocab_size: int, k: int, tokens: int) -> None:
+    """The least and the largest among them; each token by itself too."""
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (tokens, k))
+    ids[:, 0], ids[:, -1] = 0, vocab_size - 1
+    packed = encode_ids(ids, vocab_size)
+    assert packed.dtype == np.uint8 and packed.shape == (tokens, packed_bytes(k, vocab_size))
+    assert 8 * packed.shape[1] < k * id_bits(vocab_size) + 8
+    found = decode_ids(packed, k, vocab_size)
+    assert found.dtype == np.int64 and np.array_equal(found, ids)
+    for token in range(tokens):
+        assert np.array_equal(decode_ids(packed[token : token + 1], k, vocab_size), ids[token : token + 1])
+
+
+@pytest.mark.parametrize(
+    "vocab_size, bits, packed",
+    [(1, 1, True), (2, 1, True), (3, 2, True), (32_000, 15, True), (49_152, 16, False), (65_536, 16, False),
+     (65_537, 17, True), (128_256, 17, True), (151_936, 18, True)],
+)  # fmt: skip
+def test_bits_of_an_id(vocab_size: int, bits: int, packed: bool) -> None:
+    assert id_bits(vocab_size) == bits and ids_are_packed(64, vocab_size) == packed
+    assert packed_bytes(64, vocab_size) == 8 * bits and packed_bytes(1, vocab_size) == -(-bits // 8)
+
+
+def test_ids_are_packed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(0).integers(0, 128_256, (50, 7)).astype(np.int32)
+    whole = encode_ids(ids, 128_256)
+    monkeypatch.setattr("fused_kd.training.codes._PACKED_AT_ONCE", 20)
+    assert np.array_equal(encode_ids(ids, 128_256), whole)
+
+
+def test_ids_that_cannot_be_packed() -> None:
+    for wrong in (-1, 300):
+        with pytest.raises(ValueError, match=r"ids must be in \[0, 299\]"):
+            encode_ids(np.array([[0, wrong]]), 300)
+    with pytest.raises(ValueError, match="3 ids of a vocabulary of 300 have 4 bytes, got 3"):
+        decode_ids(np.zeros((2, 3), dtype=np.uint8), 3, 300)
