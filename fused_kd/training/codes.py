@@ -59,7 +59,7 @@ def encode_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     Raises:
         ValueError: an id that is not in [0, vocab_size - 1].
     """
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(f"ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
     count, k = ids.shape
     packed = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
