@@ -53,8 +53,12 @@ def ids_are_packed(k: int, vocab_size: int) -> bool:
     return packed_bytes(k, vocab_size) < k * id_dtype(vocab_size).itemsize
 
 
-def encode_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """(N, k) integers below ``vocab_size`` -> (N, :func:`packed_bytes`) uint8; :func:`decode_ids` reads them.
+def encode_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """The array that stands for ``ids`` (N, k), integers below ``vocab_size``; :func:`decode_ids` reads it.
+
+    Returns:
+        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or where that is not smaller ``indices`` (N, k) of
+        :func:`id_dtype`.
 
     Raises:
         ValueError: an id that is not in [0, vocab_size - 1].
@@ -62,33 +66,30 @@ def encode_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(f"ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
     count, k = ids.shape
+    if not ids_are_packed(k, vocab_size):
+        return {"indices": ids.astype(id_dtype(vocab_size))}
     packed = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
-    step = max(1, _PACKED_AT_ONCE // max(k, 1))
+    step = max(1, _PACKED_AT_ONCE // k)
     for start in range(0, count, step):
         own = np.ascontiguousarray(ids[start : start + step], dtype="<u4").view(np.uint8).reshape(-1, k, 4)
         bits = np.unpackbits(own, axis=2, count=id_bits(vocab_size), bitorder="little")
         packed[start : start + step] = np.packbits(bits.reshape(len(own), -1), axis=1, bitorder="little")
-    return packed
+    return {"packed_ids": packed}
 
 
-def decode_ids(packed: np.ndarray, k: int, vocab_size: int) -> np.ndarray:
-    """(N, k) int64 from what :func:`encode_ids` gave.
-
-    Raises:
-        ValueError: another number of bytes than k ids have.
-    """
-    if packed.shape[1] != packed_bytes(k, vocab_size):
-        raise ValueError(
-            f"{k} ids of a vocabulary of {vocab_size} have {packed_bytes(k, vocab_size)} bytes, got {packed.shape[1]}"
-        )
+def decode_ids(arrays: Mapping[str, np.ndarray], k: int, vocab_size: int) -> np.ndarray:
+    """(N, k) int64 from the array of :func:`encode_ids`, which others may lie beside."""
+    if "indices" in arrays:
+        return arrays["indices"].astype(np.int64)
     bits = id_bits(vocab_size)
     byte, shift = np.divmod(np.arange(k) * bits, 8)
     reach = -(-(bits + 7) // 8)  # an id lies in so many bytes at most
-    padded = np.pad(packed, ((0, 0), (0, reach)))
-    ids = np.zeros((len(packed), k), dtype=np.int64)
+    padded = np.pad(arrays["packed_ids"], ((0, 0), (0, reach)))
+    ids = np.zeros((len(padded), k), dtype=np.int64)
     for i in range(reach):
         ids |= padded[:, byte + i].astype(np.int64) << (8 * i)
-    return (ids >> shift) & ((1 << bits) - 1)
+    found: np.ndarray = (ids >> shift) & ((1 << bits) - 1)
+    return found
 
 
 def mass(log_probs: np.ndarray) -> np.ndarray:
