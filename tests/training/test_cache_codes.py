@@ -93,7 +93,7 @@ def test_ids_come_back(seed: int, vocab_size: int, k: int, tokens: int) -> None:
     arrays = encode_ids(ids, vocab_size)
     ((name, array),) = arrays.items()
     bytes_a_token = array.nbytes // max(tokens, 1)
-    assert array.shape[0] == tokens and bytes_a_token <= packed_bytes(k, vocab_size) or name == "indices"
+    assert (array.shape[0] == tokens and bytes_a_token <= packed_bytes(k, vocab_size)) or name == "indices"
     assert bytes_a_token <= k * id_dtype(vocab_size).itemsize
     found = decode_ids(arrays, k, vocab_size)
     assert found.dtype == np.int64 and np.array_equal(found, ids)
