@@ -5,6 +5,7 @@ from .draws import sample_of
 from .inputs import KDOutput, Lists, LMHead, TopK
 from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
+from .mixtures import Mixture
 from .objectives import (
     OBJECTIVES,
     SFT,
@@ -47,6 +48,7 @@ __all__ = [
     "KDOutput",
     "LMHead",
     "Lists",
+    "Mixture",
     "NoEvo",
     "Renyi",
     "ReverseKD",

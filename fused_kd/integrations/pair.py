@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fused_kd import LMHead
 from fused_kd.integrations.bodies import eval_mode, without_adapters
 from fused_kd.integrations.heads import lm_head_of
+from fused_kd.integrations.routing import routed_states
 
 
 class AdaptersOff(torch.nn.Module):
@@ -59,6 +60,12 @@ class AdaptersOff(torch.nn.Module):
         with self.active():
             return lm_head_of(self.student, hidden)
 
+    def within(self, step: Any, then: Callable[[Callable[[], LMHead]], None]) -> None:
+        """As of :mod:`fused_kd.integrations.forms`: the states first; the head is that of the student."""
+        with torch.no_grad(), self.active():
+            states = routed_states(step.model, step.read)
+        then(lambda: step.placed(self.head(states)))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.active():
             return self.student(*args, **kwargs)
@@ -85,6 +92,8 @@ def is_own_base(student: Any, teacher: Any) -> bool:
 
 def paired(student: Any, teacher: Any) -> Any:
     """The teacher, as :class:`AdaptersOff` where it is the student or its base; raises as :func:`check_pair`."""
+    if hasattr(teacher, "bound"):
+        return teacher.bound(student)
     if is_own_base(student, teacher):
         teacher = AdaptersOff(student)
     check_pair(student, teacher)
