@@ -239,11 +239,11 @@ class Lists:
         check_top_p(self.top_p)
 
 
-def check_k(k: object) -> None:
+def check_k(k: object, name: str = "k") -> None:
     if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be a positive integer, got {k!r}")
+        raise TypeError(f"{name} must be a positive integer, got {k!r}")
     if k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
+        raise ValueError(f"{name} must be a positive integer, got {k!r}")
 
 
 def check_top_p(top_p: object) -> None:
