@@ -56,7 +56,9 @@ def _fields() -> Iterator[tuple[str, str | None, str]]:
 _FIELDS = tuple(_fields())
 NAMES = tuple(name if inner is None else f"{name}_{inner}" for name, inner, _ in _FIELDS)
 _TENSORS = tuple(name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind in ("Tensor", "Tensor?"))
-_TENSOR_LISTS = tuple(name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind in ("Tensor[]", "Tensor?[]"))
+_TENSOR_LISTS = tuple(
+    name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind in ("Tensor[]", "Tensor?[]")
+)
 # The op's first arguments are what it can have gradients for.
 _WANTED = tuple(f"wanted_{name}" for name in Wanted._fields)
 _NOTHING = dict.fromkeys(_WANTED, False)

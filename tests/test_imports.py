@@ -111,6 +111,8 @@ LAYERS = (
     ("fused_kd.forecast", "fused_kd.info"),
     ("fused_kd.integrations",),
     ("fused_kd.training",),
+    ("fused_kd.serving",),
+    ("fused_kd.serve",),
     ("examples",),
     ("bench", "tests"),
 )

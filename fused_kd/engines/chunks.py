@@ -142,15 +142,13 @@ class Chunks:
         self.problem, self.index, self.labels = problem, index, labels
         self.student = LogitSource(problem.student, columns, problem.dtype)
         self.teacher: LogitSource | MappedSource | MixedSource | None = None
-        first = None if problem.teacher is None else self._source(problem.teacher, columns)
-        if problem.others:
-            found = [first, *(self._source(side, columns) for side in problem.others)]
-            sides = (problem.teacher, *problem.others)
+        sides = () if problem.teacher is None else (problem.teacher, *problem.others)
+        if len(sides) > 1:
             self.teacher = MixedSource(
-                problem, [Listed(side, columns) if x is None else x for side, x in zip(sides, found, strict=True)]
+                problem, [self._source(side, columns) or Listed(side, columns) for side in sides]
             )
-        else:
-            self.teacher = first
+        elif sides:
+            self.teacher = self._source(sides[0], columns)
 
     def _source(self, teacher: Side, columns: int) -> LogitSource | MappedSource | None:
         """None of a list."""
