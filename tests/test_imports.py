@@ -106,6 +106,7 @@ LAYERS = (
     ("fused_kd.ops",),
     ("fused_kd.parallel", "fused_kd.options", "fused_kd.sides"),
     ("fused_kd.lists", "fused_kd.loss"),
+    ("fused_kd.draws",),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),
     ("fused_kd.integrations",),

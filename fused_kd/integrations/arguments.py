@@ -11,7 +11,9 @@ import torch
 import fused_kd as fk
 from fused_kd.inputs import check_tail_name
 from fused_kd.integrations.bodies import without_adapters
+from fused_kd.integrations.forms import is_given
 from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.mixtures import checked_weights
 from fused_kd.objectives import Objective, parse
 
 if TYPE_CHECKING:
@@ -81,22 +83,48 @@ def check_arguments(args: TrainingArguments | None, kwargs: dict[str, Any]) -> N
         )
 
 
+def as_teachers(teacher: Any) -> tuple[list[Any], list[float] | None]:
+    """The teachers that a trainer is given as one, and the weights of their mixture; None where there are none.
+
+    Raises:
+        TypeError: something that is no teacher, saying what to do with what it is; ValueError: weights that do not fit.
+    """
+    if teacher is None:
+        return [], None
+    if not isinstance(teacher, (list, tuple)):
+        check_teacher(teacher)
+        return [teacher], None
+    pairs = [isinstance(each, (list, tuple)) and len(each) == 2 for each in teacher]
+    if not teacher or (any(pairs) and not all(pairs)):
+        raise TypeError(
+            "teacher must be a model, a cache, a server, a list of (weight, teacher) or a list of teachers, got a list "
+            + ("of pairs and others" if teacher else "of none")
+        )
+    each_one = [each[1] for each in teacher] if all(pairs) else list(teacher)
+    for each in each_one:
+        check_teacher(each)
+    if not all(pairs):
+        return each_one, None
+    weights = checked_weights([each[0] for each in teacher], len(teacher))
+    if any(isinstance(weight, torch.Tensor) for weight in weights):
+        raise TypeError("weights of a trainer's teachers must be numbers, got a tensor")
+    return each_one, weights
+
+
 def check_teacher(teacher: Any) -> None:
-    """Raise ``TypeError`` for a teacher that is no model, saying what to do with what it is."""
-    if isinstance(teacher, torch.nn.Module):
+    """Raise ``TypeError`` for what is no teacher, saying what to do with what it is."""
+    if isinstance(teacher, torch.nn.Module) or is_given(teacher) or hasattr(teacher, "bound"):
         return
     got = type(teacher).__name__
-    hint = "an object with tail and no forward is taken as a cache"
+    hint = "an object with head(batch, targets, device), or with tail, and no forward is taken as a cache or a server"
     if isinstance(teacher, (str, Path)):
-        got, hint = repr(str(teacher)), "load it (AutoModelForCausalLM.from_pretrained), or open a cache (TeacherCache)"
-    elif isinstance(teacher, (list, tuple)):
         got, hint = (
-            f"{got} of {len(teacher)}",
-            "a trainer has one teacher; train with one that averages several, or with fused_kd.kd_loss yourself",
+            repr(str(teacher)),
+            "load it (AutoModelForCausalLM.from_pretrained), open a cache (TeacherCache) or a server (ServedTeacher)",
         )
     elif hasattr(teacher, "output_dir"):
         hint = "the teacher comes before it, or give the arguments by name: args=..."
-    raise TypeError(f"teacher must be a model or a cache of one, got {got}: {hint}")
+    raise TypeError(f"teacher must be a model, a cache of one or a server, got {got}: {hint}")
 
 
 def check_tokenizers(student: Any, teacher: Any, processing_class: Any) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fused_kd import TopK
 from fused_kd.engines.problem import largest
 
 if TYPE_CHECKING:
@@ -18,29 +17,6 @@ if TYPE_CHECKING:
 
 # what a batch of a cached teacher carries, each (batch, length, K)
 TEACHER_COLUMNS = ("teacher_log_probs", "teacher_indices")
-
-
-@runtime_checkable
-class CachedTeacher(Protocol):
-    """A teacher whose top entries come with the batches: ``tail`` is that of :class:`fused_kd.TopK`."""
-
-    tail: str
-
-
-def is_cached(teacher: Any) -> bool:
-    """Whether the teacher is a cache, and no model to run."""
-    return isinstance(teacher, CachedTeacher) and not hasattr(teacher, "forward")
-
-
-def lists_of(lists: dict[str, torch.Tensor], cache: CachedTeacher) -> TopK:
-    """The teacher of a batch from its ``TEACHER_COLUMNS``; ``ValueError`` where they are missing."""
-    if len(lists) < len(TEACHER_COLUMNS):
-        raise ValueError(
-            f"batch must have {' and '.join(TEACHER_COLUMNS)} for the cached teacher {cache!r}: the collators of "
-            "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
-        )
-    log_probs, indices = (lists[name] for name in TEACHER_COLUMNS)
-    return TopK(log_probs, indices, tail=cache.tail)
 
 
 def shards_weights(accelerator: Accelerator) -> bool:

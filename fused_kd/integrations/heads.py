@@ -70,26 +70,33 @@ def check_head_module(model: PreTrainedModel, *, plain: bool = False) -> Any:
 def common_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int | None, tokenizer: Any
 ) -> int | None:
-    """The columns to cut both heads to, or None where they have equal sizes and ``vocab_size`` is None.
+    """:func:`common_columns` of the models' heads."""
+    models = [model for model in (student, teacher) if model is not None]
+    return common_columns([rows_of(check_head_module(model).weight) for model in models], vocab_size, tokenizer)
 
-    Unequal heads need ``vocab_size``, or the ``tokenizer`` that both share (or a processor that has it), whose length
-    it is then. Raises ``ValueError`` without either, and for a ``vocab_size`` beyond a head.
+
+def common_columns(heads: list[int], vocab_size: int | None, tokenizer: Any) -> int | None:
+    """The columns to cut all heads to, the student's first, or None where they have equal sizes and ``vocab_size`` is
+    None.
+
+    Unequal heads need ``vocab_size``, or the ``tokenizer`` that all share (or a processor that has it), whose length it
+    is then. Raises ``ValueError`` without either, and for a ``vocab_size`` beyond a head.
     """
-    heads = [rows_of(check_head_module(model).weight) for model in (student, teacher) if model is not None]
     if vocab_size is None:
         if len(set(heads)) == 1:
             return None
+        sizes = " and ".join(map(str, heads))
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if tokenizer is None or not hasattr(tokenizer, "__len__"):
             raise ValueError(
-                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}: give vocab_size, or "
-                "the shared tokenizer as processing_class, to cut both heads to the common tokens; or vocab_map, which "
+                f"student and teacher have vocabularies of {sizes}: give vocab_size, or "
+                "the shared tokenizer as processing_class, to cut the heads to the common tokens; or vocab_map, which "
                 "says which of the teacher's columns the student's are"
             )
         vocab_size = len(tokenizer)
         if vocab_size > min(heads):
             raise ValueError(
-                f"student and teacher have vocabularies of {heads[0]} and {heads[1]}, and the tokenizer {vocab_size} "
+                f"student and teacher have vocabularies of {sizes}, and the tokenizer {vocab_size} "
                 f"tokens: those from {min(heads)} on (added to one model?) are unknown to the other. Give "
                 f"vocab_size={min(heads)} to leave them out, if no label has one, or resize the other model"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,41 +12,48 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, de
 import fused_kd as fk
 from fused_kd.integrations.arguments import (
     as_criterion,
+    as_teachers,
     check_arguments,
     check_cache,
     check_tail_of_map,
-    check_teacher,
     check_tokenizers,
 )
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import (
-    TEACHER_COLUMNS,
-    CachedTeacher,
     check_engine,
     hard_threshold,
-    is_cached,
-    lists_of,
     prepare_arguments,
     shard_teacher,
     shards_weights,
     sum_over_ranks,
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
-from fused_kd.integrations.heads import check_head_module, common_vocab_size
+from fused_kd.integrations.forms import (
+    BATCH_COLUMNS,
+    ModelForm,
+    Prefetching,
+    Step,
+    Teaching,
+    is_given,
+    on_device,
+    targets_of,
+)
+from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
-from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
+from fused_kd.integrations.pair import check_trainable, paired
 from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.integrations.vocabulary import TeacherMap
+from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
 from fused_kd.options import LossOptions, check_tail, statistics_columns, statistics_names
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 else:
     Trainer = object  # the class that the mixin is put before brings its own
 
@@ -73,12 +81,23 @@ class KDLossMixin(EvaluatedByTokens):
             need a head without one.
         args: the Trainer's arguments. ``label_smoothing_factor`` must be 0.
         *trainer_args: further positional arguments of the Trainer.
-        teacher: another model of the same kind on the same vocabulary; it is frozen, kept in eval mode, and moved to
-            the training's device or sharded as the student is (FSDP2, ZeRO-3). A PEFT model may be its own teacher:
-            give it, its base, or with ``peft_config`` the model itself, and the teacher is the student with its
-            adapters off, without a second copy. Or a cache: any object with ``tail`` and no ``forward``; then batches
-            also hold ``teacher_log_probs`` (float) and ``teacher_indices`` (int64), (batch, length, K), aligned with
-            the hidden states. None for objectives without a teacher (SFT).
+        teacher: one of these, or several; None for objectives without a teacher (SFT).
+
+            - another model of the same kind on the same vocabulary; it is frozen, kept in eval mode, and moved to the
+              training's device or sharded as the student is (FSDP2, ZeRO-3);
+            - a PEFT model, its base, or with ``peft_config`` the model itself: the student with its adapters off,
+              without a second copy; or another :class:`fused_kd.integrations.own.OwnTeacher`;
+            - a teacher that is no model here, :class:`fused_kd.integrations.forms.GivenTeacher`: a cache
+              (:class:`fused_kd.training.teacher_cache.TeacherCache`, whose columns the batches hold), a server
+              (:class:`fused_kd.serving.client.ServedTeacher`), or any object with ``tail`` and no ``forward``, whose
+              ``teacher_log_probs`` (float) and ``teacher_indices`` (int64), (batch, length, K), are in the batches,
+              aligned with the hidden states;
+            - ``[(weight, teacher), ...]``: the mixture of their probabilities, see :class:`fused_kd.Mixture`;
+            - ``[teacher, ...]``: each row's own, by the number in ``teacher_id`` (batch,) of the batches.
+
+            Models read ``teacher_input_ids`` in place of the batch's ``input_ids`` where it has them, for a prompt of
+            the teacher's own, with ``teacher_attention_mask`` or ``teacher_position_ids`` and ``teacher_labels``, which
+            mark the same tokens as ``labels``.
         objective: one of ``fused_kd``'s objectives, their sums, or its text (:func:`fused_kd.objectives.parse`).
         criterion: in place of ``objective``: a :class:`fused_kd.KDLoss`, whose options are used too. ``shift`` is
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
@@ -111,7 +130,7 @@ class KDLossMixin(EvaluatedByTokens):
         model: Any = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
-        teacher: PreTrainedModel | CachedTeacher | None = None,
+        teacher: Any = None,
         objective: Objective | str | None = None,
         criterion: fk.KDLoss | None = None,
         vocab_size: int | None = None,
@@ -129,25 +148,16 @@ class KDLossMixin(EvaluatedByTokens):
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        if not self.objective.spec.needs_teacher:
-            teacher = None
-        elif teacher is None:
+        self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
+        if self.objective.spec.needs_teacher and not self._teachers:
             raise ValueError(f"teacher must be given for {self.objective!r}")
-        self.cache: Any = teacher if is_cached(teacher) else None
+        self.teaching: Teaching | None = None
         statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
-        if self.cache is not None:
-            check_tail(self.objective, str(self.cache.tail), self.kd_options["temperature"])
-        if self.cache is not None and criterion.lists is not None:
-            raise ValueError(f"lists must be None with a cache, whose lists are made, got {criterion.lists!r}")
-        if self.cache is not None and self.kd_statistics:
-            names = ", ".join(self.kd_statistics)
-            raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
-        self.teacher: Any = cast(Any, teacher if self.cache is None else None)
+        for each in self._teachers:
+            self._check_lists(each)
         check_arguments(args, kwargs)
         if model is None:
             raise ValueError("model must be given, got None")
-        if self.teacher is not None:
-            check_teacher(self.teacher)
         if isinstance(model, torch.nn.Module) and kwargs.get("peft_config") is None:
             self._take_models(model, vocab_size, kwargs.get("processing_class"))
         prepare_arguments(args)
@@ -166,10 +176,10 @@ class KDLossMixin(EvaluatedByTokens):
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
         models = self._own_models(student)
-        if len(models) == 2 and self.vocabulary is None:
-            check_tokenizers(student, self.teacher, self.processing_class)
-        if self.cache is not None:
-            check_cache(self.cache, self.processing_class)
+        for each in models[1:] if self.vocabulary is None else ():
+            check_tokenizers(student, each, self.processing_class)
+        for given in [] if self.teaching is None else self.teaching.given:
+            check_cache(given.given, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
@@ -177,14 +187,14 @@ class KDLossMixin(EvaluatedByTokens):
             # an adapter's own modules are not called, so nothing would gather their weights
             check_head_module(each, plain=sharded or not self.adapted_heads)
             route_head_loss(each)
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
+        for each in models[1:]:
+            each.requires_grad_(False).eval()
         # sharded models are whole, or real at all on this rank, only when they run
         self._models_checked = not sharded
         if self._models_checked:
-            placed = getattr(self.teacher, "hf_device_map", None) or getattr(self.teacher, "is_quantized", False)
-            if self.teacher is not None and not placed:
-                self._move_model_to_device(self.teacher, self.args.device)
+            for each in models[1:]:
+                if not (getattr(each, "hf_device_map", None) or getattr(each, "is_quantized", False)):
+                    self._move_model_to_device(each, self.args.device)
             for each in models:
                 check_lm_head(each)
         self._packing_checked = False
@@ -192,38 +202,72 @@ class KDLossMixin(EvaluatedByTokens):
         self._step_gamma: float | None = None
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
-        """Check student and teacher by their structure; set ``vocab_size`` and ``shift``."""
-        self.teacher = paired(student, self.teacher)
-        for each in (student, self.teacher):
-            if each is not None:
-                check_head_module(each, plain=not self.adapted_heads)
+        """Check student and teachers by their structure; set ``teaching``, ``vocab_size`` and ``shift``."""
         self.shift = labels_need_shift(student)
+        pairs = [each if is_given(each) else paired(student, each) for each in self._teachers]
+        self.teaching = Teaching(pairs, self._weights) if pairs else None
+        models = self._own_models(student)
+        for each in models:
+            check_head_module(each, plain=not self.adapted_heads)
         if self._vocab_map is None:
-            self.vocab_size = common_vocab_size(student, self.teacher, vocab_size, tokenizer)
+            heads = [rows_of(check_head_module(each).weight) for each in models]
+            heads += [] if self.teaching is None else self.teaching.vocab_sizes
+            self.vocab_size = common_columns(heads, vocab_size, tokenizer)
         else:
             self.vocab_size = vocab_size
             self.vocabulary = self._mapped(student)
-        if self.teacher is not None and labels_need_shift(self.teacher) != self.shift:
-            kinds = ("a decoder-only", "an encoder-decoder")
+        for each in models[1:]:
+            if labels_need_shift(each) != self.shift:
+                kinds = ("a decoder-only", "an encoder-decoder")
+                raise ValueError(
+                    f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
+                )
+
+    def _check_lists(self, teacher: Any) -> None:
+        """Of a teacher that gives lists, whether they go with the loss."""
+        tail = getattr(teacher, "tail", None) if is_given(teacher) else None
+        if tail is None:
+            return
+        if len(self._teachers) == 1 or tail == "bucket":
+            check_tail(self.objective, str(tail), self.kd_options["temperature"])
+        if tail == "listed" and len(self._teachers) > 1:
             raise ValueError(
-                f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
+                "tail must be 'renormalize', 'uniform' or 'bucket' of one of several teachers, got 'listed'"
             )
+        if self.kd_options["lists"] is not None:
+            raise ValueError(f"lists must be None with a cache, whose lists are made, got {self.kd_options['lists']!r}")
+        if self.kd_statistics:
+            names = ", ".join(self.kd_statistics)
+            raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
+
+    @property
+    def teacher(self) -> Any:
+        """The one teacher that is a model, or the student itself; None of several, and of a given one."""
+        if self.teaching is None or len(self.teaching.forms) > 1 or self.teaching.given:
+            return None
+        form = self.teaching.forms[0]
+        return form.model if isinstance(form, ModelForm) else form
 
     def _mapped(self, student: Any) -> TeacherMap:
-        if self.teacher is None:
-            why = "with a cache" if self.cache is not None else f"for {self.objective!r}, which has no teacher"
+        teaching = self.teaching
+        if teaching is None or len(teaching.forms) > 1 or teaching.given:
+            why = f"for {self.objective!r}, which has no teacher"
+            if teaching is not None:
+                why = "with a cache or a server" if len(teaching.forms) == 1 else "with several teachers"
             raise ValueError(f"vocab_map must be None {why}")
         if not self.shift:
             raise ValueError(f"vocab_map must be None for {type(student).__name__}: it is for causal LMs")
         options = {**self.kd_options, "vocab_size": self.vocab_size}
-        return TeacherMap(
+        made = TeacherMap(
             self._vocab_map, self._tail, self.objective, options, self.kd_statistics,
             student=student, teacher=self.teacher,
         )  # fmt: skip
+        teaching.models[0].vocabulary = made
+        return made
 
     def _own_models(self, student: Any) -> list[Any]:
-        """The student, and the teacher where that is a model of its own."""
-        return [student] if self.teacher is None or isinstance(self.teacher, AdaptersOff) else [student, self.teacher]
+        """The student, and the teachers that are models of their own."""
+        return [student, *(form.model for form in (self.teaching.models if self.teaching else ()))]
 
     def current_objective(self) -> Objective:
         """The objective of the current step; to be overridden for one that changes."""
@@ -264,10 +308,10 @@ class KDLossMixin(EvaluatedByTokens):
         weights = self._token_weights(inputs)
         # an encoder-decoder makes its decoder's inputs from them
         labels = inputs.pop("labels") if self.shift else inputs["labels"]
-        lists = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
+        columns = {name: inputs.pop(name) for name in self._teacher_columns if name in inputs}
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
-        def loss(head: fk.LMHead, teacher: fk.LMHead | fk.TopK | None) -> fk.KDOutput:
+        def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
             # evaluation and the ranking of a step's tokens log none
             told = self.kd_statistics if model.training and torch.is_grad_enabled() else ()
             return fk.kd_loss(
@@ -278,18 +322,22 @@ class KDLossMixin(EvaluatedByTokens):
             self._check_sharded(model)
         if not self._packing_checked and self.shift:
             self._check_packing(model, inputs)
-        cached = None
-        if self.cache is not None and objective.spec.needs_teacher:
-            cached = lists_of(lists, self.cache)
+        within = None
+        if self.teaching is not None and objective.spec.needs_teacher:
+            step = Step(model, inputs, columns, targets_of(labels, self.shift))
+            within = functools.partial(self.teaching.within, step)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            return loss_of_heads(
-                model, self.teacher, inputs, loss, ranks=ranks, cached=cached, vocabulary=self.vocabulary
-            )
+            return loss_of_heads(model, inputs, loss, ranks=ranks, within=within)
+
+    @property
+    def _teacher_columns(self) -> tuple[str, ...]:
+        """What of a batch is for teachers alone."""
+        return (*BATCH_COLUMNS, *(self.teaching.columns if self.teaching else ()))
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
-        if len(self._own_models(model)) == 2:
-            self.teacher = shard_teacher(self.teacher, self.accelerator)
+        for form in self.teaching.models if self.teaching else ():
+            form.model = shard_teacher(form.model, self.accelerator)
         for each in self._own_models(model):
             check_lm_head(each)
         self._models_checked = True
@@ -354,6 +402,9 @@ class KDLossMixin(EvaluatedByTokens):
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)
+        eager = [form.given for form in self.teaching.given if hasattr(form.given, "prefetch")] if self.teaching else []
+        if eager:
+            self.data_collator = Prefetching(self.data_collator, eager, self.shift)
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -368,13 +419,14 @@ class KDLossMixin(EvaluatedByTokens):
         # on the host, labels tell which tokens to drop without a synchronisation
         kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
         # DeepSpeed's way with inputs would round these
-        kept |= {key: inputs[key].to(self.args.device) for key in TEACHER_COLUMNS if key in inputs}
+        columns = {name: inputs[name] for name in self._teacher_columns if name in inputs}
+        kept |= on_device(columns, self.args.device)
         return {**super()._prepare_inputs({key: value for key, value in inputs.items() if key not in kept}), **kept}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns = list(dict.fromkeys([*columns, *TEACHER_COLUMNS]))  # type: ignore[assignment]
+        self._signature_columns = list(dict.fromkeys([*columns, *self._teacher_columns]))  # type: ignore[assignment]
 
 
 _COLLATOR = "fused_kd.training.Collator pads input_ids and labels"

@@ -8,6 +8,8 @@ One call of :func:`loss_of_heads`, where the loss is made all weights are gather
                 loss(head_s, head_t)    both heads are whole: the loss, and with it the gradients
         {}                              all that the teacher's forward returns
     {"loss": ...}                       what the student's forward returned: the backward begins there
+
+Of several teachers, one lies inside the other.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fused_kd import KDOutput, LMHead, TopK
+from fused_kd import KDOutput, LMHead
 from fused_kd.integrations.bodies import eval_mode, hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
-from fused_kd.integrations.pair import AdaptersOff
-from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.integrations.weights import is_quantised, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     _HeadLoss = Callable[[LMHead], dict[str, torch.Tensor]]
+    # calls what it is given where the teachers' heads are whole, with what makes the teacher of a loss
+    Within = Callable[[Callable[[Callable[[], Any]], None]], None]
 
 
 def route_head_loss(model: PreTrainedModel) -> None:
@@ -69,45 +71,34 @@ def route_head_loss(model: PreTrainedModel) -> None:
 
 def loss_of_heads(
     model: torch.nn.Module,
-    teacher: torch.nn.Module | None,
     inputs: dict[str, Any],
-    loss: Callable[[LMHead, LMHead | TopK | None], KDOutput],
+    loss: Callable[[LMHead, Any], KDOutput],
     *,
     ranks: int = 1,
-    cached: TopK | None = None,
-    vocabulary: TeacherMap | None = None,
+    within: Within | None = None,
 ) -> tuple[torch.Tensor, KDOutput]:
-    """``ranks`` times the loss of two routed models on the same inputs, for the backward; and ``loss``'s own result.
+    """``ranks`` times the loss of a routed student, for the backward; and ``loss``'s own result.
 
-    The student's loss is made inside its head module's call, that inside the teacher's: there both heads are whole,
-    whatever shards them. The teacher's hooks see no graph, and it is in eval mode. Of :class:`AdaptersOff` the states
-    are made first, and its head is that of the student. Without a ``teacher``, ``loss`` is given ``cached``.
-    With ``vocabulary`` the teacher's inputs and head are made to go with the student's.
+    The loss is made inside the student's head module's call, and that inside those of the teachers: there all heads are
+    whole, whatever shards them. ``within`` is :meth:`fused_kd.integrations.forms.Teaching.within` of a step; without it
+    ``loss`` is given None for a teacher.
     """
     out: list[KDOutput] = []
     returned: list[torch.Tensor] = []
     gradients = torch.is_grad_enabled()
 
-    def student(target: Callable[[], LMHead | TopK | None]) -> dict[str, torch.Tensor]:
+    def student(target: Callable[[], Any]) -> None:
         def routed(head: LMHead) -> dict[str, torch.Tensor]:
             out.append(loss(head, target()))
             return {"loss": out[0].loss * ranks}
 
         with torch.set_grad_enabled(gradients):
             returned.append(model(**inputs, head_loss=routed)["loss"])
-        return {}
 
-    if teacher is None:
-        student(lambda: cached)
-    elif isinstance(teacher, AdaptersOff):
-        with torch.no_grad(), teacher.active():
-            states = routed_states(model, inputs)
-        student(lambda: teacher.head(states))
+    if within is None:
+        student(lambda: None)
     else:
-        teacher.eval()
-        read = inputs if vocabulary is None else vocabulary.inputs(inputs)
-        with torch.no_grad():
-            teacher(**read, head_loss=lambda head: student(lambda: vocabulary.head(head) if vocabulary else head))
+        within(student)
     made = returned[0]
     if made.dtype != torch.float32:
         # FSDP2 rounds what leaves the model: keep the value, and the gradient's path

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fused_kd.integrations.distributed import TEACHER_COLUMNS
+from fused_kd.integrations.forms import OTHER_LABELS, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
 
 
@@ -99,7 +99,7 @@ class PaddedSampler(Sampler[int]):
 class MaskedTail(Dataset[Mapping[str, Any]]):
     """A data set whose index ``count + i`` gives row ``i`` with every label -100: no loss, no token counted.
 
-    Lists of a cached teacher, where there is one a label with loss, go with the labels.
+    What a cached teacher says of each label with loss, and the labels of a prompt of its own, go with them.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -114,11 +114,13 @@ class MaskedTail(Dataset[Mapping[str, Any]]):
             return cast(Mapping[str, Any], self.rows[index])
         row = dict(self.rows[index - self.count])
         labels = torch.as_tensor(row["labels"])
-        for name in TEACHER_COLUMNS:
-            if name in row and len(row[name]) == count_targets(labels) < len(labels):
+        for name in filter(is_per_target, row):
+            if len(row[name]) == count_targets(labels) < len(labels):
                 row[name] = row[name][:0]
-        masked = torch.full_like(labels, LABEL_PAD)
-        return {**row, "labels": masked if isinstance(row["labels"], torch.Tensor) else masked.tolist()}
+        for name in {"labels", OTHER_LABELS} & row.keys():
+            masked = torch.full_like(torch.as_tensor(row[name]), LABEL_PAD)
+            row[name] = masked if isinstance(row[name], torch.Tensor) else masked.tolist()
+        return row
 
 
 def has_rows(dataset: Any) -> bool:

@@ -6,15 +6,17 @@ generation and logging stay TRL's.
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 try:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
     from trl.experimental import gkd
     from trl.trainer import distillation_trainer
 except ImportError as error:
@@ -23,8 +25,10 @@ except ImportError as error:
     ) from error
 
 import fused_kd as fk
-from fused_kd.integrations.arguments import as_objective, check_tail_of_map, check_tokenizers
+from fused_kd.integrations.arguments import as_objective, as_teachers, check_cache, check_tail_of_map, check_tokenizers
 from fused_kd.integrations.distributed import check_fsdp, sum_over_ranks
+from fused_kd.integrations.forms import GivenForm, Step, Teaching, is_given, targets_of
+from fused_kd.integrations.heads import common_columns
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
 from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
 from fused_kd.integrations.precision import warn_of_lost_updates
@@ -32,7 +36,6 @@ from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
     check_head_module,
     check_lm_head,
-    common_vocab_size,
     route_head_loss,
     rows_of,
 )
@@ -61,7 +64,10 @@ class FusedLoss(Trainer):
     Args:
         model, teacher_model, args, ...: as for TRL's trainer of the same name. With vocabularies padded to unequal
             sizes, models and not names. A PEFT model may be its own teacher (not under DeepSpeed): give it, its base,
-            or with ``peft_config`` the model itself, and the teacher is the student with its adapters off.
+            or with ``peft_config`` the model itself, and the teacher is the student with its adapters off. Other
+            teachers of :class:`fused_kd.integrations.mixin.KDLossMixin` go with a ``model`` that is no name, without
+            DeepSpeed and FSDP: a server, the student itself, ``[(weight, teacher), ...]``. A cache does not: what is
+            trained on is written by the student.
         objective: one of ``fused_kd``'s objectives, or its name. None (default): ``GeneralizedJSD`` with ``args.beta``,
             TRL's own divergence (0: KL(p||q), 1: KL(q||p), p the teacher). The label of an objective with one is the
             token of the completion, on-policy the student's own sample.
@@ -114,6 +120,9 @@ class FusedLoss(Trainer):
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
+        others = None if isinstance(teacher_model, (str, torch.nn.Module)) else _Others(model, teacher_model, args)
+        if others is not None:
+            teacher_model = others
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
         self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend, "lists": lists}
@@ -124,7 +133,7 @@ class FusedLoss(Trainer):
             vocab_size=vocab_size,
             **self.loss_options,
         )
-        loaded = [each for each in (model, teacher_model) if not isinstance(each, str)]
+        loaded = [each for each in (model, teacher_model) if not isinstance(each, (str, _Others))]
         for each in loaded:
             check_head_module(each, plain=True)
         if len(loaded) == 2 and not trainer_args.get("peft_config"):
@@ -136,24 +145,26 @@ class FusedLoss(Trainer):
             temperature = float(settings.temperature) if self.loss_at_sampling_temperature else 1.0
         self.loss_options["temperature"] = temperature
         student: Any = self.accelerator.unwrap_model(self.model)
-        teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
-        if isinstance(teacher, AdaptersOff):
-            if self.is_deepspeed_enabled:
-                raise ValueError(
-                    "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"
-                )
-            self.teacher_model = teacher
-        elif vocab_map is None:
-            check_tokenizers(student, teacher, self.processing_class)
+        self.teaching = self._teaching(student, others)
+        models = [self.accelerator.unwrap_model(form.model) for form in self.teaching.models]
+        for each in models if vocab_map is None else ():
+            check_tokenizers(student, each, self.processing_class)
+        for form in self.teaching.given:
+            check_cache(form.given, self.processing_class)
         check_trainable(student)
         warn_of_lost_updates(student, self.args, self.accelerator)
         self.vocab_size, self.vocabulary = vocab_size, None
         if vocab_map is None:
-            self.vocab_size = common_vocab_size(student, teacher, vocab_size, self.processing_class)
-            self._sample_within(self.vocab_size, student, teacher)
+            heads = [rows_of(check_head_module(each).weight) for each in (student, *models)]
+            heads += self.teaching.vocab_sizes
+            self.vocab_size = common_columns(heads, vocab_size, self.processing_class)
+            self._sample_within(self.vocab_size, heads)
+        elif len(models) == 1 and others is None:
+            self.vocabulary = self._mapped(vocab_map, tail, student, models[0])
+            self.teaching.models[0].vocabulary = self.vocabulary
         else:
-            self.vocabulary = self._mapped(vocab_map, tail, student, teacher)
-        for each in (student, teacher):
+            raise ValueError("vocab_map must be None but with one teacher that is a model of its own")
+        for each in (student, *models):
             route_head_loss(each)
         if self.args.use_liger_kernel:
             # its other kernels stay; this one would put another forward in place of the routed one
@@ -163,7 +174,7 @@ class FusedLoss(Trainer):
         # a sharded model is whole only when it runs
         self._heads_checked = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self._heads_checked:
-            self._check_heads(self.model, self.teacher_model)
+            self._check_heads(self.model)
         self._difficulty: dict[str, torch.Tensor] = {}
 
     def current_objective(self) -> Objective:
@@ -182,7 +193,7 @@ class FusedLoss(Trainer):
             num_items: what the sum of the tokens' losses is divided by; None: the valid tokens of ``labels``.
         """
         if not self._heads_checked:
-            self._check_heads(model, self.teacher_model)
+            self._check_heads(model)
         labels = labels.cpu()  # on the host they let prompts drop out of every GEMM
         if self.vocabulary is not None and self.vocabulary.unmapped:
             self.vocabulary.check_ids({name: inputs[name].cpu() for name in ("input_ids", "attention_mask")})
@@ -200,7 +211,8 @@ class FusedLoss(Trainer):
             )
 
         with self.accelerator.autocast():
-            made, out = loss_of_heads(model, self.teacher_model, inputs, loss, ranks=ranks, vocabulary=self.vocabulary)
+            within = functools.partial(self.teaching.within, Step(model, inputs, {}, targets_of(labels, shift=True)))
+            made, out = loss_of_heads(model, inputs, loss, ranks=ranks, within=within)
         # ignored tokens have difficulty 0 and are not hard, so they count nowhere
         sums = torch.stack([out.difficulty.sum(), out.is_hard.sum()]).double()
         sums = torch.cat([sums, count_targets(labels)[None].to(sums)])
@@ -222,9 +234,24 @@ class FusedLoss(Trainer):
                 logs[f"{prefix}hard_fraction"] = hard / max(tokens, 1.0)
         super().log(logs, start_time)
 
-    def _check_heads(self, *models: Any) -> None:
+    def _teaching(self, student: Any, others: _Others | None) -> Teaching:
+        """TRL's teacher, or ``others`` that stand behind it."""
+        if others is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError("teacher_model must be one model under DeepSpeed and FSDP, or use KDTrainer")
+            return others.teaching(student, self.accelerator)
+        teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
+        if isinstance(teacher, AdaptersOff):
+            if self.is_deepspeed_enabled:
+                raise ValueError(
+                    "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"
+                )
+            self.teacher_model = teacher
+        return Teaching([self.teacher_model])
+
+    def _check_heads(self, model: Any) -> None:
         with self.accelerator.autocast():
-            for each in models:
+            for each in (model, *(form.model for form in self.teaching.models)):
                 check_lm_head(each)
         self._heads_checked = True
 
@@ -260,11 +287,10 @@ class FusedLoss(Trainer):
             self._never_sample(made.unmapped)
         return made
 
-    def _sample_within(self, vocab_size: int | None, *models: PreTrainedModel) -> None:
-        """Never sample a padded column: neither the other model nor the loss has it."""
+    def _sample_within(self, vocab_size: int | None, columns: list[int]) -> None:
+        """Never sample a padded column: neither another model nor the loss has it. ``columns`` of the student first."""
         if vocab_size is None:
             return
-        columns = [rows_of(check_head_module(each).weight) for each in models]
         self._never_sample(list(range(vocab_size, max(columns))), at_all=columns[0] > vocab_size)
 
     def _never_sample(self, tokens: list[int], *, at_all: bool = True) -> None:
@@ -276,6 +302,45 @@ class FusedLoss(Trainer):
             )
         self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *tokens]
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
+
+
+class _Others(torch.nn.Module):
+    """Stands where TRL looks for its teacher, for teachers that are not one model.
+
+    Args:
+        model: the student. given: what a trainer takes as teachers. args: TRL's.
+
+    Raises:
+        TypeError, ValueError: teachers that do not go with TRL's trainers.
+    """
+
+    def __init__(self, model: Any, given: Any, args: Any) -> None:
+        super().__init__()
+        self._teachers, self._weights = as_teachers(given)
+        if isinstance(model, str):
+            raise ValueError(f"model must be a model with such a teacher, got its name {model!r}")
+        if len(self._teachers) > 1 and self._weights is None:
+            raise ValueError("teacher_model must be [(weight, teacher), ...]: no row of TRL's says whose it is")
+        for each in self._teachers:
+            columns = GivenForm(each).given.columns if is_given(each) else ()
+            if columns:
+                raise ValueError(
+                    f"teacher_model must be no cache, got {each!r}: the student writes what it is trained on; use "
+                    "KDTrainer, or KDLossMixin before trl.SFTTrainer"
+                )
+            if isinstance(each, torch.nn.Module):
+                check_head_module(cast(Any, each), plain=True)
+        if getattr(args, "seq_kd", False):
+            raise ValueError("seq_kd must be False with such a teacher, which writes no text")
+        self.config = copy.deepcopy(model.config)
+        self._is_accelerate_prepared = True
+
+    def teaching(self, student: Any, accelerator: Any) -> Teaching:
+        """They, bound to the student and on its device."""
+        found = Teaching([each if is_given(each) else paired(student, each) for each in self._teachers], self._weights)
+        for form in found.models:
+            form.model = accelerator.prepare_model(form.model.requires_grad_(False).eval(), evaluation_mode=True)
+        return found
 
 
 class GKDTrainer(FusedLoss, gkd.GKDTrainer):

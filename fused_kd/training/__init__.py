@@ -10,7 +10,7 @@ from typing import Any
 
 _WHERE = {
     "KDTrainer": "trainer", "BetaSchedule": "trainer",
-    "Collator": "collate", "PackingCollator": "collate",
+    "Collator": "collate", "PackingCollator": "collate", "with_context": "contexts",
     "ModuleTrainer": "fit", "training_arguments": "fit",
     "TeacherCache": "cache", "write_cache": "cache", "convert_vllm": "cache",
     "Pair": "data", "load_pairs": "data", "load_directions": "data", "load_instructions": "data",

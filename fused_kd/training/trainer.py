@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 import fused_kd as fk
 from fused_kd.integrations.arguments import as_objective
 from fused_kd.integrations.bodies import labels_need_shift
-from fused_kd.integrations.distributed import CachedTeacher
 from fused_kd.integrations.labels import Average, count_targets, denominator, sequence_weights
 from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.integrations.parts import annealed_part, with_beta
@@ -80,12 +79,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     Args:
         model: any Hugging Face causal LM, or a PEFT model with adapters on its body.
-        teacher: another causal LM on the same vocabulary; it is frozen, kept in eval mode, and moved to the training's
-            device or sharded as the student is (FSDP2, ZeRO-3). A PEFT model may be its own teacher: give it, or its
-            base, and the teacher is the student with its adapters off, without a second copy. Or a cache: any object
-            with ``tail`` and no ``forward``; then batches also hold ``teacher_log_probs`` (float) and
-            ``teacher_indices`` (int64), (batch, length, K), where position i has the distribution of token i + 1. None
-            for objectives without a teacher (SFT).
+        teacher: another causal LM on the same vocabulary, a cache, a server, the student itself, or several of these:
+            see :class:`fused_kd.integrations.mixin.KDLossMixin`. Position i of a cache's columns has the distribution
+            of token i + 1. None for objectives without a teacher (SFT).
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
             limit.
@@ -120,7 +116,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
     def __init__(
         self,
         model: PreTrainedModel | None = None,
-        teacher: PreTrainedModel | CachedTeacher | None = None,
+        teacher: Any = None,
         objective: Objective | str = "self_evolution",
         *,
         temperature: float = 1.0,

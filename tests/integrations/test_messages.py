@@ -40,8 +40,8 @@ class Tokens:
 BUILT: dict[str, tuple[type[Exception], str, Any]] = {
     "list": (
         TypeError,
-        r"teacher must be a model or a cache of one, got list of 2: a trainer has one teacher",
-        lambda: {"teacher": [tiny(16, 2), tiny(16, 3)]},
+        r"teacher must be .* a list of \(weight, teacher\) or a list of teachers, got a list of pairs and others",
+        lambda: {"teacher": [(0.5, tiny(16, 2)), tiny(16, 3)]},
     ),
     "name": (TypeError, r"got 'org/teacher': load it", lambda: {"teacher": "org/teacher"}),
     "folder": (TypeError, r"got 'models/teacher': load it .* a cache", lambda: {"teacher": Path("models/teacher")}),

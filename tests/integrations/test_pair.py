@@ -15,7 +15,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
-from fused_kd.integrations.pair import AdaptersOff, check_pair, shared_parameters  # noqa: E402
+from fused_kd.integrations.own import AdaptersOff  # noqa: E402
+from fused_kd.integrations.pair import check_pair, shared_parameters  # noqa: E402
 from fused_kd.integrations.precision import trained_in_float32  # noqa: E402
 from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
 from fused_kd.training.trainer import KDTrainer  # noqa: E402

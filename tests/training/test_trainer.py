@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import fused_kd as fk
-from fused_kd.integrations.distributed import check_engine, hard_threshold, is_cached
+from fused_kd.integrations.distributed import check_engine, hard_threshold
+from fused_kd.integrations.forms import is_given
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs
 from fused_kd.training.collate import Collator
 from fused_kd.training.specs import parse_objective
@@ -234,7 +235,7 @@ def test_cached_teacher(tmp_path: Path) -> None:
         tail = "uniform"
 
     data, teacher = rows(16), tiny(24, seed=2)
-    assert is_cached(Cache()) and not is_cached(teacher) and not is_cached(None)
+    assert is_given(Cache()) and not is_given(teacher) and not is_given(None)
     for row in data:  # every entry: the cache is the teacher
         targets = torch.tensor(row["labels"])[1:] != -100
         with torch.no_grad():

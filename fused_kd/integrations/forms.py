@@ -1,0 +1,327 @@
+"""Whatever a trainer's teachers are: how the head, or the lists, of each get to where the student's loss is made.
+
+A *form* has ``within(step, then)``, which calls ``then(give)`` where ``give()`` is the teacher's :class:`LMHead` or
+:class:`TopK` of the step's tokens. That place may lie inside a call of the teacher, where its head is whole::
+
+    models          inside the teacher's forward, in the call of its head module
+    the student     its states first; then where its own head is whole
+    given           anywhere: a cache's columns in the batch, or what a server answers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_kd import LMHead, Mixture, TopK
+from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+
+Give = Callable[[], LMHead | TopK]
+
+TEACHER_ID = "teacher_id"
+_LISTS = ("teacher_log_probs", "teacher_indices")
+_OTHER_PROMPT = {
+    "teacher_input_ids": "input_ids",
+    "teacher_attention_mask": "attention_mask",
+    "teacher_position_ids": "position_ids",
+}
+OTHER_LABELS = "teacher_labels"
+# what rows and batches may carry for a teacher, beside the columns of given ones
+BATCH_COLUMNS = (*_LISTS, "teacher_log_rest", "teacher_hidden", TEACHER_ID, *_OTHER_PROMPT, OTHER_LABELS)
+_ON_HOST = (TEACHER_ID, OTHER_LABELS)
+_PER_TARGET = ("_log_probs", "_indices", "_log_rest", "_hidden")
+
+
+def is_per_target(name: str) -> bool:
+    """Whether a row's column holds an entry for each label with loss."""
+    return name.endswith(_PER_TARGET)
+
+
+class GivenTeacher(Protocol):
+    """A teacher that is no model here: a cache, or a server.
+
+    Optional: ``tail`` of a teacher that gives lists; ``vocab_size``, the rows of one that gives a head;
+    ``check_tokenizer(tokenizer)``; ``prefetch(batch, targets)``, called when a batch is collated.
+
+    Attributes:
+        columns: what it reads of a batch.
+    """
+
+    columns: tuple[str, ...]
+
+    def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> LMHead | TopK:
+        """On ``device``, (rows, length, ...): position i has the distribution of token i + 1, as the student's states.
+
+        Args:
+            batch: the models' inputs and the teacher's columns.
+            targets: (rows, length) bool on the CPU: where it will be read. Elsewhere it may hold anything.
+        """
+
+
+class Step(NamedTuple):
+    """A batch as teachers see it.
+
+    ``model`` is the student, wrapped as it trains; ``inputs`` are the models', ``columns`` those for teachers;
+    ``targets`` (rows, length) bool on the CPU says which positions' distributions carry loss.
+    """
+
+    model: torch.nn.Module
+    inputs: dict[str, Any]
+    columns: dict[str, Tensor]
+    targets: Tensor
+
+    def rows(self, index: Tensor) -> Step:
+        """Some of its rows."""
+
+        def picked(name: str, value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.targets)
+            return value[index.to(value.device)] if own else value
+
+        inputs, columns = ({k: picked(k, v) for k, v in part.items()} for part in (self.inputs, self.columns))
+        return self._replace(inputs=inputs, columns=columns, targets=self.targets[index])
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """What a model that teaches reads: the student's inputs, or a prompt of its own."""
+        own = {name: self.columns[column] for column, name in _OTHER_PROMPT.items() if column in self.columns}
+        if not own:
+            return self.inputs
+        replaced = {name: value for name, value in self.inputs.items() if name not in _OTHER_PROMPT.values()}
+        return {**replaced, **own}
+
+    def placed(self, head: LMHead) -> LMHead:
+        """A head on the states of :attr:`read`, with those at the student's positions."""
+        if OTHER_LABELS not in self.columns:
+            return head
+        theirs = targets_of(self.columns[OTHER_LABELS], shift=True)
+        return replace(head, hidden=aligned(head.hidden, theirs, self.targets))
+
+
+def targets_of(labels: Tensor, shift: bool) -> Tensor:
+    """(rows, length) bool on the CPU: the positions whose distribution carries loss."""
+    carries = labels.cpu() != LABEL_PAD
+    return torch.nn.functional.pad(carries[:, 1:], (0, 1)) if shift else carries
+
+
+def aligned(hidden: Tensor, theirs: Tensor, ours: Tensor) -> Tensor:
+    """The states (rows, length_t, H) at the teacher's targets, k-th to k-th at the student's, 0 elsewhere.
+
+    Raises:
+        ValueError: a row with more targets on one side; names it.
+    """
+    counts, own = theirs.sum(1), ours.sum(1)
+    if not torch.equal(counts, own):
+        row = int((counts != own).nonzero()[0])
+        raise ValueError(
+            f"teacher_labels must hold as many labels with loss as labels do in each row, got {int(counts[row])} and "
+            f"{int(own[row])} in row {row}"
+        )
+    rows, places = (index.to(hidden.device) for index in theirs.nonzero(as_tuple=True))
+    own_rows, own_places = (index.to(hidden.device) for index in ours.nonzero(as_tuple=True))
+    found = hidden.new_zeros(*ours.shape, hidden.shape[-1])
+    found[own_rows, own_places] = hidden[rows, places]
+    return found
+
+
+class ModelForm:
+    """A model of its own.
+
+    Attributes:
+        model: it, sharded as the student is once it runs.
+        vocabulary: a :class:`fused_kd.integrations.vocabulary.TeacherMap`, or None.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.vocabulary: Any = None
+
+    def within(self, step: Step, then: Callable[[Give], None]) -> None:
+        self.model.eval()
+        read = step.read if self.vocabulary is None else self.vocabulary.inputs(step.read)
+
+        def routed(head: LMHead) -> dict[str, Tensor]:
+            mapped = head if self.vocabulary is None else self.vocabulary.head(head)
+            then(lambda: step.placed(mapped))
+            return {}
+
+        with torch.no_grad():
+            self.model(**read, head_loss=routed)
+
+
+class GivenForm:
+    """One that is given with the batch, or by a server."""
+
+    def __init__(self, given: Any) -> None:
+        self.given: Any = given if hasattr(given, "head") else _Lists(given)
+
+    @property
+    def lists(self) -> bool:
+        return getattr(self.given, "tail", None) is not None
+
+    def within(self, step: Step, then: Callable[[Give], None]) -> None:
+        columns = {name: step.columns[name] for name in self.given.columns if name in step.columns}
+        missing = [name for name in self.given.columns if name not in columns and not name.endswith("_log_rest")]
+        if missing:
+            raise ValueError(
+                f"batch must have {' and '.join(missing)} for the cached teacher {self.given!r}: the collators of "
+                "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
+            )
+        device = next(value.device for value in step.inputs.values() if isinstance(value, Tensor))
+        head = self.given.head({**step.inputs, **columns}, step.targets, device)
+        then(lambda: head)
+
+
+class _Lists:
+    """Any object with ``tail``, whose lists are in the batch."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache, self.columns = cache, _LISTS
+        if hasattr(cache, "check_tokenizer"):
+            self.check_tokenizer = cache.check_tokenizer
+
+    @property
+    def tail(self) -> str:
+        return str(self._cache.tail)
+
+    def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> TopK:
+        log_probs, indices = (batch[name].to(device) for name in _LISTS)
+        return TopK(log_probs, indices, self.tail)
+
+    def __repr__(self) -> str:
+        return repr(self._cache)
+
+
+def is_given(teacher: Any) -> bool:
+    """Whether a teacher is no model to run: it comes with the batch, or from a server."""
+    return (hasattr(teacher, "head") or hasattr(teacher, "tail")) and not hasattr(teacher, "forward")
+
+
+class Teaching:
+    """All teachers of a trainer.
+
+    Args:
+        teachers: models, given teachers, or the student itself as an object with ``within``.
+        weights: of several, whose probabilities are mixed; None: each row's ``teacher_id`` says whose it is.
+    """
+
+    def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        self.forms: list[Any] = [_form_of(teacher) for teacher in teachers]
+        self.weights = weights
+
+    @property
+    def models(self) -> list[ModelForm]:
+        return [form for form in self.forms if isinstance(form, ModelForm)]
+
+    @property
+    def given(self) -> list[GivenForm]:
+        return [form for form in self.forms if isinstance(form, GivenForm)]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What given teachers read of a batch."""
+        return tuple(name for form in self.given for name in form.given.columns)
+
+    @property
+    def vocab_sizes(self) -> list[int]:
+        """The rows of the heads that are given."""
+        heads: list[Any] = [form.given for form in self.given if not form.lists]
+        return [int(given.vocab_size) for given in heads if hasattr(given, "vocab_size")]
+
+    def within(self, step: Step, then: Callable[[Callable[[], Any]], None]) -> None:
+        """``then`` gets what makes the teacher of a loss, where all of its parts are whole."""
+        if len(self.forms) == 1:
+            self.forms[0].within(step, then)
+            return
+        parts: Sequence[tuple[Any, Tensor | None]] = [(form, None) for form in self.forms]
+        how: dict[str, Any] = {"weights": self.weights}
+        if self.weights is None:
+            parts, how["which"] = self._by_row(step)
+        self._nested(parts, step, [], lambda gives: then(lambda: Mixture([give() for give in gives], **how)))
+
+    def _by_row(self, step: Step) -> tuple[list[tuple[Any, Tensor | None]], Tensor]:
+        """The teachers of this batch, each with its rows; and which of them is a token's."""
+        if TEACHER_ID not in step.columns:
+            raise ValueError(
+                f"batch must have {TEACHER_ID} for {len(self.forms)} teachers without weights: which of them is a row's"
+            )
+        ids = step.columns[TEACHER_ID].cpu()
+        ids = ids if ids.dim() == 2 else ids[:, None].expand(step.targets.shape)
+        bad = step.targets & ((ids < 0) | (ids >= len(self.forms)))
+        if bool(bad.any()):
+            raise ValueError(f"{TEACHER_ID} must be in [0, {len(self.forms)}), got {int(ids[bad][0])}")
+        parts = []
+        for number, form in enumerate(self.forms):
+            rows = ((ids == number) & step.targets).any(1).nonzero().squeeze(1)
+            if len(rows) == 0 and isinstance(form, ModelForm):
+                rows = torch.zeros(1, dtype=torch.int64)  # a sharded one runs on all ranks
+            if len(rows):
+                parts.append((number, form, rows))
+        which = torch.full(ids.shape, 0)
+        for place, (number, _, _) in enumerate(parts):
+            which[ids == number] = place
+        return [(form, rows) for _, form, rows in parts], which
+
+    def _nested(
+        self, parts: Sequence[tuple[Any, Any]], step: Step, gives: list[Give], then: Callable[[list[Give]], None]
+    ) -> None:
+        """Each form within those before it, on the step or on its ``rows`` of it."""
+        if not parts:
+            then(gives)
+            return
+        (form, rows), *others = parts
+        own = step if rows is None else step.rows(rows)
+
+        def reached(give: Give) -> None:
+            spread = give if rows is None else lambda: _spread(give(), rows, len(step.targets))
+            self._nested(others, step, [*gives, spread], then)
+
+        form.within(own, reached)
+
+
+def _form_of(teacher: Any) -> Any:
+    if hasattr(teacher, "within"):
+        return teacher
+    return GivenForm(teacher) if is_given(teacher) else ModelForm(teacher)
+
+
+def _spread(teacher: LMHead | TopK, rows: Tensor, count: int) -> LMHead | TopK:
+    """Of some rows, as that of all; the others hold what a list or a head may."""
+
+    def whole(value: Tensor, fill: Any = 0) -> Tensor:
+        found: Tensor = value.new_zeros(count, *value.shape[1:]) + fill
+        return found.index_copy_(0, rows.to(value.device), value)
+
+    if isinstance(teacher, LMHead):
+        return replace(teacher, hidden=whole(teacher.hidden))
+    K = teacher.indices.shape[-1]
+    ids = torch.arange(K, device=teacher.indices.device, dtype=teacher.indices.dtype)
+    rest = None if teacher.log_rest is None else whole(teacher.log_rest, -torch.inf)
+    return replace(
+        teacher, log_probs=whole(teacher.log_probs, -float(torch.tensor(float(K)).log())),
+        indices=whole(teacher.indices, ids), log_rest=rest,
+    )  # fmt: skip
+
+
+class Prefetching:
+    """A collator that lets given teachers begin with a batch as soon as it is there."""
+
+    def __init__(self, collate: Any, given: Sequence[Any], shift: bool) -> None:
+        self._collate, self._given, self._shift = collate, given, shift
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self._collate(rows)
+        labels = (without_first_targets(batch) if self._shift else batch).get("labels")
+        if labels is not None:
+            targets = targets_of(labels, self._shift)
+            for given in self._given:
+                given.prefetch(batch, targets)
+        return batch
+
+
+def on_device(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What of a batch is for teachers, where it is read."""
+    return {name: value if name in _ON_HOST else value.to(device, non_blocking=True) for name, value in columns.items()}
