@@ -47,21 +47,6 @@ static void sift(uint64_t *heap, int64_t k, int64_t i, uint64_t key) {
     heap[i] = key;
 }
 
-static float largest_of(const float *z, int n) {
-    float max = -INFINITY;
-#pragma omp simd reduction(max : max)
-    for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
-    return max;
-}
-
-// A block's final logits in `buffer`, -inf of excluded tokens.
-static void block_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
-    const float *z = final_logits(x, row, start, n, buffer);
-    if (x->finite && z == buffer) return;
-#pragma omp simd
-    for (int i = 0; i < n; i++) buffer[i] = z[i] < EXCLUDED ? -INFINITY : z[i];
-}
-
 static bool any_above(const float *line, float least) {
     int found = 0;
 #pragma omp simd reduction(| : found)
@@ -120,10 +105,8 @@ static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
 
     float least = k > 0 ? value_of(heap[0]) : INFINITY;
     if (least == -INFINITY) least = bound_below(c, row);
-    const double T = c->temperature[row * c->temperature_stride];
-    const float by = (float)(1.0 / T);
-    float top = c->top[row], buffer[BLOCK];
-    double total = c->total[row];
+    Exponentials of = {c->temperature[row * c->temperature_stride], c->top[row], c->total[row]};
+    float buffer[BLOCK];
     for (int64_t start = 0; start < c->W; start += BLOCK) {
         const int n = c->W - start < BLOCK ? (int)(c->W - start) : BLOCK;
         block_logits(&c->logits, row, start, n, buffer);
@@ -133,17 +116,10 @@ static void largest_row(const Largest *c, int64_t row, uint64_t *heap) {
             least = exchange(heap, k, buffer, least, c->first + start);
             max = largest_of(buffer, n);
         }
-        if (max > top) {
-            if (total != 0.0) total *= exp(((double)top - max) / T);  // NaN stays NaN
-            top = max;
-        }
-        const float origin = top == -INFINITY ? 0.0f : top;
-#pragma omp simd
-        for (int i = 0; i < n; i++) buffer[i] = exp_nonpositive((buffer[i] - origin) * by);
-        total += sum(buffer, n);
+        add_exponentials(&of, buffer, n, max);
     }
-    c->top[row] = top;
-    c->total[row] = (float)total;
+    c->top[row] = of.top;
+    c->total[row] = (float)of.total;
     for (int64_t j = 0; j < k; j++) {
         values[j] = value_of(heap[j]);
         indices[j] = index_of(heap[j]);

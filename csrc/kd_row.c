@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 
 #include "kd_largest.h"
+#include "kd_mixing.h"
 #include "kd_top_k_row.h"
 
 static void ignored_row(const Call *c, int64_t row) {

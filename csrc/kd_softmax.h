@@ -81,6 +81,40 @@ static const float *cooled(const float *z, int n, float temperature, float *buff
     return buffer;
 }
 
+static float largest_of(const float *z, int n) {
+    float max = -INFINITY;
+#pragma omp simd reduction(max : max)
+    for (int i = 0; i < n; i++) max = z[i] > max ? z[i] : max;
+    return max;
+}
+
+// A block's final logits in `buffer`, -inf of excluded tokens.
+static void block_logits(const Logits *x, int64_t row, int64_t start, int n, float *buffer) {
+    const float *z = final_logits(x, row, start, n, buffer);
+    if (x->finite && z == buffer) return;
+#pragma omp simd
+    for (int i = 0; i < n; i++) buffer[i] = z[i] < EXCLUDED ? -INFINITY : z[i];
+}
+
+// A running sum of exp((z - top) / temperature).
+typedef struct {
+    double temperature;
+    float top;  // the largest so far, -inf where there is none
+    double total;
+} Exponentials;
+
+// With a block's logits, whose largest is `max`; they are overwritten.
+static void add_exponentials(Exponentials *x, float *z, int n, float max) {
+    if (max > x->top) {
+        if (x->total != 0.0) x->total *= exp(((double)x->top - max) / x->temperature);  // NaN stays NaN
+        x->top = max;
+    }
+    const float origin = x->top == -INFINITY ? 0.0f : x->top, by = (float)(1.0 / x->temperature);
+#pragma omp simd
+    for (int i = 0; i < n; i++) z[i] = exp_nonpositive((z[i] - origin) * by);
+    x->total += sum(z, n);
+}
+
 typedef struct {
     float max;      // of the block's logits
     double sum;     // of exp(logit - max)

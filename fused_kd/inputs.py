@@ -239,11 +239,11 @@ class Lists:
         check_top_p(self.top_p)
 
 
-def check_k(k: object) -> None:
+def check_k(k: object, name: str = "k") -> None:
     if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be a positive integer, got {k!r}")
+        raise TypeError(f"{name} must be a positive integer, got {k!r}")
     if k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
+        raise ValueError(f"{name} must be a positive integer, got {k!r}")
 
 
 def check_top_p(top_p: object) -> None:
@@ -320,15 +320,16 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
 def check_alike(
     shape: torch.Size,
     device: torch.device,
-    teacher: tuple[torch.Size, torch.device] | None,
+    teachers: list[tuple[str, torch.Size, torch.device]],
     labels: Tensor,
     token_weights: Tensor | None,
 ) -> None:
-    """That all is said of the student's tokens, of this shape, and on its device."""
-    if teacher is not None and teacher[0] != shape:
-        raise ValueError(f"teacher must hold the student's tokens, shape {tuple(shape)}, got {tuple(teacher[0])}")
-    if teacher is not None and teacher[1] != device:
-        raise ValueError(f"teacher is on {teacher[1]}, student on {device}; they must share one device")
+    """That all is said of the student's tokens, of this shape, and on its device; teachers have names."""
+    for name, own_shape, own_device in teachers:
+        if own_shape != shape:
+            raise ValueError(f"{name} must hold the student's tokens, shape {tuple(shape)}, got {tuple(own_shape)}")
+        if own_device != device:
+            raise ValueError(f"{name} is on {own_device}, student on {device}; they must share one device")
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):

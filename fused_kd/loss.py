@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .engines.dispatch import COLUMNS, LISTS, TOLD, TOP_K, choose_engine
-from .engines.problem import NO_LISTING, Listing, Problem, Side, Wanted
+from .engines.dispatch import COLUMNS, LISTS, TEACHERS, TOLD, TOP_K, choose_engine
+from .engines.problem import IGNORED, NO_LISTING, Listing, Problem, Side, Wanted
 from .inputs import (
     KDOutput,
     Lists,
@@ -20,6 +20,8 @@ from .inputs import (
     common_vocab,
     shifted,
 )
+from .mixed_lists import without_dense
+from .mixtures import Mixture, as_teacher
 from .objectives import Objective
 from .objectives.base import parts_of, shown_value
 from .ops import KDFunction, pack
@@ -37,6 +39,8 @@ from .rows.contract import Shards
 from .sides import autocast_dtype, flat_side
 from .terms import STATISTICS, Number, Scalars
 from .tokens import labels_weights_scale
+
+AnyTeacher = LMHead | TopK | Tensor | Mixture | Sequence[tuple[float | Tensor, LMHead | TopK | Tensor]] | None
 
 
 class KDLoss(nn.Module):
@@ -212,7 +216,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: LMHead | Tensor,
-        teacher: LMHead | TopK | Tensor | None,
+        teacher: AnyTeacher,
         labels: Tensor,
         *,
         token_weights: Tensor | None = None,
@@ -222,8 +226,8 @@ class KDLoss(nn.Module):
 
         Args:
             student, teacher: :class:`LMHead`, or logits (..., V) in float32, bfloat16 or float16; the teacher may be
-                a :class:`TopK` instead. The teacher is a constant; ``SFT`` takes None. A logit of -inf excludes its
-                token, see ``docs/excluded_tokens.md``.
+                a :class:`TopK` instead, or several: a :class:`Mixture` or ``[(weight, teacher), ...]``. The teacher is
+                a constant; ``SFT`` takes None. A logit of -inf excludes its token, see ``docs/excluded_tokens.md``.
             labels: (...) int64 or int32 in [0, V) or ``ignore_index``, on the student's device or on the CPU. Labels
                 on the CPU let ignored tokens be dropped before any GEMM without waiting for an accelerator.
             token_weights: (...) finite factors of the tokens' losses, of at least 0 unless ``signed``, constants; those
@@ -240,7 +244,7 @@ class KDLoss(nn.Module):
     def evaluate(
         self,
         student: LMHead | Tensor,
-        teacher: LMHead | TopK | Tensor | None,
+        teacher: AnyTeacher,
         labels: Tensor,
         *,
         token_weights: Tensor | None = None,
@@ -260,21 +264,26 @@ class KDLoss(nn.Module):
                 ``columns`` that is no list, or none for "log_sum_exp_s", "entropy_s", "cross_entropy" and "log_q_y".
         """
         spec, wanted = self._spec, statistics_names(statistics)
-        columns = statistics_columns(wanted, teacher, spec, self.lists)
         side, shape, sum_hidden = flat_side("student", student, self._group)
-        device, side_t, tokens_t = side.source.device, None, None
-        if spec.needs_teacher:
-            self._check_teacher(teacher)
-            side_t, shape_t, _ = flat_side("teacher", teacher, self._group)
-            tokens_t = shape_t, side_t.source.device
-        listing = self._listing(side_t)
-        vocab, shards = self._vocab(side, side_t)
-        check_alike(shape, device, tokens_t, labels, token_weights)
+        device = side.source.device
+        teachers = self._teachers(teacher, side, labels)
+        mixed = teachers if isinstance(teachers, Mixture) else None
+        columns = statistics_columns(wanted, teachers, spec, self.lists)
+        sides_t, of_teachers = [], []
+        for name, each in ([("teacher", teachers)] if mixed is None else mixed.named) if spec.needs_teacher else ():
+            if mixed is None:
+                self._check_teacher(each)
+            side_t, shape_t, _ = flat_side(name, each, self._group, teaches=True)
+            sides_t.append(side_t)
+            of_teachers.append((name, shape_t, side_t.source.device))
+        check_alike(shape, device, of_teachers, labels, token_weights)
+        listing = self._listing(sides_t)
+        vocab, shards = self._vocab(side, sides_t)
         asks = [TOLD] if columns else []
-        if side_t is not None:
-            asks += [TOP_K] if side_t.indices is not None else []
-            asks += [COLUMNS] if side_t.columns is not None else []
-            asks += [LISTS] if listing.k else []
+        asks += [TOP_K] if any(each.indices is not None for each in sides_t) else []
+        asks += [COLUMNS] if any(each.columns is not None for each in sides_t) else []
+        asks += [LISTS] if sides_t and listing.k else []
+        asks += [TEACHERS] if mixed is not None else []
         engine, backend = choose_engine(
             self.engine, self.backend, spec, self.grad_filter_eps, device, asks=tuple(asks), sharded=shards is not None
         )
@@ -290,10 +299,12 @@ class KDLoss(nn.Module):
             signed=self.signed,
             device=device,
         )
-        grad = torch.is_grad_enabled()
+        grad, shares = torch.is_grad_enabled(), None
+        if mixed is not None and mixed.which is None:
+            shares = mixed.log_shares(shape, labels != IGNORED, device)
         problem = Problem(
             student=side,
-            teacher=side_t,
+            teacher=sides_t[0] if sides_t else None,
             labels=labels,
             weights=weights,
             scale=scale,
@@ -302,10 +313,10 @@ class KDLoss(nn.Module):
             spec_code=spec.code,
             cold_labels=spec.has_cold(
                 not isinstance(self.temperature, Tensor) and self.temperature == 1.0,
-                listing.tail if listing.k or side_t is None else side_t.tail,
+                listing.tail if listing.k or len(sides_t) != 1 else sides_t[0].tail,
             ),
             vocab=vocab,
-            dtype=autocast_dtype(device, student=side, teacher=side_t),
+            dtype=autocast_dtype(device, student=side, **{f"teacher_{i}": each for i, each in enumerate(sides_t)}),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
             engine=engine,
             backend=backend,
@@ -315,6 +326,9 @@ class KDLoss(nn.Module):
             sum_hidden=sum_hidden,
             statistics=columns,
             listing=listing,
+            others=tuple(sides_t[1:]),
+            shares=shares,
+            which=None if mixed is None else mixed.tokens_own(shape),
         )
         loss, difficulty, is_hard, told = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
@@ -322,26 +336,55 @@ class KDLoss(nn.Module):
         named = {name: told[:, STATISTICS.index(name)].reshape(shape) for name in wanted}
         return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape), named)
 
-    def _vocab(self, student: Side, teacher: Side | None) -> tuple[int, Shards | None]:
+    def _vocab(self, student: Side, teachers: list[Side]) -> tuple[int, Shards | None]:
         """The columns that take part, and this rank's among them."""
-        columns, columns_t = student.vocab, None if teacher is None else teacher.vocab
+        columns = student.vocab
         assert columns is not None
+        for teacher in teachers if self._group is None else ():
+            if teacher.columns is not None and teacher.vocab != columns:
+                raise ValueError(f"columns must have the student's {columns} entries, got {teacher.vocab}")
+        known: list[int | None] = [teacher.vocab for teacher in teachers if teacher.vocab is not None] or [None]
         if self._group is None:
-            if teacher is not None and teacher.columns is not None and columns_t != columns:
-                raise ValueError(f"columns must have the student's {columns} entries, got {columns_t}")
-            return common_vocab(columns, columns_t, self.vocab_size), None
+            return max(common_vocab(columns, each, self.vocab_size) for each in known), None
         from .parallel import divide
 
-        shards = divide(self._group, columns, columns_t, self.vocab_size)
+        shards = divide(self._group, columns, known[0], self.vocab_size)
         return shards.vocab, shards
 
-    def _listing(self, teacher: Side | None) -> Listing:
+    def _teachers(self, teacher: Any, student: Side, labels: Any) -> Any:
+        """One teacher, or a mixture that has logits."""
+        teacher = as_teacher(teacher)
+        if not isinstance(teacher, Mixture) or not self._objective.spec.needs_teacher:
+            return teacher
+        if len(teacher.teachers) == 1:
+            return teacher.teachers[0]
+        return self._one_list(teacher, student, labels) if self.lists is None else teacher
+
+    def _one_list(self, mixture: Mixture, student: Side, labels: Tensor) -> Mixture | TopK:
+        """A mixture that lists are all that is known of, as that list."""
+        for _, each in mixture.named:
+            if isinstance(each, TopK) and each.tail == "bucket":  # beside others the rest of a list is not 0
+                check_tail(self._objective, each.tail, self.temperature, each.temperature)
+        vocab = student.vocab
+        assert vocab is not None
+        if self._group is not None:
+            from .parallel import divide
+
+            vocab = divide(self._group, vocab, None, self.vocab_size).vocab
+        own = shifted(labels, self.ignore_index) if self.shift else labels
+        return without_dense(
+            mixture, self.temperature, common_vocab(vocab, None, self.vocab_size), own != self.ignore_index,
+            self.backend, self.tp_group,
+        )  # fmt: skip
+
+    def _listing(self, teachers: list[Side]) -> Listing:
         lists = self.lists
-        if lists is None or teacher is None:
+        if lists is None or not teachers:
             return NO_LISTING
-        if teacher.indices is not None or teacher.columns is not None:
-            given = "a TopK, which is one" if teacher.indices is not None else "columns"
-            raise ValueError(f"lists must be None with {given}, got {lists!r}")
+        for teacher in teachers:
+            if teacher.indices is not None or teacher.columns is not None:
+                given = "a TopK, which is one" if teacher.indices is not None else "columns"
+                raise ValueError(f"lists must be None with {given}, got {lists!r}")
         return Listing(lists.k, lists.chosen_by == "student", lists.tail, 1.0 if lists.top_p is None else lists.top_p)
 
     def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
@@ -355,7 +398,7 @@ class KDLoss(nn.Module):
 
 def kd_loss(
     student: LMHead | Tensor,
-    teacher: LMHead | TopK | Tensor | None,
+    teacher: AnyTeacher,
     labels: Tensor,
     objective: Objective,
     *,

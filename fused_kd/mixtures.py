@@ -1,4 +1,4 @@
-"""Several teachers as one: what they are, and, where lists are all that is known of one, their common list."""
+"""Several teachers as one: which they are, and how much each has of a token."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Mixture:
             - "bucket": its rest is not known entry by entry, so that the mixture is a list with a bucket too. It has
               the entries that all such lists of the token share, at which all other teachers are read; what the others
               have beyond them goes into the bucket.
-        weights: one for each teacher, numbers or tensors in the labels' shape, of at least 0, which add up to 1 (to
-            1e-3; their sum is divided out). None: equal ones.
+        weights: one for each teacher, numbers or tensors (0-d or in the labels' shape), of at least 0, which add up to
+            1 (to 1e-3; their sum is divided out). None: equal ones.
         which: (...) int64 or int32 in [0, number of teachers) in the labels' shape, instead of ``weights``: each
-            token's only teacher. Others are not run on its token, and what they hold there is not looked at. On an
-            accelerator this waits for the device once; give it on the CPU, as labels.
+            token's only teacher. The others' logits of it are not made, and what they hold there is not looked at. On
+            an accelerator this waits for the device once; give it on the CPU, as labels.
 
     Raises:
         TypeError, ValueError: for what does not fit. Values of tensors are looked at on the CPU; elsewhere a token with
@@ -75,16 +75,30 @@ class Mixture:
         if self.weights is not None:
             raise ValueError("weights must be None with which, whose teacher is a token's only one")
         check_ids("which", which)
-        if is_looked_at(which):
-            bad = (which < 0) | (which >= len(self.teachers))
-            if bool(bad.any()):
-                raise ValueError(f"which must be in [0, {len(self.teachers)}), got {int(which[bad][0])}")
 
-    def log_shares(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """(1 or N, teachers) fp32 logarithms of weights that add up to 1, of tokens of this shape; -inf: no part.
+    @property
+    def named(self) -> list[tuple[str, LMHead | TopK | Tensor]]:
+        """The teachers, each with its name for messages."""
+        return [(f"teachers[{i}]", teacher) for i, teacher in enumerate(self.teachers)]
+
+    def tokens_own(self, shape: torch.Size) -> Tensor | None:
+        """``which`` of tokens of this shape, (N,) int64 on the CPU; None without it.
 
         Raises:
-            ValueError: for tensors of another shape.
+            ValueError: another shape.
+        """
+        if self.which is None:
+            return None
+        _check_shape("which", self.which, shape)
+        return self.which.reshape(-1).to("cpu", torch.int64)
+
+    def log_shares(self, shape: torch.Size, valid: Tensor, device: torch.device) -> Tensor:
+        """(1 or N, teachers) fp32 logarithms of weights that add up to 1, of tokens of this shape; -inf: no part.
+
+        ``valid`` (N,) bool are the tokens whose weights count.
+
+        Raises:
+            ValueError: for tensors of another shape; on the CPU, weights that are out of range.
         """
         count = len(self.teachers)
         if self.which is not None:
@@ -97,7 +111,8 @@ class Mixture:
         spread = []
         for i, weight in enumerate(weights):
             if isinstance(weight, Tensor):
-                _check_shape(f"weights[{i}]", weight, shape)
+                if weight.dim():
+                    _check_shape(f"weights[{i}]", weight, shape)
                 spread.append(weight.detach().to(device, torch.float64, non_blocking=True).expand(shape).reshape(-1))
             else:
                 tokens = math.prod(shape) if tensors else 1
@@ -105,8 +120,9 @@ class Mixture:
         together = torch.stack(spread, 1)
         total = together.sum(1, keepdim=True)
         sound = (together >= 0).all(1, keepdim=True) & ((total - 1).abs() <= SUM)
-        if all(is_looked_at(weight) for weight in weights if isinstance(weight, Tensor)) and not bool(sound.all()):
-            token = int((~sound).nonzero()[0, 0])
+        looked_at = [is_looked_at(x) for x in (*weights, valid) if isinstance(x, Tensor)]
+        if tensors and all(looked_at) and bool((bad := ~sound.squeeze(1) & valid).any()):
+            token = int(bad.nonzero()[0])
             raise ValueError(
                 f"weights must be at least 0 and add up to 1, got {together[token].tolist()} at token {token} (of the "
                 "flattened tokens)"

@@ -20,7 +20,11 @@ from .rows.contract import Shards
 from .rows.select import installed
 from .tokens import check_top_k
 
-_PARTS: dict[str, Any] = {"student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards, "listing": Listing}
+_PARTS: dict[str, Any] = {
+    "student": Side, "teacher": Side, "wanted": Wanted, "shards": Shards, "listing": Listing, "others": Side
+}  # fmt: skip
+# Parts of which there are several: each of their fields is a list.
+_SEVERAL = ("others",)
 # What stands for a part that is None.
 _MISSING: dict[str, Any] = {"teacher": Side(cast(Tensor, None)), "shards": Shards("", 0, ())}
 _KINDS: dict[Any, str] = {
@@ -46,12 +50,15 @@ def _fields() -> Iterator[tuple[str, str | None, str]]:
             continue
         for inner, kind in get_type_hints(_PARTS[name]).items():
             missing = name == "teacher" and kind is Tensor
-            yield name, inner, "Tensor?" if missing else _KINDS[kind]
+            yield name, inner, ("Tensor?" if missing else _KINDS[kind]) + ("[]" if name in _SEVERAL else "")
 
 
 _FIELDS = tuple(_fields())
 NAMES = tuple(name if inner is None else f"{name}_{inner}" for name, inner, _ in _FIELDS)
-_TENSORS = tuple(name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind.startswith("Tensor"))
+_TENSORS = tuple(name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind in ("Tensor", "Tensor?"))
+_TENSOR_LISTS = tuple(
+    name for name, (*_, kind) in zip(NAMES, _FIELDS, strict=True) if kind in ("Tensor[]", "Tensor?[]")
+)
 # The op's first arguments are what it can have gradients for.
 _WANTED = tuple(f"wanted_{name}" for name in Wanted._fields)
 _NOTHING = dict.fromkeys(_WANTED, False)
@@ -63,7 +70,9 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     values = []
     for name, inner, _ in _FIELDS:
         value = getattr(problem, name)
-        if inner is not None:
+        if name in _SEVERAL:
+            value = [getattr(each, cast(str, inner)) for each in value]
+        elif inner is not None:
             value = getattr(_MISSING[name] if value is None else value, inner)
         values.append(value)
     return tuple(values)
@@ -76,7 +85,10 @@ def unpack(values: tuple[Any, ...]) -> Problem:
             found[name] = value
         else:
             found[name][inner] = value
-    parts = {name: cls(**found[name]) for name, cls in _PARTS.items()}
+    parts = {name: cls(**found[name]) for name, cls in _PARTS.items() if name not in _SEVERAL}
+    for name in _SEVERAL:
+        columns = zip(*found[name].values(), strict=True)
+        parts[name] = tuple(_PARTS[name](**dict(zip(found[name], each, strict=True))) for each in columns)
     if parts["teacher"].source is None:
         parts["teacher"] = None
     if not parts["shards"].group:
@@ -94,11 +106,12 @@ _library.define("scale_gradient(Tensor gradient, Tensor factor, ScalarType dtype
 
 def _kd(*values: Any) -> tuple[Tensor, ...]:
     problem = unpack(values)
-    student, teacher = problem.student, problem.teacher
-    if teacher is not None and teacher.indices is not None and (problem.validate or teacher.source.is_cpu):
-        check_top_k(teacher, problem.labels, problem.vocab)
-    if teacher is not None and teacher.columns is not None:
-        check_map(teacher, problem.vocab, problem.spec)
+    student, first = problem.student, problem.teacher
+    for teacher in problem.others if first is None else (first, *problem.others):
+        if teacher.indices is not None and (problem.validate or teacher.source.is_cpu):
+            check_top_k(teacher, problem.labels, problem.vocab)
+        if teacher.columns is not None:
+            check_map(teacher, problem.vocab, problem.spec)
     # Under autocast the engine's own GEMMs would be cast once more.
     with torch.autocast(student.source.device.type, enabled=False), torch.no_grad():
         result = run(problem)
@@ -157,6 +170,15 @@ def _weighted(loss: Tensor, weights: Tensor) -> Tensor:
     return (loss * weights).masked_fill((weights == 0) & (loss == math.inf), 0.0)
 
 
+def _restored(saved: tuple[Tensor, ...], several: int) -> dict[str, Any]:
+    """The op's tensors by name, and its lists of ``several``, from what was saved one after the other."""
+    single = len(_TENSORS)
+    found: dict[str, Any] = dict(zip(_TENSORS, saved[:single], strict=True))
+    for i, name in enumerate(_TENSOR_LISTS):
+        found[name] = list(saved[single + i * several : single + (i + 1) * several])
+    return found
+
+
 class KDFunction(torch.autograd.Function):
     """``(loss, difficulty, is_hard, statistics)`` from ``per_token`` and the op's arguments.
 
@@ -187,8 +209,10 @@ class KDFunction(torch.autograd.Function):
             ctx.ready = None if later else gradients
             # The scalars may be annealed in place before the backward runs.
             tensors = given | {"scalars": given["scalars"].clone()}
-            ctx.save_for_backward(*(tensors[name] for name in _TENSORS))
-            ctx.options = {name: value for name, value in given.items() if name not in _TENSORS}
+            several = (each for name in _TENSOR_LISTS for each in tensors[name])
+            ctx.save_for_backward(*(tensors[name] for name in _TENSORS), *several)
+            ctx.several = len(given[_TENSOR_LISTS[0]])
+            ctx.options = {name: given[name] for name in NAMES if name not in _TENSORS + _TENSOR_LISTS}
         ctx.mark_non_differentiable(difficulty, is_hard, statistics)
         ctx.set_materialize_grads(False)
         return loss, difficulty, is_hard, statistics
@@ -211,7 +235,7 @@ class KDFunction(torch.autograd.Function):
             return (None, *(scale(g, factor, dtype) if wanted else None for g, wanted, dtype in saved), *none)
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
-            given: Mapping[str, Any] = ctx.options | dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
+            given: Mapping[str, Any] = ctx.options | _restored(ctx.saved_tensors, ctx.several)
             if ctx.per_token:
                 weights = upstream if given["weights"] is None else upstream * given["weights"]
                 given, factor = {**given, "weights": weights}, None

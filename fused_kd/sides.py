@@ -12,10 +12,12 @@ from .engines.problem import Side
 from .inputs import LMHead, TopK, check_logits, refuse_dtensors
 
 
-def flat_side(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tuple[Side, torch.Size, bool]:
+def flat_side(
+    name: str, given: LMHead | TopK | Tensor | None, group: Any, *, teaches: bool = False
+) -> tuple[Side, torch.Size, bool]:
     """A side with its tokens in a row, their shape, and whether the engine is to add up its hidden gradient over the
-    ranks of a ``group``. The teacher's tensors are constants."""
-    if isinstance(given, TopK) and name == "teacher":
+    ranks of a ``group``. The tensors of one that ``teaches`` are constants."""
+    if isinstance(given, TopK) and teaches:
         values, indices = (x.detach().reshape(-1, x.shape[-1]) for x in (given.log_probs, given.indices))
         log_rest = None if given.log_rest is None else given.log_rest.detach().reshape(-1)
         side = Side(values, indices=indices, tail=given.tail, temperature=float(given.temperature), log_rest=log_rest)
@@ -31,7 +33,7 @@ def flat_side(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tu
         tensors, sum_hidden = local_tensors(name, tensors, group)
     if head is None:
         check_logits(name, tensors[0])
-    if name == "teacher":
+    if teaches:
         tensors = [None if x is None else x.detach() for x in tensors]
     source, weight, bias = tensors
     shape, flat = source.shape[:-1], source.reshape(-1, source.shape[-1])
@@ -40,7 +42,7 @@ def flat_side(name: str, given: LMHead | TopK | Tensor | None, group: Any) -> tu
     softcap = None if head.softcap is None else float(head.softcap)
     side = Side(flat, weight, bias, float(head.logit_scale), softcap)
     if head.columns is not None:
-        if name != "teacher":
+        if not teaches:
             raise ValueError(f"{name} must have no columns: they say which of the teacher's the student's are")
         if group is not None:
             raise ValueError("teacher must have no columns with tp_group: give each rank the rows that its own map to")

@@ -39,6 +39,7 @@ from fused_kd.rows.shares import Tabled
 from fused_kd.rows.torch.math import Factors
 from fused_kd.rows.triton import top_k as triton_top_k
 from fused_kd.rows.triton.largest import take
+from fused_kd.rows.triton.mixing import add
 from fused_kd.rows.triton.row import row
 from fused_kd.rows.triton.sharded import TritonRow
 from fused_kd.terms import STATISTICS, WITHOUT_SWEEP, Scalars
@@ -54,7 +55,8 @@ TARGETS = {
 BUDGET = Path(__file__).with_name("kernel_budget.json")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-# Cases whose main loops are counted, on one target, and the bytes of an element on all sides together.
+# Cases whose main loops are counted, on one target, and the bytes of an element on all sides together; a loop that
+# reads one side of two shows twice its instructions.
 COUNTED_ON = "sm_90"
 COUNTED = {
     "sft/in_place": 4,
@@ -71,6 +73,8 @@ COUNTED = {
     "sft+generalized_jsd/in_place": 8,
     "forward_kd+reverse_kd/in_place": 8,
     "self_evolution+generalized_jsd/in_place": 8,
+    "mixing/first/fp32": 4,
+    "mixing/more/fp32": 8,
 }
 
 # Sums of objectives, for which a kernel has the sums of several terms, or factors beside them.
@@ -94,7 +98,7 @@ CHOICES = {
         r"(sft|no_evo|reverse_kd|generalized_jsd|skew_(forward|reverse|reverse_detached)|total_variation|adaptive_kl)/in_place"
         r"|(symmetric_kl|todi|alpha_beta|renyi|acceptance(_mix)?|z_loss|(sft|self_evolution)\+generalized_jsd)/in_place"
         r"|self_evolution/(loss|V=1)|(self_evolution|reverse_kd)/excluding|sft/softcap\+weights|(skew_teacher|reverse_kd)/cold.*"
-        r"|top_k/K=64/bf16.*|largest/k=(0|64)/.*"
+        r"|top_k/K=64/bf16.*|largest/k=(0|64)/.*|mixing/.*"
         r"|hand_over/.*|filter/bf16/.*"
         r"|streaming/(self_evolution/(bf16|logits)|sft/bf16|skew_teacher/cold)/.*|streaming/generalized_jsd/bf16/sums"
         r"|sharded/(sft|forward_kd|self_evolution|skew_teacher/cold|generalized_jsd)/.*"
@@ -102,7 +106,7 @@ CHOICES = {
     # The kernels whose machine code the tests look at, and one of each other class.
     "--few": re.compile(
         r"(sft|self_evolution|generalized_jsd)/in_place|self_evolution/(odd|padded|bf16_logits)|reverse_kd/excluding"
-        r"|top_k/K=64/bf16(/(condense|expand))?|largest/k=64/fp32|hand_over/bf16|filter/bf16/flags|sharded/self_evolution/statistics"
+        r"|top_k/K=64/bf16(/(condense|expand))?|largest/k=64/fp32|mixing/more/fp32|hand_over/bf16|filter/bf16/flags|sharded/self_evolution/statistics"
         r"|streaming/self_evolution/bf16/(statistics|sums|gradient)(/(combine|sums_combine))?"
     ),
 }
@@ -159,6 +163,23 @@ def largest_cases() -> dict[str, Callable[[], None]]:
 def _largest(k: int, dtype: torch.dtype, softcap: float | None = None, W: int = 4096) -> None:
     raw, so_far = torch.empty(1, W, dtype=dtype), Leading.none(1, k, torch.device("cpu"))
     take(Logits(raw, 1.0, softcap, False), 0, so_far, torch.ones(1))
+
+
+def mixing_cases() -> dict[str, Callable[[], None]]:
+    """The first teacher, in place where it is of fp32, and another."""
+    made = {
+        f"mixing/{place}/{name}": functools.partial(_mixing, dtype, first=place == "first")
+        for place in ("first", "more")
+        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+    }
+    made["mixing/more/softcap"] = functools.partial(_mixing, FP32, first=False, softcap=30.0, V=50257)
+    return made
+
+
+def _mixing(dtype: torch.dtype, *, first: bool, softcap: float | None = None, V: int = 128256) -> None:
+    mixed = torch.empty(1, V)
+    raw = mixed if first and dtype == FP32 else torch.empty(1, V, dtype=dtype)
+    add(mixed, Logits(raw, 1.0, softcap, False), torch.zeros(1), torch.ones(1), first=first)
 
 
 def _rows() -> dict[str, tuple[RowInputs, RowOutputs]]:
@@ -411,7 +432,7 @@ def loop_counts(kernel: Any, bytes_read: int) -> list[dict[str, Any]]:
 
 def all_cases() -> dict[str, Callable[[], None]]:
     rest = hand_over_cases() | filter_cases() | streaming_cases() | sharded_cases()
-    return cases() | rest | largest_cases()
+    return cases() | rest | largest_cases() | mixing_cases()
 
 
 def measure(targets: list[str], chosen: re.Pattern[str] = re.compile(".*")) -> Iterator[dict[str, Any]]:
@@ -460,7 +481,7 @@ def print_counts(chosen: list[str]) -> None:
     """A JSON object a main loop of each case, ``NAME`` or ``NAME=BYTES``."""
     compiled = divert_launches()
     triton.runtime.driver.set_active(Offline(0, TARGETS[COUNTED_ON]))
-    launches = cases() | streaming_cases() | sharded_cases()
+    launches = all_cases()
     for case in chosen:
         name, _, size = (case, "", "") if case in launches else case.rpartition("=")
         compiled.clear()

@@ -102,6 +102,8 @@ _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _LISTING, _LARGEST_TRITON = "fused_kd/engines/listing.py", "fused_kd/rows/triton/largest.py"
+_DRAWING = "fused_kd/engines/drawing.py"
+_MIXING_TORCH, _MIXING_TRITON = (f"fused_kd/rows/{name}/mixing.py" for name in ("torch", "triton"))
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _CUDA_SHARES = _CSRC + "cuda_shares.h"
 _NATIVE_SHARES, _NATIVE_SUMS, _NATIVE_GRADIENT = (_CSRC + f"kd_{name}.h" for name in ("shares", "sums", "gradient"))
@@ -591,6 +593,39 @@ MUTATIONS = [
         "torch largest: the last of equals counted too", "fused_kd/rows/torch/largest.py", "(ids <= last_index)", "(ids < last_index)",
         ("kernels/test_largest.py::test_of_equal_logits_the_lower_id_is_listed[torch-4]",),
     ),
+    # mixtures of teachers
+    Mutation(
+        "torch mixing: sign of the share", _MIXING_TORCH, "z.add_(share - torch.exp", "z.add_(-share - torch.exp",
+        ("kernels/test_mixing.py::test_teachers[torch-2-fp32]",),
+    ),
+    Mutation(
+        "torch mixing: a row without a share changes", _MIXING_TORCH, "torch.where(none, mixed, z, out=z)", "z",
+        ("kernels/test_mixing.py::test_weights_of_each_row[torch-1.0]",),
+    ),
+    Mutation(
+        "native mixing: the share before the temperature", f"{_CSRC}kd_mixing.h",
+        "(T * (share - log(of.total)))", "(share - T * log(of.total))",
+        ("kernels/test_mixing.py::test_temperatures[native-0.3]",),
+    ),
+    Mutation(
+        "native mixing: what both exclude is NaN", f"{_CSRC}kd_mixing.h",
+        "low - (high == -INFINITY ? 0.0f : high)", "low - high",
+        ("kernels/test_mixing.py::test_excluded_tokens[native--inf-1.0]",),
+    ),
+    Mutation(
+        "triton mixing: the first teacher's share twice", _MIXING_TRITON,
+        "tl.load(mixed + offsets)\n", "tl.load(mixed + offsets) + T * 0.6931472\n",
+        ("kernels/test_mixing.py::test_teachers[triton-2-fp32]",),
+    ),
+    Mutation(
+        "triton mixing: NaN passed over", _MIXING_TRITON,
+        "high = tl.where(before > new, before, new)", "high = tl.where(new > before, new, before)",
+        ("kernels/test_mixing.py::test_broken_numbers_spoil_their_row_alone[triton-1-nan]",),
+    ),
+    Mutation(
+        "triton mixing: the logarithm of the sum left out", _MIXING_TRITON, "(share - tl.log(total))", "share",
+        ("kernels/test_mixing.py::test_teachers[triton-1-fp32]",),
+    ),
     Mutation(
         "lists: what top_p cuts off is lost", _LISTING, "share.masked_fill(kept, 0.0)", "(0 * share)",
         ("loss/test_top_k_of.py::test_top_p_is_the_smallest_prefix[0.3-1.0]",),
@@ -598,6 +633,23 @@ MUTATIONS = [
     Mutation(
         "lists: given entries stay in the rest", _LISTING, "tile.scatter_(1, columns, -math.inf)", "pass",
         ("loss/test_top_k_of.py::test_at_given_ids[torch-plain-1.0]",),
+    ),
+    # drawn lists
+    Mutation(
+        "draws: the k largest drawn too", _DRAWING, "tile.scatter_(1, columns.where", "torch.scatter(tile, 1, columns.where",
+        ("loss/test_sample_of.py::test_right_on_average[6-1.0]",),
+    ),
+    Mutation(
+        "draws: each tile begins anew", _DRAWING, "before[rows] += sums[:, -1]", "before[rows] += 0",
+        ("loss/test_sample_of.py::test_tiles_do_not_count[None-torch]",),
+    ),
+    Mutation(
+        "draws: the largest of the others is not counted", _DRAWING, "mass = some + found.total", "mass = found.total",
+        ("loss/test_sample_of.py::test_right_on_average[6-1.0]",),
+    ),
+    Mutation(
+        "draws: equal ones are one", "fused_kd/draws.py", "(times.double() / n)", "(times.clamp(max=1).double() / n)",
+        ("loss/test_sample_of.py::test_the_k_largest_and_draws_from_the_others[torch-plain-1.0]",),
     ),
     # top-k teachers
     Mutation(

@@ -16,6 +16,7 @@ from fused_kd.rows.contract import Logits, RowInputs, RowOutputs
 from fused_kd.rows.cuda import build as cuda_build
 from fused_kd.rows.cuda import row as cuda_row
 from fused_kd.rows.cuda.launch import cut_rows
+from fused_kd.rows.mixing import add
 
 from .kernels.test_lists import cached
 from .kernels.test_sharded_row import allowed, in_turns, inputs_of, whole
@@ -306,3 +307,24 @@ def test_vocabulary_slices(objective, backend):
     assert relative(torch.cat([out.dlogits for out in found], 1), expected.dlogits) < 3e-6
     assert relative(found[0].loss, expected.loss) < 3e-6
     assert torch.equal(found[0].is_hard.cpu(), expected.is_hard)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_teachers_are_mixed_without_waiting_for_the_device(backend):
+    raws = [torch.randn(64, 50257) * 3 for _ in range(2)]
+    share, T = torch.full((64,), math.log(0.5)), torch.tensor([2.0])
+    share[5] = -math.inf
+    raws[1][5], raws[1][7, :9] = math.nan, -math.inf
+    mixed = {}
+    for device in ("cpu", "cuda"):
+        logits = [Logits(raw.to(device).bfloat16(), 1.0, None, False) for raw in raws]
+        arguments = share.to(device), T.to(device), backend if device == "cuda" else "torch"
+        mixed[device] = torch.full((64, 50257), math.nan, device=device)
+        add(mixed[device], logits[0], *arguments, first=True)  # compiles the kernels
+        add(mixed[device], logits[1], *arguments, first=False)
+        add(mixed[device], logits[0], *arguments, first=True)
+        with no_sync() if device == "cuda" else contextlib.nullcontext():
+            add(mixed[device], logits[1], *arguments, first=False)
+    assert torch.equal(mixed["cuda"].cpu() == -math.inf, mixed["cpu"] == -math.inf)
+    some = mixed["cpu"] > -math.inf
+    assert relative(mixed["cuda"].cpu()[some], mixed["cpu"][some]) < 2e-7

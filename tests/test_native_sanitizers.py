@@ -20,6 +20,8 @@ FUZZ = """
 import math, random, sys
 import torch
 import fused_kd as fk
+from fused_kd.rows.contract import Logits
+from fused_kd.rows.mixing import add
 from fused_kd.rows.native import build as native_build
 
 native_build.FLAGS += sys.argv[2:]
@@ -40,6 +42,11 @@ for step in range(int(sys.argv[1])):
     fk.top_k_of(lists, k, backend="native", temperature=draw.choice([1.0, 1e-8, 1e12]))
     head = fk.LMHead(lists[:, :1].nan_to_num(), torch.randn(V, 1).to(dtype))
     fk.log_probs_at(head, torch.full((N, 1), V - 1), backend="native")
+    T, mixed = torch.tensor([draw.choice([1.0, 1e-8, 1e12])]), torch.empty(N, V)
+    for i, raw in enumerate((lists, z.to(dtype))):
+        share = torch.rand(draw.choice([1, N])).round(decimals=1).log()
+        softcap = draw.choice([None, 30.0])
+        add(mixed, Logits(raw, draw.choice([1.0, -0.5]), softcap, False), share, T, "native", first=i == 0)
     z, z_t = z.to(dtype).requires_grad_(), z_t.to(draw.choice([dtype, torch.float32]))
     y = torch.randint(V, (N,))
     y[torch.rand(N) < 0.3] = -100

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
 from .listing import tile_stride
 from .mapping import MappedSource
+from .mixing import Listed, MixedSource, Place
 from .plan import Plan, Workspace
 from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
 
@@ -87,6 +89,13 @@ class LogitSource:
         self.projection.logits(hidden, raw)
         return hidden, Logits(raw, *self._template)
 
+    def read(self, place: Place) -> tuple[Logits, None]:
+        """As one of several teachers."""
+        if self.projection is None:
+            return Logits(self.source[place.tokens], *self._template), None
+        self.projection.logits(self.operand(place.tokens), place.into)
+        return Logits(place.into, *self._template), None
+
     def operand(self, tokens: slice | Tensor) -> Tensor:
         """The GEMM operand of some tokens."""
         assert self.projection is not None
@@ -131,13 +140,21 @@ class Chunks:
 
     def __init__(self, problem: Problem, columns: int, index: Tensor | None, labels: Tensor) -> None:
         self.problem, self.index, self.labels = problem, index, labels
-        teacher = problem.teacher
         self.student = LogitSource(problem.student, columns, problem.dtype)
-        self.teacher: LogitSource | MappedSource | None = None
-        if teacher is not None and teacher.columns is not None:
-            self.teacher = MappedSource(teacher, columns, problem.dtype)
-        elif teacher is not None and teacher.indices is None:
-            self.teacher = LogitSource(teacher, columns, problem.dtype)
+        self.teacher: LogitSource | MappedSource | MixedSource | None = None
+        sides = () if problem.teacher is None else (problem.teacher, *problem.others)
+        if len(sides) > 1:
+            self.teacher = MixedSource(
+                problem, [self._source(side, columns) or Listed(side, columns) for side in sides]
+            )
+        elif sides:
+            self.teacher = self._source(sides[0], columns)
+
+    def _source(self, teacher: Side, columns: int) -> LogitSource | MappedSource | None:
+        """None of a list."""
+        if teacher.columns is not None:
+            return MappedSource(teacher, columns, self.problem.dtype)
+        return LogitSource(teacher, columns, self.problem.dtype) if teacher.indices is None else None
 
     def chunk(self, span: slice, buffers: Buffers) -> Chunk:
         """The logits of a span, unless they are in ``buffers`` already."""
@@ -159,7 +176,14 @@ class Chunks:
             teacher, beyond, without = self.teacher.chunk(tokens, out, temperature, self.problem.backend)
             bad |= False if without is None else without & (labels >= 0)
         elif self.teacher is not None:
-            _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
+            if isinstance(self.teacher, MixedSource):
+                into, spare = (buffers.logits(name, len(labels)) for name in ("teacher", "other teacher"))
+                temperature = self.problem.temperature_of(tokens)
+                place = Place(tokens, labels, into, temperature, self.problem.backend)
+                teacher, malformed = self.teacher.chunk(span, place, spare)
+                bad |= malformed & (labels >= 0)
+            else:
+                _, teacher = self.teacher.chunk(tokens, buffers, "teacher")
             if self.problem.listing.k:
                 teacher, malformed = self._chosen(student, teacher, tokens, labels)
                 bad |= malformed
@@ -176,13 +200,17 @@ class Chunks:
         self, student: Logits, teacher: Logits, tokens: slice | Tensor, labels: Tensor
     ) -> tuple[Sparse, Tensor]:
         problem, listing = self.problem, self.problem.listing
-        assert isinstance(self.teacher, LogitSource)
-        temperature, own = problem.temperature_of(tokens), self.teacher.projection is not None
+        temperature, own = problem.temperature_of(tokens), not self._given_logits
         listed = chosen(student, teacher, listing, temperature, problem.backend, reusable=own)
         return sparse_teacher(
             listed.log_probs, listed.indices, labels, problem.vocab, listing.tail,
             reads_label=problem.spec.reads_label, temperature=temperature, log_rest=listed.log_rest,
         )  # fmt: skip
+
+    @property
+    def _given_logits(self) -> bool:
+        """Whether the teacher's logits are the caller's own."""
+        return isinstance(self.teacher, LogitSource) and self.teacher.projection is None
 
     def gradient_buffer(self, chunk: Chunk, d_source: Tensor | None, buffers: Buffers, place: slice) -> Tensor:
         """Where the row writes dlogits: over the logits themselves, or straight into the result, where dtypes allow;
@@ -227,38 +255,45 @@ class Chunks:
     def workspace(self, columns: int, stride: int) -> Workspace:
         """With ``columns`` a side in rows of ``stride``."""
         problem = self.problem
-        found = workspace_bytes(self.student, self.teacher, problem.teacher, columns, problem.wanted, stride)
+        sides = () if problem.teacher is None else (problem.teacher, *problem.others)
+        found = workspace_bytes(self.student, self.teacher, sides, columns, problem.wanted, stride)
         listing = problem.listing
         if not listing.k:
             return found
-        copied = listing.of_student and isinstance(self.teacher, LogitSource) and self.teacher.projection is None
+        copied = listing.of_student and self._given_logits
         # doubles of the list and its sums, and what lists take anyway
         return found._replace(token=found.token + 176 * (listing.k + 2) + (4 * columns if copied else 0))
 
 
 def workspace_bytes(
     student: LogitSource,
-    teacher: LogitSource | MappedSource | None,
-    lists: Side | None,
+    teacher: LogitSource | MappedSource | MixedSource | None,
+    sides: tuple[Side, ...],
     vocab: int,
     wanted: Wanted,
     stride: int,
 ) -> Workspace:
-    """From what the sides' tensors are, not what is in them; ``lists`` are a top-k teacher where they have indices."""
+    """From what the sides' tensors are, not what is in them; ``sides`` are the teacher's, one or several."""
     token, grouped, accumulator, fixed, slab = 16, 0, 0, 0, 0
-    if lists is not None and lists.indices is not None:  # sorted entries, and categories with their gradient
-        token += (96 if lists.tail == "listed" else 64) * (lists.indices.shape[1] + 2)
-    for side in (student, teacher):
-        if side is None:
+    for lists in sides:
+        if lists.indices is not None:  # sorted entries, and categories with their gradient
+            token += (96 if lists.tail == "listed" else 64) * (lists.indices.shape[1] + 2)
+    teachers: Sequence[Any] = [teacher]
+    if isinstance(teacher, MixedSource):
+        teachers = teacher.teachers
+        token += 8 * stride  # what is mixed, and the next one's
+    for side in (student, *teachers):
+        if side is None or isinstance(side, Listed):
             continue
+        own = stride if side is student or len(teachers) == 1 else 0
         if isinstance(side, MappedSource):
-            token += 4 * (stride + tile_stride(side.width)) + 8 * side.source.shape[1]
+            token += 4 * (own + tile_stride(side.width)) + 8 * side.source.shape[1]
             fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:
             token += vocab * side.source.element_size()  # gathered when tokens are dropped
             continue
-        token += 4 * stride + 8 * side.source.shape[1]
+        token += 4 * own + 8 * side.source.shape[1]
         if side.projection.copied:
             fixed += vocab * side.source.shape[1] * side.projection.dtype.itemsize
         if side.projection.upcast:

@@ -12,14 +12,16 @@ from .problem import Problem, Result
 
 ENGINES = ("chunked", "streaming")
 AUTO = "auto"
-TOLD, TOP_K, COLUMNS, LISTS = "statistics", "top_k", "columns", "lists"
-"""What a call may ask for: statistics, a top-k teacher, one of another vocabulary, lists to be chosen."""
+TOLD, TOP_K, COLUMNS, LISTS, TEACHERS = "statistics", "top_k", "columns", "lists", "teachers"
+"""What a call may ask for: statistics, a top-k teacher, one of another vocabulary, lists to be chosen, several teachers
+mixed."""
 
 _NOT_STREAMED = {
     TOLD: "tells no statistics",
     TOP_K: "takes the teacher as an LMHead or logits, got a TopK",
     COLUMNS: "takes no columns of a teacher with another vocabulary",
     LISTS: "makes no lists",
+    TEACHERS: "mixes no teachers",
 }
 
 
@@ -36,12 +38,14 @@ def choose_engine(
     """Names of the engine and the backend; the engine may be :data:`AUTO`, chunked if its plan fits the budget.
 
     A named one is used or refused, never replaced. ``asks`` for some of :data:`TOLD`, :data:`TOP_K`,
-    :data:`COLUMNS` and :data:`LISTS`; ``sharded`` says that the vocabulary is divided over ranks.
+    :data:`COLUMNS`, :data:`LISTS` and :data:`TEACHERS`; ``sharded`` says that the vocabulary is divided over ranks.
     """
     statistics = TOLD in asks
     if sharded:
         if LISTS in asks:
             raise ValueError("lists must be None with tp_group: fused_kd.top_k_of(..., tp_group=...) makes them before")
+        if TEACHERS in asks:
+            raise ValueError("teacher must not be a mixture with tp_group, but for one of lists")
         if statistics:
             raise ValueError("statistics must be empty with tp_group, whose ranks see a slice of the vocabulary each")
         return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, TOP_K in asks)

@@ -24,6 +24,7 @@ from ..terms import RowSpec, Term
 from ..workspace import empty
 from .gemm import Projection, slab_rows
 from .listing import tile_stride
+from .mixing import Place
 from .problem import Side
 
 # Columns that follow each other in the teacher too, at least so many, need no copy of their rows.
@@ -230,6 +231,11 @@ class MappedSource:
         each = rest - math.log(len(unmapped))
         out.index_copy_(1, unmapped, each.unsqueeze(1).expand(-1, len(unmapped)))
         return Logits(out, 1.0, None, False), None, None
+
+    def read(self, place: Place) -> tuple[Logits, Tensor | None]:
+        """As one of several teachers: of a tail that leaves nothing beyond the student's columns."""
+        logits, _, bad = self.chunk(place.tokens, place.into, place.temperature, place.backend)
+        return logits, bad
 
     def _read_all(self, hidden: Tensor, out: Tensor, others: Leading, temperature: Tensor, backend: str) -> None:
         """The student's columns into ``out``, the exponentials of all others into ``others``."""

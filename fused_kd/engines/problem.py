@@ -75,6 +75,10 @@ class Problem:
 
     Attributes:
         teacher: None where the objective has none.
+        others: further teachers, whose probabilities are mixed with those of ``teacher``.
+        shares: with others, (1, n) or (N, n) fp32, logarithms of what each of the n teachers has of a token; -inf:
+            nothing, whatever it holds there.
+        which: (N,) int64 on the CPU, each token's only teacher, where shares are 0 and -inf alone; else None.
         labels: (N,) int64 in [0, vocab), :data:`IGNORED` or :data:`INVALID`, on the student's device or on the CPU. On
             the CPU, ignored tokens are dropped without a synchronisation; on an accelerator their number is unknown to
             the host, so their rows are skipped instead.
@@ -116,6 +120,9 @@ class Problem:
     sum_hidden: bool = True
     statistics: int = 0
     listing: Listing = NO_LISTING
+    others: tuple[Side, ...] = ()
+    shares: Tensor | None = None
+    which: Tensor | None = None
 
     @property
     def spec(self) -> RowSpec:

@@ -136,7 +136,8 @@ class ModelForm:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.vocabulary = model, None
+        self.model = model
+        self.vocabulary: Any = None
 
     def within(self, step: Step, then: Callable[[Give], None]) -> None:
         self.model.eval()
@@ -155,7 +156,7 @@ class GivenForm:
     """One that is given with the batch, or by a server."""
 
     def __init__(self, given: Any) -> None:
-        self.given: GivenTeacher = given if hasattr(given, "head") else _Lists(given)
+        self.given: Any = given if hasattr(given, "head") else _Lists(given)
 
     @property
     def lists(self) -> bool:
@@ -187,7 +188,8 @@ class _Lists:
         return str(self._cache.tail)
 
     def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> TopK:
-        return TopK(*(batch[name].to(device) for name in _LISTS), tail=self.tail)
+        log_probs, indices = (batch[name].to(device) for name in _LISTS)
+        return TopK(log_probs, indices, self.tail)
 
     def __repr__(self) -> str:
         return repr(self._cache)
@@ -234,13 +236,13 @@ class Teaching:
         if len(self.forms) == 1:
             self.forms[0].within(step, then)
             return
-        parts, how = [(form, None) for form in self.forms], {"weights": self.weights}
+        parts: Sequence[tuple[Any, Tensor | None]] = [(form, None) for form in self.forms]
+        how: dict[str, Any] = {"weights": self.weights}
         if self.weights is None:
-            parts, which = self._by_row(step)
-            how = {"which": which}
+            parts, how["which"] = self._by_row(step)
         self._nested(parts, step, [], lambda gives: then(lambda: Mixture([give() for give in gives], **how)))
 
-    def _by_row(self, step: Step) -> tuple[list[tuple[Any, Tensor]], Tensor]:
+    def _by_row(self, step: Step) -> tuple[list[tuple[Any, Tensor | None]], Tensor]:
         """The teachers of this batch, each with its rows; and which of them is a token's."""
         if TEACHER_ID not in step.columns:
             raise ValueError(
@@ -290,9 +292,8 @@ def _spread(teacher: LMHead | TopK, rows: Tensor, count: int) -> LMHead | TopK:
     """Of some rows, as that of all; the others hold what a list or a head may."""
 
     def whole(value: Tensor, fill: Any = 0) -> Tensor:
-        found = value.new_zeros(count, *value.shape[1:]) + fill
-        found[rows.to(value.device)] = value
-        return found
+        found: Tensor = value.new_zeros(count, *value.shape[1:]) + fill
+        return found.index_copy_(0, rows.to(value.device), value)
 
     if isinstance(teacher, LMHead):
         return replace(teacher, hidden=whole(teacher.hidden))

@@ -178,8 +178,8 @@ class KDLossMixin(EvaluatedByTokens):
         models = self._own_models(student)
         for each in models[1:] if self.vocabulary is None else ():
             check_tokenizers(student, each, self.processing_class)
-        for form in self.teaching.given if self.teaching else ():
-            check_cache(form.given, self.processing_class)
+        for given in [] if self.teaching is None else self.teaching.given:
+            check_cache(given.given, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
@@ -228,7 +228,8 @@ class KDLossMixin(EvaluatedByTokens):
         tail = getattr(teacher, "tail", None) if is_given(teacher) else None
         if tail is None:
             return
-        check_tail(self.objective, str(tail), self.kd_options["temperature"])
+        if len(self._teachers) == 1 or tail == "bucket":
+            check_tail(self.objective, str(tail), self.kd_options["temperature"])
         if tail == "listed" and len(self._teachers) > 1:
             raise ValueError(
                 "tail must be 'renormalize', 'uniform' or 'bucket' of one of several teachers, got 'listed'"

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -329,7 +329,7 @@ class _Others(torch.nn.Module):
                     "KDTrainer, or KDLossMixin before trl.SFTTrainer"
                 )
             if isinstance(each, torch.nn.Module):
-                check_head_module(each, plain=True)
+                check_head_module(cast(Any, each), plain=True)
         if getattr(args, "seq_kd", False):
             raise ValueError("seq_kd must be False with such a teacher, which writes no text")
         self.config = copy.deepcopy(model.config)

@@ -186,13 +186,13 @@ def prepared(inputs: RowInputs, outputs: RowOutputs) -> tuple[RowInputs, RowOutp
     dlogits that are the student's raw logits stay so; what is written elsewhere is for :func:`copy_back`.
     """
     student, teacher, dlogits = inputs.student, inputs.teacher, outputs.dlogits
-    raw = _unit_stride(student.raw)
+    raw = unit_stride(student.raw)
     if dlogits is not None:
-        dlogits = raw if dlogits is student.raw else _unit_stride(dlogits)
+        dlogits = raw if dlogits is student.raw else unit_stride(dlogits)
     if not inputs.spec.needs_teacher:
         teacher = None
     elif isinstance(teacher, Logits):
-        teacher = teacher._replace(raw=_unit_stride(teacher.raw))
+        teacher = teacher._replace(raw=unit_stride(teacher.raw))
     elif isinstance(teacher, Sparse):
         indices, log_probs, rest, tail = teacher
         teacher = Sparse(indices.contiguous(), log_probs.contiguous(), rest.contiguous(), tail)
@@ -212,7 +212,20 @@ def copy_back(written: RowOutputs, outputs: RowOutputs) -> None:
         outputs.dlogits.copy_(written.dlogits)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def check_per_row(name: str, x: Tensor, C: int) -> None:
+    """
+    Raises:
+        ValueError: for what is not one fp32 number for all of C rows, or one for each.
+    """
+    if x.shape not in ((1,), (C,)) or x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, float32 and of shape (1,) or ({C},), got {x.dtype}, "
+            f"{tuple(x.shape)} with strides {x.stride()}"
+        )
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """(C, V), copied where its rows are not contiguous."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

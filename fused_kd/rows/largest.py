@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import Leading, Logits
-from .select import CUDA_OR_TRITON, NATIVE_OR_TORCH, native_works
+from .contract import Leading, Logits, check_per_row, unit_stride
+from .select import without_cuda
 
 
 def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backend: str) -> None:
@@ -37,15 +37,14 @@ def take(logits: Logits, first: int, so_far: Leading, temperature: Tensor, backe
     _check(C, so_far, temperature)
     if C == 0 or W == 0:
         return
-    if backend in ("triton", "cuda", CUDA_OR_TRITON):
+    chosen = without_cuda(backend)
+    if chosen == "triton":
         from .triton.largest import take as implementation
-    elif backend == "native" or (backend == NATIVE_OR_TORCH and native_works()):
+    elif chosen == "native":
         from .native.largest import take as implementation
     else:
         from .torch.largest import take as implementation
-    if logits.raw.stride(1) != 1 and W > 1:
-        logits = logits._replace(raw=logits.raw.contiguous())
-    implementation(logits, first, so_far, temperature)
+    implementation(logits._replace(raw=unit_stride(logits.raw)), first, so_far, temperature)
 
 
 def _check(C: int, so_far: Leading, temperature: Tensor) -> None:
@@ -58,8 +57,4 @@ def _check(C: int, so_far: Leading, temperature: Tensor) -> None:
                 f"so_far.{name} must be contiguous, {dtype} and of shape {shapes[name]}, got {tensor.dtype}, "
                 f"{tuple(tensor.shape)} with strides {tensor.stride()}"
             )
-    if temperature.shape not in ((1,), (C,)) or temperature.dtype != torch.float32 or not temperature.is_contiguous():
-        raise ValueError(
-            f"temperature must be contiguous, float32 and of shape (1,) or ({C},), got {temperature.dtype}, "
-            f"{tuple(temperature.shape)} with strides {temperature.stride()}"
-        )
+    check_per_row("temperature", temperature, C)

@@ -116,6 +116,13 @@ def get_row(backend: str) -> Row:
     return functools.partial(_row, dense, listed)
 
 
+def without_cuda(backend: str) -> str:
+    """What a name of :func:`choose_backend` runs where CUDA has no kernel of its own: "triton", "native" or "torch"."""
+    if backend in ("triton", "cuda", CUDA_OR_TRITON):
+        return "triton"
+    return "native" if backend == "native" or (backend == NATIVE_OR_TORCH and native_works()) else "torch"
+
+
 def _row(dense: Row, listed: Row, inputs: RowInputs, outputs: RowOutputs) -> None:
     if inputs.beyond is not None:
         from .torch.mapped import row

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fused_kd import top_k_of
-from fused_kd.integrations.bodies import eval_mode
-from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.integrations.transformers import check_lm_head, hidden_states, lm_head_of
+from fused_kd.integrations.heads import check_head_module
+from fused_kd.integrations.transformers import check_lm_head
+from fused_kd.integrations.weights import rows_of
 from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
-from fused_kd.training.collate import Collator, padding_id
+from fused_kd.training.collate import padding_id
+from fused_kd.training.hidden_cache import hidden_writer
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.stage import (
-    check_counts,
-    check_same,
-    check_writable,
-    fingerprint_file,
-    lock,
-    write_bytes,
-    write_json,
-)
-from fused_kd.training.teacher_cache import (
-    FORMAT,
-    INDEX,
-    AnyRows,
-    TeacherCache,
-    fingerprint_teacher,
-    fingerprints_of,
-    read_index,
-    repetition,
-    shard_fault,
-    shard_name,
-    target_positions,
-)
+from fused_kd.training.shards import KEPT, MakeShard, offsets_of, write_shards
+from fused_kd.training.stage import check_counts, fingerprint_file
+from fused_kd.training.teacher_cache import AnyRows, TeacherCache, fingerprint_teacher, fingerprints_of, repetition
 from fused_kd.training.teacher_cache import CachedRows as CachedRows
+from fused_kd.training.teacher_runs import Runs, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The lists of rows [start, stop), in any order: (row, log-probabilities (n, k) float32, ids (n, k)).
-Source = Callable[[int, int], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+# The lists of rows [start, stop), in any order: (row, log-probabilities (n, k) float32, ids (n, k)), and behind them,
+# where it is known, what all others hold, as log-probabilities (n,) float32.
+Source = Callable[[int, int], Iterator[tuple[Any, ...]]]
 
 
 def write_cache(
@@ -55,57 +38,93 @@ def write_cache(
     tokenizer: PreTrainedTokenizerBase,
     rows: AnyRows,
     *,
-    k: int,
     template: PromptTemplate | str,
-    dtype: str = "fp16",
-    shard_rows: int = 1024,
+    k: int | None = None,
+    keep: str = "lists",
+    dtype: str | None = None,
+    project: int | None = None,
+    shard_rows: int | None = None,
     batch_size: int = 16,
     memory: int = 256 << 20,
+    sample: int = 1 << 16,
     progress: bool = True,
 ) -> TeacherCache:
-    """The teacher's k largest log-probabilities of every token of ``rows`` that carries loss.
+    """A teacher's say on every token of ``rows`` that carries loss: its k largest log-probabilities, or its last hidden
+    state and, once, its head.
 
-    They are ``log_softmax`` in fp32 over the tokenizer's vocabulary; a padded head is cut to it. The same call goes on
+    Log-probabilities are ``log_softmax`` in fp32 over the tokenizer's vocabulary; a padded head is cut to it. Hidden
+    states come with the whole head, as the teacher has it: what is cut is the loss's affair. The same call goes on
     where an interrupted one stopped and, as far as the device's kernels are deterministic, gives the same files. One
     process a folder: a second one waits.
 
     Args:
-        folder: for ``index.json`` and the shards.
+        folder: for ``index.json``, the shards and the head.
         teacher: a causal LM on the device where it shall run; in eval mode meanwhile.
         tokenizer: the one that made ``rows``.
         rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``.
-        k: entries a token, at most the vocabulary's size.
         template: that of the rows' prompts; bound to the cache, not used otherwise.
-        dtype: "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`.
-        shard_rows: rows a shard, default 1024: what a kill loses at most, and rows of similar length are found among
-            them.
+        k: entries a token, at most the vocabulary's size; None with ``keep="hidden"``.
+        keep: "lists" (default) or "hidden".
+        dtype: of lists "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of hidden states "bf16"
+            (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head stays in the
+            teacher's dtype.
+        project: keep r numbers of a hidden state: those from which an affine map gives the best logits, see
+            :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
+            (default): all.
+        shard_rows: rows a shard, which are in memory together: what a kill loses at most, and rows of similar length
+            are found among them. None (default): 1024 for lists, 128 for hidden states.
         batch_size: rows the teacher runs at once.
         memory: bytes for logits; they are made for a chunk of tokens at a time. Default 256 MiB.
+        sample: with ``project``, about how many tokens of evenly spread rows the directions are found from; default
+            65,536.
         progress: show a bar.
 
     Returns:
         The finished cache.
 
     Raises:
-        ValueError: a size out of range, no rows, an id outside the vocabulary, a head smaller than the vocabulary, a
-            folder made with other arguments or from something else (the message says which).
+        ValueError: a size out of range, an unknown ``keep`` or ``dtype``, no rows, an id outside the vocabulary, a head
+            smaller than the vocabulary, states that are not finite or too large for the dtype, a folder made with other
+            arguments or from something else (the message says which).
     """
     vocab_size = len(tokenizer)
-    check_counts(batch_size=batch_size, memory=memory)
-    width = teacher.get_output_embeddings().weight.shape[0]
-    if width < vocab_size:
-        raise ValueError(f"the teacher's head has {width} rows, fewer than the {vocab_size} tokens of the tokenizer")
+    if keep not in KEPT:
+        raise ValueError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {keep!r}")
+    dtypes = DTYPES if keep == "lists" else tuple(HIDDEN_DTYPES)
+    dtype = dtypes[0] if dtype is None else dtype
+    shard_rows = (1024 if keep == "lists" else 128) if shard_rows is None else shard_rows
+    check_counts(batch_size=batch_size, memory=memory, sample=sample, shard_rows=shard_rows)
+    size = rows_of(check_head_module(teacher).weight)
+    if size < vocab_size:
+        raise ValueError(f"the teacher's head has {size} rows, fewer than the {vocab_size} tokens of the tokenizer")
+    _check_form(rows, dtype, dtypes)
+    data: Any = rows
+    settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
+    if keep == "lists":
+        if project is not None:
+            raise ValueError(f"project must be None with keep='lists', got {project!r}")
+        _check_k(k, vocab_size)
+        settings |= {"k": k, "rest": True}
+    else:
+        if k is not None:
+            raise ValueError(f"k must be None with keep='hidden', got {k!r}")
+        if project is not None:
+            check_counts(project=project)
+        settings["project"] = project
+    fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
     check_lm_head(teacher)
-    source = _teacher_lists(teacher, rows, k, vocab_size, padding_id(tokenizer), batch_size, memory)
+    runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
+    if keep == "lists":
+        begin = _list_writer(_teacher_lists(runs, int(str(k)), vocab_size, memory), data)
+    else:
+        begin = hidden_writer(runs, data, sample=sample, memory=memory)
     about = {
         "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
         "revision": getattr(teacher.config, "_commit_hash", None),
         "template": get_prompt(template).name,
     }
-    return write_lists(
-        folder, source, tokenizer, rows, k=k, template=template, dtype=dtype, shard_rows=shard_rows,
-        made_from=fingerprint_teacher(teacher), about=about, progress=progress,
-    )  # fmt: skip
+    write_shards(folder, len(data), settings, fingerprints, about, begin, shard_rows=shard_rows, progress=progress)
+    return TeacherCache(folder, verify=False)
 
 
 def convert_vllm(
@@ -172,106 +191,97 @@ def write_lists(
     shard_rows: int,
     made_from: Mapping[str, str | None],
     about: Mapping[str, Any],
+    with_rest: bool = False,
     progress: bool = True,
 ) -> TeacherCache:
     """As :func:`write_cache`, with lists from anywhere: ``source`` is asked for ascending ranges of rows, each once.
 
     ``made_from`` are the fingerprints of what the lists come from, beside those of tokenizer, data and template;
-    ``about`` are names for people.
+    ``about`` are names for people. ``with_rest``: the source gives what is not listed too, log-probabilities (n,).
     """
     vocab_size = len(tokenizer)
     data: Any = rows
-    check_counts(k=k, shard_rows=shard_rows)
-    if k > vocab_size:
-        raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
-    if not len(data):
-        raise ValueError("rows is empty: expected at least one row")
+    check_counts(shard_rows=shard_rows)
+    _check_k(k, vocab_size)
+    _check_form(rows, dtype, DTYPES)
+    settings = {"keep": "lists", "vocab_size": vocab_size, "dtype": dtype, "k": k, "rest": with_rest}
     fingerprints = {**fingerprints_of(tokenizer, rows, template), **made_from}
-    settings = {"k": k, "vocab_size": vocab_size, "dtype": dtype, "rows": len(data), "shard_rows": shard_rows}
-    folder = Path(folder)
-    check_writable(folder)
-
-    from tqdm import tqdm
-
-    with lock(folder / "shards" / ".lock"):
-        for partial in [*folder.glob(f"{INDEX}.*.partial"), *folder.glob("shards/*.partial")]:
-            partial.unlink()
-        index = read_index(folder) or {
-            "format": FORMAT, **settings, "fingerprints": fingerprints, "about": dict(about), "shards": [],
-        }  # fmt: skip
-        theirs = {**{name: index[name] for name in settings}, **index["fingerprints"]}
-        check_same(folder, theirs, {**settings, **fingerprints})
-        finished = {s["file"]: s for s in index["shards"] if shard_fault(folder, index, s, checksum=True) is None}
-        with tqdm(total=len(data), desc="teacher cache", unit="row", disable=not progress) as bar:
-            for start in range(0, len(data), shard_rows):
-                stop, name = min(start + shard_rows, len(data)), shard_name(start // shard_rows)
-                if name in finished:
-                    bar.update(stop - start)
-                    continue
-                finished[name] = _write_shard(folder / name, source, data, start, stop, k, vocab_size, dtype, bar)
-                write_json(folder / INDEX, {**index, "shards": [finished[file] for file in sorted(finished)]})
+    write_shards(
+        folder, len(data), settings, fingerprints, about, _list_writer(source, data), shard_rows=shard_rows,
+        progress=progress,
+    )  # fmt: skip
     return TeacherCache(folder, verify=False)
 
 
-def _write_shard(
-    path: Path, source: Source, rows: Any, start: int, stop: int, k: int, vocab_size: int, dtype: str, bar: Any
-) -> dict[str, Any]:
-    """Write the shard of rows [start, stop) atomically; its entry for the index."""
+def _check_k(k: Any, vocab_size: int) -> None:
+    check_counts(k=k)
+    if k > vocab_size:
+        raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
+
+
+def _check_form(rows: Any, dtype: Any, dtypes: tuple[str, ...]) -> None:
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, dtypes))}, got {dtype!r}")
+    if not len(rows):
+        raise ValueError("rows is empty: expected at least one row")
+
+
+def _runs_of(teacher: Any, data: Any, pad: int, batch_size: int) -> Runs:
+    return lambda numbers: teacher_runs(teacher, data, numbers, pad, batch_size)
+
+
+def _list_writer(source: Source, data: Any) -> Callable[[Path, dict[str, Any]], MakeShard]:
+    def begin(_: Path, index: dict[str, Any]) -> MakeShard:
+        return lambda start, stop, bar: _lists_shard(source, data, index, start, stop, bar)
+
+    return begin
+
+
+def _lists_shard(
+    source: Source, data: Any, index: Mapping[str, Any], start: int, stop: int, bar: Any
+) -> tuple[bytes, dict[str, Any]]:
     from safetensors.numpy import save
 
-    counts = [len(target_positions(rows[index]["labels"])) for index in range(start, stop)]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    k, vocab_size = index["k"], index["vocab_size"]
+    offsets = offsets_of(data, start, stop)
     log_probs = np.full((offsets[-1], k), np.nan, dtype=np.float32)  # a row that does not come is an error
     indices = np.zeros((offsets[-1], k), dtype=id_dtype(vocab_size))
-    for index, values, ids in source(start, stop):
-        tokens = slice(offsets[index - start], offsets[index - start + 1])
+    rest = np.full(offsets[-1], np.nan, dtype=np.float32)
+    for row, values, ids, *others in source(start, stop):
+        tokens = slice(offsets[row - start], offsets[row - start + 1])
         listed = values > -np.inf
         if (listed & ((ids < 0) | (ids >= vocab_size))).any():
-            raise ValueError(f"row {index}: ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
+            raise ValueError(f"row {row}: ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
         if fault := repetition(listed, ids):
-            raise ValueError(f"row {index}: {fault}")
+            raise ValueError(f"row {row}: {fault}")
         log_probs[tokens], indices[tokens] = values, np.where(listed, ids, 0)
+        if others:
+            rest[tokens] = np.minimum(others[0], 0)
         bar.update()
     total = np.minimum(mass(log_probs), 1)  # by rounding it can be a little more
     try:
-        arrays = encode(log_probs, dtype)
+        arrays = encode(log_probs, index["dtype"])
     except ValueError as error:
         raise ValueError(f"rows {start} to {stop - 1}: {error}") from error
+    if index["rest"]:
+        if np.isnan(rest).any():
+            raise ValueError(f"rows {start} to {stop - 1}: the source must give what is not listed, at most 0")
+        arrays["log_rest"] = rest
     content = save({"offsets": offsets, "indices": indices, **arrays})
-    write_bytes(path, content)
-    return {
-        "file": f"{path.parent.name}/{path.name}",
-        "rows": stop - start,
+    return content, {
         "tokens": int(offsets[-1]),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
         "mass_sum": float(total.sum()),
         "mass_min": float(total.min(initial=1.0)),
     }
 
 
-def _teacher_lists(
-    teacher: PreTrainedModel, rows: Any, k: int, vocab_size: int, pad: int, batch_size: int, memory: int
-) -> Source:
-    collate = Collator(pad)
-
-    def lists(start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        order = sorted(range(start, stop), key=lambda index: -len(rows[index]["input_ids"]))
-        with eval_mode(teacher):
-            for first in range(0, len(order), batch_size):
-                batch = order[first : first + batch_size]
-                inputs = collate([{name: rows[index][name] for name in ("input_ids", "labels")} for index in batch])
-                inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
-                valid = inputs.pop("labels")[:, 1:] != LABEL_PAD
-                with torch.no_grad():
-                    hidden = hidden_states(teacher, **inputs)
-                    head = lm_head_of(teacher, hidden[:, :-1][valid.to(hidden.device)])
-                found = top_k_of(head, k, vocab_size=vocab_size, memory_budget=memory)
-                lengths = valid.sum(1).tolist()
-                lists_of_rows = (part.cpu().split(lengths) for part in (found.log_probs, found.indices))
-                for index, values, ids in zip(batch, *lists_of_rows, strict=True):
-                    yield index, values.numpy(), ids.numpy()
+def _teacher_lists(runs: Runs, k: int, vocab_size: int, memory: int) -> Source:
+    def lists(start: int, stop: int) -> Iterator[tuple[Any, ...]]:
+        for run in runs(range(start, stop)):
+            found = top_k_of(run.head, k, vocab_size=vocab_size, memory_budget=memory)
+            assert found.log_rest is not None
+            parts = (part.cpu().split(run.targets) for part in (found.log_probs, found.indices, found.log_rest))
+            for row, *values in zip(run.rows, *parts, strict=True):
+                yield row, *(value.numpy() for value in values)
 
     return lists

@@ -13,9 +13,11 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
-from fused_kd.integrations.distributed import TEACHER_COLUMNS
+from fused_kd.integrations.forms import TEACHER_ID, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.training.contexts import teacher_batch
+
+_LISTS = ("_log_probs", "_indices")
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -49,17 +51,23 @@ class Collator:
             -100, as the padding before it predicts nothing.
 
     Returns on call:
-        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with a cached teacher's
-        lists (``teacher_log_probs`` and ``teacher_indices`` (n, K), one list a label that has a token before it and
-        carries loss) also ``teacher_log_probs`` float32 and ``teacher_indices`` int64 (rows, length, K): position i has
-        the distribution of the token at i + 1, as the loss takes it with ``shift=True``; a position without loss the
-        ids 0 to K - 1, all alike. Of rows with ``teacher_input_ids`` and ``teacher_labels`` (:func:`with_context`), for
-        a teacher with another prompt, also ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``.
+        ``input_ids``, ``attention_mask``, ``labels``: int64 tensors (rows, length). Of rows with what a cached teacher
+        has for each label that carries loss and has a token before it (:meth:`TeacherCache.rows`), the same over
+        (rows, length): position i has the distribution of the token at i + 1, as the loss takes it with ``shift=True``.
+
+        - lists, ``teacher_log_probs`` and ``teacher_indices`` (n, K), float32 and int64; a position without loss has
+          the ids 0 to K - 1, all alike. ``teacher_log_rest`` (n,) float32; there 0.
+        - hidden states, ``teacher_hidden`` (n, R), in their dtype; there 0.
+
+        Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
+        teacher is theirs, give ``teacher_id`` (rows,) int64. Rows
+        with ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a
+        teacher with another prompt, give these and ``teacher_attention_mask``.
 
     Raises:
         TypeError: a row that is no dict.
         ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
-            ``labels``, lists in some rows only or of several K, more or fewer of them than labels.
+            ``labels``; a teacher's column in some rows only, of several widths, with more or fewer entries than labels.
     """
 
     pad_token_id: int
@@ -85,8 +93,12 @@ class Collator:
         }
         if self.side == "left" and batch["labels"].shape[1]:
             batch = without_first_targets(batch)
-        if any("teacher_log_probs" in row for row in rows):
-            batch |= self._teacher_lists(rows, batch["labels"][:, 1:] != LABEL_PAD)
+        targets = batch["labels"][:, 1:] != LABEL_PAD
+        for name in _teacher_columns(rows):
+            batch[name] = _spread(name, [row.get(name) for row in rows], targets)
+        if any(TEACHER_ID in row for row in rows):
+            _check_everywhere(TEACHER_ID, rows)
+            batch[TEACHER_ID] = torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
         return batch | teacher_batch(rows, self)
 
     def _padded(self, rows: Sequence[Any], fill: int) -> Tensor:
@@ -96,44 +108,77 @@ class Collator:
         more = -batch.shape[1] % (self.pad_to_multiple_of or 1)
         return pad(batch, (0, more) if self.side == "right" else (more, 0), value=fill)
 
-    def _teacher_lists(self, rows: Sequence[dict[str, Any]], targets: Tensor) -> dict[str, Tensor]:
-        """Of the rows' lists, one a target (rows, length - 1)."""
-        if not all(name in row for row in rows for name in TEACHER_COLUMNS):
-            raise ValueError("teacher_log_probs and teacher_indices must be in every row of a batch or in none")
-        widths = {row[name].shape[-1] for row in rows for name in TEACHER_COLUMNS}
-        if len(widths) > 1:
-            raise ValueError(f"teacher_log_probs must have one K in a batch, got {sorted(widths)}")
-        for row, count in zip(rows, targets.sum(1).tolist(), strict=True):
-            lists, ids = (len(row[name]) for name in TEACHER_COLUMNS)
-            if not lists == ids == count:
-                raise ValueError(
-                    f"teacher_log_probs has {lists} lists and teacher_indices {ids} for {count} labels with loss"
-                )
-        K, (count, before) = widths.pop(), targets.shape
-        log_probs = torch.full((count, before + 1, K), -math.log(K), dtype=torch.float32)
-        indices = torch.arange(K).repeat(count, before + 1, 1)
-        log_probs[:, :-1][targets] = torch.cat([row["teacher_log_probs"] for row in rows]).float()
-        indices[:, :-1][targets] = torch.cat([row["teacher_indices"] for row in rows]).long()
-        return {"teacher_log_probs": log_probs, "teacher_indices": indices}
+
+def _teacher_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of what cached teachers have in these rows; in all of them, unless each says who its teacher is."""
+    found = dict.fromkeys(name for row in rows for name in row if is_per_target(name))
+    for name in list(found):
+        if name.endswith(_LISTS):
+            prefix = name.removesuffix(_LISTS[0]).removesuffix(_LISTS[1])
+            found |= dict.fromkeys(prefix + kind for kind in _LISTS)
+    for name in found if not any(TEACHER_ID in row for row in rows) else ():
+        _check_everywhere(name, rows)
+    return list(found)
+
+
+def _check_everywhere(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lacking = [number for number, row in enumerate(rows) if name not in row]
+    if lacking:
+        raise ValueError(f"{name} must be in every row of a batch or in none, rows[{lacking[0]}] lacks it")
+
+
+def _spread(name: str, parts: Sequence[Tensor | None], targets: Tensor) -> Tensor:
+    """(rows, length, ...): what the rows have, one entry a target (rows, length - 1); nothing of a row with None."""
+    for number, (part, count) in enumerate(zip(parts, targets.sum(1).tolist(), strict=True)):
+        if part is not None and len(part) != count:
+            raise ValueError(f"{name} of rows[{number}] has {len(part)} entries for {count} labels with loss")
+    own = [torch.as_tensor(part) for part in parts if part is not None]
+    widths = {part.shape[1:] for part in own}
+    if len(widths) > 1:
+        raise ValueError(f"{name} must have one width in a batch, got {sorted(map(tuple, widths))}")
+    targets = targets & torch.tensor([part is not None for part in parts])[:, None]
+    found, (rows, before) = torch.cat(own), targets.shape
+    if name.endswith(_LISTS[0]):
+        found = found.float()
+        whole = torch.full((rows, before + 1, *found.shape[1:]), -math.log(found.shape[1]), dtype=found.dtype)
+    elif name.endswith(_LISTS[1]):
+        found = found.long()
+        whole = torch.arange(found.shape[1]).repeat(rows, before + 1, 1)
+    else:
+        whole = found.new_zeros((rows, before + 1, *found.shape[1:]))
+    whole[:, :-1][targets] = found
+    return whole
 
 
 class PackingCollator(DataCollatorWithFlattening):
-    """transformers' ``DataCollatorWithFlattening``, with the lists of a cached teacher.
+    """transformers' ``DataCollatorWithFlattening``, with what cached teachers have.
 
-    Returns ``input_ids``, ``labels`` and ``position_ids`` (1, tokens of all rows), and ``teacher_log_probs`` and
-    ``teacher_indices`` (1, tokens, K) for rows that have them. Positions start anew in each row; from them and from
-    the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the rows apart; a trainer of
-    this library tries both models with the first batch and refuses one that does not (Falcon, Bloom, Mamba, ...). The
-    first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds FlashAttention's row
-    limits. Rows with ``teacher_input_ids`` and ``teacher_labels`` are laid end to end too, with
+    Returns ``input_ids``, ``labels`` and ``position_ids`` (1, tokens of all rows), and the columns of :class:`Collator`
+    for cached teachers (1, tokens, ...); ``teacher_id`` (1, tokens) repeats each row's. Positions start anew in each
+    row; from them and from the missing attention mask transformers' attention (SDPA, eager, FlashAttention) keeps the
+    rows apart; a trainer of this library tries both models with the first batch and refuses one that does not (Falcon,
+    Bloom, Mamba, ...). The first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds
+    FlashAttention's row limits. Rows with ``teacher_input_ids`` and ``teacher_labels`` are laid end to end too, with
     ``teacher_position_ids``.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
         check_rows(features, ("input_ids",))
-        batch: dict[str, Any] = super().__call__(features, return_tensors, separator_id)  # type: ignore[no-untyped-call]
-        if "teacher_log_probs" in features[0]:
-            apart = [Collator(0)([row]) for row in features]
-            for name in TEACHER_COLUMNS:
-                batch[name] = torch.cat([row[name] for row in apart], dim=1)
+        columns = _teacher_columns(features)
+        ids = TEACHER_ID in {name for row in features for name in row}
+        if ids:
+            _check_everywhere(TEACHER_ID, features)
+        own = {*columns, TEACHER_ID}
+        plain = [{name: value for name, value in row.items() if name not in own} for row in features]
+        batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
+        if columns:
+            kept = ("input_ids", "labels", *own)
+            padded = Collator(0)([{name: row[name] for name in kept if name in row} for row in features])
+            for name in columns:
+                rows = zip(padded[name], features, strict=True)
+                batch[name] = torch.cat([part[: len(row["input_ids"])] for part, row in rows])[None]
+        if ids:
+            each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
+            lengths = torch.tensor([len(row["input_ids"]) for row in features])
+            batch[TEACHER_ID] = each.repeat_interleave(lengths)[None]
         return batch | teacher_batch(features, self)

@@ -1,18 +1,10 @@
-"""A teacher's largest log-probabilities of every token that carries loss, on disk, instead of the teacher.
-
-A cache is a folder: ``index.json`` (what it was made from and with, and each shard's rows, tokens, size and SHA-256)
-and ``shards/*.safetensors``, a fixed number of rows each, with the arrays
-
-- ``offsets`` (rows + 1,) int64: row r has the tokens ``offsets[r]:offsets[r + 1]``, one for each position whose *next*
-  label is valid, in order;
-- ``indices`` (tokens, k) uint16 for vocabularies of at most 65536, else int32;
-- ``log_probs`` (tokens, k) fp16 or fp32, or ``codes``, ``top`` and ``span``: see :mod:`fused_kd.training.codes`.
+"""A teacher on disk instead of the teacher: of every token that carries loss its largest log-probabilities, or its last
+hidden state and, once, its head. The folder is described in :mod:`fused_kd.training.shards`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
-from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.training.codes import DTYPES, EXCESS, decode, id_dtype, mass
+from fused_kd.training.codes import EXCESS, decode, mass
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.stage import check_counts, fingerprint, fingerprint_file
+from fused_kd.training.shards import HEAD, INDEX, head_fault, shard_fault, shard_name
+from fused_kd.training.shards import read_index as read_index
+from fused_kd.training.shards import target_positions as target_positions
+from fused_kd.training.stage import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = "fused_kd teacher cache 1"
-INDEX = "index.json"
-_ARRAYS = {
-    "fp16": {"log_probs": "F16"},
-    "fp32": {"log_probs": "F32"},
-    "8bit": {"codes": "U8", "top": "F32", "span": "F32"},
-}
-_IDS = {"uint16": "U16", "int32": "I32"}
 # what says where a config came from, and nothing about the function that the model computes
 _CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 PARTS = {
@@ -53,96 +41,213 @@ AnyRows = Sequence[Mapping[str, Any]] | Dataset[Any]
 
 
 class TeacherCache:
-    """Reads a cache made by :func:`write_cache`; shards are memory-mapped.
+    """Reads a cache made by :func:`write_cache`, and teaches with it; shards are memory-mapped.
+
+    A trainer takes it as ``teacher``, with the rows of :meth:`rows`, and a collator of this package puts what it needs
+    into the batches. A cache of hidden states is the teacher itself, for every objective and temperature; lists know
+    what they list.
 
     Args:
         folder: where it lies.
-        tail: what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; default
-            "renormalize".
+        tail: of lists, what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; None
+            (default): "bucket". A cache of hidden states has none.
+        name: begins the names of the batches' columns, default "teacher": ``teacher_log_probs``,
+            ``teacher_indices`` and ``teacher_log_rest``, or ``teacher_hidden``. Two caches that teach together need two
+            names.
         verify: compare every shard with its checksum (default), not only its size. Leave it out where the folder has
             been verified shortly before.
 
     Attributes:
-        k: entries a token. vocab_size: tokens of the vocabulary that the probabilities are over.
-        dtype: "fp16", "8bit" or "fp32". tokens: those with entries. bytes_per_token: of the shards.
-        mass_mean, mass_min: the probability that the entries of a token have together.
+        keep: "lists" or "hidden". dtype: "fp16", "8bit" or "fp32"; of hidden states "bf16", "fp8", "fp16" or "fp32".
+        k: entries a token; None without lists. width: numbers a hidden state; None without.
+        vocab_size: tokens of the vocabulary that the probabilities are over; of hidden states the rows of the head.
+        tokens: those with entries. bytes_per_token: of the shards.
+        mass_mean, mass_min: of lists, the probability that the entries of a token have together; else None.
+        error: of hidden states, what storing them changes in some tokens: ``logits``, ``kl``, ``top_1``, ``tokens`` of
+            :func:`fused_kd.training.projection.error_of`; else None.
+        columns: the names in a batch that :meth:`head` reads.
         fingerprints: SHA-256 of each part in ``PARTS``; None where it is not known. about: names for people.
 
     Raises:
-        ValueError: no cache there, an unfinished one, an index that says what cannot be, a shard that is missing,
-            truncated, corrupted or of another form (by name), an unknown tail.
+        ValueError: no cache there, an unfinished one, an index that says what cannot be, a shard or head that is
+            missing, truncated, corrupted or of another form (by name), an unknown tail, a tail of hidden states.
     """
 
-    def __init__(self, folder: str | Path, tail: str = "renormalize", *, verify: bool = True) -> None:
-        if tail not in TAILS:
+    def __init__(
+        self, folder: str | Path, tail: str | None = None, *, name: str = "teacher", verify: bool = True
+    ) -> None:
+        if tail is not None and tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
-        self.folder = Path(folder)
-        self.tail = tail
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"name must be letters, digits and _, got {name!r}")
+        self.folder, self.name = Path(folder), name
         index = read_index(self.folder)
         if index is None:
             raise ValueError(f"folder={str(folder)!r} holds no teacher cache: there is no {INDEX}")
-        self._shards: list[dict[str, Any]] = index["shards"]
-        self.k, self.vocab_size, self.dtype = index["k"], index["vocab_size"], index["dtype"]
+        self.keep: str = index["keep"]
+        if self.keep == "hidden" and tail is not None:
+            raise ValueError(f"tail must be None for the cache in {folder}, which is of hidden states, got {tail!r}")
+        self.tail: str | None = (tail or "bucket") if self.keep == "lists" else None
+        self._index, self._shards = index, index["shards"]
+        self.dtype: str = index["dtype"]
         self.fingerprints: dict[str, str | None] = index["fingerprints"]
         self.about: dict[str, Any] = index["about"]
         self._rows, self._shard_rows = int(index["rows"]), int(index["shard_rows"])
+        self._check_files(verify)
+        self.tokens = sum(shard["tokens"] for shard in self._shards)
+        self.bytes_per_token = sum(shard["bytes"] for shard in self._shards) / max(self.tokens, 1)
+        self.k: int | None = index.get("k")
+        self.width: int | None = index.get("width")
+        self.error: dict[str, float] | None = index.get("error")
+        self.mass_mean: float | None = None
+        self.mass_min: float | None = None
+        if self.keep == "lists":
+            self.vocab_size: int = index["vocab_size"]
+            self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
+            self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
+            kinds = ("log_probs", "indices", *(("log_rest",) if index["rest"] else ()))
+        else:
+            self.vocab_size, kinds = index["head"]["rows"], ("hidden",)
+        self.columns: tuple[str, ...] = tuple(f"{name}_{kind}" for kind in kinds)
+        self._open: dict[int, tuple[Any, np.ndarray]] = {}
+        self._heads: dict[torch.device, dict[str, Tensor]] = {}
+
+    def _check_files(self, verify: bool) -> None:
         files = [shard["file"] for shard in self._shards]
         count = -(-self._rows // self._shard_rows)
-        if len(files) != count or files != [shard_name(number) for number in range(count)]:
+        if len(files) != count or any(file != shard_name(number) for number, file in enumerate(files)):
             raise ValueError(
                 f"the teacher cache in {self.folder} is not finished ({len(files)} of {count} shards): "
                 "run the command that makes it again"
             )
+        if self.keep == "hidden" and (fault := head_fault(self.folder, self._index, checksum=verify)):
+            raise ValueError(
+                f"the teacher cache in {self.folder} is damaged: {HEAD} {fault}; run the command that made it again, "
+                "which makes that file anew"
+            )
         for shard in self._shards:
-            fault = shard_fault(self.folder, index, shard, checksum=verify)
-            if fault is not None:
+            if fault := shard_fault(self.folder, self._index, shard, checksum=verify):
                 raise ValueError(
                     f"the teacher cache in {self.folder} is damaged: {shard['file']} {fault}; run the command that "
                     "made it again, which makes that shard anew"
                 )
-        self.tokens = sum(shard["tokens"] for shard in self._shards)
-        self.bytes_per_token = sum(shard["bytes"] for shard in self._shards) / max(self.tokens, 1)
-        self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
-        self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
-        self._open: dict[int, tuple[Any, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The lists of one row: log-probabilities (n, k) float32 and ids (n, k) int64, in the order they were written.
+    def __getitem__(self, index: int) -> Any:
+        """What one row has, for its n positions with a valid next label.
 
-        n is the number of positions with a valid next label. Entries left out are -inf. Of a teacher, and of vLLM, the
-        largest come first. Raises ``ValueError`` for what no writer writes: an id outside the vocabulary or twice in a
-        list, a log-probability above 0 or NaN, a list without entries or of a probability above 1.
+        Of lists a pair: log-probabilities (n, k) float32 and ids (n, k) int64, in the order they were written; entries
+        left out are -inf; of a teacher, and of vLLM, the largest come first. Of hidden states (n, width) bfloat16,
+        float16 or float32. Raises ``ValueError`` for what no writer writes: an id outside the vocabulary or twice in a
+        list, a log-probability above 0 or NaN, a list without entries or of a probability above 1, a state that is not
+        finite.
         """
+        found = self.row(index)
+        return found["hidden"] if self.keep == "hidden" else (found["log_probs"], found["indices"])
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """As ``cache[index]``, by name: ``log_probs``, ``indices`` and, where it is known, ``log_rest`` (n,) float32;
+        or ``hidden``."""
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
         shard, row = divmod(index, self._shard_rows)
         if shard not in self._open:
             from safetensors import safe_open
 
-            handle = safe_open(self.folder / self._shards[shard]["file"], framework="numpy")
-            self._open[shard] = handle, handle.get_tensor("offsets")
+            framework = "numpy" if self.keep == "lists" else "pt"
+            handle = safe_open(self.folder / self._shards[shard]["file"], framework=framework)
+            self._open[shard] = handle, np.asarray(handle.get_tensor("offsets"))
         handle, offsets = self._open[shard]
         tokens = slice(int(offsets[row]), int(offsets[row + 1]))
         if tokens.start == tokens.stop:
-            return torch.empty(0, self.k), torch.empty(0, self.k, dtype=torch.int64)
-        arrays = {name: handle.get_slice(name)[tokens] for name in handle.keys() if name != "offsets"}  # noqa: SIM118
-        log_probs, ids = decode(arrays), arrays["indices"].astype(np.int64)
-        if fault := _fault_of(log_probs, ids, self.vocab_size):
+            return self._nothing()
+        names = [name for name in handle.keys() if name != "offsets"]  # noqa: SIM118
+        arrays = {name: handle.get_slice(name)[tokens] for name in names}
+        found, fault = self._lists(arrays) if self.keep == "lists" else self._states(arrays)
+        if fault:
             place = f"{self.folder}, row {row} of {self._shards[shard]['file']}"
             raise ValueError(f"row {index} of the teacher cache in {place}: {fault}")
-        return torch.from_numpy(log_probs), torch.from_numpy(ids)
+        return found
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """Of a row without targets."""
+        if self.width is not None:
+            dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
+            return {"hidden": torch.empty(0, self.width, dtype=dtype)}
+        k = self.k or 0
+        found = {"log_probs": torch.empty(0, k), "indices": torch.empty(0, k, dtype=torch.int64)}
+        return {**found, "log_rest": torch.empty(0)} if self._index["rest"] else found
+
+    def _lists(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], str | None]:
+        values = {"log_probs": decode(arrays), "indices": arrays["indices"].astype(np.int64)}
+        fault = _fault_of(values["log_probs"], values["indices"], self.vocab_size)
+        if "log_rest" in arrays:
+            values["log_rest"] = arrays["log_rest"]
+            if not (arrays["log_rest"] <= 0).all():
+                fault = fault or f"expected log_rest of at most 0, got {arrays['log_rest'].max()}"
+        return {name: torch.from_numpy(value) for name, value in values.items()}, fault
+
+    def _states(self, arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+        hidden = decode_states(arrays)
+        fault = None if bool(hidden.isfinite().all()) else "expected hidden states of finite numbers"
+        return {"hidden": hidden}, fault
+
+    def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> LMHead | TopK:
+        """The teacher of a batch whose rows are those of :meth:`rows`.
+
+        Args:
+            batch: has the ``columns``, each (rows, length, ...), aligned with the student's hidden states.
+            targets: not read; what stands where they are False is no teacher's.
+            device: of the result.
+
+        Returns:
+            Of lists a :class:`fused_kd.TopK` (rows, length, k); of hidden states a :class:`fused_kd.LMHead` on
+            (rows, length, width), in the dtype of the stored head, which is read once for each device.
+
+        Raises:
+            ValueError: a batch without the columns.
+        """
+        needed = self.columns[:2]  # with lists of others there may be no log_rest
+        if missing := [name for name in needed if name not in batch]:
+            raise ValueError(
+                f"batch must have {' and '.join(missing)} for the cached teacher {self!r}: the collators of "
+                "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
+            )
+        given = [batch[name].to(device) for name in self.columns if name in batch]
+        if self.tail is not None:
+            log_probs, indices, *rest = given
+            return TopK(log_probs, indices, tail=self.tail, log_rest=rest[0] if rest else None)
+        stored, options = self._head_on(given[0].device), self._index["head"]
+        weight = stored["weight"]
+        return LMHead(
+            given[0].to(weight.dtype), weight, stored.get("bias"), logit_scale=options["logit_scale"],
+            softcap=options["softcap"],
+        )  # fmt: skip
+
+    def _head_on(self, device: torch.device) -> dict[str, Tensor]:
+        """``weight`` (V, width), and ``bias`` (V,) where there is one."""
+        if device not in self._heads:
+            from safetensors.torch import load_file
+
+            self._heads[device] = load_file(self.folder / HEAD, device=str(device))
+        return self._heads[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
+        return {**self.__dict__, "_open": {}, "_heads": {}}  # a worker process maps the files itself
 
     def __repr__(self) -> str:
-        return (
-            f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, k={self.k}, {self.dtype}, "
-            f"vocab_size={self.vocab_size}, tail={self.tail!r})"
-        )
+        what = f"k={self.k}, {self.dtype}, vocab_size={self.vocab_size}, tail={self.tail!r}"
+        if self.keep == "hidden":
+            projected = self._index["project"] is not None
+            width = f"{self.width} of {self._index['from_width']}" if projected else f"{self.width}"
+            what = f"hidden states of {width} numbers, {self.dtype}, vocab_size={self.vocab_size}"
+            if self.error is not None and self.error["tokens"]:
+                what += f", KL to the teacher {self.error['kl']:.2g}"
+                what += f", logits off by {self.error['logits']:.2%}" if projected else ""
+        name = "" if self.name == "teacher" else f", name={self.name!r}"
+        return f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, {what}{name})"
 
     def check(
         self,
@@ -167,17 +272,26 @@ class TeacherCache:
             ValueError: another one.
         """
         tokens = sorted(tokenizer.get_vocab().items())
-        first = fingerprint([(token, index) for token, index in tokens if index < self.vocab_size])
+        known = self._index["vocab_size"]
+        first = fingerprint([(token, index) for token, index in tokens if index < known])
         if self.fingerprints.get("tokenizer") != first:
             self._compare({"tokenizer": fingerprint(tokens)})
 
     def rows(self, dataset: AnyRows) -> CachedRows:
-        """The rows of ``dataset``, which must be those that the cache was made for, each with its lists.
+        """The rows of ``dataset``, which must be those that the cache was made for, each with its lists or states.
+
+        ``dataset`` may be the rows of another cache, of another name.
 
         Raises:
-            ValueError: other rows, or another order.
+            ValueError: other rows, or another order; rows of a cache of the same name.
         """
         self._compare({"data": fingerprint_rows(dataset)})
+        names, data = {self.name}, dataset
+        while isinstance(data, CachedRows):
+            if data.cache.name in names:
+                raise ValueError(f"name must be another for each cache, got {data.cache.name!r} twice")
+            names.add(data.cache.name)
+            data = data.dataset
         return CachedRows(self, dataset)
 
     def _compare(self, given: Mapping[str, str | None]) -> None:
@@ -193,7 +307,11 @@ class TeacherCache:
 
 
 class CachedRows(Dataset[dict[str, Any]]):
-    """Rows with ``teacher_log_probs`` (n, k) float32 and ``teacher_indices`` (n, k) int64, for ``Collator`` to pad."""
+    """Rows with what a cache has for them under the names of its ``columns``, for ``Collator`` to pad.
+
+    Of lists ``teacher_log_probs`` (n, k) float32, ``teacher_indices`` (n, k) int64 and, where it is known,
+    ``teacher_log_rest`` (n,) float32; of hidden states ``teacher_hidden`` (n, width).
+    """
 
     def __init__(self, cache: TeacherCache, dataset: AnyRows) -> None:
         self.cache = cache
@@ -203,11 +321,25 @@ class CachedRows(Dataset[dict[str, Any]]):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        log_probs, indices = self.cache[index]
-        return {**self.dataset[index], "teacher_log_probs": log_probs, "teacher_indices": indices}
+        found = self.cache.row(index)
+        return {**self.dataset[index], **{f"{self.cache.name}_{kind}": value for kind, value in found.items()}}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, without a look into the cache."""
+        data = without_caches(self)
+        return [len(data[index]["input_ids"]) for index in range(len(data))]
 
     def __repr__(self) -> str:
         return f"CachedRows({self.dataset!r}, {self.cache!r})"
+
+
+def without_caches(rows: AnyRows) -> Any:
+    """The rows that caches were opened for."""
+    data: Any = rows
+    while isinstance(data, CachedRows):
+        data = data.dataset
+    return data
 
 
 def _fault_of(log_probs: np.ndarray, ids: np.ndarray, vocab_size: int) -> str | None:
@@ -230,11 +362,6 @@ def repetition(listed: np.ndarray, ids: np.ndarray) -> str | None:
     return f"expected the ids of a token once each, got {twice[0]} twice" if len(twice) else None
 
 
-def target_positions(labels: Sequence[int] | Tensor) -> np.ndarray:
-    """The positions whose next label is valid, where a model predicts something that carries loss."""
-    return np.flatnonzero(np.asarray(labels)[1:] != LABEL_PAD)
-
-
 def fingerprints_of(
     tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
 ) -> dict[str, str | None]:
@@ -248,7 +375,7 @@ def fingerprints_of(
 
 def fingerprint_rows(rows: AnyRows) -> str:
     """SHA-256 of all token ids and labels, in order."""
-    data: Any = rows
+    data = without_caches(rows)
     digest = hashlib.sha256()
     for index in range(len(data)):
         row = data[index]
@@ -272,78 +399,3 @@ def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
         for part in tensor.detach().reshape(-1).split(1 << 26):
             digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
     return {"teacher_config": fingerprint(config), "teacher_weights": digest.hexdigest()}
-
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """What ``index.json`` says, finished or not; None where there is none.
-
-    Raises:
-        ValueError: it is no index, or says what cannot be; the message names the entry.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        return None
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if index.get("format") != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}, got {str(index.get('format'))[:80]!r}")
-        _check_index(index)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {str(error)[:300]}); without it the cache is made anew"
-        ) from error
-    return index
-
-
-def _check_index(index: dict[str, Any]) -> None:
-    check_counts(**{name: index[name] for name in ("k", "vocab_size", "rows", "shard_rows")})
-    if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES:
-        raise ValueError(f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}")
-    if not isinstance(index["about"], dict) or not isinstance(index["fingerprints"], dict):
-        raise ValueError("about and fingerprints must be objects")
-    for shard in index["shards"]:
-        number = int(Path(shard["file"]).stem)
-        rows = min(index["rows"] - number * index["shard_rows"], index["shard_rows"])
-        sound = 0 <= shard["mass_min"] <= 1 + EXCESS and 0 <= shard["mass_sum"] <= shard["tokens"] * (1 + EXCESS)
-        sound = sound and shard["bytes"] > 0 and isinstance(shard["sha256"], str)
-        if shard["file"] != shard_name(number) or shard["rows"] != rows or not sound:
-            raise ValueError(f"no shard can be {str(shard)[:200]}")
-
-
-def shard_name(number: int) -> str:
-    return f"shards/{number:05d}.safetensors"
-
-
-def shard_fault(folder: Path, index: Mapping[str, Any], shard: Mapping[str, Any], *, checksum: bool) -> str | None:
-    """What is wrong with a shard's file, or None."""
-    path = folder / shard["file"]
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        return f"has {size} bytes instead of {shard['bytes']}"
-    if checksum and fingerprint_file(path) != shard["sha256"]:
-        return "differs from its checksum"
-    return _layout_fault(path, index, shard)
-
-
-def _layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str, Any]) -> str | None:
-    """What of a shard's arrays is not as the index says; their values are not read."""
-    from safetensors import SafetensorError, safe_open
-
-    rows, tokens, k = shard["rows"], shard["tokens"], index["k"]
-    wanted = {"offsets": ("I64", [rows + 1]), "indices": (_IDS[id_dtype(index["vocab_size"]).name], [tokens, k])}
-    for name, dtype in _ARRAYS[index["dtype"]].items():
-        wanted[name] = (dtype, [tokens] if name in ("top", "span") else [tokens, k])
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            layout = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
-            if layout != wanted:
-                return f"has the arrays {repr(layout)[:300]}, expected {wanted}"
-            offsets = file.get_tensor("offsets")
-    except SafetensorError as error:
-        return f"is no safetensors file: {error}"
-    if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
-        return f"has offsets that do not rise from 0 to its {tokens} tokens"
-    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from fused_kd.integrations.transformers import hidden_states
 from fused_kd.training import cache
 from fused_kd.training.teacher_cache import TeacherCache
 
@@ -57,3 +58,17 @@ def write(folder: Path, data: list | None = None, **options) -> TeacherCache:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_hidden(folder: Path, data: list | None = None, teacher: object = None, **options) -> TeacherCache:
+    """Of hidden states."""
+    options = {"keep": "hidden", "template": "tiny", "shard_rows": 4, "batch_size": 3, "progress": False, **options}
+    given = model(0) if teacher is None else teacher
+    return cache.write_cache(folder, given, Words(), rows() if data is None else data, **options)
+
+
+@torch.no_grad()
+def states(row: dict, teacher: transformers.PreTrainedModel) -> torch.Tensor:
+    """The teacher's hidden states of a row, one a position whose next label is valid."""
+    hidden = hidden_states(teacher.eval(), input_ids=torch.tensor([row["input_ids"]]))[0, :-1]
+    return hidden[torch.tensor([label != -100 for label in row["labels"][1:]], dtype=torch.bool)]

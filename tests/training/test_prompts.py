@@ -185,8 +185,12 @@ ROW: dict[str, Any] = {"input_ids": [5, 6], "labels": [-100, 6]}
         ({}, [], "batch is empty"),
         ({}, [ROW | LISTS, ROW], "in every row of a batch or in none"),
         ({}, [ROW | {"teacher_log_probs": torch.zeros(1, 1)}], "in every row of a batch or in none"),
-        ({}, [ROW | LISTS, ROW | {name: v.repeat(1, 2) for name, v in LISTS.items()}], r"one K .*\[1, 2\]"),
-        ({}, [ROW | LISTS | {"labels": [5, -100]}], "has 1 lists and teacher_indices 1 for 0 labels"),
+        (
+            {},
+            [ROW | LISTS, ROW | {name: v.repeat(1, 2) for name, v in LISTS.items()}],
+            r"one width .*\[\(1,\), \(2,\)\]",
+        ),
+        ({}, [ROW | LISTS | {"labels": [5, -100]}], r"teacher_log_probs of rows\[0\] has 1 entries for 0 labels"),
     ],
     ids=range(9),
 )

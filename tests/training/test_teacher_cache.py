@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")
 
 import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
-from fused_kd.training import cache as writer  # noqa: E402
+from fused_kd.training import shards, teacher_runs  # noqa: E402
 from fused_kd.training.cache import write_cache, write_lists  # noqa: E402
 from fused_kd.training.codes import id_dtype  # noqa: E402
 from fused_kd.training.collate import Collator  # noqa: E402
@@ -129,7 +129,7 @@ def test_rows_collate_and_travel(finished: Path) -> None:
 
 
 def test_killed_and_resumed_gives_the_same_files(finished: Path, tmp_path: Path, monkeypatch) -> None:
-    folder, calls, run = tmp_path / "killed", [], writer.hidden_states
+    folder, calls, run = tmp_path / "killed", [], teacher_runs.hidden_states
 
     def counted(*args: object, **kwargs: object) -> torch.Tensor:
         calls.append(1)
@@ -138,7 +138,7 @@ def test_killed_and_resumed_gives_the_same_files(finished: Path, tmp_path: Path,
         return run(*args, **kwargs)
 
     first = os.getpid()
-    monkeypatch.setattr(writer, "hidden_states", counted)
+    monkeypatch.setattr(teacher_runs, "hidden_states", counted)
     assert ended(fork(lambda: write(folder))) == -signal.SIGKILL
     kept = folder / "shards" / "00000.safetensors"
     written = kept.stat().st_mtime_ns
@@ -159,7 +159,7 @@ def test_shard_that_the_index_does_not_know(finished: Path, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_json", die)
+        patch.setattr(shards, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path)
     assert (tmp_path / "shards" / "00000.safetensors").is_file() and not (tmp_path / "index.json").exists()
@@ -197,7 +197,7 @@ def test_damage_is_found_at_opening_and_mended(finished: Path, tmp_path: Path) -
         TeacherCache(folder)
     (folder / "index.json").write_text('{"format": "fused_kd teacher cache 0"}')
     with pytest.raises(
-        ValueError, match="expected the format 'fused_kd teacher cache 1', got 'fused_kd teacher cache 0'"
+        ValueError, match="expected the format 'fused_kd teacher cache 2', got 'fused_kd teacher cache 0'"
     ):
         TeacherCache(folder)
 
@@ -325,8 +325,8 @@ def test_bad_tail_and_small_head(finished: Path, tmp_path: Path) -> None:
 
 
 def test_broken_teacher_is_not_stored(tmp_path: Path, monkeypatch) -> None:
-    run = writer.hidden_states
-    monkeypatch.setattr(writer, "hidden_states", lambda *a, **k: run(*a, **k) * math.nan)
+    run = teacher_runs.hidden_states
+    monkeypatch.setattr(teacher_runs, "hidden_states", lambda *a, **k: run(*a, **k) * math.nan)
     with pytest.raises(ValueError, match="rows 0 to 3: log_probs of token 0"):
         write(tmp_path)
 

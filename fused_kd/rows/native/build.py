@@ -122,6 +122,8 @@ def _opened(code: bytes, folder: Path | None) -> ctypes.CDLL:
     library.fkd_largest_scratch.restype = ctypes.c_int64
     library.fkd_largest.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.fkd_largest.restype = None
+    library.fkd_add.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.fkd_add.restype = None
     return library
 
 

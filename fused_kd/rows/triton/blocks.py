@@ -63,18 +63,18 @@ def logits_and_slope(row_ptr, offsets, mask, scale, cap):
 
 
 @triton.jit
-def store_block(dlogits_row, offsets, end, gradient):
+def store_block(row_ptr, offsets, end, values):
     if end is None:
-        tl.store(dlogits_row + offsets, gradient)
+        tl.store(row_ptr + offsets, values)
     else:
-        tl.store(dlogits_row + offsets, gradient, mask=offsets < end)
+        tl.store(row_ptr + offsets, values, mask=offsets < end)
 
 
 @triton.jit
-def write_zeros(dlogits_row, V, BLOCK: tl.constexpr):
-    zeros = tl.zeros((BLOCK,), tl.float32)
+def fill(row_ptr, V, value, BLOCK: tl.constexpr):
+    values = tl.full((BLOCK,), value, tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        store_block(dlogits_row, start + tl.arange(0, BLOCK), None, zeros)
+        store_block(row_ptr, start + tl.arange(0, BLOCK), None, values)
     if whole < V:
-        store_block(dlogits_row, whole + tl.arange(0, BLOCK), V, zeros)
+        store_block(row_ptr, whole + tl.arange(0, BLOCK), V, values)

@@ -35,9 +35,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import logits, write_zeros
+from .blocks import fill, logits
 from .gradient import write_gradient, write_label_gradient
-from .math import LN_2, LOG_ZERO, above_zero, cross_entropy, exponent_scale, first_entry, inverse_temperature, weighed
+from .math import (
+    LN_2,
+    LOG2_E,
+    LOG_ZERO,
+    above_zero,
+    cross_entropy,
+    exponent_scale,
+    first_entry,
+    inverse_temperature,
+    weighed,
+)
 from .shares import any_takes_sums, difficulty_of, free_loss, is_hard, label_factors, linear_factors, with_floors
 from .statistics import entropy, tell, tell_student
 from .sweeps import sweep_both, sweep_student, sweep_sums
@@ -94,7 +104,7 @@ def row_kernel(
             for i in tl.static_range(COLUMNS):
                 tl.store(told + i, 0.0)
         if dlogits_ptr is not None:
-            write_zeros(dlogits_ptr + row * dlogits_stride, V, BLOCK)
+            fill(dlogits_ptr + row * dlogits_stride, V, 0.0, BLOCK)
         return
 
     # Beyond the row: counts as an excluded token and is never dereferenced.
@@ -143,7 +153,7 @@ def _without_teacher(
     student_row, scale, cap = student
     # In place, the gradient overwrites the label's logit: read before the sums, which all threads wait for.
     label_z = logits(student_row, label, label < V, scale, cap)
-    z_max, total, product = sweep_student(student, V, told is not None, BLOCK, LANES, PACK)
+    z_max, total, product = sweep_student(student, V, LOG2_E, told is not None, BLOCK, LANES, PACK)
     log_total = tl.log(total)
     ce = cross_entropy(label_z, z_max, log_total, 1.0)
     of_ce, of_z = label_factors(scalars, TERMS)

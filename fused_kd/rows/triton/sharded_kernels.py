@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sharded import Statistics
-from .blocks import logits, write_zeros
+from .blocks import fill, logits
 from .gradient import write_gradient, write_label_gradient
-from .math import ALPHA, BETA, SCALARS, exponent_scale, label_scalars
+from .math import ALPHA, BETA, LOG2_E, SCALARS, exponent_scale, label_scalars
 from .sweeps import sweep_both, sweep_student, sweep_sums
 from .terms import COLD, INDEX
 
@@ -70,7 +70,7 @@ def statistics_kernel(
     student = (student_row, student_scale, student_cap)
     label_z = tl.where(label >= 0, logits(student_row, label, label >= 0, student_scale, student_cap), 0.0)
     if teacher_ptr is None:
-        s_max, s_total, _product = sweep_student(student, V, False, BLOCK, LANES, PACK)
+        s_max, s_total, _product = sweep_student(student, V, LOG2_E, False, BLOCK, LANES, PACK)
     else:
         k = exponent_scale(scalars_ptr + row * scalars_stride)
         teacher_row = teacher_ptr + row * teacher_stride
@@ -163,7 +163,7 @@ def gradient_kernel(
     given = tl.load(labels_ptr + row)
     dlogits_row = dlogits_ptr + row * dlogits_stride
     if given < 0:
-        write_zeros(dlogits_row, V, BLOCK)
+        fill(dlogits_row, V, 0.0, BLOCK)
         return
     label = _own_label(given, first, V)
     student = (student_ptr + row * student_stride, student_scale, student_cap)

@@ -18,21 +18,23 @@ from .terms import MIXED, MIXTURE, POWERS, G, H
 
 
 @triton.jit
-def sweep_student(student, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr):
-    """The maximum, and the sum of exponentials over it at temperature 1; with ``ENTROPY`` that of their products with
-    their exponents, else 0."""
+def sweep_student(
+    student, V, k, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, PACK: tl.constexpr
+):  # fmt: skip
+    """The maximum, and the sum of exponentials over it; with ``ENTROPY`` that of their products with their exponents,
+    else 0."""
     z_max = tl.full((LANES,), OUTSIDE, tl.float32)
     z_sum = tl.zeros((LANES,), tl.float32)
     product = tl.zeros((LANES,), tl.float32)
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         z_max, z_sum, product = _add_student(
-            student, start, None, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK
+            student, start, None, k, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK
         )  # fmt: skip
     if whole < V:
-        z_max, z_sum, product = _add_student(student, whole, V, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK)
+        z_max, z_sum, product = _add_student(student, whole, V, k, z_max, z_sum, product, ENTROPY, BLOCK, LANES, PACK)
     top = tl.max(z_max, axis=0)
-    step = exponent(z_max, LOG2_E, top)
+    step = exponent(z_max, k, top)
     if ENTROPY:
         product = tl.exp2(step) * (product + z_sum * step)
     return top, tl.sum(z_sum * tl.exp2(step), axis=0), tl.sum(product, axis=0)
@@ -43,6 +45,7 @@ def _add_student(
     student,
     start,
     end,
+    k,
     z_max,
     z_sum,
     product,
@@ -55,8 +58,8 @@ def _add_student(
     z = by_lane(z, LANES, PACK)
     if ENTROPY:
         new = tl.maximum(z_max, lane_max(z))
-        product = add_products(z, LOG2_E, z_max, new, z_sum, product)
-    new_max, z_sum = add_exponentials(z, LOG2_E, z_max, z_sum)
+        product = add_products(z, k, z_max, new, z_sum, product)
+    new_max, z_sum = add_exponentials(z, k, z_max, z_sum)
     return new_max, z_sum, product
 
 

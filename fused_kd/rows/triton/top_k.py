@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..contract import RowInputs, RowOutputs, Sparse, compiled, scalars_stride
 from ..top_k import categories, category_rows
-from .blocks import logits, store_block, student_block, write_zeros
+from .blocks import fill, logits, store_block, student_block
 from .math import LOG2_E, LOG_ZERO, TEMPERATURE, exponent, exponent_scale
 from .row import guard, launch_constants, shape_of
 from .row import row as dense
@@ -163,7 +163,7 @@ def expand_kernel(
     student = (student_ptr + row * student_stride, student_scale, student_cap)
     dlogits_row = dlogits_ptr + row * dlogits_stride
     if tl.load(labels_ptr + row) < 0:
-        write_zeros(dlogits_row, V, BLOCK)
+        fill(dlogits_row, V, 0.0, BLOCK)
         return
     origin = tl.load(origin_ptr + row)
     rest = tl.load(categories_ptr + row * (K1 + 1) + K1)

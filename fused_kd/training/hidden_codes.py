@@ -1,0 +1,63 @@
+"""How a cache stores a teacher's hidden states: in bf16, fp16 or fp32 as they are, or in 8 bits with a scale a token.
+
+The 8-bit form is float8_e4m3fn (4 bits of exponent, 3 of mantissa). A token's scale is the power of two that brings its
+largest value just below 448, the largest that the form has: a multiplication with it is exact, so bf16 holds what is
+read back without another rounding. A value is off by at most 1/16 of itself, or by ``scale / 1024`` where it is less
+than a 14,000th of the token's largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+HIDDEN_DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+# as safetensors writes them
+STORED_AS = {"bf16": "BF16", "fp8": "F8_E4M3", "fp16": "F16", "fp32": "F32"}
+_SMALLEST = -126  # exponent of fp32's and bf16's smallest normal number
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "bf16" for ``torch.bfloat16``, and so on."""
+    return next(name for name, each in HIDDEN_DTYPES.items() if each == dtype)
+
+
+def encode_states(hidden: Tensor, dtype: str) -> dict[str, Tensor]:
+    """The tensors that stand for ``hidden`` (N, R), floating point; :func:`decode_states` reads them.
+
+    Returns:
+        ``hidden`` (N, R) in ``dtype``, one of :data:`HIDDEN_DTYPES`; with "fp8" also ``scale`` (N,) float32.
+
+    Raises:
+        ValueError: a state that is not finite, or larger than ``dtype`` can hold.
+    """
+    largest = hidden.abs().amax(1).float() if hidden.numel() else hidden.new_zeros(len(hidden), dtype=torch.float32)
+    limit = torch.inf if dtype == "fp8" else torch.finfo(HIDDEN_DTYPES[dtype]).max
+    bad = ~(largest <= limit) | (largest == torch.inf)
+    if bool(bad.any()):
+        token = int(bad.int().argmax())
+        raise ValueError(
+            f"hidden states of token {token} must be finite numbers that {dtype} holds, the largest is "
+            f"{float(largest[token])}"
+        )
+    if dtype != "fp8":
+        return {"hidden": hidden.to(HIDDEN_DTYPES[dtype])}
+    form = HIDDEN_DTYPES[dtype]
+    exponent = torch.frexp(largest / torch.finfo(form).max).exponent.clamp(min=_SMALLEST)
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return {"hidden": (hidden.float() / scale[:, None]).to(form), "scale": scale}
+
+
+def decode_states(stored: Mapping[str, Tensor]) -> Tensor:
+    """(N, R) from the tensors of :func:`encode_states`: those of "fp8" in bf16, others in their own dtype."""
+    hidden = stored["hidden"]
+    if "scale" not in stored:
+        return hidden
+    return hidden.to(torch.bfloat16) * stored["scale"].to(torch.bfloat16)[:, None]

@@ -1,0 +1,109 @@
+"""What a cache puts into rows and batches, under which names, and what a batch's teacher is then."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+from fused_kd.training.cache import write_lists
+from fused_kd.training.collate import Collator, PackingCollator
+from fused_kd.training.teacher_cache import TeacherCache
+
+from .caching import VOCAB, Words, model, rows, states, write, write_hidden
+
+CPU = torch.device("cpu")
+
+
+def test_two_caches_two_names_and_rows_of_several_teachers(tmp_path: Path) -> None:
+    """Padded and packed: lists of one and states of another, each in its columns; a row's teacher by its number."""
+    data = rows()
+    lists, states_ = write(tmp_path / "lists"), write_hidden(tmp_path / "states")
+    math_ = TeacherCache(tmp_path / "states", name="math")
+    assert math_.columns == ("math_hidden",) and lists.columns[2] == "teacher_log_rest"
+    assert "name='math'" in repr(math_)
+    both = math_.rows(lists.rows(data))
+    assert both.lengths == [len(row["input_ids"]) for row in data]
+    with pytest.raises(ValueError, match="name must be another for each cache, got 'teacher' twice"):
+        states_.rows(lists.rows(data))
+    items = [{**both[i], "teacher_id": i % 3} for i in range(len(data))]
+    padded, packed = Collator(0)(items), PackingCollator()(items)
+    assert padded["teacher_id"].tolist() == [i % 3 for i in range(10)] and padded["teacher_id"].dtype == torch.int64
+    expected = [i % 3 for i, row in enumerate(data) for _ in row["input_ids"]]
+    assert packed["teacher_id"].tolist() == [expected]
+    valid, own = padded["labels"][:, 1:] != -100, packed["labels"][:, 1:] != -100
+    for name in (*lists.columns, *math_.columns):
+        assert torch.equal(padded[name][:, :-1][valid], packed[name][:, :-1][own])
+    assert torch.equal(padded["math_hidden"][:, :-1][valid], torch.cat([math_[i] for i in range(10)]))
+    assert not padded["math_hidden"][:, :-1][~valid].any() and not padded["math_hidden"][:, -1].any()
+    rest = torch.cat([lists.row(i)["log_rest"] for i in range(10)])
+    assert torch.equal(padded["teacher_log_rest"][:, :-1][valid], rest)
+    target = lists.head(padded, valid, CPU)
+    assert target.tail == "bucket" and target.log_rest is padded["teacher_log_rest"]
+    copied = pickle.loads(pickle.dumps(both))
+    assert torch.equal(copied[4]["math_hidden"], both[4]["math_hidden"])
+    for wrong, message in (
+        ([both[0], data[1]], r"_(hidden|log_probs) must be in every row of a batch or in none, rows\[1\] lacks it"),
+        ([items[0] | {"math_hidden": items[0]["math_hidden"][:-1]}], r"math_hidden of rows\[0\] has \d+ entries for"),
+        ([{**row, "teacher_id": 0} for row in data[:1]] + data[1:2], "teacher_id must be in every row of a batch"),
+    ):
+        for collate in (Collator(0), PackingCollator()):
+            with pytest.raises(ValueError, match=message):
+                collate(wrong)
+
+
+def test_a_row_of_another_teacher_needs_nothing_of_a_cache(tmp_path: Path) -> None:
+    """Where each row says whose it is, a batch holds what there is, zeros or a list of nobody elsewhere."""
+    data = rows()
+    states_ = write_hidden(tmp_path / "states").rows(data)
+    items = [{**(states_[0] if i == 0 else data[i]), "teacher_id": i} for i in range(3)]
+    padded, packed, alone = Collator(0)(items), PackingCollator()(items), Collator(0)(items[:1])
+    length = len(data[0]["input_ids"])
+    assert torch.equal(padded["teacher_hidden"][0, :length], alone["teacher_hidden"][0])
+    assert alone["teacher_hidden"].any() and not padded["teacher_hidden"][1:].any()
+    assert torch.equal(packed["teacher_hidden"][0, :length], alone["teacher_hidden"][0])
+    assert packed["teacher_hidden"].shape[1] == packed["input_ids"].shape[1]
+
+
+def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:
+    """Exact beside the rounded entries, also where they hold almost all."""
+    with torch.no_grad():
+        teacher = model(0)
+        teacher.lm_head.weight.mul_(30)
+    data = rows()
+    cache = write_hidden(tmp_path, teacher=teacher, keep="lists", k=5, dtype="8bit")
+    for index, row in enumerate(data):
+        logits = states(row, teacher).double() @ teacher.lm_head.weight[:VOCAB].double().T
+        exact, found = logits.log_softmax(-1), cache.row(index)
+        others = exact.scatter(1, found["indices"], -torch.inf).logsumexp(-1)
+        assert torch.allclose(found["log_rest"].double(), others, rtol=1e-4, atol=1e-4)
+    assert min(cache.row(i)["log_rest"].min() for i in range(2)) < -10
+
+
+def test_the_old_format_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    """Lists without what they leave out; the folder stays as it began."""
+    expected = write(tmp_path / "new", dtype="fp32")
+    folder = tmp_path / "old"
+    source = lambda start, stop: ((i, *(x.numpy() for x in expected[i])) for i in range(start, stop))  # noqa: E731
+    options = {"k": 5, "template": "tiny", "dtype": "fp32", "shard_rows": 4, "progress": False}
+    made = {name: expected.fingerprints[name] for name in ("teacher_config", "teacher_weights")}
+    write_lists(folder, source, Words(), rows(), made_from=made, about=expected.about, **options)
+    index = json.loads((folder / "index.json").read_text())
+    old = {name: value for name, value in index.items() if name not in ("keep", "rest")}
+    old["format"] = "fused_kd teacher cache 1"
+    (folder / "index.json").write_text(json.dumps(old))
+    (folder / "shards" / "00001.safetensors").unlink()
+    for _ in range(2):
+        cache = write(folder, dtype="fp32")
+        assert cache.columns == ("teacher_log_probs", "teacher_indices") and cache.tail == "bucket"
+        assert json.loads((folder / "index.json").read_text())["format"] == "fused_kd teacher cache 1"
+        for row in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(cache[row], expected[row], strict=True))
+    with pytest.raises(ValueError, match="keep: lists -> hidden"):
+        write_hidden(folder)
