@@ -349,6 +349,13 @@ def test_a_part_of_a_weight_is_refused(attribute: str) -> None:
         MovingAverage(student, 0.5).follow()
 
 
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_kd.integrations.own_checkpoints.shards_weights", lambda accelerator: True)
+    trainer(tmp_path, tiny(16, 1), OBJECTIVE, rows(8), teacher=OwnTeacher())
+    with pytest.raises(ValueError, match=r"decay of OwnTeacher must be None under FSDP2 and ZeRO-3, got 0.5"):
+        trainer(tmp_path, tiny(16, 1), OBJECTIVE, rows(8), teacher=OwnTeacher(decay=0.5))
+
+
 def test_the_student_with_its_own_prompt_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny(16, 1), OBJECTIVE, rows(8), teacher=OwnTeacher())
     with pytest.raises(ValueError, match="batch must have teacher_input_ids"):
