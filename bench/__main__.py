@@ -17,6 +17,7 @@ COMMANDS = {
     "vocab_parallel": ("vocab_parallel", "a vocabulary-parallel step, predicted"),
     "sums": ("sums", "sums of objectives beside the dearest of their terms"),
     "lists": ("lists", "lists made from a head beside the GEMM of its logits"),
+    "caches": ("caches", "teachers on disk: bytes a token beside the error of the gradient"),
     "kernels": ("kernels", "compiled kernels to carry to a machine with a GPU"),
 }
 """The module whose ``main(arguments)`` does it, and what it does."""

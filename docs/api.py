@@ -54,7 +54,7 @@ def sections() -> list[tuple[str, list[tuple[str, Any]]]]:
     names = [name for name in core.__all__ if not name.startswith("__")]
     objectives = [cls.__name__ for cls in core.OBJECTIVES.values()]
     kinds = [*objectives, "Sum", "parse"]
-    loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK", "Lists", "top_k_of", "log_probs_at"]
+    loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK", "Lists", "top_k_of", "log_probs_at", "sample_of"]
     maps = ["vocab_map", "VocabMap"]
     others = [name for name in names if name not in {*objectives, *loss, *maps}]
     found = [

@@ -1,6 +1,7 @@
 """Knowledge-distillation losses over large vocabularies that never hold the logits."""
 
 from ._version import __version__
+from .draws import sample_of
 from .inputs import KDOutput, Lists, LMHead, TopK
 from .lists import log_probs_at, top_k_of
 from .loss import KDLoss, kd_loss
@@ -68,6 +69,7 @@ __all__ = [
     "empty_cache",
     "kd_loss",
     "log_probs_at",
+    "sample_of",
     "top_k_of",
     "vocab_map",
 ]

@@ -81,7 +81,7 @@ def top_k_of(
     Raises:
         TypeError, ValueError: for arguments that do not fit, or a ``memory_budget`` that is too small.
     """
-    request, shape = _request(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
+    request, shape = request_of(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
     whole = request.whole
     check_k(k)
     if k > whole:
@@ -143,7 +143,7 @@ def log_probs_at(
             all that is said of such a token is NaN.
     """
     check_ids("indices", indices)
-    request, shape = _request(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
+    request, shape = request_of(head, vocab_size, tp_group, temperature, tail, backend, memory_budget)
     if indices.dim() < 1 or indices.shape[:-1] != shape or indices.shape[-1] < 1:
         raise ValueError(
             f"indices must have the shape of the head's tokens {tuple(shape)} and K >= 1 behind, got "
@@ -156,7 +156,7 @@ def log_probs_at(
     return _made(request, shape, tail, return_log_sum_exp, indices=flat)
 
 
-def _request(
+def request_of(
     head: LMHead | Tensor,
     vocab_size: int | None,
     tp_group: Any,

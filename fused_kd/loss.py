@@ -327,9 +327,7 @@ class KDLoss(nn.Module):
             statistics=columns,
             listing=listing,
             others=tuple(sides_t[1:]),
-            shares=None
-            if mixed is None or mixed.which is not None
-            else mixed.log_shares(shape, labels != IGNORED, device),
+            shares=shares,
             which=None if mixed is None else mixed.tokens_own(shape),
         )
         loss, difficulty, is_hard, told = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]

@@ -102,6 +102,7 @@ _NATIVE, _NATIVE_TOP_K, _NATIVE_CALL = _CSRC + "kd_dense_row.h", _CSRC + "kd_top
 _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py"
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _LISTING, _LARGEST_TRITON = "fused_kd/engines/listing.py", "fused_kd/rows/triton/largest.py"
+_DRAWING = "fused_kd/engines/drawing.py"
 _MIXING_TORCH, _MIXING_TRITON = (f"fused_kd/rows/{name}/mixing.py" for name in ("torch", "triton"))
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _CUDA_SHARES = _CSRC + "cuda_shares.h"
@@ -632,6 +633,23 @@ MUTATIONS = [
     Mutation(
         "lists: given entries stay in the rest", _LISTING, "tile.scatter_(1, columns, -math.inf)", "pass",
         ("loss/test_top_k_of.py::test_at_given_ids[torch-plain-1.0]",),
+    ),
+    # drawn lists
+    Mutation(
+        "draws: the k largest drawn too", _DRAWING, "tile.scatter_(1, columns.where", "torch.scatter(tile, 1, columns.where",
+        ("loss/test_sample_of.py::test_right_on_average[6-1.0]",),
+    ),
+    Mutation(
+        "draws: each tile begins anew", _DRAWING, "before[rows] += sums[:, -1]", "before[rows] += 0",
+        ("loss/test_sample_of.py::test_tiles_do_not_count[None-torch]",),
+    ),
+    Mutation(
+        "draws: the largest of the others is not counted", _DRAWING, "mass = some + found.total", "mass = found.total",
+        ("loss/test_sample_of.py::test_right_on_average[6-1.0]",),
+    ),
+    Mutation(
+        "draws: equal ones are one", "fused_kd/draws.py", "(times.double() / n)", "(times.clamp(max=1).double() / n)",
+        ("loss/test_sample_of.py::test_the_k_largest_and_draws_from_the_others[torch-plain-1.0]",),
     ),
     # top-k teachers
     Mutation(

@@ -106,10 +106,13 @@ LAYERS = (
     ("fused_kd.ops",),
     ("fused_kd.parallel", "fused_kd.options", "fused_kd.sides"),
     ("fused_kd.lists", "fused_kd.loss"),
+    ("fused_kd.draws",),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),
     ("fused_kd.integrations",),
     ("fused_kd.training",),
+    ("fused_kd.serving",),
+    ("fused_kd.serve",),
     ("examples",),
     ("bench", "tests"),
 )

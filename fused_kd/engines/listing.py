@@ -84,15 +84,20 @@ def largest(request: Request, k: int, top_p: float) -> Listed:
     Raises:
         BudgetTooSmall: where no tile fits ``memory_budget``.
     """
+    return in_order(request, leading(request, k), k, top_p)
+
+
+def leading(request: Request, k: int) -> Leading:
+    """The k largest of each token here, as logits in any order, and what all others have; errors of :func:`largest`."""
     side, device = request.side, request.side.source.device
     found, temperature = Leading.none(len(side.source), k, device), _temperature(request)
     if side.weight is None:
         logits = Logits(side.source[:, : request.vocab], side.logit_scale, side.softcap, False)
         take(logits, request.start, found, temperature, request.backend)
     else:
-        for rows, first, logits in _tiles(request):
+        for rows, first, logits in tiles(request):
             take(logits, first, Leading(*(x[rows] for x in found)), temperature, request.backend)
-    return _finished(request, found, k, top_p)
+    return found
 
 
 def at(request: Request, indices: Tensor) -> Listed:
@@ -105,7 +110,7 @@ def at(request: Request, indices: Tensor) -> Listed:
     N, K = indices.shape
     found, temperature = Leading.none(N, K, indices.device), _temperature(request)
     found.indices.copy_(indices)
-    for rows, first, logits in _tiles(request, spare=1):
+    for rows, first, logits in tiles(request, spare=1):
         tile, width = logits.raw, logits.raw.shape[1] - 1
         finish_logits_(tile, logits)
         columns = indices[rows] - first
@@ -115,14 +120,14 @@ def at(request: Request, indices: Tensor) -> Listed:
         tile.scatter_(1, columns, -math.inf)
         others = Leading(found.values[rows, :0], found.indices[rows, :0], found.top[rows], found.total[rows])
         take(Logits(tile[:, :width], 1.0, None, False), first, others, temperature, request.backend)
-    return _finished(request, found, None, 1.0)
+    return in_order(request, found, None, 1.0)
 
 
 def _temperature(request: Request) -> Tensor:
     return torch.full((1,), request.temperature, dtype=torch.float32, device=request.side.source.device)
 
 
-def _tiles(request: Request, spare: int = 0) -> Iterator[tuple[slice, int, Logits]]:
+def tiles(request: Request, spare: int = 0) -> Iterator[tuple[slice, int, Logits]]:
     """Tokens, the vocabulary id of the first column, and raw logits of each tile, which may be written over; with
     ``spare`` uninitialised columns behind it."""
     side, V = request.side, request.vocab
@@ -210,8 +215,8 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _finished(request: Request, found: Leading, k: int | None, top_p: float) -> Listed:
-    """Of the ranks' entries together."""
+def in_order(request: Request, found: Leading, k: int | None, top_p: float) -> Listed:
+    """Of the ranks' entries together; writes over ``found``."""
     log_rest, log_sum_exp = torch.empty_like(found.top), torch.empty_like(found.top)
     for start in range(0, len(found.top), FINISHED):
         rows = slice(start, start + FINISHED)

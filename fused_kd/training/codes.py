@@ -1,4 +1,5 @@
-"""How a cache stores a token's k log-probabilities: in fp32, in fp16 or in 8 bits, never adding up to more than 1.
+"""How a cache stores a token's list: ids in as many bits as the vocabulary needs, log-probabilities in fp32, in fp16 or
+in 8 bits, never adding up to more than 1.
 
 The 8-bit code of a token has two fp32 numbers, ``top`` and ``span``, and a byte an entry: code c < 255 stands for the
 log-probability ``top - span * (c / 254)**2``, 255 for an entry that is left out. Squares put the fine steps where the
@@ -8,6 +9,9 @@ all of them together, by no more than the worst of these. In all, an entry is of
 
 fp16 rounds to nearest, by at most ``2**-11`` of a log-probability (``2**-25`` near 0), or down, by at most twice that,
 where the rounded entries would add up to more than 1.
+
+Ids below V need ``b = ceil(log2 V)`` bits, 17 for a vocabulary of 128,256. Packed, a token's are one after the other,
+the lowest bit first, in ``ceil(k * b / 8)`` bytes: a whole number, so that a token can be read alone.
 """
 
 from __future__ import annotations
@@ -25,11 +29,68 @@ _LEVELS = 254
 _FLOATS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 # by how much a token's entries may add up to more than 1; more than rounding can explain
 EXCESS = 1e-2
+# ids packed at a time: a byte for each of their bits is held meanwhile
+_PACKED_AT_ONCE = 1 << 20
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
     """The smallest integers that hold the ids below ``vocab_size``: 16 bits up to 65536, else 32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def id_bits(vocab_size: int) -> int:
+    """How many bits hold each id below ``vocab_size``."""
+    return max(1, (vocab_size - 1).bit_length())
+
+
+def packed_bytes(k: int, vocab_size: int) -> int:
+    """Of a token's k ids, packed."""
+    return -(-k * id_bits(vocab_size) // 8)
+
+
+def ids_are_packed(k: int, vocab_size: int) -> bool:
+    """Whether packing k ids is smaller than :func:`id_dtype`."""
+    return packed_bytes(k, vocab_size) < k * id_dtype(vocab_size).itemsize
+
+
+def encode_ids(ids: np.ndarray, vocab_size: int, *, packed: bool | None = None) -> dict[str, np.ndarray]:
+    """The array that stands for ``ids`` (N, k), integers below ``vocab_size``; :func:`decode_ids` reads it.
+
+    ``packed`` None (default) packs where that is smaller.
+
+    Returns:
+        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or not packed ``indices`` (N, k) of :func:`id_dtype`.
+
+    Raises:
+        ValueError: an id that is not in [0, vocab_size - 1].
+    """
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(f"ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
+    count, k = ids.shape
+    if not (ids_are_packed(k, vocab_size) if packed is None else packed):
+        return {"indices": ids.astype(id_dtype(vocab_size))}
+    stored = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
+    step = max(1, _PACKED_AT_ONCE // max(k, 1))
+    for start in range(0, count, step):
+        own = np.ascontiguousarray(ids[start : start + step], dtype="<u4").view(np.uint8).reshape(-1, k, 4)
+        bits = np.unpackbits(own, axis=2, count=id_bits(vocab_size), bitorder="little")
+        stored[start : start + step] = np.packbits(bits.reshape(len(own), -1), axis=1, bitorder="little")
+    return {"packed_ids": stored}
+
+
+def decode_ids(arrays: Mapping[str, np.ndarray], k: int, vocab_size: int) -> np.ndarray:
+    """(N, k) int64 from the array of :func:`encode_ids`, which others may lie beside."""
+    if "indices" in arrays:
+        return arrays["indices"].astype(np.int64)
+    bits = id_bits(vocab_size)
+    byte, shift = np.divmod(np.arange(k) * bits, 8)
+    reach = -(-(bits + 7) // 8)  # an id lies in so many bytes at most
+    padded = np.pad(arrays["packed_ids"], ((0, 0), (0, reach)))
+    ids = np.zeros((len(padded), k), dtype=np.int64)
+    for i in range(reach):
+        ids |= padded[:, byte + i].astype(np.int64) << (8 * i)
+    found: np.ndarray = (ids >> shift) & ((1 << bits) - 1)
+    return found
 
 
 def mass(log_probs: np.ndarray) -> np.ndarray:

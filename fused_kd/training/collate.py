@@ -60,10 +60,9 @@ class Collator:
         - hidden states, ``teacher_hidden`` (n, R), in their dtype; there 0.
 
         Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
-        teacher is theirs, give ``teacher_id`` (rows,) int64.
-
-        Rows with ``teacher_input_ids`` and ``teacher_labels`` (:func:`with_context`), for a teacher with another
-        prompt, give ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``.
+        teacher is theirs, give ``teacher_id`` (rows,) int64. Rows
+        with ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a
+        teacher with another prompt, give these and ``teacher_attention_mask``.
 
     Raises:
         TypeError: a row that is no dict.
@@ -96,7 +95,7 @@ class Collator:
             batch = without_first_targets(batch)
         targets = batch["labels"][:, 1:] != LABEL_PAD
         for name in _teacher_columns(rows):
-            batch[name] = _spread(name, [row[name] for row in rows], targets)
+            batch[name] = _spread(name, [row.get(name) for row in rows], targets)
         if any(TEACHER_ID in row for row in rows):
             _check_everywhere(TEACHER_ID, rows)
             batch[TEACHER_ID] = torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
@@ -111,13 +110,13 @@ class Collator:
 
 
 def _teacher_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of what cached teachers have in these rows, in all of them or in none."""
+    """The names of what cached teachers have in these rows; in all of them, unless each says who its teacher is."""
     found = dict.fromkeys(name for row in rows for name in row if is_per_target(name))
     for name in list(found):
         if name.endswith(_LISTS):
             prefix = name.removesuffix(_LISTS[0]).removesuffix(_LISTS[1])
             found |= dict.fromkeys(prefix + kind for kind in _LISTS)
-    for name in found:
+    for name in found if not any(TEACHER_ID in row for row in rows) else ():
         _check_everywhere(name, rows)
     return list(found)
 
@@ -128,15 +127,17 @@ def _check_everywhere(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"{name} must be in every row of a batch or in none, rows[{lacking[0]}] lacks it")
 
 
-def _spread(name: str, parts: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """(rows, length, ...): what the rows have, one entry a target (rows, length - 1)."""
+def _spread(name: str, parts: Sequence[Tensor | None], targets: Tensor) -> Tensor:
+    """(rows, length, ...): what the rows have, one entry a target (rows, length - 1); nothing of a row with None."""
     for number, (part, count) in enumerate(zip(parts, targets.sum(1).tolist(), strict=True)):
-        if len(part) != count:
+        if part is not None and len(part) != count:
             raise ValueError(f"{name} of rows[{number}] has {len(part)} entries for {count} labels with loss")
-    widths = {part.shape[1:] for part in parts}
+    own = [torch.as_tensor(part) for part in parts if part is not None]
+    widths = {part.shape[1:] for part in own}
     if len(widths) > 1:
         raise ValueError(f"{name} must have one width in a batch, got {sorted(map(tuple, widths))}")
-    found, (rows, before) = torch.cat([torch.as_tensor(part) for part in parts]), targets.shape
+    targets = targets & torch.tensor([part is not None for part in parts])[:, None]
+    found, (rows, before) = torch.cat(own), targets.shape
     if name.endswith(_LISTS[0]):
         found = found.float()
         whole = torch.full((rows, before + 1, *found.shape[1:]), -math.log(found.shape[1]), dtype=found.dtype)
@@ -171,10 +172,18 @@ class PackingCollator(DataCollatorWithFlattening):
         plain = [{name: value for name, value in row.items() if name not in own} for row in features]
         batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if columns:
+<<<<<<< HEAD
+            kept = ("input_ids", "labels", *own)
+            padded = Collator(0)([{name: row[name] for name in kept if name in row} for row in features])
+            for name in columns:
+                rows = zip(padded[name], features, strict=True)
+                batch[name] = torch.cat([part[: len(row["input_ids"])] for part, row in rows])[None]
+=======
             needed = ("input_ids", "labels", *columns)
             apart = [Collator(0)([{name: row[name] for name in needed}]) for row in features]
             for name in columns:
                 batch[name] = torch.cat([row[name] for row in apart], dim=1)
+>>>>>>> issue22-h
         if ids:
             each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
             lengths = torch.tensor([len(row["input_ids"]) for row in features])

@@ -49,13 +49,26 @@ def test_two_caches_two_names_and_rows_of_several_teachers(tmp_path: Path) -> No
     copied = pickle.loads(pickle.dumps(both))
     assert torch.equal(copied[4]["math_hidden"], both[4]["math_hidden"])
     for wrong, message in (
-        ([items[0], data[1]], r"_(hidden|log_probs) must be in every row of a batch or in none, rows\[1\] lacks it"),
+        ([both[0], data[1]], r"_(hidden|log_probs) must be in every row of a batch or in none, rows\[1\] lacks it"),
         ([items[0] | {"math_hidden": items[0]["math_hidden"][:-1]}], r"math_hidden of rows\[0\] has \d+ entries for"),
         ([{**row, "teacher_id": 0} for row in data[:1]] + data[1:2], "teacher_id must be in every row of a batch"),
     ):
         for collate in (Collator(0), PackingCollator()):
             with pytest.raises(ValueError, match=message):
                 collate(wrong)
+
+
+def test_a_row_of_another_teacher_needs_nothing_of_a_cache(tmp_path: Path) -> None:
+    """Where each row says whose it is, a batch holds what there is, zeros or a list of nobody elsewhere."""
+    data = rows()
+    states_ = write_hidden(tmp_path / "states").rows(data)
+    items = [{**(states_[0] if i == 0 else data[i]), "teacher_id": i} for i in range(3)]
+    padded, packed, alone = Collator(0)(items), PackingCollator()(items), Collator(0)(items[:1])
+    length = len(data[0]["input_ids"])
+    assert torch.equal(padded["teacher_hidden"][0, :length], alone["teacher_hidden"][0])
+    assert alone["teacher_hidden"].any() and not padded["teacher_hidden"][1:].any()
+    assert torch.equal(packed["teacher_hidden"][0, :length], alone["teacher_hidden"][0])
+    assert packed["teacher_hidden"].shape[1] == packed["input_ids"].shape[1]
 
 
 def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:

@@ -1,0 +1,316 @@
+"""The client of a served teacher: what a trainer takes as ``teacher`` in place of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fused_kd import LMHead
+from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.rows import rows_of
+from fused_kd.serving.wire import (
+    DTYPES,
+    IDENTITY,
+    Rows,
+    check_about,
+    decode_states,
+    read_tensors,
+    write_rows,
+)
+from fused_kd.training.stage import check_counts, fingerprint
+
+T = TypeVar("T")
+
+
+class Head(NamedTuple):
+    """A teacher's head, on the CPU."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+class RemoteTeacher:
+    """What all clients share: batches to rows, requests ahead of their step, states to their places.
+
+    A subclass gives :meth:`states_of` and :meth:`read_head`.
+
+    Args:
+        ahead: answers of batches that are kept at once; requests made ahead are bounded by it.
+    """
+
+    columns: tuple[str, ...] = ()
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype  # of hidden states and head
+
+    def __init__(self, ahead: int) -> None:
+        check_counts(ahead=ahead)
+        self.ahead = ahead
+        self._answers = _Answers(ahead)
+        self._heads: dict[torch.device, Head] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_answers": None, "_heads": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._answers, self._lock = _Answers(self.ahead), threading.Lock()
+
+    def states_of(self, rows: Rows) -> Tensor:
+        """(wanted, H) hidden states in ``dtype``, on the CPU."""
+        raise NotImplementedError
+
+    def read_head(self) -> Head:
+        """The head, in ``dtype``."""
+        raise NotImplementedError
+
+    def head(self, batch: Mapping[str, Any], targets: Tensor, device: torch.device) -> LMHead:
+        """The teacher of a batch.
+
+        Args:
+            batch: ``input_ids`` (rows, length) with ``attention_mask`` or ``position_ids``, see
+                :func:`fused_kd.serving.rows.rows_of`.
+            targets: (rows, length) bool: the positions whose next token carries loss.
+            device: where the result shall be.
+
+        Returns:
+            Hidden states (rows, length, H), zero where ``targets`` is False, and the head.
+
+        Raises:
+            ValueError: a batch that cannot be sent or that the server refuses, an answer that cannot be.
+            ConnectionError: no answer in time. PermissionError: another token is wanted.
+        """
+        rows, places = rows_of(batch, targets)
+        length = batch["input_ids"].shape
+        hidden = torch.zeros(length.numel(), self.hidden_size, dtype=self.dtype, device=device)
+        if len(places):
+            states = self._answers.take(rows.digest(), lambda: self.states_of(rows))
+            hidden.index_copy_(0, places.to(device), states.to(device))
+        head = self._head_on(torch.device(device))
+        return LMHead(
+            hidden.view(*length, self.hidden_size), head.weight, head.bias, logit_scale=head.logit_scale,
+            softcap=head.softcap,
+        )  # fmt: skip
+
+    def prefetch(self, batch: Mapping[str, Any], targets: Tensor) -> None:
+        """Start the request of a batch in the background; nothing in a worker of a DataLoader.
+
+        An error of it is raised by :meth:`head`.
+        """
+        if torch.utils.data.get_worker_info() is not None:
+            return
+        rows, places = rows_of(batch, targets)
+        if len(places):
+            self._answers.start(rows.digest(), lambda: self.states_of(rows))
+
+    def _head_on(self, device: torch.device) -> Head:
+        with self._lock:
+            if device not in self._heads:
+                head = self.read_head()
+                bias = None if head.bias is None else head.bias.to(device)
+                self._heads[device] = head._replace(weight=head.weight.to(device), bias=bias)
+            return self._heads[device]
+
+
+class ServedTeacher(RemoteTeacher):
+    """A teacher that another process or machine runs (``python -m fused_kd.serve MODEL``).
+
+    Give it to a trainer as ``teacher``. Per target token 2 H bytes come over the network (H the teacher's hidden size;
+    4 H of a float32 teacher, H + 4 with "fp8"), the head once. A server that goes away is waited for; when it is back
+    the run goes on where it was.
+
+    Args:
+        url: as the server printed it, ``http://HOST:PORT``.
+        patience: seconds for which a request is tried again where the server is away, overloaded or broken; also for
+            the first one, so that the server may be started later.
+        timeout: seconds without a byte after which a try has failed and is repeated.
+        dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "fp8" (e4m3 with a scale a token: half of
+            bf16's bytes, an error of about 3 % of a state's norm). None (default): that of the teacher's head, exactly
+            what it computed.
+        token: what the server was started with.
+        ahead: answers of batches that are kept at once; requests made ahead are bounded by it.
+
+    Attributes:
+        about: what the server says of itself. fingerprints: SHA-256 of ``tokenizer``, ``teacher_config`` and
+            ``teacher_weights``. vocab_size: rows of the head. hidden_size: H.
+
+    Raises:
+        ValueError: an argument out of range, a server of another kind. ConnectionError: none there. PermissionError:
+            it wants another token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience: float = 600.0,
+        timeout: float = 300.0,
+        dtype: str | None = None,
+        token: str | None = None,
+        ahead: int = 8,
+    ) -> None:
+        super().__init__(ahead)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}")
+        self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
+        self.about = self._ask_about()
+        self.sent = dtype or str(self.about["dtype"])
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else DTYPES[self.sent]
+        self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
+        self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._connection.url
+
+    def __repr__(self) -> str:
+        return (
+            f"ServedTeacher({self.url!r}, {self.about['model']!r}, hidden_size={self.hidden_size}, "
+            f"vocab_size={self.vocab_size}, {self.sent})"
+        )
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise unless the teacher reads the ids of this tokenizer; tokens that were added to it since do not count.
+
+        Raises:
+            ValueError: another one.
+        """
+        tokens = sorted(tokenizer.get_vocab().items())
+        known = [(token, index) for token, index in tokens if index < self.about.get("tokens", self.vocab_size)]
+        theirs = self.fingerprints.get("tokenizer")
+        if fingerprint(known) != theirs:
+            raise ValueError(
+                f"the teacher at {self.url} ({self.about['model']}) has another tokenizer: SHA-256 of its tokens and "
+                f"ids {str(theirs)[:12]} there, {fingerprint(known)[:12]} of the {len(known)} here"
+            )
+
+    def states_of(self, rows: Rows) -> Tensor:
+        """(wanted, H) hidden states, on the CPU; in several requests where the server wants no more at once."""
+        parts = [self._states(part) for part in rows.split(self.about["most_tokens"])]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _states(self, rows: Rows) -> Tensor:
+        answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
+        self._check_same(answer)
+        return self._read(answer, lambda body: decode_states(body, rows.count, self.hidden_size, self.sent))
+
+    def read_head(self) -> Head:
+        """The head as the server has it, in the dtype of the states."""
+        answer = self._connection.request("GET", "/head")
+        self._check_same(answer)
+        found = self._read(answer, read_tensors)
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
+        if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
+            raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
+        bias = found["bias"].to(self.dtype) if "bias" in found else None
+        return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
+
+    def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
+        try:
+            return read(answer.body)
+        except ValueError as error:
+            raise ValueError(f"the teacher at {self.url} gave an answer that cannot be: {error}") from error
+
+    def _ask_about(self) -> dict[str, Any]:
+        answer = self._connection.request("GET", "/about")
+        try:
+            return check_about(json.loads(answer.body))
+        except ValueError as error:
+            raise ValueError(f"{self.url} is no teacher's server: {error}") from error
+
+    def _check_same(self, answer: Answer) -> None:
+        """The server may have been started anew: it must be the teacher that it was."""
+        if answer.headers.get(IDENTITY) == self.about["identity"]:
+            return
+        now = self._ask_about()
+        known = {**self.about, **self.about["fingerprints"]}
+        given = {**now, **now["fingerprints"]}
+        passing = ("identity", "fingerprints", "most_tokens", "longest", "protocol")
+        names = [name for name in known if name not in passing and known[name] != given.get(name)]
+        faults = [f"{name} ({str(known[name])[:40]} before, {str(given.get(name))[:40]} now)" for name in names]
+        raise ValueError(
+            f"{self.url} serves another teacher than before: {', '.join(faults) or 'its identity differs'}"
+        )
+
+
+class _Answers:
+    """Hidden states by the content of their request, a bounded number, asked for ahead or when they are needed.
+
+    Batches are used in the order in which they are collated, and may be used again within a step: an answer is kept
+    until the place is needed after it, or one that was asked for later, has been used.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Future[Tensor]] = OrderedDict()
+        self._used: set[str] = set()
+        self._process = os.getpid()
+
+    def start(self, key: str, ask: Callable[[], Tensor]) -> None:
+        """Ask in the background, unless that is known already or there is no place."""
+        with self._lock:
+            self._enter_process()
+            if key not in self._known and self._make_room():
+                self._known[key] = future = Future[Tensor]()
+                # a daemon: a training that ends does not wait for a server that is away
+                threading.Thread(target=_fulfil, args=(future, ask), name="served-teacher", daemon=True).start()
+
+    def take(self, key: str, ask: Callable[[], Tensor]) -> Tensor:
+        """The answer; asks now where that was not done before."""
+        with self._lock:
+            self._enter_process()
+            found = self._known.get(key)
+            names = list(self._known)
+            # without it the order is another one than expected: nothing that waits may be needed any more
+            self._used |= set(names if found is None else names[: names.index(key) + 1])
+        if found is None:
+            found = Future()
+            found.set_result(ask())
+            with self._lock:
+                if key not in self._known and self._make_room():
+                    self._known[key] = found
+                    self._used.add(key)
+            return found.result()
+        try:
+            return found.result()
+        except BaseException:
+            with self._lock:
+                self._known.pop(key, None)
+                self._used.discard(key)
+            raise
+
+    def _make_room(self) -> bool:
+        while len(self._known) >= self.most:
+            oldest = next((key for key in self._known if key in self._used), None)
+            if oldest is None:
+                return False
+            del self._known[oldest]
+            self._used.discard(oldest)
+        return True
+
+    def _enter_process(self) -> None:
+        """After a fork the parent's threads are not here."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._known, self._used = OrderedDict(), set()
+
+
+def _fulfil(future: Future[Tensor], ask: Callable[[], Tensor]) -> None:
+    try:
+        future.set_result(ask())
+    except BaseException as error:
+        future.set_exception(error)
