@@ -60,9 +60,9 @@ class Collator:
         - hidden states, ``teacher_hidden`` (n, R), in their dtype; there 0.
 
         Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
-        teacher is theirs, give ``teacher_id`` (rows,) int64. Rows
-        with ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a
-        teacher with another prompt, give these and ``teacher_attention_mask``.
+        teacher is theirs, give ``teacher_id`` (rows,) int64; such rows may lack what other teachers have. Rows with
+        ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a teacher
+        with another prompt, give these and ``teacher_attention_mask``.
 
     Raises:
         TypeError: a row that is no dict.
@@ -172,18 +172,11 @@ class PackingCollator(DataCollatorWithFlattening):
         plain = [{name: value for name, value in row.items() if name not in own} for row in features]
         batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if columns:
-<<<<<<< HEAD
             kept = ("input_ids", "labels", *own)
             padded = Collator(0)([{name: row[name] for name in kept if name in row} for row in features])
             for name in columns:
                 rows = zip(padded[name], features, strict=True)
                 batch[name] = torch.cat([part[: len(row["input_ids"])] for part, row in rows])[None]
-=======
-            needed = ("input_ids", "labels", *columns)
-            apart = [Collator(0)([{name: row[name] for name in needed}]) for row in features]
-            for name in columns:
-                batch[name] = torch.cat([row[name] for row in apart], dim=1)
->>>>>>> issue22-h
         if ids:
             each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
             lengths = torch.tensor([len(row["input_ids"]) for row in features])
