@@ -172,18 +172,11 @@ class PackingCollator(DataCollatorWithFlattening):
         plain = [{name: value for name, value in row.items() if name not in own} for row in features]
         batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
         if columns:
-<<<<<<< HEAD
             kept = ("input_ids", "labels", *own)
             padded = Collator(0)([{name: row[name] for name in kept if name in row} for row in features])
             for name in columns:
                 rows = zip(padded[name], features, strict=True)
                 batch[name] = torch.cat([part[: len(row["input_ids"])] for part, row in rows])[None]
-=======
-            needed = ("input_ids", "labels", *columns)
-            apart = [Collator(0)([{name: row[name] for name in needed}]) for row in features]
-            for name in columns:
-                batch[name] = torch.cat([row[name] for row in apart], dim=1)
->>>>>>> issue22-h
         if ids:
             each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
             lengths = torch.tensor([len(row["input_ids"]) for row in features])
