@@ -17,14 +17,14 @@ from fused_kd import LMHead
 from fused_kd.serving.connection import Answer, Connection
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
-    DTYPES,
     IDENTITY,
     Rows,
     check_about,
-    decode_states,
+    read_states,
     read_tensors,
     write_rows,
 )
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts, fingerprint
 
 T = TypeVar("T")
@@ -161,12 +161,12 @@ class ServedTeacher(RemoteTeacher):
         ahead: int = 8,
     ) -> None:
         super().__init__(ahead)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}")
+        if dtype is not None and dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, HIDDEN_DTYPES))} or None, got {dtype!r}")
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         self.about = self._ask_about()
         self.sent = dtype or str(self.about["dtype"])
-        self.dtype = torch.bfloat16 if self.sent == "fp8" else DTYPES[self.sent]
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else HIDDEN_DTYPES[self.sent]
         self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
         self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
 
@@ -204,7 +204,7 @@ class ServedTeacher(RemoteTeacher):
     def _states(self, rows: Rows) -> Tensor:
         answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
         self._check_same(answer)
-        return self._read(answer, lambda body: decode_states(body, rows.count, self.hidden_size, self.sent))
+        return self._read(answer, lambda body: read_states(body, rows.count, self.hidden_size, self.sent))
 
     def read_head(self) -> Head:
         """The head as the server has it, in the dtype of the states."""
