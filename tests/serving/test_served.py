@@ -250,7 +250,7 @@ def test_states_that_cannot_be_sent_are_an_error_of_their_request_alone(running,
             if row:
                 assert future.result().any()
                 continue
-            with pytest.raises(ValueError, match="422 .*must be finite numbers that fp16 holds, the largest is"):
+            with pytest.raises(ValueError, match=r"422 .*must be finite numbers that fp16 holds, the largest is"):
                 future.result()
     assert server.batcher.batches < 5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import transformers
 import fused_kd as fk
 from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.reference import reference_kd_loss
-from fused_kd.serving import ServedTeacher
+from fused_kd.serving import ServedTeacher, TeacherServer
 from fused_kd.training.collate import Collator, PackingCollator
 from fused_kd.training.trainer import KDTrainer
 from tests.training.tiny import rows, tiny
@@ -185,17 +186,42 @@ def test_a_run_that_had_to_stop_is_resumed(tmp_path):
 
     with pytest.raises(ConnectionError, match="the run can be resumed from its last checkpoint"):
         run(Interrupted, tmp_path / "run", client, **saving)
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-1", "checkpoint-2"]
+    kept = os.listdir(tmp_path / "run")
+    assert "checkpoint-2" in kept and f"checkpoint-{STEPS}" not in kept
     with serve(port=port):
         resumed = run(KDTrainer, tmp_path / "run", client, resume=True, **saving)
     assert moved_apart(resumed, undisturbed) < 1e-5
 
 
-def test_trl(tmp_path):
+@pytest.mark.parametrize("kind", ["gkd", "distillation"])
+def test_trl(kind, tmp_path):
+    """Also where the student writes the completions."""
     pytest.importorskip("trl")
-    from fused_kd.integrations.trl import KDGKDTrainer as Trainer
     from tests.integrations import test_trl as examples
 
-    _, local = examples.pair()
-    with serve(local.eval()) as server:
-        raise NotImplementedError((server, Trainer))
+    cls = examples.ours.GKDTrainer if kind == "gkd" else examples.ours.DistillationTrainer
+    config = examples.gkd.GKDConfig if kind == "gkd" else examples.trl.DistillationConfig
+    options = {"lmbda": 0.5, "max_new_tokens": 5} if kind == "gkd" else {"max_completion_length": 4}
+    data = examples.dialogues() if kind == "gkd" else examples.prompts()
+    model = examples.pair()[1].eval()
+
+    def trained(given: Any) -> Any:
+        student = examples.pair()[0]
+        start = {name: value.detach().clone() for name, value in student.named_parameters()}
+        made = cls(
+            student, given, examples.arguments(config, tmp_path, **options), train_dataset=data,
+            processing_class=examples.tokenizer(),
+        )  # fmt: skip
+        made.remove_callback(transformers.trainer_callback.PrinterCallback)
+        random.seed(11)
+        torch.manual_seed(11)
+        made.train()
+        made.start = start
+        return made
+
+    with TeacherServer(model, examples.tokenizer()) as server:
+        served, local = trained(ServedTeacher(server.url)), trained(copy.deepcopy(model))
+        assert losses(served) == pytest.approx(losses(local), rel=1e-5)
+        examples.assert_same_weights(dict(served.model.named_parameters()), local)
+        time.sleep(0.1)
+        assert server.batcher.requests >= 6
