@@ -8,13 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.head_files import Head
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
     IDENTITY,
@@ -28,15 +29,6 @@ from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts, fingerprint
 
 T = TypeVar("T")
-
-
-class Head(NamedTuple):
-    """A teacher's head, on the CPU."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
 
 
 class RemoteTeacher:
@@ -117,9 +109,7 @@ class RemoteTeacher:
     def _head_on(self, device: torch.device) -> Head:
         with self._lock:
             if device not in self._heads:
-                head = self.read_head()
-                bias = None if head.bias is None else head.bias.to(device)
-                self._heads[device] = head._replace(weight=head.weight.to(device), bias=bias)
+                self._heads[device] = self.read_head().to(device)
             return self._heads[device]
 
 
@@ -215,8 +205,8 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        bias = found["bias"].to(self.dtype) if "bias" in found else None
-        return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
+        head = Head(found["weight"], found.get("bias"), float(self.about["logit_scale"]), self.about.get("softcap"))
+        return head.to(self.dtype)
 
     def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:
