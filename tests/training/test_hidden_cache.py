@@ -343,11 +343,11 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
         (folder / name).write_bytes(b"torn")
         write_hidden(folder, data, dtype="bf16", like=finished)
         assert files(folder) == before
-    with pytest.raises(ValueError, match="like: [0-9a-f]+ -> None"):
+    with pytest.raises(ValueError, match=r"like: [0-9a-f]+ -> None"):
         write_hidden(folder, data, dtype="bf16", project=6)
-    with pytest.raises(ValueError, match="something else: teacher_config .*teacher_weights"):
+    with pytest.raises(ValueError, match=r"something else: teacher_config .*teacher_weights"):
         first.check_head(write_hidden(tmp_path / "other", data, teacher=model(1, hidden=12)))
-    with pytest.raises(ValueError, match="must keep 'hidden', as .* does, got 'lists'"):
+    with pytest.raises(ValueError, match=r"must keep 'hidden', as .* does, got 'lists'"):
         first.check_head(write(tmp_path / "lists"))
     for options, message in (
         ({"like": tmp_path / "lists"}, "like=.*must be the folder of a cache of hidden states"),
