@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         options: dict[str, Any] = (
             {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
         )
-        model = load_model(args.model, tokenizer, 0, dtype=DTYPES.get(args.dtype, "auto"), **options)
+        model: Any = load_model(args.model, tokenizer, 0, dtype=DTYPES.get(args.dtype, "auto"), **options)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         server = TeacherServer(
             model.to(device), tokenizer, name=args.model, host=args.host, port=args.port, token=token,

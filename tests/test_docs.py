@@ -96,8 +96,9 @@ def python_pages() -> list[str]:
 
 @pytest.mark.parametrize("page", python_pages())
 def test_python_blocks_run(page, monkeypatch, tmp_path, capsys):
-    if "from transformers" in read(page):
-        pytest.importorskip("transformers")
+    for package in ("transformers", "peft"):
+        if re.search(rf"^(from|import) {package}\b", read(page), re.MULTILINE):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__", **FIXTURES.get(page, dict)()}
     for block in blocks(page):

@@ -23,8 +23,8 @@ def paired(student: Any, teacher: Any) -> Any:
     """The teacher, as a :class:`StudentView` where it is an :class:`OwnTeacher`, or the student or its base (then
     :class:`AdaptersOff`); raises as :func:`check_pair`."""
     if hasattr(teacher, "bound"):
-        return teacher.bound(student)
-    if is_own_base(student, teacher):
+        teacher = teacher.bound(student)
+    elif is_own_base(student, teacher):
         teacher = AdaptersOff(student)
     check_pair(student, teacher)
     return teacher

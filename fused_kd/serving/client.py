@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from fused_kd.serving.wire import (
     write_rows,
 )
 from fused_kd.training.stage import check_counts, fingerprint
+
+T = TypeVar("T")
 
 
 class Head(NamedTuple):
@@ -196,16 +198,13 @@ class ServedTeacher(RemoteTeacher):
 
     def states_of(self, rows: Rows) -> Tensor:
         """(wanted, H) hidden states, on the CPU; in several requests where the server wants no more at once."""
-        parts = []
-        for part in rows.split(self.about["most_tokens"]):
-            if not bool(part.wanted.any()):
-                continue
-            answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(part))
-            self._check_same(answer)
-            parts.append(
-                self._read(answer, lambda body, n=part.count: decode_states(body, n, self.hidden_size, self.sent))
-            )
+        parts = [self._states(part) for part in rows.split(self.about["most_tokens"])]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _states(self, rows: Rows) -> Tensor:
+        answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
+        self._check_same(answer)
+        return self._read(answer, lambda body: decode_states(body, rows.count, self.hidden_size, self.sent))
 
     def read_head(self) -> Head:
         """The head as the server has it, in the dtype of the states."""
@@ -219,7 +218,7 @@ class ServedTeacher(RemoteTeacher):
         bias = found["bias"].to(self.dtype) if "bias" in found else None
         return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
 
-    def _read(self, answer: Answer, read: Callable[[bytes], Any]) -> Any:
+    def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:
             return read(answer.body)
         except ValueError as error:

@@ -11,8 +11,8 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from email.message import Message
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _LOG = logging.getLogger("fused_kd.serving")
@@ -23,7 +23,7 @@ class Answer(NamedTuple):
     """Of a request that was served: status 200."""
 
     body: bytes
-    headers: Mapping[str, str]
+    headers: Message
 
 
 class _Trouble(Exception):
@@ -73,8 +73,8 @@ class Connection:
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "patience": self.patience, "timeout": self.timeout, "token": self._token}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(state.pop("url"), **state)  # type: ignore[misc, arg-type]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Connection.__init__(self, **state)
 
     def request(
         self, method: str, path: str, body: bytes | None = None, *, kind: str = "application/octet-stream"

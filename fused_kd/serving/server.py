@@ -79,8 +79,10 @@ class TeacherServer:
         self.about = describe(model, tokenizer, name, most_tokens)
         self.token = token
         self.largest_body = 17 * most_tokens + (1 << 16)  # ids, which of them are wanted, lengths of rows; names
-        self.batcher = Batcher(model, batch_tokens, queue)
+        if not 0 <= port < 1 << 16:
+            raise ValueError(f"port must be in [0, 65535], got {port}")
         self._http = _Server(host, port, self)
+        self.batcher = Batcher(model, batch_tokens, queue)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._http.server_address[1]}"
         self._active = 0

@@ -75,7 +75,7 @@ class Rows:
         for field in fields(self):
             tensor: Tensor = getattr(self, field.name)
             found.update(f"{field.name} {tensor.dtype} {len(tensor)}\n".encode())
-            found.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def apart(self) -> list[tuple[Tensor, Tensor]]:
@@ -161,7 +161,7 @@ def decode_states(body: bytes, count: int, width: int, dtype: str) -> Tensor:
         ValueError: other tensors, or states that are not finite.
     """
     found = read_tensors(body)
-    wanted = {"hidden": (DTYPES[dtype], (count, width))}
+    wanted: dict[str, Any] = {"hidden": (DTYPES[dtype], (count, width))}
     if dtype == "fp8":
         wanted["scale"] = (torch.float32, (count,))
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in found.items()}

@@ -13,13 +13,14 @@ from fused_kd.integrations.transformers import check_lm_head
 from fused_kd.integrations.weights import rows_of
 from fused_kd.training.codes import DTYPES, ids_are_packed
 from fused_kd.training.collate import padding_id
+from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
 from fused_kd.training.hidden_cache import hidden_writer
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.shards import KEPT, write_shards
 from fused_kd.training.stage import check_counts, fingerprint_file
-from fused_kd.training.teacher_cache import AnyRows, TeacherCache, fingerprint_teacher, fingerprints_of
+from fused_kd.training.teacher_cache import AnyRows, TeacherCache
 from fused_kd.training.teacher_cache import CachedRows as CachedRows
 from fused_kd.training.teacher_runs import Runs, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
