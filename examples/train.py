@@ -82,7 +82,8 @@ class Train:
     directions: list[str] = field(default_factory=lambda: ["en-de"])  # all of them in one training set
     instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
     method: str | None = None  # the name shown; default: the objective
-    teacher: str | None = None  # as the student, or cache:FOLDER; not needed for SFT
+    teacher: str | None = None  # as the student, or cache:FOLDER of lists or hidden states; not needed for SFT
+    valid_teacher: str | None = None  # cache:FOLDER of the validation rows, where the teacher is a cache
     beta_schedule: dict | None = None  # moves β: start, end, fraction, hold
     select: Literal["last", "best"] = "last"  # the kept checkpoint; the best by the loss on validation rows
     gamma_quantile: float | None = None  # Γ: this quantile of the tokens' difficulties before the first step
@@ -102,7 +103,7 @@ class Train:
     vocab: int = 4000  # tokens of the tokenizer trained where both models are presets
     attn_implementation: str | None = None  # sdpa, flash_attention_2, ...; null lets transformers choose
     dtype: str = "auto"  # of loaded models; a student in half precision is trained in float32, bf16 computes so
-    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] = "bucket"  # of tokens that a list lacks
+    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] | None = None  # what lists lack; null: bucket
     show: bool = False  # print the options and stop
 
     def __post_init__(self) -> None:
@@ -116,19 +117,39 @@ class Train:
             self.teacher = None
         elif self.teacher is None:
             raise ValueError(f"teacher must be given for objective={self.objective!r}")
-        self.cached = self.teacher[len(CACHE) :] if self.teacher and self.teacher.startswith(CACHE) else None
+        self.cached = _folder_of(self.teacher)
+        self.valid_cached = _folder_of(self.valid_teacher)
+        if (self.valid_cached is None) != (self.valid_teacher is None) or (self.valid_cached and not self.cached):
+            raise ValueError(f"valid_teacher must be cache:FOLDER, beside such a teacher, got {self.valid_teacher!r}")
         if self.gamma_quantile is not None:
             thresholded_part(spec.objective)
         if self.cached is not None and self.gamma_quantile is not None:
             raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
         statistics_columns(tuple(self.statistics), None, spec.objective.spec)
-        if self.cached is not None and self.statistics:
-            raise ValueError(f"statistics need an online teacher, got teacher={self.teacher!r}")
+        if self.statistics and self.cached is not None and not self.keeps_states:
+            raise ValueError(f"statistics need an online teacher or one's states, got teacher={self.teacher!r}")
         self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the teacher is a cache of hidden states."""
+        index = None if self.cached is None else read_index(Path(self.cached))
+        return index is not None and index["keep"] == "hidden"
 
     def load(self, name: str, tokenizer: Any, seed: int) -> Any:
         attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
         return load_model(name, tokenizer, seed, dtype=self.dtype, **attention)
+
+
+def _folder_of(teacher: str | None) -> str | None:
+    return teacher[len(CACHE) :] if teacher is not None and teacher.startswith(CACHE) else None
+
+
+def opened(folder: str, rows: Any, tokenizer: Any, train: Train, *, verify: bool) -> tuple[TeacherCache, Any]:
+    """A cache that was made for these rows, and the rows with what it holds."""
+    cache = TeacherCache(folder, tail=train.cache_tail, verify=verify)
+    cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name)
+    return cache, cache.rows(rows)
 
 
 def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
@@ -142,9 +163,13 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
                 f"{args.per_device_train_batch_size} x {args.world_size}, got {train.global_batch}"
             )
         args.gradient_accumulation_steps = train.global_batch // together
+    if train.keeps_states and args.dataloader_num_workers == 0:
+        args.dataloader_num_workers = 1  # it reads the next batch while a step computes
     if train.select == "best":
         for name, value in best_checkpoint(args.num_train_epochs).items():
             setattr(args, name, value)
+    if train.cached is not None and args.eval_strategy != "no" and train.valid_cached is None:
+        raise ValueError("valid_teacher must be cache:FOLDER, the cache of the validation rows, or eval_strategy no")
     how = {
         name: value for name, value in args.to_dict().items() if name not in FREE and not name.startswith(FREE_PREFIXES)
     }
@@ -186,6 +211,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.teacher:
         index = fingerprint(read_index(Path(train.cached))) if train.cached else model_content(train.teacher)
         contents["teacher's content"] = index
+    if train.valid_cached:
+        contents["validation teacher's content"] = fingerprint(read_index(Path(train.valid_cached)))
     bind(output, {**bound, **contents})
     if (record := finished(output)) is not None:
         return record
@@ -198,10 +225,12 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     objective, data, teacher = spec.objective, rows["train"], None
     if train.cached is not None:
-        teacher = TeacherCache(train.cached, tail=train.cache_tail)
-        teacher.check(tokenizer=tokenizer, rows=data, template=template.name)
+        verify = state.is_main_process  # once is enough
+        teacher, data = opened(train.cached, data, tokenizer, train, verify=verify)
         console.print(f"{teacher}")
-        data = teacher.rows(data)
+        if train.valid_cached is not None and "valid" in rows:
+            other, rows["valid"] = opened(train.valid_cached, rows["valid"], tokenizer, train, verify=verify)
+            teacher.check_head(other)
     elif train.teacher is not None:
         teacher = train.load(train.teacher, tokenizer, seed)
     student = train.load(train.student, tokenizer, seed)

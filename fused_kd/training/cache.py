@@ -14,7 +14,7 @@ from fused_kd.integrations.weights import rows_of
 from fused_kd.training.codes import DTYPES, ids_are_packed
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
-from fused_kd.training.hidden_cache import hidden_writer
+from fused_kd.training.hidden_cache import hidden_writer, projection_like
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
@@ -40,6 +40,7 @@ def write_cache(
     keep: str = "lists",
     dtype: str | None = None,
     project: int | None = None,
+    like: str | Path | None = None,
     draws: int | None = None,
     seed: int = 0,
     shard_rows: int | None = None,
@@ -72,6 +73,8 @@ def write_cache(
         project: keep r numbers of a hidden state: those from which an affine map gives the best logits, see
             :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.
+        like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
+            one head: for the validation rows of a training. In place of ``project``.
         draws: with ``keep="sampled"``, how many of a token; default 12. They depend on ``seed``, default 0, on the
             row's number, and on the teacher.
         shard_rows: rows a shard, which are in memory together: what a kill loses at most, and rows of similar length
@@ -103,20 +106,24 @@ def write_cache(
     _check_form(rows, dtype, dtypes)
     data: Any = rows
     settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
-    _check_none(keep, k=k, project=project, draws=draws)
+    _check_none(keep, k=k, project=project, like=like, draws=draws)
     if keep == "hidden":
+        if project is not None and like is not None:
+            raise ValueError(f"project must be None with like, got {project!r}")
         if project is not None:
             check_counts(project=project)
-        settings["project"] = project
+        settings |= {"project": project, "like": None}
     elif keep == "lists":
         settings |= {**_list_settings(k, vocab_size), "rest": True}
     else:
         settings |= _draw_settings(k or 0, 12 if draws is None else draws, seed, vocab_size)
     fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
+    if like is not None:
+        settings |= projection_like(Path(like), fingerprints)
     check_lm_head(teacher)
     runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
     if keep == "hidden":
-        begin = hidden_writer(runs, data, sample=sample, memory=memory)
+        begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
     elif keep == "lists":
         begin = list_writer(teacher_lists(runs, settings["k"], vocab_size, memory), data)
     else:
@@ -219,7 +226,7 @@ def write_lists(
 
 def _check_none(keep: str, **others: Any) -> None:
     """That none is given that ``keep`` has no use for."""
-    used = {"lists": ("k",), "hidden": ("project",), "sampled": ("k", "draws")}[keep]
+    used = {"lists": ("k",), "hidden": ("project", "like"), "sampled": ("k", "draws")}[keep]
     for name, value in others.items():
         if value is not None and name not in used:
             raise ValueError(f"{name} must be None with keep={keep!r}, got {value!r}")

@@ -263,6 +263,23 @@ class TeacherCache:
         if self.fingerprints.get("tokenizer") != first:
             self._compare({"tokenizer": fingerprint(tokens)})
 
+    def check_head(self, other: TeacherCache) -> None:
+        """Raise unless what ``other`` has for its rows can be read with this cache, as that of validation rows is.
+
+        Raises:
+            ValueError: another teacher, lists beside hidden states, or states of another head, as two projections make.
+        """
+        self._compare(
+            {part: other.fingerprints.get(part) for part in ("tokenizer", "teacher_config", "teacher_weights")}
+        )
+        if self.keep != other.keep:
+            raise ValueError(f"{other!r} must keep {self.keep!r}, as {self!r} does, got {other.keep!r}")
+        if self.keep == "hidden" and self._index["head"]["sha256"] != other._index["head"]["sha256"]:
+            raise ValueError(
+                f"{other!r} must have the head of {self!r}: write it with like={str(self.folder)!r}, which takes its "
+                "projection"
+            )
+
     def rows(self, dataset: AnyRows) -> CachedRows:
         """The rows of ``dataset``, which must be those that the cache was made for, each with its lists or states.
 

@@ -327,6 +327,38 @@ def test_other_arguments_do_not_go_on(finished: Path, tmp_path: Path) -> None:
         cache.rows(rows()[:-1])
 
 
+def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None:
+    """For other rows, with the projection of the first; alone, another one would come out."""
+    first, data = TeacherCache(finished), rows(6, seed=5)
+    alone = write_hidden(tmp_path / "alone", data, dtype="fp8", project=6)
+    with pytest.raises(ValueError, match=r"must have the head of .*whole.* write it with like="):
+        first.check_head(alone)
+    folder = tmp_path / "like"
+    second = write_hidden(folder, data, dtype="bf16", like=finished)
+    first.check_head(second)
+    assert second.width == 6 and second.error["tokens"] > 0
+    for name in ("head.safetensors", "projection.safetensors"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+        before = files(folder)
+        (folder / name).write_bytes(b"torn")
+        write_hidden(folder, data, dtype="bf16", like=finished)
+        assert files(folder) == before
+    with pytest.raises(ValueError, match=r"like: [0-9a-f]+ -> None"):
+        write_hidden(folder, data, dtype="bf16", project=6)
+    with pytest.raises(ValueError, match=r"something else: teacher_config .*teacher_weights"):
+        first.check_head(write_hidden(tmp_path / "other", data, teacher=model(1, hidden=12)))
+    with pytest.raises(ValueError, match=r"must keep 'hidden', as .* does, got 'lists'"):
+        first.check_head(write(tmp_path / "lists"))
+    for options, message in (
+        ({"like": tmp_path / "lists"}, "like=.*must be the folder of a cache of hidden states"),
+        ({"like": finished, "teacher": model(1)}, "like=.* was made from something else: teacher_weights"),
+        ({"like": finished, "project": 4}, "project must be None with like, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_hidden(tmp_path / "bad", data, **options)
+    assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -336,6 +368,7 @@ def test_other_arguments_do_not_go_on(finished: Path, tmp_path: Path) -> None:
         ({"project": 0}, "project must be an int of at least 1, got 0"),
         ({"sample": 0}, "sample must be"),
         ({"keep": "lists", "k": 4, "project": 4}, "project must be None with keep='lists', got 4"),
+        ({"keep": "lists", "k": 4, "like": "x"}, "like must be None with keep='lists', got 'x'"),
         ({"keep": "lists"}, "k must be an int of at least 1, got None"),
         ({"data": []}, "rows is empty"),
     ],
