@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Found(NamedTuple):
 def gradients(problem: Problem, teacher: fk.LMHead | fk.TopK, objective: Objective) -> Found:
     hidden = problem.student.hidden.detach().requires_grad_()
     weight = problem.student.weight.detach().requires_grad_()
-    out = fk.kd_loss(fk.LMHead(hidden, weight), teacher, problem.labels, objective)
+    out = fk.kd_loss(replace(problem.student, hidden=hidden, weight=weight), teacher, problem.labels, objective)
     d_hidden, d_weight = torch.autograd.grad(out.loss, (hidden, weight))
     return Found(float(out.loss), out.is_hard, d_hidden, d_weight)
 
@@ -102,7 +103,8 @@ def problem_of(model: Any, student: Any, ids: Tensor) -> Problem:
     heads = []
     for each in (student, model):
         hidden = [hidden_states(each, input_ids=row[None, :-1])[0] for row in ids]
-        heads.append(lm_head_of(each, torch.cat(hidden).float()))
+        head = lm_head_of(each, torch.cat(hidden).float())
+        heads.append(replace(head, weight=head.weight.detach()))
     return Problem(heads[0], heads[1], ids[:, 1:].flatten())
 
 
