@@ -55,7 +55,7 @@ def gradients(problem: Problem, teacher: fk.LMHead | fk.TopK, objective: Objecti
     weight = problem.student.weight.detach().requires_grad_()
     out = fk.kd_loss(replace(problem.student, hidden=hidden, weight=weight), teacher, problem.labels, objective)
     d_hidden, d_weight = torch.autograd.grad(out.loss, (hidden, weight))
-    return Found(float(out.loss), out.is_hard, d_hidden, d_weight)
+    return Found(float(out.loss.detach()), out.is_hard, d_hidden, d_weight)
 
 
 def measure(problem: Problem, which: Iterable[Form]) -> list[dict[str, Any]]:
@@ -165,7 +165,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    return run(_parser().parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {} if args.gguf is None else {"gguf_file": args.gguf}
