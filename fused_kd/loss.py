@@ -17,6 +17,7 @@ from .inputs import (
     LMHead,
     TopK,
     check_alike,
+    check_labels,
     common_vocab,
     shifted,
 )
@@ -266,7 +267,8 @@ class KDLoss(nn.Module):
         spec, wanted = self._spec, statistics_names(statistics)
         side, shape, sum_hidden = flat_side("student", student, self._group)
         device = side.source.device
-        teachers = self._teachers(teacher, side, labels)
+        check_labels(shape, device, labels, token_weights)
+        teachers = self._teachers(teacher, side, labels) if spec.needs_teacher else None
         mixed = teachers if isinstance(teachers, Mixture) else None
         columns = statistics_columns(wanted, teachers, spec, self.lists)
         sides_t, of_teachers = [], []
@@ -276,7 +278,7 @@ class KDLoss(nn.Module):
             side_t, shape_t, _ = flat_side(name, each, self._group, teaches=True)
             sides_t.append(side_t)
             of_teachers.append((name, shape_t, side_t.source.device))
-        check_alike(shape, device, of_teachers, labels, token_weights)
+        check_alike(shape, device, of_teachers)
         listing = self._listing(sides_t)
         vocab, shards = self._vocab(side, sides_t)
         asks = [TOLD] if columns else []
@@ -316,7 +318,9 @@ class KDLoss(nn.Module):
                 listing.tail if listing.k or len(sides_t) != 1 else sides_t[0].tail,
             ),
             vocab=vocab,
-            dtype=autocast_dtype(device, student=side, **{f"teacher_{i}": each for i, each in enumerate(sides_t)}),
+            dtype=autocast_dtype(
+                device, student=side, **dict(zip((name for name, *_ in of_teachers), sides_t, strict=True))
+            ),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
             engine=engine,
             backend=backend,
@@ -354,14 +358,16 @@ class KDLoss(nn.Module):
     def _teachers(self, teacher: Any, student: Side, labels: Any) -> Any:
         """One teacher, or a mixture that has logits."""
         teacher = as_teacher(teacher)
-        if not isinstance(teacher, Mixture) or not self._objective.spec.needs_teacher:
+        if not isinstance(teacher, Mixture):
             return teacher
+        valid = (shifted(labels, self.ignore_index) if self.shift else labels) != self.ignore_index
         if len(teacher.teachers) == 1:
+            teacher.log_shares(labels.shape, valid.reshape(-1), labels.device)  # says what does not fit
             return teacher.teachers[0]
-        return self._one_list(teacher, student, labels) if self.lists is None else teacher
+        return self._one_list(teacher, student, valid) if self.lists is None else teacher
 
-    def _one_list(self, mixture: Mixture, student: Side, labels: Tensor) -> Mixture | TopK:
-        """A mixture that lists are all that is known of, as that list."""
+    def _one_list(self, mixture: Mixture, student: Side, valid: Tensor) -> Mixture | TopK:
+        """A mixture that lists are all that is known of, as that list; ``valid`` are the tokens that carry loss."""
         for _, each in mixture.named:
             if isinstance(each, TopK) and each.tail == "bucket":  # beside others the rest of a list is not 0
                 check_tail(self._objective, each.tail, self.temperature, each.temperature)
@@ -371,11 +377,8 @@ class KDLoss(nn.Module):
             from .parallel import divide
 
             vocab = divide(self._group, vocab, None, self.vocab_size).vocab
-        own = shifted(labels, self.ignore_index) if self.shift else labels
-        return without_dense(
-            mixture, self.temperature, common_vocab(vocab, None, self.vocab_size), own != self.ignore_index,
-            self.backend, self.tp_group,
-        )  # fmt: skip
+        vocab = common_vocab(vocab, None, self.vocab_size)
+        return without_dense(mixture, self.temperature, vocab, valid, self.backend, self.tp_group)
 
     def _listing(self, teachers: list[Side]) -> Listing:
         lists = self.lists

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import is_looked_at
 from .engines.problem import IGNORED
 from .inputs import LMHead, TopK
 from .lists import log_probs_at
@@ -53,19 +54,22 @@ def without_dense(
     if "bucket" in tails and mixture.which is not None and (len(tails) > 1 or len(lists) < len(mixture.teachers)):
         raise ValueError("which must choose among lists that all have the tail 'bucket', or none of them")
     for name, teacher in mixture.named:
-        own = _tokens_shape(teacher)
-        if own != valid.shape:
-            raise ValueError(f"{name} must hold the student's tokens, shape {tuple(valid.shape)}, got {tuple(own)}")
+        shape = _tokens_shape(teacher)
+        if shape != valid.shape:
+            raise ValueError(f"{name} must hold the student's tokens, shape {tuple(valid.shape)}, got {tuple(shape)}")
     device = next(iter(lists.values())).log_probs.device
+    carries = valid.reshape(-1).to(device, non_blocking=True)
     shares = mixture.log_shares(valid.shape, valid.reshape(-1), device).double()
-    labels = torch.where(valid.reshape(-1), 0, IGNORED)
-    known = {name: _known(teacher, temperature, vocab, labels) for name, teacher in lists.items()}
+    absent = dict(zip([name for name, _ in mixture.named], (shares == -math.inf).unbind(1), strict=True))
+    known = {
+        name: _known(teacher, temperature, vocab, torch.where(carries & ~absent[name], 0, IGNORED))
+        for name, teacher in lists.items()
+    }
     if "bucket" not in tails:
         made = _union(list(known.values()), shares, vocab)
-    elif mixture.which is not None:
-        made = _chosen(list(known.values()), shares, vocab)
     else:
-        ids = _shared([known[name].ids for name, teacher in lists.items() if teacher.tail == "bucket"], vocab)
+        buckets = [name for name, teacher in lists.items() if teacher.tail == "bucket"]
+        ids = _shared([known[name].ids for name in buckets], torch.stack([absent[name] for name in buckets], 1), vocab)
         parts = []
         for name, teacher in mixture.named:
             if isinstance(teacher, TopK):
@@ -94,7 +98,7 @@ Made = tuple[Tensor, Tensor, Tensor]
 
 def _known(teacher: TopK, temperature: float, V: int, labels: Tensor) -> Known:
     side = flat_side("teacher", teacher, None, teaches=True)[0]
-    if side.source.is_cpu:
+    if is_looked_at(side.source):
         check_top_k(side, labels, V)
     assert side.indices is not None
     listed, bad = sparse_teacher(
@@ -116,41 +120,39 @@ def _places(ids: Tensor, wanted: Tensor, V: int) -> tuple[Tensor, Tensor]:
     return place, (ids.gather(1, place) == wanted) & (wanted < V)
 
 
+def _once(ids: Tensor, V: int) -> Tensor:
+    """Sorted ids, V in place of one that was there already."""
+    again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
+    return ids.masked_fill(again, V)
+
+
+def _of_share(log_p: Tensor, log_share: Tensor) -> Tensor:
+    """Where that is nothing, nothing of what is there counts, NaN included."""
+    return (log_p + log_share).masked_fill(log_share == -math.inf, -math.inf)
+
+
 def _union(known: list[Known], shares: Tensor, V: int) -> Made:
     """On the entries of all."""
-    ids = torch.cat([each.ids for each in known], 1).sort(1).values
-    again = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
-    ids = ids.masked_fill(again, V)
+    ids = _once(torch.cat([each.ids for each in known], 1).sort(1).values, V)
     log_p, log_each = [], []
     for own in known:
         place, there = _places(own.ids, ids, V)
         log_p.append(own.log_p.gather(1, place).where(there, own.each.unsqueeze(1)))
         log_each.append(own.each)
-    each = (torch.stack(log_each, 1) + shares).logsumexp(1)
+    each = _of_share(torch.stack(log_each, 1), shares).logsumexp(1)
     others = (V - (ids < V).sum(1)).double().log()
-    return ids, (torch.stack(log_p, 2) + shares.unsqueeze(1)).logsumexp(2), each + others
+    return ids, _of_share(torch.stack(log_p, 2), shares.unsqueeze(1)).logsumexp(2), each + others
 
 
-def _chosen(known: list[Known], shares: Tensor, V: int) -> Made:
-    """Each token's own bucket."""
-    widest = max(each.ids.shape[1] for each in known)
-
-    def wide(x: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=fill)
-
-    own = shares.nan_to_num(-math.inf).argmax(1)
-    pick = own.reshape(-1, 1, 1).expand(-1, widest, 1)
-    ids = torch.stack([wide(each.ids, V) for each in known], 2).gather(2, pick).squeeze(2)
-    log_p = torch.stack([wide(each.log_p, -math.inf) for each in known], 2).gather(2, pick).squeeze(2)
-    rest = torch.stack([each.rest for each in known], 1).gather(1, own.unsqueeze(1)).squeeze(1)
-    return ids, log_p + shares.amax(1, keepdim=True), rest
-
-
-def _shared(lists: list[Tensor], V: int) -> Tensor:
-    """The entries (N, K) of the first that all others have too; V in place of the rest."""
-    ids = lists[0]
-    for other in lists[1:]:
-        ids = ids.where(_places(other, ids, V)[1], V)
+def _shared(lists: list[Tensor], absent: Tensor, V: int) -> Tensor:
+    """The entries (N, K) that all lists with a part in the token have, V in place of others. ``absent`` (1 or N, lists)
+    says which have none; where that is all of them, those of the first."""
+    widest = max(ids.shape[1] for ids in lists)
+    wide = torch.stack([torch.nn.functional.pad(ids, (0, widest - ids.shape[1]), value=V) for ids in lists], 1)
+    first = (~absent).to(torch.int8).argmax(1).reshape(-1, 1, 1).expand(len(wide), 1, widest)
+    ids = _once(wide.gather(1, first).squeeze(1), V)
+    for i, other in enumerate(lists):
+        ids = ids.where(_places(other, ids, V)[1] | absent[:, i : i + 1], V)
     return ids
 
 
@@ -179,6 +181,6 @@ def _read(
 
 
 def _mixed(ids: Tensor, parts: list[tuple[Tensor, Tensor]], shares: Tensor) -> Made:
-    log_p = torch.stack([part for part, _ in parts], 2) + shares.unsqueeze(1)
-    rest = torch.stack([part for _, part in parts], 1) + shares
+    log_p = _of_share(torch.stack([part for part, _ in parts], 2), shares.unsqueeze(1))
+    rest = _of_share(torch.stack([part for _, part in parts], 1), shares)
     return ids, log_p.logsumexp(2), rest.logsumexp(1)

@@ -103,6 +103,8 @@ class Mixture:
         count = len(self.teachers)
         if self.which is not None:
             _check_shape("which", self.which, shape)
+            if is_looked_at(self.which) and is_looked_at(valid):
+                check_which(self.which.reshape(-1)[valid], count)
             own = self.which.to(device, torch.int64, non_blocking=True).reshape(-1, 1)
             shares = own == torch.arange(count, device=device)
             return torch.where(shares, 0.0, -math.inf).masked_fill(~shares.any(1, keepdim=True), math.nan)
@@ -172,6 +174,13 @@ def checked_weights(weights: Any, count: int) -> list[Any]:
         if abs(total - 1.0) > SUM:
             raise ValueError(f"weights must add up to 1, got {list(weights)}, which add up to {total:g}")
     return list(weights)
+
+
+def check_which(which: Tensor, count: int) -> None:
+    """Raise ValueError for the first that is none of ``count`` teachers."""
+    outside = (which < 0) | (which >= count)
+    if bool(outside.any()):
+        raise ValueError(f"which must be in [0, {count}), got {int(which[outside][0])}")
 
 
 def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:

@@ -106,11 +106,11 @@ _library.define("scale_gradient(Tensor gradient, Tensor factor, ScalarType dtype
 
 def _kd(*values: Any) -> tuple[Tensor, ...]:
     problem = unpack(values)
-    student, first = problem.student, problem.teacher
-    for teacher in problem.others if first is None else (first, *problem.others):
+    student = problem.student
+    for i, teacher in enumerate(problem.teachers):
         if teacher.indices is not None and (problem.validate or teacher.source.is_cpu):
-            check_top_k(teacher, problem.labels, problem.vocab)
-        if teacher.columns is not None:
+            check_top_k(teacher, problem.labels_for(i), problem.vocab)
+        if teacher.columns is not None and not problem.others:  # others may have what it lacks
             check_map(teacher, problem.vocab, problem.spec)
     # Under autocast the engine's own GEMMs would be cast once more.
     with torch.autocast(student.source.device.type, enabled=False), torch.no_grad():

@@ -7,7 +7,7 @@ and holds everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .inputs import KDOutput, LMHead, TopK
+from .mixtures import Mixture, as_teacher
 from .objectives import (
     SFT,
     Acceptance,
@@ -43,23 +44,14 @@ from .objectives import (
 )
 from .reference_lists import LOG_ZERO as _LOG_ZERO
 from .reference_lists import floored as _floored
+from .reference_lists import full_logits as full_logits
 from .reference_lists import of_lists, of_map
+from .reference_mixtures import of_mixture
 
 # Log-probabilities below it are those of excluded tokens.
 _EXCLUDED = -1e18
 # Smaller probabilities are 0 where the other side excludes the token.
 _LEAST = 2.0**-126
-
-
-def full_logits(source: LMHead | Tensor) -> Tensor:
-    """(..., V) float64 logits; differentiable in whatever ``source`` holds."""
-    if isinstance(source, Tensor):
-        return source.double()
-    logits = source.hidden.double() @ source.weight.double().T
-    if source.bias is not None:
-        logits = logits + source.bias.double()
-    logits = logits * source.logit_scale
-    return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -274,7 +266,7 @@ def _shares(p: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tensor]
 
 def reference_kd_loss(
     student: LMHead | Tensor,
-    teacher: LMHead | TopK | Tensor | None,
+    teacher: LMHead | TopK | Tensor | Mixture | Sequence[tuple[float | Tensor, Any]] | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -298,9 +290,11 @@ def reference_kd_loss(
     valid = labels != ignore_index
     z, y = z.reshape(-1, z.shape[-1])[valid], labels[valid]
     z_t = own = None
-    if not objective.spec.needs_teacher:
-        teacher = None
-    if isinstance(teacher, TopK):
+    teacher = as_teacher(teacher) if objective.spec.needs_teacher else None
+    if isinstance(teacher, Mixture):
+        own = z, y
+        z, z_t, y = of_mixture(z, teacher, y, objective, temperature, valid, shape, vocab_size)
+    elif isinstance(teacher, TopK):
         log_probs, indices = (x.reshape(-1, x.shape[-1])[valid] for x in (teacher.log_probs, teacher.indices))
         log_rest = None if teacher.log_rest is None else teacher.log_rest.reshape(-1)[valid]
         own = z, y

@@ -9,11 +9,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .inputs import TopK
+from .inputs import LMHead, TopK
 from .objectives import Objective
 
 # Finite stands for log 0, so that 0 * log 0 = 0 and autograd stays free of NaN.
 LOG_ZERO = -1e30
+
+
+def full_logits(source: LMHead | Tensor) -> Tensor:
+    """(..., V) float64 logits; differentiable in whatever ``source`` holds."""
+    if isinstance(source, Tensor):
+        return source.double()
+    logits = source.hidden.double() @ source.weight.double().T
+    if source.bias is not None:
+        logits = logits + source.bias.double()
+    logits = logits * source.logit_scale
+    return logits if source.softcap is None else source.softcap * torch.tanh(logits / source.softcap)
 
 
 class Floored(torch.autograd.Function):
@@ -42,7 +53,7 @@ def _dense(z: Tensor, log_probs: Tensor, indices: Tensor, log_masses: Tensor) ->
     return torch.stack(rows) if rows else z.detach()
 
 
-def _categories(
+def categories(
     z: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor, reads_label: bool, log_masses: Tensor, T: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student logits, teacher log-probabilities and labels over the listed entries, one for the rest and, where it is
@@ -113,7 +124,7 @@ def of_lists(z: Tensor, labels: Tensor, teacher: TopK, objective: Objective) -> 
         log_masses = teacher.log_rest.double()
     T, spec = float(teacher.temperature), objective.spec
     if teacher.tail == "bucket":
-        z, z_t, labels = _categories(z, log_probs, indices, labels, spec.reads_label, log_masses, T)
+        z, z_t, labels = categories(z, log_probs, indices, labels, spec.reads_label, log_masses, T)
     elif teacher.tail == "listed":
         z, z_t, labels = _listed(z, log_probs, indices, labels, spec.mixes_label)
     else:

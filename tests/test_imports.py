@@ -100,12 +100,18 @@ LAYERS = (
         "fused_kd.workspace",
     ),
     ("fused_kd.rows",),
-    ("fused_kd.inputs",),
-    ("fused_kd.reference", "fused_kd.reference_lists", "fused_kd.engines", "fused_kd.vocab"),
+    ("fused_kd.inputs", "fused_kd.mixtures"),
+    (
+        "fused_kd.reference",
+        "fused_kd.reference_lists",
+        "fused_kd.reference_mixtures",
+        "fused_kd.engines",
+        "fused_kd.vocab",
+    ),
     ("fused_kd.tokens",),
     ("fused_kd.ops",),
     ("fused_kd.parallel", "fused_kd.options", "fused_kd.sides"),
-    ("fused_kd.lists", "fused_kd.loss"),
+    ("fused_kd.lists", "fused_kd.loss", "fused_kd.mixed_lists"),
     ("fused_kd.draws",),
     ("fused_kd",),
     ("fused_kd.forecast", "fused_kd.info"),
@@ -155,8 +161,9 @@ def test_rows_do_not_import_each_other(graph):
 
 
 def test_the_reference_shares_nothing_with_kernels(graph):
-    allowed = {"fused_kd.inputs", "fused_kd.objectives", "fused_kd.reference_lists"}
-    assert graph["fused_kd.reference"] | graph["fused_kd.reference_lists"] <= allowed
+    own = {f"fused_kd.reference{part}" for part in ("", "_lists", "_mixtures")}
+    allowed = own | {"fused_kd.inputs", "fused_kd.mixtures", "fused_kd.objectives"}
+    assert set.union(*(graph[module] for module in own)) <= allowed
 
 
 @pytest.mark.parametrize(

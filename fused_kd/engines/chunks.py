@@ -142,7 +142,7 @@ class Chunks:
         self.problem, self.index, self.labels = problem, index, labels
         self.student = LogitSource(problem.student, columns, problem.dtype)
         self.teacher: LogitSource | MappedSource | MixedSource | None = None
-        sides = () if problem.teacher is None else (problem.teacher, *problem.others)
+        sides = problem.teachers
         if len(sides) > 1:
             self.teacher = MixedSource(
                 problem, [self._source(side, columns) or Listed(side, columns) for side in sides]
@@ -255,8 +255,7 @@ class Chunks:
     def workspace(self, columns: int, stride: int) -> Workspace:
         """With ``columns`` a side in rows of ``stride``."""
         problem = self.problem
-        sides = () if problem.teacher is None else (problem.teacher, *problem.others)
-        found = workspace_bytes(self.student, self.teacher, sides, columns, problem.wanted, stride)
+        found = workspace_bytes(self.student, self.teacher, problem.teachers, columns, problem.wanted, stride)
         listing = problem.listing
         if not listing.k:
             return found

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..mixtures import check_which
 from ..rows.contract import Logits
 from ..rows.mixing import add
 from ..rows.top_k import sparse_teacher
@@ -68,9 +69,8 @@ class MixedSource:
         kept = problem.labels != IGNORED
         if problem.labels.device.type == "cpu":
             self._which, kept = self._which[kept], torch.ones(())
-        outside = (self._which < 0) | (self._which >= len(teachers))
-        if kept.device.type == "cpu" and bool(outside.any()):
-            raise ValueError(f"which must be in [0, {len(teachers)}), got {int(self._which[outside][0])}")
+        if kept.device.type == "cpu":
+            check_which(self._which, len(teachers))
 
     def chunk(self, span: slice, place: Place, spare: Tensor) -> tuple[Logits, Tensor]:
         """Of the tokens of ``span`` among those to process; ``spare`` is as ``place.into``. And which have none."""

@@ -129,10 +129,24 @@ class Problem:
         return RowSpec.decode(self.spec_code)
 
     @property
+    def teachers(self) -> tuple[Side, ...]:
+        return () if self.teacher is None else (self.teacher, *self.others)
+
+    @property
     def fraction(self) -> Tensor:
         """0-d: the share of hard tokens, of an objective that ranks them."""
         # not [0]: there may be no token with numbers of its own
         return self.scalars[:1, self.spec.main, Scalars._fields.index("fraction")].sum()
+
+    def labels_for(self, teacher: int) -> Tensor:
+        """:data:`IGNORED` also where the mixture has nothing of this one of its teachers."""
+        if self.which is not None:
+            absent = self.which != teacher
+        elif self.shares is not None:
+            absent = self.shares[:, teacher] == -math.inf
+        else:
+            return self.labels
+        return self.labels.masked_fill(absent.to(self.labels.device, non_blocking=True), IGNORED)
 
     def scalars_of(self, tokens: slice | Tensor) -> Tensor:
         """Those of some tokens."""

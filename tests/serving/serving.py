@@ -19,6 +19,17 @@ from tests.training.tiny import VOCAB, rows, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+SLOW = """
+import sys, time
+from fused_kd.serving import batching
+real = batching.hidden_states
+def states(*args, **inputs):
+    time.sleep({})
+    return real(*args, **inputs)
+batching.hidden_states = states
+from fused_kd.serve import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def tokenizer(prefix: str = "t") -> PreTrainedTokenizerFast:
@@ -67,13 +78,14 @@ def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:
 
 
 class Process:
-    """``python -m fused_kd.serve`` on this machine."""
+    """``python -m fused_kd.serve`` on this machine; ``slow``: seconds that a call of its model takes longer."""
 
-    def __init__(self, folder: Path, *options: str, before: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, *options: str, slow: float = 0.0) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        run = ["-c", SLOW.format(slow)] if slow else ["-m", "fused_kd.serve"]
         self.popen = subprocess.Popen(
-            [*before, sys.executable, "-m", "fused_kd.serve", str(folder), *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            [sys.executable, *run, str(folder), *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
         assert self.popen.stdout is not None
         self.line = self.popen.stdout.readline()
