@@ -8,35 +8,27 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.head_files import Head
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
-    DTYPES,
     IDENTITY,
     Rows,
     check_about,
-    decode_states,
+    read_states,
     read_tensors,
     write_rows,
 )
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts, fingerprint
 
 T = TypeVar("T")
-
-
-class Head(NamedTuple):
-    """A teacher's head, on the CPU."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
 
 
 class RemoteTeacher:
@@ -117,9 +109,7 @@ class RemoteTeacher:
     def _head_on(self, device: torch.device) -> Head:
         with self._lock:
             if device not in self._heads:
-                head = self.read_head()
-                bias = None if head.bias is None else head.bias.to(device)
-                self._heads[device] = head._replace(weight=head.weight.to(device), bias=bias)
+                self._heads[device] = self.read_head().to(device)
             return self._heads[device]
 
 
@@ -161,12 +151,12 @@ class ServedTeacher(RemoteTeacher):
         ahead: int = 8,
     ) -> None:
         super().__init__(ahead)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}")
+        if dtype is not None and dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, HIDDEN_DTYPES))} or None, got {dtype!r}")
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         self.about = self._ask_about()
         self.sent = dtype or str(self.about["dtype"])
-        self.dtype = torch.bfloat16 if self.sent == "fp8" else DTYPES[self.sent]
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else HIDDEN_DTYPES[self.sent]
         self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
         self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
 
@@ -204,7 +194,7 @@ class ServedTeacher(RemoteTeacher):
     def _states(self, rows: Rows) -> Tensor:
         answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
         self._check_same(answer)
-        return self._read(answer, lambda body: decode_states(body, rows.count, self.hidden_size, self.sent))
+        return self._read(answer, lambda body: read_states(body, rows.count, self.hidden_size, self.sent))
 
     def read_head(self) -> Head:
         """The head as the server has it, in the dtype of the states."""
@@ -215,8 +205,8 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        bias = found["bias"].to(self.dtype) if "bias" in found else None
-        return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
+        head = Head(found["weight"], found.get("bias"), float(self.about["logit_scale"]), self.about.get("softcap"))
+        return head.to(self.dtype)
 
     def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:

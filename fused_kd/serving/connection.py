@@ -44,6 +44,9 @@ class Connection:
         timeout: seconds without a byte after which a try has failed.
         token: sent as ``Authorization: Bearer``.
 
+    Attributes:
+        outages: how often the server has been away.
+
     Raises:
         ValueError: a url, time or token that cannot be.
     """
@@ -69,6 +72,7 @@ class Connection:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._away = False
+        self.outages = 0
 
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "patience": self.patience, "timeout": self.timeout, "token": self._token}
@@ -162,6 +166,7 @@ class Connection:
         """Once when it goes away, once when it is back."""
         with self._lock:
             changed, self._away = self._away != (trouble is not None), trouble is not None
+            self.outages += changed and trouble is not None
         if changed and trouble is not None:
             _LOG.warning(
                 "%s does not answer (%s): trying again for %g s; nothing is lost", self.url, trouble, self.patience

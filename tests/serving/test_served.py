@@ -228,12 +228,31 @@ def test_a_failing_model_is_told_and_the_server_lives_on(running, monkeypatch):
     assert "failed), " in server.totals() and "(0 failed)" not in server.totals()
 
 
-def test_states_that_are_not_finite_are_an_error(running):
-    server = running()
-    server.model.model.norm.weight.data[0] = float("inf")
-    batch, targets = batch_of()
-    with pytest.raises(ValueError, match=r"an answer that cannot be: hidden states must be finite"):
-        ServedTeacher(server.url, **FAST).head(batch, targets, CPU)
+def test_states_that_cannot_be_sent_are_an_error_of_their_request_alone(running, monkeypatch):
+    server = running(batch_tokens=1000)
+    batch, targets = batch_of(2)
+    real, bad = batching.hidden_states, int(batch["input_ids"][0, 0])
+
+    def states(model, **inputs):
+        """Of rows that begin with one token all too large for fp16."""
+        time.sleep(0.2)
+        return real(model, **inputs) * torch.where(inputs["input_ids"][:, :1] == bad, 1e6, 1.0)[..., None]
+
+    monkeypatch.setattr(batching, "hidden_states", states)
+
+    def ask(row: int) -> torch.Tensor:
+        client = ServedTeacher(server.url, dtype="fp16", **FAST)
+        return client.head({k: v[row : row + 1] for k, v in batch.items()}, targets[row : row + 1], CPU).hidden
+
+    with ThreadPoolExecutor(5) as pool:
+        found = [pool.submit(ask, row) for row in (1, 0, 1, 0, 1)]
+        for row, future in zip((1, 0, 1, 0, 1), found, strict=True):
+            if row:
+                assert future.result().any()
+                continue
+            with pytest.raises(ValueError, match=r"422 .*must be finite numbers that fp16 holds, the largest is"):
+                future.result()
+    assert server.batcher.batches < 5
 
 
 # Requests ahead.
@@ -364,7 +383,7 @@ def test_requests_that_cannot_be(server):
     for method, path, body, headers, status, message in (
         ("GET", "/nothing", None, {}, 404, "GET /nothing is unknown"),
         ("POST", "/about", b"", {}, 404, "POST /about is unknown"),
-        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, fp16, fp32, fp8, got 'int4'"),
+        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, fp8, fp16, fp32, got 'int4'"),
         ("POST", "/states", b"not tensors", {}, 400, "expected a safetensors file"),
         ("POST", "/states", None, {"Content-Length": str(10**9)}, 413, "at most"),
         ("POST", "/states", None, {"Content-Length": "9" * 60}, 413, "at most"),
