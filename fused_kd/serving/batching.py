@@ -45,6 +45,8 @@ class Job:
         self.done.wait()
         if self.error is not None:
             raise self.error
+        if len(self.parts) == 1:
+            return self.parts[0]
         return {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
 
 

@@ -126,7 +126,7 @@ class ServedTeacher(RemoteTeacher):
             the first one, so that the server may be started later.
         timeout: seconds without a byte after which a try has failed and is repeated.
         dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "fp8" (e4m3 with a scale a token: half of
-            bf16's bytes, an error of about 3 % of a state's norm). None (default): that of the teacher's head, exactly
+            bf16's bytes, an error of some 2 % of a state's norm). None (default): that of the teacher's head, exactly
             what it computed.
         token: what the server was started with.
         ahead: answers of batches that are kept at once; requests made ahead are bounded by it.

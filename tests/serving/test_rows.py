@@ -129,14 +129,17 @@ def test_states_go_there_and_back(dtype, error):
 
 def test_an_answer_that_cannot_be():
     states = torch.randn(3, 4)
+
+    def with_fifth(value: float) -> torch.Tensor:
+        return torch.where(torch.arange(12).view(3, 4) == 5, value, states)
+
     for tensors, message in (
         ({"hidden": states.half()}, "must have the tensors"),
         ({"hidden": states[:2]}, "must have the tensors"),
         ({"hidden": states, "more": states.clone()}, "must have the tensors"),
-        (
-            {"hidden": states.index_fill(0, torch.tensor([1]), float("nan"))},
-            "got 1 of 3 tokens that are not, the first at 1",
-        ),
+        ({"hidden": with_fifth(float("nan"))}, "got 1 of 3 tokens that are not, the first at 1"),
+        ({"hidden": with_fifth(float("inf"))}, "the first at 1"),
+        ({"hidden": with_fifth(-float("inf"))}, "the first at 1"),
     ):
         with pytest.raises(ValueError, match=message):
             read_states(save({k: v.contiguous() for k, v in tensors.items()}), 3, 4, "fp32")
