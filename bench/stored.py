@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import fused_kd as fk
-from fused_kd.draws import draws_of
+from fused_kd.draws import draws_of, thresholds
 from fused_kd.training.codes import decode, encode, id_dtype, packed_bytes
-from fused_kd.training.drawn_codes import decode_draws, encode_draws
+from fused_kd.training.drawn_codes import decode_draws, encode_draws, ids_of
 from fused_kd.training.hidden_codes import decode_states, encode_states
 from fused_kd.training.projection import Moments, fit
 
@@ -98,8 +98,8 @@ def lists(listed: fk.TopK, code: str, tail: str) -> fk.TopK:
 
 
 def drawn(teacher: fk.LMHead, k: int, n: int, code: str, seed: int) -> fk.TopK:
-    generator = torch.Generator().manual_seed(seed)
-    made, _, _ = draws_of(teacher, n, k=k, generator=generator)
-    V = teacher.vocab
-    log_probs, indices = decode_draws(encode_draws(made, code, V), k, n, V)
+    generator, V = torch.Generator().manual_seed(seed), teacher.vocab
+    made = draws_of(teacher, thresholds(len(teacher.hidden), n, generator, teacher.hidden.device), k=k)
+    arrays = encode_draws(made.log_probs.numpy(), ids_of(made).numpy(), code, V)
+    log_probs, indices = decode_draws(arrays, k, n, V)
     return fk.TopK(log_probs, indices, "renormalize")

@@ -1,7 +1,10 @@
-"""Write a teacher's k largest log-probabilities of every target token to a folder, to train without the teacher.
+"""Write what a teacher says of every target token to a folder, to train without it: its k largest log-probabilities, or
+its last hidden state and, once, its head.
 
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --k 64 --output caches/teacher
+    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
+        --prompt paper --keep hidden --dtype fp8 --project 1024 --output caches/states
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de --teacher PATH_OR_HUB_NAME \
         --from-vllm prompt_logprobs.jsonl.gz --k 20 --output caches/vllm
 
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -21,12 +26,15 @@ import torch
 from rich.table import Table
 from transformers.utils import logging
 
+import fused_kd as fk
 from fused_kd.training.cache import convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.models import PRESETS, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
 from fused_kd.training.script import make_console, run_script
+from fused_kd.training.shards import HEAD, KEPT
 from fused_kd.training.teacher_cache import TeacherCache, target_positions
 
 
@@ -45,9 +53,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", required=True, help="a path or a hub name; with --from-vllm its tokenizer alone is loaded")
     add("--prompt", choices=PROMPTS, default="tiny")
     add("--max-length", type=int, default=256, help="tokens of prompt and response")
-    add("--k", type=int, default=64, help="entries a token")
-    add("--dtype", choices=DTYPES, default="fp16", help="of the stored log-probabilities")
-    add("--shard-rows", type=int, default=1024, help="rows a file; an interruption loses one file at most")
+    add("--keep", choices=KEPT, default="lists", help="of each token")
+    add("--k", type=int, help="lists: entries a token; default 64")
+    add("--project", type=int, help="hidden: only so many numbers a state, those that keep most of the logits")
+    add("--like", metavar="FOLDER", help="hidden: the projection of that cache, for a training's validation rows")
+    add("--dtype", choices=[*DTYPES, *(name for name in HIDDEN_DTYPES if name not in DTYPES)],
+        help="lists: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
+    add("--shard-rows", type=int, help="rows a file; an interruption loses one at most; default 1024, hidden: 128")
     add("--batch", type=int, default=16, help="rows the teacher runs at once")
     add("--teacher-dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +74,10 @@ def main(argv: list[str] | None = None) -> TeacherCache:
         raise SystemExit(f"--teacher {args.teacher} has random weights: give a trained model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if args.from_vllm and (args.keep != "lists" or args.project is not None):
+        raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --project")
+    if args.keep == "hidden" and args.k is not None:
+        raise SystemExit(f"--k {args.k} is of lists: leave it out with --keep hidden")
     console = make_console()
 
     tokenizer = load_tokenizer(args.teacher)
@@ -76,27 +92,57 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     rows = concatenate(list(parts.values()))
     console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
 
-    how = {"k": args.k, "template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows}
+    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows}
+    if args.keep == "lists":
+        how["k"] = 64 if args.k is None else args.k
     if args.from_vllm:
-        cache = convert_vllm(args.output, args.from_vllm, tokenizer, rows, teacher=args.teacher, **how)
+        given = {name: value for name, value in how.items() if value is not None}
+        cache = convert_vllm(args.output, args.from_vllm, tokenizer, rows, teacher=args.teacher, **given)
     else:
         teacher = load_model(args.teacher, tokenizer, 0, dtype=args.teacher_dtype).to(args.device)
-        cache = write_cache(args.output, teacher, tokenizer, rows, batch_size=args.batch, **how)
+        how |= {"keep": args.keep, "project": args.project, "like": args.like, "batch_size": args.batch}
+        cache = write_cache(args.output, teacher, tokenizer, rows, **how)
 
-    tokens = [rows[0]["input_ids"][position + 1] for position in target_positions(rows[0]["labels"])]
-    for token, log_probs, indices in list(zip(tokens, *cache[0], strict=True))[:5]:
-        listed = zip(log_probs.exp()[:5], indices[:5], strict=True)
-        entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed]
-        console.print(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
-    table = Table(title=str(cache.folder))
-    for column in ("directions", "rows", "tokens", "k", "dtype", "bytes/token", "mass", "least"):
-        table.add_column(column, justify="left" if column == "directions" else "right", overflow="fold")
-    table.add_row(
-        " ".join(parts), str(len(cache)), str(cache.tokens), str(cache.k), cache.dtype,
-        f"{cache.bytes_per_token:.1f}", f"{cache.mass_mean:.4f}", f"{cache.mass_min:.4f}",
-    )  # fmt: skip
-    console.print(table)
+    console.print("\n".join(likely(cache, tokenizer, rows[0])))
+    console.print(table_of(cache, parts))
     return cache
+
+
+def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> list[str]:
+    """The first targets of a row, the cache's first, each with what the teacher thinks most likely."""
+    if cache.keep == "lists":
+        found = cache[0]
+    else:
+        head = cache.head({cache.columns[0]: cache[0][:count]}, torch.ones(count), torch.device("cpu"))
+        made = fk.top_k_of(head, count, vocab_size=len(tokenizer))
+        found = made.log_probs, made.indices
+    tokens = [row["input_ids"][position + 1] for position in target_positions(row["labels"])[:count]]
+    lines = []
+    for token, log_probs, indices in zip(tokens, *(part[:count] for part in found), strict=True):
+        listed = zip(log_probs.exp()[:count], indices[:count], strict=True)
+        entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed]
+        lines.append(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
+    return lines
+
+
+def table_of(cache: TeacherCache, directions: Iterable[str]) -> Table:
+    """What the cache holds: of lists the mass, of hidden states what storing them changed."""
+    columns = {
+        "directions": " ".join(directions), "rows": str(len(cache)), "tokens": str(cache.tokens),
+        "k" if cache.keep == "lists" else "numbers": str(cache.k or cache.width), "dtype": cache.dtype,
+        "bytes/token": f"{cache.bytes_per_token:.1f}",
+    }  # fmt: skip
+    if cache.keep == "lists":
+        columns |= {"mass": f"{cache.mass_mean:.4f}", "least": f"{cache.mass_min:.4f}"}
+    else:
+        size = (cache.folder / HEAD).stat().st_size
+        columns |= {"head": f"{size / 1e6:.1f} MB", "KL": f"{cache.error['kl']:.2g}"}
+        columns |= {"logits off": f"{cache.error['logits']:.2%}", "top-1": f"{cache.error['top_1']:.2%}"}
+    table = Table(title=str(cache.folder))
+    for name in columns:
+        table.add_column(name, justify="left" if name == "directions" else "right", overflow="fold")
+    table.add_row(*columns.values())
+    return table
 
 
 if __name__ == "__main__":

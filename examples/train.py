@@ -30,6 +30,7 @@ from transformers.utils import logging
 from fused_kd.integrations.parts import thresholded_part
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.options import statistics_columns
+from fused_kd.serving import ServedTeacher
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
@@ -50,6 +51,7 @@ from fused_kd.training.teacher_cache import TeacherCache, fingerprint_rows, read
 from fused_kd.training.trainer import BetaSchedule, KDTrainer
 
 CACHE = "cache:"
+SERVED = ("http://", "https://")
 # the paper's (Song et al., 2025), of transformers.TrainingArguments; it does not give the scheduler
 PAPER = {
     "learning_rate": 2e-5, "num_train_epochs": 3, "warmup_steps": 0.03, "weight_decay": 0.0,
@@ -82,7 +84,10 @@ class Train:
     directions: list[str] = field(default_factory=lambda: ["en-de"])  # all of them in one training set
     instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
     method: str | None = None  # the name shown; default: the objective
-    teacher: str | None = None  # as the student, or cache:FOLDER; not needed for SFT
+    # as the student, or cache:FOLDER of lists or hidden states, or http://HOST:PORT of a server; not needed for SFT
+    teacher: str | None = None
+    teacher_token_file: str | None = None  # a file with the token of a teacher's server
+    valid_teacher: str | None = None  # cache:FOLDER of the validation rows, where the teacher is a cache
     beta_schedule: dict | None = None  # moves β: start, end, fraction, hold
     select: Literal["last", "best"] = "last"  # the kept checkpoint; the best by the loss on validation rows
     gamma_quantile: float | None = None  # Γ: this quantile of the tokens' difficulties before the first step
@@ -102,7 +107,7 @@ class Train:
     vocab: int = 4000  # tokens of the tokenizer trained where both models are presets
     attn_implementation: str | None = None  # sdpa, flash_attention_2, ...; null lets transformers choose
     dtype: str = "auto"  # of loaded models; a student in half precision is trained in float32, bf16 computes so
-    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] = "bucket"  # of tokens that a list lacks
+    cache_tail: Literal["renormalize", "uniform", "bucket", "listed"] | None = None  # what lists lack; null: bucket
     show: bool = False  # print the options and stop
 
     def __post_init__(self) -> None:
@@ -116,19 +121,50 @@ class Train:
             self.teacher = None
         elif self.teacher is None:
             raise ValueError(f"teacher must be given for objective={self.objective!r}")
-        self.cached = self.teacher[len(CACHE) :] if self.teacher and self.teacher.startswith(CACHE) else None
+        self.cached = _folder_of(self.teacher)
+        self.valid_cached = _folder_of(self.valid_teacher)
+        self.served = self.teacher is not None and self.teacher.startswith(SERVED)
+        if self.teacher_token_file is not None and not self.served:
+            raise ValueError(f"teacher_token_file needs a teacher at http://HOST:PORT, got teacher={self.teacher!r}")
+        if (self.valid_cached is None) != (self.valid_teacher is None) or (self.valid_cached and not self.cached):
+            raise ValueError(f"valid_teacher must be cache:FOLDER, beside such a teacher, got {self.valid_teacher!r}")
         if self.gamma_quantile is not None:
             thresholded_part(spec.objective)
-        if self.cached is not None and self.gamma_quantile is not None:
-            raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
+        if (self.cached is not None or self.served) and self.gamma_quantile is not None:
+            raise ValueError(f"gamma_quantile needs an online teacher in this process, got teacher={self.teacher!r}")
         statistics_columns(tuple(self.statistics), None, spec.objective.spec)
-        if self.cached is not None and self.statistics:
-            raise ValueError(f"statistics need an online teacher, got teacher={self.teacher!r}")
-        self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
+        if self.statistics and self.cached is not None and not self.keeps_states:
+            raise ValueError(f"statistics need an online teacher or one's states, got teacher={self.teacher!r}")
+        here = self.teacher is not None and self.cached is None and not self.served
+        self.models = [self.student, *([self.teacher] if here else [])]
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether the teacher is a cache of hidden states."""
+        index = None if self.cached is None else read_index(Path(self.cached))
+        return index is not None and index["keep"] == "hidden"
 
     def load(self, name: str, tokenizer: Any, seed: int) -> Any:
         attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
         return load_model(name, tokenizer, seed, dtype=self.dtype, **attention)
+
+    def connect(self) -> ServedTeacher | None:
+        """The server that is the teacher, if it is one."""
+        if not self.served:
+            return None
+        token = None if self.teacher_token_file is None else Path(self.teacher_token_file).read_text().strip()
+        return ServedTeacher(self.teacher, token=token)
+
+
+def _folder_of(teacher: str | None) -> str | None:
+    return teacher[len(CACHE) :] if teacher is not None and teacher.startswith(CACHE) else None
+
+
+def opened(folder: str, rows: Any, tokenizer: Any, train: Train, *, verify: bool) -> tuple[TeacherCache, Any]:
+    """A cache that was made for these rows, and the rows with what it holds."""
+    cache = TeacherCache(folder, tail=train.cache_tail, verify=verify)
+    cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name)
+    return cache, cache.rows(rows)
 
 
 def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
@@ -142,15 +178,21 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
                 f"{args.per_device_train_batch_size} x {args.world_size}, got {train.global_batch}"
             )
         args.gradient_accumulation_steps = train.global_batch // together
+    if train.keeps_states and args.dataloader_num_workers == 0:
+        args.dataloader_num_workers = 1  # it reads the next batch while a step computes
     if train.select == "best":
         for name, value in best_checkpoint(args.num_train_epochs).items():
             setattr(args, name, value)
+    if train.cached is not None and args.eval_strategy != "no" and train.valid_cached is None:
+        raise ValueError("valid_teacher must be cache:FOLDER, the cache of the validation rows, or eval_strategy no")
     how = {
         name: value for name, value in args.to_dict().items() if name not in FREE and not name.startswith(FREE_PREFIXES)
     }
     if train.global_batch is not None:
         del how["gradient_accumulation_steps"]
-    return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in ("output", "show", "method")}, **how}
+    # a server may move
+    left_out = ("output", "show", "method", "teacher_token_file", *(["teacher"] if train.served else []))
+    return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in left_out}, **how}
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -183,9 +225,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         rows["train"] = concatenate([rows["train"], tokenize_instructions(tokenizer, found, train.max_length)])
     contents = {f"{split} rows": fingerprint_rows(found) for split, found in rows.items()}
     contents["student's content"] = model_content(train.student)
-    if train.teacher:
+    served = train.connect()
+    if served is not None:
+        contents["teacher's content"] = served.about["identity"]
+    elif train.teacher:
         index = fingerprint(read_index(Path(train.cached))) if train.cached else model_content(train.teacher)
         contents["teacher's content"] = index
+    if train.valid_cached:
+        contents["validation teacher's content"] = fingerprint(read_index(Path(train.valid_cached)))
     bind(output, {**bound, **contents})
     if (record := finished(output)) is not None:
         return record
@@ -198,10 +245,15 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     objective, data, teacher = spec.objective, rows["train"], None
     if train.cached is not None:
-        teacher = TeacherCache(train.cached, tail=train.cache_tail)
-        teacher.check(tokenizer=tokenizer, rows=data, template=template.name)
+        verify = state.is_main_process  # once is enough
+        teacher, data = opened(train.cached, data, tokenizer, train, verify=verify)
         console.print(f"{teacher}")
-        data = teacher.rows(data)
+        if train.valid_cached is not None and "valid" in rows:
+            other, rows["valid"] = opened(train.valid_cached, rows["valid"], tokenizer, train, verify=verify)
+            teacher.check_head(other)
+    elif served is not None:
+        teacher = served
+        console.print(f"{teacher}")
     elif train.teacher is not None:
         teacher = train.load(train.teacher, tokenizer, seed)
     student = train.load(train.student, tokenizer, seed)

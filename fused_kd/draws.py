@@ -61,47 +61,41 @@ def sample_of(
     Raises:
         TypeError, ValueError: for arguments that do not fit, or a ``memory_budget`` that is too small.
     """
-    made, shape, temperature = draws_of(
-        head, n, k=k, temperature=temperature, generator=generator, vocab_size=vocab_size, backend=backend,
-        memory_budget=memory_budget,
-    )  # fmt: skip
+    check_k(n, "n")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+    request, shape = request_of(head, vocab_size, None, temperature, "renormalize", backend, memory_budget)
+    at = thresholds(shape.numel(), n, generator, request.side.source.device)
+    made = _draws(request, at, k, backend)
     log_probs, indices = (x.reshape(*shape, x.shape[-1]) for x in merged(made))
-    return TopK(log_probs, indices, "renormalize", temperature=temperature)
+    return TopK(log_probs, indices, "renormalize", temperature=request.temperature)
 
 
 def draws_of(
-    head: LMHead | Tensor,
-    n: int,
-    *,
-    k: int = 0,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    vocab_size: int | None = None,
-    backend: str | None = None,
-    memory_budget: int | None = None,
-) -> tuple[Drawn, torch.Size, float]:
-    """As :func:`sample_of`, with each draw by itself; the tokens' shape, and T."""
-    request, shape = request_of(head, vocab_size, None, temperature, "renormalize", backend, memory_budget)
-    check_k(n, "n")
+    head: LMHead | Tensor, at: Tensor, *, k: int, vocab_size: int | None = None, memory_budget: int | None = None
+) -> Drawn:
+    """As :func:`sample_of`, each draw by itself: where the sums of a head (N, H) or logits (N, V) pass ``at`` (N, n),
+    of :func:`thresholds`."""
+    return _draws(request_of(head, vocab_size, None, 1.0, "renormalize", None, memory_budget)[0], at, k, None)
+
+
+def _draws(request: Request, at: Tensor, k: int, backend: str | None) -> Drawn:
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an integer, got {k!r}")
     if not 0 <= k <= request.vocab:
         raise ValueError(f"k must be in [0, {request.vocab}], up to the vocabulary, got {k}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
     chosen = request.backend
     if k + 1 > LONGEST_IN_TRITON and chosen in ("triton", "cuda", CUDA_OR_TRITON):
         if backend is not None:
             raise ValueError(f"k must be at most {LONGEST_IN_TRITON - 1} with backend={backend!r}, got {k}")
         chosen = "torch"
-    side = request.side
+    side, budget = request.side, request.memory_budget
     made = torch.ops.fused_kd.drawn(
         *(None if x is None else x.detach() for x in (side.source, side.weight, side.bias)),
-        side.logit_scale, side.softcap, _thresholds(len(side.source), n, generator, side.source.device), k,
-        request.vocab, request.temperature, request.dtype, chosen,
-        None if memory_budget is None else min(memory_budget, 2**63 - 1),
+        side.logit_scale, side.softcap, at, k, request.vocab, request.temperature, request.dtype, chosen,
+        None if budget is None else min(budget, 2**63 - 1),
     )  # fmt: skip
-    return Drawn(*made), shape, request.temperature
+    return Drawn(*made)
 
 
 def merged(made: Drawn) -> tuple[Tensor, Tensor]:
@@ -117,8 +111,8 @@ def merged(made: Drawn) -> tuple[Tensor, Tensor]:
     return torch.cat([made.log_probs, log_probs], 1), torch.cat([made.indices, ids], 1)
 
 
-def _thresholds(N: int, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """(N, n) float64 in [0, 1), one in each n-th of it."""
+def thresholds(N: int, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(N, n) float64 in [0, 1) on the device, one in each n-th of it."""
     source = device if generator is None else generator.device
     made = torch.rand(N, n, dtype=torch.float64, generator=generator, device=source).to(device)
     return (made + torch.arange(n, device=device)) / n

@@ -153,7 +153,9 @@ class TopK:
         log_probs: (..., K) natural logarithms, float32, bfloat16 or float16; -inf leaves an entry out, whatever its
             index (padding of shorter lists).
         indices: (..., K) vocabulary ids, int64 or int32, in any order, none twice in a list.
-        tail: what is known of the entries that are not listed, see above.
+        tail: what is known of the entries that are not listed, see above. Default "bucket", whose gradient is the
+            nearest to that of the whole teacher (``docs/guides/lists.md``). Logits, and a loss at another temperature
+            than the list's, need another one.
         temperature: at which ``log_probs`` and ``log_rest`` were taken; default 1.
         log_rest: (...,) natural logarithm of the mass of all that is not listed, float32, bfloat16 or float16; -inf: no
             mass. Default None: ``log(max(0, 1 - sum_L p_v))``, which is -inf by rounding where a teacher is almost
@@ -168,7 +170,7 @@ class TopK:
 
     log_probs: Tensor
     indices: Tensor
-    tail: str = "renormalize"
+    tail: str = "bucket"
     temperature: float = 1.0
     log_rest: Tensor | None = None
 
@@ -315,15 +317,6 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
             "fused_kd.vocab_map finds them"
         )
     return sizes[0]
-
-
-def check_alike(shape: torch.Size, device: torch.device, teachers: list[tuple[str, torch.Size, torch.device]]) -> None:
-    """That teachers, with their names, say something of the student's tokens, of this shape, and on its device."""
-    for name, own_shape, own_device in teachers:
-        if own_shape != shape:
-            raise ValueError(f"{name} must hold the student's tokens, shape {tuple(shape)}, got {tuple(own_shape)}")
-        if own_device != device:
-            raise ValueError(f"{name} is on {own_device}, student on {device}; they must share one device")
 
 
 def check_labels(shape: torch.Size, device: torch.device, labels: Tensor, token_weights: Tensor | None) -> None:

@@ -149,7 +149,11 @@ def check_top_k(teacher: Side, labels: Tensor, vocab: int) -> None:
     wrong = listed & out_of_range(values, tail)
     if bool(wrong.any()):
         token, k = wrong.nonzero()[0].tolist()
-        allowed = "finite or -inf" if tail in OF_LIST_ALONE else "at most 0 and not NaN"
+        allowed = (
+            "finite or -inf"
+            if tail in OF_LIST_ALONE
+            else f"at most 0 and not NaN with tail={tail!r} (logits need 'renormalize' or 'listed')"
+        )
         raise ValueError(
             f"log_probs must be {allowed}, got {float(values[token, k])} at token {token} (of the flattened tokens)"
         )

@@ -96,8 +96,9 @@ def python_pages() -> list[str]:
 
 @pytest.mark.parametrize("page", python_pages())
 def test_python_blocks_run(page, monkeypatch, tmp_path, capsys):
-    if "from transformers" in read(page):
-        pytest.importorskip("transformers")
+    for package in ("transformers", "peft"):
+        if re.search(rf"^(from|import) {package}\b", read(page), re.MULTILINE):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__", **FIXTURES.get(page, dict)()}
     for block in blocks(page):
@@ -165,6 +166,10 @@ def check_python(words: list[str]) -> None:
         from fused_kd import info
 
         assert info.main(words[2:]) == 0
+    elif words[1] == "fused_kd.serve":
+        from fused_kd import serve
+
+        serve.parse_arguments(words[2:])
     elif words[1] == "bench":
         from bench import __main__ as bench
 

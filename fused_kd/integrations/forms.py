@@ -24,11 +24,8 @@ Give = Callable[[], LMHead | TopK]
 
 TEACHER_ID = "teacher_id"
 _LISTS = ("teacher_log_probs", "teacher_indices")
-_OTHER_PROMPT = {
-    "teacher_input_ids": "input_ids",
-    "teacher_attention_mask": "attention_mask",
-    "teacher_position_ids": "position_ids",
-}
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_OTHER_PROMPT = {f"teacher_{name}": name for name in ("input_ids", "attention_mask", "position_ids", *_PACKED)}
 OTHER_LABELS = "teacher_labels"
 # what rows and batches may carry for a teacher, beside the columns of given ones
 BATCH_COLUMNS = (*_LISTS, "teacher_log_rest", "teacher_hidden", TEACHER_ID, *_OTHER_PROMPT, OTHER_LABELS)
@@ -324,4 +321,7 @@ class Prefetching:
 
 def on_device(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """What of a batch is for teachers, where it is read."""
-    return {name: value if name in _ON_HOST else value.to(device, non_blocking=True) for name, value in columns.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name not in _ON_HOST else value
+        for name, value in columns.items()
+    }

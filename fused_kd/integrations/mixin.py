@@ -40,10 +40,12 @@ from fused_kd.integrations.forms import (
 )
 from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import check_trainable, paired
 from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
+from fused_kd.integrations.prompted import checked_prompts
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.integrations.vocabulary import TeacherMap
@@ -58,7 +60,7 @@ else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(EvaluatedByTokens):
+class KDLossMixin(KeepsAverages, EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -178,8 +180,8 @@ class KDLossMixin(EvaluatedByTokens):
         models = self._own_models(student)
         for each in models[1:] if self.vocabulary is None else ():
             check_tokenizers(student, each, self.processing_class)
-        for given in [] if self.teaching is None else self.teaching.given:
-            check_cache(given.given, self.processing_class)
+        for given in self.given_teachers:
+            check_cache(given, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
@@ -197,6 +199,7 @@ class KDLossMixin(EvaluatedByTokens):
                     self._move_model_to_device(each, self.args.device)
             for each in models:
                 check_lm_head(each)
+        self.keep_averages(self.teaching.forms if self.teaching else ())
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
         self._step_gamma: float | None = None
@@ -247,6 +250,11 @@ class KDLossMixin(EvaluatedByTokens):
             return None
         form = self.teaching.forms[0]
         return form.model if isinstance(form, ModelForm) else form
+
+    @property
+    def given_teachers(self) -> list[Any]:
+        """Those that are no model here."""
+        return [] if self.teaching is None else [form.given for form in self.teaching.given]
 
     def _mapped(self, student: Any) -> TeacherMap:
         teaching = self.teaching
@@ -402,7 +410,7 @@ class KDLossMixin(EvaluatedByTokens):
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)
-        eager = [form.given for form in self.teaching.given if hasattr(form.given, "prefetch")] if self.teaching else []
+        eager = [given for given in self.given_teachers if hasattr(given, "prefetch")]
         if eager:
             self.data_collator = Prefetching(self.data_collator, eager, self.shift)
         try:
@@ -416,6 +424,7 @@ class KDLossMixin(EvaluatedByTokens):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         check_mask(inputs)
+        inputs = checked_prompts(inputs, shift=self.shift, same_ids=self.vocabulary is None)
         # on the host, labels tell which tokens to drop without a synchronisation
         kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
         # DeepSpeed's way with inputs would round these

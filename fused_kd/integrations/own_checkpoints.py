@@ -44,9 +44,9 @@ class KeepsAverages(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; a checkpoint gets the averages too."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
+        if _internal_call and output_dir is not None and self.args.should_save:
             for number, average in enumerate(self._averages):
-                save_average(average, Path(output_dir or str(self.args.output_dir)) / _name(number))
+                save_average(average, Path(output_dir) / _name(number))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

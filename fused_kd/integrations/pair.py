@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_kd.integrations.bodies import without_adapters
-from fused_kd.integrations.own import AdaptersOff as AdaptersOff
-from fused_kd.integrations.own import listed
+from fused_kd.integrations.own import AdaptersOff, listed
 
 
 def is_own_base(student: Any, teacher: Any) -> bool:
@@ -23,8 +22,8 @@ def paired(student: Any, teacher: Any) -> Any:
     """The teacher, as a :class:`StudentView` where it is an :class:`OwnTeacher`, or the student or its base (then
     :class:`AdaptersOff`); raises as :func:`check_pair`."""
     if hasattr(teacher, "bound"):
-        return teacher.bound(student)
-    if is_own_base(student, teacher):
+        teacher = teacher.bound(student)
+    elif is_own_base(student, teacher):
         teacher = AdaptersOff(student)
     check_pair(student, teacher)
     return teacher

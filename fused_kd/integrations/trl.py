@@ -30,7 +30,9 @@ from fused_kd.integrations.distributed import check_fsdp, sum_over_ranks
 from fused_kd.integrations.forms import GivenForm, Step, Teaching, is_given, targets_of
 from fused_kd.integrations.heads import common_columns
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
-from fused_kd.integrations.pair import AdaptersOff, check_trainable, paired
+from fused_kd.integrations.own import StudentView
+from fused_kd.integrations.own_checkpoints import KeepsAverages
+from fused_kd.integrations.pair import check_trainable, paired
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import loss_of_heads
 from fused_kd.integrations.transformers import (
@@ -55,7 +57,7 @@ _MULTIMODAL = (
 )
 
 
-class FusedLoss(Trainer):
+class FusedLoss(KeepsAverages, Trainer):
     """What both trainers share: a loss from hidden states in place of TRL's divergence of logits.
 
     For one process, DDP, FSDP2 and ZeRO-3 (where the teacher is sharded too). Labels are read on the host once a
@@ -175,6 +177,7 @@ class FusedLoss(Trainer):
         self._heads_checked = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self._heads_checked:
             self._check_heads(self.model)
+        self.keep_averages(self.teaching.forms)
         self._difficulty: dict[str, torch.Tensor] = {}
 
     def current_objective(self) -> Objective:
@@ -241,7 +244,7 @@ class FusedLoss(Trainer):
                 raise ValueError("teacher_model must be one model under DeepSpeed and FSDP, or use KDTrainer")
             return others.teaching(student, self.accelerator)
         teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
-        if isinstance(teacher, AdaptersOff):
+        if isinstance(teacher, StudentView):
             if self.is_deepspeed_enabled:
                 raise ValueError(
                     "teacher_model must be another model than the student under DeepSpeed, or use KDTrainer"

@@ -8,33 +8,27 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.head_files import Head
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
-    DTYPES,
     IDENTITY,
     Rows,
     check_about,
-    decode_states,
+    read_states,
     read_tensors,
     write_rows,
 )
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts, fingerprint
 
-
-class Head(NamedTuple):
-    """A teacher's head, on the CPU."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
+T = TypeVar("T")
 
 
 class RemoteTeacher:
@@ -115,9 +109,7 @@ class RemoteTeacher:
     def _head_on(self, device: torch.device) -> Head:
         with self._lock:
             if device not in self._heads:
-                head = self.read_head()
-                bias = None if head.bias is None else head.bias.to(device)
-                self._heads[device] = head._replace(weight=head.weight.to(device), bias=bias)
+                self._heads[device] = self.read_head().to(device)
             return self._heads[device]
 
 
@@ -134,7 +126,7 @@ class ServedTeacher(RemoteTeacher):
             the first one, so that the server may be started later.
         timeout: seconds without a byte after which a try has failed and is repeated.
         dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "fp8" (e4m3 with a scale a token: half of
-            bf16's bytes, an error of about 3 % of a state's norm). None (default): that of the teacher's head, exactly
+            bf16's bytes, an error of some 2 % of a state's norm). None (default): that of the teacher's head, exactly
             what it computed.
         token: what the server was started with.
         ahead: answers of batches that are kept at once; requests made ahead are bounded by it.
@@ -159,12 +151,12 @@ class ServedTeacher(RemoteTeacher):
         ahead: int = 8,
     ) -> None:
         super().__init__(ahead)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}")
+        if dtype is not None and dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, HIDDEN_DTYPES))} or None, got {dtype!r}")
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         self.about = self._ask_about()
         self.sent = dtype or str(self.about["dtype"])
-        self.dtype = torch.bfloat16 if self.sent == "fp8" else DTYPES[self.sent]
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else HIDDEN_DTYPES[self.sent]
         self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
         self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
 
@@ -196,16 +188,13 @@ class ServedTeacher(RemoteTeacher):
 
     def states_of(self, rows: Rows) -> Tensor:
         """(wanted, H) hidden states, on the CPU; in several requests where the server wants no more at once."""
-        parts = []
-        for part in rows.split(self.about["most_tokens"]):
-            if not bool(part.wanted.any()):
-                continue
-            answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(part))
-            self._check_same(answer)
-            parts.append(
-                self._read(answer, lambda body, n=part.count: decode_states(body, n, self.hidden_size, self.sent))
-            )
+        parts = [self._states(part) for part in rows.split(self.about["most_tokens"])]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _states(self, rows: Rows) -> Tensor:
+        answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
+        self._check_same(answer)
+        return self._read(answer, lambda body: read_states(body, rows.count, self.hidden_size, self.sent))
 
     def read_head(self) -> Head:
         """The head as the server has it, in the dtype of the states."""
@@ -216,10 +205,10 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        bias = found["bias"].to(self.dtype) if "bias" in found else None
-        return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
+        head = Head(found["weight"], found.get("bias"), float(self.about["logit_scale"]), self.about.get("softcap"))
+        return head.to(self.dtype)
 
-    def _read(self, answer: Answer, read: Callable[[bytes], Any]) -> Any:
+    def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:
             return read(answer.body)
         except ValueError as error:

@@ -11,8 +11,8 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from email.message import Message
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _LOG = logging.getLogger("fused_kd.serving")
@@ -23,7 +23,7 @@ class Answer(NamedTuple):
     """Of a request that was served: status 200."""
 
     body: bytes
-    headers: Mapping[str, str]
+    headers: Message
 
 
 class _Trouble(Exception):
@@ -43,6 +43,9 @@ class Connection:
             that it is overloaded or broken (5xx).
         timeout: seconds without a byte after which a try has failed.
         token: sent as ``Authorization: Bearer``.
+
+    Attributes:
+        outages: how often the server has been away.
 
     Raises:
         ValueError: a url, time or token that cannot be.
@@ -69,12 +72,13 @@ class Connection:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._away = False
+        self.outages = 0
 
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "patience": self.patience, "timeout": self.timeout, "token": self._token}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(state.pop("url"), **state)  # type: ignore[misc, arg-type]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Connection.__init__(self, **state)
 
     def request(
         self, method: str, path: str, body: bytes | None = None, *, kind: str = "application/octet-stream"
@@ -162,6 +166,7 @@ class Connection:
         """Once when it goes away, once when it is back."""
         with self._lock:
             changed, self._away = self._away != (trouble is not None), trouble is not None
+            self.outages += changed and trouble is not None
         if changed and trouble is not None:
             _LOG.warning(
                 "%s does not answer (%s): trying again for %g s; nothing is lost", self.url, trouble, self.patience

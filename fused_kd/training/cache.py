@@ -14,12 +14,13 @@ from fused_kd.integrations.transformers import check_lm_head
 from fused_kd.integrations.weights import rows_of
 from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
 from fused_kd.training.collate import padding_id
-from fused_kd.training.hidden_cache import hidden_writer
+from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
+from fused_kd.training.hidden_cache import hidden_writer, projection_like
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.shards import KEPT, MakeShard, offsets_of, write_shards
 from fused_kd.training.stage import check_counts, fingerprint_file
-from fused_kd.training.teacher_cache import AnyRows, TeacherCache, fingerprint_teacher, fingerprints_of, repetition
+from fused_kd.training.teacher_cache import AnyRows, TeacherCache, repetition
 from fused_kd.training.teacher_cache import CachedRows as CachedRows
 from fused_kd.training.teacher_runs import Runs, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
@@ -43,6 +44,7 @@ def write_cache(
     keep: str = "lists",
     dtype: str | None = None,
     project: int | None = None,
+    like: str | Path | None = None,
     shard_rows: int | None = None,
     batch_size: int = 16,
     memory: int = 256 << 20,
@@ -71,6 +73,8 @@ def write_cache(
         project: keep r numbers of a hidden state: those from which an affine map gives the best logits, see
             :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.
+        like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
+            one head: for the validation rows of a training. In place of ``project``.
         shard_rows: rows a shard, which are in memory together: what a kill loses at most, and rows of similar length
             are found among them. None (default): 1024 for lists, 128 for hidden states.
         batch_size: rows the teacher runs at once.
@@ -101,23 +105,28 @@ def write_cache(
     data: Any = rows
     settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
     if keep == "lists":
-        if project is not None:
-            raise ValueError(f"project must be None with keep='lists', got {project!r}")
+        for name, value in (("project", project), ("like", like)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with keep='lists', got {value!r}")
         _check_k(k, vocab_size)
         settings |= {"k": k, "rest": True}
     else:
         if k is not None:
             raise ValueError(f"k must be None with keep='hidden', got {k!r}")
+        if project is not None and like is not None:
+            raise ValueError(f"project must be None with like, got {project!r}")
         if project is not None:
             check_counts(project=project)
-        settings["project"] = project
+        settings |= {"project": project, "like": None}
     fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
+    if like is not None:
+        settings |= projection_like(Path(like), fingerprints)
     check_lm_head(teacher)
     runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
     if keep == "lists":
         begin = _list_writer(_teacher_lists(runs, int(str(k)), vocab_size, memory), data)
     else:
-        begin = hidden_writer(runs, data, sample=sample, memory=memory)
+        begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
     about = {
         "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
         "revision": getattr(teacher.config, "_commit_hash", None),

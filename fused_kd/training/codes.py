@@ -53,12 +53,13 @@ def ids_are_packed(k: int, vocab_size: int) -> bool:
     return packed_bytes(k, vocab_size) < k * id_dtype(vocab_size).itemsize
 
 
-def encode_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+def encode_ids(ids: np.ndarray, vocab_size: int, *, packed: bool | None = None) -> dict[str, np.ndarray]:
     """The array that stands for ``ids`` (N, k), integers below ``vocab_size``; :func:`decode_ids` reads it.
 
+    ``packed`` None (default) packs where that is smaller.
+
     Returns:
-        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or where that is not smaller ``indices`` (N, k) of
-        :func:`id_dtype`.
+        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or not packed ``indices`` (N, k) of :func:`id_dtype`.
 
     Raises:
         ValueError: an id that is not in [0, vocab_size - 1].
@@ -66,15 +67,15 @@ def encode_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(f"ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
     count, k = ids.shape
-    if not ids_are_packed(k, vocab_size):
+    if not (ids_are_packed(k, vocab_size) if packed is None else packed):
         return {"indices": ids.astype(id_dtype(vocab_size))}
-    packed = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
-    step = max(1, _PACKED_AT_ONCE // k)
+    stored = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
+    step = max(1, _PACKED_AT_ONCE // max(k, 1))
     for start in range(0, count, step):
         own = np.ascontiguousarray(ids[start : start + step], dtype="<u4").view(np.uint8).reshape(-1, k, 4)
         bits = np.unpackbits(own, axis=2, count=id_bits(vocab_size), bitorder="little")
-        packed[start : start + step] = np.packbits(bits.reshape(len(own), -1), axis=1, bitorder="little")
-    return {"packed_ids": packed}
+        stored[start : start + step] = np.packbits(bits.reshape(len(own), -1), axis=1, bitorder="little")
+    return {"packed_ids": stored}
 
 
 def decode_ids(arrays: Mapping[str, np.ndarray], k: int, vocab_size: int) -> np.ndarray:

@@ -60,9 +60,9 @@ class Collator:
         - hidden states, ``teacher_hidden`` (n, R), in their dtype; there 0.
 
         Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
-        teacher is theirs, give ``teacher_id`` (rows,) int64. Rows
-        with ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a
-        teacher with another prompt, give these and ``teacher_attention_mask``.
+        teacher is theirs, give ``teacher_id`` (rows,) int64; such rows may lack what other teachers have. Rows with
+        ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a teacher
+        with another prompt, give these and ``teacher_attention_mask``.
 
     Raises:
         TypeError: a row that is no dict.

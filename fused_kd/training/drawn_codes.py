@@ -18,17 +18,23 @@ from fused_kd.engines.drawing import Drawn
 from fused_kd.training.codes import decode, decode_ids, encode, encode_ids, mass
 
 
-def encode_draws(made: Drawn, dtype: str, vocab_size: int) -> dict[str, np.ndarray]:
-    """The arrays that stand for drawn lists on the CPU: those of :func:`fused_kd.training.codes.encode_ids` for k + n
-    ids, and with k > 0 those of :func:`fused_kd.training.codes.encode` for k log-probabilities.
+def ids_of(made: Drawn) -> Tensor:
+    """(N, k + n) int64 ids to be stored; -1 where an entry that is left out has none."""
+    ids = torch.cat([made.indices, made.draws], 1)
+    return ids.where(ids >= 0, ids[:, :1])
+
+
+def encode_draws(
+    log_probs: np.ndarray, ids: np.ndarray, dtype: str, vocab_size: int, *, packed: bool | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays that stand for drawn lists: those of :func:`fused_kd.training.codes.encode_ids` for ids (N, k + n) of
+    :func:`ids_of`, and of :func:`fused_kd.training.codes.encode` for log-probabilities (N, k), if there are any.
 
     Raises:
         ValueError: as these.
     """
-    first = made.indices[:, :1] if made.indices.shape[1] else made.draws[:, :1]
-    draws = made.draws.where(made.draws >= 0, first)
-    arrays = encode_ids(torch.cat([made.indices.clamp(min=0), draws], 1).numpy(), vocab_size)
-    return {**arrays, **encode(made.log_probs.numpy(), dtype)} if made.log_probs.shape[1] else arrays
+    arrays = encode_ids(ids, vocab_size, packed=packed)
+    return {**arrays, **encode(log_probs, dtype)} if log_probs.shape[1] else arrays
 
 
 def decode_draws(arrays: Mapping[str, np.ndarray], k: int, n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -42,5 +48,5 @@ def decode_draws(arrays: Mapping[str, np.ndarray], k: int, n: int, vocab_size: i
         rest = np.log(np.maximum(1 - mass(log_probs), 0))
     rest = np.where(repeated.any(1), -np.inf, rest).astype(np.float32)
     parts = (log_probs, largest, rest, np.where(repeated, -1, ids[:, k:]))
-    found_log_probs, found = merged(Drawn(*map(torch.from_numpy, parts)))
-    return found_log_probs, found.masked_fill(found_log_probs == -torch.inf, -1)
+    found, found_ids = merged(Drawn(*map(torch.from_numpy, parts)))
+    return found, found_ids.masked_fill(found == -torch.inf, -1)

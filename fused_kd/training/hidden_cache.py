@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from fused_kd.training.shards import (
     head_fault,
     layout_fault,
     offsets_of,
+    read_index,
     target_positions,
     write_part,
 )
@@ -33,36 +34,72 @@ _HELD_OUT = 4096  # tokens on which the error is measured
 _EACH = 8  # of how many sampled rows one is held out
 
 
-def hidden_writer(runs: Runs, data: Any, *, sample: int, memory: int) -> Callable[[Path, dict[str, Any]], MakeShard]:
+def hidden_writer(
+    runs: Runs, data: Any, *, sample: int, memory: int, like: Path | None = None
+) -> Callable[[Path, dict[str, Any]], MakeShard]:
     """What makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
 
     The head and, where the index asks for one, the projection are made before the first shard, and anew where their
     files are damaged. They must come out as they were then: with others the finished shards would be worth nothing.
+    ``like`` is another cache's folder, whose projection is taken.
     """
+
+    def fitted(index: dict[str, Any]) -> Projection | None:
+        if index["project"] is None:
+            return None
+        if like is not None:
+            return _read_projection(like / PROJECTION)
+        moments, head = None, None
+        for run in runs(_sampled(data, sample)[0]):
+            head = run.head
+            moments = moments or Moments(head.hidden.shape[1], head.hidden.device)
+            moments.add(head.hidden)
+        assert moments is not None and head is not None
+        return fit(moments, head, index["project"], index["vocab_size"], memory)
+
+    def exact() -> LMHead:
+        return _states_of(runs, _sampled(data, sample)[1])
 
     def begin(folder: Path, index: dict[str, Any]) -> MakeShard:
         if "head" not in index:
-            _prepare(folder, index, runs, data, sample, memory)
-        projection = _mended(folder, index, runs, data, sample)
+            _prepare(folder, index, exact(), fitted, memory)
+        projection = _mended(folder, index, exact, fitted)
         return lambda start, stop, bar: _shard(runs, data, projection, index["dtype"], start, stop, bar)
 
     return begin
 
 
-def _prepare(folder: Path, index: dict[str, Any], runs: Runs, data: Any, sample: int, memory: int) -> None:
+def projection_like(folder: Path, fingerprints: Mapping[str, str | None]) -> dict[str, Any]:
+    """The settings ``project`` and ``like`` of a cache with the projection of the one in ``folder``.
+
+    Raises:
+        ValueError: no cache of hidden states there, of another teacher, or with a damaged projection.
+    """
+    index = read_index(folder)
+    if index is None or index["keep"] != "hidden":
+        raise ValueError(f"like={str(folder)!r} must be the folder of a cache of hidden states")
+    for part in ("teacher_weights", "teacher_config", "tokenizer"):
+        if index["fingerprints"].get(part) != fingerprints[part]:
+            raise ValueError(f"like={str(folder)!r} was made from something else: {part}")
+    if index["projection"] is not None and (fault := _projection_fault(folder, index)):
+        raise ValueError(f"like={str(folder)!r} is damaged: {PROJECTION} {fault}")
+    return {"project": index["project"], "like": index["projection"] and index["projection"]["sha256"]}
+
+
+Fitted = Callable[[dict[str, Any]], Projection | None]
+
+
+def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted, memory: int) -> None:
     """Write head, projection and an index without shards, which knows both."""
-    projection = None
-    _, held_out = _sampled(data, sample)
-    exact = _states_of(runs, held_out)
     index["from_width"] = exact.hidden.shape[1]
     index["projection"] = None
-    if index["project"] is not None:
-        if index["project"] > index["from_width"]:
-            raise ValueError(
-                f"project must be at most the {index['from_width']} numbers of the teacher's hidden states, got "
-                f"{index['project']}"
-            )
-        projection = _fitted(index, runs, data, sample)
+    if index["project"] is not None and index["project"] > index["from_width"]:
+        raise ValueError(
+            f"project must be at most the {index['from_width']} numbers of the teacher's hidden states, got "
+            f"{index['project']}"
+        )
+    projection = fitted(index)
+    if projection is not None:
         index["projection"] = write_part(folder / PROJECTION, _projection_bytes(projection))
     stored = _stored_head(exact, projection)
     index["width"] = stored.weight.shape[1]
@@ -80,16 +117,17 @@ def _prepare(folder: Path, index: dict[str, Any], runs: Runs, data: Any, sample:
     write_json(folder / INDEX, index)
 
 
-def _mended(folder: Path, index: dict[str, Any], runs: Runs, data: Any, sample: int) -> Projection | None:
+def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fitted: Fitted) -> Projection | None:
     """The projection, with both files whole."""
     projection = None
     if (part := index["projection"]) is not None:
         if _projection_fault(folder, index):
-            _rewrite(folder / PROJECTION, _projection_bytes(_fitted(index, runs, data, sample)), part)
+            made = fitted(index)
+            assert made is not None
+            _rewrite(folder / PROJECTION, _projection_bytes(made), part)
         projection = _read_projection(folder / PROJECTION)
     if head_fault(folder, index, checksum=True):
-        head = _stored_head(_states_of(runs, _sampled(data, sample)[1]), projection)
-        _rewrite(folder / HEAD, _head_bytes(head), index["head"])
+        _rewrite(folder / HEAD, _head_bytes(_stored_head(exact(), projection)), index["head"])
     return projection
 
 
@@ -101,16 +139,6 @@ def _rewrite(path: Path, content: bytes, known: dict[str, Any]) -> None:
             f"{path} was damaged and cannot be made again as it was (another device or library computes other digits): "
             "put the old file back, or give another folder"
         )
-
-
-def _fitted(index: dict[str, Any], runs: Runs, data: Any, sample: int) -> Projection:
-    moments, head = None, None
-    for run in runs(_sampled(data, sample)[0]):
-        head = run.head
-        moments = moments or Moments(head.hidden.shape[1], head.hidden.device)
-        moments.add(head.hidden)
-    assert moments is not None and head is not None
-    return fit(moments, head, index["project"], index["vocab_size"])
 
 
 def _sampled(data: Any, sample: int) -> tuple[list[int], list[int]]:

@@ -4,21 +4,24 @@ hidden state and, once, its head. The folder is described in :mod:`fused_kd.trai
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
+from fused_kd.training.cached_rows import AnyRows as AnyRows
+from fused_kd.training.cached_rows import CachedRows as CachedRows
 from fused_kd.training.codes import EXCESS, decode, mass
+from fused_kd.training.fingerprints import PARTS, fingerprints_of
+from fused_kd.training.fingerprints import fingerprint_rows as fingerprint_rows
+from fused_kd.training.fingerprints import fingerprint_teacher as fingerprint_teacher
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states
-from fused_kd.training.prompts import PromptTemplate, get_prompt
+from fused_kd.training.prompts import PromptTemplate
 from fused_kd.training.shards import HEAD, INDEX, head_fault, shard_fault, shard_name
 from fused_kd.training.shards import read_index as read_index
 from fused_kd.training.shards import target_positions as target_positions
@@ -26,18 +29,6 @@ from fused_kd.training.stage import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# what says where a config came from, and nothing about the function that the model computes
-_CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-PARTS = {
-    "tokenizer": "the tokens and their ids",
-    "data": "the token ids and labels of the rows",
-    "template": "the text of the prompt template",
-    "teacher_config": "the teacher's config",
-    "teacher_weights": "the teacher's weights",
-}
-
-AnyRows = Sequence[Mapping[str, Any]] | Dataset[Any]
 
 
 class TeacherCache:
@@ -277,6 +268,23 @@ class TeacherCache:
         if self.fingerprints.get("tokenizer") != first:
             self._compare({"tokenizer": fingerprint(tokens)})
 
+    def check_head(self, other: TeacherCache) -> None:
+        """Raise unless what ``other`` has for its rows can be read with this cache, as that of validation rows is.
+
+        Raises:
+            ValueError: another teacher, lists beside hidden states, or states of another head, as two projections make.
+        """
+        self._compare(
+            {part: other.fingerprints.get(part) for part in ("tokenizer", "teacher_config", "teacher_weights")}
+        )
+        if self.keep != other.keep:
+            raise ValueError(f"{other!r} must keep {self.keep!r}, as {self!r} does, got {other.keep!r}")
+        if self.keep == "hidden" and self._index["head"]["sha256"] != other._index["head"]["sha256"]:
+            raise ValueError(
+                f"{other!r} must have the head of {self!r}: write it with like={str(self.folder)!r}, which takes its "
+                "projection"
+            )
+
     def rows(self, dataset: AnyRows) -> CachedRows:
         """The rows of ``dataset``, which must be those that the cache was made for, each with its lists or states.
 
@@ -306,42 +314,6 @@ class TeacherCache:
             raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
 
 
-class CachedRows(Dataset[dict[str, Any]]):
-    """Rows with what a cache has for them under the names of its ``columns``, for ``Collator`` to pad.
-
-    Of lists ``teacher_log_probs`` (n, k) float32, ``teacher_indices`` (n, k) int64 and, where it is known,
-    ``teacher_log_rest`` (n,) float32; of hidden states ``teacher_hidden`` (n, width).
-    """
-
-    def __init__(self, cache: TeacherCache, dataset: AnyRows) -> None:
-        self.cache = cache
-        self.dataset: Any = dataset
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        found = self.cache.row(index)
-        return {**self.dataset[index], **{f"{self.cache.name}_{kind}": value for kind, value in found.items()}}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row, without a look into the cache."""
-        data = without_caches(self)
-        return [len(data[index]["input_ids"]) for index in range(len(data))]
-
-    def __repr__(self) -> str:
-        return f"CachedRows({self.dataset!r}, {self.cache!r})"
-
-
-def without_caches(rows: AnyRows) -> Any:
-    """The rows that caches were opened for."""
-    data: Any = rows
-    while isinstance(data, CachedRows):
-        data = data.dataset
-    return data
-
-
 def _fault_of(log_probs: np.ndarray, ids: np.ndarray, vocab_size: int) -> str | None:
     """Why these can be no lists of a teacher, or None."""
     if not ((ids >= 0) & (ids < vocab_size)).all() or not (log_probs <= 0).all():
@@ -360,42 +332,3 @@ def repetition(listed: np.ndarray, ids: np.ndarray) -> str | None:
     given = np.sort(np.where(listed, ids, -1 - np.arange(ids.shape[1])), axis=1)  # left out: each another one
     twice = given[:, 1:][given[:, 1:] == given[:, :-1]]
     return f"expected the ids of a token once each, got {twice[0]} twice" if len(twice) else None
-
-
-def fingerprints_of(
-    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
-) -> dict[str, str | None]:
-    """SHA-256 of which token has which id, of the rows, and of the template's text, whose name does not matter."""
-    return {
-        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
-        "data": fingerprint_rows(rows),
-        "template": fingerprint(get_prompt(template).template),
-    }
-
-
-def fingerprint_rows(rows: AnyRows) -> str:
-    """SHA-256 of all token ids and labels, in order."""
-    data = without_caches(rows)
-    digest = hashlib.sha256()
-    for index in range(len(data)):
-        row = data[index]
-        for values in (row["input_ids"], row["labels"]):
-            array = np.asarray(values, dtype="<i8")
-            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
-    """``teacher_config`` and ``teacher_weights``: SHA-256 of what differs from the architecture's default config, and
-    of all parameters and buffers that are saved, in the dtype in which they are loaded: some seconds per 10 GB."""
-    config = {key: value for key, value in teacher.config.to_diff_dict().items() if key not in _CONFIG_NOISE}
-    digest = hashlib.sha256()
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if (tensor.data_ptr(), tensor.shape) in seen:  # a tied weight
-            continue
-        seen.add((tensor.data_ptr(), tensor.shape))
-        for part in tensor.detach().reshape(-1).split(1 << 26):
-            digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
-    return {"teacher_config": fingerprint(config), "teacher_weights": digest.hexdigest()}

@@ -295,6 +295,25 @@ def test_resumes(tmp_path: Path, kind: Any) -> None:
         assert last_checkpoint(tmp_path / "killed").name == "checkpoint-2"
 
 
+def test_two_averages(tmp_path: Path) -> None:
+    """A mixture of two: each has its file, and of two equal ones the mixture is one."""
+    both = [(0.3, OwnTeacher(decay=0.5)), (0.7, OwnTeacher(decay=0.9))]
+    whole = run_of(tmp_path / "whole", teacher=both)
+    whole.train()
+    cut(run_of(tmp_path / "killed", teacher=both), 2)
+    checkpoint = tmp_path / "killed" / "checkpoint-2"
+    assert {path.name for path in checkpoint.glob("own_*")} == {AVERAGE, "own_teacher_2.safetensors"}
+    resumed = run_of(tmp_path / "killed", teacher=both)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(whole.model), 0.0)
+    forms: list[Any] = [one.averages() for one in whole.teaching.forms]
+    assert not torch.equal(forms[0]["lm_head.weight"], forms[1]["lm_head.weight"])
+    one, same = run_of(tmp_path), run_of(tmp_path, teacher=[(w, OwnTeacher(decay=0.7)) for w in (0.3, 0.7)])
+    one.train()
+    same.train()
+    assert_same_weights(weights(same.model), weights(one.model), 1e-4)
+
+
 def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     cut(run_of(tmp_path, teacher=tiny(24, 2)), 2)
     with pytest.raises(ValueError, match=rf"checkpoint-2/{AVERAGE} cannot be read .*had another teacher"):
@@ -347,6 +366,20 @@ def test_a_part_of_a_weight_is_refused(attribute: str) -> None:
         student.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight))
     with pytest.raises(ValueError, match=r"decay must be None where weights are sharded .* lm_head.weight is"):
         MovingAverage(student, 0.5).follow()
+
+
+def test_a_tuned_prompt_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student = peft.get_peft_model(tiny(16, 1), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="model must not have a tuned prompt"):
+        trainer(tmp_path, student, OBJECTIVE, rows(8), teacher=OwnTeacher(decay=0.5))
+
+
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_kd.integrations.own_checkpoints.shards_weights", lambda accelerator: True)
+    trainer(tmp_path, tiny(16, 1), OBJECTIVE, rows(8), teacher=OwnTeacher())
+    with pytest.raises(ValueError, match=r"decay of OwnTeacher must be None under FSDP2 and ZeRO-3, got 0.5"):
+        trainer(tmp_path, tiny(16, 1), OBJECTIVE, rows(8), teacher=OwnTeacher(decay=0.5))
 
 
 def test_the_student_with_its_own_prompt_is_refused(tmp_path: Path) -> None:

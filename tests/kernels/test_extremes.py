@@ -439,14 +439,14 @@ def test_a_list_without_entries_has_nothing_to_renormalize(monkeypatch):
     indices[0, 1] = 1
     z, labels = torch.randn(3, 9), torch.tensor([0, -100, 2])
     with pytest.raises(ValueError, match=r"log_probs must list an entry above -inf .* got none at token 2"):
-        fk.kd_loss(z, fk.TopK(values, indices), labels, fk.NoEvo())
+        fk.kd_loss(z, fk.TopK(values, indices, "renormalize"), labels, fk.NoEvo())
     for tail in ("uniform", "bucket"):  # all of its mass is in the tail
         check(
             evaluate(z, fk.TopK(values, indices, tail), labels, fk.NoEvo(), reduction="none"),
             truth(z, fk.TopK(values, indices, tail), labels, fk.NoEvo(), reduction="none"),
         )
     monkeypatch.setattr("fused_kd.ops.check_top_k", lambda *_: None)
-    loss = fk.kd_loss(z, fk.TopK(values, indices), labels, fk.NoEvo(), reduction="none").loss
+    loss = fk.kd_loss(z, fk.TopK(values, indices, "renormalize"), labels, fk.NoEvo(), reduction="none").loss
     assert loss.isnan().tolist() == [False, False, True]
 
 

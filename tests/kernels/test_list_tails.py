@@ -252,7 +252,7 @@ def test_errors_of_the_loss(message, objective, tail, options):
 
 
 def test_repr_says_what_is_not_the_default():
-    assert repr(fk.TopK(MATRIX, IDS)) == "TopK((3, 2), float32, tail='renormalize')"
+    assert repr(fk.TopK(MATRIX, IDS)) == "TopK((3, 2), float32, tail='bucket')"
     long = fk.TopK(MATRIX, IDS, "bucket", 2.0, MATRIX[:, 0])
     assert repr(long) == "TopK((3, 2), float32, tail='bucket', temperature=2.0, log_rest)"
 

@@ -172,7 +172,7 @@ def test_lists_one_token_off_are_another_loss():
     """The mistake to fear with caches; here only that it cannot pass unnoticed."""
     p = problem(N=40, near=True, std=3.0, ignored=0.0)
     teacher = cached(p, 8)
-    shifted = fk.TopK(teacher.log_probs.roll(1, 0), teacher.indices.roll(1, 0))
+    shifted = fk.TopK(teacher.log_probs.roll(1, 0), teacher.indices.roll(1, 0), teacher.tail)
     right, wrong = (fk.kd_loss(p.student(), t, p.labels, fk.NoEvo(lam=1.0)).loss for t in (teacher, shifted))
     assert wrong > 3 * right
 
@@ -239,7 +239,7 @@ def test_errors_of_the_lists(error, message, make):
 @pytest.mark.parametrize("message, log_probs, indices, objective, options", [
     ("indices must be in [0, 9) where log_probs is not -inf, got 9 at token 1", None, [[0, 1], [9, 1], [0, 1]], fk.NoEvo(), {}),
     ("indices of a token must differ, got 4 twice at token 2", None, [[0, 1], [0, 1], [4, 4]], fk.NoEvo(), {}),
-    ("log_probs must be at most 0 and not NaN, got 0.5 at token 0", [[0.5, -1.0]] * 3, None, fk.NoEvo(), {"tail": "bucket"}),
+    ("with tail='bucket' (logits need 'renormalize' or 'listed'), got 0.5 at token 0", [[0.5, -1.0]] * 3, None, fk.NoEvo(), {"tail": "bucket"}),
     ("log_probs must be finite or -inf, got nan at token 0", [[math.nan, -1.0]] * 3, None, fk.NoEvo(), {}),
     ("log_probs must be finite or -inf, got inf at token 0", [[math.inf, -1.0]] * 3, None, fk.NoEvo(), {}),
     ("tail must be 'uniform', 'bucket' or 'listed' for ReverseKD", None, None, fk.ReverseKD(), {}),

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import transformers
 
+from fused_kd.integrations.own import OwnTeacher
 from fused_kd.training.checkpoints import last_checkpoint
 from fused_kd.training.collate import Collator
+from fused_kd.training.contexts import with_context
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import script
 from tests.training.tiny import rows
@@ -180,6 +182,18 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         student = with_lora(student)
     if case.get("own_base"):
         teacher = student
+    if "own" in case:
+        teacher = OwnTeacher(**case["own"])
+    evaluated = with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9)
+    if case.get("several") == "mixture":
+        teacher = [(0.6, teacher), (0.4, tiny(32, seed=3))]
+    elif case.get("several"):
+        teacher = [teacher, tiny(32, seed=3)]
+        data, evaluated = (
+            [{**row, "teacher_id": i // 2 % 2} for i, row in enumerate(each)] for each in (data, evaluated)
+        )
+    if case.get("context"):
+        data, evaluated = (list(with_context(each, None, case["context"])) for each in (data, evaluated))
     snapshots = Snapshots(engine)
     trainer = (Killed if "kill" in case else KDTrainer)(
         student,
@@ -188,7 +202,7 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         statistics=case.get("statistics", ()),
         args=arguments,
         train_dataset=data,
-        eval_dataset=with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9),
+        eval_dataset=evaluated,
         data_collator=Collator(0),
         callbacks=[snapshots],
     )

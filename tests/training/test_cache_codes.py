@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_kd.draws import draws_of, merged
+from fused_kd.draws import draws_of, merged, thresholds
 from fused_kd.training.codes import (
     decode,
     decode_ids,
@@ -21,7 +21,7 @@ from fused_kd.training.codes import (
     ids_are_packed,
     packed_bytes,
 )
-from fused_kd.training.drawn_codes import decode_draws, encode_draws
+from fused_kd.training.drawn_codes import decode_draws, encode_draws, ids_of
 
 
 @st.composite
@@ -134,9 +134,9 @@ def test_drawn_lists_come_back(V: int, k: int, n: int, dtype: str, apart: float)
     """The same entries; what is drawn has the share of the rest that it was drawn with."""
     z = torch.randn(20, V) * 3
     z[3, 1:], z[4, 4:] = -math.inf, -math.inf  # fewer than k entries, and nothing to draw
-    made, _, _ = draws_of(z, n, k=k, generator=torch.Generator().manual_seed(0))
+    made = draws_of(z, thresholds(20, n, torch.Generator().manual_seed(0), z.device), k=k)
     exact, ids = merged(made)
-    arrays = encode_draws(made, dtype, V)
+    arrays = encode_draws(made.log_probs.numpy(), ids_of(made).numpy(), dtype, V)
     assert sum(array.nbytes for array in arrays.values()) <= 20 * (
         4 * (k + n) + {"fp32": 4 * k, "fp16": 2 * k, "8bit": k + 8}[dtype]
     )

@@ -19,7 +19,7 @@ from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.prompts import tokenize_pairs
 from fused_kd.training.teacher_cache import target_positions
 from fused_kd.training.trainer import KDTrainer
-from tests.training.scripts import apart, script, train, weights
+from tests.training.scripts import apart, corpus, script, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +230,63 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
     assert len(read[0][0]) == len(target_positions(rows[0]["labels"]))
 
 
+def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> None:
+    """The model of the online teacher, validated on a cache of the validation rows; read by a worker."""
+    shared = f"--data {corpus()} --direction en-de --teacher {teacher} --max-length 64 --device cpu --keep hidden"
+    tokenizer = load_tokenizer(teacher)
+    student = load_model("tiny-student", tokenizer, 0)
+    start = {name: value.clone() for name, value in student.state_dict().items()}
+    for each in (student, tokenizer):
+        each.save_pretrained(tmp_path / "student")
+    given = {"student": tmp_path / "student", "directions": "en-de", "max_length": 64, "eval_strategy": "epoch"}
+    train("self_evolution", tmp_path / "online", teacher=teacher, statistics="kl", **given)
+    online = weights(tmp_path / "online" / "model")
+    moved = apart(online, start)
+    make = script("cache_teacher").main
+    folders = {}
+    for name, more in (("fp32", "--dtype fp32"), ("fp8", "--dtype fp8 --project 60")):
+        folders[name] = tmp_path / name, tmp_path / f"{name}-valid"
+        flags = [*shared.split(), "--limit", "24", *more.split(), "--output", str(folders[name][0])]
+        cache = make(flags)
+        shown = capsys.readouterr().out
+        assert "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown and "KL" in shown and "MB" in shown
+        flags[flags.index("--limit") + 1] = "4"
+        flags[-1] = str(folders[name][1])
+        if "--project" in flags:
+            place = flags.index("--project")
+            flags[place : place + 2] = ["--like", str(folders[name][0])]
+        make([*flags, "--split", "valid"])
+        paths = {"teacher": f"cache:{folders[name][0]}", "valid_teacher": f"cache:{folders[name][1]}"}
+        record = train("self_evolution", tmp_path / f"{name}-run", statistics="kl", **paths, **given)
+        assert "kl" in record["log_history"][0] and record["validation"]
+        found = apart(weights(tmp_path / f"{name}-run" / "model"), online)
+        assert found < 1e-3 * moved if name == "fp32" else 1e-3 * moved < found < 0.5 * moved
+    for changes, message in (
+        ({}, "valid_teacher must be cache:FOLDER, the cache of the validation rows, or eval_strategy no"),
+        ({"valid_teacher": f"cache:{folders['fp32'][0]}"}, "made from something else: data"),
+        ({"valid_teacher": f"cache:{folders['fp8'][1]}"}, r"must have the head of .* write it with like="),
+        ({"valid_teacher": paths["valid_teacher"], "cache_tail": "uniform"}, "tail must be None for the cache in"),
+        ({"valid_teacher": str(folders["fp32"][1])}, "valid_teacher must be cache:FOLDER, beside such a teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(
+                "self_evolution", tmp_path / f"bad{len(message)}", teacher=f"cache:{folders['fp32'][0]}",
+                **{**given, **changes},
+            )  # fmt: skip
+    for wrong, message in ((["--k", "9"], "--k 9 is of lists"), (["--from-vllm", "x"], "it needs --keep lists")):
+        with pytest.raises(SystemExit, match=message):
+            make([*shared.split(), "--output", str(tmp_path / "none"), *wrong])
+
+
 def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
     for changes, message in (
         ({"per_device_train_batch_size": 5}, r"per_device_train_batch_size x processes = 5 x 1, got 16"),
         ({"learning_rat": 1}, "--learning_rat"),
         ({"teacher": "null"}, "teacher must be given"),
-        ({"teacher": "cache:none", "statistics": "kl"}, "statistics need an online teacher, got teacher='cache"),
+        (
+            {"teacher": "cache:none", "statistics": "kl"},
+            "statistics need an online teacher or one's states, got teacher='cache",
+        ),
         ({"teacher": "tiny-teacher", "statistics": "entropy"}, "statistics must be among .* got 'entropy'"),
         ({"lora": "{q: 1}"}, "unexpected keyword argument 'q'"),
     ):

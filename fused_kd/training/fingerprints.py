@@ -1,0 +1,65 @@
+"""What a teacher cache was made from, as SHA-256 of each part."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fused_kd.training.cached_rows import AnyRows, without_caches
+from fused_kd.training.prompts import PromptTemplate, get_prompt
+from fused_kd.training.stage import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# what says where a config came from, and nothing about the function that the model computes
+_CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+PARTS = {
+    "tokenizer": "the tokens and their ids",
+    "data": "the token ids and labels of the rows",
+    "template": "the text of the prompt template",
+    "teacher_config": "the teacher's config",
+    "teacher_weights": "the teacher's weights",
+}
+
+
+def fingerprints_of(
+    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
+) -> dict[str, str | None]:
+    """SHA-256 of which token has which id, of the rows, and of the template's text, whose name does not matter."""
+    return {
+        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "data": fingerprint_rows(rows),
+        "template": fingerprint(get_prompt(template).template),
+    }
+
+
+def fingerprint_rows(rows: AnyRows) -> str:
+    """SHA-256 of all token ids and labels, in order."""
+    data = without_caches(rows)
+    digest = hashlib.sha256()
+    for index in range(len(data)):
+        row = data[index]
+        for values in (row["input_ids"], row["labels"]):
+            array = np.asarray(values, dtype="<i8")
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_teacher(teacher: PreTrainedModel) -> dict[str, str | None]:
+    """``teacher_config`` and ``teacher_weights``: SHA-256 of what differs from the architecture's default config, and
+    of all parameters and buffers that are saved, in the dtype in which they are loaded: some seconds per 10 GB."""
+    config = {key: value for key, value in teacher.config.to_diff_dict().items() if key not in _CONFIG_NOISE}
+    digest = hashlib.sha256()
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if (tensor.data_ptr(), tensor.shape) in seen:  # a tied weight
+            continue
+        seen.add((tensor.data_ptr(), tensor.shape))
+        for part in tensor.detach().reshape(-1).split(1 << 26):
+            digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
+    return {"teacher_config": fingerprint(config), "teacher_weights": digest.hexdigest()}
