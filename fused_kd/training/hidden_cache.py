@@ -55,7 +55,7 @@ def hidden_writer(
             moments = moments or Moments(head.hidden.shape[1], head.hidden.device)
             moments.add(head.hidden)
         assert moments is not None and head is not None
-        return fit(moments, head, index["project"], index["vocab_size"])
+        return fit(moments, head, index["project"], index["vocab_size"], memory)
 
     def exact() -> LMHead:
         return _states_of(runs, _sampled(data, sample)[1])

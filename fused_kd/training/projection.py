@@ -1,10 +1,14 @@
-"""Fewer numbers a hidden state: the subspace that keeps most of a teacher's logits.
+"""Fewer numbers a hidden state: the subspace that keeps most of what a teacher says.
 
-With states h of mean mu and covariance C, and the head's weight W, the r directions are those for which the logits of
-``mu + up @ down.T @ (h - mu)`` are nearest to those of h in the mean square, over all affine maps of rank r. In the
-metric ``M = W.T @ W`` that is principal components: with ``M = S.T @ S`` and U the r main eigenvectors of
-``S @ C @ S.T``, ``down = S.T @ U`` and ``up = pinv(S) @ U``. What all logits of a token have in common says nothing of
-its probabilities: each column of W is taken from its mean over the vocabulary, unless the logits are capped.
+With states h of mean mu and covariance C, the r directions are those for which ``mu + up @ down.T @ (h - mu)`` is
+nearest to h in the mean square, over all affine maps of rank r, in a metric M: with ``M = S.T @ S`` and U the r main
+eigenvectors of ``S @ C @ S.T``, ``down = S.T @ U`` and ``up = pinv(S) @ U``.
+
+To the second order a change d of a state changes the teacher's probabilities p by a KL divergence of
+``d.T @ F @ d / 2``, F the mean of ``J.T @ (diag(p) - p @ p.T) @ J`` with J the head's weight, of a capped head times
+the cap's slope. M is F and a tenth, by their traces, of ``W.T @ W``, the change of the logits, for what no sampled
+token makes likely. On the text of a model with 135M parameters half of the numbers leave a KL of 0.15 nats so, 0.28
+with ``W.T @ W`` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 from fused_kd import ForwardKD, LMHead, kd_loss
 
 _BLOCK = 8192  # rows of a head in float64 at a time
+_KEPT = 4096  # at least as many tokens are asked for their probabilities, where there are so many
+_LOGITS = 0.1  # share of the logits' metric
 _COLUMNS = 4096  # of the logits whose difference is measured
 # below this share of the largest, a direction of the head is rounding
 _RANK = 1e-13
@@ -47,14 +53,21 @@ class Projection:
 
 
 class Moments:
-    """Sums over states: how many, theirs, and of their products; float64."""
+    """Sums over states: how many, theirs, and of their products, float64; and some thousands of the states, evenly
+    spread."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.count = 0
+        self.count, self._stride = 0, 1
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._kept = torch.zeros(0, width, device=device)
 
     def add(self, hidden: Tensor) -> None:
+        """(N, H), floating point."""
+        picked = hidden.detach()[-self.count % self._stride :: self._stride]
+        self._kept = torch.cat([self._kept.to(hidden.dtype), picked])
+        while len(self._kept) > 2 * _KEPT:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
         for part in hidden.split(_BLOCK):
             exact = part.double()
             self.count += len(part)
@@ -66,12 +79,20 @@ class Moments:
         mean = self.sum / max(self.count, 1)
         return mean, self.products / max(self.count, 1) - torch.outer(mean, mean)
 
+    @property
+    def states(self) -> Tensor:
+        """(4096 to 8192, H), or all where there are fewer."""
+        return self._kept
+
 
 @torch.no_grad()
-def fit(moments: Moments, head: LMHead, r: int, vocab_size: int) -> Projection:
-    """The best directions, at most r: no more than the head's first ``vocab_size`` rows tell apart."""
+def fit(moments: Moments, head: LMHead, r: int, vocab_size: int, memory: int = 256 << 20) -> Projection:
+    """The best directions, at most r: no more than the head's first ``vocab_size`` rows tell apart.
+
+    ``memory``: bytes for logits, of a part of the states at a time.
+    """
     mean, covariance = moments.covariance()
-    values, vectors = torch.linalg.eigh(_metric(head, vocab_size))
+    values, vectors = torch.linalg.eigh(metric(replace(head, hidden=moments.states), vocab_size, memory))
     kept = values > values[-1] * _RANK
     roots, vectors = values[kept].sqrt(), vectors[:, kept]
     spread = roots[:, None] * (vectors.T @ covariance @ vectors) * roots
@@ -97,7 +118,7 @@ def error_of(exact: LMHead, stored: LMHead, vocab_size: int, memory: int) -> dic
         memory_budget=max(memory, 64 << 20),
     )  # fmt: skip
     columns = torch.arange(0, vocab_size, -(-vocab_size // _COLUMNS), device=exact.hidden.device)
-    theirs, ours = _logits(exact, columns), _logits(stored, columns)
+    theirs, ours = (_centred(_logits(head, columns)) for head in (exact, stored))
     size = float(theirs.norm())
     return {
         "logits": float((ours - theirs).norm()) / size if size else 0.0,
@@ -107,25 +128,54 @@ def error_of(exact: LMHead, stored: LMHead, vocab_size: int, memory: int) -> dic
     }
 
 
-def _logits(head: LMHead, columns: Tensor) -> Tensor:
-    logits = head.hidden.float() @ head.weight[columns].float().T
-    if head.bias is not None:
-        logits = logits + head.bias[columns].float()
-    logits = logits * head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+def _centred(logits: Tensor) -> Tensor:
     return logits - logits.mean(1, keepdim=True)
 
 
-def _metric(head: LMHead, vocab_size: int) -> Tensor:
-    """(H, H) float64: how far apart the logits of two states are."""
+def _logits(head: LMHead, columns: Tensor | slice) -> Tensor:
+    """(N, columns) float32."""
+    logits = (head.hidden @ head.weight[columns].T).float()
+    if head.bias is not None:
+        logits = logits + head.bias[columns].float()
+    logits = logits * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def metric(head: LMHead, vocab_size: int, memory: int) -> Tensor:
+    """(H, H) float64: how much changes of a state matter, over the head's tokens."""
+    of_p, of_logits = _of_probabilities(head, vocab_size, memory), _of_logits(head, vocab_size)
+    sizes = of_p.trace(), of_logits.trace()
+    if not bool(sizes[0] > 0):  # every token is certain
+        return of_logits
+    return of_p + _LOGITS * (sizes[0] / sizes[1]) * of_logits
+
+
+def _of_probabilities(head: LMHead, vocab_size: int, memory: int) -> Tensor:
+    weight, N = head.weight[:vocab_size], max(len(head.hidden), 1)
+    V, H = weight.shape
+    weights = torch.zeros(V, dtype=torch.float64, device=weight.device)
+    found = torch.zeros(H, H, dtype=torch.float64, device=weight.device)
+    for hidden in head.hidden.split(max(1, memory // (16 * V))):
+        logits = _logits(replace(head, hidden=hidden), slice(0, vocab_size))
+        p = logits.softmax(1)
+        slope = torch.ones_like(p) if head.softcap is None else 1 - (logits / head.softcap) ** 2
+        weights += (p * slope**2).sum(0, dtype=torch.float64)
+        mean = ((p * slope).to(weight.dtype) @ weight).double()
+        found.addmm_(mean.T, mean, alpha=-1 / N)
+    for block, share in zip(_double_blocks(weight), weights.split(_BLOCK), strict=True):
+        found.addmm_(block.T, block * share[:, None], alpha=1 / N)
+    return found
+
+
+def _of_logits(head: LMHead, vocab_size: int) -> Tensor:
+    """What all logits of a token have in common says nothing of its probabilities, unless they are capped."""
     weight = head.weight[:vocab_size]
-    metric = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    found = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for block in _double_blocks(weight):
-        metric.addmm_(block.T, block)
+        found.addmm_(block.T, block)
         total += block.sum(0)
-    return metric if head.softcap is not None else metric - torch.outer(total, total) / vocab_size
+    return found if head.softcap is not None else found - torch.outer(total, total) / vocab_size
 
 
 def _double_blocks(weight: Tensor) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -195,38 +196,59 @@ def test_an_adapted_head(tmp_path: Path) -> None:
     assert relative((head.hidden @ head.weight.T)[:, :-1][valid], expected[:, :-1][valid]) < 1e-5
 
 
-def head_of(teacher: Any, hidden: torch.Tensor) -> fk.LMHead:
-    with torch.no_grad():
-        return lm_head_of(teacher, hidden)
+def metric_of(states: torch.Tensor, weight: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """(H, H) from each token's own matrices: the Hessian of KL(p || changed p), and a tenth of the logits' change."""
+    total = torch.zeros(16, 16, dtype=torch.float64)
+    for h in states.double():
+
+        def divergence(d: torch.Tensor, h: torch.Tensor = h) -> torch.Tensor:
+            capped = lambda z: z if softcap is None else softcap * torch.tanh(z / softcap)  # noqa: E731
+            p, q = (capped(scale * (weight @ each)).log_softmax(0) for each in (h, h + d))
+            return (p.exp() * (p - q)).sum()
+
+        total += torch.autograd.functional.hessian(divergence, torch.zeros(16, dtype=torch.float64)) / scale**2
+    total /= len(states)
+    centred = weight if softcap is not None else weight - weight.mean(0)
+    plain = centred.T @ centred
+    return total + 0.1 * total.trace() / plain.trace() * plain
 
 
-@pytest.mark.parametrize("r", [1, 5, 16])
-def test_no_projection_of_that_rank_is_better(r: int) -> None:
-    """Eckart and Young: the best approximation of rank r of the centred logits is that of their singular values."""
+@pytest.mark.parametrize("r, scale, softcap", [(1, 1.0, None), (5, 0.5, None), (5, 1.0, 4.0), (16, 1.0, None)])
+def test_no_projection_of_that_rank_is_better(r: int, scale: float, softcap: float | None) -> None:
+    """Eckart and Young: the best approximation of rank r in a metric is that of the singular values there."""
     torch.manual_seed(0)
     teacher = model(0)
-    hidden = torch.randn(200, 16) @ torch.randn(16, 16) * torch.logspace(0, -2, 16) + torch.randn(16) * 3
-    head = head_of(teacher, hidden)
+    hidden = torch.randn(200, 16) @ torch.randn(16, 16) * torch.logspace(0, -2, 16) + torch.randn(16)
+    weight = teacher.lm_head.weight.detach()
+    head = fk.LMHead(hidden, weight, logit_scale=scale, softcap=softcap)
     moments = Moments(16, CPU)
     moments.add(hidden[:90])
     moments.add(hidden[90:])
-    found = fit(moments, head, r, PADDED)
-    weight = (head.weight.double() - head.weight.double().mean(0)).detach()
-    exact = (hidden.double() - hidden.double().mean(0)) @ weight.T
-    ours = (hidden.double() - found.mean) @ found.down @ found.up.T @ weight.T
+    found = fit(moments, head, r, PADDED, 1 << 14)
+    root = torch.linalg.cholesky(metric_of(hidden, weight.double(), scale, softcap)).T
+    exact = (hidden.double() - hidden.double().mean(0)) @ root.T
+    ours = (hidden.double() - found.mean) @ found.down @ found.up.T @ root.T
     values = torch.linalg.svdvals(exact)
-    assert float((ours - exact).norm()) == pytest.approx(
-        float(values[r:16].norm()), rel=1e-6, abs=1e-9 * float(values[0])
-    )
-    stored = found.head(head)
-    ours = found.states(hidden) @ stored.weight.T + stored.bias
-    theirs = hidden @ head.weight.T
+    missed, least = float((ours - exact).norm()), float(values[r:].norm())
+    assert missed == pytest.approx(least, rel=1e-5, abs=1e-6 * float(values[0]))
+    stored = replace(found.head(head), hidden=found.states(hidden))
+    capped = lambda z: scale * z if softcap is None else softcap * torch.tanh(scale * z / softcap)  # noqa: E731
+    ours, theirs = capped(stored.hidden @ stored.weight.T + stored.bias), capped(hidden @ weight.T)
     error = relative(ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True))
-    measured = error_of(head, fk.LMHead(found.states(hidden), stored.weight, stored.bias), PADDED, 1 << 20)
+    measured = error_of(head, stored, PADDED, 1 << 20)
     assert measured["logits"] == pytest.approx(error, rel=1e-3, abs=2e-6) and measured["tokens"] == 200
     p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
     assert measured["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
     assert measured["top_1"] == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()), abs=1e-6)
+
+
+def test_states_are_kept_evenly_spread() -> None:
+    """However they come in, every n-th of them, n a power of two."""
+    moments = Moments(1, CPU)
+    numbers = torch.arange(50_000.0)[:, None]
+    for part in numbers.split([1, 7, 5000, 8191, 13, 30_000, 6788]):
+        moments.add(part)
+    assert torch.equal(moments.states, numbers[::8]) and moments.count == 50_000
 
 
 def test_the_error_falls_with_the_rank(tmp_path: Path) -> None:
@@ -362,7 +384,7 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": "states"}, "keep must be one of 'lists', 'hidden', got 'states'"),
+        ({"keep": "states"}, "keep must be one of 'lists', 'hidden', 'sampled', got 'states'"),
         ({"dtype": "8bit"}, "dtype must be one of 'bf16', 'fp8', 'fp16', 'fp32', got '8bit'"),
         ({"k": 4}, "k must be None with keep='hidden', got 4"),
         ({"project": 0}, "project must be an int of at least 1, got 0"),
