@@ -209,7 +209,8 @@ def test_commands_are_understood(page, monkeypatch, capsys):
     pytest.importorskip("accelerate")
     pytest.importorskip("rich")
     monkeypatch.chdir(ROOT)
-    for name in ("cpu.run", "gpu.run", "gpu.report", "kernels.main", "end_to_end.main", "machine.main", "sums.main"):
+    patched = ("caches.run", "cpu.run", "gpu.run", "gpu.report", "kernels.main", "end_to_end.main", "machine.main")
+    for name in (*patched, "sums.main"):
         monkeypatch.setattr(f"bench.{name}", lambda *args: 0)
     for variable in ("OMP_WAIT_POLICY", "TQDM_MININTERVAL"):  # what the scripts set is taken back
         monkeypatch.setenv(variable, "")

@@ -297,9 +297,21 @@ def test_answers_ahead_are_bounded_and_stale_ones_make_room(server, monkeypatch)
     for batch in batches[:2]:  # never used: another order than expected
         client.prefetch(*batch)
     client.head(*batches[5], CPU)
-    client.prefetch(*batches[4])
-    client.head(*batches[4], CPU)
-    assert asked.count(rows_of(*batches[4])[0].digest()) == 1
+    client.prefetch(*batches[3])
+    assert rows_of(*batches[3])[0].digest() in client._answers._known
+
+
+def test_steps_use_the_room_again(server, monkeypatch):
+    client = ServedTeacher(server.url, ahead=2, **FAST)
+    asked = count_requests(client, monkeypatch)
+    batches = [batch_of(seed=seed) for seed in range(6)]
+    for step in (batches[:2], batches[2:4], batches[4:]):
+        for batch in step:
+            client.prefetch(*batch)
+        assert {rows_of(*batch)[0].digest() for batch in step} == set(client._answers._known)
+        for batch in step:
+            client.head(*batch, CPU)
+    assert len(asked) == 6
 
 
 def test_an_error_ahead_is_raised_where_the_batch_is_used(running):
