@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,9 +53,9 @@ class Found(NamedTuple):
 def gradients(problem: Problem, teacher: fk.LMHead | fk.TopK, objective: Objective) -> Found:
     hidden = problem.student.hidden.detach().requires_grad_()
     weight = problem.student.weight.detach().requires_grad_()
-    out = fk.kd_loss(fk.LMHead(hidden, weight), teacher, problem.labels, objective)
+    out = fk.kd_loss(replace(problem.student, hidden=hidden, weight=weight), teacher, problem.labels, objective)
     d_hidden, d_weight = torch.autograd.grad(out.loss, (hidden, weight))
-    return Found(float(out.loss), out.is_hard, d_hidden, d_weight)
+    return Found(float(out.loss.detach()), out.is_hard, d_hidden, d_weight)
 
 
 def measure(problem: Problem, which: Iterable[Form]) -> list[dict[str, Any]]:
@@ -102,7 +103,8 @@ def problem_of(model: Any, student: Any, ids: Tensor) -> Problem:
     heads = []
     for each in (student, model):
         hidden = [hidden_states(each, input_ids=row[None, :-1])[0] for row in ids]
-        heads.append(lm_head_of(each, torch.cat(hidden).float()))
+        head = lm_head_of(each, torch.cat(hidden).float())
+        heads.append(replace(head, weight=head.weight.detach()))
     return Problem(heads[0], heads[1], ids[:, 1:].flatten())
 
 
@@ -127,6 +129,38 @@ def about(problem: Problem) -> dict[str, Any]:
     found |= {name: float(value.mean()) for name, value in out.statistics.items()}
     held = fk.top_k_of(problem.teacher, min(max(KS), problem.teacher.vocab)).log_probs.exp().cumsum(1).mean(0)
     return found | {"held": {str(k): float(held[k - 1]) for k in KS if k <= len(held)}}
+
+
+HEAD = """\
+# Teachers on disk: bytes a token beside the error of the student's gradient
+
+{machine}, commit {commit}, torch {torch}, fp32, seed {seed}.
+
+- teacher: {model}, cross-entropy {cross_entropy_teacher:.3f}, entropy {entropy_t:.3f}; {held}
+- student: {student}, cross-entropy {cross_entropy_student:.3f}, KL(p || q) {kl:.3f}
+- tokens: the first {tokens} of {text}, {length} read at a time
+- dH: the gradient of the student's hidden states, token by token; dW: of its head's weight, the sum over all tokens, in
+  which what is drawn evens out
+- cosine: with the gradient by the teacher itself; error: the norm of the difference over that gradient's
+- other gate: tokens that Self-Evolution takes for hard instead of easy, or the other way round
+- bytes: ids in as few as a cache has them, and 4 for what a list leaves out; a large teacher has {large[0]:,} entries
+  and hidden states of {large[1]:,} numbers
+- the projection is the best one of these very tokens
+"""
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The page of what :func:`run` keeps."""
+    same = f"the teacher with normal noise of {record['noise']:.0%} of each weight matrix's norm"
+    held = ", ".join(f"the {k} largest entries hold {share:.1%}" for k, share in record["held"].items())
+    named = {
+        "machine": record["hardware"]["cpu"], "commit": str(record["source"]["commit"])[:7],
+        "torch": record["versions"]["torch"], "large": LARGE, "held": held,
+        "student": same if record["student"] is None else "another model",
+    }  # fmt: skip
+    head = HEAD.format(**{**record, **named})
+    note = f"\n{record['note']}\n" if record["note"] else ""
+    return f"{head}{note}\n{tables(record['rows'])}"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -158,12 +192,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text's beginning (default 4096)")
     parser.add_argument("--length", type=int, default=512, help="tokens read together (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
+    parser.add_argument("--note", default="", help="for the page: what model and text are")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for caches.json and caches.md")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    return run(_parser().parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {} if args.gguf is None else {"gguf_file": args.gguf}
@@ -184,16 +222,15 @@ def main(arguments: list[str] | None = None) -> int:
     del model, student
     measured = about(problem)
     found = measure(problem, forms(problem.teacher, args.seed))
-    what = {
+    record = {
         "model": args.gguf or Path(args.model).name, "text": args.text.name, "student": args.student and "given",
-        "noise": args.noise, "tokens": len(problem.labels), "length": args.length, "seed": args.seed,
-        "vocab_size": problem.teacher.vocab, "hidden_size": problem.teacher.weight.shape[1], **measured,
+        "note": args.note, "noise": args.noise, "tokens": len(problem.labels), "length": args.length,
+        "seed": args.seed, "vocab_size": problem.teacher.vocab, "hidden_size": problem.teacher.weight.shape[1],
+        **measured, "hardware": hardware("cpu"), "versions": versions(), "source": source(), "rows": found,
     }  # fmt: skip
-    page = f"```\n{json.dumps(what, indent=1)}\n```\n\n{tables(found)}"
-    print(page)
+    print(markdown(record))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "caches.md").write_text(f"# Teachers on disk\n\n{page}", encoding="utf-8")
-        record = {**what, "hardware": hardware("cpu"), "versions": versions(), "source": source(), "rows": found}
+        (args.out / "caches.md").write_text(markdown(record), encoding="utf-8")
         (args.out / "caches.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

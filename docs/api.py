@@ -34,6 +34,11 @@ TRAINING = {
     "fused_kd.training.generate": ("Decoding", "Generation", "Generations", "generate", "generate_to"),
     "fused_kd.training.score": ("Scores", "Similarity", "score", "similarity", "Comparison", "paired_bootstrap"),
 }
+SERVING = {
+    "fused_kd.serving.client": ("ServedTeacher",),
+    "fused_kd.serving.engines": ("EngineTeacher", "SGLangTeacher", "VLLMTeacher"),
+    "fused_kd.serving.server": ("TeacherServer",),
+}
 PARALLEL = {"fused_kd.parallel": ("Shards", "Traffic", "count_traffic", "predicted_traffic", "shard_rows")}
 SPANS = {"fused_kd.spans": ("aligned_spans", "Spans")}
 PLANNING = {"fused_kd.forecast": ("Choice", "plan_for"), "fused_kd.reference": ("reference_kd_loss",)}
@@ -65,7 +70,7 @@ def sections() -> list[tuple[str, list[tuple[str, Any]]]]:
         ("A vocabulary over ranks", _listed(PARALLEL)),
     ]
     found += [(f"{module.__name__}", list(_public(module))) for module in integrations()]
-    return [*found, ("Training", _listed(TRAINING))]
+    return [*found, ("Training", _listed(TRAINING)), ("Served teachers", _listed(SERVING))]
 
 
 def integrations() -> list[ModuleType]:

@@ -1,10 +1,12 @@
-"""Write what a teacher says of every target token to a folder, to train without it: its k largest log-probabilities, or
-its last hidden state and, once, its head.
+"""Write what a teacher says of every target token to a folder, to train without it: its k largest log-probabilities, a
+few entries that are drawn, or its last hidden state and, once, its head.
 
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --k 64 --output caches/teacher
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --keep hidden --dtype fp8 --project 1024 --output caches/states
+    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
+        --prompt paper --keep sampled --k 16 --draws 16 --dtype 8bit --output caches/drawn
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de --teacher PATH_OR_HUB_NAME \
         --from-vllm prompt_logprobs.jsonl.gz --k 20 --output caches/vllm
 
@@ -49,16 +51,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, help="pairs of each direction; default all")
     add("--kd-size", type=int, help="only the last of them: the KD set of distill.py; default all")
     add("--kd-noise", type=float, default=0.0, help="share of these that gets a wrong reference, as in distill.py")
-    add("--seed", type=int, default=0, help="of --kd-noise")
+    add("--seed", type=int, default=0, help="of --kd-noise, and of what is drawn")
     add("--teacher", required=True, help="a path or a hub name; with --from-vllm its tokenizer alone is loaded")
     add("--prompt", choices=PROMPTS, default="tiny")
     add("--max-length", type=int, default=256, help="tokens of prompt and response")
     add("--keep", choices=KEPT, default="lists", help="of each token")
-    add("--k", type=int, help="lists: entries a token; default 64")
+    add("--k", type=int, help="lists: entries a token, default 64; sampled: those beside the draws, default 0")
+    add("--draws", type=int, help="sampled: entries that are drawn, default 12; for objectives linear in p")
     add("--project", type=int, help="hidden: only so many numbers a state, those that keep most of the logits")
     add("--like", metavar="FOLDER", help="hidden: the projection of that cache, for a training's validation rows")
     add("--dtype", choices=[*DTYPES, *(name for name in HIDDEN_DTYPES if name not in DTYPES)],
-        help="lists: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
+        help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
     add("--shard-rows", type=int, help="rows a file; an interruption loses one at most; default 1024, hidden: 128")
     add("--batch", type=int, default=16, help="rows the teacher runs at once")
     add("--teacher-dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> TeacherCache:
         raise SystemExit(f"--teacher {args.teacher} has random weights: give a trained model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if args.draws is not None and args.keep != "sampled":
+        raise SystemExit(f"--draws {args.draws} is of drawn lists: it needs --keep sampled")
     if args.from_vllm and (args.keep != "lists" or args.project is not None):
         raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --project")
     if args.keep == "hidden" and args.k is not None:
@@ -101,6 +106,8 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     else:
         teacher = load_model(args.teacher, tokenizer, 0, dtype=args.teacher_dtype).to(args.device)
         how |= {"keep": args.keep, "project": args.project, "like": args.like, "batch_size": args.batch}
+        if args.keep == "sampled":
+            how |= {"k": args.k, "draws": args.draws, "seed": args.seed}
         cache = write_cache(args.output, teacher, tokenizer, rows, **how)
 
     console.print("\n".join(likely(cache, tokenizer, rows[0])))
@@ -110,8 +117,10 @@ def main(argv: list[str] | None = None) -> TeacherCache:
 
 def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> list[str]:
     """The first targets of a row, the cache's first, each with what the teacher thinks most likely."""
-    if cache.keep == "lists":
-        found = cache[0]
+    if cache.keep != "hidden":
+        log_probs, indices = cache[0]
+        order = log_probs.argsort(dim=1, descending=True, stable=True)  # what is drawn is in the order of ids
+        found = log_probs.gather(1, order), indices.gather(1, order)
     else:
         head = cache.head({cache.columns[0]: cache[0][:count]}, torch.ones(count), torch.device("cpu"))
         made = fk.top_k_of(head, count, vocab_size=len(tokenizer))
@@ -120,23 +129,25 @@ def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> lis
     lines = []
     for token, log_probs, indices in zip(tokens, *(part[:count] for part in found), strict=True):
         listed = zip(log_probs.exp()[:count], indices[:count], strict=True)
-        entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed]
+        entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed if p > 0]
         lines.append(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
     return lines
 
 
 def table_of(cache: TeacherCache, directions: Iterable[str]) -> Table:
     """What the cache holds: of lists the mass, of hidden states what storing them changed."""
+    size = {"k": str(cache.k)} if cache.width is None else {"numbers": str(cache.width)}
+    if cache.draws is not None:
+        size["draws"] = str(cache.draws)
     columns = {
-        "directions": " ".join(directions), "rows": str(len(cache)), "tokens": str(cache.tokens),
-        "k" if cache.keep == "lists" else "numbers": str(cache.k or cache.width), "dtype": cache.dtype,
-        "bytes/token": f"{cache.bytes_per_token:.1f}",
+        "directions": " ".join(directions), "rows": str(len(cache)), "tokens": str(cache.tokens), **size,
+        "dtype": cache.dtype, "bytes/token": f"{cache.bytes_per_token:.1f}",
     }  # fmt: skip
     if cache.keep == "lists":
         columns |= {"mass": f"{cache.mass_mean:.4f}", "least": f"{cache.mass_min:.4f}"}
-    else:
-        size = (cache.folder / HEAD).stat().st_size
-        columns |= {"head": f"{size / 1e6:.1f} MB", "KL": f"{cache.error['kl']:.2g}"}
+    elif cache.keep == "hidden":
+        head = (cache.folder / HEAD).stat().st_size
+        columns |= {"head": f"{head / 1e6:.1f} MB", "KL": f"{cache.error['kl']:.2g}"}
         columns |= {"logits off": f"{cache.error['logits']:.2%}", "top-1": f"{cache.error['top_1']:.2%}"}
     table = Table(title=str(cache.folder))
     for name in columns:

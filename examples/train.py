@@ -30,6 +30,7 @@ from transformers.utils import logging
 from fused_kd.integrations.parts import thresholded_part
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.options import statistics_columns
+from fused_kd.serving import ServedTeacher
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
@@ -50,6 +51,7 @@ from fused_kd.training.teacher_cache import TeacherCache, fingerprint_rows, read
 from fused_kd.training.trainer import BetaSchedule, KDTrainer
 
 CACHE = "cache:"
+SERVED = ("http://", "https://")
 # the paper's (Song et al., 2025), of transformers.TrainingArguments; it does not give the scheduler
 PAPER = {
     "learning_rate": 2e-5, "num_train_epochs": 3, "warmup_steps": 0.03, "weight_decay": 0.0,
@@ -82,7 +84,9 @@ class Train:
     directions: list[str] = field(default_factory=lambda: ["en-de"])  # all of them in one training set
     instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
     method: str | None = None  # the name shown; default: the objective
-    teacher: str | None = None  # as the student, or cache:FOLDER of lists or hidden states; not needed for SFT
+    # as the student, or cache:FOLDER of lists or hidden states, or http://HOST:PORT of a server; not needed for SFT
+    teacher: str | None = None
+    teacher_token_file: str | None = None  # a file with the token of a teacher's server
     valid_teacher: str | None = None  # cache:FOLDER of the validation rows, where the teacher is a cache
     beta_schedule: dict | None = None  # moves β: start, end, fraction, hold
     select: Literal["last", "best"] = "last"  # the kept checkpoint; the best by the loss on validation rows
@@ -119,16 +123,20 @@ class Train:
             raise ValueError(f"teacher must be given for objective={self.objective!r}")
         self.cached = _folder_of(self.teacher)
         self.valid_cached = _folder_of(self.valid_teacher)
+        self.served = self.teacher is not None and self.teacher.startswith(SERVED)
+        if self.teacher_token_file is not None and not self.served:
+            raise ValueError(f"teacher_token_file needs a teacher at http://HOST:PORT, got teacher={self.teacher!r}")
         if (self.valid_cached is None) != (self.valid_teacher is None) or (self.valid_cached and not self.cached):
             raise ValueError(f"valid_teacher must be cache:FOLDER, beside such a teacher, got {self.valid_teacher!r}")
         if self.gamma_quantile is not None:
             thresholded_part(spec.objective)
-        if self.cached is not None and self.gamma_quantile is not None:
-            raise ValueError(f"gamma_quantile needs an online teacher, got teacher={self.teacher!r}")
+        if (self.cached is not None or self.served) and self.gamma_quantile is not None:
+            raise ValueError(f"gamma_quantile needs an online teacher in this process, got teacher={self.teacher!r}")
         statistics_columns(tuple(self.statistics), None, spec.objective.spec)
         if self.statistics and self.cached is not None and not self.keeps_states:
             raise ValueError(f"statistics need an online teacher or one's states, got teacher={self.teacher!r}")
-        self.models = [self.student, *([self.teacher] if self.teacher and not self.cached else [])]
+        here = self.teacher is not None and self.cached is None and not self.served
+        self.models = [self.student, *([self.teacher] if here else [])]
 
     @property
     def keeps_states(self) -> bool:
@@ -139,6 +147,13 @@ class Train:
     def load(self, name: str, tokenizer: Any, seed: int) -> Any:
         attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
         return load_model(name, tokenizer, seed, dtype=self.dtype, **attention)
+
+    def connect(self) -> ServedTeacher | None:
+        """The server that is the teacher, if it is one."""
+        if not self.served:
+            return None
+        token = None if self.teacher_token_file is None else Path(self.teacher_token_file).read_text().strip()
+        return ServedTeacher(self.teacher, token=token)
 
 
 def _folder_of(teacher: str | None) -> str | None:
@@ -175,7 +190,9 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
     }
     if train.global_batch is not None:
         del how["gradient_accumulation_steps"]
-    return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in ("output", "show", "method")}, **how}
+    # a server may move
+    left_out = ("output", "show", "method", "teacher_token_file", *(["teacher"] if train.served else []))
+    return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in left_out}, **how}
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -208,7 +225,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         rows["train"] = concatenate([rows["train"], tokenize_instructions(tokenizer, found, train.max_length)])
     contents = {f"{split} rows": fingerprint_rows(found) for split, found in rows.items()}
     contents["student's content"] = model_content(train.student)
-    if train.teacher:
+    served = train.connect()
+    if served is not None:
+        contents["teacher's content"] = served.about["identity"]
+    elif train.teacher:
         index = fingerprint(read_index(Path(train.cached))) if train.cached else model_content(train.teacher)
         contents["teacher's content"] = index
     if train.valid_cached:
@@ -231,6 +251,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         if train.valid_cached is not None and "valid" in rows:
             other, rows["valid"] = opened(train.valid_cached, rows["valid"], tokenizer, train, verify=verify)
             teacher.check_head(other)
+    elif served is not None:
+        teacher = served
+        console.print(f"{teacher}")
     elif train.teacher is not None:
         teacher = train.load(train.teacher, tokenizer, seed)
     student = train.load(train.student, tokenizer, seed)

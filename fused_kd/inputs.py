@@ -319,15 +319,6 @@ def common_vocab(student: int, teacher: int | None, vocab_size: int | None) -> i
     return sizes[0]
 
 
-def check_alike(shape: torch.Size, device: torch.device, teachers: list[tuple[str, torch.Size, torch.device]]) -> None:
-    """That teachers, with their names, say something of the student's tokens, of this shape, and on its device."""
-    for name, own_shape, own_device in teachers:
-        if own_shape != shape:
-            raise ValueError(f"{name} must hold the student's tokens, shape {tuple(shape)}, got {tuple(own_shape)}")
-        if own_device != device:
-            raise ValueError(f"{name} is on {own_device}, student on {device}; they must share one device")
-
-
 def check_labels(shape: torch.Size, device: torch.device, labels: Tensor, token_weights: Tensor | None) -> None:
     """That labels and weights are of the student's tokens, of this shape."""
     if not isinstance(labels, Tensor):

@@ -9,26 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines.dispatch import COLUMNS, LISTS, TEACHERS, TOLD, TOP_K, choose_engine
-from .engines.problem import IGNORED, NO_LISTING, Listing, Problem, Side, Wanted
+from .engines.dispatch import LISTS, TOLD, choose_engine
+from .engines.problem import IGNORED, Problem, Side, Wanted
 from .inputs import (
     KDOutput,
     Lists,
     LMHead,
-    TopK,
-    check_alike,
     check_labels,
     common_vocab,
     shifted,
 )
-from .mixed_lists import without_dense
 from .mixtures import Mixture, as_teacher
 from .objectives import Objective
 from .objectives.base import parts_of, shown_value
 from .ops import KDFunction, pack
 from .options import (
     LossOptions,
-    check_map_tail,
     check_objective,
     check_tail,
     checked_option,
@@ -38,10 +34,9 @@ from .options import (
 )
 from .rows.contract import Shards
 from .sides import autocast_dtype, flat_side
+from .teachers import NO_TEACHERS, AnyTeacher, Teachers, flat_teachers, resolved
 from .terms import STATISTICS, Number, Scalars
 from .tokens import labels_weights_scale
-
-AnyTeacher = LMHead | TopK | Tensor | Mixture | Sequence[tuple[float | Tensor, LMHead | TopK | Tensor]] | None
 
 
 class KDLoss(nn.Module):
@@ -268,24 +263,12 @@ class KDLoss(nn.Module):
         side, shape, sum_hidden = flat_side("student", student, self._group)
         device = side.source.device
         check_labels(shape, device, labels, token_weights)
-        teachers = self._teachers(teacher, side, labels) if spec.needs_teacher else None
-        mixed = teachers if isinstance(teachers, Mixture) else None
-        columns = statistics_columns(wanted, teachers, spec, self.lists)
-        sides_t, of_teachers = [], []
-        for name, each in ([("teacher", teachers)] if mixed is None else mixed.named) if spec.needs_teacher else ():
-            if mixed is None:
-                self._check_teacher(each)
-            side_t, shape_t, _ = flat_side(name, each, self._group, teaches=True)
-            sides_t.append(side_t)
-            of_teachers.append((name, shape_t, side_t.source.device))
-        check_alike(shape, device, of_teachers)
-        listing = self._listing(sides_t)
-        vocab, shards = self._vocab(side, sides_t)
-        asks = [TOLD] if columns else []
-        asks += [TOP_K] if any(each.indices is not None for each in sides_t) else []
-        asks += [COLUMNS] if any(each.columns is not None for each in sides_t) else []
-        asks += [LISTS] if sides_t and listing.k else []
-        asks += [TEACHERS] if mixed is not None else []
+        teachers = self._teachers(teacher, side, labels) if spec.needs_teacher else NO_TEACHERS
+        columns = statistics_columns(wanted, teachers.given, spec, self.lists)
+        teachers.check(shape, device)
+        listing = teachers.listing(self.lists)
+        vocab, shards = self._vocab(side, teachers)
+        asks = [*([TOLD] if columns else []), *teachers.asks, *([LISTS] if listing.k else [])]
         engine, backend = choose_engine(
             self.engine, self.backend, spec, self.grad_filter_eps, device, asks=tuple(asks), sharded=shards is not None
         )
@@ -301,12 +284,10 @@ class KDLoss(nn.Module):
             signed=self.signed,
             device=device,
         )
-        grad, shares = torch.is_grad_enabled(), None
-        if mixed is not None and mixed.which is None:
-            shares = mixed.log_shares(shape, labels != IGNORED, device)
+        grad = torch.is_grad_enabled()
         problem = Problem(
             student=side,
-            teacher=sides_t[0] if sides_t else None,
+            teacher=teachers.sides[0] if teachers.sides else None,
             labels=labels,
             weights=weights,
             scale=scale,
@@ -315,12 +296,10 @@ class KDLoss(nn.Module):
             spec_code=spec.code,
             cold_labels=spec.has_cold(
                 not isinstance(self.temperature, Tensor) and self.temperature == 1.0,
-                listing.tail if listing.k or len(sides_t) != 1 else sides_t[0].tail,
+                listing.tail if listing.k else teachers.tail,
             ),
             vocab=vocab,
-            dtype=autocast_dtype(
-                device, student=side, **dict(zip((name for name, *_ in of_teachers), sides_t, strict=True))
-            ),
+            dtype=autocast_dtype(device, student=side, **dict(zip(teachers.names, teachers.sides, strict=True))),
             memory_budget=None if self.memory_budget is None else min(self.memory_budget, 2**63 - 1),
             engine=engine,
             backend=backend,
@@ -330,9 +309,7 @@ class KDLoss(nn.Module):
             sum_hidden=sum_hidden,
             statistics=columns,
             listing=listing,
-            others=tuple(sides_t[1:]),
-            shares=shares,
-            which=None if mixed is None else mixed.tokens_own(shape),
+            **teachers.mixing(shape, labels != IGNORED, device),
         )
         loss, difficulty, is_hard, told = KDFunction.apply(self.reduction == "none", *pack(problem))  # type: ignore[no-untyped-call]
         if self.reduction == "none":
@@ -340,14 +317,14 @@ class KDLoss(nn.Module):
         named = {name: told[:, STATISTICS.index(name)].reshape(shape) for name in wanted}
         return KDOutput(loss, difficulty.reshape(shape), is_hard.reshape(shape), named)
 
-    def _vocab(self, student: Side, teachers: list[Side]) -> tuple[int, Shards | None]:
+    def _vocab(self, student: Side, teachers: Teachers) -> tuple[int, Shards | None]:
         """The columns that take part, and this rank's among them."""
         columns = student.vocab
         assert columns is not None
-        for teacher in teachers if self._group is None else ():
-            if teacher.columns is not None and teacher.vocab != columns:
-                raise ValueError(f"columns must have the student's {columns} entries, got {teacher.vocab}")
-        known: list[int | None] = [teacher.vocab for teacher in teachers if teacher.vocab is not None] or [None]
+        for side in teachers.sides if self._group is None else ():
+            if side.columns is not None and side.vocab != columns:
+                raise ValueError(f"columns must have the student's {columns} entries, got {side.vocab}")
+        known: Sequence[int | None] = teachers.vocabs or [None]
         if self._group is None:
             return max(common_vocab(columns, each, self.vocab_size) for each in known), None
         from .parallel import divide
@@ -355,48 +332,16 @@ class KDLoss(nn.Module):
         shards = divide(self._group, columns, known[0], self.vocab_size)
         return shards.vocab, shards
 
-    def _teachers(self, teacher: Any, student: Side, labels: Any) -> Any:
-        """One teacher, or a mixture that has logits."""
-        teacher = as_teacher(teacher)
-        if not isinstance(teacher, Mixture):
-            return teacher
-        valid = (shifted(labels, self.ignore_index) if self.shift else labels) != self.ignore_index
-        if len(teacher.teachers) == 1:
-            teacher.log_shares(labels.shape, valid.reshape(-1), labels.device)  # says what does not fit
-            return teacher.teachers[0]
-        return self._one_list(teacher, student, valid) if self.lists is None else teacher
-
-    def _one_list(self, mixture: Mixture, student: Side, valid: Tensor) -> Mixture | TopK:
-        """A mixture that lists are all that is known of, as that list; ``valid`` are the tokens that carry loss."""
-        for _, each in mixture.named:
-            if isinstance(each, TopK) and each.tail == "bucket":  # beside others the rest of a list is not 0
-                check_tail(self._objective, each.tail, self.temperature, each.temperature)
-        vocab = student.vocab
-        assert vocab is not None
-        if self._group is not None:
-            from .parallel import divide
-
-            vocab = divide(self._group, vocab, None, self.vocab_size).vocab
-        vocab = common_vocab(vocab, None, self.vocab_size)
-        return without_dense(mixture, self.temperature, vocab, valid, self.backend, self.tp_group)
-
-    def _listing(self, teachers: list[Side]) -> Listing:
-        lists = self.lists
-        if lists is None or not teachers:
-            return NO_LISTING
-        for teacher in teachers:
-            if teacher.indices is not None or teacher.columns is not None:
-                given = "a TopK, which is one" if teacher.indices is not None else "columns"
-                raise ValueError(f"lists must be None with {given}, got {lists!r}")
-        return Listing(lists.k, lists.chosen_by == "student", lists.tail, 1.0 if lists.top_p is None else lists.top_p)
-
-    def _check_teacher(self, teacher: LMHead | TopK | Tensor | None) -> None:
-        if teacher is None:
-            raise ValueError(f"teacher must be an LMHead, logits or a TopK for {self._objective!r}, got None")
-        if isinstance(teacher, TopK):
-            check_tail(self._objective, teacher.tail, self.temperature, teacher.temperature)
-        if isinstance(teacher, LMHead) and teacher.columns is not None:
-            check_map_tail(self._objective, teacher.tail)
+    def _teachers(self, teacher: AnyTeacher, student: Side, labels: Tensor) -> Teachers:
+        given = as_teacher(teacher)
+        if isinstance(given, Mixture):
+            valid = (shifted(labels, self.ignore_index) if self.shift else labels) != self.ignore_index
+            vocab, _ = self._vocab(student, NO_TEACHERS)
+            given = resolved(
+                given, self._objective, self.temperature, vocab, valid,
+                lists=self.lists, backend=self.backend, tp_group=self.tp_group,
+            )  # fmt: skip
+        return flat_teachers(given, self._objective, self.temperature, self._group)
 
 
 def kd_loss(

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from fused_kd.serving.server import LOOPBACK, TeacherServer
-    from fused_kd.serving.wire import DTYPES
+    from fused_kd.training.hidden_codes import HIDDEN_DTYPES
     from fused_kd.training.models import load_model, load_tokenizer
 
     end = threading.Event()
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         options: dict[str, Any] = (
             {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
         )
-        model: Any = load_model(args.model, tokenizer, 0, dtype=DTYPES.get(args.dtype, "auto"), **options)
+        model: Any = load_model(args.model, tokenizer, 0, dtype=HIDDEN_DTYPES.get(args.dtype, "auto"), **options)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         server = TeacherServer(
             model.to(device), tokenizer, name=args.model, host=args.host, port=args.port, token=token,

@@ -166,6 +166,10 @@ def check_python(words: list[str]) -> None:
         from fused_kd import info
 
         assert info.main(words[2:]) == 0
+    elif words[1] == "fused_kd.serve":
+        from fused_kd import serve
+
+        serve.parse_arguments(words[2:])
     elif words[1] == "bench":
         from bench import __main__ as bench
 
@@ -205,7 +209,8 @@ def test_commands_are_understood(page, monkeypatch, capsys):
     pytest.importorskip("accelerate")
     pytest.importorskip("rich")
     monkeypatch.chdir(ROOT)
-    for name in ("cpu.run", "gpu.run", "gpu.report", "kernels.main", "end_to_end.main", "machine.main", "sums.main"):
+    patched = ("caches.run", "cpu.run", "gpu.run", "gpu.report", "kernels.main", "end_to_end.main", "machine.main")
+    for name in (*patched, "sums.main"):
         monkeypatch.setattr(f"bench.{name}", lambda *args: 0)
     for variable in ("OMP_WAIT_POLICY", "TQDM_MININTERVAL"):  # what the scripts set is taken back
         monkeypatch.setenv(variable, "")

@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_kd.integrations.bodies import without_adapters
-from fused_kd.integrations.own import AdaptersOff as AdaptersOff
-from fused_kd.integrations.own import listed
+from fused_kd.integrations.own import AdaptersOff, listed
 
 
 def is_own_base(student: Any, teacher: Any) -> bool:

@@ -22,7 +22,7 @@ def checked_prompts(batch: dict[str, Any], *, shift: bool = True, same_ids: bool
     Its ``labels`` must be so already: :func:`fused_kd.integrations.labels.without_first_targets`.
 
     Args:
-        batch: of a trainer; without ``teacher_input_ids`` it is returned as it is.
+        batch: of a trainer; without ``teacher_input_ids``, or ``labels``, it is returned as it is.
         shift: whether the models are causal, as they must be.
         same_ids: whether ``labels`` and ``teacher_labels`` are of one vocabulary, so that their tokens can be compared.
 
@@ -30,7 +30,7 @@ def checked_prompts(batch: dict[str, Any], *, shift: bool = True, same_ids: bool
         ValueError: a batch with the teacher's rows and without their labels, of another number of rows, or with other
             targets than the student's; the message names the row.
     """
-    if _IDS not in batch:
+    if _IDS not in batch or "labels" not in batch:
         return batch
     if not shift:
         raise ValueError(f"batch must not have {_IDS} for an encoder-decoder: another prompt is for causal LMs")

@@ -13,7 +13,7 @@ from fused_kd import LMHead, VocabMap, kd_loss
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.integrations.pair import AdaptersOff
+from fused_kd.integrations.own import StudentView
 from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
 
@@ -48,7 +48,7 @@ class TeacherMap:
         student: Any,
         teacher: Any,
     ) -> None:
-        if isinstance(teacher, AdaptersOff):
+        if isinstance(teacher, StudentView):
             raise ValueError("vocab_map must be None where the student is its own teacher")
         V, V_t = (rows_of(check_head_module(model).weight) for model in (student, teacher))
         if not isinstance(vocab_map, VocabMap):

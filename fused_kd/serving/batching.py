@@ -13,11 +13,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fused_kd.integrations.transformers import hidden_states
-from fused_kd.serving.wire import Rows, encode_states
+from fused_kd.serving.wire import Rows
+from fused_kd.training.hidden_codes import encode_states
 
 
 class QueueFull(Exception):
     """There are as many requests as may wait."""
+
+
+class Unsendable(ValueError):
+    """Hidden states that are not finite, or larger than their dtype on the way can hold."""
 
 
 @dataclass(eq=False)
@@ -40,6 +45,8 @@ class Job:
         self.done.wait()
         if self.error is not None:
             raise self.error
+        if len(self.parts) == 1:
+            return self.parts[0]
         return {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
 
 
@@ -125,6 +132,10 @@ class Batcher:
             self.seconds += time.perf_counter() - start
         self.batches += 1
         for (job, number, ids, wanted), part in zip(batch, made, strict=True):
+            if isinstance(part, Unsendable):
+                job.error = part
+                job.done.set()
+                continue
             job.parts[number] = part
             job.left -= 1
             self.tokens += len(ids)
@@ -133,7 +144,7 @@ class Batcher:
                 job.done.set()
 
     @torch.inference_mode()
-    def _encoded(self, batch: list[_Row]) -> list[dict[str, Tensor]]:
+    def _encoded(self, batch: list[_Row]) -> list[dict[str, Tensor] | Unsendable]:
         """The wanted states of each row as they are sent, on the CPU."""
         ids = pad_sequence([row[2].long() for row in batch], batch_first=True)
         mask = pad_sequence([torch.ones(len(row[2]), dtype=torch.int64) for row in batch], batch_first=True)
@@ -142,11 +153,19 @@ class Batcher:
         hidden = hidden_states(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
         hidden = hidden.flatten(0, 1)[wanted.to(hidden.device)]
         counts = [int(row[3].sum()) for row in batch]
-        encoded = {}
-        for dtype in {row[0].dtype for row in batch}:
-            parts = {name: value.cpu().split(counts) for name, value in encode_states(hidden, dtype).items()}
-            encoded[dtype] = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+        encoded = {dtype: _encoded_apart(hidden, counts, dtype) for dtype in {row[0].dtype for row in batch}}
         return [encoded[row[0].dtype][number] for number, row in enumerate(batch)]
+
+
+def _encoded_apart(hidden: Tensor, counts: list[int], dtype: str) -> list[dict[str, Tensor] | Unsendable]:
+    """The states of several rows as they are sent; together, and where one cannot be, each by itself."""
+    try:
+        parts = {name: value.cpu().split(counts) for name, value in encode_states(hidden, dtype).items()}
+        return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    except ValueError as error:
+        if len(counts) == 1:
+            return [Unsendable(error)]
+        return [made for part in hidden.split(counts) for made in _encoded_apart(part, [len(part)], dtype)]
 
 
 def batches_of(jobs: list[Job], batch_tokens: int) -> list[list[_Row]]:

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kd import LMHead
+from fused_kd.serving.ahead import Answers
 from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.forks import renew_in_children
+from fused_kd.serving.head_files import Head
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
-    DTYPES,
     IDENTITY,
     Rows,
     check_about,
-    decode_states,
+    read_states,
     read_tensors,
     write_rows,
 )
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts, fingerprint
 
 T = TypeVar("T")
-
-
-class Head(NamedTuple):
-    """A teacher's head, on the CPU."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
 
 
 class RemoteTeacher:
@@ -56,8 +47,12 @@ class RemoteTeacher:
     def __init__(self, ahead: int) -> None:
         check_counts(ahead=ahead)
         self.ahead = ahead
-        self._answers = _Answers(ahead)
+        self._answers = Answers(ahead)
         self._heads: dict[torch.device, Head] = {}
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +60,9 @@ class RemoteTeacher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._answers, self._lock = _Answers(self.ahead), threading.Lock()
+        self._answers = Answers(self.ahead)
+        self.renew()
+        renew_in_children(self)
 
     def states_of(self, rows: Rows) -> Tensor:
         """(wanted, H) hidden states in ``dtype``, on the CPU."""
@@ -97,11 +94,7 @@ class RemoteTeacher:
         if len(places):
             states = self._answers.take(rows.digest(), lambda: self.states_of(rows))
             hidden.index_copy_(0, places.to(device), states.to(device))
-        head = self._head_on(torch.device(device))
-        return LMHead(
-            hidden.view(*length, self.hidden_size), head.weight, head.bias, logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )  # fmt: skip
+        return self._head_on(torch.device(device)).on(hidden.view(*length, self.hidden_size))
 
     def prefetch(self, batch: Mapping[str, Any], targets: Tensor) -> None:
         """Start the request of a batch in the background; nothing in a worker of a DataLoader.
@@ -117,9 +110,7 @@ class RemoteTeacher:
     def _head_on(self, device: torch.device) -> Head:
         with self._lock:
             if device not in self._heads:
-                head = self.read_head()
-                bias = None if head.bias is None else head.bias.to(device)
-                self._heads[device] = head._replace(weight=head.weight.to(device), bias=bias)
+                self._heads[device] = self.read_head().to(device)
             return self._heads[device]
 
 
@@ -136,7 +127,7 @@ class ServedTeacher(RemoteTeacher):
             the first one, so that the server may be started later.
         timeout: seconds without a byte after which a try has failed and is repeated.
         dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "fp8" (e4m3 with a scale a token: half of
-            bf16's bytes, an error of about 3 % of a state's norm). None (default): that of the teacher's head, exactly
+            bf16's bytes, an error of some 2 % of a state's norm). None (default): that of the teacher's head, exactly
             what it computed.
         token: what the server was started with.
         ahead: answers of batches that are kept at once; requests made ahead are bounded by it.
@@ -161,12 +152,12 @@ class ServedTeacher(RemoteTeacher):
         ahead: int = 8,
     ) -> None:
         super().__init__(ahead)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))} or None, got {dtype!r}")
+        if dtype is not None and dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, HIDDEN_DTYPES))} or None, got {dtype!r}")
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         self.about = self._ask_about()
         self.sent = dtype or str(self.about["dtype"])
-        self.dtype = torch.bfloat16 if self.sent == "fp8" else DTYPES[self.sent]
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else HIDDEN_DTYPES[self.sent]
         self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
         self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
 
@@ -204,7 +195,7 @@ class ServedTeacher(RemoteTeacher):
     def _states(self, rows: Rows) -> Tensor:
         answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
         self._check_same(answer)
-        return self._read(answer, lambda body: decode_states(body, rows.count, self.hidden_size, self.sent))
+        return self._read(answer, lambda body: read_states(body, rows.count, self.hidden_size, self.sent))
 
     def read_head(self) -> Head:
         """The head as the server has it, in the dtype of the states."""
@@ -215,8 +206,8 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        bias = found["bias"].to(self.dtype) if "bias" in found else None
-        return Head(found["weight"].to(self.dtype), bias, float(self.about["logit_scale"]), self.about.get("softcap"))
+        head = Head(found["weight"], found.get("bias"), float(self.about["logit_scale"]), self.about.get("softcap"))
+        return head.to(self.dtype)
 
     def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:
@@ -244,73 +235,3 @@ class ServedTeacher(RemoteTeacher):
         raise ValueError(
             f"{self.url} serves another teacher than before: {', '.join(faults) or 'its identity differs'}"
         )
-
-
-class _Answers:
-    """Hidden states by the content of their request, a bounded number, asked for ahead or when they are needed.
-
-    Batches are used in the order in which they are collated, and may be used again within a step: an answer is kept
-    until the place is needed after it, or one that was asked for later, has been used.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, Future[Tensor]] = OrderedDict()
-        self._used: set[str] = set()
-        self._process = os.getpid()
-
-    def start(self, key: str, ask: Callable[[], Tensor]) -> None:
-        """Ask in the background, unless that is known already or there is no place."""
-        with self._lock:
-            self._enter_process()
-            if key not in self._known and self._make_room():
-                self._known[key] = future = Future[Tensor]()
-                # a daemon: a training that ends does not wait for a server that is away
-                threading.Thread(target=_fulfil, args=(future, ask), name="served-teacher", daemon=True).start()
-
-    def take(self, key: str, ask: Callable[[], Tensor]) -> Tensor:
-        """The answer; asks now where that was not done before."""
-        with self._lock:
-            self._enter_process()
-            found = self._known.get(key)
-            names = list(self._known)
-            # without it the order is another one than expected: nothing that waits may be needed any more
-            self._used |= set(names if found is None else names[: names.index(key) + 1])
-        if found is None:
-            found = Future()
-            found.set_result(ask())
-            with self._lock:
-                if key not in self._known and self._make_room():
-                    self._known[key] = found
-                    self._used.add(key)
-            return found.result()
-        try:
-            return found.result()
-        except BaseException:
-            with self._lock:
-                self._known.pop(key, None)
-                self._used.discard(key)
-            raise
-
-    def _make_room(self) -> bool:
-        while len(self._known) >= self.most:
-            oldest = next((key for key in self._known if key in self._used), None)
-            if oldest is None:
-                return False
-            del self._known[oldest]
-            self._used.discard(oldest)
-        return True
-
-    def _enter_process(self) -> None:
-        """After a fork the parent's threads are not here."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._known, self._used = OrderedDict(), set()
-
-
-def _fulfil(future: Future[Tensor], ask: Callable[[], Tensor]) -> None:
-    try:
-        future.set_result(ask())
-    except BaseException as error:
-        future.set_exception(error)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.integrations.transformers import check_head_module, check_lm_head, labels_need_shift, lm_head_of
-from fused_kd.serving.batching import Batcher, QueueFull
-from fused_kd.serving.wire import DTYPES, IDENTITY, PROTOCOL, dtype_name, read_rows
+from fused_kd.serving.batching import Batcher, QueueFull, Unsendable
+from fused_kd.serving.wire import IDENTITY, PROTOCOL, read_rows
+from fused_kd.training.fingerprints import fingerprint_teacher
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, name_of
 from fused_kd.training.stage import check_counts, fingerprint
-from fused_kd.training.teacher_cache import fingerprint_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def describe(model: Any, tokenizer: Any, name: str, most_tokens: int) -> dict[st
         "vocab_size": int(head.weight.shape[0]),
         "input_size": int(model.get_input_embeddings().weight.shape[0]),
         "tokens": 1 + max((index for _, index in tokens), default=-1),
-        "dtype": dtype_name(head.weight.dtype),
+        "dtype": name_of(head.weight.dtype),
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,
         "fingerprints": fingerprints,
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif isinstance(body, str):
                 self._error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, body)
             elif teacher.closing:
-                self._busy("the server is ending")
+                self._error(HTTPStatus.SERVICE_UNAVAILABLE, "the server is ending")
             elif path not in known:
                 self._error(HTTPStatus.NOT_FOUND, f"{self.command} {path[:80]} is unknown here")
             else:
@@ -249,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _states(self, body: bytes) -> None:
         teacher, about = self.server.teacher, self.server.teacher.about
         dtype = parse_qs(urlsplit(self.path).query).get("dtype", [about["dtype"]])[0]
-        if dtype not in DTYPES:
-            self._error(HTTPStatus.BAD_REQUEST, f"dtype must be one of {', '.join(DTYPES)}, got {dtype[:80]!r}")
+        if dtype not in HIDDEN_DTYPES:
+            self._error(HTTPStatus.BAD_REQUEST, f"dtype must be one of {', '.join(HIDDEN_DTYPES)}, got {dtype[:80]!r}")
             return
         try:
             rows = read_rows(body, **{name: about[name] for name in ("input_size", "longest", "most_tokens")})
@@ -260,10 +261,14 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             job = teacher.batcher.add(rows, dtype)
         except QueueFull:
-            self._busy(f"{teacher.batcher.waiting} requests wait already")
+            text, headers = f"{teacher.batcher.waiting} requests wait already", {"Retry-After": str(_RETRY_SECONDS)}
+            self._error(HTTPStatus.SERVICE_UNAVAILABLE, text, headers)
             return
         try:
             tensors = job.result()
+        except Unsendable as error:
+            self._error(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+            return
         except Exception as error:
             self._error(HTTPStatus.INTERNAL_SERVER_ERROR, f"the model failed: {type(error).__name__}: {error}")
             return
@@ -271,9 +276,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tensors(self, tensors: dict[str, Tensor]) -> None:
         self._send(HTTPStatus.OK, save(tensors), "application/octet-stream")
-
-    def _busy(self, why: str) -> None:
-        self._error(HTTPStatus.SERVICE_UNAVAILABLE, why, {"Retry-After": str(_RETRY_SECONDS)})
 
     def _error(self, status: HTTPStatus, text: str, headers: Mapping[str, str] | None = None) -> None:
         self._json(status, {"error": text[:2000]}, headers)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fused_kd import top_k_of
 from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.transformers import check_lm_head
 from fused_kd.integrations.weights import rows_of
-from fused_kd.training.codes import DTYPES, encode, id_dtype, mass
+from fused_kd.training.codes import DTYPES, ids_are_packed
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
 from fused_kd.training.hidden_cache import hidden_writer, projection_like
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
+from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.shards import KEPT, MakeShard, offsets_of, write_shards
+from fused_kd.training.shards import KEPT, write_shards
 from fused_kd.training.stage import check_counts, fingerprint_file
-from fused_kd.training.teacher_cache import AnyRows, TeacherCache, repetition
+from fused_kd.training.teacher_cache import AnyRows, TeacherCache
 from fused_kd.training.teacher_cache import CachedRows as CachedRows
 from fused_kd.training.teacher_runs import Runs, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# The lists of rows [start, stop), in any order: (row, log-probabilities (n, k) float32, ids (n, k)), and behind them,
-# where it is known, what all others hold, as log-probabilities (n,) float32.
-Source = Callable[[int, int], Iterator[tuple[Any, ...]]]
 
 
 def write_cache(
@@ -45,14 +41,16 @@ def write_cache(
     dtype: str | None = None,
     project: int | None = None,
     like: str | Path | None = None,
+    draws: int | None = None,
+    seed: int = 0,
     shard_rows: int | None = None,
     batch_size: int = 16,
     memory: int = 256 << 20,
     sample: int = 1 << 16,
     progress: bool = True,
 ) -> TeacherCache:
-    """A teacher's say on every token of ``rows`` that carries loss: its k largest log-probabilities, or its last hidden
-    state and, once, its head.
+    """A teacher's say on every token of ``rows`` that carries loss: its k largest log-probabilities, a few that are
+    drawn, or its last hidden state and, once, its head.
 
     Log-probabilities are ``log_softmax`` in fp32 over the tokenizer's vocabulary; a padded head is cut to it. Hidden
     states come with the whole head, as the teacher has it: what is cut is the loss's affair. The same call goes on
@@ -65,18 +63,22 @@ def write_cache(
         tokenizer: the one that made ``rows``.
         rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``.
         template: that of the rows' prompts; bound to the cache, not used otherwise.
-        k: entries a token, at most the vocabulary's size; None with ``keep="hidden"``.
-        keep: "lists" (default) or "hidden".
-        dtype: of lists "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of hidden states "bf16"
-            (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head stays in the
-            teacher's dtype.
+        k: entries a token, at most the vocabulary's size; with ``keep="sampled"`` may be 0, as which None counts; None
+            with ``keep="hidden"``.
+        keep: "lists" (default), "hidden", or "sampled": lists of :func:`fused_kd.sample_of`, for losses whose gradient
+            is linear in the teacher's probabilities.
+        dtype: of lists, drawn ones too, "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of
+            hidden states "bf16" (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head
+            stays in the teacher's dtype.
         project: keep r numbers of a hidden state: those from which an affine map gives the best logits, see
             :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.
         like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
             one head: for the validation rows of a training. In place of ``project``.
+        draws: with ``keep="sampled"``, how many of a token; default 12. They depend on ``seed``, default 0, on the
+            row's number, and on the teacher.
         shard_rows: rows a shard, which are in memory together: what a kill loses at most, and rows of similar length
-            are found among them. None (default): 1024 for lists, 128 for hidden states.
+            are found among them. None (default): 1024, of hidden states 128.
         batch_size: rows the teacher runs at once.
         memory: bytes for logits; they are made for a chunk of tokens at a time. Default 256 MiB.
         sample: with ``project``, about how many tokens of evenly spread rows the directions are found from; default
@@ -94,9 +96,9 @@ def write_cache(
     vocab_size = len(tokenizer)
     if keep not in KEPT:
         raise ValueError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {keep!r}")
-    dtypes = DTYPES if keep == "lists" else tuple(HIDDEN_DTYPES)
+    dtypes = tuple(HIDDEN_DTYPES) if keep == "hidden" else DTYPES
     dtype = dtypes[0] if dtype is None else dtype
-    shard_rows = (1024 if keep == "lists" else 128) if shard_rows is None else shard_rows
+    shard_rows = (128 if keep == "hidden" else 1024) if shard_rows is None else shard_rows
     check_counts(batch_size=batch_size, memory=memory, sample=sample, shard_rows=shard_rows)
     size = rows_of(check_head_module(teacher).weight)
     if size < vocab_size:
@@ -104,29 +106,29 @@ def write_cache(
     _check_form(rows, dtype, dtypes)
     data: Any = rows
     settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
-    if keep == "lists":
-        for name, value in (("project", project), ("like", like)):
-            if value is not None:
-                raise ValueError(f"{name} must be None with keep='lists', got {value!r}")
-        _check_k(k, vocab_size)
-        settings |= {"k": k, "rest": True}
-    else:
-        if k is not None:
-            raise ValueError(f"k must be None with keep='hidden', got {k!r}")
+    _check_none(keep, k=k, project=project, like=like, draws=draws)
+    if keep == "hidden":
         if project is not None and like is not None:
             raise ValueError(f"project must be None with like, got {project!r}")
         if project is not None:
             check_counts(project=project)
         settings |= {"project": project, "like": None}
+    elif keep == "lists":
+        settings |= {**_list_settings(k, vocab_size), "rest": True}
+    else:
+        settings |= _draw_settings(k or 0, 12 if draws is None else draws, seed, vocab_size)
     fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
     if like is not None:
         settings |= projection_like(Path(like), fingerprints)
     check_lm_head(teacher)
     runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
-    if keep == "lists":
-        begin = _list_writer(_teacher_lists(runs, int(str(k)), vocab_size, memory), data)
-    else:
+    if keep == "hidden":
         begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
+    elif keep == "lists":
+        begin = list_writer(teacher_lists(runs, settings["k"], vocab_size, memory), data)
+    else:
+        source = teacher_draws(runs, settings["k"], settings["draws"], seed, vocab_size, memory)
+        begin = list_writer(source, data)
     about = {
         "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
         "revision": getattr(teacher.config, "_commit_hash", None),
@@ -211,21 +213,39 @@ def write_lists(
     vocab_size = len(tokenizer)
     data: Any = rows
     check_counts(shard_rows=shard_rows)
-    _check_k(k, vocab_size)
+    lists = _list_settings(k, vocab_size)
     _check_form(rows, dtype, DTYPES)
-    settings = {"keep": "lists", "vocab_size": vocab_size, "dtype": dtype, "k": k, "rest": with_rest}
+    settings = {"keep": "lists", "vocab_size": vocab_size, "dtype": dtype, **lists, "rest": with_rest}
     fingerprints = {**fingerprints_of(tokenizer, rows, template), **made_from}
     write_shards(
-        folder, len(data), settings, fingerprints, about, _list_writer(source, data), shard_rows=shard_rows,
+        folder, len(data), settings, fingerprints, about, list_writer(source, data), shard_rows=shard_rows,
         progress=progress,
     )  # fmt: skip
     return TeacherCache(folder, verify=False)
 
 
-def _check_k(k: Any, vocab_size: int) -> None:
+def _check_none(keep: str, **others: Any) -> None:
+    """That none is given that ``keep`` has no use for."""
+    used = {"lists": ("k",), "hidden": ("project", "like"), "sampled": ("k", "draws")}[keep]
+    for name, value in others.items():
+        if value is not None and name not in used:
+            raise ValueError(f"{name} must be None with keep={keep!r}, got {value!r}")
+
+
+def _list_settings(k: Any, vocab_size: int) -> dict[str, Any]:
     check_counts(k=k)
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
+    return {"k": k, "packed": ids_are_packed(k, vocab_size)}
+
+
+def _draw_settings(k: Any, draws: Any, seed: Any, vocab_size: int) -> dict[str, Any]:
+    check_counts(draws=draws)
+    if type(seed) is not int:
+        raise ValueError(f"seed must be an int, got {seed!r}")
+    if k != 0:
+        _list_settings(k, vocab_size)
+    return {"k": k, "draws": draws, "seed": seed, "packed": ids_are_packed(k + draws, vocab_size)}
 
 
 def _check_form(rows: Any, dtype: Any, dtypes: tuple[str, ...]) -> None:
@@ -237,60 +257,3 @@ def _check_form(rows: Any, dtype: Any, dtypes: tuple[str, ...]) -> None:
 
 def _runs_of(teacher: Any, data: Any, pad: int, batch_size: int) -> Runs:
     return lambda numbers: teacher_runs(teacher, data, numbers, pad, batch_size)
-
-
-def _list_writer(source: Source, data: Any) -> Callable[[Path, dict[str, Any]], MakeShard]:
-    def begin(_: Path, index: dict[str, Any]) -> MakeShard:
-        return lambda start, stop, bar: _lists_shard(source, data, index, start, stop, bar)
-
-    return begin
-
-
-def _lists_shard(
-    source: Source, data: Any, index: Mapping[str, Any], start: int, stop: int, bar: Any
-) -> tuple[bytes, dict[str, Any]]:
-    from safetensors.numpy import save
-
-    k, vocab_size = index["k"], index["vocab_size"]
-    offsets = offsets_of(data, start, stop)
-    log_probs = np.full((offsets[-1], k), np.nan, dtype=np.float32)  # a row that does not come is an error
-    indices = np.zeros((offsets[-1], k), dtype=id_dtype(vocab_size))
-    rest = np.full(offsets[-1], np.nan, dtype=np.float32)
-    for row, values, ids, *others in source(start, stop):
-        tokens = slice(offsets[row - start], offsets[row - start + 1])
-        listed = values > -np.inf
-        if (listed & ((ids < 0) | (ids >= vocab_size))).any():
-            raise ValueError(f"row {row}: ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
-        if fault := repetition(listed, ids):
-            raise ValueError(f"row {row}: {fault}")
-        log_probs[tokens], indices[tokens] = values, np.where(listed, ids, 0)
-        if others:
-            rest[tokens] = np.minimum(others[0], 0)
-        bar.update()
-    total = np.minimum(mass(log_probs), 1)  # by rounding it can be a little more
-    try:
-        arrays = encode(log_probs, index["dtype"])
-    except ValueError as error:
-        raise ValueError(f"rows {start} to {stop - 1}: {error}") from error
-    if index["rest"]:
-        if np.isnan(rest).any():
-            raise ValueError(f"rows {start} to {stop - 1}: the source must give what is not listed, at most 0")
-        arrays["log_rest"] = rest
-    content = save({"offsets": offsets, "indices": indices, **arrays})
-    return content, {
-        "tokens": int(offsets[-1]),
-        "mass_sum": float(total.sum()),
-        "mass_min": float(total.min(initial=1.0)),
-    }
-
-
-def _teacher_lists(runs: Runs, k: int, vocab_size: int, memory: int) -> Source:
-    def lists(start: int, stop: int) -> Iterator[tuple[Any, ...]]:
-        for run in runs(range(start, stop)):
-            found = top_k_of(run.head, k, vocab_size=vocab_size, memory_budget=memory)
-            assert found.log_rest is not None
-            parts = (part.cpu().split(run.targets) for part in (found.log_probs, found.indices, found.log_rest))
-            for row, *values in zip(run.rows, *parts, strict=True):
-                yield row, *(value.numpy() for value in values)
-
-    return lists

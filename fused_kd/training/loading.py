@@ -30,7 +30,7 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     try:
         if not loader.__name__.startswith("AutoModel"):
             return loader.from_pretrained(name, trust_remote_code=False, **options)
-        return _whole_model(loader, name, config=_safe_config(name, options), **options)
+        return _whole_model(loader, name, config=safe_config(name, options), **options)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
@@ -85,7 +85,7 @@ def _whole_model(loader: Any, name: str, **options: Any) -> Any:
     return model
 
 
-def _safe_config(name: str, options: dict[str, Any]) -> Any:
+def safe_config(name: str, options: dict[str, Any]) -> Any:
     """The configuration that the loader would make, with the caller's options; that of an adapter's base."""
     from transformers import AutoConfig
     from transformers.utils.import_utils import is_peft_available

@@ -5,11 +5,13 @@
 tokens ``offsets[r]:offsets[r + 1]``, one for each position whose *next* label is valid, in order. Beside them a cache
 of lists has
 
-- ``indices`` (tokens, k) uint16 for vocabularies of at most 65536, else int32;
+- ``packed_ids`` (tokens, bytes) uint8, or where that is not smaller ``indices`` (tokens, k) uint16 for vocabularies of
+  at most 65536, else int32: see :mod:`fused_kd.training.codes`;
 - ``log_probs`` (tokens, k) fp16 or fp32, or ``codes``, ``top`` and ``span``: see :mod:`fused_kd.training.codes`;
 - ``log_rest`` (tokens,) fp32, the log-probability of all that is not listed, where it is known;
 
-and one of hidden states
+one of drawn lists k + n ids and, with k > 0, k log-probabilities: see :mod:`fused_kd.training.drawn_codes`; and one of
+hidden states
 
 - ``hidden`` (tokens, width), with "fp8" also ``scale`` (tokens,): see :mod:`fused_kd.training.hidden_codes`.
 """
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.training.codes import DTYPES, EXCESS, id_dtype
+from fused_kd.training.codes import DTYPES, EXCESS, id_dtype, packed_bytes
 from fused_kd.training.hidden_codes import STORED_AS
 from fused_kd.training.stage import (
     check_counts,
@@ -38,17 +40,17 @@ from fused_kd.training.stage import (
 )
 
 FORMAT = "fused_kd teacher cache 2"
-OLD_FORMAT = "fused_kd teacher cache 1"  # of lists, without log_rest
+OLD_FORMAT = "fused_kd teacher cache 1"  # of lists, without log_rest, ids not packed
 INDEX = "index.json"
 HEAD, PROJECTION = "head.safetensors", "projection.safetensors"
-KEPT = ("lists", "hidden")
+KEPT = ("lists", "hidden", "sampled")
 _LIST_ARRAYS = {
     "fp16": {"log_probs": "F16"},
     "fp32": {"log_probs": "F32"},
     "8bit": {"codes": "U8", "top": "F32", "span": "F32"},
 }
 _IDS = {"uint16": "U16", "int32": "I32"}
-_A_NUMBER_EACH = ("top", "span", "log_rest", "scale")
+_A_NUMBER_EACH = ("top", "span")
 
 # The shard of rows [start, stop): its bytes, and what its entry in the index has beside rows and file.
 MakeShard = Callable[[int, int, Any], tuple[bytes, dict[str, Any]]]
@@ -102,7 +104,7 @@ def write_shards(
         index = known or {
             "format": FORMAT, **settings, "fingerprints": dict(fingerprints), "about": dict(about), "shards": [],
         }  # fmt: skip
-        compared = [name for name in settings if name != "rest" or index["format"] == FORMAT]
+        compared = [name for name in settings if name not in ("rest", "packed") or index["format"] == FORMAT]
         theirs = {**{name: index.get(name) for name in compared}, **index["fingerprints"]}
         check_same(folder, theirs, {**{name: settings[name] for name in compared}, **fingerprints})
         make = begin(folder, index)
@@ -138,7 +140,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         if index.get("format") not in (FORMAT, OLD_FORMAT):
             raise ValueError(f"expected the format {FORMAT!r}, got {str(index.get('format'))[:80]!r}")
         if index["format"] == OLD_FORMAT:
-            index |= {"keep": "lists", "rest": False}
+            index |= {"keep": "lists", "rest": False, "packed": False}
         _check_index(index)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -152,14 +154,10 @@ def _check_index(index: dict[str, Any]) -> None:
     if index["keep"] not in KEPT:
         raise ValueError(f"keep must be one of {KEPT}, got {str(index['keep'])[:80]}")
     lists = index["keep"] == "lists"
-    if lists:
-        check_counts(k=index["k"])
-        if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES or not isinstance(index["rest"], bool):
-            raise ValueError(
-                f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}"
-            )
-    else:
+    if index["keep"] == "hidden":
         _check_hidden(index)
+    else:
+        _check_lists(index)
     if not isinstance(index["about"], dict) or not isinstance(index["fingerprints"], dict):
         raise ValueError("about and fingerprints must be objects")
     for shard in index["shards"]:
@@ -171,6 +169,18 @@ def _check_index(index: dict[str, Any]) -> None:
             sound = sound and 0 <= shard["mass_sum"] <= shard["tokens"] * (1 + EXCESS)
         if shard["file"] != shard_name(number) or shard["rows"] != rows or not sound:
             raise ValueError(f"no shard can be {str(shard)[:200]}")
+
+
+def _check_lists(index: dict[str, Any]) -> None:
+    if index["keep"] == "lists":
+        check_counts(k=index["k"])
+    else:
+        check_counts(draws=index["draws"], k=index["k"] + 1)
+    if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES:
+        raise ValueError(f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}")
+    flags = ("rest", "packed") if index["keep"] == "lists" else ("packed",)
+    if not all(isinstance(index[name], bool) for name in flags):
+        raise ValueError(f"{' and '.join(flags)} must be true or false")
 
 
 def _check_hidden(index: dict[str, Any]) -> None:
@@ -235,19 +245,10 @@ def layout_fault(path: Path, wanted: Mapping[str, tuple[str, list[int]]]) -> str
 def _shard_layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str, Any]) -> str | None:
     from safetensors import safe_open
 
-    rows, tokens = shard["rows"], shard["tokens"]
-    if index["keep"] == "lists":
-        width = index["k"]
-        arrays = {"indices": _IDS[id_dtype(index["vocab_size"]).name], **_LIST_ARRAYS[index["dtype"]]}
-        if index["rest"]:
-            arrays["log_rest"] = "F32"
-    else:
-        width, arrays = index["width"], {"hidden": STORED_AS[index["dtype"]]}
-        if index["dtype"] == "fp8":
-            arrays["scale"] = "F32"
-    wanted = {"offsets": ("I64", [rows + 1])}
-    for name, dtype in arrays.items():
-        wanted[name] = (dtype, [tokens] if name in _A_NUMBER_EACH else [tokens, width])
+    tokens = shard["tokens"]
+    wanted = {"offsets": ("I64", [shard["rows"] + 1])}
+    for name, (dtype, width) in _arrays_of(index).items():
+        wanted[name] = (dtype, [tokens] if width is None else [tokens, width])
     if fault := layout_fault(path, wanted):
         return fault
     with safe_open(path, framework="numpy") as file:
@@ -255,3 +256,21 @@ def _shard_layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str
     if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
         return f"has offsets that do not rise from 0 to its {tokens} tokens"
     return None
+
+
+def _arrays_of(index: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Name to dtype and numbers a token (None: one, without a dimension) of a shard's arrays."""
+    if index["keep"] == "hidden":
+        states: tuple[str, int | None] = (STORED_AS[index["dtype"]], index["width"])
+        return {"hidden": states, "scale": ("F32", None)} if index["dtype"] == "fp8" else {"hidden": states}
+    k, vocab_size = index["k"], index["vocab_size"]
+    width = k + index.get("draws", 0)
+    found: dict[str, tuple[str, int | None]] = {}
+    if index["packed"]:
+        found["packed_ids"] = ("U8", packed_bytes(width, vocab_size))
+    else:
+        found["indices"] = (_IDS[id_dtype(vocab_size).name], width)
+    if k:
+        found |= {name: (dtype, None if name in _A_NUMBER_EACH else k)
+                  for name, dtype in _LIST_ARRAYS[index["dtype"]].items()}  # fmt: skip
+    return {**found, "log_rest": ("F32", None)} if index.get("rest") else found

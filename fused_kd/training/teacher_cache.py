@@ -16,11 +16,11 @@ from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
 from fused_kd.training.cached_rows import AnyRows as AnyRows
 from fused_kd.training.cached_rows import CachedRows as CachedRows
-from fused_kd.training.codes import EXCESS, decode, mass
 from fused_kd.training.fingerprints import PARTS, fingerprints_of
 from fused_kd.training.fingerprints import fingerprint_rows as fingerprint_rows
 from fused_kd.training.fingerprints import fingerprint_teacher as fingerprint_teacher
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states
+from fused_kd.training.list_cache import no_lists, read_lists
 from fused_kd.training.prompts import PromptTemplate
 from fused_kd.training.shards import HEAD, INDEX, head_fault, shard_fault, shard_name
 from fused_kd.training.shards import read_index as read_index
@@ -41,7 +41,7 @@ class TeacherCache:
     Args:
         folder: where it lies.
         tail: of lists, what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; None
-            (default): "bucket". A cache of hidden states has none.
+            (default): "bucket". Drawn lists have "renormalize", hidden states none.
         name: begins the names of the batches' columns, default "teacher": ``teacher_log_probs``,
             ``teacher_indices`` and ``teacher_log_rest``, or ``teacher_hidden``. Two caches that teach together need two
             names.
@@ -49,8 +49,10 @@ class TeacherCache:
             been verified shortly before.
 
     Attributes:
-        keep: "lists" or "hidden". dtype: "fp16", "8bit" or "fp32"; of hidden states "bf16", "fp8", "fp16" or "fp32".
-        k: entries a token; None without lists. width: numbers a hidden state; None without.
+        keep: "lists", "sampled" or "hidden". dtype: "fp16", "8bit" or "fp32"; of hidden states "bf16", "fp8", "fp16" or
+            "fp32".
+        k: entries a token with their own log-probabilities, of drawn lists 0 or more; None without lists. draws: of a
+            token, beside these; None where there are none. width: numbers a hidden state; None without.
         vocab_size: tokens of the vocabulary that the probabilities are over; of hidden states the rows of the head.
         tokens: those with entries. bytes_per_token: of the shards.
         mass_mean, mass_min: of lists, the probability that the entries of a token have together; else None.
@@ -61,7 +63,7 @@ class TeacherCache:
 
     Raises:
         ValueError: no cache there, an unfinished one, an index that says what cannot be, a shard or head that is
-            missing, truncated, corrupted or of another form (by name), an unknown tail, a tail of hidden states.
+            missing, truncated, corrupted or of another form (by name), an unknown tail, or one that does not fit.
     """
 
     def __init__(
@@ -78,7 +80,11 @@ class TeacherCache:
         self.keep: str = index["keep"]
         if self.keep == "hidden" and tail is not None:
             raise ValueError(f"tail must be None for the cache in {folder}, which is of hidden states, got {tail!r}")
-        self.tail: str | None = (tail or "bucket") if self.keep == "lists" else None
+        if self.keep == "sampled" and tail not in (None, "renormalize"):
+            raise ValueError(
+                f"tail must be 'renormalize' for the cache in {folder}, whose lists are drawn, got {tail!r}"
+            )
+        self.tail: str | None = tail or {"lists": "bucket", "hidden": None, "sampled": "renormalize"}[self.keep]
         self._index, self._shards = index, index["shards"]
         self.dtype: str = index["dtype"]
         self.fingerprints: dict[str, str | None] = index["fingerprints"]
@@ -90,15 +96,14 @@ class TeacherCache:
         self.k: int | None = index.get("k")
         self.width: int | None = index.get("width")
         self.error: dict[str, float] | None = index.get("error")
+        self.draws: int | None = index.get("draws")
         self.mass_mean: float | None = None
         self.mass_min: float | None = None
+        self.vocab_size: int = index["head"]["rows"] if self.keep == "hidden" else index["vocab_size"]
         if self.keep == "lists":
-            self.vocab_size: int = index["vocab_size"]
             self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
             self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
-            kinds = ("log_probs", "indices", *(("log_rest",) if index["rest"] else ()))
-        else:
-            self.vocab_size, kinds = index["head"]["rows"], ("hidden",)
+        kinds = ("hidden",) if self.keep == "hidden" else tuple(no_lists(index))
         self.columns: tuple[str, ...] = tuple(f"{name}_{kind}" for kind in kinds)
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
         self._heads: dict[torch.device, dict[str, Tensor]] = {}
@@ -130,10 +135,10 @@ class TeacherCache:
         """What one row has, for its n positions with a valid next label.
 
         Of lists a pair: log-probabilities (n, k) float32 and ids (n, k) int64, in the order they were written; entries
-        left out are -inf; of a teacher, and of vLLM, the largest come first. Of hidden states (n, width) bfloat16,
-        float16 or float32. Raises ``ValueError`` for what no writer writes: an id outside the vocabulary or twice in a
-        list, a log-probability above 0 or NaN, a list without entries or of a probability above 1, a state that is not
-        finite.
+        left out are -inf; of a teacher, and of vLLM, the largest come first. Of drawn lists the same with k + draws
+        entries, as of :func:`fused_kd.sample_of`. Of hidden states (n, width) bfloat16, float16 or float32. Raises
+        ``ValueError`` for what no writer writes: an id outside the vocabulary or twice in a list, a log-probability
+        above 0 or NaN, a list without entries or of a probability above 1, a state that is not finite.
         """
         found = self.row(index)
         return found["hidden"] if self.keep == "hidden" else (found["log_probs"], found["indices"])
@@ -147,7 +152,7 @@ class TeacherCache:
         if shard not in self._open:
             from safetensors import safe_open
 
-            framework = "numpy" if self.keep == "lists" else "pt"
+            framework = "pt" if self.keep == "hidden" else "numpy"
             handle = safe_open(self.folder / self._shards[shard]["file"], framework=framework)
             self._open[shard] = handle, np.asarray(handle.get_tensor("offsets"))
         handle, offsets = self._open[shard]
@@ -156,7 +161,7 @@ class TeacherCache:
             return self._nothing()
         names = [name for name in handle.keys() if name != "offsets"]  # noqa: SIM118
         arrays = {name: handle.get_slice(name)[tokens] for name in names}
-        found, fault = self._lists(arrays) if self.keep == "lists" else self._states(arrays)
+        found, fault = self._states(arrays) if self.keep == "hidden" else read_lists(arrays, self._index)
         if fault:
             place = f"{self.folder}, row {row} of {self._shards[shard]['file']}"
             raise ValueError(f"row {index} of the teacher cache in {place}: {fault}")
@@ -164,21 +169,10 @@ class TeacherCache:
 
     def _nothing(self) -> dict[str, Tensor]:
         """Of a row without targets."""
-        if self.width is not None:
-            dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
-            return {"hidden": torch.empty(0, self.width, dtype=dtype)}
-        k = self.k or 0
-        found = {"log_probs": torch.empty(0, k), "indices": torch.empty(0, k, dtype=torch.int64)}
-        return {**found, "log_rest": torch.empty(0)} if self._index["rest"] else found
-
-    def _lists(self, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], str | None]:
-        values = {"log_probs": decode(arrays), "indices": arrays["indices"].astype(np.int64)}
-        fault = _fault_of(values["log_probs"], values["indices"], self.vocab_size)
-        if "log_rest" in arrays:
-            values["log_rest"] = arrays["log_rest"]
-            if not (arrays["log_rest"] <= 0).all():
-                fault = fault or f"expected log_rest of at most 0, got {arrays['log_rest'].max()}"
-        return {name: torch.from_numpy(value) for name, value in values.items()}, fault
+        if self.width is None:
+            return no_lists(self._index)
+        dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
+        return {"hidden": torch.empty(0, self.width, dtype=dtype)}
 
     def _states(self, arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
         hidden = decode_states(arrays)
@@ -229,7 +223,8 @@ class TeacherCache:
         return {**self.__dict__, "_open": {}, "_heads": {}}  # a worker process maps the files itself
 
     def __repr__(self) -> str:
-        what = f"k={self.k}, {self.dtype}, vocab_size={self.vocab_size}, tail={self.tail!r}"
+        entries = f"k={self.k}" if self.draws is None else f"k={self.k} and {self.draws} draws"
+        what = f"{entries}, {self.dtype}, vocab_size={self.vocab_size}, tail={self.tail!r}"
         if self.keep == "hidden":
             projected = self._index["project"] is not None
             width = f"{self.width} of {self._index['from_width']}" if projected else f"{self.width}"
@@ -312,23 +307,3 @@ class TeacherCache:
                 faults.append(f"{part} ({PARTS[part]}: {known[:12]} in the cache, {str(value)[:12]} here)")
         if faults:
             raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
-
-
-def _fault_of(log_probs: np.ndarray, ids: np.ndarray, vocab_size: int) -> str | None:
-    """Why these can be no lists of a teacher, or None."""
-    if not ((ids >= 0) & (ids < vocab_size)).all() or not (log_probs <= 0).all():
-        return (
-            f"expected ids below {vocab_size} and log-probabilities of at most 0, got {ids.min()} to {ids.max()} and "
-            f"{log_probs.max()}"
-        )
-    total = mass(log_probs)
-    if not ((total > 0) & (total <= 1 + EXCESS)).all():
-        return f"expected probabilities that add up to more than 0 and at most 1, got {total.min()} to {total.max()}"
-    return repetition(log_probs > -np.inf, ids)
-
-
-def repetition(listed: np.ndarray, ids: np.ndarray) -> str | None:
-    """Which of the ids (n, k) that are ``listed`` is one token's twice, for a message; or None."""
-    given = np.sort(np.where(listed, ids, -1 - np.arange(ids.shape[1])), axis=1)  # left out: each another one
-    twice = given[:, 1:][given[:, 1:] == given[:, :-1]]
-    return f"expected the ids of a token once each, got {twice[0]} twice" if len(twice) else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 import fused_kd as fk
 from fused_kd.integrations.arguments import as_objective
@@ -26,6 +27,7 @@ from fused_kd.terms import RANK
 from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.metrics import RunningMetrics
 
+logger = logging.get_logger(__name__)
 DEFAULT_GAMMA = 0.4
 HARD_LIMIT = 0.8
 
@@ -153,7 +155,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, vocab_map=vocab_map, tail=tail,
             statistics=told, **trainer_args,
         )  # fmt: skip
-        self._warned_hard = False
+        self._warned_hard = self._told_bucket = False
         self.add_callback(RunningMetrics(told))
 
     @property
@@ -206,8 +208,19 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             if self.beta_schedule is not None:
                 logs["beta"] = annealed_part(self.current_objective()).beta
         super().log(logs, start_time)
+        if not self._told_bucket and self._has_bucket:
+            self._told_bucket = True
+            logger.warning(
+                "loss is over lists and one bucket for all other tokens: it is lower than with the whole teacher, how "
+                "much depends on the lists; compare it with runs on lists of the same k alone"
+            )
         if "loss" in logs and not self._warned_hard:
             self._warn_if_starved()
+
+    @property
+    def _has_bucket(self) -> bool:
+        lists = [self.kd_options["lists"] if self.teaching else None, *self.given_teachers]
+        return any(getattr(each, "tail", None) == "bucket" for each in lists)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         if self.accelerator.num_processes > 1 and has_rows(dataset):

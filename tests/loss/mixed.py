@@ -57,7 +57,9 @@ def teacher_of(kind: str, p: Problem, seed: int = 0) -> Any:
     return list_of(normal(*tokens, V, std=2.5), int(count or 9), tail, seed=seed)
 
 
-def list_of(logits: Tensor, K: int, tail: str, *, temperature: float = 1.0, seed: int = 0, rest: bool = True) -> fk.TopK:
+def list_of(
+    logits: Tensor, K: int, tail: str, *, temperature: float = 1.0, seed: int = 0, rest: bool = True
+) -> fk.TopK:
     """The K largest in no order, every third list an entry shorter."""
     log_p = (logits.double() / temperature).log_softmax(-1)
     values, ids = log_p.topk(K)
@@ -69,7 +71,7 @@ def list_of(logits: Tensor, K: int, tail: str, *, temperature: float = 1.0, seed
     log_rest = None
     if rest:
         held = flat_values.exp().sum(1).reshape(values.shape[:-1])
-        log_rest = torch.log1p(-held).float()
+        log_rest = (1.0 - held).clamp(min=0.0).log().float()
     return fk.TopK(values.float(), ids, tail, temperature=temperature, log_rest=log_rest)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fused_kd.serving.rows import rows_of
-from fused_kd.serving.wire import Rows, decode_states, encode_states, read_rows, save, write_rows
+from fused_kd.serving.wire import Rows, read_rows, read_states, save, write_rows
+from fused_kd.training.hidden_codes import encode_states
 
 LIMITS = {"input_size": 50, "longest": 8, "most_tokens": 20}
 
@@ -120,7 +121,7 @@ def test_states_go_there_and_back(dtype, error):
     states = torch.randn(40, 64) * torch.logspace(-4, 4, 40)[:, None] + (torch.arange(64) == 3) * 100
     states[7] = 0
     states = states.clamp(-6e4, 6e4)
-    found = decode_states(save(encode_states(states, dtype)), 40, 64, dtype).float()
+    found = read_states(save(encode_states(states, dtype)), 40, 64, dtype).float()
     assert float(((found - states).norm(dim=1) / states.norm(dim=1).clamp_min(1e-9)).max()) <= error
     size = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}[dtype]
     assert sum(value.nbytes for value in encode_states(states, dtype).values()) == 40 * (64 * size + 4 * (size == 1))
@@ -128,14 +129,17 @@ def test_states_go_there_and_back(dtype, error):
 
 def test_an_answer_that_cannot_be():
     states = torch.randn(3, 4)
+
+    def with_fifth(value: float) -> torch.Tensor:
+        return torch.where(torch.arange(12).view(3, 4) == 5, value, states)
+
     for tensors, message in (
         ({"hidden": states.half()}, "must have the tensors"),
         ({"hidden": states[:2]}, "must have the tensors"),
         ({"hidden": states, "more": states.clone()}, "must have the tensors"),
-        (
-            {"hidden": states.index_fill(0, torch.tensor([1]), float("nan"))},
-            "got 1 of 3 tokens that are not, the first at 1",
-        ),
+        ({"hidden": with_fifth(float("nan"))}, "got 1 of 3 tokens that are not, the first at 1"),
+        ({"hidden": with_fifth(float("inf"))}, "the first at 1"),
+        ({"hidden": with_fifth(-float("inf"))}, "the first at 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            decode_states(save({k: v.contiguous() for k, v in tensors.items()}), 3, 4, "fp32")
+            read_states(save({k: v.contiguous() for k, v in tensors.items()}), 3, 4, "fp32")

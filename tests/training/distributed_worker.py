@@ -185,6 +185,13 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
     if "own" in case:
         teacher = OwnTeacher(**case["own"])
     evaluated = with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9)
+    if case.get("several") == "mixture":
+        teacher = [(0.6, teacher), (0.4, tiny(32, seed=3))]
+    elif case.get("several"):
+        teacher = [teacher, tiny(32, seed=3)]
+        data, evaluated = (
+            [{**row, "teacher_id": i // 2 % 2} for i, row in enumerate(each)] for each in (data, evaluated)
+        )
     if case.get("context"):
         data, evaluated = (list(with_context(each, None, case["context"])) for each in (data, evaluated))
     snapshots = Snapshots(engine)

@@ -86,16 +86,19 @@ def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:
     assert min(cache.row(i)["log_rest"].min() for i in range(2)) < -10
 
 
-def test_the_old_format_is_read_and_gone_on_with(tmp_path: Path) -> None:
-    """Lists without what they leave out; the folder stays as it began."""
+def test_the_old_format_is_read_and_gone_on_with(tmp_path: Path, monkeypatch) -> None:
+    """Lists without what they leave out, ids as integers; the folder stays as it began."""
     expected = write(tmp_path / "new", dtype="fp32")
     folder = tmp_path / "old"
     source = lambda start, stop: ((i, *(x.numpy() for x in expected[i])) for i in range(start, stop))  # noqa: E731
     options = {"k": 5, "template": "tiny", "dtype": "fp32", "shard_rows": 4, "progress": False}
     made = {name: expected.fingerprints[name] for name in ("teacher_config", "teacher_weights")}
-    write_lists(folder, source, Words(), rows(), made_from=made, about=expected.about, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_kd.training.cache.ids_are_packed", lambda *_: False)
+        write_lists(folder, source, Words(), rows(), made_from=made, about=expected.about, **options)
+    kept = (folder / "shards" / "00000.safetensors").stat().st_mtime_ns
     index = json.loads((folder / "index.json").read_text())
-    old = {name: value for name, value in index.items() if name not in ("keep", "rest")}
+    old = {name: value for name, value in index.items() if name not in ("keep", "rest", "packed")}
     old["format"] = "fused_kd teacher cache 1"
     (folder / "index.json").write_text(json.dumps(old))
     (folder / "shards" / "00001.safetensors").unlink()
@@ -103,6 +106,7 @@ def test_the_old_format_is_read_and_gone_on_with(tmp_path: Path) -> None:
         cache = write(folder, dtype="fp32")
         assert cache.columns == ("teacher_log_probs", "teacher_indices") and cache.tail == "bucket"
         assert json.loads((folder / "index.json").read_text())["format"] == "fused_kd teacher cache 1"
+        assert (folder / "shards" / "00000.safetensors").stat().st_mtime_ns == kept
         for row in range(10):
             assert all(torch.equal(a, b) for a, b in zip(cache[row], expected[row], strict=True))
     with pytest.raises(ValueError, match="keep: lists -> hidden"):

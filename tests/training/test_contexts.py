@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
-from fused_kd.integrations.forms import aligned, targets_of  # noqa: E402
+from fused_kd.integrations.forms import BATCH_COLUMNS, Step, aligned, on_device, targets_of  # noqa: E402
 from fused_kd.integrations.labels import without_first_targets  # noqa: E402
 from fused_kd.integrations.own import OwnTeacher  # noqa: E402
 from fused_kd.integrations.prompted import checked_prompts  # noqa: E402
@@ -116,6 +116,22 @@ def test_batches(kind: str) -> None:
     for name, value in plain.items():
         assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value, name
     assert checked_prompts(plain) is plain
+
+
+@pytest.mark.parametrize("kind", COLLATORS)
+def test_what_the_teacher_reads(kind: str) -> None:
+    """Its own rows and their limits, and nothing of the student's."""
+    data = some()
+    batch = batch_of(COLLATORS[kind], data)
+    columns = {name: batch.pop(name) for name in BATCH_COLUMNS if name in batch}
+    labels = batch.pop("labels")
+    read = Step(tiny(8, 1), batch, on_device(columns, torch.device("cpu")), targets_of(labels, shift=True)).read
+    expected = COLLATORS[kind](
+        [{"input_ids": row["teacher_input_ids"], "labels": row["teacher_labels"]} for row in data]
+    )
+    assert read.keys() == expected.keys() - {"labels"} == batch.keys()
+    for name, value in read.items():
+        assert torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name], name
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])

@@ -58,6 +58,9 @@ CASES: list[dict[str, Any]] = [
     # each process keeps an average of its own
     {"name": "own average", "own": {"decay": 0.7}, "engines": ["ddp"], "objective": "no_evo", "arguments": ACCUMULATED},
     {"name": "own prompt", "own": {}, "context": [9, 8, 7], "rows": 10, "objective": "forward_kd", "arguments": {}},
+    # a process whose rows are all of one teacher runs the other one too, where it is sharded
+    {"name": "each its own", "several": "by row", "rows": 10, "objective": "forward_kd", "arguments": ACCUMULATED},
+    {"name": "mixture", "several": "mixture", "cached": True, "objective": "forward_kd", "arguments": {}},
     {"name": "bf16", "objective": "no_evo", "arguments": {"bf16": True, "learning_rate": 0.1}},
 ]
 LONG: dict[str, Any] = {

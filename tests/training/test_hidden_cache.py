@@ -384,7 +384,7 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": "states"}, "keep must be one of 'lists', 'hidden', got 'states'"),
+        ({"keep": "states"}, "keep must be one of 'lists', 'hidden', 'sampled', got 'states'"),
         ({"dtype": "8bit"}, "dtype must be one of 'bf16', 'fp8', 'fp16', 'fp32', got '8bit'"),
         ({"k": 4}, "k must be None with keep='hidden', got 4"),
         ({"project": 0}, "project must be an int of at least 1, got 0"),

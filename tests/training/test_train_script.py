@@ -230,6 +230,27 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
     assert len(read[0][0]) == len(target_positions(rows[0]["labels"]))
 
 
+def test_training_from_drawn_lists(teacher: Path, tmp_path: Path, capsys) -> None:
+    flags = (
+        f"--data builtin --direction en-de --teacher {teacher} --limit 12 --keep sampled --draws 9 --seed 3 "
+        f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
+    ).split()
+    cache = script("cache_teacher").main(flags)
+    shown = capsys.readouterr().out
+    assert (cache.keep, cache.k, cache.draws) == ("sampled", 0, 9) and "draws" in shown
+    assert len(cache[0][0][0]) == 9 and f"{cache.bytes_per_token:.1f}" in shown
+    pair = {"teacher": f"cache:{tmp_path / 'cache'}", "student": teacher, "directions": "en-de", "train_limit": 12}
+    assert train("forward_kd", tmp_path / "student", **pair)["steps"] == 1
+    with pytest.raises(ValueError, match="tail must be 'renormalize' for the cache in"):
+        train("forward_kd", tmp_path / "other", cache_tail="bucket", **pair)
+    with pytest.raises(ValueError, match="tail must be 'uniform', 'bucket' or 'listed' for ReverseKD"):
+        train("forward_kd", tmp_path / "reverse", objective="reverse_kd:lam=1", **pair)
+    with pytest.raises(SystemExit, match="--draws 9 is of drawn lists"):
+        script("cache_teacher").main([*flags, "--keep", "lists"])
+    with pytest.raises(ValueError, match="seed: 3 -> 4"):
+        script("cache_teacher").main([*flags, "--seed", "4"])
+
+
 def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> None:
     """The model of the online teacher, validated on a cache of the validation rows; read by a worker."""
     shared = f"--data {corpus()} --direction en-de --teacher {teacher} --max-length 64 --device cpu --keep hidden"
