@@ -23,6 +23,7 @@ import fused_kd as fk  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 from fused_kd.training import teacher_runs  # noqa: E402
 from fused_kd.training.collate import Collator  # noqa: E402
+from fused_kd.training.hidden_cache import _sampled  # noqa: E402
 from fused_kd.training.hidden_codes import decode_states, encode_states  # noqa: E402
 from fused_kd.training.projection import Moments, error_of, fit  # noqa: E402
 from fused_kd.training.teacher_cache import TeacherCache  # noqa: E402
@@ -240,6 +241,18 @@ def test_no_projection_of_that_rank_is_better(r: int, scale: float, softcap: flo
     p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
     assert measured["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
     assert measured["top_1"] == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("count, sample", [(1, 10), (2, 100), (40, 10_000), (400, 300)])
+def test_errors_are_measured_on_other_rows(count: int, sample: int) -> None:
+    """Wherever there are two; and what is run for the directions has about as many tokens as asked for."""
+    data = [{"input_ids": [1] * 11, "labels": [-100, *[1] * 10]} for _ in range(count)]
+    data.insert(1, {"input_ids": [1, 1], "labels": [-100, -100]})
+    fitted, held_out = _sampled(data, sample)
+    assert fitted and held_out and 1 not in {*fitted, *held_out}
+    assert set(fitted).isdisjoint(held_out) or count == 1
+    if count == 400:
+        assert 250 <= 10 * len(fitted) <= 300 and max(fitted) > 350 and max(held_out) > 300
 
 
 def test_states_are_kept_evenly_spread() -> None:
