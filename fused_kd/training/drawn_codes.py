@@ -19,7 +19,7 @@ from fused_kd.training.codes import decode, decode_ids, encode, encode_ids, mass
 
 
 def ids_of(made: Drawn) -> Tensor:
-    """(N, k + n) int64 ids to be stored; -1 where an entry that is left out has none."""
+    """(N, k + n) int64 ids to be stored; those of a token without any entry are -1, which no cache takes."""
     ids = torch.cat([made.indices, made.draws], 1)
     return ids.where(ids >= 0, ids[:, :1])
 
