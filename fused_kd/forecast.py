@@ -8,8 +8,9 @@ import torch
 
 from .engines import chunked
 from .engines.chunks import Chunks, LogitSource
-from .engines.dispatch import AUTO, ENGINES, TOP_K, choose_engine
+from .engines.dispatch import AUTO, ENGINES, TEACHERS, TOP_K, choose_engine
 from .engines.gemm import has_fp32_output
+from .engines.mixing import MixedSource
 from .engines.plan import BudgetTooSmall
 from .engines.plan import Plan as ChunkedPlan
 from .engines.problem import Problem, Side, Wanted
@@ -58,6 +59,7 @@ def plan_for(
     objective: Objective | None = None,
     memory_budget: int | None = None,
     top_k: int | None = None,
+    teachers: int = 1,
     engine: str | None = None,
     backend: str | None = None,
 ) -> Choice:
@@ -72,6 +74,7 @@ def plan_for(
         objective: default :class:`fused_kd.SelfEvolution`.
         memory_budget: bytes of workspace, or None.
         top_k: the teacher is a list of so many entries a token; None: hidden states and a weight.
+        teachers: how many are mixed, with hidden states of ``H_t`` and a weight each; 1 with ``top_k``.
         engine, backend: as for :class:`fused_kd.KDLoss`.
 
     Raises:
@@ -81,6 +84,7 @@ def plan_for(
     objective = SelfEvolution() if objective is None else objective
     check_objective(objective)
     sizes = {"N": N, "H_s": H_s, "H_t": H_t, "V": V, "memory_budget": memory_budget, "top_k": top_k}
+    sizes["teachers"] = teachers
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -91,16 +95,20 @@ def plan_for(
         raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     if top_k is not None and top_k > V:
         raise ValueError(f"top_k must be at most V={V}, got {top_k}")
+    if top_k is not None and teachers > 1:
+        raise ValueError(f"teachers must be 1 with top_k, whose lists are mixed into one before, got {teachers}")
     spec, place = objective.spec, torch.device(device)
     if not spec.needs_teacher:
-        top_k = None
-    chosen, row = choose_engine(engine, backend, spec, 0.0, place, asks=() if top_k is None else (TOP_K,))
+        top_k, teachers = None, 1
+    asks = () if top_k is None else (TOP_K,)
+    asks = (TEACHERS,) if teachers > 1 else asks
+    chosen, row = choose_engine(engine, backend, spec, 0.0, place, asks=asks)
     if row not in BACKENDS:
         row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
     upcast = dtype != torch.float32 and here and not has_fp32_output(place)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
-    problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget)
+    problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget, teachers)
 
     too_small, group = None, None
     if chosen != "streaming":
@@ -129,7 +137,7 @@ def plan_for(
             notes.append(f"the chunked engine would need a budget of at least {too_small.minimum} bytes")
     hidden_sizes = [H_s] * 3  # logits and two gradients
     if problem.teacher is not None and top_k is None:
-        hidden_sizes.append(H_t)
+        hidden_sizes += [H_t] * teachers
     return Choice(
         chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
         gradients=dtype.itemsize * (N + V) * H_s,
@@ -162,7 +170,8 @@ def chunked_plan(
 
 def _chunked(problem: Problem, device: torch.device, upcast: bool) -> ChunkedPlan:
     chunks = Chunks(problem, problem.vocab, None, problem.labels)
-    for source in (chunks.student, chunks.teacher):
+    teachers = chunks.teacher.teachers if isinstance(chunks.teacher, MixedSource) else [chunks.teacher]
+    for source in (chunks.student, *teachers):
         if isinstance(source, LogitSource) and source.projection is not None:
             # It asks the tensors' device, which is not the one to be planned for.
             source.projection.upcast = upcast and problem.student.source.dtype != torch.float32
@@ -188,6 +197,7 @@ def _problem(
     spec: RowSpec,
     top_k: int | None,
     memory_budget: int | None,
+    teachers: int = 1,
 ) -> Problem:
     """Of tensors without data; the teacher's are left out where the objective has none."""
 
@@ -200,8 +210,10 @@ def _problem(
         teacher = Side(entries, indices=entries, tail="renormalize")
     elif spec.needs_teacher and H_t is not None:
         teacher = Side(empty(n, H_t), empty(V, H_t))
+    others = () if teacher is None else (teacher,) * (teachers - 1)
     return Problem(
         student=Side(empty(n, H_s), empty(V, H_s)), teacher=teacher, labels=empty(n, dtype=torch.int64), weights=None,
         scale=empty(0), scalars=empty(0), wanted=Wanted(source=True, weight=True, bias=False),
         spec_code=spec.code, cold_labels=False, vocab=V, dtype=None, memory_budget=memory_budget, engine="", backend="",
+        others=others,
     )  # fmt: skip

@@ -59,6 +59,18 @@ def _map(name: str, tail: str) -> str:
     return f"loss/test_maps.py::test_equals_the_oracle[{name}-{tail}-torch]"
 
 
+def _mixture(case: str) -> str:
+    return f"loss/test_mixtures.py::test_equals_the_oracle[{case}-torch]"
+
+
+def _in_chunks(how: str) -> str:
+    return f"loss/test_mixtures.py::test_chunks_reductions_and_a_second_backward[torch-self_evolution-{how}]"
+
+
+def _mixed_lists(test: str, case: str) -> str:
+    return f"loss/test_mixed_lists.py::test_{test}[torch-{case}]"
+
+
 def _exact(objective: str, way: str) -> str:
     return f"kernels/test_exact.py::test_exact[{way}-dense-{objective}]"
 
@@ -103,6 +115,7 @@ _TOP_K, _TOP_K_TRITON = "fused_kd/rows/top_k.py", "fused_kd/rows/triton/top_k.py
 _TOP_K_TORCH = "fused_kd/rows/torch/top_k.py"
 _LISTING, _LARGEST_TRITON = "fused_kd/engines/listing.py", "fused_kd/rows/triton/largest.py"
 _DRAWING = "fused_kd/engines/drawing.py"
+_MIXED, _MIXED_LISTS = "fused_kd/engines/mixing.py", "fused_kd/mixed_lists.py"
 _MIXING_TORCH, _MIXING_TRITON = (f"fused_kd/rows/{name}/mixing.py" for name in ("torch", "triton"))
 _CUDA, _CUDA_SLOTS, _CUDA_TOP_K = _CSRC + "kd_row.cu", _CSRC + "cuda_slots.h", _CSRC + "kd_top_k.cu"
 _CUDA_SHARES = _CSRC + "cuda_shares.h"
@@ -633,6 +646,60 @@ MUTATIONS = [
     Mutation(
         "lists: given entries stay in the rest", _LISTING, "tile.scatter_(1, columns, -math.inf)", "pass",
         ("loss/test_top_k_of.py::test_at_given_ids[torch-plain-1.0]",),
+    ),
+    # several teachers
+    Mutation(
+        "mixtures: shares instead of their logarithms", _MIXED, "shares[:, i].contiguous()", "shares[:, i].exp().contiguous()",
+        (_mixture("head+capped-numbers"),),
+    ),
+    Mutation(
+        "mixtures: each chunk has the first one's teachers", _MIXED, "self._pick(self._which[span],",
+        "self._pick(self._which[: len(place.labels)],", (_in_chunks("which"),),
+    ),
+    Mutation(
+        "mixtures: ignored tokens count in which", _MIXED, "self._which[kept], torch.ones(())",
+        "self._which, torch.ones(())", (_mixture("head+capped-which"),),
+    ),
+    Mutation(
+        "mixtures: each chunk has the first one's shares", _MIXED, "else self._shares[place.tokens]",
+        "else self._shares[: len(place.labels)]", (_in_chunks("tokens"),),
+    ),
+    Mutation(
+        "mixtures: flattened at 1", _MIXED, "logits, share, place.temperature,", "logits, share, torch.ones_like(place.temperature),",
+        ("loss/test_mixtures.py::test_temperatures[torch-3.0-numbers]",),
+    ),
+    Mutation(
+        "mixtures: a list without a share spoils the token", _MIXED, "bad |= malformed & (share > -math.inf)", "bad |= malformed",
+        (_mixture("head+uniform-tokens"),),
+    ),
+    Mutation(
+        "mixtures: lists of others' tokens are looked at", _OPS, "check_top_k(teacher, problem.labels_for(i),",
+        "check_top_k(teacher, problem.labels,", (_mixture("head+uniform-which"),),
+    ),
+    Mutation(
+        "mixtures: one buffer planned", _CHUNKS, "token += 8 * stride", "token += 4 * stride",
+        ("loss/test_mixture_limits.py::test_held_is_what_the_plan_says[head+capped-fp32-None-numbers]",),
+    ),
+    Mutation(
+        "mixed lists: an entry of two lists twice", _MIXED_LISTS, "return ids.masked_fill(again, V)", "return ids",
+        (_mixed_lists("lists_alone", "uniform+uniform-numbers"),),
+    ),
+    Mutation(
+        "mixed lists: uniform shares are not added up", _MIXED_LISTS, "where(there, own.each.unsqueeze(1))",
+        "where(there, -math.inf)", (_mixed_lists("lists_alone", "uniform+uniform-numbers"),),
+    ),
+    Mutation(
+        "mixed lists: entries beyond the shared ones are lost", _MIXED_LISTS, "return log_p, torch.logaddexp(beyond, bucket)",
+        "return log_p, bucket", (_mixed_lists("buckets", "bucket:40+bucket:50-numbers"),),
+    ),
+    Mutation(
+        "mixed lists: a bucket without a part restricts the entries", _MIXED_LISTS, "[1] | absent[:, i : i + 1], V)", "[1], V)",
+        (_mixed_lists("buckets", "bucket:40+bucket:50-tokens"),),
+    ),
+    Mutation(
+        "mixed lists: NaN of a list without a part", _MIXED_LISTS,
+        "return (log_p + log_share).masked_fill(log_share == -math.inf, -math.inf)", "return log_p + log_share",
+        (_mixed_lists("lists_alone", "uniform+uniform-which"),),
     ),
     # drawn lists
     Mutation(

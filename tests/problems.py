@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_kd as fk
 from fused_kd import objectives as o
+from fused_kd import ops
 from fused_kd.objectives import Objective
 from fused_kd.reference import reference_kd_loss
 from fused_kd.rows.native import build as native_build
@@ -273,18 +275,29 @@ def compare(
 
 
 class Allocations(TorchDispatchMode):
-    """The largest tensor made inside, results included."""
+    """The ``largest`` tensor made inside, and the ``peak`` of what was held at once, results included, in bytes.
+
+    It looks into the loss's op, which is opaque to a mode otherwise.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.largest = self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fused_kd.kd.default:
+            with self:
+                return ops._kd(*args)
         out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
-        for x in out if isinstance(out, tuple) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        known = {x.untyped_storage()._cdata for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in known:
+                storage = x.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return out
 
 

@@ -20,13 +20,14 @@ N, H_S, H_T, V = 37, 24, 40, 301
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
-def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, **options) -> None:
+def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, teachers: int = 1, **options) -> None:
     """The call that ``plan_for(N, H_S, H_T, V, ...)`` forecasts."""
     h_s, W_s = torch.randn(N, H_S, dtype=dtype), torch.randn(V, H_S, dtype=dtype)
     student = fk.LMHead(h_s.requires_grad_(), W_s.requires_grad_())
-    teacher: fk.LMHead | fk.TopK | None = None
+    teacher: fk.LMHead | fk.TopK | fk.Mixture | None = None
     if objective.spec.needs_teacher:
-        teacher = fk.LMHead(torch.randn(N, H_T, dtype=dtype), torch.randn(V, H_T, dtype=dtype))
+        heads = [fk.LMHead(torch.randn(N, H_T, dtype=dtype), torch.randn(V, H_T, dtype=dtype)) for _ in range(teachers)]
+        teacher = heads[0] if teachers == 1 else fk.Mixture(heads)
         if top_k is not None:
             values, indices = torch.randn(N, V).log_softmax(-1).topk(top_k)
             teacher = fk.TopK(values, indices)
@@ -35,21 +36,25 @@ def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, **o
 
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
 @pytest.mark.parametrize(
-    "objective, top_k, memory_budget",
+    "objective, top_k, memory_budget, teachers",
     [
-        (fk.SelfEvolution(), None, None),
-        (fk.SelfEvolution(), None, 33_600_000 + 20_000),
-        (fk.SFT(), None, None),
-        (fk.NoEvo(), 5, None),
+        (fk.SelfEvolution(), None, None, 1),
+        (fk.SelfEvolution(), None, 33_600_000 + 20_000, 1),
+        (fk.SFT(), None, None, 1),
+        (fk.NoEvo(), 5, None, 1),
+        (fk.SelfEvolution(), None, None, 2),
+        (fk.NoEvo(), None, 33_600_000 + 20_000, 3),
+        (fk.SFT(), None, None, 2),
     ],
-    ids=["gated", "budget", "sft", "top-k"],
+    ids=["gated", "budget", "sft", "top-k", "two", "three in a budget", "sft-two"],
 )
-def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, memory_budget):
+def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, memory_budget, teachers):
     plans = []
     plan_chunks = chunked.plan_chunks
     monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: plans.append(plan_chunks(*a, **k)) or plans[-1])
-    call(objective, dtype, top_k, memory_budget=memory_budget)
+    call(objective, dtype, top_k, teachers, memory_budget=memory_budget)
     asked = {"dtype": dtype, "objective": objective, "top_k": top_k, "memory_budget": memory_budget}
+    asked["teachers"] = teachers
     found = plan_for(N, H_S, H_T, V, **asked)
     assert [plan[:3] for plan in plans] == [(found.chunk, found.workspace, found.group)] * 2
     assert (found.engine, found.chunks) == ("chunked", -(-N // found.chunk))
@@ -118,6 +123,10 @@ def test_flops_and_logits_are_those_of_plain_pytorch(teacher):
     assert found.flops == counter.get_total_flops()
     assert found.gemms == 3 + teacher
     assert found.eager_logits == sum(x.numel() * x.element_size() for x in logits)
+    if teacher:  # two of them: one GEMM, and one side's logits, more
+        two = plan_for(N, H_S, H_T, V, objective=fk.NoEvo(), teachers=2)
+        assert two.flops == found.flops + 2 * N * V * H_T and two.gemms == 5
+        assert two.eager_logits == found.eager_logits + logits[1].nbytes
     # A list of entries leaves the student's GEMMs.
     assert plan_for(N, H_S, H_T, V, top_k=7).flops == 2 * N * V * 3 * H_S
 
@@ -133,6 +142,9 @@ def test_flops_and_logits_are_those_of_plain_pytorch(teacher):
         ({"backend": "fast"}, "backend must be None or one of"),
         ({"backend": "native", "device": "cuda"}, "backend='native' needs tensors on the CPU"),
         ({"engine": "streaming", "top_k": 3}, "got a TopK"),
+        ({"teachers": 0}, "teachers must be at least 1, got 0"),
+        ({"teachers": 2, "top_k": 3}, "teachers must be 1 with top_k"),
+        ({"teachers": 2, "engine": "streaming"}, "engine='streaming' mixes no teachers"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -286,7 +286,8 @@ def workspace_bytes(
             continue
         own = stride if side is student or len(teachers) == 1 else 0
         if isinstance(side, MappedSource):
-            token += 4 * (own + tile_stride(side.width)) + 8 * side.source.shape[1]
+            # a tile, and what is picked from it
+            token += 4 * (own + 2 * tile_stride(side.width)) + 8 * side.source.shape[1]
             fixed += side.fixed_bytes(vocab)
             continue
         if side.projection is None:

@@ -12,7 +12,6 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, de
 import fused_kd as fk
 from fused_kd.integrations.arguments import (
     as_criterion,
-    as_teachers,
     check_arguments,
     check_cache,
     check_tail_of_map,
@@ -29,12 +28,8 @@ from fused_kd.integrations.distributed import (
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
 from fused_kd.integrations.forms import (
-    BATCH_COLUMNS,
-    ModelForm,
     Prefetching,
     Step,
-    Teaching,
-    is_given,
     on_device,
     targets_of,
 )
@@ -42,16 +37,17 @@ from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
-from fused_kd.integrations.pair import check_trainable, paired
+from fused_kd.integrations.pair import check_trainable
 from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
+from fused_kd.integrations.taught import Taught
 from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
-from fused_kd.options import LossOptions, check_tail, statistics_columns, statistics_names
+from fused_kd.options import LossOptions, statistics_columns, statistics_names
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -60,7 +56,7 @@ else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(KeepsAverages, EvaluatedByTokens):
+class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -150,13 +146,8 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
-        if self.objective.spec.needs_teacher and not self._teachers:
-            raise ValueError(f"teacher must be given for {self.objective!r}")
-        self.teaching: Teaching | None = None
+        self.take_teachers(teacher, self.objective, self.kd_options, self.kd_statistics)
         statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
-        for each in self._teachers:
-            self._check_lists(each)
         check_arguments(args, kwargs)
         if model is None:
             raise ValueError("model must be given, got None")
@@ -177,7 +168,7 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
-        models = self._own_models(student)
+        models = self.own_models(student)
         for each in models[1:] if self.vocabulary is None else ():
             check_tokenizers(student, each, self.processing_class)
         for given in self.given_teachers:
@@ -207,9 +198,8 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teachers by their structure; set ``teaching``, ``vocab_size`` and ``shift``."""
         self.shift = labels_need_shift(student)
-        pairs = [each if is_given(each) else paired(student, each) for each in self._teachers]
-        self.teaching = Teaching(pairs, self._weights) if pairs else None
-        models = self._own_models(student)
+        self.pair_teachers(student)
+        models = self.own_models(student)
         for each in models:
             check_head_module(each, plain=not self.adapted_heads)
         if self._vocab_map is None:
@@ -225,36 +215,6 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
                 raise ValueError(
                     f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
                 )
-
-    def _check_lists(self, teacher: Any) -> None:
-        """Of a teacher that gives lists, whether they go with the loss."""
-        tail = getattr(teacher, "tail", None) if is_given(teacher) else None
-        if tail is None:
-            return
-        if len(self._teachers) == 1 or tail == "bucket":
-            check_tail(self.objective, str(tail), self.kd_options["temperature"])
-        if tail == "listed" and len(self._teachers) > 1:
-            raise ValueError(
-                "tail must be 'renormalize', 'uniform' or 'bucket' of one of several teachers, got 'listed'"
-            )
-        if self.kd_options["lists"] is not None:
-            raise ValueError(f"lists must be None with a cache, whose lists are made, got {self.kd_options['lists']!r}")
-        if self.kd_statistics:
-            names = ", ".join(self.kd_statistics)
-            raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
-
-    @property
-    def teacher(self) -> Any:
-        """The one teacher that is a model, or the student itself; None of several, and of a given one."""
-        if self.teaching is None or len(self.teaching.forms) > 1 or self.teaching.given:
-            return None
-        form = self.teaching.forms[0]
-        return form.model if isinstance(form, ModelForm) else form
-
-    @property
-    def given_teachers(self) -> list[Any]:
-        """Those that are no model here."""
-        return [] if self.teaching is None else [form.given for form in self.teaching.given]
 
     def _mapped(self, student: Any) -> TeacherMap:
         teaching = self.teaching
@@ -272,10 +232,6 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         )  # fmt: skip
         teaching.models[0].vocabulary = made
         return made
-
-    def _own_models(self, student: Any) -> list[Any]:
-        """The student, and the teachers that are models of their own."""
-        return [student, *(form.model for form in (self.teaching.models if self.teaching else ()))]
 
     def current_objective(self) -> Objective:
         """The objective of the current step; to be overridden for one that changes."""
@@ -316,7 +272,7 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         weights = self._token_weights(inputs)
         # an encoder-decoder makes its decoder's inputs from them
         labels = inputs.pop("labels") if self.shift else inputs["labels"]
-        columns = {name: inputs.pop(name) for name in self._teacher_columns if name in inputs}
+        columns = {name: inputs.pop(name) for name in self.teacher_columns if name in inputs}
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
@@ -338,15 +294,10 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         with self.accelerator.autocast():
             return loss_of_heads(model, inputs, loss, ranks=ranks, within=within)
 
-    @property
-    def _teacher_columns(self) -> tuple[str, ...]:
-        """What of a batch is for teachers alone."""
-        return (*BATCH_COLUMNS, *(self.teaching.columns if self.teaching else ()))
-
     def _check_sharded(self, model: torch.nn.Module) -> None:
         for form in self.teaching.models if self.teaching else ():
             form.model = shard_teacher(form.model, self.accelerator)
-        for each in self._own_models(model):
+        for each in self.own_models(model):
             check_lm_head(each)
         self._models_checked = True
 
@@ -355,7 +306,7 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         if not is_packed(inputs) and not isinstance(self.data_collator, DataCollatorWithFlattening):
             return
         with self.accelerator.autocast():
-            for each in self._own_models(model):
+            for each in self.own_models(model):
                 check_packed(each, inputs)
         self._packing_checked = True
 
@@ -428,14 +379,14 @@ class KDLossMixin(KeepsAverages, EvaluatedByTokens):
         # on the host, labels tell which tokens to drop without a synchronisation
         kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
         # DeepSpeed's way with inputs would round these
-        columns = {name: inputs[name] for name in self._teacher_columns if name in inputs}
+        columns = {name: inputs[name] for name in self.teacher_columns if name in inputs}
         kept |= on_device(columns, self.args.device)
         return {**super()._prepare_inputs({key: value for key, value in inputs.items() if key not in kept}), **kept}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns = list(dict.fromkeys([*columns, *self._teacher_columns]))  # type: ignore[assignment]
+        self._signature_columns = list(dict.fromkeys([*columns, *self.teacher_columns]))  # type: ignore[assignment]
 
 
 _COLLATOR = "fused_kd.training.Collator pads input_ids and labels"

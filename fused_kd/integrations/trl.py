@@ -6,12 +6,11 @@ generation and logging stay TRL's.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -25,9 +24,9 @@ except ImportError as error:
     ) from error
 
 import fused_kd as fk
-from fused_kd.integrations.arguments import as_objective, as_teachers, check_cache, check_tail_of_map, check_tokenizers
+from fused_kd.integrations.arguments import as_objective, check_cache, check_tail_of_map, check_tokenizers
 from fused_kd.integrations.distributed import check_fsdp, sum_over_ranks
-from fused_kd.integrations.forms import GivenForm, Step, Teaching, is_given, targets_of
+from fused_kd.integrations.forms import Step, Teaching, targets_of
 from fused_kd.integrations.heads import common_columns
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
 from fused_kd.integrations.own import StudentView
@@ -41,6 +40,7 @@ from fused_kd.integrations.transformers import (
     route_head_loss,
     rows_of,
 )
+from fused_kd.integrations.trl_teachers import OtherTeachers
 from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 
@@ -122,7 +122,9 @@ class FusedLoss(KeepsAverages, Trainer):
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
-        others = None if isinstance(teacher_model, (str, torch.nn.Module)) else _Others(model, teacher_model, args)
+        others = (
+            None if isinstance(teacher_model, (str, torch.nn.Module)) else OtherTeachers(model, teacher_model, args)
+        )
         if others is not None:
             teacher_model = others
         if trainer_args.get("compute_metrics") is not None:
@@ -135,7 +137,7 @@ class FusedLoss(KeepsAverages, Trainer):
             vocab_size=vocab_size,
             **self.loss_options,
         )
-        loaded = [each for each in (model, teacher_model) if not isinstance(each, (str, _Others))]
+        loaded = [each for each in (model, teacher_model) if not isinstance(each, (str, OtherTeachers))]
         for each in loaded:
             check_head_module(each, plain=True)
         if len(loaded) == 2 and not trainer_args.get("peft_config"):
@@ -237,7 +239,7 @@ class FusedLoss(KeepsAverages, Trainer):
                 logs[f"{prefix}hard_fraction"] = hard / max(tokens, 1.0)
         super().log(logs, start_time)
 
-    def _teaching(self, student: Any, others: _Others | None) -> Teaching:
+    def _teaching(self, student: Any, others: OtherTeachers | None) -> Teaching:
         """TRL's teacher, or ``others`` that stand behind it."""
         if others is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -305,45 +307,6 @@ class FusedLoss(KeepsAverages, Trainer):
             )
         self.generation_config.suppress_tokens = [*(self.generation_config.suppress_tokens or []), *tokens]
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens
-
-
-class _Others(torch.nn.Module):
-    """Stands where TRL looks for its teacher, for teachers that are not one model.
-
-    Args:
-        model: the student. given: what a trainer takes as teachers. args: TRL's.
-
-    Raises:
-        TypeError, ValueError: teachers that do not go with TRL's trainers.
-    """
-
-    def __init__(self, model: Any, given: Any, args: Any) -> None:
-        super().__init__()
-        self._teachers, self._weights = as_teachers(given)
-        if isinstance(model, str):
-            raise ValueError(f"model must be a model with such a teacher, got its name {model!r}")
-        if len(self._teachers) > 1 and self._weights is None:
-            raise ValueError("teacher_model must be [(weight, teacher), ...]: no row of TRL's says whose it is")
-        for each in self._teachers:
-            columns = GivenForm(each).given.columns if is_given(each) else ()
-            if columns:
-                raise ValueError(
-                    f"teacher_model must be no cache, got {each!r}: the student writes what it is trained on; use "
-                    "KDTrainer, or KDLossMixin before trl.SFTTrainer"
-                )
-            if isinstance(each, torch.nn.Module):
-                check_head_module(cast(Any, each), plain=True)
-        if getattr(args, "seq_kd", False):
-            raise ValueError("seq_kd must be False with such a teacher, which writes no text")
-        self.config = copy.deepcopy(model.config)
-        self._is_accelerate_prepared = True
-
-    def teaching(self, student: Any, accelerator: Any) -> Teaching:
-        """They, bound to the student and on its device."""
-        found = Teaching([each if is_given(each) else paired(student, each) for each in self._teachers], self._weights)
-        for form in found.models:
-            form.model = accelerator.prepare_model(form.model.requires_grad_(False).eval(), evaluation_mode=True)
-        return found
 
 
 class GKDTrainer(FusedLoss, gkd.GKDTrainer):

@@ -408,9 +408,39 @@ def lists(world: World) -> dict[str, float]:
     return found
 
 
+def mixtures(world: World) -> dict[str, float]:
+    """Of lists, which all ranks have whole, and of a bucket with heads in slices; of heads alone they are refused."""
+    p, own = problem(N, V=V, bias=True), world.columns()
+    lists = {tail: [cached(p, k, tail) for k in (12, 40)] for tail in ("uniform", "renormalize", "bucket")}
+    which, weight = torch.arange(N) % 2, torch.rand(N, generator=torch.Generator().manual_seed(3))
+    whole, mine = p.teacher(), world.teacher(p)
+    cases = {
+        "uniform": lambda head: [(0.3, lists["uniform"][0]), (0.7, lists["renormalize"][1])],
+        "tokens": lambda head: [(weight, lists["renormalize"][0]), (1 - weight, lists["renormalize"][1])],
+        "which": lambda head: fk.Mixture(lists["bucket"], which=which),
+        "bucket": lambda head: [(0.5, lists["bucket"][1]), (0.5, head)],
+    }
+    found = {}
+    for name, case in cases.items():
+        leaves, copies = world.own(*p.leaves), [x.detach().clone().requires_grad_() for x in p.leaves]
+        loss = fk.kd_loss(fk.LMHead(*leaves), case(mine), p.labels, ANY, tp_group=world.group).loss
+        expected = fk.kd_loss(fk.LMHead(*copies), case(whole), p.labels, ANY, backend="torch").loss
+        loss.backward()
+        expected.backward()
+        found |= {name: relative(loss, expected), f"{name} hidden": relative(leaves[0].grad, copies[0].grad)}
+        for leaf, copy in zip(leaves[1:], copies[1:], strict=True):
+            found[f"{name} {leaf.dim()}"] = float((leaf.grad - copy.grad[own]).norm() / copy.grad.norm())
+    try:
+        fk.kd_loss(fk.LMHead(*world.own(*p.leaves)), [(0.5, mine), (0.5, mine)], p.labels, ANY, tp_group=world.group)
+        found["refused"] = 1.0
+    except ValueError as error:
+        found["refused"] = float("must not be a mixture with tp_group, but for one of lists" not in str(error))
+    return found
+
+
 _FUNCTIONS = (
     low_precision, kernels, nothing_valid, twice_and_annealed, dtensors, two_dimensions, refusals, resharded, traffic,
-    compiled, lists,
+    compiled, lists, mixtures,
 )  # fmt: skip
 OTHERS = {function.__name__: function for function in _FUNCTIONS}
 

@@ -187,7 +187,7 @@ def test_memory_under_autocast_goes_by_the_weight_s_own_dtype(monkeypatch):
     def workspace(weight: torch.dtype, operands: torch.dtype, columns: int = 600) -> Workspace:
         hidden, head = torch.empty(5, 40, dtype=weight), torch.empty(512, 40, dtype=weight)
         side = chunks.LogitSource(Side(hidden, head), 512, operands)
-        return chunks.workspace_bytes(side, None, None, columns, wanted, 640)
+        return chunks.workspace_bytes(side, None, (), columns, wanted, 640)
 
     accumulator, slab, copy = 4 * 600 * 40, 32 << 20, 2 * 600 * 40
     assert workspace(torch.float32, BF16)[2:] == (0, copy)

@@ -85,6 +85,7 @@ def test_disjoint_lists() -> None:
     p = problem(N=9, V=67)
     logits = torch.randn(9, 67)
     logits[:, 1::2] -= 20
+    logits[:, 66] -= 20  # would come to 0
     first, second = (list_of(x, 5, "bucket") for x in (logits, logits.roll(1, 1)))
     listed = first.indices >= 0
     assert not (first.indices[listed] % 2).any() and bool((second.indices[listed] % 2).all())

@@ -6,7 +6,6 @@ import copy
 import http.client
 import json
 import logging
-import os
 import pickle
 import socket
 import threading
@@ -22,7 +21,7 @@ from safetensors.torch import save
 
 import fused_kd as fk
 from fused_kd.serving import ServedTeacher, batching
-from fused_kd.serving import client as client_module
+from fused_kd.serving.ahead import Answers
 from fused_kd.serving.batching import Job, batches_of
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import IDENTITY, Rows
@@ -297,9 +296,21 @@ def test_answers_ahead_are_bounded_and_stale_ones_make_room(server, monkeypatch)
     for batch in batches[:2]:  # never used: another order than expected
         client.prefetch(*batch)
     client.head(*batches[5], CPU)
-    client.prefetch(*batches[4])
-    client.head(*batches[4], CPU)
-    assert asked.count(rows_of(*batches[4])[0].digest()) == 1
+    client.prefetch(*batches[3])
+    assert rows_of(*batches[3])[0].digest() in client._answers._known
+
+
+def test_steps_use_the_room_again(server, monkeypatch):
+    client = ServedTeacher(server.url, ahead=2, **FAST)
+    asked = count_requests(client, monkeypatch)
+    batches = [batch_of(seed=seed) for seed in range(6)]
+    for step in (batches[:2], batches[2:4], batches[4:]):
+        for batch in step:
+            client.prefetch(*batch)
+        assert {rows_of(*batch)[0].digest() for batch in step} == set(client._answers._known)
+        for batch in step:
+            client.head(*batch, CPU)
+    assert len(asked) == 6
 
 
 def test_an_error_ahead_is_raised_where_the_batch_is_used(running):
@@ -327,12 +338,15 @@ def test_copies_in_other_processes(server, client):
     assert torch.equal(copied.head(batch, targets, CPU).hidden, expected) and copied.url == client.url
     copy.deepcopy(client)
     client.prefetch(*batch_of(seed=9))
+    client._lock.acquire()  # another thread fetches the head meanwhile
+    client._heads.clear()
 
     def child() -> None:
-        assert not client._answers._known or client._answers._process != os.getpid()
+        assert not client._answers._known and not client._connection._idle
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
     assert ended(fork(child)) == 0
+    client._lock.release()
     assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
 
@@ -440,7 +454,7 @@ def test_a_server_that_is_back_goes_on_and_both_are_said_once(running, caplog):
     with caplog.at_level(logging.WARNING, "fused_kd"):
         other = client.head(*batch_of(seed=1), CPU)
     assert other.hidden.any()
-    client._answers = client_module._Answers(8)
+    client._answers = Answers(8)
     assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 2 and "does not answer" in texts[0] and "answers again" in texts[1]
