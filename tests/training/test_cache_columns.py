@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
+from fused_kd.integrations.sampling import MaskedTail, lengths_of
 from fused_kd.training.cache import write_lists
 from fused_kd.training.collate import Collator, PackingCollator
 from fused_kd.training.teacher_cache import TeacherCache
@@ -69,6 +70,15 @@ def test_a_row_of_another_teacher_needs_nothing_of_a_cache(tmp_path: Path) -> No
     assert alone["teacher_hidden"].any() and not padded["teacher_hidden"][1:].any()
     assert torch.equal(packed["teacher_hidden"][0, :length], alone["teacher_hidden"][0])
     assert packed["teacher_hidden"].shape[1] == packed["input_ids"].shape[1]
+
+
+def test_lengths_are_known_without_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What groups rows by length must not read all states first."""
+    cache = write_hidden(tmp_path)
+    cached = cache.rows(rows())
+    monkeypatch.setattr(TeacherCache, "row", lambda *_: pytest.fail("read"))
+    for data in (cached, MaskedTail(cached), MaskedTail(rows()), rows()):
+        assert lengths_of(data) == [len(row["input_ids"]) for row in rows()]
 
 
 def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:
