@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text's beginning (default 4096)")
     parser.add_argument("--length", type=int, default=512, help="tokens read together (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
+    parser.add_argument("--only", default="", metavar="WORD", help="forms with it in their names alone")
     parser.add_argument("--note", default="", help="for the page: what model and text are")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for caches.json and caches.md")
     return parser
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     problem = problem_of(model, student, ids)
     del model, student
     measured = about(problem)
-    found = measure(problem, forms(problem.teacher, args.seed))
+    found = measure(problem, (form for form in forms(problem.teacher, args.seed) if args.only in form.name))
     record = {
         "model": args.gguf or Path(args.model).name, "text": args.text.name, "student": args.student and "given",
         "note": args.note, "noise": args.noise, "tokens": len(problem.labels), "length": args.length,

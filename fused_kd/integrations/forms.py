@@ -10,6 +10,7 @@ A *form* has ``within(step, then)``, which calls ``then(give)`` where ``give()``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fused_kd import LMHead, Mixture, TopK
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.integrations.prompted import checked_prompts
 
 Give = Callable[[], LMHead | TopK]
 
@@ -50,11 +52,12 @@ class GivenTeacher(Protocol):
 
     columns: tuple[str, ...]
 
-    def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> LMHead | TopK:
+    def head(self, batch: Mapping[str, Any], targets: Tensor, device: torch.device) -> LMHead | TopK:
         """On ``device``, (rows, length, ...): position i has the distribution of token i + 1, as the student's states.
 
         Args:
-            batch: the models' inputs and the teacher's columns.
+            batch: the models' inputs and the teacher's columns; of a teacher without columns that has a prompt of its
+                own in the batch, that.
             targets: (rows, length) bool on the CPU: where it will be read. Elsewhere it may hold anything.
         """
 
@@ -66,7 +69,7 @@ class Step(NamedTuple):
     ``targets`` (rows, length) bool on the CPU says which positions' distributions carry loss.
     """
 
-    model: torch.nn.Module
+    model: Any
     inputs: dict[str, Any]
     columns: dict[str, Tensor]
     targets: Tensor
@@ -90,12 +93,16 @@ class Step(NamedTuple):
         replaced = {name: value for name, value in self.inputs.items() if name not in _OTHER_PROMPT.values()}
         return {**replaced, **own}
 
+    @property
+    def read_targets(self) -> Tensor:
+        """As ``targets``, of :attr:`read`."""
+        return targets_of(self.columns[OTHER_LABELS], shift=True) if OTHER_LABELS in self.columns else self.targets
+
     def placed(self, head: LMHead) -> LMHead:
         """A head on the states of :attr:`read`, with those at the student's positions."""
         if OTHER_LABELS not in self.columns:
             return head
-        theirs = targets_of(self.columns[OTHER_LABELS], shift=True)
-        return replace(head, hidden=aligned(head.hidden, theirs, self.targets))
+        return replace(head, hidden=aligned(head.hidden, self.read_targets, self.targets))
 
 
 def targets_of(labels: Tensor, shift: bool) -> Tensor:
@@ -168,7 +175,10 @@ class GivenForm:
                 "fused_kd.training (Collator, PackingCollator) put those of cache.rows(...) there"
             )
         device = next(value.device for value in step.inputs.values() if isinstance(value, Tensor))
-        head = self.given.head({**step.inputs, **columns}, step.targets, device)
+        if columns:  # each target's own, whatever prompt they were made with
+            head = self.given.head({**step.inputs, **columns}, step.targets, device)
+        else:
+            head = step.placed(self.given.head(step.read, step.read_targets, device))
         then(lambda: head)
 
 
@@ -298,7 +308,7 @@ def _spread(teacher: LMHead | TopK, rows: Tensor, count: int) -> LMHead | TopK:
     ids = torch.arange(K, device=teacher.indices.device, dtype=teacher.indices.dtype)
     rest = None if teacher.log_rest is None else whole(teacher.log_rest, -torch.inf)
     return replace(
-        teacher, log_probs=whole(teacher.log_probs, -float(torch.tensor(float(K)).log())),
+        teacher, log_probs=whole(teacher.log_probs, -math.log(K)),
         indices=whole(teacher.indices, ids), log_rest=rest,
     )  # fmt: skip
 
@@ -311,11 +321,12 @@ class Prefetching:
 
     def __call__(self, rows: Any) -> Any:
         batch = self._collate(rows)
-        labels = (without_first_targets(batch) if self._shift else batch).get("labels")
-        if labels is not None:
-            targets = targets_of(labels, self._shift)
+        if "labels" in batch:
+            own = checked_prompts(without_first_targets(batch)) if self._shift else batch
+            inputs = {name: value for name, value in own.items() if name not in BATCH_COLUMNS}
+            step = Step(None, inputs, own, targets_of(own["labels"], self._shift))
             for given in self._given:
-                given.prefetch(batch, targets)
+                given.prefetch(step.read, step.read_targets)
         return batch
 
 

@@ -93,7 +93,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             - ``[(weight, teacher), ...]``: the mixture of their probabilities, see :class:`fused_kd.Mixture`;
             - ``[teacher, ...]``: each row's own, by the number in ``teacher_id`` (batch,) of the batches.
 
-            Models read ``teacher_input_ids`` in place of the batch's ``input_ids`` where it has them, for a prompt of
+            Models and servers read ``teacher_input_ids`` in place of the batch's ``input_ids`` where it has them, for a prompt of
             the teacher's own, with ``teacher_attention_mask`` or ``teacher_position_ids`` and ``teacher_labels``, which
             mark the same tokens as ``labels``.
         objective: one of ``fused_kd``'s objectives, their sums, or its text (:func:`fused_kd.objectives.parse`).

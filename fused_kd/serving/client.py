@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_kd import LMHead
+from fused_kd.serving.ahead import Answers
 from fused_kd.serving.connection import Answer, Connection
+from fused_kd.serving.forks import renew_in_children
 from fused_kd.serving.head_files import Head
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import (
@@ -48,8 +47,12 @@ class RemoteTeacher:
     def __init__(self, ahead: int) -> None:
         check_counts(ahead=ahead)
         self.ahead = ahead
-        self._answers = _Answers(ahead)
+        self._answers = Answers(ahead)
         self._heads: dict[torch.device, Head] = {}
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +60,9 @@ class RemoteTeacher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._answers, self._lock = _Answers(self.ahead), threading.Lock()
+        self._answers = Answers(self.ahead)
+        self.renew()
+        renew_in_children(self)
 
     def states_of(self, rows: Rows) -> Tensor:
         """(wanted, H) hidden states in ``dtype``, on the CPU."""
@@ -89,11 +94,7 @@ class RemoteTeacher:
         if len(places):
             states = self._answers.take(rows.digest(), lambda: self.states_of(rows))
             hidden.index_copy_(0, places.to(device), states.to(device))
-        head = self._head_on(torch.device(device))
-        return LMHead(
-            hidden.view(*length, self.hidden_size), head.weight, head.bias, logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )  # fmt: skip
+        return self._head_on(torch.device(device)).on(hidden.view(*length, self.hidden_size))
 
     def prefetch(self, batch: Mapping[str, Any], targets: Tensor) -> None:
         """Start the request of a batch in the background; nothing in a worker of a DataLoader.
@@ -234,73 +235,3 @@ class ServedTeacher(RemoteTeacher):
         raise ValueError(
             f"{self.url} serves another teacher than before: {', '.join(faults) or 'its identity differs'}"
         )
-
-
-class _Answers:
-    """Hidden states by the content of their request, a bounded number, asked for ahead or when they are needed.
-
-    Batches are used in the order in which they are collated, and may be used again within a step: an answer is kept
-    until the place is needed after it, or one that was asked for later, has been used.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, Future[Tensor]] = OrderedDict()
-        self._used: set[str] = set()
-        self._process = os.getpid()
-
-    def start(self, key: str, ask: Callable[[], Tensor]) -> None:
-        """Ask in the background, unless that is known already or there is no place."""
-        with self._lock:
-            self._enter_process()
-            if key not in self._known and self._make_room():
-                self._known[key] = future = Future[Tensor]()
-                # a daemon: a training that ends does not wait for a server that is away
-                threading.Thread(target=_fulfil, args=(future, ask), name="served-teacher", daemon=True).start()
-
-    def take(self, key: str, ask: Callable[[], Tensor]) -> Tensor:
-        """The answer; asks now where that was not done before."""
-        with self._lock:
-            self._enter_process()
-            found = self._known.get(key)
-            names = list(self._known)
-            # without it the order is another one than expected: nothing that waits may be needed any more
-            self._used |= set(names if found is None else names[: names.index(key) + 1])
-        if found is None:
-            found = Future()
-            found.set_result(ask())
-            with self._lock:
-                if key not in self._known and self._make_room():
-                    self._known[key] = found
-                    self._used.add(key)
-            return found.result()
-        try:
-            return found.result()
-        except BaseException:
-            with self._lock:
-                self._known.pop(key, None)
-                self._used.discard(key)
-            raise
-
-    def _make_room(self) -> bool:
-        while len(self._known) >= self.most:
-            oldest = next((key for key in self._known if key in self._used), None)
-            if oldest is None:
-                return False
-            del self._known[oldest]
-            self._used.discard(oldest)
-        return True
-
-    def _enter_process(self) -> None:
-        """After a fork the parent's threads are not here."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._known, self._used = OrderedDict(), set()
-
-
-def _fulfil(future: Future[Tensor], ask: Callable[[], Tensor]) -> None:
-    try:
-        future.set_result(ask())
-    except BaseException as error:
-        future.set_exception(error)

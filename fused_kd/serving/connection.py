@@ -6,7 +6,6 @@ import http.client
 import json
 import logging
 import math
-import os
 import random
 import ssl
 import threading
@@ -14,6 +13,8 @@ import time
 from email.message import Message
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from fused_kd.serving.forks import renew_in_children
 
 _LOG = logging.getLogger("fused_kd.serving")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds
@@ -68,11 +69,15 @@ class Connection:
             raise ValueError("token must be printable ASCII without blanks around it, or None")
         self.url, self.patience, self.timeout = str(url).rstrip("/"), float(patience), float(timeout)
         self._token = token
+        self.outages = 0
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        """With no open connections."""
         self._idle: list[http.client.HTTPConnection] = []
-        self._process = os.getpid()
         self._lock = threading.Lock()
         self._away = False
-        self.outages = 0
 
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "patience": self.patience, "timeout": self.timeout, "token": self._token}
@@ -147,8 +152,6 @@ class Connection:
     def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
         """One that nobody uses, and whether it is new."""
         with self._lock:
-            if self._process != os.getpid():  # after a fork they are the parent's
-                self._process, self._idle = os.getpid(), []
             if self._idle:
                 return self._idle.pop(), False
         parts = urlsplit(self.url)
@@ -159,7 +162,7 @@ class Connection:
         """Those that nobody uses."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle if self._process == os.getpid() else ():
+        for connection in idle:
             connection.close()
 
     def _say(self, trouble: Exception | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kd import log_probs_at
 from fused_kd.serving.client import RemoteTeacher
 from fused_kd.serving.connection import Connection
 from fused_kd.serving.head_files import Head, head_of_files
@@ -138,7 +139,7 @@ class SGLangTeacher(EngineTeacher):
 
     def __init__(self, url: str, head: str, **options: Any) -> None:
         super().__init__(url, head, **options)
-        self._check_head()
+        self._check_head(self._head or self.read_head())
 
     def _ask(self, rows: Rows) -> Tensor:
         ids = [part.tolist() for part, _ in rows.apart()]
@@ -171,7 +172,7 @@ class SGLangTeacher(EngineTeacher):
             )
         return states
 
-    def _check_head(self) -> None:
+    def _check_head(self, head: Head) -> None:
         ids = [index % self.vocab_size for index in range(1, 9)]
         (answer,) = self._generate({"input_ids": [ids], "return_logprob": True, "top_logprobs_num": 5})
         state = self._states(answer, len(ids))[-1:]
@@ -179,7 +180,8 @@ class SGLangTeacher(EngineTeacher):
         if not listed[0]:
             return
         theirs = torch.tensor([entry[0] for entry in listed[0]], dtype=torch.float32)
-        ours = _log_probs(state, self.read_head())[0, [int(entry[1]) for entry in listed[0]]]
+        indices = torch.tensor([[int(entry[1]) for entry in listed[0]]])
+        ours = log_probs_at(head.to(torch.float32).on(state), indices).log_probs[0]
         error = float((ours - theirs).abs().max())
         if not error <= _LOG_PROB_ERROR:
             raise ValueError(
@@ -222,11 +224,3 @@ class VLLMTeacher(EngineTeacher):
         if self.hidden_size > 1 and bool(((states.float().norm(dim=-1) - 1).abs() < 1e-2).all()):
             raise ValueError(f"{self._connection.url}/pooling gave states of length 1: it does not heed use_activation")
         return states
-
-
-def _log_probs(states: Tensor, head: Head) -> Tensor:
-    """(n, V) float32, of few states."""
-    logits = states.float() @ head.weight.float().T
-    logits = (logits if head.bias is None else logits + head.bias.float()) * head.logit_scale
-    logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(-1)

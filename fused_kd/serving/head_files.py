@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_kd import LMHead
 from fused_kd.integrations.heads import check_head_module, logit_options
 from fused_kd.training.loading import safe_config
 
@@ -27,6 +28,10 @@ class Head(NamedTuple):
     def to(self, dtype: torch.dtype | torch.device) -> Head:
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+    def on(self, hidden: Tensor) -> LMHead:
+        """On hidden states (..., H) of its dtype and device."""
+        return LMHead(hidden, self.weight, self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
 
 
 def head_of_files(name: str) -> Head:

@@ -19,7 +19,7 @@ from fused_kd.training.codes import decode, decode_ids, encode, encode_ids, mass
 
 
 def ids_of(made: Drawn) -> Tensor:
-    """(N, k + n) int64 ids to be stored; -1 where an entry that is left out has none."""
+    """(N, k + n) int64 ids to be stored; those of a token without any entry are -1, which no cache takes."""
     ids = torch.cat([made.indices, made.draws], 1)
     return ids.where(ids >= 0, ids[:, :1])
 
@@ -41,12 +41,10 @@ def decode_draws(arrays: Mapping[str, np.ndarray], k: int, n: int, vocab_size: i
     """(N, k + n) float32 log-probabilities and int64 ids, as of :func:`fused_kd.sample_of`."""
     ids = decode_ids(arrays, k + n, vocab_size)
     log_probs = decode(arrays) if k else np.zeros((len(ids), 0), dtype=np.float32)
-    listed = log_probs > -np.inf
-    largest = np.where(listed, ids[:, :k], -1)
-    repeated = (ids[:, k:, None] == largest[:, None, :]).any(2)
+    largest, draws = ids[:, :k], ids[:, k:]
+    none = (draws[:, :, None] == largest[:, None, :]).any((1, 2))
     with np.errstate(divide="ignore"):
         rest = np.log(np.maximum(1 - mass(log_probs), 0))
-    rest = np.where(repeated.any(1), -np.inf, rest).astype(np.float32)
-    parts = (log_probs, largest, rest, np.where(repeated, -1, ids[:, k:]))
+    parts = (log_probs, largest, np.where(none, -np.inf, rest).astype(np.float32), draws)
     found, found_ids = merged(Drawn(*map(torch.from_numpy, parts)))
     return found, found_ids.masked_fill(found == -torch.inf, -1)

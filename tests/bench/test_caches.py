@@ -61,6 +61,15 @@ def test_a_table_an_objective(made, tmp_path, capsys):
     assert printed.count("| online |") == 3 and "| other gate |" in printed
 
 
+def test_some_forms_alone(made, capsys):
+    folder, text = made
+    options = ["--model", str(folder), "--text", str(text), "--tokens", "20", "--length", "20", "--only", "hidden"]
+    assert bench.main(["caches", *options, "--note", "Of a test."]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| hidden states, bf16 |") == 3 and "draws" not in printed.split("## ")[1]
+    assert "\nOf a test.\n" in printed
+
+
 def test_bytes_a_token():
     """17 bits an id of 128,256."""
     size = {form.name: form.size(*caches.LARGE) for form in stored.forms(fk.LMHead(torch.randn(3, 32), HEAD), 0)}

@@ -6,7 +6,6 @@ import copy
 import http.client
 import json
 import logging
-import os
 import pickle
 import socket
 import threading
@@ -22,7 +21,7 @@ from safetensors.torch import save
 
 import fused_kd as fk
 from fused_kd.serving import ServedTeacher, batching
-from fused_kd.serving import client as client_module
+from fused_kd.serving.ahead import Answers
 from fused_kd.serving.batching import Job, batches_of
 from fused_kd.serving.rows import rows_of
 from fused_kd.serving.wire import IDENTITY, Rows
@@ -339,12 +338,15 @@ def test_copies_in_other_processes(server, client):
     assert torch.equal(copied.head(batch, targets, CPU).hidden, expected) and copied.url == client.url
     copy.deepcopy(client)
     client.prefetch(*batch_of(seed=9))
+    client._lock.acquire()  # another thread fetches the head meanwhile
+    client._heads.clear()
 
     def child() -> None:
-        assert not client._answers._known or client._answers._process != os.getpid()
+        assert not client._answers._known and not client._connection._idle
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
     assert ended(fork(child)) == 0
+    client._lock.release()
     assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
 
@@ -452,7 +454,7 @@ def test_a_server_that_is_back_goes_on_and_both_are_said_once(running, caplog):
     with caplog.at_level(logging.WARNING, "fused_kd"):
         other = client.head(*batch_of(seed=1), CPU)
     assert other.hidden.any()
-    client._answers = client_module._Answers(8)
+    client._answers = Answers(8)
     assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 2 and "does not answer" in texts[0] and "answers again" in texts[1]

@@ -19,6 +19,7 @@ from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.reference import reference_kd_loss
 from fused_kd.serving import ServedTeacher, TeacherServer
 from fused_kd.training.collate import Collator, PackingCollator
+from fused_kd.training.contexts import with_context
 from fused_kd.training.trainer import KDTrainer
 from tests.training.tiny import rows, tiny
 
@@ -50,9 +51,13 @@ def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
 
 def run(cls: Any, folder: Path, given: Any, *, collate: Any = None, resume: bool = False, **options: Any) -> Any:
     objective = options.pop("objective", None) or fk.SelfEvolution()
+    context = options.pop("context", None)
+    data, evaluated = options.pop("data", None) or rows(4 * STEPS), rows(5, 9)
+    if context is not None:
+        data, evaluated = (list(with_context(each, None, context)) for each in (data, evaluated))
     made = cls(
         model=tiny(12, 7), args=arguments(folder, **options), teacher=given, objective=objective,
-        train_dataset=rows(4 * STEPS), eval_dataset=rows(5, 9), data_collator=collate or Collator(0),
+        train_dataset=data, eval_dataset=evaluated, data_collator=collate or Collator(0),
         processing_class=tokenizer(),
     )  # fmt: skip
     made.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -88,6 +93,33 @@ def test_a_run_is_that_of_the_local_teacher(cls, packed, server, tmp_path):
     assert served.evaluate()["eval_loss"] == pytest.approx(local.evaluate()["eval_loss"], rel=1e-5)
     time.sleep(0.1)
     assert server.batcher.requests >= before + 2 * STEPS
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_another_prompt(packed, server, tmp_path, monkeypatch):
+    """What the teacher reads before the response goes to the server, ahead of the step too."""
+    collate, client = PackingCollator() if packed else Collator(0), ServedTeacher(server.url)
+    asked: list[str] = []
+    start = client._answers.start
+    monkeypatch.setattr(client._answers, "start", lambda key, ask: (asked.append(key), start(key, ask)))
+    monkeypatch.setattr(client._answers, "take", spied := Taken(client._answers.take))
+    served = run(KDTrainer, tmp_path, client, collate=collate, context=[9, 8, 7])
+    local = run(KDTrainer, tmp_path, copy.deepcopy(server.model), collate=collate, context=[9, 8, 7])
+    without = run(KDTrainer, tmp_path, copy.deepcopy(server.model), collate=collate)
+    assert moved_apart(served, local) < 1e-5 and moved_apart(without, local) > 1e-2
+    assert len(spied.keys) == 2 * STEPS and set(spied.keys) <= set(asked)
+    assert served.evaluate()["eval_loss"] == pytest.approx(local.evaluate()["eval_loss"], rel=1e-5)
+
+
+class Taken:
+    """Remembers which answers were taken."""
+
+    def __init__(self, take: Any) -> None:
+        self.take, self.keys = take, []
+
+    def __call__(self, key: str, ask: Any) -> Any:
+        self.keys.append(key)
+        return self.take(key, ask)
 
 
 def test_a_step_is_that_of_the_dense_oracle(server, tmp_path):
@@ -127,6 +159,20 @@ def test_batches_are_asked_for_before_their_step(server, tmp_path, monkeypatch):
     local = run(KDTrainer, tmp_path, copy.deepcopy(server.model), objective=ranked)
     assert moved_apart(made, local) < 1e-5
     assert len(set(started)) == 2 * STEPS and len(taken) == 4 * STEPS and set(taken) == set(started)
+
+
+def test_among_several_teachers(server, tmp_path):
+    """In a mixture, and each with rows of its own."""
+    other = teacher(seed=8)
+    with serve(other) as second:
+        urls, models = (server.url, second.url), (server.model, other)
+        mixed = [(w, ServedTeacher(url)) for w, url in zip((0.3, 0.7), urls, strict=True)]
+        local = run(KDTrainer, tmp_path, [(w, copy.deepcopy(m)) for w, m in zip((0.3, 0.7), models, strict=True)])
+        assert moved_apart(run(KDTrainer, tmp_path, mixed), local) < 1e-5
+        data = [{**row, "teacher_id": number % 2} for number, row in enumerate(rows(4 * STEPS))]
+        served = run(KDTrainer, tmp_path, [ServedTeacher(url) for url in urls], data=data)
+        by_row = run(KDTrainer, tmp_path, [copy.deepcopy(model) for model in models], data=data)
+        assert moved_apart(served, by_row) < 1e-5 and moved_apart(by_row, local) > 1e-3
 
 
 def test_workers_collate_and_the_step_asks(server, tmp_path):
