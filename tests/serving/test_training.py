@@ -175,8 +175,13 @@ def test_among_several_teachers(server, tmp_path):
         assert moved_apart(served, by_row) < 1e-5 and moved_apart(by_row, local) > 1e-3
 
 
-def test_workers_collate_and_the_step_asks(server, tmp_path):
-    served = run(KDTrainer, tmp_path, ServedTeacher(server.url), dataloader_num_workers=1)
+def test_what_workers_collate_is_asked_for_at_the_beginning_of_the_step(server, tmp_path, monkeypatch):
+    client = ServedTeacher(server.url)
+    started: list[str] = []
+    start = client._answers.start
+    monkeypatch.setattr(client._answers, "start", lambda key, ask: (started.append(key), start(key, ask)))
+    served = run(KDTrainer, tmp_path, client, dataloader_num_workers=1)
+    assert len(set(started)) == 2 * STEPS
     assert moved_apart(served, run(KDTrainer, tmp_path, copy.deepcopy(server.model))) < 1e-5
 
 
