@@ -31,8 +31,8 @@ class Mixture:
 
             - "renormalize" and "uniform" are distributions over the vocabulary, and mixed as such;
             - "bucket": its rest is not known entry by entry, so that the mixture is a list with a bucket too. It has
-              the entries that all such lists of the token share, at which all other teachers are read; what the others
-              have beyond them goes into the bucket.
+              the entries that all such lists with a part in the token share, at which the others are read too; what
+              all have beyond these goes into the bucket.
         weights: one for each teacher, numbers or tensors (0-d or in the labels' shape), of at least 0, which add up to
             1 (to 1e-3; their sum is divided out). None: equal ones.
         which: (...) int64 or int32 in [0, number of teachers) in the labels' shape, instead of ``weights``: each

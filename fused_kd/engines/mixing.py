@@ -31,6 +31,13 @@ class Place(NamedTuple):
     temperature: Tensor
     backend: str
 
+    def some(self, rows: Tensor, into: Tensor) -> Place:
+        """Of some of its tokens, in the first rows of ``into``."""
+        tokens, T = self.tokens, self.temperature
+        tokens = rows + tokens.start if isinstance(tokens, slice) else tokens[rows]
+        T = T if len(T) == 1 else T[rows]
+        return Place(tokens, self.labels[rows], into[: len(rows)], T, self.backend)
+
 
 class OneTeacher(Protocol):
     def read(self, place: Place) -> tuple[Logits, Tensor | None]:
@@ -76,34 +83,38 @@ class MixedSource:
         """Of the tokens of ``span`` among those to process; ``spare`` is as ``place.into``. And which have none."""
         bad = torch.zeros_like(place.labels, dtype=torch.bool)
         if self._which is not None:
-            self._pick(self._which[span], place, spare, bad)
-            return Logits(place.into, 1.0, None, False), bad
+            finite = self._pick(self._which[span], place, spare, bad)
+            return Logits(place.into, 1.0, None, finite), bad
         assert self._shares is not None
+        finite = True
         shares = self._shares if len(self._shares) == 1 else self._shares[place.tokens]
         for i, teacher in enumerate(self.teachers):
             own, share = place if i == 0 else place._replace(into=spare), shares[:, i].contiguous()
             logits, malformed = teacher.read(own)
+            finite &= logits.finite
             add(place.into, logits, share, place.temperature, place.backend, first=i == 0)
             if malformed is not None:
                 bad |= malformed & (share > -math.inf)
-        return Logits(place.into, 1.0, None, False), bad
+        return Logits(place.into, 1.0, None, finite), bad
 
-    def _pick(self, which: Tensor, place: Place, spare: Tensor, bad: Tensor) -> None:
-        """Each token's own teacher's logits."""
-        device = place.labels.device
+    def _pick(self, which: Tensor, place: Place, spare: Tensor, bad: Tensor) -> bool:
+        """Each token's own teacher's logits; whether they are known to be finite."""
+        device, finite = place.labels.device, True
         for i, teacher in enumerate(self.teachers):
             rows = (which == i).nonzero().squeeze(1).to(device, non_blocking=True)
             if len(rows) == 0:
                 continue
-            tokens, T = place.tokens, place.temperature
-            tokens = rows + tokens.start if isinstance(tokens, slice) else tokens[rows]
-            own = Place(tokens, place.labels[rows], spare[: len(rows)], T if len(T) == 1 else T[rows], place.backend)
+            alone = len(rows) == len(place.labels)
+            own = place if alone else place.some(rows, spare)
             logits, malformed = teacher.read(own)
+            finite &= logits.finite
             if logits.raw is not own.into:
                 own.into.copy_(logits.raw)
             finish_logits_(own.into, logits._replace(finite=True))  # -inf stays
-            place.into.index_copy_(0, rows, own.into)
+            if not alone:
+                place.into.index_copy_(0, rows, own.into)
             if malformed is not None:
                 bad.index_copy_(0, rows, malformed)
         unknown = ((which < 0) | (which >= len(self.teachers))).nonzero().squeeze(1)
         bad.index_fill_(0, unknown.to(device, non_blocking=True), True)
+        return finite

@@ -268,6 +268,16 @@ def test_what_a_mixture_is_no_more_than() -> None:
         assert relative(found[which == i], own[which == i]) < 1e-6
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS[:2])
+def test_runs_of_one_teacher(backend: str) -> None:
+    """Chunks that are all of one, of another, and of both; without ignored tokens, whose places are a slice."""
+    p = problem(N=40, V=101, ignored=0.0)
+    which = torch.tensor([0] * 17 + [1] * 13 + [2] * 10)
+    teachers = [spoilt(teacher_of(kind, p, i), which != i) for i, kind in enumerate(("head", "logits", "uniform"))]
+    for objective in CHOSEN:
+        compare(p, teachers, objective, which=which, backend=backend, memory_budget=12_000)
+
+
 def test_without_a_teacher_nothing_is_mixed() -> None:
     p = problem(N=17, V=101)
     teacher = fk.Mixture([p.teacher(), teacher_of("bucket", p)], which=torch.full((17,), 9))
