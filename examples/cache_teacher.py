@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", choices=KEPT, default="lists", help="of each token")
     add("--k", type=int, help="lists: entries a token, default 64; sampled: those beside the draws, default 0")
     add("--draws", type=int, help="sampled: entries that are drawn, default 12; for objectives linear in p")
-    add("--project", type=int, help="hidden: only so many numbers a state, those that keep most of the logits")
+    add("--project", type=int, help="hidden: only so many numbers a state, those that say most")
     add("--like", metavar="FOLDER", help="hidden: the projection of that cache, for a training's validation rows")
     add("--dtype", choices=[*DTYPES, *(name for name in HIDDEN_DTYPES if name not in DTYPES)],
         help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip

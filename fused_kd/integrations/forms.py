@@ -249,6 +249,25 @@ class Teaching:
             parts, how["which"] = self._by_row(step)
         self._nested(parts, step, [], lambda gives: then(lambda: Mixture([give() for give in gives], **how)))
 
+    @property
+    def prefetches(self) -> bool:
+        return any(hasattr(form.given, "prefetch") for form in self.given)
+
+    def prefetch(self, batch: Mapping[str, Any], shift: bool) -> None:
+        """Let given teachers begin with a batch that is on the host; ``shift``: position i predicts label i + 1."""
+        if not self.prefetches or "labels" not in batch:
+            return
+        own = checked_prompts(without_first_targets(dict(batch))) if shift else dict(batch)
+        inputs = {name: value for name, value in own.items() if name not in (*BATCH_COLUMNS, "labels")}
+        step = Step(None, inputs, own, targets_of(own["labels"], shift))
+        parts: Sequence[tuple[Any, Tensor | None]] = [(form, None) for form in self.forms]
+        if len(self.forms) > 1 and self.weights is None:
+            parts, _ = self._by_row(step)
+        for form, rows in parts:
+            if isinstance(form, GivenForm) and hasattr(form.given, "prefetch"):
+                asked = step if rows is None else step.rows(rows)
+                form.given.prefetch(asked.read, asked.read_targets)
+
     def _by_row(self, step: Step) -> tuple[list[tuple[Any, Tensor | None]], Tensor]:
         """The teachers of this batch, each with its rows; and which of them is a token's."""
         if TEACHER_ID not in step.columns:
@@ -316,17 +335,12 @@ def _spread(teacher: LMHead | TopK, rows: Tensor, count: int) -> LMHead | TopK:
 class Prefetching:
     """A collator that lets given teachers begin with a batch as soon as it is there."""
 
-    def __init__(self, collate: Any, given: Sequence[Any], shift: bool) -> None:
-        self._collate, self._given, self._shift = collate, given, shift
+    def __init__(self, collate: Any, teaching: Teaching, shift: bool) -> None:
+        self._collate, self._teaching, self._shift = collate, teaching, shift
 
     def __call__(self, rows: Any) -> Any:
         batch = self._collate(rows)
-        if "labels" in batch:
-            own = checked_prompts(without_first_targets(batch)) if self._shift else batch
-            inputs = {name: value for name, value in own.items() if name not in BATCH_COLUMNS}
-            step = Step(None, inputs, own, targets_of(own["labels"], self._shift))
-            for given in self._given:
-                given.prefetch(step.read, step.read_targets)
+        self._teaching.prefetch(batch, self._shift)
         return batch
 
 

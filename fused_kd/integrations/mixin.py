@@ -93,9 +93,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             - ``[(weight, teacher), ...]``: the mixture of their probabilities, see :class:`fused_kd.Mixture`;
             - ``[teacher, ...]``: each row's own, by the number in ``teacher_id`` (batch,) of the batches.
 
-            Models and servers read ``teacher_input_ids`` in place of the batch's ``input_ids`` where it has them, for a prompt of
-            the teacher's own, with ``teacher_attention_mask`` or ``teacher_position_ids`` and ``teacher_labels``, which
-            mark the same tokens as ``labels``.
+            Models and servers read ``teacher_input_ids`` in place of the batch's ``input_ids`` where it has them, for a
+            prompt of the teacher's own, with ``teacher_attention_mask`` or ``teacher_position_ids`` and
+            ``teacher_labels``, which mark the same tokens as ``labels``.
         objective: one of ``fused_kd``'s objectives, their sums, or its text (:func:`fused_kd.objectives.parse`).
         criterion: in place of ``objective``: a :class:`fused_kd.KDLoss`, whose options are used too. ``shift`` is
             the model's; ``reduction`` and ``ignore_index`` must be the defaults.
@@ -353,6 +353,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             _check_labels(batch)
         if self.shift:
             batches = [without_first_targets(batch) for batch in batches]
+        if self.teaching is not None:  # those that a worker collated are asked for here
+            for batch in batches:
+                self.teaching.prefetch(batch, self.shift)
         self._step_batches, self._step_gamma = batches, None
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
@@ -361,9 +364,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)
-        eager = [given for given in self.given_teachers if hasattr(given, "prefetch")]
-        if eager:
-            self.data_collator = Prefetching(self.data_collator, eager, self.shift)
+        if self.teaching is not None and self.teaching.prefetches and not self.args.dataloader_num_workers:
+            self.data_collator = Prefetching(self.data_collator, self.teaching, self.shift)
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:

@@ -70,8 +70,8 @@ def write_cache(
         dtype: of lists, drawn ones too, "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of
             hidden states "bf16" (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head
             stays in the teacher's dtype.
-        project: keep r numbers of a hidden state: those from which an affine map gives the best logits, see
-            :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
+        project: keep r numbers of a hidden state: those from which an affine map gives the teacher's probabilities
+            best, see :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.
         like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
             one head: for the validation rows of a training. In place of ``project``.

@@ -52,7 +52,7 @@ def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
 def run(cls: Any, folder: Path, given: Any, *, collate: Any = None, resume: bool = False, **options: Any) -> Any:
     objective = options.pop("objective", None) or fk.SelfEvolution()
     context = options.pop("context", None)
-    data, evaluated = rows(4 * STEPS), rows(5, 9)
+    data, evaluated = options.pop("data", None) or rows(4 * STEPS), rows(5, 9)
     if context is not None:
         data, evaluated = (list(with_context(each, None, context)) for each in (data, evaluated))
     made = cls(
@@ -161,8 +161,27 @@ def test_batches_are_asked_for_before_their_step(server, tmp_path, monkeypatch):
     assert len(set(started)) == 2 * STEPS and len(taken) == 4 * STEPS and set(taken) == set(started)
 
 
-def test_workers_collate_and_the_step_asks(server, tmp_path):
-    served = run(KDTrainer, tmp_path, ServedTeacher(server.url), dataloader_num_workers=1)
+def test_among_several_teachers(server, tmp_path):
+    """In a mixture, and each with rows of its own."""
+    other = teacher(seed=8)
+    with serve(other) as second:
+        urls, models = (server.url, second.url), (server.model, other)
+        mixed = [(w, ServedTeacher(url)) for w, url in zip((0.3, 0.7), urls, strict=True)]
+        local = run(KDTrainer, tmp_path, [(w, copy.deepcopy(m)) for w, m in zip((0.3, 0.7), models, strict=True)])
+        assert moved_apart(run(KDTrainer, tmp_path, mixed), local) < 1e-5
+        data = [{**row, "teacher_id": number % 2} for number, row in enumerate(rows(4 * STEPS))]
+        served = run(KDTrainer, tmp_path, [ServedTeacher(url) for url in urls], data=data)
+        by_row = run(KDTrainer, tmp_path, [copy.deepcopy(model) for model in models], data=data)
+        assert moved_apart(served, by_row) < 1e-5 and moved_apart(by_row, local) > 1e-3
+
+
+def test_what_workers_collate_is_asked_for_at_the_beginning_of_the_step(server, tmp_path, monkeypatch):
+    client = ServedTeacher(server.url)
+    started: list[str] = []
+    start = client._answers.start
+    monkeypatch.setattr(client._answers, "start", lambda key, ask: (started.append(key), start(key, ask)))
+    served = run(KDTrainer, tmp_path, client, dataloader_num_workers=1)
+    assert len(set(started)) == 2 * STEPS
     assert moved_apart(served, run(KDTrainer, tmp_path, copy.deepcopy(server.model))) < 1e-5
 
 

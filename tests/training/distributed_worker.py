@@ -24,12 +24,15 @@ import torch
 import transformers
 
 from fused_kd.integrations.own import OwnTeacher
+from fused_kd.training.cache import write_cache
 from fused_kd.training.checkpoints import last_checkpoint
 from fused_kd.training.collate import Collator
 from fused_kd.training.contexts import with_context
+from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import KDTrainer
+from tests.training.caching import Words
 from tests.training.scripts import script
-from tests.training.tiny import rows
+from tests.training.tiny import VOCAB, rows
 from tests.training.tiny import tiny as tiny_model
 
 ZERO3 = {
@@ -102,6 +105,13 @@ def with_top_k(data: list[dict[str, list[int]]], count: int = 8, teacher: Any = 
     return made
 
 
+def with_states(folder: Path, data: list[dict[str, list[int]]]) -> tuple[TeacherCache, Any]:
+    """A cache of the teacher's hidden states, and the rows with them."""
+    options = {"keep": "hidden", "dtype": "fp32", "template": "tiny", "progress": False}
+    cache = write_cache(folder, tiny(24, seed=2), Words(VOCAB), data, **options)  # type: ignore[arg-type]
+    return cache, cache.rows(data)
+
+
 def held(model: torch.nn.Module) -> int:
     """Elements of the model's weights that this process has in memory."""
     return sum((each.to_local() if hasattr(each, "to_local") else each).numel() for each in model.parameters())
@@ -169,9 +179,14 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         options["use_cpu"] = True
     arguments = transformers.TrainingArguments(**options)
     data = rows(case.get("rows", 19))
+    evaluated: Any = with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9)
     teacher: Any = tiny(24, seed=2, tied=case.get("tied", False))
     if case.get("cached"):
         teacher, data = Cache(), with_top_k(data)
+    if case.get("states"):  # a copy for each process
+        own = folder / f"{case['name']}.cache{arguments.process_index}"
+        teacher, data = with_states(own / "train", data)
+        evaluated = with_states(own / "valid", evaluated)[1]
     student = tiny(16, seed=1, tied=case.get("tied", False), dropout=case.get("dropout", 0.0))
     if case.get("pretrained"):  # after the arguments, which tell transformers how to load
         student, teacher = (load(folder.parent / name) for name in ("student", "teacher"))
@@ -184,7 +199,6 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         teacher = student
     if "own" in case:
         teacher = OwnTeacher(**case["own"])
-    evaluated = with_top_k(rows(7, seed=9)) if case.get("cached") else rows(7, seed=9)
     if case.get("several") == "mixture":
         teacher = [(0.6, teacher), (0.4, tiny(32, seed=3))]
     elif case.get("several"):

@@ -61,6 +61,12 @@ CASES: list[dict[str, Any]] = [
     # a process whose rows are all of one teacher runs the other one too, where it is sharded
     {"name": "each its own", "several": "by row", "rows": 10, "objective": "forward_kd", "arguments": ACCUMULATED},
     {"name": "mixture", "several": "mixture", "cached": True, "objective": "forward_kd", "arguments": {}},
+    {
+        "name": "states",
+        "states": True,
+        "objective": "self_evolution:gamma=2.0+0.5*reverse_kd",
+        "arguments": ACCUMULATED,
+    },
     {"name": "bf16", "objective": "no_evo", "arguments": {"bf16": True, "learning_rate": 0.1}},
 ]
 LONG: dict[str, Any] = {
