@@ -45,7 +45,7 @@ def choose_engine(
         if LISTS in asks:
             raise ValueError("lists must be None with tp_group: fused_kd.top_k_of(..., tp_group=...) makes them before")
         if TEACHERS in asks:
-            raise ValueError("teacher must not be a mixture with tp_group, but for one of lists")
+            raise ValueError("teacher must not be a mixture without lists with tp_group")
         if statistics:
             raise ValueError("statistics must be empty with tp_group, whose ranks see a slice of the vocabulary each")
         return "chunked", _sharded_backend(engine, backend, spec, grad_filter_eps, device, TOP_K in asks)

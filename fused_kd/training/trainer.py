@@ -20,7 +20,14 @@ from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.labels import Average, count_targets, denominator, sequence_weights
 from fused_kd.integrations.mixin import KDLossMixin
 from fused_kd.integrations.parts import annealed_part, with_beta
-from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs, has_rows
+from fused_kd.integrations.sampling import (
+    LengthGroupedEpochs,
+    MaskedTail,
+    PaddedSampler,
+    ShuffledEpochs,
+    has_rows,
+    lengths_of,
+)
 from fused_kd.objectives import Objective
 from fused_kd.options import statistics_names
 from fused_kd.terms import RANK
@@ -241,7 +248,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows = self._train_batch_size * self.accelerator.num_processes
         if strategy == "group_by_length":
-            lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+            lengths = lengths_of(dataset)
             sampler: Sampler[Any] = LengthGroupedEpochs(lengths, rows * self.args.gradient_accumulation_steps, seed)
         elif strategy == "sequential":
             sampler = SequentialSampler(dataset)

@@ -434,7 +434,7 @@ def mixtures(world: World) -> dict[str, float]:
         fk.kd_loss(fk.LMHead(*world.own(*p.leaves)), [(0.5, mine), (0.5, mine)], p.labels, ANY, tp_group=world.group)
         found["refused"] = 1.0
     except ValueError as error:
-        found["refused"] = float("must not be a mixture with tp_group, but for one of lists" not in str(error))
+        found["refused"] = float("must not be a mixture without lists with tp_group" not in str(error))
     return found
 
 
