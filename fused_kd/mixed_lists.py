@@ -34,7 +34,7 @@ class Known(NamedTuple):
     rest: Tensor
 
 
-def without_dense(
+def as_one_list(
     mixture: Mixture, temperature: Number, vocab: int, valid: Tensor, backend: str | None, tp_group: object = None
 ) -> Mixture | TopK:
     """A mixture with a bucket, or of lists alone, as one :class:`TopK` at ``temperature``; any other as it is.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .engines.dispatch import COLUMNS, TEACHERS, TOP_K
 from .engines.problem import NO_LISTING, Listing, Side
 from .inputs import Lists, LMHead, TopK
-from .mixed_lists import without_dense
+from .mixed_lists import as_one_list
 from .mixtures import Mixture
 from .objectives import Objective
 from .options import check_map_tail, check_tail
@@ -106,7 +106,7 @@ def resolved(
     for _, each in mixture.named:
         if isinstance(each, TopK) and each.tail == "bucket":  # beside others the rest of a list is not 0
             check_tail(objective, each.tail, temperature, each.temperature)
-    return without_dense(mixture, temperature, vocab, valid, backend, tp_group)
+    return as_one_list(mixture, temperature, vocab, valid, backend, tp_group)
 
 
 def flat_teachers(given: Any, objective: Objective, temperature: Number, group: Any) -> Teachers:

@@ -19,7 +19,7 @@ from .gemm import SLAB_BYTES, Projection
 from .head_gradient import HeadGradient, carries_scale
 from .listing import tile_stride
 from .mapping import MappedSource
-from .mixing import Listed, MixedSource, Place
+from .mixing import ListLogits, MixedSource, Place
 from .plan import Plan, Workspace
 from .problem import INVALID, Problem, Side, Wanted, gradient_dtype
 
@@ -145,7 +145,7 @@ class Chunks:
         sides = problem.teachers
         if len(sides) > 1:
             self.teacher = MixedSource(
-                problem, [self._source(side, columns) or Listed(side, columns) for side in sides]
+                problem, [self._source(side, columns) or ListLogits(side, columns) for side in sides]
             )
         elif sides:
             self.teacher = self._source(sides[0], columns)
@@ -282,7 +282,7 @@ def workspace_bytes(
         teachers = teacher.teachers
         token += 8 * stride  # what is mixed, and the next one's
     for side in (student, *teachers):
-        if side is None or isinstance(side, Listed):
+        if side is None or isinstance(side, ListLogits):
             continue
         own = stride if side is student or len(teachers) == 1 else 0
         if isinstance(side, MappedSource):

@@ -44,7 +44,7 @@ class OneTeacher(Protocol):
         """The logits of a place, in its rows or elsewhere, and which (C,) have no distribution; None: none."""
 
 
-class Listed:
+class ListLogits:
     """A list with the tail "renormalize" or "uniform", as the logits that it stands for."""
 
     def __init__(self, side: Side, vocab: int) -> None:

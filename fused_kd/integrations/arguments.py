@@ -13,6 +13,7 @@ from fused_kd.inputs import check_tail_name
 from fused_kd.integrations.bodies import without_adapters
 from fused_kd.integrations.forms import is_given
 from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.integrations.own import OwnTeacher
 from fused_kd.mixtures import checked_weights
 from fused_kd.objectives import Objective, parse
 
@@ -29,8 +30,8 @@ _REFUSED = {
 
 # what to do instead
 TWO_TOKENIZERS = (
-    "for two tokenizers, fused_kd.vocab_map says which tokens they share, and LMHead(..., columns=...) takes it, in a "
-    "training loop of one's own"
+    "for two tokenizers, fused_kd.vocab_map says which tokens they share, and the trainers take it (vocab_map=), as "
+    "LMHead(..., columns=...) does"
 )
 
 
@@ -113,7 +114,7 @@ def as_teachers(teacher: Any) -> tuple[list[Any], list[float] | None]:
 
 def check_teacher(teacher: Any) -> None:
     """Raise ``TypeError`` for what is no teacher, saying what to do with what it is."""
-    if isinstance(teacher, torch.nn.Module) or is_given(teacher) or hasattr(teacher, "bound"):
+    if isinstance(teacher, (torch.nn.Module, OwnTeacher)) or is_given(teacher):
         return
     got = type(teacher).__name__
     hint = "an object with head(batch, targets, device), or with tail, and no forward is taken as a cache or a server"
@@ -122,6 +123,8 @@ def check_teacher(teacher: Any) -> None:
             repr(str(teacher)),
             "load it (AutoModelForCausalLM.from_pretrained), open a cache (TeacherCache) or a server (ServedTeacher)",
         )
+    elif isinstance(teacher, fk.Mixture):
+        hint = "that is for a loss; give a trainer the pairs, [(weight, teacher), ...]"
     elif hasattr(teacher, "output_dir"):
         hint = "the teacher comes before it, or give the arguments by name: args=..."
     raise TypeError(f"teacher must be a model, a cache of one or a server, got {got}: {hint}")

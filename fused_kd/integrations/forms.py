@@ -25,6 +25,8 @@ from fused_kd.integrations.prompted import checked_prompts
 Give = Callable[[], LMHead | TopK]
 
 TEACHER_ID = "teacher_id"
+# of prepared inputs: the batch as it was on the host
+HOST = "teacher_batch_on_host"
 _LISTS = ("teacher_log_probs", "teacher_indices")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _OTHER_PROMPT = {f"teacher_{name}": name for name in ("input_ids", "attention_mask", "position_ids", *_PACKED)}
@@ -66,13 +68,15 @@ class Step(NamedTuple):
     """A batch as teachers see it.
 
     ``model`` is the student, wrapped as it trains; ``inputs`` are the models', ``columns`` those for teachers;
-    ``targets`` (rows, length) bool on the CPU says which positions' distributions carry loss.
+    ``targets`` (rows, length) bool on the CPU says which positions' distributions carry loss. ``host`` is the same
+    batch before it was moved to a device, where that is known.
     """
 
     model: Any
     inputs: dict[str, Any]
     columns: dict[str, Tensor]
     targets: Tensor
+    host: Step | None = None
 
     def rows(self, index: Tensor) -> Step:
         """Some of its rows."""
@@ -82,7 +86,8 @@ class Step(NamedTuple):
             return value[index.to(value.device)] if own else value
 
         inputs, columns = ({k: picked(k, v) for k, v in part.items()} for part in (self.inputs, self.columns))
-        return self._replace(inputs=inputs, columns=columns, targets=self.targets[index])
+        host = None if self.host is None else self.host.rows(index)
+        return self._replace(inputs=inputs, columns=columns, targets=self.targets[index], host=host)
 
     @property
     def read(self) -> dict[str, Any]:
@@ -178,7 +183,8 @@ class GivenForm:
         if columns:  # each target's own, whatever prompt they were made with
             head = self.given.head({**step.inputs, **columns}, step.targets, device)
         else:
-            head = step.placed(self.given.head(step.read, step.read_targets, device))
+            asked = step.host or step  # what is sent is read on the host
+            head = step.placed(self.given.head(asked.read, asked.read_targets, device))
         then(lambda: head)
 
 
@@ -218,6 +224,7 @@ class Teaching:
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None = None) -> None:
         self.forms: list[Any] = [_form_of(teacher) for teacher in teachers]
         self.weights = weights
+        self.sharded = False
 
     @property
     def models(self) -> list[ModelForm]:
@@ -253,13 +260,22 @@ class Teaching:
     def prefetches(self) -> bool:
         return any(hasattr(form.given, "prefetch") for form in self.given)
 
+    @property
+    def reads_host(self) -> bool:
+        """Whether what a given teacher is asked is in the inputs, and not in columns of its own."""
+        return any(not form.given.columns for form in self.given)
+
+    def on_host(self, batch: Mapping[str, Any], shift: bool) -> Step:
+        """A batch that is on the host, for given teachers; ``shift``: position i predicts label i + 1."""
+        own = checked_prompts(without_first_targets(dict(batch))) if shift else dict(batch)
+        inputs = {name: value for name, value in own.items() if name not in (*BATCH_COLUMNS, "labels")}
+        return Step(None, inputs, own, targets_of(own["labels"], shift))
+
     def prefetch(self, batch: Mapping[str, Any], shift: bool) -> None:
         """Let given teachers begin with a batch that is on the host; ``shift``: position i predicts label i + 1."""
         if not self.prefetches or "labels" not in batch:
             return
-        own = checked_prompts(without_first_targets(dict(batch))) if shift else dict(batch)
-        inputs = {name: value for name, value in own.items() if name not in (*BATCH_COLUMNS, "labels")}
-        step = Step(None, inputs, own, targets_of(own["labels"], shift))
+        step = self.on_host(batch, shift)
         parts: Sequence[tuple[Any, Tensor | None]] = [(form, None) for form in self.forms]
         if len(self.forms) > 1 and self.weights is None:
             parts, _ = self._by_row(step)
@@ -279,13 +295,14 @@ class Teaching:
         bad = step.targets & ((ids < 0) | (ids >= len(self.forms)))
         if bool(bad.any()):
             raise ValueError(f"{TEACHER_ID} must be in [0, {len(self.forms)}), got {int(ids[bad][0])}")
-        parts = []
+        parts, first = [], torch.zeros(1, dtype=torch.int64)
         for number, form in enumerate(self.forms):
             rows = ((ids == number) & step.targets).any(1).nonzero().squeeze(1)
-            if len(rows) == 0 and isinstance(form, ModelForm):
-                rows = torch.zeros(1, dtype=torch.int64)  # a sharded one runs on all ranks
+            if len(rows) == 0 and self.sharded and isinstance(form, ModelForm):
+                rows = first  # it runs on all ranks
             if len(rows):
                 parts.append((number, form, rows))
+        parts = parts or [(0, self.forms[0], first)]
         which = torch.full(ids.shape, 0)
         for place, (number, _, _) in enumerate(parts):
             which[ids == number] = place
@@ -318,7 +335,8 @@ def _spread(teacher: LMHead | TopK, rows: Tensor, count: int) -> LMHead | TopK:
     """Of some rows, as that of all; the others hold what a list or a head may."""
 
     def whole(value: Tensor, fill: Any = 0) -> Tensor:
-        found: Tensor = value.new_zeros(count, *value.shape[1:]) + fill
+        found = value.new_empty(count, *value.shape[1:])
+        found.copy_(fill) if isinstance(fill, Tensor) else found.fill_(fill)
         return found.index_copy_(0, rows.to(value.device), value)
 
     if isinstance(teacher, LMHead):

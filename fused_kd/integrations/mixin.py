@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, de
 import fused_kd as fk
 from fused_kd.integrations.arguments import (
     as_criterion,
+    as_teachers,
     check_arguments,
     check_cache,
     check_tail_of_map,
@@ -27,13 +28,8 @@ from fused_kd.integrations.distributed import (
     sum_over_ranks,
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
-from fused_kd.integrations.forms import (
-    Prefetching,
-    Step,
-    on_device,
-    targets_of,
-)
-from fused_kd.integrations.heads import check_head_module, common_columns
+from fused_kd.integrations.forms import HOST, Prefetching, Step, on_device, targets_of
+from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
@@ -43,9 +39,8 @@ from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
-from fused_kd.integrations.taught import Taught
+from fused_kd.integrations.taught import Taught, check_lists, teaching_of, vocab_of
 from fused_kd.integrations.vocabulary import TeacherMap
-from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
 from fused_kd.options import LossOptions, statistics_columns, statistics_names
 
@@ -146,7 +141,10 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        self.take_teachers(teacher, self.objective, self.kd_options, self.kd_statistics)
+        self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
+        if self.objective.spec.needs_teacher and not self._teachers:
+            raise ValueError(f"teacher must be given for {self.objective!r}")
+        check_lists(self._teachers, self.objective, self.kd_options, self.kd_statistics)
         statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         check_arguments(args, kwargs)
         if model is None:
@@ -168,10 +166,10 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
-        models = self.own_models(student)
+        models = self._own_models(student)
         for each in models[1:] if self.vocabulary is None else ():
             check_tokenizers(student, each, self.processing_class)
-        for given in self.given_teachers:
+        for given in self._given_teachers:
             check_cache(given, self.processing_class)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
@@ -184,6 +182,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             each.requires_grad_(False).eval()
         # sharded models are whole, or real at all on this rank, only when they run
         self._models_checked = not sharded
+        if self.teaching is not None:
+            self.teaching.sharded = sharded
         if self._models_checked:
             for each in models[1:]:
                 if not (getattr(each, "hf_device_map", None) or getattr(each, "is_quantized", False)):
@@ -198,14 +198,12 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teachers by their structure; set ``teaching``, ``vocab_size`` and ``shift``."""
         self.shift = labels_need_shift(student)
-        self.pair_teachers(student)
-        models = self.own_models(student)
+        self.teaching = teaching_of(self._teachers, self._weights, student)
+        models = self._own_models(student)
         for each in models:
             check_head_module(each, plain=not self.adapted_heads)
         if self._vocab_map is None:
-            heads = [rows_of(check_head_module(each).weight) for each in models]
-            heads += [] if self.teaching is None else self.teaching.vocab_sizes
-            self.vocab_size = common_columns(heads, vocab_size, tokenizer)
+            self.vocab_size = vocab_of(models, self.teaching, vocab_size, tokenizer)
         else:
             self.vocab_size = vocab_size
             self.vocabulary = self._mapped(student)
@@ -272,7 +270,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         weights = self._token_weights(inputs)
         # an encoder-decoder makes its decoder's inputs from them
         labels = inputs.pop("labels") if self.shift else inputs["labels"]
-        columns = {name: inputs.pop(name) for name in self.teacher_columns if name in inputs}
+        columns = {name: inputs.pop(name) for name in self._teacher_columns if name in inputs}
+        host = inputs.pop(HOST, None)
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
@@ -288,7 +287,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             self._check_packing(model, inputs)
         within = None
         if self.teaching is not None and objective.spec.needs_teacher:
-            step = Step(model, inputs, columns, targets_of(labels, self.shift))
+            step = Step(model, inputs, columns, targets_of(labels, self.shift), host)
             within = functools.partial(self.teaching.within, step)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
@@ -297,7 +296,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
     def _check_sharded(self, model: torch.nn.Module) -> None:
         for form in self.teaching.models if self.teaching else ():
             form.model = shard_teacher(form.model, self.accelerator)
-        for each in self.own_models(model):
+        for each in self._own_models(model):
             check_lm_head(each)
         self._models_checked = True
 
@@ -306,7 +305,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         if not is_packed(inputs) and not isinstance(self.data_collator, DataCollatorWithFlattening):
             return
         with self.accelerator.autocast():
-            for each in self.own_models(model):
+            for each in self._own_models(model):
                 check_packed(each, inputs)
         self._packing_checked = True
 
@@ -381,14 +380,16 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         # on the host, labels tell which tokens to drop without a synchronisation
         kept = {"labels": inputs["labels"]} if "labels" in inputs else {}
         # DeepSpeed's way with inputs would round these
-        columns = {name: inputs[name] for name in self.teacher_columns if name in inputs}
+        columns = {name: inputs[name] for name in self._teacher_columns if name in inputs}
+        if self.teaching is not None and self.teaching.reads_host and "labels" in inputs:
+            kept[HOST] = self.teaching.on_host(inputs, self.shift)
         kept |= on_device(columns, self.args.device)
         return {**super()._prepare_inputs({key: value for key, value in inputs.items() if key not in kept}), **kept}
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        self._signature_columns = list(dict.fromkeys([*columns, *self.teacher_columns]))  # type: ignore[assignment]
+        self._signature_columns = list(dict.fromkeys([*columns, *self._teacher_columns]))  # type: ignore[assignment]
 
 
 _COLLATOR = "fused_kd.training.Collator pads input_ids and labels"

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_kd.integrations.bodies import without_adapters
-from fused_kd.integrations.own import AdaptersOff, listed
+from fused_kd.integrations.own import AdaptersOff, OwnTeacher, listed
 
 
 def is_own_base(student: Any, teacher: Any) -> bool:
@@ -21,7 +21,7 @@ def is_own_base(student: Any, teacher: Any) -> bool:
 def paired(student: Any, teacher: Any) -> Any:
     """The teacher, as a :class:`StudentView` where it is an :class:`OwnTeacher`, or the student or its base (then
     :class:`AdaptersOff`); raises as :func:`check_pair`."""
-    if hasattr(teacher, "bound"):
+    if isinstance(teacher, OwnTeacher):
         teacher = teacher.bound(student)
     elif is_own_base(student, teacher):
         teacher = AdaptersOff(student)

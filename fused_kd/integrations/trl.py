@@ -34,11 +34,11 @@ from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.pair import check_trainable, paired
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.routing import loss_of_heads
+from fused_kd.integrations.taught import columns_of
 from fused_kd.integrations.transformers import (
     check_head_module,
     check_lm_head,
     route_head_loss,
-    rows_of,
 )
 from fused_kd.integrations.trl_teachers import OtherTeachers
 from fused_kd.integrations.vocabulary import TeacherMap
@@ -122,11 +122,9 @@ class FusedLoss(KeepsAverages, Trainer):
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
-        others = (
-            None if isinstance(teacher_model, (str, torch.nn.Module)) else OtherTeachers(model, teacher_model, args)
-        )
-        if others is not None:
-            teacher_model = others
+        others = None
+        if not isinstance(teacher_model, (str, torch.nn.Module)):
+            teacher_model = others = OtherTeachers(model, teacher_model, args)
         if trainer_args.get("compute_metrics") is not None:
             raise ValueError("compute_metrics must be None: evaluation computes no logits to pass to it")
         self.loss_options: dict[str, Any] = {"memory_budget": memory_budget, "backend": backend, "lists": lists}
@@ -159,8 +157,7 @@ class FusedLoss(KeepsAverages, Trainer):
         warn_of_lost_updates(student, self.args, self.accelerator)
         self.vocab_size, self.vocabulary = vocab_size, None
         if vocab_map is None:
-            heads = [rows_of(check_head_module(each).weight) for each in (student, *models)]
-            heads += self.teaching.vocab_sizes
+            heads = columns_of([student, *models], self.teaching)
             self.vocab_size = common_columns(heads, vocab_size, self.processing_class)
             self._sample_within(self.vocab_size, heads)
         elif len(models) == 1 and others is None:
@@ -244,7 +241,7 @@ class FusedLoss(KeepsAverages, Trainer):
         if others is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ValueError("teacher_model must be one model under DeepSpeed and FSDP, or use KDTrainer")
-            return others.teaching(student, self.accelerator)
+            return others.teaching(student, self.accelerator, self.current_objective(), self.loss_options)
         teacher: Any = paired(student, self.accelerator.unwrap_model(self.teacher_model))
         if isinstance(teacher, StudentView):
             if self.is_deepspeed_enabled:

@@ -10,7 +10,8 @@ import torch
 from fused_kd.integrations.arguments import as_teachers
 from fused_kd.integrations.forms import GivenForm, Teaching, is_given
 from fused_kd.integrations.heads import check_head_module
-from fused_kd.integrations.pair import paired
+from fused_kd.integrations.taught import check_lists, teaching_of
+from fused_kd.objectives import Objective
 
 
 class OtherTeachers(torch.nn.Module):
@@ -44,9 +45,15 @@ class OtherTeachers(torch.nn.Module):
         self.config = copy.deepcopy(model.config)
         self._is_accelerate_prepared = True
 
-    def teaching(self, student: Any, accelerator: Any) -> Teaching:
-        """They, bound to the student and on its device."""
-        found = Teaching([each if is_given(each) else paired(student, each) for each in self._teachers], self._weights)
+    def teaching(self, student: Any, accelerator: Any, objective: Objective, options: dict[str, Any]) -> Teaching:
+        """The teachers, bound to the student and on its device.
+
+        Raises:
+            ValueError: teachers that do not go with the student, the objective or the loss's options.
+        """
+        check_lists(self._teachers, objective, options, ())
+        found = teaching_of(self._teachers, self._weights, student)
+        assert found is not None
         for form in found.models:
             form.model = accelerator.prepare_model(form.model.requires_grad_(False).eval(), evaluation_mode=True)
         return found

@@ -111,7 +111,7 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
         shown = ", ".join(repr(token) for token in sorted(differing)[:3])
         raise ValueError(
             f"the tokenizer of {name} differs from the other model's in {len(differing)} tokens ({shown}): "
-            "student and teacher must share one tokenizer (for two, fused_kd.vocab_map in a training loop of one's own)"
+            "student and teacher must share one tokenizer (for two, KDTrainer takes fused_kd.vocab_map)"
         )
 
 

@@ -226,7 +226,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     @property
     def _has_bucket(self) -> bool:
-        lists = [self.kd_options["lists"] if self.teaching else None, *self.given_teachers]
+        lists = [self.kd_options["lists"] if self.teaching else None, *self._given_teachers]
         return any(getattr(each, "tail", None) == "bucket" for each in lists)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.mixed_lists import without_dense
+from fused_kd.mixed_lists import as_one_list
 
 from ..problems import CPU_BACKENDS, OBJECTIVES, furthest, gradients, label, problem, relative
 from .mixed import compare, list_of, one_list, shares, target, teacher_of
@@ -136,7 +136,7 @@ def test_the_list_that_a_mixture_is() -> None:
     p, valid = problem(N=17, V=67), torch.ones(17, dtype=torch.bool)
     for kinds in (("uniform:20", "uniform:30"), ("bucket:30", "bucket:40"), ("bucket:30", "head")):
         teachers = [teacher_of(kind, p, i) for i, kind in enumerate(kinds)]
-        made = without_dense(fk.Mixture(teachers, (0.3, 0.7)), 1.0, 67, valid, "torch")
+        made = as_one_list(fk.Mixture(teachers, (0.3, 0.7)), 1.0, 67, valid, "torch")
         assert isinstance(made, fk.TopK) and made.log_rest is not None
         listed = made.log_probs > -math.inf
         if made.tail == "bucket":
@@ -156,7 +156,7 @@ def test_the_list_that_a_mixture_is() -> None:
         total = made.log_probs.double().exp().sum(1) + made.log_rest.double().exp()
         assert float((total - 1).abs().max()) < 1e-6
     assert isinstance(
-        without_dense(fk.Mixture([teacher_of("uniform", p), p.teacher()]), 1.0, 67, valid, None), fk.Mixture
+        as_one_list(fk.Mixture([teacher_of("uniform", p), p.teacher()]), 1.0, 67, valid, None), fk.Mixture
     )
 
 
