@@ -22,6 +22,7 @@ from torch import Tensor
 import fused_kd as fk
 from fused_kd.objectives import Objective
 
+from .cache_times import tables_of, times
 from .environment import hardware, source, versions
 from .stored import KS, Form, forms
 from .tables import table
@@ -160,7 +161,8 @@ def markdown(record: dict[str, Any]) -> str:
     }  # fmt: skip
     head = HEAD.format(**{**record, **named})
     note = f"\n{record['note']}\n" if record["note"] else ""
-    return f"{head}{note}\n{tables(record['rows'])}"
+    timed = f"\n## A step\n\n{tables_of(record['times'])}\n" if record.get("times") else ""
+    return f"{head}{note}\n{tables(record['rows'])}{timed}"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -194,8 +196,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     parser.add_argument("--only", default="", metavar="WORD", help="forms with it in their names alone")
     parser.add_argument("--note", default="", help="for the page: what model and text are")
+    parser.add_argument("--times", type=int, default=0, metavar="ROWS", help="also the time of a step of so many rows")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for caches.json and caches.md")
     return parser
+
+
+def _timed(problem: Problem, model: Any, ids: Tensor) -> list[dict[str, Any]]:
+    own = slice(0, ids[:, 1:].numel())
+    student, teacher = (replace(head, hidden=head.hidden[own]) for head in (problem.student, problem.teacher))
+    return times(student, teacher, problem.labels[own], model, ids)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32).eval()
     problem = problem_of(model, student, ids)
+    timed = _timed(problem, model, ids[: args.times]) if args.times else []
     del model, student
     measured = about(problem)
     found = measure(problem, (form for form in forms(problem.teacher, args.seed) if args.only in form.name))
@@ -228,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
         "note": args.note, "noise": args.noise, "tokens": len(problem.labels), "length": args.length,
         "seed": args.seed, "vocab_size": problem.teacher.vocab, "hidden_size": problem.teacher.weight.shape[1],
         **measured, "hardware": hardware("cpu"), "versions": versions(), "source": source(), "rows": found,
+        "times": timed,
     }  # fmt: skip
     print(markdown(record))
     if args.out is not None:

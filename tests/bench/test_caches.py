@@ -41,12 +41,16 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
 def test_a_table_an_objective(made, tmp_path, capsys):
     folder, text = made
     options = ["--model", str(folder), "--text", str(text), "--tokens", "80", "--length", "20", "--out", str(tmp_path)]
+    options += ["--times", "2"]
     assert bench.main(["caches", *options]) == 0
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "caches.json").read_text())
     assert record["tokens"] == 80 and record["text"] == "text.txt" and set(record["held"]) == {"16", "64"}
     assert str(folder) not in (tmp_path / "caches.json").read_text()
     assert printed.strip() == (tmp_path / "caches.md").read_text().strip()
+    timed = {row["form"]: row for row in record["times"]}
+    assert timed["online"]["teacher"] > 0 == timed["hidden states"]["teacher"] and "## A step" in printed
+    assert all(row["loss"] > 0 for row in timed.values()) and len(timed) == 9
     rows = {(row["form"], row["objective"]): row for row in record["rows"]}
     assert {name for _, name in rows} == set(caches.OBJECTIVES)
     assert all(("64 entries, fp16, renormalize", name) not in rows for name in caches.OBJECTIVES if "Reverse" in name)
@@ -58,7 +62,7 @@ def test_a_table_an_objective(made, tmp_path, capsys):
     assert draws["loss_online"] == online["loss"] < draws["loss"]
     bucket = rows["16 entries, fp16, bucket", "ForwardKD(lam=1)"]
     assert bucket["loss"] < online["loss"] and 0.5 < bucket["d_weight"]["cosine"] <= 1 + 1e-9
-    assert printed.count("| online |") == 3 and "| other gate |" in printed
+    assert printed.count("| online |") == 4 and "| other gate |" in printed
 
 
 def test_some_forms_alone(made, capsys):
