@@ -288,7 +288,8 @@ class Teaching:
         """The teachers of this batch, each with its rows; and which of them is a token's."""
         if TEACHER_ID not in step.columns:
             raise ValueError(
-                f"batch must have {TEACHER_ID} for {len(self.forms)} teachers without weights: which of them is a row's"
+                f"batch must have {TEACHER_ID} for {len(self.forms)} teachers without weights: which of them is a "
+                "row's (a collator must keep it, as fused_kd.training.Collator does)"
             )
         ids = step.columns[TEACHER_ID].cpu()
         ids = ids if ids.dim() == 2 else ids[:, None].expand(step.targets.shape)

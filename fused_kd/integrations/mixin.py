@@ -144,7 +144,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
         if self.objective.spec.needs_teacher and not self._teachers:
             raise ValueError(f"teacher must be given for {self.objective!r}")
-        check_lists(self._teachers, self.objective, self.kd_options, self.kd_statistics)
+        check_lists(self._teachers, self._weights, self.objective, self.kd_options, self.kd_statistics)
         statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         check_arguments(args, kwargs)
         if model is None:

@@ -55,14 +55,29 @@ def teaching_of(teachers: list[Any], weights: list[float] | None, student: Any) 
 
 
 def check_lists(
-    teachers: list[Any], objective: Objective, options: dict[str, Any], statistics: tuple[str, ...]
+    teachers: list[Any],
+    weights: list[float] | None,
+    objective: Objective,
+    options: dict[str, Any],
+    statistics: tuple[str, ...],
 ) -> None:
     """
     Raises:
-        ValueError: teachers that give lists, with an objective, ``options`` of a loss or ``statistics`` that they do
-            not go with.
+        ValueError: teachers that give lists, with an objective, ``options`` of a loss, ``statistics`` or other teachers
+            that they do not go with.
     """
     alone = len(teachers) == 1
+    tails = {getattr(each, "tail", None) if is_given(each) else None for each in teachers}
+    if weights is None and "bucket" in tails and len(tails) > 1:
+        raise ValueError(
+            "tail must be 'uniform' or 'renormalize' of lists whose rows stand among those of other teachers, got "
+            "'bucket', which compares tokens over other categories: TeacherCache(..., tail='uniform')"
+        )
+    named = [name for each in teachers if is_given(each) for name in set(getattr(each, "columns", ()))]
+    if len(named) > len(set(named)):
+        raise ValueError(
+            "teachers must read columns of their own, two of them read the same: TeacherCache(folder, name=...)"
+        )
     for tail in (getattr(each, "tail", None) for each in teachers if is_given(each)):
         if tail is None:
             continue

@@ -12,6 +12,7 @@ import transformers
 
 import fused_kd as fk
 from fused_kd.integrations.mixin import KDLossMixin
+from fused_kd.integrations.own import OwnTeacher
 from fused_kd.reference import reference_kd_loss
 from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, PackingCollator
@@ -162,7 +163,17 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     listed = TeacherCache(tmp_path / "lists", tail="listed")
     for teacher, given, error, message in (
         ([(0.5, tiny(24, 2)), (0.6, tiny(24, 3))], {}, ValueError, "weights must add up to 1"),
-        ([(0.5, tiny(24, 2)), tiny(24, 3)], {}, TypeError, "a list of pairs and others"),
+        ([(0.5, tiny(24, 2)), tiny(24, 3)], {}, TypeError, "got a list with a LlamaForCausalLM in place of a pair"),
+        ({"math": tiny(24, 2)}, {}, TypeError, r"got dict: several are \[\(weight, teacher\), ...\]"),
+        ([(0.5, tiny(24, 2), 1)], {}, TypeError, "got a list with a tuple of 3 in place of a pair"),
+        ((0.5, tiny(24, 2)), {}, TypeError, "got a list with a tuple of 2 in place of a pair"),
+        ([(tiny(24, 2), 0.5), (tiny(24, 3), 0.5)], {}, TypeError, "the weight comes first"),
+        ([("0.5", tiny(24, 2)), (0.5, tiny(24, 3))], {}, TypeError, r"weights\[0\] must be a number"),
+        (zip((0.5, 0.5), (tiny(24, 2), tiny(24, 3)), strict=True), {}, TypeError, "got zip: several are"),
+        (torch.nn.ModuleList([tiny(24, 2)]), {}, TypeError, "got ModuleList: several are"),
+        (OwnTeacher, {}, TypeError, "got the class OwnTeacher: give an object of it"),
+        ([tiny(24, 2), lists], {}, ValueError, "tail must be 'uniform' or 'renormalize' of lists whose rows stand"),
+        ([(0.5, lists), (0.5, lists)], {}, ValueError, "teachers must read columns of their own"),
         ([], {}, TypeError, "got a list of none"),
         (fk.Mixture([torch.zeros(1, 5)]), {}, TypeError, r"give a trainer the pairs, \[\(weight, teacher\), ...\]"),
         ([(0.5, tiny(24, 2)), (0.5, "org/model")], {}, TypeError, "got 'org/model': load it"),
