@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import torch
 
 from fused_kd.integrations.forms import BATCH_COLUMNS, ModelForm, Teaching, is_given
 from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.pair import paired
+from fused_kd.integrations.sampling import has_rows
 from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
+from fused_kd.objectives.base import shown_value
 from fused_kd.options import check_tail
 
 
@@ -92,6 +98,67 @@ def check_lists(
         if statistics:
             names = ", ".join(statistics)
             raise ValueError(f"statistics need a teacher that is no list of entries, got {names} with a cache")
+
+
+def check_drawn(teachers: list[Any], objective: Objective, temperature: Any) -> None:
+    """Warn of drawn lists (``keep`` "sampled") where they are not right on average: where the gradient is not linear in
+    p."""
+    linear = all(term.divergence in (None, "kl") and not term.gate for term in objective.spec.terms)
+    at_one = not isinstance(temperature, torch.Tensor) and temperature == 1.0
+    if any(getattr(each, "keep", None) == "sampled" for each in teachers) and not (linear and at_one):
+        warnings.warn(
+            f"a drawn list is right on average for ForwardKD and NoEvo at temperature 1, not for {objective!r} at "
+            f"{shown_value(temperature)}: keep lists or hidden states",
+            stacklevel=4,
+        )
+
+
+def check_datasets(teachers: list[Any], columns: Iterable[str], train: Any, evaluated: Any) -> None:
+    """Before the training, what else the first evaluation would find.
+
+    Args:
+        teachers: the given ones. columns: what rows may hold for teachers. train: data set. evaluated: another, or
+            several by name.
+
+    Raises:
+        ValueError: rows of another cache than the teacher's; evaluation rows without what training rows have.
+    """
+    check_rows(teachers, train)
+    for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+        check_rows(teachers, dataset)
+        if not (has_rows(train) and has_rows(dataset) and len(train) and len(dataset)):
+            continue
+        first, other = train[0], dataset[0]
+        lacking = [name for name in columns if name in first and name not in other]
+        if lacking:
+            raise ValueError(
+                f"eval_dataset must have {' and '.join(lacking)} in its rows, as train_dataset has, for the teacher"
+            )
+
+
+def check_rows(teachers: list[Any], dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: rows of another cache than the teacher's, which cannot be read with it.
+    """
+    for given in teachers:
+        if not hasattr(given, "check_head"):
+            continue
+        for cache in _caches_of(dataset):
+            if cache is not given and set(cache.columns) & set(given.columns):
+                given.check_head(cache)
+
+
+def _caches_of(dataset: Any) -> Iterator[Any]:
+    """Those that rows were opened with, whatever lies around the rows."""
+    todo = [dataset]
+    while todo:
+        data = todo.pop()
+        if hasattr(getattr(data, "cache", None), "columns"):
+            yield data.cache
+        inside = vars(data) if hasattr(data, "__dict__") else {}
+        todo += [inside[name] for name in ("dataset", "rows") if name in inside]
+        todo += list(inside.get("datasets", ()))
 
 
 def columns_of(models: list[Any], teaching: Teaching | None) -> list[int]:
