@@ -47,7 +47,7 @@ class Taught:
     @property
     def _teacher_columns(self) -> tuple[str, ...]:
         """What of a batch is for teachers alone."""
-        return (*BATCH_COLUMNS, *(self.teaching.columns if self.teaching else ()))
+        return tuple(dict.fromkeys((*BATCH_COLUMNS, *(self.teaching.columns if self.teaching else ()))))
 
 
 def teaching_of(teachers: list[Any], weights: list[float] | None, student: Any) -> Teaching | None:
