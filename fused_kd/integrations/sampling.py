@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fused_kd.integrations.forms import OTHER_LABELS, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
+from fused_kd.integrations.teacher_columns import OTHER_LABELS, is_per_target
 
 
 class _Epochs(Sampler[int]):

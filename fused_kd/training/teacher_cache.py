@@ -4,6 +4,7 @@ hidden state and, once, its head. The folder is described in :mod:`fused_kd.trai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
+from fused_kd.integrations.teacher_columns import columns_of
 from fused_kd.training.cached_rows import AnyRows as AnyRows
 from fused_kd.training.cached_rows import CachedRows as CachedRows
 from fused_kd.training.fingerprints import PARTS, fingerprints_of
@@ -42,9 +44,9 @@ class TeacherCache:
         folder: where it lies.
         tail: of lists, what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; None
             (default): "bucket". Drawn lists have "renormalize", hidden states none.
-        name: begins the names of the batches' columns, default "teacher": ``teacher_log_probs``,
-            ``teacher_indices`` and ``teacher_log_rest``, or ``teacher_hidden``. Two caches that teach together need two
-            names.
+        name: is in the names of the batches' columns, behind "teacher": "math" makes ``teacher_math_log_probs``,
+            ``teacher_math_indices`` and ``teacher_math_log_rest``, or ``teacher_math_hidden``. None (default):
+            ``teacher_log_probs`` and so on. Of caches that teach together each needs another name.
         verify: compare every shard with its checksum (default), not only its size. Leave it out where the folder has
             been verified shortly before.
 
@@ -67,12 +69,12 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, tail: str | None = None, *, name: str = "teacher", verify: bool = True
+        self, folder: str | Path, tail: str | None = None, *, name: str | None = None, verify: bool = True
     ) -> None:
         if tail is not None and tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name must be letters, digits and _, got {name!r}")
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+", name)):
+            raise ValueError(f"name must be letters, digits and _, or None, got {name!r}")
         self.folder, self.name = Path(folder), name
         index = read_index(self.folder)
         if index is None:
@@ -104,7 +106,7 @@ class TeacherCache:
             self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
             self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
         kinds = ("hidden",) if self.keep == "hidden" else tuple(no_lists(index))
-        self.columns: tuple[str, ...] = tuple(f"{name}_{kind}" for kind in kinds)
+        self.columns = columns_of(kinds, name)
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
         self._heads: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -232,7 +234,7 @@ class TeacherCache:
             if self.error is not None and self.error["tokens"]:
                 what += f", KL to the teacher {self.error['kl']:.2g}"
                 what += f", logits off by {self.error['logits']:.2%}" if projected else ""
-        name = "" if self.name == "teacher" else f", name={self.name!r}"
+        name = "" if self.name is None else f", name={self.name!r}"
         return f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, {what}{name})"
 
     def check(

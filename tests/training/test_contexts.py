@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -175,6 +176,16 @@ def test_wrong_batches() -> None:
         with pytest.raises(ValueError, match=r"in each row, row 2 has token 60 in place of \d+ as number \d+"):
             batch_of(COLLATORS[kind], other)
         checked_prompts(without_first_targets(COLLATORS[kind](other)), same_ids=False)
+    many = [dict(row) for row in some(4)]
+    many[3]["teacher_labels"] = [*many[3]["teacher_labels"][:-1], -100]
+    twice = [COLLATORS["packed"](many[:2]), COLLATORS["packed"](many[2:])]
+    width = {name: max(each[name].shape[1] for each in twice) for name in twice[0]}
+    fills = {name: -100 if "labels" in name else 1 for name in width}
+    lines = {
+        n: torch.cat([pad(each[n], (0, width[n] - each[n].shape[1]), value=fills[n]) for each in twice]) for n in width
+    }
+    with pytest.raises(ValueError, match=r"the same targets as labels in each row, row 3 has \d+ of them in teacher_l"):
+        checked_prompts(without_first_targets(lines))
     batch = right(data)
     with pytest.raises(ValueError, match="batch must have teacher_labels beside teacher_input_ids"):
         checked_prompts({name: value for name, value in batch.items() if name != "teacher_labels"})
