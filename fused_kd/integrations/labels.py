@@ -24,21 +24,25 @@ def row_numbers(batch: Mapping[str, Any]) -> torch.Tensor:
     ``position_ids`` are 0. Both must be (batch, length), as the ``labels`` are, or are not looked at; a batch without
     both has a row in each line.
     """
-    labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
-    assert labels is not None
-    if mask is None and _of_shape(positions, labels):
+    labels: torch.Tensor = batch["labels"]
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is None and positions is not None and positions.shape == labels.shape:
         first = positions.to(labels.device) == 0
         first[:, :1] = True
-        return first.flatten().cumsum(0).view(labels.shape) - 1
+        rows: torch.Tensor = first.flatten().cumsum(0).view(labels.shape) - 1
+        return rows
     lines = torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)
-    return lines.where(mask.to(labels.device).bool(), -1) if _of_shape(mask, labels) else lines
+    if mask is None or mask.shape != labels.shape:
+        return lines
+    return lines.where(mask.to(labels.device).bool(), -1)
 
 
 def without_first_targets(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with label -100 at each row's first token: what stands before it, padding or another row, predicts
-    nothing. Where rows begin, :func:`row_numbers` says; without a mask and positions the batch stays as it is."""
+    """Return the batch with label -100 at each row's first token, which nothing predicts: before it stands padding or
+    another row. :func:`row_numbers` says where rows begin; without a mask and positions the batch stays as it is."""
     labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
-    if labels is None or labels.dim() != 2 or not _of_shape(positions if mask is None else mask, labels):
+    limits = positions if mask is None else mask
+    if labels is None or labels.dim() != 2 or limits is None or limits.shape != labels.shape:
         return batch
     rows = row_numbers(batch)
     first = (rows >= 0) & (rows != torch.nn.functional.pad(rows, (1, -1), value=-1))
@@ -58,10 +62,6 @@ def sequence_weights(labels: torch.Tensor, position_ids: torch.Tensor | None = N
     weights = torch.zeros(labels.shape, dtype=torch.float32)
     weights[:, :-1][valid] = 1.0 / counts[sequence].float()
     return weights
-
-
-def _of_shape(values: Any, labels: torch.Tensor) -> bool:
-    return values is not None and values.shape == labels.shape
 
 
 def denominator(batch: dict[str, Any], average: Average) -> torch.Tensor:

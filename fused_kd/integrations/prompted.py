@@ -16,7 +16,7 @@ _LIMITS = ("attention_mask", "position_ids")
 
 
 def checked_prompts(batch: dict[str, Any], *, shift: bool = True, same_ids: bool = True) -> dict[str, Any]:
-    """The batch, still on the host, with ``teacher_labels`` -100 where nothing predicts them, as a row's first.
+    """Check a batch on the host; return it with ``teacher_labels`` -100 where nothing predicts them (a row's first).
 
     Its ``labels`` must be so already: :func:`fused_kd.integrations.labels.without_first_targets`.
 

@@ -34,13 +34,14 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, without a look into the cache."""
+        """How many tokens each row has; the cache is not read for that."""
         data = without_caches(self)
         return [len(data[index]["input_ids"]) for index in range(len(data))]
 
     def for_trl(self) -> Any:
-        """The same rows as a ``datasets.Dataset``, the only kind that TRL's trainers take, read where they are asked
-        for.
+        """Return the same rows as a ``datasets.Dataset``, the only kind that TRL's trainers take.
+
+        The cache is read where a row is asked for.
 
         The trainer must leave them as they are: ``dataset_kwargs={"skip_prepare_dataset": True}`` and
         ``remove_unused_columns=False`` in ``trl.SFTConfig``.
@@ -64,7 +65,7 @@ class CachedRows(Dataset[dict[str, Any]]):
 
 
 def without_caches(rows: AnyRows) -> Any:
-    """The rows that caches were opened for."""
+    """Return the rows that caches were opened for: what :class:`CachedRows` were made of."""
     data: Any = rows
     while isinstance(data, CachedRows):
         data = data.dataset

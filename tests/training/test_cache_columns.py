@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd.integrations.sampling import MaskedTail, lengths_of
 from fused_kd.integrations.teacher_columns import is_per_target
-from fused_kd.training.cache import write_lists
+from fused_kd.training.cached_rows import CachedRows
 from fused_kd.training.collate import Collator, PackingCollator
+from fused_kd.training.fingerprints import fingerprint_rows
 from fused_kd.training.teacher_cache import TeacherCache
 
 from .caching import VOCAB, Words, model, rows, states, write, write_hidden
@@ -151,28 +152,43 @@ def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:
     assert min(cache.row(i)["log_rest"].min() for i in range(2)) < -10
 
 
-def test_the_old_format_is_read_and_gone_on_with(tmp_path: Path, monkeypatch) -> None:
-    """Lists without what they leave out, ids as integers; the folder stays as it began."""
-    expected = write(tmp_path / "new", dtype="fp32")
-    folder = tmp_path / "old"
-    source = lambda start, stop: ((i, *(x.numpy() for x in expected[i])) for i in range(start, stop))  # noqa: E731
-    options = {"k": 5, "template": "tiny", "dtype": "fp32", "shard_rows": 4, "progress": False}
-    made = {name: expected.fingerprints[name] for name in ("teacher_config", "teacher_weights")}
-    with monkeypatch.context() as patch:
-        patch.setattr("fused_kd.training.cache.ids_are_packed", lambda *_: False)
-        write_lists(folder, source, Words(), rows(), made_from=made, about=expected.about, **options)
-    kept = (folder / "shards" / "00000.safetensors").stat().st_mtime_ns
-    index = json.loads((folder / "index.json").read_text())
-    old = {name: value for name, value in index.items() if name not in ("keep", "rest", "packed")}
-    old["format"] = "fused_kd teacher cache 1"
-    (folder / "index.json").write_text(json.dumps(old))
-    (folder / "shards" / "00001.safetensors").unlink()
-    for _ in range(2):
-        cache = write(folder, dtype="fp32")
-        assert cache.columns == ("teacher_log_probs", "teacher_indices") and cache.tail == "bucket"
-        assert json.loads((folder / "index.json").read_text())["format"] == "fused_kd teacher cache 1"
-        assert (folder / "shards" / "00000.safetensors").stat().st_mtime_ns == kept
-        for row in range(10):
-            assert all(torch.equal(a, b) for a, b in zip(cache[row], expected[row], strict=True))
-    with pytest.raises(ValueError, match="keep: lists -> hidden"):
-        write_hidden(folder)
+def test_another_format_is_to_be_made_again(tmp_path: Path) -> None:
+    cache = write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert "packed" not in index and cache.columns[2] == "teacher_log_rest"
+    for form, message in (
+        ("fused_kd teacher cache 1", r"made by another version \('fused_kd teacher cache 1', .*make it again"),
+        ("a picture", r"index\.json is damaged \(ValueError: expected the format"),
+    ):
+        (tmp_path / "index.json").write_text(json.dumps({**index, "format": form}))
+        for opened in (lambda: TeacherCache(tmp_path), lambda: write(tmp_path)):
+            with pytest.raises(ValueError, match=message):
+                opened()
+
+
+class Read(torch.utils.data.Dataset):
+    """Rows that count how often they are read."""
+
+    def __init__(self, data: list) -> None:
+        self.data, self.count = data, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        self.count += 1
+        return self.data[index]
+
+
+def test_rows_are_compared_once(tmp_path: Path) -> None:
+    """``check`` gives the rows, and takes a fingerprint that is known."""
+    cache, data = write(tmp_path), Read(rows())
+    given = {"tokenizer": Words(), "rows": data, "template": "tiny"}
+    cached = cache.check(**given)
+    assert data.count == len(data) and torch.equal(cached[4]["teacher_indices"], cache[4][1])
+    known, data.count = fingerprint_rows(data), 0
+    assert isinstance(cache.check(**given, data=known), CachedRows) and data.count == 0
+    with pytest.raises(ValueError, match="was made from something else: data"):
+        cache.check(**given, data=known[::-1])
+    with pytest.raises(ValueError, match="name must be another for each cache, got None twice"):
+        cache.check(**{**given, "rows": cached})

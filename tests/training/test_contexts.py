@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from fused_kd.integrations.forms import BATCH_COLUMNS, Step, aligned, on_device,
 from fused_kd.integrations.labels import without_first_targets  # noqa: E402
 from fused_kd.integrations.own import OwnTeacher  # noqa: E402
 from fused_kd.integrations.prompted import checked_prompts  # noqa: E402
-from fused_kd.integrations.sampling import MaskedTail  # noqa: E402
+from fused_kd.integrations.sampling import MaskedTail, lengths_of  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 from fused_kd.reference import reference_kd_loss  # noqa: E402
 from fused_kd.training import with_context  # noqa: E402
+from fused_kd.training.cached_rows import CachedRows  # noqa: E402
 from fused_kd.training.collate import Collator, PackingCollator  # noqa: E402
+from fused_kd.training.shards import target_positions  # noqa: E402
 from tests.small_tokenizers import byte_level  # noqa: E402
 from tests.training.test_trainer import SGD, assert_same_weights, trainer, weights  # noqa: E402
 from tests.training.tiny import rows, tiny  # noqa: E402
@@ -74,7 +78,38 @@ def test_long_rows() -> None:
         with_context(data, None, [20], max_length=1)
 
 
+def test_contexts_are_small_and_no_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes a token; lengths come from the rows alone."""
+    data = rows(40)
+    tracemalloc.start()
+    made = with_context(data, None, lambda row: list(range(1000, 3000)))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 40 * 2000 * 5
+    assert made[1]["teacher_input_ids"] == [*range(1000, 3000), *data[1]["input_ids"]]
+    assert pickle.loads(pickle.dumps(made))[3] == made[3]
+
+    class Cache:
+        name = None
+
+        def __len__(self) -> int:
+            return len(data)
+
+        def row(self, index: int) -> dict:
+            return {"hidden": torch.zeros(len(target_positions(data[index]["labels"])), 2)}
+
+    cached = CachedRows(Cache(), data)
+    assert with_context(cached, None, [20])[1]["teacher_hidden"].shape[1] == 2
+    monkeypatch.setattr(Cache, "row", lambda *_: pytest.fail("read"))
+    some_ = with_context(cached, None, lambda row: [20] * len(row["input_ids"]), max_length=12)
+    assert 0 < some_.skipped < 40
+    assert lengths_of(some_) == [len(row["input_ids"]) for row in data if len(row["input_ids"]) <= 6]
+
+
 def test_wrong_contexts() -> None:
+    for wrong in ([-1], [1, 1 << 31]):
+        with pytest.raises(ValueError, match=r"context must have token ids in \[0, 2147483647\], got "):
+            with_context([ROW], None, wrong)
     for context in (7, ["a"], [True], None, lambda row: 3.0):
         with pytest.raises(TypeError, match="context must be text or token ids, or a function of a row"):
             with_context([ROW], Words(), context)  # type: ignore[arg-type]
