@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from fused_kd.integrations.forms import BATCH_COLUMNS, ModelForm, Teaching, is_given
+from fused_kd.integrations.forms import ModelForm, Teaching, is_given
 from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.pair import paired
 from fused_kd.integrations.sampling import has_rows
+from fused_kd.integrations.teacher_columns import BATCH_COLUMNS
 from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
 from fused_kd.objectives.base import shown_value
