@@ -201,8 +201,9 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        options = {"logit_scale": float(self.about["logit_scale"]), "softcap": self.about.get("softcap")}
-        return moved(bare_head(found["weight"], found.get("bias"), **options), self.dtype)
+        scale, softcap = float(self.about["logit_scale"]), self.about.get("softcap")
+        head = bare_head(found["weight"], found.get("bias"), logit_scale=scale, softcap=softcap)
+        return moved(head, self.dtype)
 
     def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:

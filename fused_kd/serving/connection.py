@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -123,7 +124,9 @@ class Connection:
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            connection.request(method, urlsplit(self.url).path + path, body, headers)
+            # a server that turns a request away before it has read it says why all the same
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, urlsplit(self.url).path + path, body, headers)
             response = connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:

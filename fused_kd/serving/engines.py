@@ -218,8 +218,8 @@ class VLLMTeacher(EngineTeacher):
         if len(body) != expected:
             raise ValueError(
                 f"{self._connection.url}/pooling gave {len(body)} bytes, expected {expected}: {rows.tokens} states of "
-                f"{self.hidden_size} numbers in {LONG_NAMES[self.sent]}; start vLLM with --runner pooling --convert embed "
-                "--pooler-config.task token_embed"
+                f"{self.hidden_size} numbers in {LONG_NAMES[self.sent]}; start vLLM with --runner pooling "
+                "--convert embed --pooler-config.task token_embed"
             )
         states = torch.frombuffer(bytearray(body), dtype=self.dtype).view(rows.tokens, self.hidden_size)
         if self.hidden_size > 1 and bool(((states.float().norm(dim=-1) - 1).abs() < 1e-2).all()):

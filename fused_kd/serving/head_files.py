@@ -19,8 +19,9 @@ _RENAMED = {"lm_head.": "embed_out.", "model.language_model.": "language_model.m
 
 
 def head_of_files(name: str) -> LMHead:
-    """The head in a folder or hub repository of safetensors files, on no hidden states; its own tensor, or the embedding
-    that it is tied to. On the CPU.
+    """The head in a folder or hub repository of safetensors files, on no hidden states; on the CPU.
+
+    Its weight is a tensor of its own, or the embedding that it is tied to.
 
     Scale and cap are those that the config names, as of
     :func:`fused_kd.integrations.transformers.logit_options`.

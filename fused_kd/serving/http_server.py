@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import io
 import json
@@ -151,10 +152,8 @@ def _turn_away(connection: socket.socket, most: int) -> None:
     body = json.dumps({"error": f"{most} connections are open already"}).encode()
     head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\nRetry-After: {_RETRY['Retry-After']}"
     connection.setblocking(False)
-    try:
+    with contextlib.suppress(OSError):
         connection.send(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)
-    except OSError:
-        pass
 
 
 class _Received(io.RawIOBase):

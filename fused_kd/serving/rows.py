@@ -20,7 +20,7 @@ def key_of(batch: Mapping[str, Any], targets: Tensor) -> str:
         if isinstance(value, Tensor):
             content = value.detach().cpu().contiguous().flatten()
             found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            found.update(content.view(torch.uint8).numpy())
+            found.update(memoryview(content.view(torch.uint8).numpy()))
     return found.hexdigest()
 
 
@@ -34,7 +34,8 @@ def requested_rows(batch: Mapping[str, Any], targets: Tensor) -> tuple[Request, 
         targets: (rows, length) bool, the positions whose states are wanted.
 
     Returns:
-        The request, and the place of each wanted token among the rows x length of the batch, ascending, int64; on the CPU.
+        The request, and the place of each wanted token among the rows x length of the batch, ascending, int64; on the
+        CPU.
 
     Raises:
         ValueError: shapes that do not fit, a mask with gaps, a target that the mask leaves out.

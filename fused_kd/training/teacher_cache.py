@@ -212,8 +212,9 @@ class TeacherCache:
     def _stored_head(self, device: torch.device) -> LMHead:
         from safetensors.torch import load_file
 
-        options = {name: self._index["head"][name] for name in ("logit_scale", "softcap")}
-        return bare_head(**load_file(self.folder / HEAD, device=str(device)), **options)
+        about, stored = self._index["head"], load_file(self.folder / HEAD, device=str(device))
+        weight, bias = stored["weight"], stored.get("bias")
+        return bare_head(weight, bias, logit_scale=about["logit_scale"], softcap=about["softcap"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process maps the files itself

@@ -152,7 +152,7 @@ def test_an_answer_that_cannot_be():
         ({"hidden": states, "more": states.clone()}, "must have the tensors"),
         (
             {"hidden": with_fifth(float("nan"))},
-            r"states of token 1 must be finite numbers, the largest is nan \(1 of 3 tokens",
+            r"token 1 must be finite numbers, the largest is nan \(1 of 3 tok",
         ),
         ({"hidden": with_fifth(float("inf"))}, "states of token 1 must be finite"),
         ({"hidden": with_fifth(-float("inf"))}, "states of token 1 must be finite"),

@@ -259,13 +259,13 @@ def test_states_that_cannot_be_sent_are_an_error_of_their_request_alone(running,
 
 def count_requests(client, monkeypatch) -> list[Request]:
     asked = []
-    real = type(client).states_of
+    real = client.states_of
 
-    def states_of(self, request):
+    def states_of(request):
         asked.append(request)
-        return real(self, request)
+        return real(request)
 
-    monkeypatch.setattr(type(client), "states_of", states_of)
+    monkeypatch.setattr(client, "states_of", states_of)
     return asked
 
 
@@ -321,6 +321,21 @@ def test_an_error_ahead_is_raised_where_the_batch_is_used(running):
     client.prefetch(batch, targets)
     with pytest.raises(ConnectionError, match=r"patience=0\.2"):
         client.head(batch, targets, CPU)
+
+
+def test_what_failed_ahead_is_asked_for_again(running):
+    """As by a run that is resumed with the client that it had when the server was away."""
+    server = running()
+    client = ServedTeacher(server.url, patience=0)
+    batch, targets = batch_of()
+    port = int(server.url.rsplit(":", 1)[1])
+    server.close()
+    client.prefetch(batch, targets)
+    (failed,) = client._answers._known.values()
+    assert isinstance(failed.exception(10), ConnectionError)
+    running(port=port)
+    client.prefetch(batch, targets)
+    assert client.head(batch, targets, CPU).hidden[targets].any()
 
 
 def test_workers_of_a_loader_ask_for_nothing(client, monkeypatch):
@@ -386,36 +401,6 @@ def test_rows_that_the_teacher_cannot_read(running, client):
     short = ServedTeacher(running(teacher(max_position_embeddings=6)).url, **FAST)
     with pytest.raises(ValueError, match="a row must have at most 6 tokens"):
         short.head(batch, targets, CPU)
-
-
-def raw(server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
-    connection.request(method, path, body, headers)
-    response = connection.getresponse()
-    content = response.read().decode(errors="replace")
-    connection.close()
-    return response.status, content
-
-
-def test_requests_that_cannot_be(server):
-    for method, path, body, headers, status, message in (
-        ("GET", "/nothing", None, {}, 404, "GET /nothing is unknown"),
-        ("POST", "/about", b"", {}, 404, "POST /about is unknown"),
-        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, fp8, fp16, fp32, got 'int4'"),
-        ("POST", "/states", b"not tensors", {}, 400, "expected a safetensors file"),
-        ("POST", "/states", None, {"Content-Length": str(10**9)}, 413, "at most"),
-        ("POST", "/states", None, {"Content-Length": "9" * 60}, 413, "at most"),
-        ("POST", "/states", None, {"Content-Length": "9" * 6000}, 413, "at most"),
-        ("POST", "/states", None, {"Content-Length": "0" * 20 + "500000000"}, 413, "bytes, got 500000000"),
-        ("POST", "/states", b"not tensors", {"Content-Length": "0" * 30 + "11"}, 400, "expected a safetensors file"),
-        ("POST", "/states", None, {"Content-Length": ""}, 411, "must have a Content-Length"),
-        ("POST", "/states", None, {"Content-Length": "1_0"}, 411, "must have a Content-Length"),
-        ("POST", "/states", None, {"Content-Length": "-1"}, 411, "must have a Content-Length"),
-        ("POST", "/states", b"x", {"Transfer-Encoding": "chunked"}, 411, "must have a Content-Length"),
-    ):
-        found = raw(server, method, path, body, **headers)
-        assert found[0] == status and message in found[1], found
-    assert raw(server, "GET", "/about")[0] == 200
 
 
 def test_arguments_that_cannot_be(server):
