@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +33,37 @@ def fingerprints_of(
     """SHA-256 of which token has which id, of the rows (``data``, if that is known already), and of the template's
     text, whose name does not matter."""
     return {
-        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
         "data": fingerprint_rows(rows) if data is None else data,
         "template": fingerprint(get_prompt(template).template),
     }
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase, below: int | None = None) -> str:
+    """SHA-256 of which token has which id, of all ids or of those below a number."""
+    return fingerprint([pair for pair in sorted(tokenizer.get_vocab().items()) if below is None or pair[1] < below])
+
+
+def check_tokenizer(
+    known: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase, below: int, fault: str
+) -> None:
+    """Raise unless a teacher with these fingerprints has this tokenizer; its tokens from the id ``below`` on, which
+    were added since, do not count. ``fault`` begins the message."""
+    if known.get("tokenizer") != fingerprint_tokenizer(tokenizer, below):
+        check_parts(known, {"tokenizer": fingerprint_tokenizer(tokenizer)}, fault)
+
+
+def check_parts(known: Mapping[str, str | None], given: Mapping[str, str | None], fault: str) -> None:
+    """Raise ``ValueError`` where a part of ``given`` is not known or another one; ``fault`` begins the message."""
+    faults = []
+    for part, value in given.items():
+        there = known.get(part)
+        if there is None:
+            faults.append(f"{part} (not known: {PARTS[part]})")
+        elif there != value:
+            faults.append(f"{part} ({PARTS[part]}: {there[:12]} there, {str(value)[:12]} here)")
+    if faults:
+        raise ValueError(f"{fault}: {', '.join(faults)}")
 
 
 def fingerprint_rows(rows: AnyRows) -> str:

@@ -28,6 +28,7 @@ from fused_kd.training.shards import (
     write_part,
 )
 from fused_kd.training.stage import write_json
+from fused_kd.training.stored_head import to_bytes
 from fused_kd.training.teacher_runs import Runs
 
 _HELD_OUT = 4096  # tokens on which the error is measured
@@ -104,7 +105,7 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
     stored = _stored_head(exact, projection)
     index["width"] = stored.weight.shape[1]
     index["head"] = {
-        **write_part(folder / HEAD, _head_bytes(stored)),
+        **write_part(folder / HEAD, to_bytes(stored)),
         "rows": len(stored.weight),
         "dtype": name_of(stored.weight.dtype),
         "bias": stored.bias is not None,
@@ -127,7 +128,7 @@ def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fi
             _rewrite(folder / PROJECTION, _projection_bytes(made), part)
         projection = _read_projection(folder / PROJECTION)
     if head_fault(folder, index, checksum=True):
-        _rewrite(folder / HEAD, _head_bytes(_stored_head(exact(), projection)), index["head"])
+        _rewrite(folder / HEAD, to_bytes(_stored_head(exact(), projection)), index["head"])
     return projection
 
 
@@ -168,13 +169,6 @@ def _stored_head(exact: LMHead, projection: Projection | None) -> LMHead:
         return projection.head(exact)
     bias = None if exact.bias is None else exact.bias.detach().float()
     return replace(exact, weight=exact.weight.detach(), bias=bias)
-
-
-def _head_bytes(head: LMHead) -> bytes:
-    from safetensors.torch import save
-
-    parts = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    return save({name: part.cpu().contiguous() for name, part in parts.items()})
 
 
 def _projection_bytes(projection: Projection) -> bytes:

@@ -17,12 +17,18 @@ from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
 from fused_kd.integrations.teacher_columns import columns_of
 from fused_kd.training.cached_rows import AnyRows, CachedRows
-from fused_kd.training.fingerprints import PARTS, fingerprint_rows, fingerprint_teacher, fingerprints_of
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states
+from fused_kd.training.fingerprints import (
+    check_parts,
+    check_tokenizer,
+    fingerprint_rows,
+    fingerprint_teacher,
+    fingerprints_of,
+)
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
 from fused_kd.training.list_cache import no_lists, read_lists
 from fused_kd.training.prompts import PromptTemplate
 from fused_kd.training.shards import HEAD, INDEX, head_fault, read_index, shard_fault, shard_name
-from fused_kd.training.stage import fingerprint
+from fused_kd.training.stored_head import HeadOnDevices, bare_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +109,7 @@ class TeacherCache:
         kinds = ("hidden",) if self.keep == "hidden" else tuple(no_lists(index))
         self.columns = columns_of(kinds, name)
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
-        self._heads: dict[torch.device, dict[str, Tensor]] = {}
+        self._head = HeadOnDevices(self._stored_head)
 
     def _check_files(self, verify: bool) -> None:
         files = [shard["file"] for shard in self._shards]
@@ -173,8 +179,11 @@ class TeacherCache:
 
     def _states(self, arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
         hidden = decode_states(arrays)
-        fault = None if bool(hidden.isfinite().all()) else "expected hidden states of finite numbers"
-        return {"hidden": hidden}, fault
+        try:
+            check_states(hidden)
+        except ValueError as error:
+            return {}, str(error)
+        return {"hidden": hidden}, None
 
     def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> LMHead | TopK:
         """The teacher of a batch whose rows are those of :meth:`rows`.
@@ -201,23 +210,17 @@ class TeacherCache:
         if self.tail is not None:
             log_probs, indices, *rest = given
             return TopK(log_probs, indices, tail=self.tail, log_rest=rest[0] if rest else None)
-        stored, options = self._head_on(given[0].device), self._index["head"]
-        weight = stored["weight"]
-        return LMHead(
-            given[0].to(weight.dtype), weight, stored.get("bias"), logit_scale=options["logit_scale"],
-            softcap=options["softcap"],
-        )  # fmt: skip
+        return self._head.on(given[0])
 
-    def _head_on(self, device: torch.device) -> dict[str, Tensor]:
-        """``weight`` (V, width), and ``bias`` (V,) where there is one."""
-        if device not in self._heads:
-            from safetensors.torch import load_file
+    def _stored_head(self, device: torch.device) -> LMHead:
+        from safetensors.torch import load_file
 
-            self._heads[device] = load_file(self.folder / HEAD, device=str(device))
-        return self._heads[device]
+        about, stored = self._index["head"], load_file(self.folder / HEAD, device=str(device))
+        weight, bias = stored["weight"], stored.get("bias")
+        return bare_head(weight, bias, logit_scale=about["logit_scale"], softcap=about["softcap"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_heads": {}}  # a worker process maps the files itself
+        return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
 
     def __repr__(self) -> str:
         entries = f"k={self.k}" if self.draws is None else f"k={self.k} and {self.draws} draws"
@@ -265,11 +268,7 @@ class TeacherCache:
         Raises:
             ValueError: another one.
         """
-        tokens = sorted(tokenizer.get_vocab().items())
-        known = self._index["vocab_size"]
-        first = fingerprint([(token, index) for token, index in tokens if index < known])
-        if self.fingerprints.get("tokenizer") != first:
-            self._compare({"tokenizer": fingerprint(tokens)})
+        check_tokenizer(self.fingerprints, tokenizer, self._index["vocab_size"], self._made_otherwise)
 
     def check_head(self, other: TeacherCache) -> None:
         """Raise unless what ``other`` has for its rows can be read with this cache, as that of validation rows is.
@@ -309,12 +308,8 @@ class TeacherCache:
         return CachedRows(self, dataset)
 
     def _compare(self, given: Mapping[str, str | None]) -> None:
-        faults = []
-        for part, value in given.items():
-            known = self.fingerprints.get(part)
-            if known is None:
-                faults.append(f"{part} (not known: {PARTS[part]})")
-            elif known != value:
-                faults.append(f"{part} ({PARTS[part]}: {known[:12]} in the cache, {str(value)[:12]} here)")
-        if faults:
-            raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
+        check_parts(self.fingerprints, given, self._made_otherwise)
+
+    @property
+    def _made_otherwise(self) -> str:
+        return f"the teacher cache in {self.folder} was made from something else"
