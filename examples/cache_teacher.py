@@ -36,8 +36,8 @@ from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.models import PRESETS, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
 from fused_kd.training.script import make_console, run_script
-from fused_kd.training.shards import HEAD, KEPT
-from fused_kd.training.teacher_cache import TeacherCache, target_positions
+from fused_kd.training.shards import HEAD, KEPT, target_positions
+from fused_kd.training.teacher_cache import TeacherCache
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,12 +77,8 @@ def main(argv: list[str] | None = None) -> TeacherCache:
         raise SystemExit(f"--teacher {args.teacher} has random weights: give a trained model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if args.draws is not None and args.keep != "sampled":
-        raise SystemExit(f"--draws {args.draws} is of drawn lists: it needs --keep sampled")
-    if args.from_vllm and (args.keep != "lists" or args.project is not None):
-        raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --project")
-    if args.keep == "hidden" and args.k is not None:
-        raise SystemExit(f"--k {args.k} is of lists: leave it out with --keep hidden")
+    if args.from_vllm and (args.keep != "lists" or any(v is not None for v in (args.draws, args.project, args.like))):
+        raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --draws, --project, --like")
     console = make_console()
 
     tokenizer = load_tokenizer(args.teacher)
@@ -97,17 +93,15 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     rows = concatenate(list(parts.values()))
     console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
 
-    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows}
-    if args.keep == "lists":
-        how["k"] = 64 if args.k is None else args.k
+    k = 64 if args.k is None and args.keep == "lists" else args.k
+    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows, "k": k}
     if args.from_vllm:
         given = {name: value for name, value in how.items() if value is not None}
         cache = convert_vllm(args.output, args.from_vllm, tokenizer, rows, teacher=args.teacher, **given)
     else:
         teacher = load_model(args.teacher, tokenizer, 0, dtype=args.teacher_dtype).to(args.device)
-        how |= {"keep": args.keep, "project": args.project, "like": args.like, "batch_size": args.batch}
-        if args.keep == "sampled":
-            how |= {"k": args.k, "draws": args.draws, "seed": args.seed}
+        how |= {"keep": args.keep, "project": args.project, "like": args.like, "draws": args.draws}
+        how |= {"seed": args.seed if args.keep == "sampled" else None, "batch_size": args.batch}
         cache = write_cache(args.output, teacher, tokenizer, rows, **how)
 
     console.print("\n".join(likely(cache, tokenizer, rows[0])))

@@ -34,6 +34,7 @@ from fused_kd.serving import ServedTeacher
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
+from fused_kd.training.fingerprints import fingerprint_rows
 from fused_kd.training.fit import DEFAULTS, best_checkpoint, finished, fit
 from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
 from fused_kd.training.prompts import (
@@ -45,9 +46,10 @@ from fused_kd.training.prompts import (
     training_texts,
 )
 from fused_kd.training.script import make_console, parse, run_script
+from fused_kd.training.shards import read_index
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import bind, fingerprint
-from fused_kd.training.teacher_cache import TeacherCache, fingerprint_rows, read_index
+from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import BetaSchedule, KDTrainer
 
 CACHE = "cache:"
@@ -160,11 +162,10 @@ def _folder_of(teacher: str | None) -> str | None:
     return teacher[len(CACHE) :] if teacher is not None and teacher.startswith(CACHE) else None
 
 
-def opened(folder: str, rows: Any, tokenizer: Any, train: Train, *, verify: bool) -> tuple[TeacherCache, Any]:
-    """A cache that was made for these rows, and the rows with what it holds."""
+def opened(folder: str, rows: Any, data: str, tokenizer: Any, train: Train, verify: bool) -> tuple[TeacherCache, Any]:
+    """A cache that was made for these rows, of which ``data`` is the fingerprint, and the rows with what it holds."""
     cache = TeacherCache(folder, tail=train.cache_tail, verify=verify)
-    cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name)
-    return cache, cache.rows(rows)
+    return cache, cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name, data=data)
 
 
 def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
@@ -223,7 +224,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.instructions is not None:
         found = load_instructions(train.instructions, "train", limit=train.train_limit, skip_bad=train.skip_bad)
         rows["train"] = concatenate([rows["train"], tokenize_instructions(tokenizer, found, train.max_length)])
-    contents = {f"{split} rows": fingerprint_rows(found) for split, found in rows.items()}
+    data_of = {split: fingerprint_rows(found) for split, found in rows.items()}
+    contents = {f"{split} rows": found for split, found in data_of.items()}
     contents["student's content"] = model_content(train.student)
     served = train.connect()
     if served is not None:
@@ -246,10 +248,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     objective, data, teacher = spec.objective, rows["train"], None
     if train.cached is not None:
         verify = state.is_main_process  # once is enough
-        teacher, data = opened(train.cached, data, tokenizer, train, verify=verify)
+        teacher, data = opened(train.cached, data, data_of["train"], tokenizer, train, verify)
         console.print(f"{teacher}")
         if train.valid_cached is not None and "valid" in rows:
-            other, rows["valid"] = opened(train.valid_cached, rows["valid"], tokenizer, train, verify=verify)
+            found, own = rows["valid"], data_of["valid"]
+            other, rows["valid"] = opened(train.valid_cached, found, own, tokenizer, train, verify)
             teacher.check_head(other)
     elif served is not None:
         teacher = served

@@ -14,6 +14,7 @@ from fused_kd import LMHead
 from fused_kd.integrations.bodies import eval_mode, without_adapters
 from fused_kd.integrations.heads import lm_head_of
 from fused_kd.integrations.routing import routed_states
+from fused_kd.integrations.teacher_columns import OTHER_IDS, OTHER_LABELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +143,9 @@ class AsItIs(StudentView):
 
     def within(self, step: Any, then: Callable[[Callable[[], LMHead]], None]) -> None:
         """As of :class:`StudentView`; ``ValueError`` for a batch without another prompt."""
-        if "teacher_input_ids" not in step.columns:
+        if OTHER_IDS not in step.columns:
             raise ValueError(
-                "batch must have teacher_input_ids and teacher_labels for OwnTeacher(), another prompt than the "
+                f"batch must have {OTHER_IDS} and {OTHER_LABELS} for OwnTeacher(), another prompt than the "
                 "student's (fused_kd.training.with_context): with the same one the target is its own output"
             )
         super().within(step, then)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fused_kd.integrations.forms import BATCH_COLUMNS, ModelForm, Teaching, is_given
+from fused_kd.integrations.forms import ModelForm, Teaching, is_given
 from fused_kd.integrations.heads import check_head_module, common_columns
 from fused_kd.integrations.pair import paired
+from fused_kd.integrations.teacher_columns import BATCH_COLUMNS
 from fused_kd.integrations.weights import rows_of
 from fused_kd.objectives import Objective
 from fused_kd.options import check_tail

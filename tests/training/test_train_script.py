@@ -7,17 +7,19 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fused_kd as fk
+from fused_kd.training import fingerprints
 from fused_kd.training.data import load_pairs, misalign
 from fused_kd.training.generate import generate
 from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.prompts import tokenize_pairs
-from fused_kd.training.teacher_cache import target_positions
+from fused_kd.training.shards import target_positions
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import apart, corpus, script, train, weights
 
@@ -196,7 +198,7 @@ def test_a_tokenizer_without_padding_token_and_adapters(teacher: Path, tmp_path:
     assert generate(load_model(kept, load_tokenizer(kept), 0), load_tokenizer(kept), ["en: a", "en: a cat"])
 
 
-def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
+def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     flags = (
         f"--data builtin --direction de-en en-de --teacher {teacher} --limit 12 --k 8 --dtype 8bit --shard-rows 8 "
         f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
@@ -205,7 +207,11 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "de-en: Rows(12 rows" in shown and "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown
     pair = {"teacher": f"cache:{tmp_path / 'cache'}", "student": teacher, "train_limit": 12}
+    hashed: list[Any] = []
+    known = fingerprints.without_caches
+    monkeypatch.setattr(fingerprints, "without_caches", lambda data: hashed.append(data) or known(data))
     assert train("forward_kd", tmp_path / "student", **pair)["steps"] == 2
+    assert len(hashed) == 1
     with pytest.raises(ValueError, match=r"was made from something else: data"):
         train("forward_kd", tmp_path / "other", **{**pair, "train_limit": 11})
     with pytest.raises(ValueError, match="needs an online teacher"):
@@ -245,7 +251,7 @@ def test_training_from_drawn_lists(teacher: Path, tmp_path: Path, capsys) -> Non
         train("forward_kd", tmp_path / "other", cache_tail="bucket", **pair)
     with pytest.raises(ValueError, match="tail must be 'uniform', 'bucket' or 'listed' for ReverseKD"):
         train("forward_kd", tmp_path / "reverse", objective="reverse_kd:lam=1", **pair)
-    with pytest.raises(SystemExit, match="--draws 9 is of drawn lists"):
+    with pytest.raises(ValueError, match="draws must be None with keep='lists', got 9"):
         script("cache_teacher").main([*flags, "--keep", "lists"])
     with pytest.raises(ValueError, match="seed: 3 -> 4"):
         script("cache_teacher").main([*flags, "--seed", "4"])
@@ -294,8 +300,12 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
                 "self_evolution", tmp_path / f"bad{len(message)}", teacher=f"cache:{folders['fp32'][0]}",
                 **{**given, **changes},
             )  # fmt: skip
-    for wrong, message in ((["--k", "9"], "--k 9 is of lists"), (["--from-vllm", "x"], "it needs --keep lists")):
-        with pytest.raises(SystemExit, match=message):
+    for wrong, kind, message in (
+        (["--k", "9"], ValueError, "k must be None with keep='hidden', got 9"),
+        (["--from-vllm", "x"], SystemExit, "it needs --keep lists"),
+        (["--from-vllm", "x", "--keep", "lists", "--draws", "3"], SystemExit, "without --draws, --project, --like"),
+    ):
+        with pytest.raises(kind, match=message):
             make([*shared.split(), "--output", str(tmp_path / "none"), *wrong])
 
 
