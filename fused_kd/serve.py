@@ -100,17 +100,14 @@ def check(args: argparse.Namespace, device: str) -> str | None:
     Raises:
         ValueError: an option that cannot be; it names it.
     """
-    import torch
+    from fused_kd.training.models import check_device
 
     for name in ("batch_tokens", "queue", "most_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be in [0, 65535], got {args.port}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
     token = None if args.token_file is None else read_token(args.token_file)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:

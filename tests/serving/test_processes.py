@@ -102,8 +102,8 @@ def test_what_it_cannot_serve(folder, tmp_path, capsys, monkeypatch):
             (["--host", "192.0.2.1"], "cannot listen at --host 192.0.2.1 --port 0: .*assign"),
             (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
             (["--queue", "-1"], "--queue must be at least 1, got -1"),
-            (["--device", "nothing"], "--device nothing cannot be used: "),
-            (["--device", "cuda:99"], "--device cuda:99 cannot be used: "),
+            (["--device", "nothing"], "device='nothing' cannot be used here: "),
+            (["--device", "cuda:99"], "device='cuda:99' cannot be used here: "),
         ):
             assert serve_module.main([str(folder), *arguments]) == 2
             found = capsys.readouterr().err
