@@ -19,8 +19,8 @@ from fused_kd.training.hidden_cache import hidden_writer, projection_like
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.shards import KEPT, write_shards
-from fused_kd.training.stage import check_counts, fingerprint_file
+from fused_kd.training.shards import KEPT, read_index, write_shards
+from fused_kd.training.stage import check_counts, check_same, fingerprint_file
 from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.teacher_runs import Runs, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
@@ -97,38 +97,21 @@ def write_cache(
             smaller than the vocabulary, states that are not finite or too large for the dtype, a folder made with other
             arguments or from something else (the message says which).
     """
-    vocab_size = len(tokenizer)
-    if keep not in KEPT:
-        raise ValueError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {keep!r}")
-    dtypes = tuple(HIDDEN_DTYPES) if keep == "hidden" else DTYPES
-    dtype = dtypes[0] if dtype is None else dtype
-    shard_rows = (128 if keep == "hidden" else 1024) if shard_rows is None else shard_rows
-    _check_none(keep, k=k, project=project, like=like, sample=sample, draws=draws, seed=seed)
-    sample = 1 << 16 if sample is None else sample
-    check_counts(batch_size=batch_size, memory=memory, sample=sample, shard_rows=shard_rows)
-    size = rows_of(check_head_module(teacher).weight)
+    settings, fingerprints = check_options(
+        folder, tokenizer, rows, template=template, k=k, keep=keep, dtype=dtype, project=project, like=like,
+        draws=draws, seed=seed, shard_rows=shard_rows, batch_size=batch_size, memory=memory, sample=sample,
+    )  # fmt: skip
+    vocab_size, size = len(tokenizer), rows_of(check_head_module(teacher).weight)
     if size < vocab_size:
         raise ValueError(f"the teacher's head has {size} rows, fewer than the {vocab_size} tokens of the tokenizer")
-    _check_form(rows, dtype, dtypes)
     data: Any = rows
-    settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
-    if keep == "hidden":
-        if project is not None and like is not None:
-            raise ValueError(f"project must be None with like, got {project!r}")
-        if project is not None:
-            check_counts(project=project)
-        settings |= {"project": project, "like": None}
-    elif keep == "lists":
-        settings |= {**_list_settings(k, vocab_size), "rest": True}
-    else:
-        seed = 0 if seed is None else seed
-        settings |= _draw_settings(0 if k is None else k, 12 if draws is None else draws, seed, vocab_size)
-    fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
+    fingerprints |= fingerprint_teacher(teacher)
     if like is not None:
-        settings |= projection_like(Path(like), fingerprints)
+        projection_like(Path(like), fingerprints)
     check_lm_head(teacher)
     runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
     if keep == "hidden":
+        sample = 1 << 16 if sample is None else sample
         begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
     elif keep == "lists":
         begin = list_writer(teacher_lists(runs, settings["k"], vocab_size, memory), data)
@@ -140,8 +123,69 @@ def write_cache(
         "revision": getattr(teacher.config, "_commit_hash", None),
         "template": get_prompt(template).name,
     }
-    write_shards(folder, len(data), settings, fingerprints, about, begin, shard_rows=shard_rows, progress=progress)
+    write_shards(
+        folder, len(data), settings, fingerprints, about, begin, shard_rows=settings["shard_rows"], progress=progress
+    )
     return TeacherCache(folder, verify=False)
+
+
+def check_options(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: AnyRows,
+    *,
+    template: PromptTemplate | str,
+    k: int | None = None,
+    keep: str = "lists",
+    dtype: str | None = None,
+    project: int | None = None,
+    like: str | Path | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
+    shard_rows: int | None = None,
+    batch_size: int = 16,
+    memory: int = 256 << 20,
+    sample: int | None = None,
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Check what :func:`write_cache` can check without a teacher, whose loading may take minutes.
+
+    Arguments and errors are those of :func:`write_cache`.
+
+    Returns:
+        What the cache's index will have of the arguments, with the defaults filled in, as
+        :func:`fused_kd.training.shards.bytes_of_token` takes it; the fingerprints of tokenizer, rows and template.
+    """
+    vocab_size = len(tokenizer)
+    if keep not in KEPT:
+        raise ValueError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {keep!r}")
+    dtypes = tuple(HIDDEN_DTYPES) if keep == "hidden" else DTYPES
+    dtype = dtypes[0] if dtype is None else dtype
+    shard_rows = (128 if keep == "hidden" else 1024) if shard_rows is None else shard_rows
+    _check_none(keep, k=k, project=project, like=like, sample=sample, draws=draws, seed=seed)
+    check_counts(batch_size=batch_size, memory=memory, sample=1 if sample is None else sample, shard_rows=shard_rows)
+    _check_form(rows, dtype, dtypes)
+    settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
+    fingerprints = fingerprints_of(tokenizer, rows, template)
+    if keep == "hidden":
+        if project is not None and like is not None:
+            raise ValueError(f"project must be None with like, got {project!r}")
+        if project is not None:
+            check_counts(project=project)
+        settings |= {"project": project, "like": None}
+        if like is not None:
+            index = read_index(Path(like)) or {"fingerprints": {}}
+            settings |= projection_like(Path(like), {**index["fingerprints"], **fingerprints})
+    elif keep == "lists":
+        settings |= {**_list_settings(k, vocab_size), "rest": True}
+    else:
+        seed = 0 if seed is None else seed
+        settings |= _draw_settings(0 if k is None else k, 12 if draws is None else draws, seed, vocab_size)
+    settings |= {"rows": len(rows), "shard_rows": shard_rows}  # type: ignore[arg-type]
+    if (known := read_index(Path(folder))) is not None:
+        given = {**settings, **fingerprints}
+        theirs = {**known, **known["fingerprints"]}
+        check_same(Path(folder), {name: theirs.get(name) for name in given}, given)
+    return settings, fingerprints
 
 
 def convert_vllm(

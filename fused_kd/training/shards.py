@@ -51,6 +51,7 @@ _LIST_ARRAYS = {
 }
 _IDS = {"uint16": "U16", "int32": "I32"}
 _A_NUMBER_EACH = ("top", "span")
+_BYTES = {"U8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 
 # The shard of rows [start, stop): its bytes, and what its entry in the index has beside rows and file.
 MakeShard = Callable[[int, int, Any], tuple[bytes, dict[str, Any]]]
@@ -208,6 +209,12 @@ def shard_fault(folder: Path, index: Mapping[str, Any], shard: Mapping[str, Any]
     """What is wrong with a shard's file, or None."""
     fault = file_fault(folder / shard["file"], shard, checksum=checksum)
     return fault or _shard_layout_fault(folder / shard["file"], index, shard)
+
+
+def bytes_of_token(index: Mapping[str, Any]) -> int:
+    """Bytes of a token that carries loss, from an index, or from
+    :func:`fused_kd.training.cache.check_options`, of hidden states with their ``width``."""
+    return sum(_BYTES[dtype] * (1 if width is None else width) for dtype, width in _arrays_of(index).values())
 
 
 def head_fault(folder: Path, index: Mapping[str, Any], *, checksum: bool) -> str | None:
