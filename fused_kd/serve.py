@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except (ValueError, OSError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE  # while the model was loaded
-        print(f"python -m fused_kd.serve: {address_fault(args, error) if taken else error}", file=sys.stderr)
+        print(f"python -m fused_kd.serve: {address_fault(args, error) if isinstance(error, OSError) and taken else error}", file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

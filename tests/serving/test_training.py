@@ -170,8 +170,8 @@ def test_among_several_teachers(server, tmp_path):
         local = run(KDTrainer, tmp_path, [(w, copy.deepcopy(m)) for w, m in zip((0.3, 0.7), models, strict=True)])
         assert moved_apart(run(KDTrainer, tmp_path, mixed), local) < 1e-5
         data = [{**row, "teacher_id": number % 2} for number, row in enumerate(rows(4 * STEPS))]
-        served = run(KDTrainer, tmp_path, [ServedTeacher(url) for url in urls], data=data)
-        by_row = run(KDTrainer, tmp_path, [copy.deepcopy(model) for model in models], data=data)
+        served = run(KDTrainer, tmp_path, [ServedTeacher(url) for url in urls], data=data, evaluated=data[:5])
+        by_row = run(KDTrainer, tmp_path, [copy.deepcopy(model) for model in models], data=data, evaluated=data[:5])
         assert moved_apart(served, by_row) < 1e-5 and moved_apart(by_row, local) > 1e-3
 
 
