@@ -16,6 +16,7 @@ import pytest
 
 from fused_kd import serve as serve_module
 from fused_kd.serving import ServedTeacher
+from tests.training.scripts import script
 
 from .serving import CPU, ROOT, Process, apart, batch_of, local, saved, teacher
 
@@ -23,6 +24,19 @@ from .serving import CPU, ROOT, Process, apart, batch_of, local, saved, teacher
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("served") / "model")
+
+
+def test_the_command(folder):
+    """Run as a user would, with everything imported anew."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "fused_kd.serve", str(folder), "--dtype", "bf16"]
+    run = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    with subprocess.Popen(command, **run) as process:
+        line = process.stdout.readline()
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert " bf16, hidden size 16, 61 tokens, on " in line and out.startswith("ended: 0 requests")
+    assert process.returncode == 0 and not err, err
 
 
 def test_it_serves_until_it_is_told_to_end(folder, tmp_path):
@@ -50,7 +64,7 @@ def test_a_request_that_runs_is_answered_before_the_end(folder):
         time.sleep(0.5)
         code, out, err = process.end()
         assert code == 0 and "1 requests (0 failed)" in out and not err, (code, out, err)
-        found = client._answers.take(next(iter(client._answers._known)), lambda: pytest.fail("asked again"))
+        _, found = client._answers.take(next(iter(client._answers._known)), lambda: pytest.fail("asked again"))
         assert apart(found, local(teacher(), batch)[targets]) < 1e-6
 
 
@@ -94,6 +108,15 @@ def test_what_it_cannot_serve(folder, tmp_path, capsys):
             assert message in capsys.readouterr().err
 
 
+def test_both_spellings_of_a_dtype():
+    for given, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp32", "float32"), ("auto", "auto")):
+        assert serve_module.parse_arguments(["model", "--dtype", given]).dtype == dtype
+        arguments = ["--teacher", "model", "--output", "folder", "--teacher-dtype", given]
+        assert script("cache_teacher").parse_arguments(arguments).teacher_dtype == dtype
+    with pytest.raises(SystemExit):
+        serve_module.parse_arguments(["model", "--dtype", "int8"])
+
+
 def test_it_warns_of_a_host_that_everybody_reaches(folder):
     with Process(folder, "--host", "0.0.0.0") as process:
         assert ServedTeacher(f"http://127.0.0.1:{process.port}", patience=5).hidden_size == 16
@@ -107,11 +130,12 @@ def test_interrupted_twice_it_ends_at_once(folder):
         client = ServedTeacher(process.url, patience=0)
         client.prefetch(*batch_of())
         time.sleep(0.5)
-        process.popen.send_signal(signal.SIGINT)
+        os.kill(process.process.pid, signal.SIGINT)
         time.sleep(0.5)
-        assert process.popen.poll() is None
-        process.popen.send_signal(signal.SIGINT)
-        assert process.popen.wait(20) == -signal.SIGINT
+        assert process.process.exitcode is None
+        os.kill(process.process.pid, signal.SIGINT)
+        process.process.join(20)
+        assert process.process.exitcode == -signal.SIGINT
 
 
 def namespaces() -> bool:
