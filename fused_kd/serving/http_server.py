@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         return bytes(body)
 
     def _length(self, largest: int) -> int:
-        """Of the body, at most ``largest``."""
+        """The length of the body, at most ``largest`` bytes."""
         given = self.headers.get_all("Content-Length", ["0"] if self.command == "GET" else [])
         text = given[0].strip() if len(given) == 1 else ""
         if not (text.isascii() and text.isdigit()) or self.headers.get("Transfer-Encoding") is not None:
