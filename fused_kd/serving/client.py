@@ -110,7 +110,7 @@ class RemoteTeacher:
 
 
 def _on(value: Tensor, device: torch.device) -> Tensor:
-    """Bring a host tensor to a device; to a GPU from pinned memory, so that the host waits for nothing that runs there."""
+    """Bring a host tensor to a device; to a GPU from pinned memory, so that the host does not wait for its work."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 

@@ -28,12 +28,13 @@ PARTS = {
 
 
 def fingerprints_of(
-    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
+    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str, data: str | None = None
 ) -> dict[str, str | None]:
-    """SHA-256 of which token has which id, of the rows, and of the template's text, whose name does not matter."""
+    """SHA-256 of which token has which id, of the rows (``data``, if that is known already), and of the template's
+    text, whose name does not matter."""
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "data": fingerprint_rows(rows),
+        "data": fingerprint_rows(rows) if data is None else data,
         "template": fingerprint(get_prompt(template).template),
     }
 

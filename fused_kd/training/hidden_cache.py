@@ -38,7 +38,7 @@ _EACH = 8  # of how many sampled rows one is held out
 def hidden_writer(
     runs: Runs, data: Any, *, sample: int, memory: int, like: Path | None = None
 ) -> Callable[[Path, dict[str, Any]], MakeShard]:
-    """What makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
+    """Return what makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
 
     The head and, where the index asks for one, the projection are made before the first shard, and anew where their
     files are damaged. They must come out as they were then: with others the finished shards would be worth nothing.
@@ -71,7 +71,7 @@ def hidden_writer(
 
 
 def projection_like(folder: Path, fingerprints: Mapping[str, str | None]) -> dict[str, Any]:
-    """The settings ``project`` and ``like`` of a cache with the projection of the one in ``folder``.
+    """Return the settings ``project`` and ``like`` of a cache that takes the projection of the one in ``folder``.
 
     Raises:
         ValueError: no cache of hidden states there, of another teacher, or with a damaged projection.
@@ -119,7 +119,7 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
 
 
 def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fitted: Fitted) -> Projection | None:
-    """The projection, with both files whole."""
+    """Return the projection; its file and the head's are made anew where they are damaged."""
     projection = None
     if (part := index["projection"]) is not None:
         if _projection_fault(folder, index):
@@ -143,7 +143,8 @@ def _rewrite(path: Path, content: bytes, known: dict[str, Any]) -> None:
 
 
 def _sampled(data: Any, sample: int) -> tuple[list[int], list[int]]:
-    """Rows to find directions from, about ``sample`` tokens, and others to measure errors on; evenly spread."""
+    """Choose rows to find directions from, with about ``sample`` tokens, and others to measure errors on; both are
+    evenly spread."""
     counts = [len(target_positions(data[index]["labels"])) for index in range(len(data))]
     used = [index for index, count in enumerate(counts) if count] or [0]
     chosen = used[:: max(1, sum(counts) // sample)]

@@ -87,7 +87,7 @@ class Moments:
 
 @torch.no_grad()
 def fit(moments: Moments, head: LMHead, r: int, vocab_size: int, memory: int = 256 << 20) -> Projection:
-    """The best directions, at most r: no more than the head's first ``vocab_size`` rows tell apart.
+    """Find the best directions, at most r: no more than the head's first ``vocab_size`` rows tell apart.
 
     ``memory``: bytes for logits, of a part of the states at a time.
     """
@@ -102,7 +102,7 @@ def fit(moments: Moments, head: LMHead, r: int, vocab_size: int, memory: int = 2
 
 @torch.no_grad()
 def error_of(exact: LMHead, stored: LMHead, vocab_size: int, memory: int) -> dict[str, float]:
-    """What becomes of a teacher that is stored, over the same tokens (N,).
+    """Measure what becomes of a teacher that is stored, over the same tokens (N,).
 
     Returns:
         ``logits``: the norm of the difference of the logits relative to theirs, in each token from their mean (of 4,096

@@ -1,9 +1,10 @@
-"""A teacher on disk instead of the teacher: of every token that carries loss its largest log-probabilities, or its last
-hidden state and, once, its head. The folder is described in :mod:`fused_kd.training.shards`.
+"""A cache on disk takes the teacher's place: it has, for every token that carries loss, the teacher's largest
+log-probabilities, or its last hidden state and, once, its head. :mod:`fused_kd.training.shards` describes the folder.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,19 @@ from torch import Tensor
 
 from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
-from fused_kd.training.cached_rows import AnyRows as AnyRows
-from fused_kd.training.cached_rows import CachedRows as CachedRows
-from fused_kd.training.fingerprints import check_parts, check_tokenizer, fingerprints_of
-from fused_kd.training.fingerprints import fingerprint_rows as fingerprint_rows
-from fused_kd.training.fingerprints import fingerprint_teacher as fingerprint_teacher
+from fused_kd.integrations.teacher_columns import columns_of
+from fused_kd.training.cached_rows import AnyRows, CachedRows
+from fused_kd.training.fingerprints import (
+    check_parts,
+    check_tokenizer,
+    fingerprint_rows,
+    fingerprint_teacher,
+    fingerprints_of,
+)
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
 from fused_kd.training.list_cache import no_lists, read_lists
 from fused_kd.training.prompts import PromptTemplate
-from fused_kd.training.shards import HEAD, INDEX, head_fault, shard_fault, shard_name
-from fused_kd.training.shards import read_index as read_index
-from fused_kd.training.shards import target_positions as target_positions
+from fused_kd.training.shards import HEAD, INDEX, head_fault, read_index, shard_fault, shard_name
 from fused_kd.training.stored_head import HeadOnDevices, bare_head
 
 if TYPE_CHECKING:
@@ -42,9 +45,9 @@ class TeacherCache:
         folder: where it lies.
         tail: of lists, what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; None
             (default): "bucket". Drawn lists have "renormalize", hidden states none.
-        name: begins the names of the batches' columns, default "teacher": ``teacher_log_probs``,
-            ``teacher_indices`` and ``teacher_log_rest``, or ``teacher_hidden``. Two caches that teach together need two
-            names.
+        name: is in the names of the batches' columns, behind "teacher": "math" makes ``teacher_math_log_probs``,
+            ``teacher_math_indices`` and ``teacher_math_log_rest``, or ``teacher_math_hidden``. None (default):
+            ``teacher_log_probs`` and so on. Of caches that teach together each needs another name.
         verify: compare every shard with its checksum (default), not only its size. Leave it out where the folder has
             been verified shortly before.
 
@@ -67,12 +70,12 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, tail: str | None = None, *, name: str = "teacher", verify: bool = True
+        self, folder: str | Path, tail: str | None = None, *, name: str | None = None, verify: bool = True
     ) -> None:
         if tail is not None and tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name must be letters, digits and _, got {name!r}")
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+", name)):
+            raise ValueError(f"name must be letters, digits and _, or None, got {name!r}")
         self.folder, self.name = Path(folder), name
         index = read_index(self.folder)
         if index is None:
@@ -104,7 +107,7 @@ class TeacherCache:
             self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
             self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
         kinds = ("hidden",) if self.keep == "hidden" else tuple(no_lists(index))
-        self.columns: tuple[str, ...] = tuple(f"{name}_{kind}" for kind in kinds)
+        self.columns = columns_of(kinds, name)
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
         self._head = HeadOnDevices(self._stored_head)
 
@@ -144,8 +147,8 @@ class TeacherCache:
         return found["hidden"] if self.keep == "hidden" else (found["log_probs"], found["indices"])
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """As ``cache[index]``, by name: ``log_probs``, ``indices`` and, where it is known, ``log_rest`` (n,) float32;
-        or ``hidden``."""
+        """Give what ``cache[index]`` gives by name: ``log_probs``, ``indices`` and, where it is known, ``log_rest``
+        (n,) float32; or ``hidden``."""
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
         shard, row = divmod(index, self._shard_rows)
@@ -168,7 +171,7 @@ class TeacherCache:
         return found
 
     def _nothing(self) -> dict[str, Tensor]:
-        """Of a row without targets."""
+        """What a row without targets has."""
         if self.width is None:
             return no_lists(self._index)
         dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
@@ -229,7 +232,7 @@ class TeacherCache:
             if self.error is not None and self.error["tokens"]:
                 what += f", KL to the teacher {self.error['kl']:.2g}"
                 what += f", logits off by {self.error['logits']:.2%}" if projected else ""
-        name = "" if self.name == "teacher" else f", name={self.name!r}"
+        name = "" if self.name is None else f", name={self.name!r}"
         return f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, {what}{name})"
 
     def check(
@@ -239,14 +242,25 @@ class TeacherCache:
         rows: AnyRows,
         template: PromptTemplate | str,
         teacher: PreTrainedModel | None = None,
-    ) -> None:
-        """Raise unless the cache was made with these; ``teacher`` None (default) is not compared.
+        data: str | None = None,
+    ) -> CachedRows:
+        """Raise unless the cache was made with these.
+
+        Args:
+            tokenizer, rows, template: as of :func:`fused_kd.training.cache.write_cache`.
+            teacher: None (default): any.
+            data: what :func:`fused_kd.training.fingerprints.fingerprint_rows` gives for ``rows``, where it is known
+                already; None (default): all rows are read for it.
+
+        Returns:
+            What :meth:`rows` gives for ``rows``, which are not compared a second time.
 
         Raises:
-            ValueError: names every part in ``PARTS`` that differs.
+            ValueError: names every part in ``PARTS`` that differs; rows of a cache of the same name.
         """
-        given = fingerprints_of(tokenizer, rows, template)
+        given = fingerprints_of(tokenizer, rows, template, data)
         self._compare(given if teacher is None else {**given, **fingerprint_teacher(teacher)})
+        return self._joined(rows)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise unless the cache was made with this tokenizer; tokens that were added to it since do not count.
@@ -282,6 +296,9 @@ class TeacherCache:
             ValueError: other rows, or another order; rows of a cache of the same name.
         """
         self._compare({"data": fingerprint_rows(dataset)})
+        return self._joined(dataset)
+
+    def _joined(self, dataset: AnyRows) -> CachedRows:
         names, data = {self.name}, dataset
         while isinstance(data, CachedRows):
             if data.cache.name in names:

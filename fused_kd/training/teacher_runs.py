@@ -1,4 +1,4 @@
-"""A teacher run over rows, for what it says where a label carries loss."""
+"""Runs a teacher over rows and gives its head on the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Runs = Callable[[Iterable[int]], Iterator[Run]]
 
 
 def teacher_runs(teacher: Any, data: Any, rows: Iterable[int], pad: int, batch_size: int) -> Iterator[Run]:
-    """The ``rows`` of ``data``, those of similar length together; ``pad`` fills the batches."""
+    """Run the ``rows`` of ``data``, those of similar length together; ``pad`` fills the batches."""
     collate = Collator(pad)
     order = sorted(rows, key=lambda index: -len(data[index]["input_ids"]))
     with eval_mode(teacher):

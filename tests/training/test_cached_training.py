@@ -24,7 +24,9 @@ DATA, HELD_OUT = rows(18), rows(7, seed=9)
 OBJECTIVE = fk.SelfEvolution(gamma=2.0) + 0.5 * fk.ReverseKD()
 
 
-def cached(folder: Path, data: list = DATA, teacher: Any = None, name: str = "teacher", **options: Any) -> TeacherCache:
+def cached(
+    folder: Path, data: list = DATA, teacher: Any = None, name: str | None = None, **options: Any
+) -> TeacherCache:
     teacher = tiny(24, seed=2) if teacher is None else teacher
     options = {"keep": "hidden", "dtype": "fp32", "template": "tiny", "progress": False, **options}
     write_cache(folder, teacher, Words(VOCAB), data, shard_rows=5, batch_size=3, **options)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from itertools import product
@@ -402,6 +403,8 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
         ({"k": 4}, "k must be None with keep='hidden', got 4"),
         ({"project": 0}, "project must be an int of at least 1, got 0"),
         ({"sample": 0}, "sample must be"),
+        ({"seed": 5}, "seed must be None with keep='hidden', got 5"),
+        ({"keep": "lists", "k": 4, "sample": 7}, "sample must be None with keep='lists', got 7"),
         ({"keep": "lists", "k": 4, "project": 4}, "project must be None with keep='lists', got 4"),
         ({"keep": "lists", "k": 4, "like": "x"}, "like must be None with keep='lists', got 'x'"),
         ({"keep": "lists"}, "k must be an int of at least 1, got None"),
@@ -419,8 +422,9 @@ def test_bad_arguments_of_a_reader(finished: Path, tmp_path: Path) -> None:
         write_hidden(tmp_path, project=17)
     with pytest.raises(ValueError, match=r"tail must be None for the cache in .*, which is of hidden states, got 'bu"):
         TeacherCache(finished, tail="bucket")
-    with pytest.raises(ValueError, match="name must be letters, digits and _, got 'a b'"):
-        TeacherCache(finished, name="a b")
+    for name in ("a b", "", "a\n", 3):
+        with pytest.raises(ValueError, match=re.escape(f"name must be letters, digits and _, or None, got {name!r}")):
+            TeacherCache(finished, name=name)
     with pytest.raises(ValueError, match="batch must have teacher_hidden for the cached teacher TeacherCache"):
         TeacherCache(finished).head({}, torch.ones(1, 1), CPU)
 
