@@ -32,7 +32,7 @@ import fused_kd as fk
 from fused_kd.training.cache import check_options, convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, LONG_NAMES, long_name
 from fused_kd.training.loading import safe_config
 from fused_kd.training.models import PRESETS, check_device, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
@@ -65,7 +65,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
     add("--shard-rows", type=int, help="rows a file; an interruption loses one at most; default 1024, hidden: 128")
     add("--batch", type=int, default=16, help="rows the teacher runs at once")
-    add("--teacher-dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    add("--teacher-dtype", type=long_name, choices=["auto", *LONG_NAMES.values()], default="auto",
+        help="or bf16, fp16, fp32; default: that of the files")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--from-vllm", metavar="FILE", help="JSON(L)(.gz) of vLLM's prompt_logprobs of the rows' input_ids, in order")
     add("--output", required=True, help="folder of the cache")

@@ -22,16 +22,16 @@ EVERYWHERE = ("", "0.0.0.0", "::")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    from fused_kd.training.hidden_codes import LONG_NAMES, long_name
+
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m fused_kd.serve", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("model", help="a folder or hub name of a causal LM, with its tokenizer")
     add("--host", default="127.0.0.1", help="address to listen at; default %(default)s: this machine alone")
     add("--port", type=int, default=0, help="default: a free one")
-    add(
-        "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
-        help="default %(default)s: that of the files",
-    )  # fmt: skip
+    add("--dtype", type=long_name, default="auto", choices=("auto", *LONG_NAMES.values()),
+        help="or bf16, fp16, fp32; default %(default)s: that of the files")  # fmt: skip
     add("--device", help="default: cuda where there is one, else cpu")
     add("--attn-implementation", help="sdpa, flash_attention_2, ...; default: transformers' choice")
     add("--batch-tokens", type=int, default=8192,
@@ -44,12 +44,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until a signal; the exit code."""
+    """Serve until a signal comes; returns the exit code."""
     args = parse_arguments(argv)
     import torch
 
     from fused_kd.serving.server import LOOPBACK, TeacherServer
-    from fused_kd.training.hidden_codes import HIDDEN_DTYPES
     from fused_kd.training.models import load_model, load_tokenizer
 
     end = threading.Event()
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         options: dict[str, Any] = (
             {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
         )
-        model: Any = load_model(args.model, tokenizer, 0, dtype=HIDDEN_DTYPES.get(args.dtype, "auto"), **options)
+        model: Any = load_model(args.model, tokenizer, 0, dtype=args.dtype, **options)
         server = TeacherServer(
             model.to(device), tokenizer, name=args.model, host=args.host, port=args.port, token=token,
             batch_tokens=args.batch_tokens, queue=args.queue, most_tokens=args.most_tokens,

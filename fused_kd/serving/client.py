@@ -99,7 +99,7 @@ class RemoteTeacher:
             self._answers.start(key_of(batch, targets), lambda: self._ask_for(batch, targets))
 
     def _own(self) -> None:
-        """In a forked process: begin anew."""
+        """Begin anew where the process is a fork of the one that began."""
         if self._process != os.getpid():
             self._begin()
 
@@ -110,7 +110,7 @@ class RemoteTeacher:
 
 
 def _on(value: Tensor, device: torch.device) -> Tensor:
-    """On a GPU by way of pinned memory, so that the host does not wait for what runs there."""
+    """Bring a host tensor to a device; to a GPU from pinned memory, so that the host does not wait for its work."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 

@@ -12,7 +12,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -93,7 +93,8 @@ class HttpServer(ThreadingHTTPServer):
         self.answer, self.token, self.largest_body, self.headers = answer, token, largest_body, headers
         self.connections = connections
         self.ending = False
-        self._open = self._active = 0
+        self._open: set[Any] = set()  # connections
+        self._active: set[Any] = set()  # those with a request that is being answered
         self._changed = threading.Condition()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
@@ -101,45 +102,52 @@ class HttpServer(ThreadingHTTPServer):
     @property
     def keeps_connections(self) -> bool:
         """Whether a connection stays open after an answer: idle ones must not take the places of others."""
-        return not self.ending and 2 * self._open <= self.connections
+        return not self.ending and 2 * len(self._open) <= self.connections
 
     def stop(self) -> None:
-        """Accept no further connection or request."""
+        """Accept no further connection or request, and close the connections that nobody uses."""
         self.ending = True
         self.shutdown()
         self.server_close()
+        with self._changed:
+            for idle in self._open - self._active:
+                with contextlib.suppress(OSError):  # its client has closed it
+                    idle.shutdown(socket.SHUT_RDWR)
 
     def finish(self, seconds: float) -> None:
         """Wait until all requests are answered, for some seconds at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._active == 0, timeout=seconds)
+            self._changed.wait_for(lambda: not self._active, timeout=seconds)
 
-    def count(self, *, opened: int = 0, active: int = 0) -> None:
+    @contextlib.contextmanager
+    def answering(self, connection: Any) -> Iterator[None]:
+        """Count a connection among those with a request."""
         with self._changed:
-            self._open += opened
-            self._active += active
-            self._changed.notify_all()
+            self._active.add(connection)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active.discard(connection)
+                self._changed.notify_all()
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server for this machine's name
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._open >= self.connections:
+        if len(self._open) >= self.connections:
             _turn_away(request, self.connections)
             self.shutdown_request(request)
             return
-        self.count(opened=1)
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread could be started
-            self.count(opened=-1)
-            raise
+        with self._changed:
+            self._open.add(request)
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.count(opened=-1)
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection and close it; called of each, also where no thread could be started."""
+        with self._changed:
+            self._open.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -193,16 +201,13 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def do_GET(self) -> None:
-        self.server.count(active=1)
-        try:
+        with self.server.answering(self.connection):
             try:
                 reply = self._reply()
             except Refused as refused:
                 self.close_connection |= refused.ends
                 reply = refused.reply
             self._send(reply)
-        finally:
-            self.server.count(active=-1)
 
     do_POST = do_GET
 
@@ -238,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
         return bytes(body)
 
     def _length(self, largest: int) -> int:
-        """Of the body, at most ``largest``."""
+        """The length of the body, at most ``largest`` bytes."""
         given = self.headers.get_all("Content-Length", ["0"] if self.command == "GET" else [])
         text = given[0].strip() if len(given) == 1 else ""
         if not (text.isascii() and text.isdigit()) or self.headers.get("Transfer-Encoding") is not None:

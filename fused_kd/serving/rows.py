@@ -20,7 +20,7 @@ def key_of(batch: Mapping[str, Any], targets: Tensor) -> str:
         if isinstance(value, Tensor):
             content = value.detach().cpu().contiguous().flatten()
             found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            found.update(memoryview(content.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            found.update(content.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -25,8 +25,13 @@ STORED_AS = {"bf16": "BF16", "fp8": "F8_E4M3", "fp16": "F16", "fp32": "F32"}
 _SMALLEST = -126  # exponent of fp32's and bf16's smallest normal number
 
 
+def long_name(name: str) -> str:
+    """The name that PyTorch has for a dtype: "bfloat16" for "bf16", and so on; any other as it is."""
+    return LONG_NAMES.get(name, name)
+
+
 def name_of(dtype: torch.dtype) -> str:
-    """ "bf16" for ``torch.bfloat16``, and so on."""
+    """The short name of a dtype: "bf16" for ``torch.bfloat16``, and so on."""
     return next(name for name, each in HIDDEN_DTYPES.items() if each == dtype)
 
 

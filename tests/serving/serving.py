@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
+from fused_kd import serve as serve_module
 from fused_kd.integrations.transformers import hidden_states
+from fused_kd.serving import batching
 from fused_kd.serving.server import TeacherServer
 from fused_kd.training.collate import Collator
 from tests.training.tiny import VOCAB, rows, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-SLOW = """
-import sys, time
-from fused_kd.serving import batching
-real = batching.hidden_states
-def states(*args, **inputs):
-    time.sleep({})
-    return real(*args, **inputs)
-batching.hidden_states = states
-from fused_kd.serve import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def tokenizer(prefix: str = "t") -> PreTrainedTokenizerFast:
@@ -78,37 +73,69 @@ def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:
 
 
 class Process:
-    """``python -m fused_kd.serve`` on this machine; ``slow``: seconds that a call of its model takes longer."""
+    """``fused_kd.serve`` in a process of its own, forked from one that has imported what is slow to import.
+
+    Args:
+        folder, options: its arguments.
+        slow: seconds that a call of its model takes longer.
+
+    Attributes:
+        line: the first one printed. url: from it.
+    """
 
     def __init__(self, folder: Path, *options: str, slow: float = 0.0) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        run = ["-c", SLOW.format(slow)] if slow else ["-m", "fused_kd.serve"]
-        self.popen = subprocess.Popen(
-            [sys.executable, *run, str(folder), *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
-        assert self.popen.stdout is not None
-        self.line = self.popen.stdout.readline()
+        self._printed = Path(tempfile.mkdtemp(prefix="fused_kd-serve-"))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        arguments = ([str(folder), *options], slow, str(self._printed))
+        self.process = context.Process(target=_serve_alone, args=arguments, daemon=True)
+        self.process.start()
+        self.line = self._first_line()
         self.url = self.line.split(" ")[0]
+
+    def _first_line(self) -> str:
+        while self.process.exitcode is None:
+            if (found := self._read("out")).endswith("\n"):
+                return found
+            time.sleep(0.01)
+        raise AssertionError(self._read("err"))
+
+    def _read(self, name: str) -> str:
+        path = self._printed / name
+        return path.read_text() if path.exists() else ""
 
     @property
     def port(self) -> str:
         return self.url.rsplit(":", 1)[1]
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self) -> tuple[int | None, str, str]:
         """SIGTERM; the exit code and what was printed since."""
-        if self.popen.poll() is None:
-            self.popen.terminate()
-        out, err = self.popen.communicate(timeout=60)
-        return self.popen.returncode, out, err
+        self.process.terminate()
+        self.process.join(60)
+        return self.process.exitcode, self._read("out").removeprefix(self.line), self._read("err")
 
     def kill(self) -> None:
-        self.popen.kill()
-        self.popen.communicate()
+        self.process.kill()
+        self.process.join()
+        shutil.rmtree(self._printed, ignore_errors=True)
 
     def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.popen.poll() is None:
-            self.kill()
+        self.kill()
+
+
+def _serve_alone(arguments: list[str], slow: float, printed: str) -> None:
+    for name, handle in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{printed}/{name}", os.O_WRONLY | os.O_CREAT, 0o600), handle)
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    real = batching.hidden_states
+
+    def states(*given: object, **inputs: object) -> Tensor:
+        time.sleep(slow)
+        return real(*given, **inputs)
+
+    batching.hidden_states = states
+    sys.exit(serve_module.main(arguments))

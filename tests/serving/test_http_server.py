@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import socket
@@ -72,6 +73,30 @@ def test_requests_that_cannot_be(server):
     assert raw(server, "GET", "/about")[0] == 200
 
 
+def test_without_the_token():
+    """A small body is read, so that the connection can be used again; of a large one the connection ends."""
+    with serve(token="secret") as server:
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        for size, kept in ((0, True), (1 << 16, True), ((1 << 16) + 1, False)):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", "/states", b"x" * size)
+            response = connection.getresponse()
+            assert response.status == 401 and response.will_close != kept
+            response.read()
+
+
+def test_the_end_closes_what_nobody_uses(server):
+    client = ServedTeacher(server.url, patience=0)
+    idle = opened(server)
+    wait_for(lambda: len(server._http._open) == 2)
+    server.close()
+    assert idle.recv(1) == b""
+    wait_for(lambda: not server._http._open)
+    port = int(server.url.rsplit(":", 1)[1])
+    with serve(port=port):  # and not the old one answers, that it is ending
+        assert client.head(*batch_of(), CPU).hidden.any()
+
+
 def test_a_length_alone_takes_no_memory(server):
     """The body of a client that says much and sends little grows with what it sends."""
     largest = server._http.largest_body
@@ -104,14 +129,14 @@ def test_who_sends_nothing_or_little_is_left(sent, drips, server, monkeypatch):
             except OSError:
                 break
         assert 0.2 < time.monotonic() - start < 5
-    wait_for(lambda: server._http._open == 0)
+    wait_for(lambda: len(server._http._open) == 0)
 
 
 def test_a_connection_that_was_left_is_opened_again(server, monkeypatch, caplog):
     monkeypatch.setattr(http_server, "_READ_SECONDS", 0.2)
     client = ServedTeacher(server.url, patience=0)
     client.head(*batch_of(), CPU)
-    wait_for(lambda: server._http._open == 0)
+    wait_for(lambda: len(server._http._open) == 0)
     assert client.head(*batch_of(seed=1), CPU).hidden.any() and not caplog.records
 
 
@@ -120,12 +145,12 @@ def test_connections_are_bounded(monkeypatch):
     with serve(queue=1) as server:
         batch, targets = batch_of()
         client = ServedTeacher(server.url, patience=20)
-        idle = [opened(server) for _ in range(4 - server._http._open)]
-        wait_for(lambda: server._http._open == 4)
+        idle = [opened(server) for _ in range(4 - len(server._http._open))]
+        wait_for(lambda: len(server._http._open) == 4)
         client._connection.close()
-        wait_for(lambda: server._http._open == 3)
+        wait_for(lambda: len(server._http._open) == 3)
         idle.append(opened(server))
-        wait_for(lambda: server._http._open == 4)
+        wait_for(lambda: len(server._http._open) == 4)
         with opened(server) as refused:
             answer = refused.recv(1 << 16).decode()
         assert answer.startswith("HTTP/1.1 503 ") and "Retry-After: 1" in answer and "4 connections are open" in answer
@@ -134,11 +159,11 @@ def test_connections_are_bounded(monkeypatch):
         idle.pop().close()
         assert client.head(batch, targets, CPU).hidden.any() and client._connection.outages == 0
         # more than half of them are taken: none is kept for a client that may not come back
-        wait_for(lambda: server._http._open == 3)
+        wait_for(lambda: len(server._http._open) == 3)
         assert not client._connection._idle
         for each in idle:
             each.close()
-        wait_for(lambda: server._http._open == 0)
+        wait_for(lambda: len(server._http._open) == 0)
         client.head(*batch_of(seed=1), CPU)
         assert len(client._connection._idle) == 1
 
@@ -177,15 +202,16 @@ def test_requests_of_clients_that_left_are_not_computed(server, monkeypatch):
     monkeypatch.setattr(batching, "hidden_states", states)
     body = write_request(requested_rows(*batch_of(3))[0])
     head = f"POST /states HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    stays = opened(server, head + body)
+    stays = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    stays.request("POST", "/states", body)
     wait_for(lambda: sizes)
     leave = [opened(server, head + body) for _ in range(3)]
     wait_for(lambda: len(server.batcher._jobs) == 3)
     for client in leave:
         client.close()
-    assert b"200 OK" in stays.recv(1 << 16)
-    stays.sendall(head + body)
-    assert b"200 OK" in stays.recv(1 << 16)
+    first = stays.getresponse().read()
+    stays.request("POST", "/states", body)
+    assert stays.getresponse().read() == first
     stays.close()
-    wait_for(lambda: server._http._open == 0)
+    wait_for(lambda: len(server._http._open) == 0)
     assert len(sizes) == 2 and server.batcher.gone == 3

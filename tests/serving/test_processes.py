@@ -17,6 +17,7 @@ import pytest
 from fused_kd import serve as serve_module
 from fused_kd.serving import ServedTeacher
 from fused_kd.training import models
+from tests.training.scripts import script
 
 from .serving import CPU, ROOT, Process, apart, batch_of, local, saved, teacher
 
@@ -24,6 +25,19 @@ from .serving import CPU, ROOT, Process, apart, batch_of, local, saved, teacher
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("served") / "model")
+
+
+def test_the_command(folder):
+    """Run as a user would, with everything imported anew."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "fused_kd.serve", str(folder), "--dtype", "bf16"]
+    run = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    with subprocess.Popen(command, **run) as process:
+        line = process.stdout.readline()
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert " bf16, hidden size 16, 61 tokens, on " in line and out.startswith("ended: 0 requests")
+    assert process.returncode == 0 and not err, err
 
 
 def test_it_serves_until_it_is_told_to_end(folder, tmp_path):
@@ -51,7 +65,7 @@ def test_a_request_that_runs_is_answered_before_the_end(folder):
         time.sleep(0.5)
         code, out, err = process.end()
         assert code == 0 and "1 requests (0 failed)" in out and not err, (code, out, err)
-        found = client._answers.take(next(iter(client._answers._known)), lambda: pytest.fail("asked again"))
+        _, found = client._answers.take(next(iter(client._answers._known)), lambda: pytest.fail("asked again"))
         assert apart(found, local(teacher(), batch)[targets]) < 1e-6
 
 
@@ -127,6 +141,15 @@ def test_an_address_that_is_taken_while_the_model_is_loaded(folder, capsys, monk
     assert f"cannot listen at --host 127.0.0.1 --port {port}: " in capsys.readouterr().err
 
 
+def test_both_spellings_of_a_dtype():
+    for given, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp32", "float32"), ("auto", "auto")):
+        assert serve_module.parse_arguments(["model", "--dtype", given]).dtype == dtype
+        arguments = ["--teacher", "model", "--output", "folder", "--teacher-dtype", given]
+        assert script("cache_teacher").parse_arguments(arguments).teacher_dtype == dtype
+    with pytest.raises(SystemExit):
+        serve_module.parse_arguments(["model", "--dtype", "int8"])
+
+
 def test_it_warns_of_a_host_that_everybody_reaches(folder):
     with Process(folder, "--host", "0.0.0.0") as process:
         assert f"(http://{socket.gethostname()}:{process.port} on other machines) serves" in process.line
@@ -141,16 +164,17 @@ def test_interrupted_twice_it_ends_at_once(folder):
         client = ServedTeacher(process.url, patience=0)
         client.prefetch(*batch_of())
         time.sleep(0.5)
-        process.popen.send_signal(signal.SIGINT)
+        os.kill(process.process.pid, signal.SIGINT)
         time.sleep(0.5)
-        assert process.popen.poll() is None
-        process.popen.send_signal(signal.SIGINT)
-        assert process.popen.wait(20) == -signal.SIGINT
+        assert process.process.exitcode is None
+        os.kill(process.process.pid, signal.SIGINT)
+        process.process.join(20)
+        assert process.process.exitcode == -signal.SIGINT
 
 
 def namespaces() -> bool:
     """Whether two of them can be made and joined here."""
-    if not all(shutil.which(name) for name in ("unshare", "ip", "nsenter")):
+    if not all(shutil.which(name) for name in ("unshare", "ip")):
         return False
     tried = "ip tuntap add dev cable mode tun && unshare -n true"
     return subprocess.run(["unshare", "-rn", "sh", "-c", tried], capture_output=True).returncode == 0

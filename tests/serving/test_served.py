@@ -352,11 +352,11 @@ def test_copies_in_other_processes(server, client):
     copied = pickle.loads(pickle.dumps(client))
     assert torch.equal(copied.head(batch, targets, CPU).hidden, expected) and copied.url == client.url
     copy.deepcopy(client)
+    idle = client._connection._idle[0]
     client.prefetch(*batch_of(seed=9))
     locks = client._heads._lock, client._answers._lock, client._connection._lock
     for lock in locks:  # other threads are about something meanwhile
         lock.acquire()
-    idle = client._connection._idle[0]
 
     def child() -> None:
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
