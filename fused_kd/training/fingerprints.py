@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 # what says where a config came from, and nothing about the function that the model computes
 _CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+# the columns of a row whose teacher reads another prompt
+OTHER_PROMPT = ("teacher_input_ids", "teacher_labels")
+_OTHER_PROMPT = b"\xff" * 8  # no row is so long
 PARTS = {
     "tokenizer": "the tokens and their ids",
-    "data": "the token ids and labels of the rows",
+    "data": "the token ids and labels of the rows, and of their teacher's prompts",
     "template": "the text of the prompt template",
     "teacher_config": "the teacher's config",
     "teacher_weights": "the teacher's weights",
@@ -38,13 +41,15 @@ def fingerprints_of(
 
 
 def fingerprint_rows(rows: AnyRows) -> str:
-    """SHA-256 of all token ids and labels, in order."""
+    """SHA-256 of all token ids and labels, in order, and of those of another prompt where rows have them."""
     data = without_caches(rows)
     digest = hashlib.sha256()
     for index in range(len(data)):
         row = data[index]
-        for values in (row["input_ids"], row["labels"]):
-            array = np.asarray(values, dtype="<i8")
+        for name in ("input_ids", "labels", *(name for name in OTHER_PROMPT if name in row)):
+            array = np.asarray(row[name], dtype="<i8")
+            if name in OTHER_PROMPT:
+                digest.update(_OTHER_PROMPT)
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
 
