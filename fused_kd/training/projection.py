@@ -96,13 +96,12 @@ def fit(moments: Moments, head: LMHead, r: int, memory: int = 256 << 20) -> Proj
         memory: bytes for logits, of a part of the states at a time.
 
     Raises:
-        ValueError: states or a head that are not finite, a head that tells no states apart.
+        ValueError: states that are not finite, a head that tells no states apart.
     """
     mean, covariance = moments.covariance()
-    matters = metric(replace(head, hidden=moments.states), memory)
-    if not bool(covariance.isfinite().all() & matters.isfinite().all()):
-        raise ValueError(f"project={r}: the teacher's hidden states and its head must be finite numbers")
-    values, vectors = torch.linalg.eigh(matters)
+    if not bool(covariance.isfinite().all()):
+        raise ValueError(f"project={r}: the teacher's hidden states must be finite numbers")
+    values, vectors = torch.linalg.eigh(metric(replace(head, hidden=moments.states), memory))
     kept = values > values[-1] * _RANK
     if not bool(kept.any()):
         raise ValueError(f"project={r}: the teacher's head must not give every token the same logit, as zeros do")
@@ -156,14 +155,18 @@ def _logits(head: LMHead, columns: Tensor | slice) -> Tensor:
 
 def metric(head: LMHead, memory: int) -> Tensor:
     """(H, H) float64: how much changes of a state matter, over the head's tokens."""
-    of_p, of_logits = _of_probabilities(head, memory), _of_logits(head)
-    sizes = of_p.trace(), of_logits.trace()
-    if not bool(sizes[0] > 0):  # every token is certain
+    (of_p, rounding), of_logits = _of_probabilities(head, memory), _of_logits(head)
+    values, vectors = torch.linalg.eigh(of_p)
+    values = values.clamp(min=0)  # below 0 by rounding
+    share = max(_LOGITS * float(values.sum()), rounding)  # all of it where every token is certain
+    size = float(of_logits.trace())
+    if not share > 0 or not size > 0:  # no token, or logits that are all alike
         return of_logits
-    return of_p + _LOGITS * (sizes[0] / sizes[1]) * of_logits
+    return (vectors * values) @ vectors.T + share / size * of_logits
 
 
-def _of_probabilities(head: LMHead, memory: int) -> Tensor:
+def _of_probabilities(head: LMHead, memory: int) -> tuple[Tensor, float]:
+    """The matrix, a difference, and what of its trace can be rounding."""
     weight, N = head.weight, max(len(head.hidden), 1)
     V, H = weight.shape
     weights = torch.zeros(V, dtype=torch.float64, device=weight.device)
@@ -175,9 +178,11 @@ def _of_probabilities(head: LMHead, memory: int) -> Tensor:
         weights += (p * slope**2).sum(0, dtype=torch.float64)
         mean = ((p * slope).to(weight.dtype) @ weight).double()
         found.addmm_(mean.T, mean, alpha=-1 / N)
+    squares = 0.0
     for block, share in zip(_double_blocks(weight), weights.split(_BLOCK), strict=True):
         found.addmm_(block.T, block * share[:, None], alpha=1 / N)
-    return found
+        squares += float(block.square().sum(1) @ share) / N
+    return found, squares * max(torch.finfo(weight.dtype).eps, 1e-6)
 
 
 def _of_logits(head: LMHead) -> Tensor:
