@@ -29,7 +29,9 @@ TRAINING = {
     "fused_kd.training.prompts": ("PromptTemplate", "Rows", "tokenize_pairs", "tokenize_instructions"),
     "fused_kd.training.collate": ("Collator", "PackingCollator"),
     "fused_kd.training.models": ("LoRA", "load_model", "load_tokenizer"),
-    "fused_kd.training.teacher_cache": ("TeacherCache", "CachedRows"),
+    "fused_kd.training.contexts": ("with_context", "ContextRows"),
+    "fused_kd.training.teacher_cache": ("TeacherCache",),
+    "fused_kd.training.cached_rows": ("CachedRows",),
     "fused_kd.training.cache": ("write_cache", "write_lists", "convert_vllm"),
     "fused_kd.training.generate": ("Decoding", "Generation", "Generations", "generate", "generate_to"),
     "fused_kd.training.score": ("Scores", "Similarity", "score", "similarity", "Comparison", "paired_bootstrap"),
@@ -59,7 +61,8 @@ def sections() -> list[tuple[str, list[tuple[str, Any]]]]:
     names = [name for name in core.__all__ if not name.startswith("__")]
     objectives = [cls.__name__ for cls in core.OBJECTIVES.values()]
     kinds = [*objectives, "Sum", "parse"]
-    loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK", "Lists", "top_k_of", "log_probs_at", "sample_of"]
+    loss = ["KDLoss", "kd_loss", "KDOutput", "LMHead", "TopK", "Mixture"]
+    loss += ["Lists", "top_k_of", "log_probs_at", "sample_of"]
     maps = ["vocab_map", "VocabMap"]
     others = [name for name in names if name not in {*objectives, *loss, *maps}]
     found = [

@@ -29,15 +29,16 @@ from rich.table import Table
 from transformers.utils import logging
 
 import fused_kd as fk
-from fused_kd.training.cache import convert_vllm, write_cache
+from fused_kd.training.cache import check_options, convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
-from fused_kd.training.models import PRESETS, load_model, load_tokenizer
+from fused_kd.training.loading import safe_config
+from fused_kd.training.models import PRESETS, check_device, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
 from fused_kd.training.script import make_console, run_script
-from fused_kd.training.shards import HEAD, KEPT
-from fused_kd.training.teacher_cache import TeacherCache, target_positions
+from fused_kd.training.shards import HEAD, KEPT, bytes_of_token, target_positions
+from fused_kd.training.teacher_cache import TeacherCache
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,12 +78,10 @@ def main(argv: list[str] | None = None) -> TeacherCache:
         raise SystemExit(f"--teacher {args.teacher} has random weights: give a trained model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if args.draws is not None and args.keep != "sampled":
-        raise SystemExit(f"--draws {args.draws} is of drawn lists: it needs --keep sampled")
-    if args.from_vllm and (args.keep != "lists" or args.project is not None):
-        raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --project")
-    if args.keep == "hidden" and args.k is not None:
-        raise SystemExit(f"--k {args.k} is of lists: leave it out with --keep hidden")
+    if args.from_vllm and (args.keep != "lists" or any(v is not None for v in (args.draws, args.project, args.like))):
+        raise SystemExit("--from-vllm has log-probabilities: it needs --keep lists, without --draws, --project, --like")
+    if not args.from_vllm:
+        check_device(args.device)
     console = make_console()
 
     tokenizer = load_tokenizer(args.teacher)
@@ -97,17 +96,17 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     rows = concatenate(list(parts.values()))
     console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
 
-    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows}
-    if args.keep == "lists":
-        how["k"] = 64 if args.k is None else args.k
+    k = 64 if args.k is None and args.keep == "lists" else args.k
+    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows, "k": k}
     if args.from_vllm:
         given = {name: value for name, value in how.items() if value is not None}
         cache = convert_vllm(args.output, args.from_vllm, tokenizer, rows, teacher=args.teacher, **given)
     else:
+        how |= {"keep": args.keep, "project": args.project, "like": args.like, "draws": args.draws}
+        how |= {"seed": args.seed if args.keep == "sampled" else None, "batch_size": args.batch}
+        settings, _ = check_options(args.output, tokenizer, rows, **how)
+        console.print(expected(settings, rows, args.teacher))
         teacher = load_model(args.teacher, tokenizer, 0, dtype=args.teacher_dtype).to(args.device)
-        how |= {"keep": args.keep, "project": args.project, "like": args.like, "batch_size": args.batch}
-        if args.keep == "sampled":
-            how |= {"k": args.k, "draws": args.draws, "seed": args.seed}
         cache = write_cache(args.output, teacher, tokenizer, rows, **how)
 
     console.print("\n".join(likely(cache, tokenizer, rows[0])))
@@ -115,8 +114,24 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     return cache
 
 
+def expected(settings: dict[str, Any], rows: Any, teacher: str) -> str:
+    """How large the cache will be, in words."""
+    if settings["keep"] == "hidden":
+        width = safe_config(teacher, {}).get_text_config().hidden_size
+        if (settings["project"] or 0) > width:
+            raise ValueError(
+                f"--project must be at most the {width} numbers of a hidden state, got {settings['project']}"
+            )
+        settings = {**settings, "width": settings["project"] or width}
+    tokens = sum(len(target_positions(row["labels"])) for row in rows)
+    each = bytes_of_token(settings)
+    head = " and the teacher's head" if settings["keep"] == "hidden" else ""
+    return f"to write: {tokens * each / 1e6:.1f} MB ({tokens} tokens with loss x {each} bytes){head}"
+
+
 def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> list[str]:
-    """The first targets of a row, the cache's first, each with what the teacher thinks most likely."""
+    """The first targets of a row, the cache's first, each with what the teacher thinks most likely; of drawn lists with
+    what was drawn."""
     if cache.keep != "hidden":
         log_probs, indices = cache[0]
         order = log_probs.argsort(dim=1, descending=True, stable=True)  # what is drawn is in the order of ids
@@ -126,33 +141,33 @@ def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> lis
         made = fk.top_k_of(head, count, vocab_size=len(tokenizer))
         found = made.log_probs, made.indices
     tokens = [row["input_ids"][position + 1] for position in target_positions(row["labels"])[:count]]
-    lines = []
+    title = "next tokens, and what the teacher thinks likely:"
+    if cache.keep == "sampled":
+        title = "next tokens, and what was drawn, with its share of the list (the teacher's probabilities on average):"
+    lines = [title]
     for token, log_probs, indices in zip(tokens, *(part[:count] for part in found), strict=True):
         listed = zip(log_probs.exp()[:count], indices[:count], strict=True)
         entries = [f"{tokenizer.convert_ids_to_tokens(int(i))} {p:.3f}" for p, i in listed if p > 0]
-        lines.append(f"{tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
+        lines.append(f"  {tokenizer.convert_ids_to_tokens(token)}: {', '.join(entries)}")
     return lines
 
 
 def table_of(cache: TeacherCache, directions: Iterable[str]) -> Table:
-    """What the cache holds: of lists the mass, of hidden states what storing them changed."""
-    size = {"k": str(cache.k)} if cache.width is None else {"numbers": str(cache.width)}
+    """What the cache holds, a line an item: of lists the mass, of hidden states what storing them changed."""
+    items = {"directions": " ".join(directions), "rows": str(len(cache)), "tokens with loss": str(cache.tokens)}
+    items |= {"entries a token": str(cache.k)} if cache.width is None else {"numbers a token": str(cache.width)}
     if cache.draws is not None:
-        size["draws"] = str(cache.draws)
-    columns = {
-        "directions": " ".join(directions), "rows": str(len(cache)), "tokens": str(cache.tokens), **size,
-        "dtype": cache.dtype, "bytes/token": f"{cache.bytes_per_token:.1f}",
-    }  # fmt: skip
+        items["draws a token"] = str(cache.draws)
+    items |= {"dtype": cache.dtype, "bytes a token": f"{cache.bytes_per_token:.1f}"}
     if cache.keep == "lists":
-        columns |= {"mass": f"{cache.mass_mean:.4f}", "least": f"{cache.mass_min:.4f}"}
+        items |= {"mean mass of a list": f"{cache.mass_mean:.4f}", "least": f"{cache.mass_min:.4f}"}
     elif cache.keep == "hidden":
         head = (cache.folder / HEAD).stat().st_size
-        columns |= {"head": f"{head / 1e6:.1f} MB", "KL": f"{cache.error['kl']:.2g}"}
-        columns |= {"logits off": f"{cache.error['logits']:.2%}", "top-1": f"{cache.error['top_1']:.2%}"}
-    table = Table(title=str(cache.folder))
-    for name in columns:
-        table.add_column(name, justify="left" if name == "directions" else "right", overflow="fold")
-    table.add_row(*columns.values())
+        items |= {"head": f"{head / 1e6:.1f} MB", "KL(teacher, cache)": f"{cache.error['kl']:.2g}"}
+        items |= {"logits off by": f"{cache.error['logits']:.2%}", "same likeliest": f"{cache.error['top_1']:.2%}"}
+    table = Table(title=str(cache.folder), show_header=False)
+    for name, value in items.items():
+        table.add_row(name, value)
     return table
 
 

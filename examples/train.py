@@ -12,7 +12,9 @@ prints the result. The same command resumes. The model is in OUTPUT/model; examp
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ from fused_kd.serving import ServedTeacher
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions, load_instructions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
+from fused_kd.training.fingerprints import fingerprint_rows
 from fused_kd.training.fit import DEFAULTS, best_checkpoint, finished, fit
 from fused_kd.training.models import LoRA, load_model, model_content, shared_tokenizer, threads_for, with_adapters
 from fused_kd.training.prompts import (
@@ -45,9 +48,10 @@ from fused_kd.training.prompts import (
     training_texts,
 )
 from fused_kd.training.script import make_console, parse, run_script
+from fused_kd.training.shards import INDEX, read_index
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import bind, fingerprint
-from fused_kd.training.teacher_cache import TeacherCache, fingerprint_rows, read_index
+from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import BetaSchedule, KDTrainer
 
 CACHE = "cache:"
@@ -87,6 +91,7 @@ class Train:
     # as the student, or cache:FOLDER of lists or hidden states, or http://HOST:PORT of a server; not needed for SFT
     teacher: str | None = None
     teacher_token_file: str | None = None  # a file with the token of a teacher's server
+    teacher_patience: float | None = None  # seconds for which a server that is away is waited for; null: 600
     valid_teacher: str | None = None  # cache:FOLDER of the validation rows, where the teacher is a cache
     beta_schedule: dict | None = None  # moves β: start, end, fraction, hold
     select: Literal["last", "best"] = "last"  # the kept checkpoint; the best by the loss on validation rows
@@ -124,8 +129,13 @@ class Train:
         self.cached = _folder_of(self.teacher)
         self.valid_cached = _folder_of(self.valid_teacher)
         self.served = self.teacher is not None and self.teacher.startswith(SERVED)
-        if self.teacher_token_file is not None and not self.served:
-            raise ValueError(f"teacher_token_file needs a teacher at http://HOST:PORT, got teacher={self.teacher!r}")
+        if (meant := _form_meant(self.teacher)) is not None:
+            raise ValueError(f"teacher must say what it is: {meant}, got {self.teacher!r}")
+        for name in ("teacher_token_file", "teacher_patience"):
+            if getattr(self, name) is not None and not self.served:
+                raise ValueError(f"{name} needs a teacher at http://HOST:PORT, got teacher={self.teacher!r}")
+        if self.teacher_patience is not None and not 0 <= self.teacher_patience < math.inf:
+            raise ValueError(f"teacher_patience must be seconds, at least 0, got {self.teacher_patience}")
         if (self.valid_cached is None) != (self.valid_teacher is None) or (self.valid_cached and not self.cached):
             raise ValueError(f"valid_teacher must be cache:FOLDER, beside such a teacher, got {self.valid_teacher!r}")
         if self.gamma_quantile is not None:
@@ -153,18 +163,29 @@ class Train:
         if not self.served:
             return None
         token = None if self.teacher_token_file is None else Path(self.teacher_token_file).read_text().strip()
-        return ServedTeacher(self.teacher, token=token)
+        patience = {} if self.teacher_patience is None else {"patience": self.teacher_patience}
+        return ServedTeacher(self.teacher, token=token, **patience)
 
 
 def _folder_of(teacher: str | None) -> str | None:
     return teacher[len(CACHE) :] if teacher is not None and teacher.startswith(CACHE) else None
 
 
-def opened(folder: str, rows: Any, tokenizer: Any, train: Train, *, verify: bool) -> tuple[TeacherCache, Any]:
-    """A cache that was made for these rows, and the rows with what it holds."""
+def _form_meant(teacher: str | None) -> str | None:
+    """How a cache or a server that was named as if it were a model is named."""
+    if teacher is None or teacher.startswith((CACHE, *SERVED)):
+        return None
+    if (Path(teacher) / INDEX).is_file() and not (Path(teacher) / "config.json").is_file():
+        return f"{CACHE}{teacher} for the cache in this folder"
+    if re.fullmatch(r"[\w.-]+:\d+/?|\[[\da-fA-F:]+\]:\d+/?", teacher) and not Path(teacher).exists():
+        return f"http://{teacher} for a server"
+    return None
+
+
+def opened(folder: str, rows: Any, data: str, tokenizer: Any, train: Train, verify: bool) -> tuple[TeacherCache, Any]:
+    """A cache that was made for these rows, of which ``data`` is the fingerprint, and the rows with what it holds."""
     cache = TeacherCache(folder, tail=train.cache_tail, verify=verify)
-    cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name)
-    return cache, cache.rows(rows)
+    return cache, cache.check(tokenizer=tokenizer, rows=rows, template=train.template.name, data=data)
 
 
 def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
@@ -191,7 +212,14 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
     if train.global_batch is not None:
         del how["gradient_accumulation_steps"]
     # a server may move
-    left_out = ("output", "show", "method", "teacher_token_file", *(["teacher"] if train.served else []))
+    left_out = (
+        "output",
+        "show",
+        "method",
+        "teacher_token_file",
+        "teacher_patience",
+        *(["teacher"] if train.served else []),
+    )
     return {**{k: v for k, v in dataclasses.asdict(train).items() if k not in left_out}, **how}
 
 
@@ -223,7 +251,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.instructions is not None:
         found = load_instructions(train.instructions, "train", limit=train.train_limit, skip_bad=train.skip_bad)
         rows["train"] = concatenate([rows["train"], tokenize_instructions(tokenizer, found, train.max_length)])
-    contents = {f"{split} rows": fingerprint_rows(found) for split, found in rows.items()}
+    data_of = {split: fingerprint_rows(found) for split, found in rows.items()}
+    contents = {f"{split} rows": found for split, found in data_of.items()}
     contents["student's content"] = model_content(train.student)
     served = train.connect()
     if served is not None:
@@ -235,6 +264,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         contents["validation teacher's content"] = fingerprint(read_index(Path(train.valid_cached)))
     bind(output, {**bound, **contents})
     if (record := finished(output)) is not None:
+        console.print(f"finished: model in {output / 'model'}", soft_wrap=True)
         return record
     console.print(f"{rows['train']}; the first:\n{render_sample(tokenizer, rows['train'][0])}")
     console.print(
@@ -246,10 +276,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     objective, data, teacher = spec.objective, rows["train"], None
     if train.cached is not None:
         verify = state.is_main_process  # once is enough
-        teacher, data = opened(train.cached, data, tokenizer, train, verify=verify)
+        teacher, data = opened(train.cached, data, data_of["train"], tokenizer, train, verify)
         console.print(f"{teacher}")
         if train.valid_cached is not None and "valid" in rows:
-            other, rows["valid"] = opened(train.valid_cached, rows["valid"], tokenizer, train, verify=verify)
+            found, own = rows["valid"], data_of["valid"]
+            other, rows["valid"] = opened(train.valid_cached, found, own, tokenizer, train, verify)
             teacher.check_head(other)
     elif served is not None:
         teacher = served

@@ -65,11 +65,20 @@ def as_one_list(
         name: _known(teacher, temperature, vocab, torch.where(carries & ~absent[name], 0, IGNORED))
         for name, teacher in lists.items()
     }
+    lost = torch.zeros_like(carries)
     if "bucket" not in tails:
         made = _union(list(known.values()), shares, vocab)
     else:
         buckets = [name for name, teacher in lists.items() if teacher.tail == "bucket"]
-        ids = _shared([known[name].ids for name in buckets], torch.stack([absent[name] for name in buckets], 1), vocab)
+        without = torch.stack([absent[name] for name in buckets], 1)
+        lost = without.all(1) & carries
+        if is_looked_at(lost) and bool(lost.any()):
+            raise ValueError(
+                "weights must give a list with the tail 'bucket' a part of every token that carries loss, as it says "
+                f"what is compared, got 0 at token {int(lost.nonzero()[0])} (of the flattened tokens); leave it out, "
+                "or give it the tail 'uniform'"
+            )
+        ids = _shared([known[name].ids for name in buckets], without, vocab)
         parts = []
         for name, teacher in mixture.named:
             if isinstance(teacher, TopK):
@@ -80,7 +89,7 @@ def as_one_list(
     tail = next(tail for tail in ("bucket", "uniform", "renormalize") if tail in tails)
     ids, log_p, rest = made
     listed = ids < vocab
-    log_p = log_p.masked_fill(~listed, -math.inf).float()
+    log_p = log_p.masked_fill(~listed, -math.inf).masked_fill(lost.unsqueeze(1), math.nan).float()
     return TopK(
         log_p.reshape(*valid.shape, -1), ids.where(listed, 0).reshape(*valid.shape, -1), tail,
         temperature=float(temperature), log_rest=rest.float().reshape(valid.shape),
@@ -146,7 +155,7 @@ def _union(known: list[Known], shares: Tensor, V: int) -> Made:
 
 def _shared(lists: list[Tensor], absent: Tensor, V: int) -> Tensor:
     """The entries (N, K) that all lists with a part in the token have, V in place of others. ``absent`` (1 or N, lists)
-    says which have none; where that is all of them, those of the first."""
+    says which have none."""
     widest = max(ids.shape[1] for ids in lists)
     wide = torch.stack([torch.nn.functional.pad(ids, (0, widest - ids.shape[1]), value=V) for ids in lists], 1)
     first = (~absent).to(torch.int8).argmax(1).reshape(-1, 1, 1).expand(len(wide), 1, widest)

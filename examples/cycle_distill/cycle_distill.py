@@ -31,9 +31,10 @@ from transformers.utils import logging
 
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.training import KDTrainer, LoRA, Pair, PromptTemplate, Rows, Stages, TeacherCache, models
-from fused_kd.training.cache import fingerprint_teacher, write_lists
+from fused_kd.training.cache import write_lists
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs, parse_direction
+from fused_kd.training.fingerprints import fingerprint_teacher
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, Generations, generate_to
 from fused_kd.training.models import PRESETS, load_model, load_tokenizer

@@ -31,7 +31,7 @@ from transformers import TrainingArguments
 
 import fused_kd
 from fused_kd.info import devices, versions
-from fused_kd.training.cache import TeacherCache, write_cache
+from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign
 from fused_kd.training.difficulty import with_quantile_gamma
@@ -42,6 +42,7 @@ from fused_kd.training.score import paired_bootstrap, similarity, translate
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import Stages, fingerprint, helpers, read_json, read_lines, write_json, write_lines
+from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import BetaSchedule, KDTrainer
 
 HISTORY = ("step", "loss", "difficulty", "hard_fraction", "beta")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,12 @@ _REFUSED = {
 TWO_TOKENIZERS = (
     "for two tokenizers, fused_kd.vocab_map says which tokens they share, and the trainers take it (vocab_map=), as "
     "LMHead(..., columns=...) does"
+)
+
+
+TEACHERS = (
+    "a model, a cache, a server, OwnTeacher, a list of (weight, teacher), or a list of teachers where each row's "
+    "teacher_id says whose it is"
 )
 
 
@@ -95,26 +103,36 @@ def as_teachers(teacher: Any) -> tuple[list[Any], list[float] | None]:
     if not isinstance(teacher, (list, tuple)):
         check_teacher(teacher)
         return [teacher], None
-    pairs = [isinstance(each, (list, tuple)) and len(each) == 2 for each in teacher]
-    if not teacher or (any(pairs) and not all(pairs)):
-        raise TypeError(
-            "teacher must be a model, a cache, a server, a list of (weight, teacher) or a list of teachers, got a list "
-            + ("of pairs and others" if teacher else "of none")
-        )
-    each_one = [each[1] for each in teacher] if all(pairs) else list(teacher)
-    for each in each_one:
-        check_teacher(each)
-    if not all(pairs):
+    each_one = list(teacher)
+    if not any(isinstance(each, (list, tuple)) for each in teacher) and not any(map(_is_number, teacher)):
+        if not teacher:
+            raise TypeError(f"teacher must be {TEACHERS}, got a list of none")
+        for each in each_one:
+            check_teacher(each)
         return each_one, None
-    weights = checked_weights([each[0] for each in teacher], len(teacher))
+    for pair in [teacher] if any(map(_is_number, teacher)) else teacher:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair is teacher:
+            got = f"{type(pair).__name__}" + (f" of {len(pair)}" if isinstance(pair, (list, tuple)) else "")
+            raise TypeError(f"teacher must be {TEACHERS}, got a list with a {got} in place of a pair")
+        if _is_number(pair[1]) and not _is_number(pair[0]):
+            raise TypeError(f"teacher must be {TEACHERS}, got (teacher, weight): the weight comes first")
+        check_teacher(pair[1])
+    each_one = [pair[1] for pair in teacher]
+    weights = checked_weights([pair[0] for pair in teacher], len(teacher))
     if any(isinstance(weight, torch.Tensor) for weight in weights):
         raise TypeError("weights of a trainer's teachers must be numbers, got a tensor")
     return each_one, weights
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
 def check_teacher(teacher: Any) -> None:
     """Raise ``TypeError`` for what is no teacher, saying what to do with what it is."""
-    if isinstance(teacher, (torch.nn.Module, OwnTeacher)) or is_given(teacher):
+    if isinstance(teacher, (torch.nn.Module, OwnTeacher)) and not isinstance(teacher, torch.nn.ModuleList):
+        return
+    if not isinstance(teacher, (type, torch.nn.Module)) and is_given(teacher):
         return
     got = type(teacher).__name__
     hint = "an object with head(batch, targets, device), or with tail, and no forward is taken as a cache or a server"
@@ -125,6 +143,10 @@ def check_teacher(teacher: Any) -> None:
         )
     elif isinstance(teacher, fk.Mixture):
         hint = "that is for a loss; give a trainer the pairs, [(weight, teacher), ...]"
+    elif isinstance(teacher, type):
+        got, hint = f"the class {teacher.__name__}", f"give an object of it, {teacher.__name__}(...)"
+    elif isinstance(teacher, (Mapping, list, tuple, torch.nn.ModuleList, zip)):
+        hint = "several are [(weight, teacher), ...], or [teacher, ...] where each row's teacher_id says whose it is"
     elif hasattr(teacher, "output_dir"):
         hint = "the teacher comes before it, or give the arguments by name: args=..."
     raise TypeError(f"teacher must be a model, a cache of one or a server, got {got}: {hint}")

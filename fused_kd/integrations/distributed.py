@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, TrainingArguments
 
-# what a batch of a cached teacher carries, each (batch, length, K)
-TEACHER_COLUMNS = ("teacher_log_probs", "teacher_indices")
-
 
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether a process holds only its share of the weights (FSDP2, ZeRO-3)."""

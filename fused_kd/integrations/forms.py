@@ -21,25 +21,21 @@ from torch import Tensor
 from fused_kd import LMHead, Mixture, TopK
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.prompted import checked_prompts
+from fused_kd.integrations.teacher_columns import (
+    BATCH_COLUMNS,
+    LISTS,
+    OTHER_LABELS,
+    OTHER_PROMPT,
+    TEACHER_ID,
+    columns_of,
+)
 
 Give = Callable[[], LMHead | TopK]
 
-TEACHER_ID = "teacher_id"
 # of prepared inputs: the batch as it was on the host
 HOST = "teacher_batch_on_host"
-_LISTS = ("teacher_log_probs", "teacher_indices")
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_OTHER_PROMPT = {f"teacher_{name}": name for name in ("input_ids", "attention_mask", "position_ids", *_PACKED)}
-OTHER_LABELS = "teacher_labels"
-# what rows and batches may carry for a teacher, beside the columns of given ones
-BATCH_COLUMNS = (*_LISTS, "teacher_log_rest", "teacher_hidden", TEACHER_ID, *_OTHER_PROMPT, OTHER_LABELS)
+_LISTS = columns_of(LISTS)
 _ON_HOST = (TEACHER_ID, OTHER_LABELS)
-_PER_TARGET = ("_log_probs", "_indices", "_log_rest", "_hidden")
-
-
-def is_per_target(name: str) -> bool:
-    """Whether a row's column holds an entry for each label with loss."""
-    return name.endswith(_PER_TARGET)
 
 
 class GivenTeacher(Protocol):
@@ -92,10 +88,10 @@ class Step(NamedTuple):
     @property
     def read(self) -> dict[str, Any]:
         """What a model that teaches reads: the student's inputs, or a prompt of its own."""
-        own = {name: self.columns[column] for column, name in _OTHER_PROMPT.items() if column in self.columns}
+        own = {name: self.columns[column] for column, name in OTHER_PROMPT.items() if column in self.columns}
         if not own:
             return self.inputs
-        replaced = {name: value for name, value in self.inputs.items() if name not in _OTHER_PROMPT.values()}
+        replaced = {name: value for name, value in self.inputs.items() if name not in OTHER_PROMPT.values()}
         return {**replaced, **own}
 
     @property
@@ -288,7 +284,8 @@ class Teaching:
         """The teachers of this batch, each with its rows; and which of them is a token's."""
         if TEACHER_ID not in step.columns:
             raise ValueError(
-                f"batch must have {TEACHER_ID} for {len(self.forms)} teachers without weights: which of them is a row's"
+                f"batch must have {TEACHER_ID} for {len(self.forms)} teachers without weights: which of them is a "
+                "row's (a collator must keep it, as fused_kd.training.Collator does)"
             )
         ids = step.columns[TEACHER_ID].cpu()
         ids = ids if ids.dim() == 2 else ids[:, None].expand(step.targets.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,23 +16,37 @@ def count_targets(labels: torch.Tensor) -> torch.Tensor:
     return (labels[..., 1:] != LABEL_PAD).sum()
 
 
-def without_first_targets(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with label -100 at each row's first token: what stands before it, padding or another row, predicts
-    nothing.
+def row_numbers(batch: Mapping[str, Any]) -> torch.Tensor:
+    """(batch, length) int64: the number of the row that each token belongs to, -1 outside of all rows.
 
-    Rows begin where the ``attention_mask`` does, and in a batch without one where the ``position_ids`` are 0; both
-    (batch, length) as the ``labels``, or they are not looked at.
+    The result is on the labels' device. Packed rows are counted through the whole batch. Rows are where the
+    ``attention_mask`` is 1, one in each line; in a batch without one they begin with each line and where the
+    ``position_ids`` are 0. Both must be (batch, length), as the ``labels`` are, or are not looked at; a batch without
+    both has a row in each line.
     """
+    labels: torch.Tensor = batch["labels"]
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is None and positions is not None and positions.shape == labels.shape:
+        first = positions.to(labels.device) == 0
+        first[:, :1] = True
+        rows: torch.Tensor = first.flatten().cumsum(0).view(labels.shape) - 1
+        return rows
+    lines = torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)
+    if mask is None or mask.shape != labels.shape:
+        return lines
+    return lines.where(mask.to(labels.device).bool(), -1)
+
+
+def without_first_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with label -100 at each row's first token, which nothing predicts: before it stands padding or
+    another row. :func:`row_numbers` says where rows begin; without a mask and positions the batch stays as it is."""
     labels, mask, positions = (batch.get(name) for name in ("labels", "attention_mask", "position_ids"))
-    if labels is None or labels.dim() != 2:
+    limits = positions if mask is None else mask
+    if labels is None or labels.dim() != 2 or limits is None or limits.shape != labels.shape:
         return batch
-    if mask is not None and mask.shape == labels.shape:
-        first = mask.bool() & ~torch.nn.functional.pad(mask.bool(), (1, -1))
-    elif mask is None and positions is not None and positions.shape == labels.shape:
-        first = positions == 0
-    else:
-        return batch
-    return {**batch, "labels": labels.masked_fill(first.to(labels.device), LABEL_PAD)}
+    rows = row_numbers(batch)
+    first = (rows >= 0) & (rows != torch.nn.functional.pad(rows, (1, -1), value=-1))
+    return {**batch, "labels": labels.masked_fill(first, LABEL_PAD)}
 
 
 def sequence_weights(labels: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,10 +57,7 @@ def sequence_weights(labels: torch.Tensor, position_ids: torch.Tensor | None = N
         position_ids: (batch, length) of packed rows, whose sequences begin where it is 0; None: a row is one sequence.
     """
     valid = labels[:, 1:] != LABEL_PAD
-    rows = torch.arange(labels.shape[0])[:, None].expand_as(labels) * labels.shape[1]
-    if position_ids is not None:
-        rows = rows + ((position_ids.to(labels.device) == 0).cumsum(-1) - 1).clamp(min=0)
-    sequence = rows[:, 1:][valid]
+    sequence = row_numbers({"labels": labels, "position_ids": position_ids})[:, 1:][valid]
     counts = torch.bincount(sequence, minlength=labels.numel())
     weights = torch.zeros(labels.shape, dtype=torch.float32)
     weights[:, :-1][valid] = 1.0 / counts[sequence].float()

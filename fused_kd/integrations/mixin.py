@@ -39,7 +39,15 @@ from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
-from fused_kd.integrations.taught import Taught, check_lists, teaching_of, vocab_of
+from fused_kd.integrations.taught import (
+    Taught,
+    check_datasets,
+    check_drawn,
+    check_lists,
+    check_rows,
+    teaching_of,
+    vocab_of,
+)
 from fused_kd.integrations.vocabulary import TeacherMap
 from fused_kd.objectives import Objective
 from fused_kd.options import LossOptions, statistics_columns, statistics_names
@@ -144,7 +152,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
         if self.objective.spec.needs_teacher and not self._teachers:
             raise ValueError(f"teacher must be given for {self.objective!r}")
-        check_lists(self._teachers, self.objective, self.kd_options, self.kd_statistics)
+        check_drawn(self._teachers, self.objective, self.kd_options["temperature"])
+        check_lists(self._teachers, self._weights, self.objective, self.kd_options, self.kd_statistics)
         statistics_columns(self.kd_statistics, None, self.objective.spec, criterion.lists)
         check_arguments(args, kwargs)
         if model is None:
@@ -171,6 +180,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             check_tokenizers(student, each, self.processing_class)
         for given in self._given_teachers:
             check_cache(given, self.processing_class)
+        evaluated = getattr(self, "eval_dataset", None)
+        check_datasets(self._given_teachers, self._teacher_columns, self.train_dataset, evaluated)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
@@ -360,6 +371,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        check_rows(self._given_teachers, dataset)
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)

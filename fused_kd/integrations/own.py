@@ -14,6 +14,7 @@ from fused_kd import LMHead
 from fused_kd.integrations.bodies import eval_mode, without_adapters
 from fused_kd.integrations.heads import lm_head_of
 from fused_kd.integrations.routing import routed_states
+from fused_kd.integrations.teacher_columns import OTHER_IDS, OTHER_LABELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +143,11 @@ class AsItIs(StudentView):
 
     def within(self, step: Any, then: Callable[[Callable[[], LMHead]], None]) -> None:
         """As of :class:`StudentView`; ``ValueError`` for a batch without another prompt."""
-        if "teacher_input_ids" not in step.columns:
+        if OTHER_IDS not in step.columns:
             raise ValueError(
-                "batch must have teacher_input_ids and teacher_labels for OwnTeacher(), another prompt than the "
-                "student's (fused_kd.training.with_context): with the same one the target is its own output"
+                f"batch must have {OTHER_IDS} and {OTHER_LABELS} for OwnTeacher(), another prompt than the "
+                "student's (fused_kd.training.with_context; a collator must keep them, as fused_kd.training.Collator "
+                "does): with the same one the target is its own output"
             )
         super().within(step, then)
 
@@ -198,17 +200,19 @@ class MovingAverage(StudentView):
     def __init__(self, student: Any, decay: float) -> None:
         super().__init__(student)
         self.decay = decay
+        self._begun = False
         self._averages: dict[str, torch.Tensor] = {}
         self._pairs: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def follow(self) -> None:
-        """Begin with the student's values where nothing is averaged yet; call it when the training begins.
+        """Begin with the student's values, unless a step has been averaged or an earlier run goes on; call it when the
+        training begins.
 
         Raises:
             ValueError: parameters of which this process has only a part.
         """
         trained = self._trained()
-        if not self._averages:
+        if not self._begun:
             self._averages = {name: value.detach().to(_kept(value), copy=True) for name, value in trained.items()}
         self._averages = {name: average.to(trained[name].device) for name, average in self._averages.items()}
         self._pairs = [(trained[name], average) for name, average in self._averages.items()]
@@ -218,6 +222,7 @@ class MovingAverage(StudentView):
         """One step: ``decay * average + (1 - decay) * student``."""
         share = 1.0 - self.decay
         self._follow_once()
+        self._begun = True
         alike = [(average, value.detach()) for value, average in self._pairs if value.dtype == average.dtype]
         if alike:
             averages, values = zip(*alike, strict=True)
@@ -246,6 +251,7 @@ class MovingAverage(StudentView):
         self._averages = {
             name: averages[name].to(value.device, _kept(value), copy=True) for name, value in trained.items()
         }
+        self._begun = True
         self.follow()
 
     def head(self, hidden: torch.Tensor) -> LMHead:

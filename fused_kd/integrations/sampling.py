@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fused_kd.integrations.forms import OTHER_LABELS, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, count_targets
+from fused_kd.integrations.teacher_columns import OTHER_LABELS, is_per_target
 
 
 class _Epochs(Sampler[int]):
@@ -81,7 +81,7 @@ class PaddedSampler(Sampler[int]):
         self.count = len(sampler)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """That of the inner sampler, where it has epochs."""
+        """Set the epoch of the inner sampler, where it has epochs."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -124,7 +124,7 @@ class MaskedTail(Dataset[Mapping[str, Any]]):
 
 
 def lengths_of(dataset: Any) -> list[int]:
-    """Tokens of each row: what the data set says, or counted. Rows of a cache say it without reading the cache."""
+    """Return how many tokens each row has: what the data set says, else they are counted. No cache is read for that."""
     inner = dataset.rows if isinstance(dataset, MaskedTail) else dataset
     if hasattr(inner, "lengths"):
         return [int(length) for length in inner.lengths]

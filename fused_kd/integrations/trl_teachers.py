@@ -51,7 +51,7 @@ class OtherTeachers(torch.nn.Module):
         Raises:
             ValueError: teachers that do not go with the student, the objective or the loss's options.
         """
-        check_lists(self._teachers, objective, options, ())
+        check_lists(self._teachers, self._weights, objective, options, ())
         found = teaching_of(self._teachers, self._weights, student)
         assert found is not None
         for form in found.models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fused_kd.integrations.transformers import hidden_states
-from fused_kd.serving.wire import Rows
+from fused_kd.serving.wire import Request
 from fused_kd.training.hidden_codes import encode_states
 
 
 class QueueFull(Exception):
     """There are as many requests as may wait."""
+
+
+class ClientGone(ConnectionError):
+    """The client has left before its request was begun."""
 
 
 class Unsendable(ValueError):
@@ -27,18 +32,19 @@ class Unsendable(ValueError):
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way through the model."""
+    """A request on its way through the model; ``gone()`` says whether its client has left."""
 
-    rows: Rows
+    request: Request
     dtype: str
+    gone: Callable[[], bool] = lambda: False
     parts: list[dict[str, Tensor]] = field(default_factory=list)  # of each row, on the CPU
-    left: int = 0
+    unfinished: int = 0
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.left = len(self.rows.lengths)
-        self.parts = [{} for _ in range(self.left)]
+        self.unfinished = len(self.request.lengths)
+        self.parts = [{} for _ in range(self.unfinished)]
 
     def result(self) -> dict[str, Tensor]:
         """Wait for the states of all wanted tokens; raises what the model raised."""
@@ -48,6 +54,10 @@ class Job:
         if len(self.parts) == 1:
             return self.parts[0]
         return {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
 
 
 # a row: its job, its number there, its ids and what of them is wanted
@@ -67,12 +77,12 @@ class Batcher:
 
     Attributes:
         requests, tokens, states, batches: what has been done. seconds: of the model. failed: requests whose model call
-            raised.
+            raised. gone: requests that were not begun, as their clients had left.
     """
 
     def __init__(self, model: Any, batch_tokens: int, waiting: int) -> None:
         self.model, self.batch_tokens, self.waiting = model, batch_tokens, waiting
-        self.requests = self.tokens = self.states = self.batches = self.failed = 0
+        self.requests = self.tokens = self.states = self.batches = self.failed = self.gone = 0
         self.seconds = 0.0
         self._jobs: deque[Job] = deque()
         self._news = threading.Condition()
@@ -80,9 +90,9 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="teacher", daemon=True)
         self._thread.start()
 
-    def add(self, rows: Rows, dtype: str) -> Job:
-        """Raises :class:`QueueFull`."""
-        job = Job(rows, dtype)
+    def add(self, request: Request, dtype: str, gone: Callable[[], bool] = lambda: False) -> Job:
+        """Let a request wait for the model; raises :class:`QueueFull` where as many as may do."""
+        job = Job(request, dtype, gone)
         with self._news:
             if len(self._jobs) >= self.waiting or self._closing:
                 raise QueueFull
@@ -91,7 +101,7 @@ class Batcher:
         return job
 
     def close(self) -> None:
-        """Finish what waits."""
+        """Finish what waits, and end the thread."""
         with self._news:
             self._closing = True
             self._news.notify()
@@ -107,15 +117,22 @@ class Batcher:
 
     def _take(self) -> list[Job]:
         """Requests for about one batch, at least one; none where there will be no more."""
+        taken: list[Job] = []
+        tokens = 0
         with self._news:
-            while not self._jobs and not self._closing:
-                self._news.wait()
-            taken: list[Job] = []
-            tokens = 0
-            while self._jobs and (not taken or tokens + self._jobs[0].rows.tokens <= self.batch_tokens):
-                taken.append(self._jobs.popleft())
-                tokens += taken[-1].rows.tokens
-            return taken
+            while not taken:
+                self._news.wait_for(lambda: self._jobs or self._closing)
+                if not self._jobs:
+                    break
+                while self._jobs and (not taken or tokens + self._jobs[0].request.tokens <= self.batch_tokens):
+                    job = self._jobs.popleft()
+                    if job.gone():
+                        self.gone += 1
+                        job.fail(ClientGone("the client has left"))
+                        continue
+                    taken.append(job)
+                    tokens += job.request.tokens
+        return taken
 
     def _forward(self, batch: list[_Row]) -> None:
         if not batch:
@@ -125,22 +142,20 @@ class Batcher:
             made = self._encoded(batch)
         except Exception as error:  # such as too little memory: the next batch may fit
             for job, *_ in batch:
-                job.error = error
-                job.done.set()
+                job.fail(error)
             return
         finally:
             self.seconds += time.perf_counter() - start
         self.batches += 1
         for (job, number, ids, wanted), part in zip(batch, made, strict=True):
             if isinstance(part, Unsendable):
-                job.error = part
-                job.done.set()
+                job.fail(part)
                 continue
             job.parts[number] = part
-            job.left -= 1
+            job.unfinished -= 1
             self.tokens += len(ids)
             self.states += int(wanted.sum())
-            if job.left == 0:
+            if job.unfinished == 0:
                 job.done.set()
 
     @torch.inference_mode()
@@ -170,7 +185,7 @@ def _encoded_apart(hidden: Tensor, counts: list[int], dtype: str) -> list[dict[s
 
 def batches_of(jobs: list[Job], batch_tokens: int) -> list[list[_Row]]:
     """The rows of jobs in batches, the longest rows first."""
-    rows = [(job, number, *row) for job in jobs for number, row in enumerate(job.rows.apart())]
+    rows = [(job, number, *row) for job in jobs for number, row in enumerate(job.request.apart())]
     rows.sort(key=lambda row: -len(row[2]))
     found: list[list[_Row]] = []
     for row in rows:

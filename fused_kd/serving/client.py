@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -13,19 +13,12 @@ from torch import Tensor
 from fused_kd import LMHead
 from fused_kd.serving.ahead import Answers
 from fused_kd.serving.connection import Answer, Connection
-from fused_kd.serving.forks import renew_in_children
-from fused_kd.serving.head_files import Head
-from fused_kd.serving.rows import rows_of
-from fused_kd.serving.wire import (
-    IDENTITY,
-    Rows,
-    check_about,
-    read_states,
-    read_tensors,
-    write_rows,
-)
+from fused_kd.serving.rows import key_of, requested_rows
+from fused_kd.serving.wire import IDENTITY, Request, check_about, read_states, read_tensors, write_request
+from fused_kd.training.fingerprints import check_tokenizer
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
-from fused_kd.training.stage import check_counts, fingerprint
+from fused_kd.training.stage import check_counts
+from fused_kd.training.stored_head import HeadOnDevices, bare_head, moved
 
 T = TypeVar("T")
 
@@ -47,29 +40,27 @@ class RemoteTeacher:
     def __init__(self, ahead: int) -> None:
         check_counts(ahead=ahead)
         self.ahead = ahead
-        self._answers = Answers(ahead)
-        self._heads: dict[torch.device, Head] = {}
-        self.renew()
-        renew_in_children(self)
+        self._begin()
 
-    def renew(self) -> None:
-        self._lock = threading.Lock()
+    def _begin(self) -> None:
+        """Have no answers and no heads: those of another process, and its locks, are that one's."""
+        self._process = os.getpid()
+        self._answers: Answers[tuple[Tensor, Tensor]] = Answers(self.ahead)
+        self._heads = HeadOnDevices(lambda device: moved(self.read_head(), device))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_answers": None, "_heads": {}, "_lock": None}
+        return {**self.__dict__, "_answers": None, "_heads": None, "_process": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._answers = Answers(self.ahead)
-        self.renew()
-        renew_in_children(self)
+        self._begin()
 
-    def states_of(self, rows: Rows) -> Tensor:
+    def states_of(self, request: Request) -> Tensor:
         """(wanted, H) hidden states in ``dtype``, on the CPU."""
         raise NotImplementedError
 
-    def read_head(self) -> Head:
-        """The head, in ``dtype``."""
+    def read_head(self) -> LMHead:
+        """The head on no hidden states, in ``dtype``, on the CPU."""
         raise NotImplementedError
 
     def head(self, batch: Mapping[str, Any], targets: Tensor, device: torch.device) -> LMHead:
@@ -77,8 +68,8 @@ class RemoteTeacher:
 
         Args:
             batch: ``input_ids`` (rows, length) with ``attention_mask`` or ``position_ids``, see
-                :func:`fused_kd.serving.rows.rows_of`.
-            targets: (rows, length) bool: the positions whose next token carries loss.
+                :func:`fused_kd.serving.rows.requested_rows`; best on the CPU: on an accelerator they are waited for.
+            targets: (rows, length) bool: the positions whose next token carries loss; likewise.
             device: where the result shall be.
 
         Returns:
@@ -88,13 +79,13 @@ class RemoteTeacher:
             ValueError: a batch that cannot be sent or that the server refuses, an answer that cannot be.
             ConnectionError: no answer in time. PermissionError: another token is wanted.
         """
-        rows, places = rows_of(batch, targets)
-        length = batch["input_ids"].shape
-        hidden = torch.zeros(length.numel(), self.hidden_size, dtype=self.dtype, device=device)
-        if len(places):
-            states = self._answers.take(rows.digest(), lambda: self.states_of(rows))
-            hidden.index_copy_(0, places.to(device), states.to(device))
-        return self._head_on(torch.device(device)).on(hidden.view(*length, self.hidden_size))
+        self._own()
+        shape = batch["input_ids"].shape
+        hidden = torch.zeros(shape.numel(), self.hidden_size, dtype=self.dtype, device=device)
+        if bool(targets.any()):
+            places, states = self._answers.take(key_of(batch, targets), lambda: self._ask_for(batch, targets))
+            hidden.index_copy_(0, _on(places, hidden.device), _on(states, hidden.device))
+        return self._heads.on(hidden.view(*shape, self.hidden_size))
 
     def prefetch(self, batch: Mapping[str, Any], targets: Tensor) -> None:
         """Start the request of a batch in the background; nothing in a worker of a DataLoader.
@@ -103,15 +94,24 @@ class RemoteTeacher:
         """
         if torch.utils.data.get_worker_info() is not None:
             return
-        rows, places = rows_of(batch, targets)
-        if len(places):
-            self._answers.start(rows.digest(), lambda: self.states_of(rows))
+        self._own()
+        if bool(targets.any()):
+            self._answers.start(key_of(batch, targets), lambda: self._ask_for(batch, targets))
 
-    def _head_on(self, device: torch.device) -> Head:
-        with self._lock:
-            if device not in self._heads:
-                self._heads[device] = self.read_head().to(device)
-            return self._heads[device]
+    def _own(self) -> None:
+        """In a forked process: begin anew."""
+        if self._process != os.getpid():
+            self._begin()
+
+    def _ask_for(self, batch: Mapping[str, Any], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of a batch that carry loss, and their states."""
+        request, places = requested_rows(batch, targets)
+        return places, self.states_of(request)
+
+
+def _on(value: Tensor, device: torch.device) -> Tensor:
+    """On a GPU by way of pinned memory, so that the host does not wait for what runs there."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 class ServedTeacher(RemoteTeacher):
@@ -163,7 +163,7 @@ class ServedTeacher(RemoteTeacher):
 
     @property
     def url(self) -> str:
-        """Of the server."""
+        """The server's address."""
         return self._connection.url
 
     def __repr__(self) -> str:
@@ -178,26 +178,21 @@ class ServedTeacher(RemoteTeacher):
         Raises:
             ValueError: another one.
         """
-        tokens = sorted(tokenizer.get_vocab().items())
-        known = [(token, index) for token, index in tokens if index < self.about.get("tokens", self.vocab_size)]
-        theirs = self.fingerprints.get("tokenizer")
-        if fingerprint(known) != theirs:
-            raise ValueError(
-                f"the teacher at {self.url} ({self.about['model']}) has another tokenizer: SHA-256 of its tokens and "
-                f"ids {str(theirs)[:12]} there, {fingerprint(known)[:12]} of the {len(known)} here"
-            )
+        below = self.about.get("tokens", self.vocab_size)
+        fault = f"the teacher at {self.url} ({self.about['model']}) has another tokenizer"
+        check_tokenizer(self.fingerprints, tokenizer, below, fault)
 
-    def states_of(self, rows: Rows) -> Tensor:
+    def states_of(self, request: Request) -> Tensor:
         """(wanted, H) hidden states, on the CPU; in several requests where the server wants no more at once."""
-        parts = [self._states(part) for part in rows.split(self.about["most_tokens"])]
+        parts = [self._states(part) for part in request.split(self.about["most_tokens"])]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _states(self, rows: Rows) -> Tensor:
-        answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_rows(rows))
+    def _states(self, request: Request) -> Tensor:
+        answer = self._connection.request("POST", f"/states?dtype={self.sent}", write_request(request))
         self._check_same(answer)
-        return self._read(answer, lambda body: read_states(body, rows.count, self.hidden_size, self.sent))
+        return self._read(answer, lambda body: read_states(body, request.count, self.hidden_size, self.sent))
 
-    def read_head(self) -> Head:
+    def read_head(self) -> LMHead:
         """The head as the server has it, in the dtype of the states."""
         answer = self._connection.request("GET", "/head")
         self._check_same(answer)
@@ -206,8 +201,9 @@ class ServedTeacher(RemoteTeacher):
         wanted = {"weight": (self.vocab_size, self.hidden_size), "bias": (self.vocab_size,)}
         if "weight" not in found or any(wanted.get(name) != shape for name, shape in shapes.items()):
             raise ValueError(f"{self.url} gave a head of the shapes {str(shapes)[:200]}, expected {wanted}")
-        head = Head(found["weight"], found.get("bias"), float(self.about["logit_scale"]), self.about.get("softcap"))
-        return head.to(self.dtype)
+        scale, softcap = float(self.about["logit_scale"]), self.about.get("softcap")
+        head = bare_head(found["weight"], found.get("bias"), logit_scale=scale, softcap=softcap)
+        return moved(head, self.dtype)
 
     def _read(self, answer: Answer, read: Callable[[bytes], T]) -> T:
         try:
@@ -223,7 +219,7 @@ class ServedTeacher(RemoteTeacher):
             raise ValueError(f"{self.url} is no teacher's server: {error}") from error
 
     def _check_same(self, answer: Answer) -> None:
-        """The server may have been started anew: it must be the teacher that it was."""
+        """Raise unless the server, which may have been started anew, has the teacher that it had."""
         if answer.headers.get(IDENTITY) == self.about["identity"]:
             return
         now = self._ask_about()

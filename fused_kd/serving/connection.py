@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
 import math
+import os
 import random
 import ssl
 import threading
@@ -14,21 +16,19 @@ from email.message import Message
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from fused_kd.serving.forks import renew_in_children
-
 _LOG = logging.getLogger("fused_kd.serving")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 3.0  # seconds
 
 
 class Answer(NamedTuple):
-    """Of a request that was served: status 200."""
+    """The answer to a request that was served: status 200."""
 
     body: bytes
     headers: Message
 
 
 class _Trouble(Exception):
-    """What may be gone at the next try; ``pause``: the server said when."""
+    """A fault that may be gone at the next try; ``pause``: the server said when."""
 
     def __init__(self, text: str, pause: float | None = None) -> None:
         super().__init__(text)
@@ -36,7 +36,7 @@ class _Trouble(Exception):
 
 
 class Connection:
-    """To one server, from any thread and process; connections stay open.
+    """Sends requests to one server, from any thread and process; connections stay open.
 
     Args:
         url: ``http://HOST:PORT`` or ``https://HOST:PORT``, with or without a path before the requests' own.
@@ -70,11 +70,11 @@ class Connection:
         self.url, self.patience, self.timeout = str(url).rstrip("/"), float(patience), float(timeout)
         self._token = token
         self.outages = 0
-        self.renew()
-        renew_in_children(self)
+        self._begin()
 
-    def renew(self) -> None:
-        """With no open connections."""
+    def _begin(self) -> None:
+        """Have no open connections: those of another process are that one's."""
+        self._process = os.getpid()
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
         self._away = False
@@ -94,6 +94,8 @@ class Connection:
             ValueError: the server refuses the request (4xx), in its own words. PermissionError: it wants another token.
             ConnectionError: it has not answered for ``patience`` seconds.
         """
+        if self._process != os.getpid():
+            self._begin()
         start, tries, pause = time.monotonic(), 0, _FIRST_PAUSE
         while True:
             tries += 1
@@ -122,7 +124,9 @@ class Connection:
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            connection.request(method, urlsplit(self.url).path + path, body, headers)
+            # a server that turns a request away before it has read it says why all the same
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, urlsplit(self.url).path + path, body, headers)
             response = connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -150,7 +154,7 @@ class Connection:
         raise ValueError(f"{self.url} refuses {method} {path}: {text}")
 
     def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
-        """One that nobody uses, and whether it is new."""
+        """A connection that nobody uses, and whether it is new."""
         with self._lock:
             if self._idle:
                 return self._idle.pop(), False
@@ -159,14 +163,14 @@ class Connection:
         return kind(str(parts.hostname), parts.port, timeout=self.timeout), True
 
     def close(self) -> None:
-        """Those that nobody uses."""
+        """Close the connections that nobody uses."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
     def _say(self, trouble: Exception | None) -> None:
-        """Once when it goes away, once when it is back."""
+        """Log once when the server goes away, and once when it is back."""
         with self._lock:
             changed, self._away = self._away != (trouble is not None), trouble is not None
             self.outages += changed and trouble is not None

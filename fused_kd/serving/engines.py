@@ -7,21 +7,22 @@ Written from, and tried against, the engines' documented formats alone: SGLang's
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd import log_probs_at
+from fused_kd import LMHead, log_probs_at
 from fused_kd.serving.client import RemoteTeacher
 from fused_kd.serving.connection import Connection
-from fused_kd.serving.head_files import Head, head_of_files
-from fused_kd.serving.wire import Rows, check_finite
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, name_of
+from fused_kd.serving.head_files import head_of_files
+from fused_kd.serving.wire import Request
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, LONG_NAMES, check_states, name_of
 from fused_kd.training.models import load_tokenizer, same_tokenizer
 from fused_kd.training.stage import check_counts
+from fused_kd.training.stored_head import moved
 
-_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LOG_PROB_ERROR = 0.25  # nats between the engine's own log-probabilities and those of its states in half precision
 
 
@@ -35,7 +36,7 @@ class EngineTeacher(RemoteTeacher):
         patience, timeout, token, ahead: as of :class:`fused_kd.serving.ServedTeacher`; ``token`` is the engine's API
             key.
         dtype: of hidden states and head: "bf16", "fp16" or "fp32"; None (default): that of the head's file.
-        most_tokens: of one request.
+        most_tokens: tokens of one request.
 
     Attributes:
         model: what the deployment calls its model. vocab_size: rows of the head. hidden_size: its columns.
@@ -59,14 +60,14 @@ class EngineTeacher(RemoteTeacher):
     ) -> None:
         super().__init__(ahead)
         check_counts(most_tokens=most_tokens)
-        if dtype is not None and dtype not in _NAMES:
-            raise ValueError(f"dtype must be one of {', '.join(map(repr, _NAMES))} or None, got {dtype!r}")
+        if dtype is not None and dtype not in LONG_NAMES:
+            raise ValueError(f"dtype must be one of {', '.join(map(repr, LONG_NAMES))} or None, got {dtype!r}")
         self.files, self.most_tokens = str(head), most_tokens
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         found = head_of_files(self.files)
         self.sent = dtype or name_of(found.weight.dtype)
         self.dtype = HIDDEN_DTYPES[self.sent]
-        self._head: Head | None = found.to(self.dtype)
+        self._head: LMHead | None = moved(found, self.dtype)
         self.vocab_size, self.hidden_size = found.weight.shape
         self.model = self._ask_model()
 
@@ -84,26 +85,26 @@ class EngineTeacher(RemoteTeacher):
         """
         same_tokenizer(load_tokenizer(self.files), tokenizer, self.files)
 
-    def read_head(self) -> Head:
+    def read_head(self) -> LMHead:
         """The head of the files."""
         found, self._head = self._head, None
-        return head_of_files(self.files).to(self.dtype) if found is None else found
+        return moved(head_of_files(self.files), self.dtype) if found is None else found
 
-    def states_of(self, rows: Rows) -> Tensor:
+    def states_of(self, request: Request) -> Tensor:
         """(wanted, H) hidden states, on the CPU."""
         before = self._connection.outages
-        parts = [self._checked(part, self._ask(part)) for part in rows.split(self.most_tokens)]
+        parts = [self._checked(part, self._ask(part)) for part in request.split(self.most_tokens)]
         if self._connection.outages != before and (now := self._ask_model()) != self.model:
             raise ValueError(f"{self._connection.url} serves another model than before: {self.model!r}, now {now!r}")
         return torch.cat(parts)
 
-    def _ask(self, rows: Rows) -> Tensor:
-        """(tokens, H) of all tokens."""
+    def _ask(self, rows: Request) -> Tensor:
+        """(tokens, H) hidden states of all tokens."""
         raise NotImplementedError
 
-    def _checked(self, rows: Rows, states: Tensor) -> Tensor:
+    def _checked(self, rows: Request, states: Tensor) -> Tensor:
         wanted = states[rows.wanted]
-        check_finite(wanted)
+        check_states(wanted)
         return wanted.to(self.dtype)
 
     def _ask_model(self) -> str:
@@ -141,7 +142,7 @@ class SGLangTeacher(EngineTeacher):
         super().__init__(url, head, **options)
         self._check_head(self._head or self.read_head())
 
-    def _ask(self, rows: Rows) -> Tensor:
+    def _ask(self, rows: Request) -> Tensor:
         ids = [part.tolist() for part, _ in rows.apart()]
         answers = self._generate({"input_ids": ids})
         if len(answers) != len(ids):
@@ -154,7 +155,7 @@ class SGLangTeacher(EngineTeacher):
         return found if isinstance(found, list) else [found]
 
     def _states(self, answer: Any, length: int) -> Tensor:
-        """(length, H) float32 of a row."""
+        """(length, H) float32 hidden states of a row."""
         try:
             about = answer["meta_info"]
             cached = int(about.get("cached_tokens", 0) or 0)
@@ -172,7 +173,7 @@ class SGLangTeacher(EngineTeacher):
             )
         return states
 
-    def _check_head(self, head: Head) -> None:
+    def _check_head(self, head: LMHead) -> None:
         ids = [index % self.vocab_size for index in range(1, 9)]
         (answer,) = self._generate({"input_ids": [ids], "return_logprob": True, "top_logprobs_num": 5})
         state = self._states(answer, len(ids))[-1:]
@@ -181,7 +182,7 @@ class SGLangTeacher(EngineTeacher):
             return
         theirs = torch.tensor([entry[0] for entry in listed[0]], dtype=torch.float32)
         indices = torch.tensor([[int(entry[1]) for entry in listed[0]]])
-        ours = log_probs_at(head.to(torch.float32).on(state), indices).log_probs[0]
+        ours = log_probs_at(replace(moved(head, torch.float32), hidden=state), indices).log_probs[0]
         error = float((ours - theirs).abs().max())
         if not error <= _LOG_PROB_ERROR:
             raise ValueError(
@@ -202,14 +203,14 @@ class VLLMTeacher(EngineTeacher):
     or of length 1, which this client asks vLLM not to make them.
     """
 
-    def _ask(self, rows: Rows) -> Tensor:
+    def _ask(self, rows: Request) -> Tensor:
         request = {
             "model": self.model,
             "input": [ids.tolist() for ids, _ in rows.apart()],
             "task": "token_embed",
             "use_activation": False,  # which would scale each state to length 1
             "encoding_format": "bytes_only",
-            "embed_dtype": _NAMES[self.sent],
+            "embed_dtype": LONG_NAMES[self.sent],
             "endianness": "little",
         }
         body = self._post("/pooling", request)
@@ -217,8 +218,8 @@ class VLLMTeacher(EngineTeacher):
         if len(body) != expected:
             raise ValueError(
                 f"{self._connection.url}/pooling gave {len(body)} bytes, expected {expected}: {rows.tokens} states of "
-                f"{self.hidden_size} numbers in {_NAMES[self.sent]}; start vLLM with --runner pooling --convert embed "
-                "--pooler-config.task token_embed"
+                f"{self.hidden_size} numbers in {LONG_NAMES[self.sent]}; start vLLM with --runner pooling "
+                "--convert embed --pooler-config.task token_embed"
             )
         states = torch.frombuffer(bytearray(body), dtype=self.dtype).view(rows.tokens, self.hidden_size)
         if self.hidden_size > 1 and bool(((states.float().norm(dim=-1) - 1).abs() < 1e-2).all()):

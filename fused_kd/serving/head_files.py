@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,31 +11,17 @@ from torch import Tensor
 from fused_kd import LMHead
 from fused_kd.integrations.heads import check_head_module, logit_options
 from fused_kd.training.loading import safe_config
+from fused_kd.training.stored_head import bare_head
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # GPT-NeoX; models of text and images
 _RENAMED = {"lm_head.": "embed_out.", "model.language_model.": "language_model.model."}
 
 
-class Head(NamedTuple):
-    """A teacher's head, on the CPU: ``weight`` (V, H), ``bias`` (V,) or None."""
+def head_of_files(name: str) -> LMHead:
+    """The head in a folder or hub repository of safetensors files, on no hidden states; on the CPU.
 
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-    def to(self, dtype: torch.dtype | torch.device) -> Head:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), bias=bias)
-
-    def on(self, hidden: Tensor) -> LMHead:
-        """On hidden states (..., H) of its dtype and device."""
-        return LMHead(hidden, self.weight, self.bias, logit_scale=self.logit_scale, softcap=self.softcap)
-
-
-def head_of_files(name: str) -> Head:
-    """The head in a folder or hub repository of safetensors files: its own tensor, or the embedding that it is tied to.
+    Its weight is a tensor of its own, or the embedding that it is tied to.
 
     Scale and cap are those that the config names, as of
     :func:`fused_kd.integrations.transformers.logit_options`.
@@ -56,7 +42,7 @@ def head_of_files(name: str) -> Head:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"head={name!r} must be a causal LM in safetensors files: {error}") from error
     scale, softcap = logit_options(config)
-    return Head(weight, bias, scale, softcap)
+    return bare_head(weight, bias, logit_scale=scale, softcap=softcap)
 
 
 def _tensor(name: str, model: Any, wanted: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 - ``GET /about``: JSON, see ``ABOUT``.
 - ``GET /head``: ``weight`` (V, H) and, where the head has one, ``bias`` (V,).
-- ``POST /states?dtype=NAME``: a request of :class:`Rows`; the answer has ``hidden`` (wanted, H) in one of
+- ``POST /states?dtype=NAME``: a :class:`Request`; the answer has ``hidden`` (wanted, H) in one of
   ``HIDDEN_DTYPES``, in the order of the wanted tokens, and for "fp8" also ``scale`` (wanted,) float32.
 
 An answer of the teacher names its content in the header :data:`IDENTITY`. An error is JSON, ``{"error": TEXT}``.
@@ -10,7 +10,6 @@ An answer of the teacher names its content in the header :data:`IDENTITY`. An er
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
 
 PROTOCOL = "fused_kd served teacher 1"
 IDENTITY = "X-Teacher"
@@ -42,7 +41,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Request:
     """Token ids of rows, end to end, and the tokens whose hidden states are wanted.
 
     ``input_ids`` (tokens,) int32, ``lengths`` (rows,) int32, ``wanted`` (tokens,) bool; all on the CPU.
@@ -58,25 +57,16 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """Of the wanted tokens."""
+        """The number of wanted tokens."""
         return int(self.wanted.sum())
-
-    def digest(self) -> str:
-        """Of their content."""
-        found = hashlib.blake2b(digest_size=16)
-        for field in fields(self):
-            tensor: Tensor = getattr(self, field.name)
-            found.update(f"{field.name} {tensor.dtype} {len(tensor)}\n".encode())
-            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
 
     def apart(self) -> list[tuple[Tensor, Tensor]]:
         """``(input_ids, wanted)`` of each row."""
         lengths = self.lengths.tolist()
         return list(zip(self.input_ids.split(lengths), self.wanted.split(lengths), strict=True))
 
-    def split(self, most: int) -> list[Rows]:
-        """In parts of whole rows with at most ``most`` tokens, or of one longer row."""
+    def split(self, most: int) -> list[Request]:
+        """The request in parts of whole rows with at most ``most`` tokens, or of one longer row."""
         parts: list[list[int]] = []
         tokens = most + 1
         for row, length in enumerate(self.lengths.tolist()):
@@ -89,22 +79,22 @@ class Rows:
         found = []
         for part in parts:
             span = slice(ends[part[0]] - int(self.lengths[part[0]]), ends[part[-1]])
-            found.append(Rows(self.input_ids[span], self.lengths[part[0] : part[-1] + 1], self.wanted[span]))
+            found.append(Request(self.input_ids[span], self.lengths[part[0] : part[-1] + 1], self.wanted[span]))
         return found
 
 
-def write_rows(rows: Rows) -> bytes:
-    return save({field.name: getattr(rows, field.name).contiguous() for field in fields(rows)})
+def write_request(request: Request) -> bytes:
+    return save({field.name: getattr(request, field.name).contiguous() for field in fields(request)})
 
 
-def read_rows(body: bytes, *, input_size: int, longest: int, most_tokens: int) -> Rows:
-    """The rows of a request.
+def read_request(body: bytes, *, input_size: int, longest: int, most_tokens: int) -> Request:
+    """The request in a body.
 
     Raises:
         ValueError: what is wrong with them, by name and value.
     """
     found = read_tensors(body)
-    names = [field.name for field in fields(Rows)]
+    names = [field.name for field in fields(Request)]
     if sorted(found) != sorted(names):
         raise ValueError(f"a request must have the tensors {', '.join(names)}, got {', '.join(sorted(found))[:200]}")
     for name in names:
@@ -134,7 +124,7 @@ def read_rows(body: bytes, *, input_size: int, longest: int, most_tokens: int) -
     if bool(outside.any()):
         first = int(outside.nonzero()[0])
         raise ValueError(f"input_ids must be in [0, {input_size - 1}], got {int(ids[first])} at token {first}")
-    return Rows(ids, lengths, wanted)
+    return Request(ids, lengths, wanted)
 
 
 def read_states(body: bytes, count: int, width: int, dtype: str) -> Tensor:
@@ -151,24 +141,12 @@ def read_states(body: bytes, count: int, width: int, dtype: str) -> Tensor:
     if layout != wanted:
         raise ValueError(f"the answer must have the tensors {wanted}, got {str(layout)[:300]}")
     states = decode_states(found)
-    check_finite(states)
+    check_states(states)
     return states
 
 
-def check_finite(states: Tensor) -> None:
-    """Raise ``ValueError`` for hidden states (n, H) that are not."""
-    # a row's extremes are found ten times faster than all that is not finite in it, and NaN is both of them
-    finite = torch.isfinite(states.amax(dim=-1)) & torch.isfinite(states.amin(dim=-1))
-    if not bool(finite.all()):
-        first = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"hidden states must be finite, got {int((~finite).sum())} of {len(states)} tokens that are not, the first "
-            f"at {first}: the teacher's own numbers overflow (try another dtype for it)"
-        )
-
-
 def read_tensors(body: bytes) -> dict[str, Tensor]:
-    """Raises ``ValueError`` for bytes that are no safetensors file."""
+    """The tensors in a safetensors file; raises ``ValueError`` for bytes that are none."""
     try:
         return load(body)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -176,7 +154,7 @@ def read_tensors(body: bytes) -> dict[str, Tensor]:
 
 
 def check_about(about: Any) -> dict[str, Any]:
-    """What ``GET /about`` said; raises ``ValueError`` for anything else."""
+    """Return what ``GET /about`` said; raises ``ValueError`` for anything else."""
     if not isinstance(about, Mapping) or about.get("protocol") != PROTOCOL:
         said = about.get("protocol") if isinstance(about, Mapping) else about
         raise ValueError(f"expected a server of the protocol {PROTOCOL!r}, got {str(said)[:80]!r}")

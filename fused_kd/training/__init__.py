@@ -12,7 +12,7 @@ _WHERE = {
     "KDTrainer": "trainer", "BetaSchedule": "trainer",
     "Collator": "collate", "PackingCollator": "collate", "with_context": "contexts",
     "ModuleTrainer": "fit", "training_arguments": "fit",
-    "TeacherCache": "cache", "write_cache": "cache", "convert_vllm": "cache",
+    "TeacherCache": "teacher_cache", "write_cache": "cache", "convert_vllm": "cache",
     "Pair": "data", "load_pairs": "data", "load_directions": "data", "load_instructions": "data",
     "PROMPTS": "prompts", "PromptTemplate": "prompts", "Rows": "prompts", "tokenize_pairs": "prompts",
     "LoRA": "models", "load_model": "models", "load_tokenizer": "models",

@@ -11,17 +11,17 @@ import numpy as np
 from fused_kd.integrations.heads import check_head_module
 from fused_kd.integrations.transformers import check_lm_head
 from fused_kd.integrations.weights import rows_of
-from fused_kd.training.codes import DTYPES, ids_are_packed
+from fused_kd.training.cached_rows import AnyRows
+from fused_kd.training.codes import DTYPES
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
 from fused_kd.training.hidden_cache import hidden_writer, projection_like
 from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
-from fused_kd.training.shards import KEPT, write_shards
-from fused_kd.training.stage import check_counts, fingerprint_file
-from fused_kd.training.teacher_cache import AnyRows, TeacherCache
-from fused_kd.training.teacher_cache import CachedRows as CachedRows
+from fused_kd.training.shards import KEPT, read_index, write_shards
+from fused_kd.training.stage import check_counts, check_same, fingerprint_file
+from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.teacher_runs import Runs, read_row, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
 
@@ -42,15 +42,17 @@ def write_cache(
     project: int | None = None,
     like: str | Path | None = None,
     draws: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     shard_rows: int | None = None,
     batch_size: int = 16,
     memory: int = 256 << 20,
-    sample: int = 1 << 16,
+    sample: int | None = None,
     progress: bool = True,
 ) -> TeacherCache:
-    """A teacher's say on every token of ``rows`` that carries loss: its k largest log-probabilities, a few that are
-    drawn, or its last hidden state and, once, its head.
+    """Write what a teacher predicts at every token of ``rows`` that carries loss.
+
+    For each token the cache keeps the teacher's k largest log-probabilities, a few entries that are drawn, or the last
+    hidden state and, once, the teacher's head.
 
     Log-probabilities are ``log_softmax`` in fp32 over the tokenizer's vocabulary; a padded head is cut to it. Hidden
     states come with the whole head, as the teacher has it: what is cut is the loss's affair. The same call goes on
@@ -76,23 +78,83 @@ def write_cache(
             (default): all.
         like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
             one head: for the validation rows of a training. In place of ``project``.
-        draws: with ``keep="sampled"``, how many of a token; default 12. They depend on ``seed``, default 0, on the
-            row's number, and on the teacher.
+        draws: with ``keep="sampled"``, how many entries of a token are drawn; default 12. They depend on ``seed``, on
+            the row's number, and on the teacher.
+        seed: with ``keep="sampled"``, any int; default 0.
         shard_rows: rows a shard, which are in memory together: what a kill loses at most, and rows of similar length
             are found among them. None (default): 1024, of hidden states 128.
         batch_size: rows the teacher runs at once.
         memory: bytes for logits; they are made for a chunk of tokens at a time. Default 256 MiB.
-        sample: with ``project``, about how many tokens of evenly spread rows the directions are found from; default
-            65,536.
+        sample: with ``keep="hidden"``, about how many tokens of evenly spread rows are looked at first, to find the
+            directions of ``project`` and to measure the error; default 65,536.
         progress: show a bar.
 
     Returns:
         The finished cache.
 
     Raises:
-        ValueError: a size out of range, an unknown ``keep`` or ``dtype``, no rows, an id outside the vocabulary, a head
+        ValueError: a size out of range, an unknown ``keep`` or ``dtype``, an option that goes with another ``keep``, no
+            rows, an id outside the vocabulary, a head
             smaller than the vocabulary, states that are not finite or too large for the dtype, a folder made with other
             arguments or from something else (the message says which).
+    """
+    settings, fingerprints = check_options(
+        folder, tokenizer, rows, template=template, k=k, keep=keep, dtype=dtype, project=project, like=like,
+        draws=draws, seed=seed, shard_rows=shard_rows, batch_size=batch_size, memory=memory, sample=sample,
+    )  # fmt: skip
+    vocab_size, size = len(tokenizer), rows_of(check_head_module(teacher).weight)
+    if size < vocab_size:
+        raise ValueError(f"the teacher's head has {size} rows, fewer than the {vocab_size} tokens of the tokenizer")
+    data: Any = rows
+    fingerprints |= fingerprint_teacher(teacher)
+    if like is not None:
+        projection_like(Path(like), fingerprints)
+    check_lm_head(teacher)
+    runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
+    if keep == "hidden":
+        sample = 1 << 16 if sample is None else sample
+        begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
+    elif keep == "lists":
+        begin = list_writer(teacher_lists(runs, settings["k"], vocab_size, memory), data)
+    else:
+        source = teacher_draws(runs, settings["k"], settings["draws"], settings["seed"], vocab_size, memory)
+        begin = list_writer(source, data)
+    about = {
+        "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
+        "revision": getattr(teacher.config, "_commit_hash", None),
+        "template": get_prompt(template).name,
+    }
+    write_shards(
+        folder, len(data), settings, fingerprints, about, begin, shard_rows=settings["shard_rows"], progress=progress
+    )
+    return TeacherCache(folder, verify=False)
+
+
+def check_options(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: AnyRows,
+    *,
+    template: PromptTemplate | str,
+    k: int | None = None,
+    keep: str = "lists",
+    dtype: str | None = None,
+    project: int | None = None,
+    like: str | Path | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
+    shard_rows: int | None = None,
+    batch_size: int = 16,
+    memory: int = 256 << 20,
+    sample: int | None = None,
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Check what :func:`write_cache` can check without a teacher, whose loading may take minutes.
+
+    Arguments and errors are those of :func:`write_cache`.
+
+    Returns:
+        What the cache's index will have of the arguments, with the defaults filled in, as
+        :func:`fused_kd.training.shards.bytes_of_token` takes it; the fingerprints of tokenizer, rows and template.
     """
     vocab_size = len(tokenizer)
     if keep not in KEPT:
@@ -100,43 +162,31 @@ def write_cache(
     dtypes = tuple(HIDDEN_DTYPES) if keep == "hidden" else DTYPES
     dtype = dtypes[0] if dtype is None else dtype
     shard_rows = (128 if keep == "hidden" else 1024) if shard_rows is None else shard_rows
-    check_counts(batch_size=batch_size, memory=memory, sample=sample, shard_rows=shard_rows)
-    size = rows_of(check_head_module(teacher).weight)
-    if size < vocab_size:
-        raise ValueError(f"the teacher's head has {size} rows, fewer than the {vocab_size} tokens of the tokenizer")
+    _check_none(keep, k=k, project=project, like=like, sample=sample, draws=draws, seed=seed)
+    check_counts(batch_size=batch_size, memory=memory, sample=1 if sample is None else sample, shard_rows=shard_rows)
     _check_form(rows, dtype, dtypes)
-    data: Any = rows
     settings: dict[str, Any] = {"keep": keep, "vocab_size": vocab_size, "dtype": dtype}
-    _check_none(keep, k=k, project=project, like=like, draws=draws)
+    fingerprints = fingerprints_of(tokenizer, rows, template)
     if keep == "hidden":
         if project is not None and like is not None:
             raise ValueError(f"project must be None with like, got {project!r}")
         if project is not None:
             check_counts(project=project)
         settings |= {"project": project, "like": None}
+        if like is not None:
+            index = read_index(Path(like)) or {"fingerprints": {}}
+            settings |= projection_like(Path(like), {**index["fingerprints"], **fingerprints})
     elif keep == "lists":
         settings |= {**_list_settings(k, vocab_size), "rest": True}
     else:
-        settings |= _draw_settings(k or 0, 12 if draws is None else draws, seed, vocab_size)
-    fingerprints = {**fingerprints_of(tokenizer, rows, template), **fingerprint_teacher(teacher)}
-    if like is not None:
-        settings |= projection_like(Path(like), fingerprints)
-    check_lm_head(teacher)
-    runs = _runs_of(teacher, data, padding_id(tokenizer), batch_size)
-    if keep == "hidden":
-        begin = hidden_writer(runs, data, sample=sample, memory=memory, like=None if like is None else Path(like))
-    elif keep == "lists":
-        begin = list_writer(teacher_lists(runs, settings["k"], vocab_size, memory), data)
-    else:
-        source = teacher_draws(runs, settings["k"], settings["draws"], seed, vocab_size, memory)
-        begin = list_writer(source, data)
-    about = {
-        "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
-        "revision": getattr(teacher.config, "_commit_hash", None),
-        "template": get_prompt(template).name,
-    }
-    write_shards(folder, len(data), settings, fingerprints, about, begin, shard_rows=shard_rows, progress=progress)
-    return TeacherCache(folder, verify=False)
+        seed = 0 if seed is None else seed
+        settings |= _draw_settings(0 if k is None else k, 12 if draws is None else draws, seed, vocab_size)
+    settings |= {"rows": len(rows), "shard_rows": shard_rows}  # type: ignore[arg-type]
+    if (known := read_index(Path(folder))) is not None:
+        given = {**settings, **fingerprints}
+        theirs = {**known, **known["fingerprints"]}
+        check_same(Path(folder), {name: theirs.get(name) for name in given}, given)
+    return settings, fingerprints
 
 
 def convert_vllm(
@@ -152,7 +202,7 @@ def convert_vllm(
     shard_rows: int = 1024,
     progress: bool = True,
 ) -> TeacherCache:
-    """A cache from a file of :func:`fused_kd.training.vllm.read_prompt_logprobs`, whose rows are ``rows`` in order.
+    """Make a cache from a file of :func:`fused_kd.training.vllm.read_prompt_logprobs`, which has ``rows`` in order.
 
     The k largest entries of a token are kept; of a token with fewer, those. Ids beyond the tokenizer's vocabulary (a
     padded head) are left out. The file stands for the teacher: going on needs the same one. Other arguments and errors
@@ -206,7 +256,8 @@ def write_lists(
     with_rest: bool = False,
     progress: bool = True,
 ) -> TeacherCache:
-    """As :func:`write_cache`, with lists from anywhere: ``source`` is asked for ascending ranges of rows, each once.
+    """Write a cache as :func:`write_cache` does, with lists from anywhere: ``source`` is asked for ascending ranges of
+    rows, each once.
 
     ``made_from`` are the fingerprints of what the lists come from, beside those of tokenizer, data and template;
     ``about`` are names for people. ``with_rest``: the source gives what is not listed too, log-probabilities (n,).
@@ -226,8 +277,8 @@ def write_lists(
 
 
 def _check_none(keep: str, **others: Any) -> None:
-    """That none is given that ``keep`` has no use for."""
-    used = {"lists": ("k",), "hidden": ("project", "like"), "sampled": ("k", "draws")}[keep]
+    """Raise ``ValueError`` for an option that ``keep`` has no use for."""
+    used = {"lists": ("k",), "hidden": ("project", "like", "sample"), "sampled": ("k", "draws", "seed")}[keep]
     for name, value in others.items():
         if value is not None and name not in used:
             raise ValueError(f"{name} must be None with keep={keep!r}, got {value!r}")
@@ -237,16 +288,18 @@ def _list_settings(k: Any, vocab_size: int) -> dict[str, Any]:
     check_counts(k=k)
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most the {vocab_size} tokens of the tokenizer")
-    return {"k": k, "packed": ids_are_packed(k, vocab_size)}
+    return {"k": k}
 
 
 def _draw_settings(k: Any, draws: Any, seed: Any, vocab_size: int) -> dict[str, Any]:
     check_counts(draws=draws)
     if type(seed) is not int:
         raise ValueError(f"seed must be an int, got {seed!r}")
-    if k != 0:
+    if type(k) is not int or k < 0:
+        raise ValueError(f"k must be an int of at least 0 with keep='sampled', got {k!r}")
+    if k:
         _list_settings(k, vocab_size)
-    return {"k": k, "draws": draws, "seed": seed, "packed": ids_are_packed(k + draws, vocab_size)}
+    return {"k": k, "draws": draws, "seed": seed}
 
 
 def _check_form(rows: Any, dtype: Any, dtypes: tuple[str, ...]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from fused_kd.integrations.teacher_columns import columns_of
+
 AnyRows = Sequence[Mapping[str, Any]] | Dataset[Any]
 _NUMBER = "row"  # of a row, in a data set for TRL
 
@@ -14,9 +16,9 @@ _NUMBER = "row"  # of a row, in a data set for TRL
 class CachedRows(Dataset[dict[str, Any]]):
     """Rows with what a cache has for them under the names of its ``columns``, for ``Collator`` to pad.
 
-    ``cache`` is a :class:`fused_kd.training.teacher_cache.TeacherCache`. Of lists ``teacher_log_probs`` (n, k)
-    float32, ``teacher_indices`` (n, k) int64 and, where it is known, ``teacher_log_rest`` (n,) float32; of hidden
-    states ``teacher_hidden`` (n, width).
+    ``cache`` is a :class:`fused_kd.training.teacher_cache.TeacherCache`. A cache of lists adds ``teacher_log_probs``
+    (n, k) float32, ``teacher_indices`` (n, k) int64 and, where it is known, ``teacher_log_rest`` (n,) float32; one of
+    hidden states adds ``teacher_hidden`` (n, width). One with a name has it behind "teacher": ``teacher_math_hidden``.
     """
 
     def __init__(self, cache: Any, dataset: AnyRows) -> None:
@@ -28,17 +30,18 @@ class CachedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         found = self.cache.row(index)
-        return {**self.dataset[index], **{f"{self.cache.name}_{kind}": value for kind, value in found.items()}}
+        return {**self.dataset[index], **dict(zip(columns_of(found, self.cache.name), found.values(), strict=True))}
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, without a look into the cache."""
+        """How many tokens each row has; the cache is not read for that."""
         data = without_caches(self)
         return [len(data[index]["input_ids"]) for index in range(len(data))]
 
     def for_trl(self) -> Any:
-        """The same rows as a ``datasets.Dataset``, the only kind that TRL's trainers take, read where they are asked
-        for.
+        """Return the same rows as a ``datasets.Dataset``, the only kind that TRL's trainers take.
+
+        The cache is read where a row is asked for.
 
         The trainer must leave them as they are: ``dataset_kwargs={"skip_prepare_dataset": True}`` and
         ``remove_unused_columns=False`` in ``trl.SFTConfig``.
@@ -62,7 +65,7 @@ class CachedRows(Dataset[dict[str, Any]]):
 
 
 def without_caches(rows: AnyRows) -> Any:
-    """The rows that caches were opened for."""
+    """Return the rows that caches were opened for: what :class:`CachedRows` were made of."""
     data: Any = rows
     while isinstance(data, CachedRows):
         data = data.dataset

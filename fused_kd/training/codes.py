@@ -44,7 +44,7 @@ def id_bits(vocab_size: int) -> int:
 
 
 def packed_bytes(k: int, vocab_size: int) -> int:
-    """Of a token's k ids, packed."""
+    """How many bytes a token's k ids take when they are packed."""
     return -(-k * id_bits(vocab_size) // 8)
 
 
@@ -53,13 +53,12 @@ def ids_are_packed(k: int, vocab_size: int) -> bool:
     return packed_bytes(k, vocab_size) < k * id_dtype(vocab_size).itemsize
 
 
-def encode_ids(ids: np.ndarray, vocab_size: int, *, packed: bool | None = None) -> dict[str, np.ndarray]:
+def encode_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
     """The array that stands for ``ids`` (N, k), integers below ``vocab_size``; :func:`decode_ids` reads it.
 
-    ``packed`` None (default) packs where that is smaller.
-
     Returns:
-        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or not packed ``indices`` (N, k) of :func:`id_dtype`.
+        ``packed_ids`` (N, :func:`packed_bytes`) uint8, or where :func:`ids_are_packed` says no ``indices`` (N, k) of
+        :func:`id_dtype`.
 
     Raises:
         ValueError: an id that is not in [0, vocab_size - 1].
@@ -67,7 +66,7 @@ def encode_ids(ids: np.ndarray, vocab_size: int, *, packed: bool | None = None) 
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(f"ids must be in [0, {vocab_size - 1}], got {ids.min()} to {ids.max()}")
     count, k = ids.shape
-    if not (ids_are_packed(k, vocab_size) if packed is None else packed):
+    if not ids_are_packed(k, vocab_size):
         return {"indices": ids.astype(id_dtype(vocab_size))}
     stored = np.empty((count, packed_bytes(k, vocab_size)), dtype=np.uint8)
     step = max(1, _PACKED_AT_ONCE // max(k, 1))

@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
-from fused_kd.integrations.forms import TEACHER_ID, is_per_target
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.integrations.teacher_columns import LISTS, TEACHER_ID, is_per_target
 from fused_kd.training.contexts import teacher_batch
 
-_LISTS = ("_log_probs", "_indices")
+_LOG_PROBS, _INDICES = (f"_{kind}" for kind in LISTS)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -59,15 +59,17 @@ class Collator:
           the ids 0 to K - 1, all alike. ``teacher_log_rest`` (n,) float32; there 0.
         - hidden states, ``teacher_hidden`` (n, R), in their dtype; there 0.
 
-        Another cache's begin with its name in place of "teacher". Rows with ``teacher_id``, an int that says which
-        teacher is theirs, give ``teacher_id`` (rows,) int64; such rows may lack what other teachers have. Rows with
-        ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a teacher
-        with another prompt, give these and ``teacher_attention_mask``.
+        Those of a cache with a name begin with it, as ``teacher_math_hidden``; a column that does not begin with
+        "teacher" is no teacher's and is left out, as other columns are. Rows with ``teacher_id``, an int that says
+        which teacher is theirs, give ``teacher_id`` (rows,) int64; such rows may lack what other teachers have. Rows
+        with ``teacher_input_ids`` and ``teacher_labels`` (:func:`fused_kd.training.contexts.with_context`), for a
+        teacher with another prompt, give these and ``teacher_attention_mask``.
 
     Raises:
         TypeError: a row that is no dict.
         ValueError: an unknown side, a negative pad id, an empty batch, a row without ``input_ids`` and as many
-            ``labels``; a teacher's column in some rows only, of several widths, with more or fewer entries than labels.
+            ``labels``; a teacher's column of several widths, with more or fewer entries than labels, or in some rows
+            only, with ``teacher_id`` in some rows of one teacher only.
     """
 
     pad_token_id: int
@@ -93,12 +95,14 @@ class Collator:
         }
         if self.side == "left" and batch["labels"].shape[1]:
             batch = without_first_targets(batch)
+        ids, columns = _teacher_ids(rows), _teacher_columns(rows)
         targets = batch["labels"][:, 1:] != LABEL_PAD
-        for name in _teacher_columns(rows):
-            batch[name] = _spread(name, [row.get(name) for row in rows], targets)
-        if any(TEACHER_ID in row for row in rows):
-            _check_everywhere(TEACHER_ID, rows)
-            batch[TEACHER_ID] = torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
+        for name in columns:
+            values = _entries(name, rows, targets.sum(1))
+            has = torch.tensor([name in row for row in rows])
+            batch[name] = _spread(name, values, targets & has[:, None])
+        if ids is not None:
+            batch[TEACHER_ID] = ids
         return batch | teacher_batch(rows, self)
 
     def _padded(self, rows: Sequence[Any], fill: int) -> Tensor:
@@ -110,43 +114,66 @@ class Collator:
 
 
 def _teacher_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of what cached teachers have in these rows; in all of them, unless each says who its teacher is."""
-    found = dict.fromkeys(name for row in rows for name in row if is_per_target(name))
-    for name in list(found):
-        if name.endswith(_LISTS):
-            prefix = name.removesuffix(_LISTS[0]).removesuffix(_LISTS[1])
-            found |= dict.fromkeys(prefix + kind for kind in _LISTS)
-    for name in found if not any(TEACHER_ID in row for row in rows) else ():
+    """The names of what cached teachers have in these rows: in all of them, or where each row says who its teacher is,
+    in all rows of a teacher."""
+    found = dict.fromkeys(kin for row in rows for name in row if is_per_target(name) for kin in _together(name))
+    for name in found:
         _check_everywhere(name, rows)
     return list(found)
 
 
-def _check_everywhere(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    lacking = [number for number, row in enumerate(rows) if name not in row]
-    if lacking:
-        raise ValueError(f"{name} must be in every row of a batch or in none, rows[{lacking[0]}] lacks it")
+def _together(name: str) -> tuple[str, ...]:
+    """The columns of which a row has all or none."""
+    prefix = name.removesuffix(_LOG_PROBS).removesuffix(_INDICES)
+    return (name,) if prefix == name else (prefix + _LOG_PROBS, prefix + _INDICES)
 
 
-def _spread(name: str, parts: Sequence[Tensor | None], targets: Tensor) -> Tensor:
-    """(rows, length, ...): what the rows have, one entry a target (rows, length - 1); nothing of a row with None."""
-    for number, (part, count) in enumerate(zip(parts, targets.sum(1).tolist(), strict=True)):
-        if part is not None and len(part) != count:
-            raise ValueError(f"{name} of rows[{number}] has {len(part)} entries for {count} labels with loss")
-    own = [torch.as_tensor(part) for part in parts if part is not None]
-    widths = {part.shape[1:] for part in own}
+def _teacher_ids(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """(rows,) int64, or None where no row says who its teacher is."""
+    if not any(TEACHER_ID in row for row in rows):
+        return None
+    _check_everywhere(TEACHER_ID, rows, by_teacher=False)
+    return torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
+
+
+def _check_everywhere(name: str, rows: Sequence[Mapping[str, Any]], by_teacher: bool = True) -> None:
+    """Raise ``ValueError`` for a column in some rows only; ``by_teacher``: of those with the same ``teacher_id``."""
+    by_teacher = by_teacher and any(TEACHER_ID in row for row in rows)
+    whose = [int(row.get(TEACHER_ID, -1)) if by_teacher else 0 for row in rows]
+    having = {each for each, row in zip(whose, rows, strict=True) if not row.keys().isdisjoint(_together(name))}
+    for number, (each, row) in enumerate(zip(whose, rows, strict=True)):
+        if each in having and name not in row:
+            of = f" with {TEACHER_ID} {each}" if by_teacher else ""
+            raise ValueError(f"{name} must be in every row{of} of a batch or in none, rows[{number}] lacks it")
+
+
+def _entries(name: str, rows: Sequence[Mapping[str, Any]], counts: Tensor) -> Tensor:
+    """(n, ...): what the rows have under a name, one after the other; each must have ``counts`` (rows,) entries."""
+    parts = []
+    for number, (row, count) in enumerate(zip(rows, counts.tolist(), strict=True)):
+        if name not in row:
+            continue
+        if len(row[name]) != count:
+            raise ValueError(f"{name} of rows[{number}] has {len(row[name])} entries for {count} labels with loss")
+        parts.append(torch.as_tensor(row[name]))
+    widths = {part.shape[1:] for part in parts}
     if len(widths) > 1:
         raise ValueError(f"{name} must have one width in a batch, got {sorted(map(tuple, widths))}")
-    targets = targets & torch.tensor([part is not None for part in parts])[:, None]
-    found, (rows, before) = torch.cat(own), targets.shape
-    if name.endswith(_LISTS[0]):
-        found = found.float()
-        whole = torch.full((rows, before + 1, *found.shape[1:]), -math.log(found.shape[1]), dtype=found.dtype)
-    elif name.endswith(_LISTS[1]):
-        found = found.long()
-        whole = torch.arange(found.shape[1]).repeat(rows, before + 1, 1)
+    return torch.cat(parts)
+
+
+def _spread(name: str, values: Tensor, targets: Tensor) -> Tensor:
+    """(rows, length, ...): the values, in order, where ``targets`` (rows, length - 1) are; elsewhere no teacher's."""
+    rows, before = targets.shape
+    if name.endswith(_LOG_PROBS):
+        values = values.float()
+        whole = torch.full((rows, before + 1, *values.shape[1:]), -math.log(values.shape[1]), dtype=values.dtype)
+    elif name.endswith(_INDICES):
+        values = values.long()
+        whole = torch.arange(values.shape[1]).repeat(rows, before + 1, 1)
     else:
-        whole = found.new_zeros((rows, before + 1, *found.shape[1:]))
-    whole[:, :-1][targets] = found
+        whole = values.new_zeros((rows, before + 1, *values.shape[1:]))
+    whole[:, :-1][targets] = values
     return whole
 
 
@@ -164,21 +191,21 @@ class PackingCollator(DataCollatorWithFlattening):
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
         check_rows(features, ("input_ids",))
-        columns = _teacher_columns(features)
-        ids = TEACHER_ID in {name for row in features for name in row}
-        if ids:
-            _check_everywhere(TEACHER_ID, features)
+        ids, columns = _teacher_ids(features), _teacher_columns(features)
+        if columns:
+            check_rows(features)
         own = {*columns, TEACHER_ID}
         plain = [{name: value for name, value in row.items() if name not in own} for row in features]
         batch: dict[str, Any] = super().__call__(plain, return_tensors, separator_id)  # type: ignore[no-untyped-call]
+        lengths = torch.tensor([len(row["input_ids"]) for row in features])
         if columns:
-            kept = ("input_ids", "labels", *own)
-            padded = Collator(0)([{name: row[name] for name in kept if name in row} for row in features])
+            row = torch.arange(len(features)).repeat_interleave(lengths)
+            carries = torch.as_tensor(batch["labels"])[0, 1:] != LABEL_PAD
+            carries &= row[1:] == row[:-1]  # nothing predicts a row's first token, whatever label separates rows
+            counts = torch.bincount(row[1:][carries], minlength=len(features))
             for name in columns:
-                rows = zip(padded[name], features, strict=True)
-                batch[name] = torch.cat([part[: len(row["input_ids"])] for part, row in rows])[None]
-        if ids:
-            each = torch.tensor([int(row[TEACHER_ID]) for row in features], dtype=torch.int64)
-            lengths = torch.tensor([len(row["input_ids"]) for row in features])
-            batch[TEACHER_ID] = each.repeat_interleave(lengths)[None]
+                has = torch.tensor([name in each for each in features])[row[1:]]
+                batch[name] = _spread(name, _entries(name, features, counts), (carries & has)[None])
+        if ids is not None:
+            batch[TEACHER_ID] = ids.repeat_interleave(lengths)[None]
         return batch | teacher_batch(features, self)

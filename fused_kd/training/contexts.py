@@ -1,20 +1,23 @@
-"""Rows whose teacher reads another prompt: more context before the same response."""
+"""The teacher of these rows reads another prompt than the student: more context before the same response."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from fused_kd.integrations.labels import LABEL_PAD
+from fused_kd.integrations.teacher_columns import OTHER_IDS, OTHER_LABELS, PROMPT
+from fused_kd.training.cached_rows import without_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Context = str | Sequence[int]
-_PREFIX = "teacher_"
-_COLUMNS = ("teacher_input_ids", "teacher_labels")
+_COLUMNS = (OTHER_IDS, OTHER_LABELS)
+_HIGHEST = (1 << 31) - 1  # of a token id, which is held in 32 bits
 
 
 def with_context(
@@ -25,7 +28,7 @@ def with_context(
     max_length: int | None = None,
     skip_long: bool = True,
 ) -> ContextRows:
-    """Rows whose teacher also reads a context: instructions, worked examples, the reference solution.
+    """Give each row's teacher a context to read: instructions, worked examples, the reference solution.
 
     The teacher's row is the student's with the context's tokens before it, after the BOS token where the row begins
     with one. Its labels are the student's and carry no loss on the context. Where the context has to stand in the
@@ -36,22 +39,23 @@ def with_context(
         rows: with ``input_ids`` and ``labels``, and what else batches are made of.
         tokenizer: of the teacher and the student; takes each context without special tokens. May be None where
             contexts are token ids.
-        context: text or token ids, one for all rows, or a function that gives a row's from the row.
+        context: text or token ids, one for all rows, or a function that gives a row's from the row (of a cache's rows,
+            from the row that the cache was made for).
         max_length: tokens of a teacher's row at most; None (default): as many as there are.
         skip_long: leave longer rows out and count them in ``.skipped`` (default); False raises.
 
     Raises:
         TypeError: a context that is neither text nor ids.
         ValueError: ``max_length`` below 2, a longer row with ``skip_long=False``, no row left, a row without as many
-            ``labels`` as ``input_ids``.
+            ``labels`` as ``input_ids``, an id below 0 or of more than 32 bits.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length}: expected at least 2, or None")
-    data: Any = rows
+    data = without_caches(rows)
     bos = getattr(tokenizer, "bos_token_id", None)
     fixed = None if callable(context) else _tokens(tokenizer, context)
-    contexts: list[list[int]] = []
-    kept: list[int] = []
+    contexts: list[array[int]] = []
+    kept = array("q")
     for number in range(len(data)):
         row = data[number]
         if len(row["labels"]) != len(row["input_ids"]):
@@ -69,7 +73,7 @@ def with_context(
         kept.append(number)
     if not kept:
         raise ValueError(f"no row is left: {len(data)} given, max_length={max_length}")
-    return ContextRows(data, bos, kept, contexts)
+    return ContextRows(rows, bos, kept, contexts)
 
 
 class ContextRows(Dataset[dict[str, Any]]):
@@ -79,7 +83,7 @@ class ContextRows(Dataset[dict[str, Any]]):
         skipped: rows left out as too long.
     """
 
-    def __init__(self, rows: Any, bos: int | None, kept: list[int], contexts: list[list[int]]) -> None:
+    def __init__(self, rows: Any, bos: int | None, kept: Sequence[int], contexts: Sequence[array[int]]) -> None:
         self.rows = rows
         self.skipped = len(rows) - len(kept)
         self._bos, self._kept, self._contexts = bos, kept, contexts
@@ -89,23 +93,29 @@ class ContextRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[self._kept[index]]
-        context = self._contexts[index]
+        context = self._contexts[index].tolist()
         ids, labels = _listed(row["input_ids"]), _listed(row["labels"])
         front = int(ids[:1] == [self._bos])
         # a row's first label has no prediction in the student's row
         labels = [LABEL_PAD, *labels[1:]] if labels else []
         return {
             **row,
-            "teacher_input_ids": ids[:front] + context + ids[front:],
-            "teacher_labels": labels[:front] + [LABEL_PAD] * len(context) + labels[front:],
+            OTHER_IDS: ids[:front] + context + ids[front:],
+            OTHER_LABELS: labels[:front] + [LABEL_PAD] * len(context) + labels[front:],
         }
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens the student's row has; a cache is not read for that."""
+        data = without_caches(self.rows)
+        return [len(data[number]["input_ids"]) for number in self._kept]
 
     def __repr__(self) -> str:
         return f"ContextRows({len(self)} rows, skipped={self.skipped})"
 
 
 def teacher_batch(rows: Sequence[Any], collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> dict[str, Any]:
-    """The teacher's rows collated as the student's are, under the names ``teacher_...``; {} where rows have none.
+    """Collate the teacher's rows as the student's are, under the names ``teacher_...``; return {} where rows have none.
 
     Raises:
         ValueError: some rows have them only, or not as many labels as tokens.
@@ -125,20 +135,21 @@ def teacher_batch(rows: Sequence[Any], collate: Callable[[list[dict[str, Any]]],
                 f"rows[{number}] must have as many teacher_labels as teacher_input_ids, got {len(labels)} and "
                 f"{len(ids)}: a label for each token, -100 where there is no loss"
             )
-    made = collate([{name.removeprefix(_PREFIX): row[name] for name in _COLUMNS} for row in rows])
-    return {_PREFIX + name: value for name, value in made.items()}
+    made = collate([{name.removeprefix(PROMPT): row[name] for name in _COLUMNS} for row in rows])
+    return {PROMPT + name: value for name, value in made.items()}
 
 
-def _tokens(tokenizer: Any, context: Any) -> list[int]:
+def _tokens(tokenizer: Any, context: Any) -> array[int]:
     if isinstance(context, str):
         if tokenizer is None:
             raise TypeError(f"tokenizer must be given for a context that is text, got {context[:80]!r}")
-        found: list[int] = tokenizer(context, add_special_tokens=False)["input_ids"]
-        return found
+        return array("i", tokenizer(context, add_special_tokens=False)["input_ids"])
     tokens: list[Any] = _listed(context) if hasattr(context, "__iter__") else [None]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
         raise TypeError(f"context must be text or token ids, or a function of a row that gives them, got {context!r}")
-    return tokens
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= _HIGHEST:
+        raise ValueError(f"context must have token ids in [0, {_HIGHEST}], got {min(tokens)} to {max(tokens)}")
+    return array("i", tokens)
 
 
 def _listed(values: Any) -> list[Any]:

@@ -19,21 +19,19 @@ from fused_kd.training.codes import decode, decode_ids, encode, encode_ids, mass
 
 
 def ids_of(made: Drawn) -> Tensor:
-    """(N, k + n) int64 ids to be stored; those of a token without any entry are -1, which no cache takes."""
+    """Return the ids (N, k + n) int64 to be stored; those of a token without any entry are -1, which no cache takes."""
     ids = torch.cat([made.indices, made.draws], 1)
     return ids.where(ids >= 0, ids[:, :1])
 
 
-def encode_draws(
-    log_probs: np.ndarray, ids: np.ndarray, dtype: str, vocab_size: int, *, packed: bool | None = None
-) -> dict[str, np.ndarray]:
+def encode_draws(log_probs: np.ndarray, ids: np.ndarray, dtype: str, vocab_size: int) -> dict[str, np.ndarray]:
     """The arrays that stand for drawn lists: those of :func:`fused_kd.training.codes.encode_ids` for ids (N, k + n) of
     :func:`ids_of`, and of :func:`fused_kd.training.codes.encode` for log-probabilities (N, k), if there are any.
 
     Raises:
         ValueError: as these.
     """
-    arrays = encode_ids(ids, vocab_size, packed=packed)
+    arrays = encode_ids(ids, vocab_size)
     return {**arrays, **encode(log_probs, dtype)} if log_probs.shape[1] else arrays
 
 

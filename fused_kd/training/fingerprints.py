@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from fused_kd.integrations.teacher_columns import OTHER_IDS, OTHER_LABELS
 from fused_kd.training.cached_rows import AnyRows, without_caches
 from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.stage import fingerprint
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 # what says where a config came from, and nothing about the function that the model computes
 _CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 # the columns of a row whose teacher reads another prompt
-OTHER_PROMPT = ("teacher_input_ids", "teacher_labels")
-_OTHER_PROMPT = b"\xff" * 8  # no row is so long
+PROMPT_COLUMNS = (OTHER_IDS, OTHER_LABELS)
+_MARK = b"\xff" * 8  # no row is so long
 PARTS = {
     "tokenizer": "the tokens and their ids",
     "data": "the token ids and labels of the rows, and of their teacher's prompts",
@@ -30,14 +32,42 @@ PARTS = {
 
 
 def fingerprints_of(
-    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str
+    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str, data: str | None = None
 ) -> dict[str, str | None]:
-    """SHA-256 of which token has which id, of the rows, and of the template's text, whose name does not matter."""
+    """SHA-256 of which token has which id, of the rows (``data``, if that is known already), and of the template's
+    text, whose name does not matter."""
     return {
-        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
-        "data": fingerprint_rows(rows),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "data": fingerprint_rows(rows) if data is None else data,
         "template": fingerprint(get_prompt(template).template),
     }
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase, below: int | None = None) -> str:
+    """SHA-256 of which token has which id, of all ids or of those below a number."""
+    return fingerprint([pair for pair in sorted(tokenizer.get_vocab().items()) if below is None or pair[1] < below])
+
+
+def check_tokenizer(
+    known: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase, below: int, fault: str
+) -> None:
+    """Raise unless a teacher with these fingerprints has this tokenizer; its tokens from the id ``below`` on, which
+    were added since, do not count. ``fault`` begins the message."""
+    if known.get("tokenizer") != fingerprint_tokenizer(tokenizer, below):
+        check_parts(known, {"tokenizer": fingerprint_tokenizer(tokenizer)}, fault)
+
+
+def check_parts(known: Mapping[str, str | None], given: Mapping[str, str | None], fault: str) -> None:
+    """Raise ``ValueError`` where a part of ``given`` is not known or another one; ``fault`` begins the message."""
+    faults = []
+    for part, value in given.items():
+        there = known.get(part)
+        if there is None:
+            faults.append(f"{part} (not known: {PARTS[part]})")
+        elif there != value:
+            faults.append(f"{part} ({PARTS[part]}: {there[:12]} there, {str(value)[:12]} here)")
+    if faults:
+        raise ValueError(f"{fault}: {', '.join(faults)}")
 
 
 def fingerprint_rows(rows: AnyRows) -> str:
@@ -46,10 +76,10 @@ def fingerprint_rows(rows: AnyRows) -> str:
     digest = hashlib.sha256()
     for index in range(len(data)):
         row = data[index]
-        for name in ("input_ids", "labels", *(name for name in OTHER_PROMPT if name in row)):
+        for name in ("input_ids", "labels", *(name for name in PROMPT_COLUMNS if name in row)):
             array = np.asarray(row[name], dtype="<i8")
-            if name in OTHER_PROMPT:
-                digest.update(_OTHER_PROMPT)
+            if name in PROMPT_COLUMNS:
+                digest.update(_MARK)
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
 

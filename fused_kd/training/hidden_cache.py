@@ -28,6 +28,7 @@ from fused_kd.training.shards import (
     write_part,
 )
 from fused_kd.training.stage import write_json
+from fused_kd.training.stored_head import to_bytes
 from fused_kd.training.teacher_runs import Runs
 
 _HELD_OUT = 4096  # tokens on which the error is measured
@@ -37,7 +38,7 @@ _EACH = 8  # of how many sampled rows one is held out
 def hidden_writer(
     runs: Runs, data: Any, *, sample: int, memory: int, like: Path | None = None
 ) -> Callable[[Path, dict[str, Any]], MakeShard]:
-    """What makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
+    """Return what makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
 
     The head and, where the index asks for one, the projection are made before the first shard, and anew where their
     files are damaged. They must come out as they were then: with others the finished shards would be worth nothing.
@@ -70,7 +71,7 @@ def hidden_writer(
 
 
 def projection_like(folder: Path, fingerprints: Mapping[str, str | None]) -> dict[str, Any]:
-    """The settings ``project`` and ``like`` of a cache with the projection of the one in ``folder``.
+    """Return the settings ``project`` and ``like`` of a cache that takes the projection of the one in ``folder``.
 
     Raises:
         ValueError: no cache of hidden states there, of another teacher, or with a damaged projection.
@@ -104,7 +105,7 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
     stored = _stored_head(exact, projection)
     index["width"] = stored.weight.shape[1]
     index["head"] = {
-        **write_part(folder / HEAD, _head_bytes(stored)),
+        **write_part(folder / HEAD, to_bytes(stored)),
         "rows": len(stored.weight),
         "dtype": name_of(stored.weight.dtype),
         "bias": stored.bias is not None,
@@ -118,7 +119,7 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
 
 
 def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fitted: Fitted) -> Projection | None:
-    """The projection, with both files whole."""
+    """Return the projection; its file and the head's are made anew where they are damaged."""
     projection = None
     if (part := index["projection"]) is not None:
         if _projection_fault(folder, index):
@@ -127,7 +128,7 @@ def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fi
             _rewrite(folder / PROJECTION, _projection_bytes(made), part)
         projection = _read_projection(folder / PROJECTION)
     if head_fault(folder, index, checksum=True):
-        _rewrite(folder / HEAD, _head_bytes(_stored_head(exact(), projection)), index["head"])
+        _rewrite(folder / HEAD, to_bytes(_stored_head(exact(), projection)), index["head"])
     return projection
 
 
@@ -142,7 +143,8 @@ def _rewrite(path: Path, content: bytes, known: dict[str, Any]) -> None:
 
 
 def _sampled(data: Any, sample: int) -> tuple[list[int], list[int]]:
-    """Rows to find directions from, about ``sample`` tokens, and others to measure errors on; evenly spread."""
+    """Choose rows to find directions from, with about ``sample`` tokens, and others to measure errors on; both are
+    evenly spread."""
     counts = [len(target_positions(data[index]["labels"])) for index in range(len(data))]
     used = [index for index, count in enumerate(counts) if count] or [0]
     chosen = used[:: max(1, sum(counts) // sample)]
@@ -167,13 +169,6 @@ def _stored_head(exact: LMHead, projection: Projection | None) -> LMHead:
         return projection.head(exact)
     bias = None if exact.bias is None else exact.bias.detach().float()
     return replace(exact, weight=exact.weight.detach(), bias=bias)
-
-
-def _head_bytes(head: LMHead) -> bytes:
-    from safetensors.torch import save
-
-    parts = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    return save({name: part.cpu().contiguous() for name, part in parts.items()})
 
 
 def _projection_bytes(projection: Projection) -> bytes:

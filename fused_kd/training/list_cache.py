@@ -24,7 +24,7 @@ Source = Callable[[int, int], Iterator[tuple[Any, ...]]]
 
 
 def list_writer(source: Source, data: Any) -> Callable[[Path, dict[str, Any]], MakeShard]:
-    """What makes the shards of a cache of lists, for :func:`fused_kd.training.shards.write_shards`."""
+    """Return what makes the shards of a cache of lists, for :func:`fused_kd.training.shards.write_shards`."""
 
     def begin(_: Path, index: dict[str, Any]) -> MakeShard:
         make = _lists if index["keep"] == "lists" else _drawn_lists
@@ -34,7 +34,7 @@ def list_writer(source: Source, data: Any) -> Callable[[Path, dict[str, Any]], M
 
 
 def teacher_lists(runs: Runs, k: int, vocab_size: int, memory: int) -> Source:
-    """A teacher's k largest entries, and what all others hold."""
+    """The source gives a teacher's k largest entries, and what all others hold."""
 
     def lists(start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         for run in runs(range(start, stop)):
@@ -48,7 +48,7 @@ def teacher_lists(runs: Runs, k: int, vocab_size: int, memory: int) -> Source:
 
 
 def teacher_draws(runs: Runs, k: int, n: int, seed: int, vocab_size: int, memory: int) -> Source:
-    """A teacher's k largest entries and n draws, which depend on the seed and the row's number alone."""
+    """The source gives a teacher's k largest entries and n draws, which depend on the seed and the row's number."""
 
     def lists(start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         for run in runs(range(start, stop)):
@@ -99,7 +99,7 @@ def _lists(
         if np.isnan(rest).any():
             raise ValueError(f"rows {start} to {stop - 1}: the source must give what is not listed, at most 0")
         arrays["log_rest"] = rest
-    content = save({"offsets": offsets, **encode_ids(ids, vocab_size, packed=index["packed"]), **arrays})
+    content = save({"offsets": offsets, **encode_ids(ids, vocab_size), **arrays})
     return content, {
         "tokens": int(offsets[-1]),
         "mass_sum": float(total.sum()),
@@ -121,7 +121,7 @@ def _drawn_lists(
         log_probs[tokens], ids[tokens] = values, found
         bar.update()
     try:
-        arrays = encode_draws(log_probs, ids, index["dtype"], vocab_size, packed=index["packed"])
+        arrays = encode_draws(log_probs, ids, index["dtype"], vocab_size)
     except ValueError as error:
         raise ValueError(f"rows {start} to {stop - 1}: {error}") from error
     return save({"offsets": offsets, **arrays}), {"tokens": int(offsets[-1])}
@@ -145,7 +145,7 @@ def read_lists(arrays: Mapping[str, np.ndarray], index: Mapping[str, Any]) -> tu
 
 
 def no_lists(index: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of a row without targets."""
+    """What a row without targets has: lists of no tokens."""
     width = index["k"] + index.get("draws", 0)
     found = {"log_probs": torch.empty(0, width), "indices": torch.empty(0, width, dtype=torch.int64)}
     return {**found, "log_rest": torch.empty(0)} if index.get("rest") else found
@@ -164,7 +164,7 @@ def _fault_of(log_probs: np.ndarray, ids: np.ndarray, vocab_size: int) -> str | 
 
 
 def repetition(listed: np.ndarray, ids: np.ndarray) -> str | None:
-    """Which of the ids (n, k) that are ``listed`` is one token's twice, for a message; or None."""
+    """Say which of the ids (n, k) that are ``listed`` a token has twice, for a message; None if there is none."""
     given = np.sort(np.where(listed, ids, -1 - np.arange(ids.shape[1])), axis=1)  # left out: each another one
     twice = given[:, 1:][given[:, 1:] == given[:, :-1]]
     return f"expected the ids of a token once each, got {twice[0]} twice" if len(twice) else None

@@ -103,6 +103,14 @@ def model_content(name_or_path: str | Path) -> str:
     return f"{name}@{_pretrained(AutoConfig, name)._commit_hash}"
 
 
+def check_device(name: str) -> None:
+    """Raise ``ValueError`` unless tensors can be on this device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str = "the model") -> None:
     """Raise ``ValueError`` unless both have the same tokens with the same ids: distillation goes by id."""
     ours, theirs = second.get_vocab(), first.get_vocab()

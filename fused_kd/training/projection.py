@@ -90,7 +90,7 @@ class Moments:
 
 @torch.no_grad()
 def fit(moments: Moments, head: LMHead, r: int, memory: int = 256 << 20) -> Projection:
-    """The best directions, at most r: no more than the head tells apart.
+    """Find the best directions, at most r: no more than the head tells apart.
 
     Args:
         memory: bytes for logits, of a part of the states at a time.
@@ -115,7 +115,7 @@ def fit(moments: Moments, head: LMHead, r: int, memory: int = 256 << 20) -> Proj
 
 @torch.no_grad()
 def error_of(exact: LMHead, stored: LMHead, memory: int) -> dict[str, float]:
-    """What becomes of a teacher that is stored, over the same tokens (N,) and all columns of its head.
+    """Measure what becomes of a teacher that is stored, over the same tokens (N,) and all columns of its head.
 
     Returns:
         ``logits``: the norm of the difference of the logits relative to theirs, in each token from their mean (of 4,096
@@ -162,7 +162,8 @@ def metric(head: LMHead, memory: int) -> Tensor:
     size = float(of_logits.trace())
     if not share > 0 or not size > 0:  # no token, or logits that are all alike
         return of_logits
-    return (vectors * values) @ vectors.T + share / size * of_logits
+    found: Tensor = (vectors * values) @ vectors.T + share / size * of_logits
+    return found
 
 
 def _of_probabilities(head: LMHead, memory: int) -> tuple[Tensor, float]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from fused_kd.integrations.labels import LABEL_PAD
-from fused_kd.training.codes import DTYPES, EXCESS, id_dtype, packed_bytes
+from fused_kd.training.codes import DTYPES, EXCESS, id_dtype, ids_are_packed, packed_bytes
 from fused_kd.training.hidden_codes import STORED_AS
 from fused_kd.training.stage import (
     check_counts,
@@ -39,8 +39,8 @@ from fused_kd.training.stage import (
     write_json,
 )
 
-FORMAT = "fused_kd teacher cache 2"
-OLD_FORMAT = "fused_kd teacher cache 1"  # of lists, without log_rest, ids not packed
+_ANY_FORMAT = "fused_kd teacher cache "
+FORMAT = f"{_ANY_FORMAT}2"
 INDEX = "index.json"
 HEAD, PROJECTION = "head.safetensors", "projection.safetensors"
 KEPT = ("lists", "hidden", "sampled")
@@ -51,6 +51,7 @@ _LIST_ARRAYS = {
 }
 _IDS = {"uint16": "U16", "int32": "I32"}
 _A_NUMBER_EACH = ("top", "span")
+_BYTES = {"U8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 
 # The shard of rows [start, stop): its bytes, and what its entry in the index has beside rows and file.
 MakeShard = Callable[[int, int, Any], tuple[bytes, dict[str, Any]]]
@@ -82,7 +83,7 @@ def write_shards(
     shard_rows: int,
     progress: bool,
 ) -> None:
-    """Make a cache, or what an interrupted one lacks; a second process waits.
+    """Make a cache, or what an interrupted one lacks; a second process waits until the first has finished.
 
     Args:
         settings, fingerprints: what a folder must have been made with to go on. about: for people.
@@ -104,9 +105,8 @@ def write_shards(
         index = known or {
             "format": FORMAT, **settings, "fingerprints": dict(fingerprints), "about": dict(about), "shards": [],
         }  # fmt: skip
-        compared = [name for name in settings if name not in ("rest", "packed") or index["format"] == FORMAT]
-        theirs = {**{name: index.get(name) for name in compared}, **index["fingerprints"]}
-        check_same(folder, theirs, {**{name: settings[name] for name in compared}, **fingerprints})
+        theirs = {**{name: index.get(name) for name in settings}, **index["fingerprints"]}
+        check_same(folder, theirs, {**settings, **fingerprints})
         make = begin(folder, index)
         finished = {s["file"]: s for s in index["shards"] if shard_fault(folder, index, s, checksum=True) is None}
         with tqdm(total=rows, desc="teacher cache", unit="row", disable=not progress) as bar:
@@ -121,7 +121,7 @@ def write_shards(
 
 
 def write_part(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file of the cache; its size and SHA-256."""
+    """Write a file of the cache; return its size and SHA-256."""
     write_bytes(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -130,22 +130,27 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """What ``index.json`` says, finished or not; None where there is none.
 
     Raises:
-        ValueError: it is no index, or says what cannot be; the message names the entry.
+        ValueError: it is no index, one of another format, or says what cannot be; the message names the entry.
     """
     path = folder / INDEX
     if not path.is_file():
         return None
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if index.get("format") not in (FORMAT, OLD_FORMAT):
-            raise ValueError(f"expected the format {FORMAT!r}, got {str(index.get('format'))[:80]!r}")
-        if index["format"] == OLD_FORMAT:
-            index |= {"keep": "lists", "rest": False, "packed": False}
-        _check_index(index)
+        found = str(index.get("format"))
+        if found == FORMAT:
+            _check_index(index)
+        elif not found.startswith(_ANY_FORMAT):
+            raise ValueError(f"expected the format {FORMAT!r}, got {found[:80]!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {str(error)[:300]}); without it the cache is made anew"
         ) from error
+    if found != FORMAT:
+        raise ValueError(
+            f"the teacher cache in {folder} was made by another version ({found[:80]!r}, this one reads {FORMAT!r}): "
+            "remove it and make it again"
+        )
     return index
 
 
@@ -178,9 +183,8 @@ def _check_lists(index: dict[str, Any]) -> None:
         check_counts(draws=index["draws"], k=index["k"] + 1)
     if index["k"] > index["vocab_size"] or index["dtype"] not in DTYPES:
         raise ValueError(f"no cache has k={index['k']} of {index['vocab_size']} tokens in {str(index['dtype'])[:80]}")
-    flags = ("rest", "packed") if index["keep"] == "lists" else ("packed",)
-    if not all(isinstance(index[name], bool) for name in flags):
-        raise ValueError(f"{' and '.join(flags)} must be true or false")
+    if index["keep"] == "lists" and not isinstance(index["rest"], bool):
+        raise ValueError("rest must be true or false")
 
 
 def _check_hidden(index: dict[str, Any]) -> None:
@@ -205,6 +209,12 @@ def shard_fault(folder: Path, index: Mapping[str, Any], shard: Mapping[str, Any]
     """What is wrong with a shard's file, or None."""
     fault = file_fault(folder / shard["file"], shard, checksum=checksum)
     return fault or _shard_layout_fault(folder / shard["file"], index, shard)
+
+
+def bytes_of_token(index: Mapping[str, Any]) -> int:
+    """Bytes of a token that carries loss, from an index, or from
+    :func:`fused_kd.training.cache.check_options`, of hidden states with their ``width``."""
+    return sum(_BYTES[dtype] * (1 if width is None else width) for dtype, width in _arrays_of(index).values())
 
 
 def head_fault(folder: Path, index: Mapping[str, Any], *, checksum: bool) -> str | None:
@@ -259,14 +269,14 @@ def _shard_layout_fault(path: Path, index: Mapping[str, Any], shard: Mapping[str
 
 
 def _arrays_of(index: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """Name to dtype and numbers a token (None: one, without a dimension) of a shard's arrays."""
+    """Which arrays a shard has: name to dtype and numbers a token (None: one number, without a dimension)."""
     if index["keep"] == "hidden":
         states: tuple[str, int | None] = (STORED_AS[index["dtype"]], index["width"])
         return {"hidden": states, "scale": ("F32", None)} if index["dtype"] == "fp8" else {"hidden": states}
     k, vocab_size = index["k"], index["vocab_size"]
     width = k + index.get("draws", 0)
     found: dict[str, tuple[str, int | None]] = {}
-    if index["packed"]:
+    if ids_are_packed(width, vocab_size):
         found["packed_ids"] = ("U8", packed_bytes(width, vocab_size))
     else:
         found["indices"] = (_IDS[id_dtype(vocab_size).name], width)

@@ -1,9 +1,10 @@
-"""A teacher on disk instead of the teacher: of every token that carries loss its largest log-probabilities, or its last
-hidden state and, once, its head. The folder is described in :mod:`fused_kd.training.shards`.
+"""A cache on disk takes the teacher's place: it has, for every token that carries loss, the teacher's largest
+log-probabilities, or its last hidden state and, once, its head. :mod:`fused_kd.training.shards` describes the folder.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +15,21 @@ from torch import Tensor
 
 from fused_kd import LMHead, TopK
 from fused_kd.inputs import TAILS
-from fused_kd.training.cached_rows import AnyRows as AnyRows
-from fused_kd.training.cached_rows import CachedRows as CachedRows
-from fused_kd.training.fingerprints import PARTS, fingerprints_of
-from fused_kd.training.fingerprints import fingerprint_rows as fingerprint_rows
-from fused_kd.training.fingerprints import fingerprint_teacher as fingerprint_teacher
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, decode_states, narrowed
+from fused_kd.integrations.teacher_columns import columns_of
+from fused_kd.training.cached_rows import AnyRows, CachedRows
+from fused_kd.training.fingerprints import (
+    PARTS,
+    check_parts,
+    check_tokenizer,
+    fingerprint_rows,
+    fingerprint_teacher,
+    fingerprints_of,
+)
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
 from fused_kd.training.list_cache import no_lists, read_lists
 from fused_kd.training.prompts import PromptTemplate
-from fused_kd.training.shards import HEAD, INDEX, head_fault, shard_fault, shard_name
-from fused_kd.training.shards import read_index as read_index
-from fused_kd.training.shards import target_positions as target_positions
-from fused_kd.training.stage import fingerprint
+from fused_kd.training.shards import HEAD, INDEX, head_fault, read_index, shard_fault, shard_name
+from fused_kd.training.stored_head import HeadOnDevices, bare_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +46,9 @@ class TeacherCache:
         folder: where it lies.
         tail: of lists, what the loss shall take for the tokens that are not listed, see ``fused_kd.TopK``; None
             (default): "bucket". Drawn lists have "renormalize", hidden states none.
-        name: begins the names of the batches' columns, default "teacher": ``teacher_log_probs``,
-            ``teacher_indices`` and ``teacher_log_rest``, or ``teacher_hidden``. Two caches that teach together need two
-            names.
+        name: is in the names of the batches' columns, behind "teacher": "math" makes ``teacher_math_log_probs``,
+            ``teacher_math_indices`` and ``teacher_math_log_rest``, or ``teacher_math_hidden``. None (default):
+            ``teacher_log_probs`` and so on. Of caches that teach together each needs another name.
         verify: compare every shard with its checksum (default), not only its size. Leave it out where the folder has
             been verified shortly before.
 
@@ -67,12 +71,12 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, tail: str | None = None, *, name: str = "teacher", verify: bool = True
+        self, folder: str | Path, tail: str | None = None, *, name: str | None = None, verify: bool = True
     ) -> None:
         if tail is not None and tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name must be letters, digits and _, got {name!r}")
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+", name)):
+            raise ValueError(f"name must be letters, digits and _, or None, got {name!r}")
         self.folder, self.name = Path(folder), name
         index = read_index(self.folder)
         if index is None:
@@ -104,9 +108,9 @@ class TeacherCache:
             self.mass_mean = sum(shard["mass_sum"] for shard in self._shards) / max(self.tokens, 1)
             self.mass_min = min((shard["mass_min"] for shard in self._shards), default=1.0)
         kinds = ("hidden",) if self.keep == "hidden" else tuple(no_lists(index))
-        self.columns: tuple[str, ...] = tuple(f"{name}_{kind}" for kind in kinds)
+        self.columns = columns_of(kinds, name)
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
-        self._heads: dict[torch.device, dict[str, Tensor]] = {}
+        self._head = HeadOnDevices(self._stored_head)
 
     def _check_files(self, verify: bool) -> None:
         files = [shard["file"] for shard in self._shards]
@@ -144,8 +148,8 @@ class TeacherCache:
         return found["hidden"] if self.keep == "hidden" else (found["log_probs"], found["indices"])
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """As ``cache[index]``, by name: ``log_probs``, ``indices`` and, where it is known, ``log_rest`` (n,) float32;
-        or ``hidden``."""
+        """Give what ``cache[index]`` gives by name: ``log_probs``, ``indices`` and, where it is known, ``log_rest``
+        (n,) float32; or ``hidden``."""
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of a teacher cache of {self._rows} rows")
         shard, row = divmod(index, self._shard_rows)
@@ -168,7 +172,7 @@ class TeacherCache:
         return found
 
     def _nothing(self) -> dict[str, Tensor]:
-        """Of a row without targets."""
+        """What a row without targets has."""
         if self.width is None:
             return no_lists(self._index)
         dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
@@ -176,8 +180,11 @@ class TeacherCache:
 
     def _states(self, arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
         hidden = decode_states(arrays)
-        fault = None if bool(hidden.isfinite().all()) else "expected hidden states of finite numbers"
-        return {"hidden": hidden}, fault
+        try:
+            check_states(hidden)
+        except ValueError as error:
+            return {}, str(error)
+        return {"hidden": hidden}, None
 
     def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> LMHead | TopK:
         """The teacher of a batch whose rows are those of :meth:`rows`.
@@ -204,23 +211,17 @@ class TeacherCache:
         if self.tail is not None:
             log_probs, indices, *rest = given
             return TopK(log_probs, indices, tail=self.tail, log_rest=rest[0] if rest else None)
-        stored, options = self._head_on(given[0].device), self._index["head"]
-        weight = stored["weight"]
-        return LMHead(
-            narrowed(given[0], weight.dtype), weight, stored.get("bias"), logit_scale=options["logit_scale"],
-            softcap=options["softcap"],
-        )  # fmt: skip
+        return self._head.on(given[0])
 
-    def _head_on(self, device: torch.device) -> dict[str, Tensor]:
-        """``weight`` (V, width), and ``bias`` (V,) where there is one."""
-        if device not in self._heads:
-            from safetensors.torch import load_file
+    def _stored_head(self, device: torch.device) -> LMHead:
+        from safetensors.torch import load_file
 
-            self._heads[device] = load_file(self.folder / HEAD, device=str(device))
-        return self._heads[device]
+        about, stored = self._index["head"], load_file(self.folder / HEAD, device=str(device))
+        weight, bias = stored["weight"], stored.get("bias")
+        return bare_head(weight, bias, logit_scale=about["logit_scale"], softcap=about["softcap"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_heads": {}}  # a worker process maps the files itself
+        return {**self.__dict__, "_open": {}}  # a worker process maps the files itself
 
     def __repr__(self) -> str:
         entries = f"k={self.k}" if self.draws is None else f"k={self.k} and {self.draws} draws"
@@ -232,7 +233,7 @@ class TeacherCache:
             if self.error is not None and self.error["tokens"]:
                 what += f", KL to the teacher {self.error['kl']:.2g}"
                 what += f", logits off by {self.error['logits']:.2%}" if projected else ""
-        name = "" if self.name == "teacher" else f", name={self.name!r}"
+        name = "" if self.name is None else f", name={self.name!r}"
         return f"TeacherCache({str(self.folder)!r}, {self._rows} rows, {self.tokens} tokens, {what}{name})"
 
     def check(
@@ -242,14 +243,25 @@ class TeacherCache:
         rows: AnyRows,
         template: PromptTemplate | str,
         teacher: PreTrainedModel | None = None,
-    ) -> None:
-        """Raise unless the cache was made with these; ``teacher`` None (default) is not compared.
+        data: str | None = None,
+    ) -> CachedRows:
+        """Raise unless the cache was made with these.
+
+        Args:
+            tokenizer, rows, template: as of :func:`fused_kd.training.cache.write_cache`.
+            teacher: None (default): any.
+            data: what :func:`fused_kd.training.fingerprints.fingerprint_rows` gives for ``rows``, where it is known
+                already; None (default): all rows are read for it.
+
+        Returns:
+            What :meth:`rows` gives for ``rows``, which are not compared a second time.
 
         Raises:
-            ValueError: names every part in ``PARTS`` that differs.
+            ValueError: names every part in ``PARTS`` that differs; rows of a cache of the same name.
         """
-        given = fingerprints_of(tokenizer, rows, template)
+        given = fingerprints_of(tokenizer, rows, template, data)
         self._compare(given if teacher is None else {**given, **fingerprint_teacher(teacher)})
+        return self._joined(rows)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise unless the cache was made with this tokenizer; tokens that were added to it since do not count.
@@ -257,11 +269,7 @@ class TeacherCache:
         Raises:
             ValueError: another one.
         """
-        tokens = sorted(tokenizer.get_vocab().items())
-        known = self._index["vocab_size"]
-        first = fingerprint([(token, index) for token, index in tokens if index < known])
-        if self.fingerprints.get("tokenizer") != first:
-            self._compare({"tokenizer": fingerprint(tokens)})
+        check_tokenizer(self.fingerprints, tokenizer, self._index["vocab_size"], self._made_otherwise)
 
     def check_head(self, other: TeacherCache) -> None:
         """Raise unless what ``other`` has for its rows can be read as this cache's, as that of validation rows is.
@@ -300,6 +308,9 @@ class TeacherCache:
             ValueError: other rows, or another order; rows of a cache of the same name.
         """
         self._compare({"data": fingerprint_rows(dataset)})
+        return self._joined(dataset)
+
+    def _joined(self, dataset: AnyRows) -> CachedRows:
         names, data = {self.name}, dataset
         while isinstance(data, CachedRows):
             if data.cache.name in names:
@@ -309,12 +320,8 @@ class TeacherCache:
         return CachedRows(self, dataset)
 
     def _compare(self, given: Mapping[str, str | None]) -> None:
-        faults = []
-        for part, value in given.items():
-            known = self.fingerprints.get(part)
-            if known is None:
-                faults.append(f"{part} (not known: {PARTS[part]})")
-            elif known != value:
-                faults.append(f"{part} ({PARTS[part]}: {known[:12]} in the cache, {str(value)[:12]} here)")
-        if faults:
-            raise ValueError(f"the teacher cache in {self.folder} was made from something else: {', '.join(faults)}")
+        check_parts(self.fingerprints, given, self._made_otherwise)
+
+    @property
+    def _made_otherwise(self) -> str:
+        return f"the teacher cache in {self.folder} was made from something else"

@@ -1,4 +1,4 @@
-"""A teacher run over rows, for what it says where a label carries loss."""
+"""Runs a teacher over rows and gives its head on the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_kd.integrations.bodies import eval_mode
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.collate import Collator
-from fused_kd.training.fingerprints import OTHER_PROMPT
+from fused_kd.training.fingerprints import PROMPT_COLUMNS
 from fused_kd.training.shards import target_positions
 
 
@@ -30,7 +30,7 @@ Runs = Callable[[Iterable[int]], Iterator[Run]]
 
 
 def teacher_runs(teacher: Any, data: Any, rows: Iterable[int], pad: int, batch_size: int) -> Iterator[Run]:
-    """The ``rows`` of ``data``, as :func:`read_row` gives them, those of similar length together; ``pad`` fills the
+    """Run the ``rows`` of ``data``, as :func:`read_row` gives them, those of similar length together; ``pad`` fills the
     batches.
 
     Raises:
@@ -58,12 +58,12 @@ def read_row(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: only one of the two, not a label for each token, or other targets; the message has the number.
     """
-    having = [name for name in OTHER_PROMPT if name in row]
+    having = [name for name in PROMPT_COLUMNS if name in row]
     if not having:
         return {name: row[name] for name in ("input_ids", "labels")}
     if len(having) == 1:
-        raise ValueError(f"rows[{number}] must have {' and '.join(OTHER_PROMPT)} or neither, got {having[0]} alone")
-    ids, labels = (row[name] for name in OTHER_PROMPT)
+        raise ValueError(f"rows[{number}] must have {' and '.join(PROMPT_COLUMNS)} or neither, got {having[0]} alone")
+    ids, labels = (row[name] for name in PROMPT_COLUMNS)
     if len(ids) != len(labels):
         raise ValueError(
             f"rows[{number}] must have as many teacher_labels as teacher_input_ids, got {len(labels)} and {len(ids)}"

@@ -162,7 +162,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, vocab_map=vocab_map, tail=tail,
             statistics=told, **trainer_args,
         )  # fmt: skip
-        self._warned_hard = self._told_bucket = False
+        self._warned_hard = self._told_lists = False
         self.add_callback(RunningMetrics(told))
 
     @property
@@ -215,19 +215,19 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             if self.beta_schedule is not None:
                 logs["beta"] = annealed_part(self.current_objective()).beta
         super().log(logs, start_time)
-        if not self._told_bucket and self._has_bucket:
-            self._told_bucket = True
+        if not self._told_lists and self._has_lists:
+            self._told_lists = True
             logger.warning(
-                "loss is over lists and one bucket for all other tokens: it is lower than with the whole teacher, how "
-                "much depends on the lists; compare it with runs on lists of the same k alone"
+                "loss is over lists of the teacher's tokens, another number than with the whole teacher (with a bucket "
+                "for all other tokens a lower one, of drawn tokens a higher one); compare it with runs on such lists"
             )
         if "loss" in logs and not self._warned_hard:
             self._warn_if_starved()
 
     @property
-    def _has_bucket(self) -> bool:
+    def _has_lists(self) -> bool:
         lists = [self.kd_options["lists"] if self.teaching else None, *self._given_teachers]
-        return any(getattr(each, "tail", None) == "bucket" for each in lists)
+        return any(getattr(each, "tail", None) is not None for each in lists)
 
     def _get_dataloader(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> DataLoader[Any]:
         if self.accelerator.num_processes > 1 and has_rows(dataset):

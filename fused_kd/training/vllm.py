@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fused_kd.training.reading import json_values, sound
-from fused_kd.training.teacher_cache import target_positions
+from fused_kd.training.shards import target_positions
 
 # the server's stand-in for -inf, which JSON does not have
 MINUS_INFINITY = -9999.0

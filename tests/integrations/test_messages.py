@@ -40,7 +40,7 @@ class Tokens:
 BUILT: dict[str, tuple[type[Exception], str, Any]] = {
     "list": (
         TypeError,
-        r"teacher must be .* a list of \(weight, teacher\) or a list of teachers, got a list of pairs and others",
+        r"teacher must be .* a list of \(weight, teacher\), or .* a list with a LlamaForCausalLM in place of a pair",
         lambda: {"teacher": [(0.5, tiny(16, 2)), tiny(16, 3)]},
     ),
     "name": (TypeError, r"got 'org/teacher': load it", lambda: {"teacher": "org/teacher"}),

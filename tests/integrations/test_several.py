@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 import fused_kd as fk
 from fused_kd.integrations.mixin import KDLossMixin
+from fused_kd.integrations.own import OwnTeacher
 from fused_kd.reference import reference_kd_loss
 from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, PackingCollator
@@ -156,13 +158,59 @@ def test_a_model_a_cache_of_states_and_one_of_lists(cls: Any, tmp_path: Path) ->
     assert all(not torch.equal(value.double(), start[name]) for name, value in made.model.named_parameters())
 
 
+def test_rows_of_another_cache_are_refused(tmp_path: Path) -> None:
+    """They have the same columns; read with the teacher's own head they would be somebody else's."""
+    data, student = rows(4 * STEPS), tiny(16, 1)
+    own, other = (hidden_cache(tmp_path / f"of{s}", tiny(24, s), data, keep="hidden") for s in (2, 3))
+    own, other = TeacherCache(own.folder), TeacherCache(other.folder)  # of one name
+    args, given = arguments(tmp_path), {"data_collator": Collator(0)}
+    for wrong in (
+        {"train_dataset": other.rows(data)},
+        {"train_dataset": own.rows(data), "eval_dataset": other.rows(data)},
+    ):
+        with pytest.raises(ValueError, match="made from something else: teacher_weights"):
+            KDTrainer(student, own, "forward_kd", args=args, **wrong, **given)
+    joined = torch.utils.data.ConcatDataset([own.rows(data), other.rows(data)])
+    with pytest.raises(ValueError, match="made from something else"):
+        KDTrainer(student, own, "forward_kd", args=args, train_dataset=joined, **given)
+    made = KDTrainer(student, own, "forward_kd", args=args, train_dataset=own.rows(data), **given)
+    with pytest.raises(ValueError, match="made from something else"):
+        made.evaluate(other.rows(data))
+    with pytest.raises(ValueError, match="eval_dataset must have teacher_hidden in its rows, as train_dataset has"):
+        KDTrainer(student, own, "forward_kd", args=args, train_dataset=own.rows(data), eval_dataset=data, **given)
+
+
+def test_drawn_lists_are_for_what_they_are_right_for(tmp_path: Path) -> None:
+    data = rows(4 * STEPS)
+    drawn = hidden_cache(tmp_path / "drawn", tiny(24, 2), data, keep="sampled", draws=6)
+    options = {"args": arguments(tmp_path), "train_dataset": drawn.rows(data), "data_collator": Collator(0)}
+    for objective, temperature in (("self_evolution", 1.0), ("forward_kd", 2.0)):
+        with pytest.warns(
+            UserWarning, match="a drawn list is right on average for ForwardKD and NoEvo at temperature 1"
+        ):
+            KDTrainer(tiny(16, 1), drawn, objective, temperature=temperature, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a drawn list")
+        KDTrainer(tiny(16, 1), drawn, "forward_kd", **options)
+
+
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     data, student = rows(4 * STEPS), tiny(16, 1)
     lists = hidden_cache(tmp_path / "lists", tiny(24, 2), data, k=6)
     listed = TeacherCache(tmp_path / "lists", tail="listed")
     for teacher, given, error, message in (
         ([(0.5, tiny(24, 2)), (0.6, tiny(24, 3))], {}, ValueError, "weights must add up to 1"),
-        ([(0.5, tiny(24, 2)), tiny(24, 3)], {}, TypeError, "a list of pairs and others"),
+        ([(0.5, tiny(24, 2)), tiny(24, 3)], {}, TypeError, "got a list with a LlamaForCausalLM in place of a pair"),
+        ({"math": tiny(24, 2)}, {}, TypeError, r"got dict: several are \[\(weight, teacher\), ...\]"),
+        ([(0.5, tiny(24, 2), 1)], {}, TypeError, "got a list with a tuple of 3 in place of a pair"),
+        ((0.5, tiny(24, 2)), {}, TypeError, "got a list with a tuple of 2 in place of a pair"),
+        ([(tiny(24, 2), 0.5), (tiny(24, 3), 0.5)], {}, TypeError, "the weight comes first"),
+        ([("0.5", tiny(24, 2)), (0.5, tiny(24, 3))], {}, TypeError, r"weights\[0\] must be a number"),
+        (zip((0.5, 0.5), (tiny(24, 2), tiny(24, 3)), strict=True), {}, TypeError, "got zip: several are"),
+        (torch.nn.ModuleList([tiny(24, 2)]), {}, TypeError, "got ModuleList: several are"),
+        (OwnTeacher, {}, TypeError, "got the class OwnTeacher: give an object of it"),
+        ([tiny(24, 2), lists], {}, ValueError, "tail must be 'uniform' or 'renormalize' of lists whose rows stand"),
+        ([(0.5, lists), (0.5, lists)], {}, ValueError, "teachers must read columns of their own"),
         ([], {}, TypeError, "got a list of none"),
         (fk.Mixture([torch.zeros(1, 5)]), {}, TypeError, r"give a trainer the pairs, \[\(weight, teacher\), ...\]"),
         ([(0.5, tiny(24, 2)), (0.5, "org/model")], {}, TypeError, "got 'org/model': load it"),

@@ -66,6 +66,19 @@ def test_buckets(backend: str, kinds: tuple[str, ...], how: str) -> None:
         compare(p, teachers, objective, backend=backend, reference=backend == "torch", **shared)
 
 
+def test_a_token_without_a_bucket_is_refused() -> None:
+    """Nothing would say what it is compared over; where it carries no loss, that is no matter."""
+    p = problem(N=17, V=67)
+    bucket, head = list_of(torch.randn(17, 67), 20, "bucket"), p.teacher()
+    weights = torch.full((17,), 0.5).index_fill(0, torch.tensor([4]), 0.0)
+    with pytest.raises(ValueError, match=r"weights must give .* 'bucket' a part .* got 0 at token 4"):
+        fk.kd_loss(p.student(), [(weights, bucket), (1 - weights, head)], p.labels, fk.NoEvo())
+    with pytest.raises(ValueError, match="got 0 at token 0"):
+        fk.kd_loss(p.student(), [(0.0, bucket), (1.0, head)], p.labels, fk.NoEvo())
+    labels = p.labels.index_fill(0, torch.tensor([4]), -100)
+    assert fk.kd_loss(p.student(), [(weights, bucket), (1 - weights, head)], labels, fk.NoEvo()).loss.isfinite()
+
+
 MANY = [pytest.param(x, marks=pytest.mark.exhaustive) for x in OBJECTIVES if x.spec.needs_teacher]
 
 

@@ -62,6 +62,9 @@ def mixed(p: Problem, kinds: tuple[str, ...], how: str) -> tuple[list[Any], dict
         return [spoilt(teacher, which != i) for i, teacher in enumerate(teachers)], {"which": which}
     each = torch.rand(N, count, generator=g)
     each[torch.arange(N), torch.arange(N) % count] *= (torch.arange(N) % 3 > 0).float()
+    buckets = [i for i, kind in enumerate(kinds) if kind.startswith("bucket")]
+    if buckets:  # one of them must have a part of each token
+        each[(each[:, buckets] == 0).all(1), buckets[0]] = 0.5
     each = each / each.sum(1, keepdim=True)
     weights = list(each.unbind(1))
     teachers = [spoilt(teacher, weight == 0) for teacher, weight in zip(teachers, weights, strict=True)]

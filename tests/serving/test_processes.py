@@ -16,6 +16,7 @@ import pytest
 
 from fused_kd import serve as serve_module
 from fused_kd.serving import ServedTeacher
+from fused_kd.training import models
 
 from .serving import CPU, ROOT, Process, apart, batch_of, local, saved, teacher
 
@@ -78,24 +79,57 @@ def test_a_killed_server_that_is_started_again(folder, caplog):
         assert len(texts) == 2 and "does not answer" in texts[0] and "answers again" in texts[1], texts
 
 
-def test_what_it_cannot_serve(folder, tmp_path, capsys):
+def test_what_it_cannot_serve(folder, tmp_path, capsys, monkeypatch):
+    """Options that are wrong are found before the model, whose loading takes minutes, is touched."""
+    assert serve_module.main(["nowhere"]) == 2
+    assert "neither a preset" in capsys.readouterr().err
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
         (tmp_path / "empty").write_text("\n")
         for arguments, message in (
-            (["nowhere"], "neither a preset"),
-            ([str(folder), "--token-file", str(tmp_path / "missing")], "No such file"),
-            ([str(folder), "--token-file", str(tmp_path / "empty")], "token must not be empty"),
-            ([str(folder), "--port", str(taken.getsockname()[1])], "in use"),
-            ([str(folder), "--batch-tokens", "0"], "batch_tokens must be an int of at least 1"),
+            (
+                ["--token-file", str(tmp_path / "missing")],
+                f"--token-file {tmp_path / 'missing'} cannot be read: .*No such",
+            ),
+            (["--token-file", str(tmp_path / "empty")], f"--token-file {tmp_path / 'empty'} has no token"),
+            (["--port", str(port)], f"cannot listen at --host 127.0.0.1 --port {port}: .*in use"),
+            (["--port", "65536"], r"--port must be in \[0, 65535\], got 65536"),
+            (["--host", "no.such.host.invalid"], "cannot listen at --host no.such.host.invalid --port 0: "),
+            (["--host", "192.0.2.1"], "cannot listen at --host 192.0.2.1 --port 0: .*assign"),
+            (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
+            (["--queue", "-1"], "--queue must be at least 1, got -1"),
+            (["--device", "nothing"], "device='nothing' cannot be used here: "),
+            (["--device", "cuda:99"], "device='cuda:99' cannot be used here: "),
         ):
-            assert serve_module.main(arguments) == 2
-            assert message in capsys.readouterr().err
+            assert serve_module.main([str(folder), *arguments]) == 2
+            found = capsys.readouterr().err
+            assert re.fullmatch(rf"python -m fused_kd\.serve: {message}.*\n", found), found
+
+
+def test_an_address_that_is_taken_while_the_model_is_loaded(folder, capsys, monkeypatch):
+    load, taken = models.load_model, socket.socket()
+
+    def slow(*given, **options):
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        return load(*given, **options)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(models, "load_model", slow)
+    with taken:
+        assert serve_module.main([str(folder), "--port", str(port)]) == 2
+    assert f"cannot listen at --host 127.0.0.1 --port {port}: " in capsys.readouterr().err
 
 
 def test_it_warns_of_a_host_that_everybody_reaches(folder):
     with Process(folder, "--host", "0.0.0.0") as process:
+        assert f"(http://{socket.gethostname()}:{process.port} on other machines) serves" in process.line
         assert ServedTeacher(f"http://127.0.0.1:{process.port}", patience=5).hidden_size == 16
         code, _, err = process.end()
     assert code == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_kd.serving.rows import rows_of
-from fused_kd.serving.wire import Rows, read_rows, read_states, save, write_rows
+from fused_kd.serving.rows import key_of, requested_rows
+from fused_kd.serving.wire import Request, read_request, read_states, save, write_request
 from fused_kd.training.hidden_codes import encode_states
 
 LIMITS = {"input_size": 50, "longest": 8, "most_tokens": 20}
@@ -16,7 +16,7 @@ def bools(*rows: str) -> torch.Tensor:
     return torch.tensor([[x == "1" for x in row] for row in rows])
 
 
-def given(rows: Rows) -> list[tuple[list[int], list[int]]]:
+def given(rows: Request) -> list[tuple[list[int], list[int]]]:
     return [(ids.tolist(), wanted.int().tolist()) for ids, wanted in rows.apart()]
 
 
@@ -26,7 +26,7 @@ def test_padding_and_what_follows_the_last_target_stay_here(mask):
     keep = bools(*mask)
     right = mask[0][0] == "1"
     targets = bools("01100", "00000", "10000") if right else bools("00110", "00000", "00010")
-    rows, places = rows_of({"input_ids": ids, "attention_mask": keep.long()}, targets)
+    rows, places = requested_rows({"input_ids": ids, "attention_mask": keep.long()}, targets)
     assert given(rows) == ([([0, 1, 2], [0, 1, 1]), ([10], [1])] if right else [([1, 2, 3], [0, 1, 1]), ([13], [1])])
     assert places.tolist() == targets.flatten().nonzero()[:, 0].tolist()
 
@@ -34,15 +34,15 @@ def test_padding_and_what_follows_the_last_target_stay_here(mask):
 def test_packed_rows_are_cut():
     ids = torch.arange(10)[None]
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 0]])
-    rows, places = rows_of({"input_ids": ids, "position_ids": positions}, bools("0100000100"))
+    rows, places = requested_rows({"input_ids": ids, "position_ids": positions}, bools("0100000100"))
     assert given(rows) == [([0, 1], [0, 1]), ([5, 6, 7], [0, 0, 1])]
     assert places.tolist() == [1, 7]
 
 
 def test_without_a_mask_rows_are_whole_and_without_targets_there_are_none():
     ids = torch.arange(6).view(2, 3)
-    assert given(rows_of({"input_ids": ids}, bools("010", "100"))[0]) == [([0, 1], [0, 1]), ([3], [1])]
-    rows, places = rows_of({"input_ids": ids, "attention_mask": torch.zeros(2, 3)}, bools("000", "000"))
+    assert given(requested_rows({"input_ids": ids}, bools("010", "100"))[0]) == [([0, 1], [0, 1]), ([3], [1])]
+    rows, places = requested_rows({"input_ids": ids, "attention_mask": torch.zeros(2, 3)}, bools("000", "000"))
     assert rows.tokens == 0 and len(places) == 0
 
 
@@ -59,18 +59,31 @@ def test_without_a_mask_rows_are_whole_and_without_targets_there_are_none():
 )
 def test_a_batch_that_cannot_be_sent(batch, message):
     with pytest.raises(ValueError, match=message):
-        rows_of({"input_ids": torch.arange(5)[None], **batch}, bools("00100"))
+        requested_rows({"input_ids": torch.arange(5)[None], **batch}, bools("00100"))
 
 
-def rows(ids=(1, 2, 3, 4), lengths=(1, 3), wanted=(1, 0, 1, 1)) -> Rows:
-    return Rows(torch.tensor(ids).int(), torch.tensor(lengths).int(), torch.tensor(wanted).bool())
+def rows(ids=(1, 2, 3, 4), lengths=(1, 3), wanted=(1, 0, 1, 1)) -> Request:
+    return Request(torch.tensor(ids).int(), torch.tensor(lengths).int(), torch.tensor(wanted).bool())
 
 
 def test_rows_go_there_and_back():
-    assert given(read_rows(write_rows(rows()), **LIMITS)) == [([1], [1]), ([2, 3, 4], [0, 1, 1])]
-    assert rows().digest() == rows().digest()
-    others = (rows(ids=(1, 2, 3, 5)), rows(lengths=(2, 2)), rows(wanted=(1, 0, 1, 0)))
-    assert len({each.digest() for each in (rows(), *others)}) == 4
+    assert given(read_request(write_request(rows()), **LIMITS)) == [([1], [1]), ([2, 3, 4], [0, 1, 1])]
+
+
+def test_keys_stand_for_content():
+    ids, mask, targets = torch.arange(6).view(2, 3), bools("111", "110"), bools("010", "100")
+    keys = [
+        key_of({"input_ids": ids, "attention_mask": mask}, targets),
+        key_of({"input_ids": ids + 1, "attention_mask": mask}, targets),
+        key_of({"input_ids": ids.T.reshape(3, 2), "attention_mask": mask.reshape(3, 2)}, targets.reshape(3, 2)),
+        key_of({"input_ids": ids, "attention_mask": ~mask}, targets),
+        key_of({"input_ids": ids, "position_ids": mask}, targets),
+        key_of({"input_ids": ids}, targets),
+        key_of({"input_ids": ids}, bools("010", "000")),
+    ]
+    assert len(set(keys)) == 7
+    strided = torch.arange(12).view(2, 6)[:, ::2] // 2
+    assert key_of({"input_ids": strided, "attention_mask": mask.clone(), "more": ids}, targets) == keys[0]
 
 
 def test_rows_are_split_between_requests():
@@ -97,7 +110,7 @@ def test_rows_are_split_between_requests():
 )
 def test_a_request_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
-        read_rows(write_rows(rows(**changes)), **LIMITS)
+        read_request(write_request(rows(**changes)), **LIMITS)
 
 
 def test_a_request_of_another_form():
@@ -110,10 +123,10 @@ def test_a_request_of_another_form():
         ({**vars(rows()), **wide}, "add up to"),  # their sum wraps around to 4
     ):
         with pytest.raises(ValueError, match=message):
-            read_rows(save(tensors), **LIMITS)
-    for body in (b"", b"x" * 100, write_rows(rows())[:-3]):
+            read_request(save(tensors), **LIMITS)
+    for body in (b"", b"x" * 100, write_request(rows())[:-3]):
         with pytest.raises(ValueError, match="expected a safetensors file"):
-            read_rows(body, **LIMITS)
+            read_request(body, **LIMITS)
 
 
 @pytest.mark.parametrize("dtype, error", [("fp32", 0.0), ("fp16", 3e-4), ("bf16", 3e-3), ("fp8", 4e-2)])
@@ -137,9 +150,12 @@ def test_an_answer_that_cannot_be():
         ({"hidden": states.half()}, "must have the tensors"),
         ({"hidden": states[:2]}, "must have the tensors"),
         ({"hidden": states, "more": states.clone()}, "must have the tensors"),
-        ({"hidden": with_fifth(float("nan"))}, "got 1 of 3 tokens that are not, the first at 1"),
-        ({"hidden": with_fifth(float("inf"))}, "the first at 1"),
-        ({"hidden": with_fifth(-float("inf"))}, "the first at 1"),
+        (
+            {"hidden": with_fifth(float("nan"))},
+            r"token 1 must be finite numbers, the largest is nan \(1 of 3 tok",
+        ),
+        ({"hidden": with_fifth(float("inf"))}, "states of token 1 must be finite"),
+        ({"hidden": with_fifth(-float("inf"))}, "states of token 1 must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             read_states(save({k: v.contiguous() for k, v in tensors.items()}), 3, 4, "fp32")

@@ -41,5 +41,7 @@ def test_a_served_teacher(teacher: Path, tmp_path: Path) -> None:
         model.lm_head.weight.mul_(1.5)
     with TeacherServer(model, tokenizer) as server, pytest.raises(ValueError, match="teacher's content: "):
         train("self_evolution", tmp_path / "served", teacher=server.url, **given)
+    with pytest.raises(ConnectionError, match=r"patience=0\.5"):
+        train("self_evolution", tmp_path / "served", teacher=server.url, **given, teacher_patience=0.5)
     with pytest.raises(ValueError, match="teacher_token_file needs a teacher at http://HOST:PORT"):
         train("self_evolution", tmp_path / "other", teacher=teacher, **given, teacher_token_file="token")

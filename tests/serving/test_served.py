@@ -23,8 +23,8 @@ import fused_kd as fk
 from fused_kd.serving import ServedTeacher, batching
 from fused_kd.serving.ahead import Answers
 from fused_kd.serving.batching import Job, batches_of
-from fused_kd.serving.rows import rows_of
-from fused_kd.serving.wire import IDENTITY, Rows
+from fused_kd.serving.rows import key_of
+from fused_kd.serving.wire import IDENTITY, Request
 from fused_kd.training.collate import PackingCollator
 from tests.training.forking import ended, fork
 from tests.training.tiny import VOCAB
@@ -155,7 +155,7 @@ def test_large_requests_are_split(running):
 
 def job(*lengths: int) -> Job:
     tokens = sum(lengths)
-    return Job(Rows(torch.zeros(tokens).int(), torch.tensor(lengths), torch.ones(tokens).bool()), "fp32")
+    return Job(Request(torch.zeros(tokens).int(), torch.tensor(lengths), torch.ones(tokens).bool()), "fp32")
 
 
 def test_rows_of_several_requests_share_batches():
@@ -257,15 +257,15 @@ def test_states_that_cannot_be_sent_are_an_error_of_their_request_alone(running,
 # Requests ahead.
 
 
-def count_requests(client, monkeypatch) -> list[str]:
+def count_requests(client, monkeypatch) -> list[Request]:
     asked = []
-    real = type(client).states_of
+    real = client.states_of
 
-    def states_of(self, rows):
-        asked.append(rows.digest())
-        return real(self, rows)
+    def states_of(request):
+        asked.append(request)
+        return real(request)
 
-    monkeypatch.setattr(type(client), "states_of", states_of)
+    monkeypatch.setattr(client, "states_of", states_of)
     return asked
 
 
@@ -297,7 +297,7 @@ def test_answers_ahead_are_bounded_and_stale_ones_make_room(server, monkeypatch)
         client.prefetch(*batch)
     client.head(*batches[5], CPU)
     client.prefetch(*batches[3])
-    assert rows_of(*batches[3])[0].digest() in client._answers._known
+    assert key_of(*batches[3]) in client._answers._known
 
 
 def test_steps_use_the_room_again(server, monkeypatch):
@@ -307,7 +307,7 @@ def test_steps_use_the_room_again(server, monkeypatch):
     for step in (batches[:2], batches[2:4], batches[4:]):
         for batch in step:
             client.prefetch(*batch)
-        assert {rows_of(*batch)[0].digest() for batch in step} == set(client._answers._known)
+        assert {key_of(*batch) for batch in step} == set(client._answers._known)
         for batch in step:
             client.head(*batch, CPU)
     assert len(asked) == 6
@@ -321,6 +321,21 @@ def test_an_error_ahead_is_raised_where_the_batch_is_used(running):
     client.prefetch(batch, targets)
     with pytest.raises(ConnectionError, match=r"patience=0\.2"):
         client.head(batch, targets, CPU)
+
+
+def test_what_failed_ahead_is_asked_for_again(running):
+    """As by a run that is resumed with the client that it had when the server was away."""
+    server = running()
+    client = ServedTeacher(server.url, patience=0)
+    batch, targets = batch_of()
+    port = int(server.url.rsplit(":", 1)[1])
+    server.close()
+    client.prefetch(batch, targets)
+    (failed,) = client._answers._known.values()
+    assert isinstance(failed.exception(10), ConnectionError)
+    running(port=port)
+    client.prefetch(batch, targets)
+    assert client.head(batch, targets, CPU).hidden[targets].any()
 
 
 def test_workers_of_a_loader_ask_for_nothing(client, monkeypatch):
@@ -338,15 +353,19 @@ def test_copies_in_other_processes(server, client):
     assert torch.equal(copied.head(batch, targets, CPU).hidden, expected) and copied.url == client.url
     copy.deepcopy(client)
     client.prefetch(*batch_of(seed=9))
-    client._lock.acquire()  # another thread fetches the head meanwhile
-    client._heads.clear()
+    locks = client._heads._lock, client._answers._lock, client._connection._lock
+    for lock in locks:  # other threads are about something meanwhile
+        lock.acquire()
+    idle = client._connection._idle[0]
 
     def child() -> None:
-        assert not client._answers._known and not client._connection._idle
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
+        assert client._connection._idle[0] is not idle
+
     assert ended(fork(child)) == 0
-    client._lock.release()
+    for lock in locks:
+        lock.release()
     assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
 
@@ -382,31 +401,6 @@ def test_rows_that_the_teacher_cannot_read(running, client):
     short = ServedTeacher(running(teacher(max_position_embeddings=6)).url, **FAST)
     with pytest.raises(ValueError, match="a row must have at most 6 tokens"):
         short.head(batch, targets, CPU)
-
-
-def raw(server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
-    connection.request(method, path, body, headers)
-    response = connection.getresponse()
-    content = response.read().decode(errors="replace")
-    connection.close()
-    return response.status, content
-
-
-def test_requests_that_cannot_be(server):
-    for method, path, body, headers, status, message in (
-        ("GET", "/nothing", None, {}, 404, "GET /nothing is unknown"),
-        ("POST", "/about", b"", {}, 404, "POST /about is unknown"),
-        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, fp8, fp16, fp32, got 'int4'"),
-        ("POST", "/states", b"not tensors", {}, 400, "expected a safetensors file"),
-        ("POST", "/states", None, {"Content-Length": str(10**9)}, 413, "at most"),
-        ("POST", "/states", None, {"Content-Length": "9" * 60}, 413, "at most"),
-        ("POST", "/states", None, {"Content-Length": "-1"}, 413, "must have a Content-Length"),
-        ("POST", "/states", b"x", {"Transfer-Encoding": "chunked"}, 413, "must have a Content-Length"),
-    ):
-        found = raw(server, method, path, body, **headers)
-        assert found[0] == status and message in found[1], found
-    assert raw(server, "GET", "/about")[0] == 200
 
 
 def test_arguments_that_cannot_be(server):

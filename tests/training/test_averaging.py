@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import fused_kd as fk
-from fused_kd.integrations.labels import denominator, sequence_weights, without_first_targets
+from fused_kd.integrations.labels import denominator, row_numbers, sequence_weights, without_first_targets
 from fused_kd.training.collate import Collator, PackingCollator
 from tests.training.distributed_worker import Cache, with_top_k
 from tests.training.test_trainer import logged, trainer
@@ -108,6 +108,14 @@ def test_first_tokens_by_mask_or_position() -> None:
     masked = without_first_targets({"labels": labels, "position_ids": positions})["labels"]
     assert masked.tolist() == [[-100, 2, -100, 4], [-100, -100, 7, 8]]
     assert without_first_targets({"labels": labels})["labels"] is labels
+    for limits, rows in (
+        ({"attention_mask": mask, "position_ids": positions}, [[-1, -1, 0, 0], [1, 1, 1, -1]]),
+        ({"position_ids": positions}, [[0, 0, 1, 1], [2, 3, 3, 3]]),
+        ({"position_ids": positions + (positions == 0).int() * torch.tensor([[1], [0]])}, [[0] * 4, [1, 2, 2, 2]]),
+        ({"attention_mask": mask[None], "position_ids": positions}, [[0] * 4, [1] * 4]),
+        ({}, [[0] * 4, [1] * 4]),
+    ):
+        assert row_numbers({"labels": labels, **limits}).tolist() == rows
 
 
 def test_unknown_averages(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ DATA, HELD_OUT = rows(18), rows(7, seed=9)
 OBJECTIVE = fk.SelfEvolution(gamma=2.0) + 0.5 * fk.ReverseKD()
 
 
-def cached(folder: Path, data: list = DATA, teacher: Any = None, name: str = "teacher", **options: Any) -> TeacherCache:
+def cached(
+    folder: Path, data: list = DATA, teacher: Any = None, name: str | None = None, **options: Any
+) -> TeacherCache:
     teacher = tiny(24, seed=2) if teacher is None else teacher
     options = {"keep": "hidden", "dtype": "fp32", "template": "tiny", "progress": False, **options}
     write_cache(folder, teacher, Words(VOCAB), data, shard_rows=5, batch_size=3, **options)  # type: ignore[arg-type]
@@ -160,7 +162,7 @@ def test_a_context_is_cached(tmp_path: Path, collator: str, keep: str) -> None:
     assert apart(plain, expected) > 1e-2 * moved
     another = with_context(DATA, None, [10, 11])
     for wrong in (DATA, another):
-        with pytest.raises(ValueError, match="something else: data .*of their teacher's prompts"):
+        with pytest.raises(ValueError, match=r"something else: data .*of their teacher's prompts"):
             cache.rows(wrong)
     with pytest.raises(ValueError, match="something else: data"):
         cached(tmp_path / "plain", **own).rows(data)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -16,11 +19,13 @@ from fused_kd.integrations.forms import BATCH_COLUMNS, Step, aligned, on_device,
 from fused_kd.integrations.labels import without_first_targets  # noqa: E402
 from fused_kd.integrations.own import OwnTeacher  # noqa: E402
 from fused_kd.integrations.prompted import checked_prompts  # noqa: E402
-from fused_kd.integrations.sampling import MaskedTail  # noqa: E402
+from fused_kd.integrations.sampling import MaskedTail, lengths_of  # noqa: E402
 from fused_kd.integrations.transformers import hidden_states, lm_head_of  # noqa: E402
 from fused_kd.reference import reference_kd_loss  # noqa: E402
 from fused_kd.training import with_context  # noqa: E402
+from fused_kd.training.cached_rows import CachedRows  # noqa: E402
 from fused_kd.training.collate import Collator, PackingCollator  # noqa: E402
+from fused_kd.training.shards import target_positions  # noqa: E402
 from tests.small_tokenizers import byte_level  # noqa: E402
 from tests.training.test_trainer import SGD, assert_same_weights, trainer, weights  # noqa: E402
 from tests.training.tiny import rows, tiny  # noqa: E402
@@ -73,7 +78,38 @@ def test_long_rows() -> None:
         with_context(data, None, [20], max_length=1)
 
 
+def test_contexts_are_small_and_no_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes a token; lengths come from the rows alone."""
+    data = rows(40)
+    tracemalloc.start()
+    made = with_context(data, None, lambda row: list(range(1000, 3000)))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 40 * 2000 * 5
+    assert made[1]["teacher_input_ids"] == [*range(1000, 3000), *data[1]["input_ids"]]
+    assert pickle.loads(pickle.dumps(made))[3] == made[3]
+
+    class Cache:
+        name = None
+
+        def __len__(self) -> int:
+            return len(data)
+
+        def row(self, index: int) -> dict:
+            return {"hidden": torch.zeros(len(target_positions(data[index]["labels"])), 2)}
+
+    cached = CachedRows(Cache(), data)
+    assert with_context(cached, None, [20])[1]["teacher_hidden"].shape[1] == 2
+    monkeypatch.setattr(Cache, "row", lambda *_: pytest.fail("read"))
+    some_ = with_context(cached, None, lambda row: [20] * len(row["input_ids"]), max_length=12)
+    assert 0 < some_.skipped < 40
+    assert lengths_of(some_) == [len(row["input_ids"]) for row in data if len(row["input_ids"]) <= 6]
+
+
 def test_wrong_contexts() -> None:
+    for wrong in ([-1], [1, 1 << 31]):
+        with pytest.raises(ValueError, match=r"context must have token ids in \[0, 2147483647\], got "):
+            with_context([ROW], None, wrong)
     for context in (7, ["a"], [True], None, lambda row: 3.0):
         with pytest.raises(TypeError, match="context must be text or token ids, or a function of a row"):
             with_context([ROW], Words(), context)  # type: ignore[arg-type]
@@ -175,6 +211,16 @@ def test_wrong_batches() -> None:
         with pytest.raises(ValueError, match=r"in each row, row 2 has token 60 in place of \d+ as number \d+"):
             batch_of(COLLATORS[kind], other)
         checked_prompts(without_first_targets(COLLATORS[kind](other)), same_ids=False)
+    many = [dict(row) for row in some(4)]
+    many[3]["teacher_labels"] = [*many[3]["teacher_labels"][:-1], -100]
+    twice = [COLLATORS["packed"](many[:2]), COLLATORS["packed"](many[2:])]
+    width = {name: max(each[name].shape[1] for each in twice) for name in twice[0]}
+    fills = {name: -100 if "labels" in name else 1 for name in width}
+    lines = {
+        n: torch.cat([pad(each[n], (0, width[n] - each[n].shape[1]), value=fills[n]) for each in twice]) for n in width
+    }
+    with pytest.raises(ValueError, match=r"the same targets as labels in each row, row 3 has \d+ of them in teacher_l"):
+        checked_prompts(without_first_targets(lines))
     batch = right(data)
     with pytest.raises(ValueError, match="batch must have teacher_labels beside teacher_input_ids"):
         checked_prompts({name: value for name, value in batch.items() if name != "teacher_labels"})

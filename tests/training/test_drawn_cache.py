@@ -135,12 +135,12 @@ def test_damage_is_found(tmp_path: Path) -> None:
         TeacherCache(tmp_path, verify=False)[0]
     shard.write_bytes(content)
     text = (tmp_path / "index.json").read_text()
-    for name, value in (("draws", 0), ("draws", None), ("k", -1), ("k", 54), ("packed", 3), ("dtype", "bf16"),
+    for name, value in (("draws", 0), ("draws", None), ("k", -1), ("k", 54), ("dtype", "bf16"),
                         ("keep", "drawn")):  # fmt: skip
         (tmp_path / "index.json").write_text(json.dumps({**json.loads(text), name: value}))
         with pytest.raises(ValueError, match=r"index\.json is damaged"):
             TeacherCache(tmp_path, verify=False)
-    for name, value in (("draws", 6), ("packed", False), ("k", 2)):
+    for name, value in (("draws", 6), ("k", 2)):
         (tmp_path / "index.json").write_text(json.dumps({**json.loads(text), name: value}))
         with pytest.raises(ValueError, match=r"00000\.safetensors has the arrays"):
             TeacherCache(tmp_path, verify=False)
@@ -157,8 +157,11 @@ def test_a_broken_teacher_is_no_cache(tmp_path: Path, monkeypatch) -> None:
     ({"draws": 0}, "draws must be an int of at least 1, got 0"),
     ({"draws": 1.5}, "draws must be an int of at least 1, got 1.5"),
     ({"k": 54}, "k=54: expected at most the 53 tokens"),
-    ({"k": -1}, "k must be an int of at least 1, got -1"),
-    ({"seed": None}, "seed must be an int, got None"),
+    ({"k": -1}, "k must be an int of at least 0 with keep='sampled', got -1"),
+    ({"k": False}, "k must be an int of at least 0 with keep='sampled', got False"),
+    ({"seed": "x"}, "seed must be an int, got 'x'"),
+    ({"sample": 7}, "sample must be None with keep='sampled', got 7"),
+    ({"keep": "lists", "k": 3, "draws": None, "seed": 5}, "seed must be None with keep='lists', got 5"),
     ({"dtype": "bf16"}, "dtype must be one of 'fp16', '8bit', 'fp32', got 'bf16'"),
     ({"project": 4}, "project must be None with keep='sampled', got 4"),
     ({"keep": "lists", "k": 3, "draws": 4}, "draws must be None with keep='lists', got 4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from itertools import product
@@ -282,7 +283,8 @@ def test_states_of_equal_tokens_project_to_finite_ones() -> None:
     """Directions without variance, some of them and all."""
     torch.manual_seed(0)
     weight = torch.randn(PADDED, 16)
-    for hidden in (torch.randn(200, 3) @ torch.randn(3, 16), torch.ones(200, 16), torch.randn(1, 16).expand(200, 16), torch.zeros(200, 16)):
+    alike = torch.randn(1, 16).expand(200, 16)
+    for hidden in (torch.randn(200, 3) @ torch.randn(3, 16), alike, torch.ones(200, 16), torch.zeros(200, 16)):
         head, moments = fk.LMHead(hidden, weight), Moments(16, CPU)
         moments.add(hidden)
         found = fit(moments, head, 16)
@@ -480,6 +482,8 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
         ({"k": 4}, "k must be None with keep='hidden', got 4"),
         ({"project": 0}, "project must be an int of at least 1, got 0"),
         ({"sample": 0}, "sample must be"),
+        ({"seed": 5}, "seed must be None with keep='hidden', got 5"),
+        ({"keep": "lists", "k": 4, "sample": 7}, "sample must be None with keep='lists', got 7"),
         ({"keep": "lists", "k": 4, "project": 4}, "project must be None with keep='lists', got 4"),
         ({"keep": "lists", "k": 4, "like": "x"}, "like must be None with keep='lists', got 'x'"),
         ({"keep": "lists"}, "k must be an int of at least 1, got None"),
@@ -497,8 +501,9 @@ def test_bad_arguments_of_a_reader(finished: Path, tmp_path: Path) -> None:
         write_hidden(tmp_path, project=17)
     with pytest.raises(ValueError, match=r"tail must be None for the cache in .*, which is of hidden states, got 'bu"):
         TeacherCache(finished, tail="bucket")
-    with pytest.raises(ValueError, match="name must be letters, digits and _, got 'a b'"):
-        TeacherCache(finished, name="a b")
+    for name in ("a b", "", "a\n", 3):
+        with pytest.raises(ValueError, match=re.escape(f"name must be letters, digits and _, or None, got {name!r}")):
+            TeacherCache(finished, name=name)
     with pytest.raises(ValueError, match="batch must have teacher_hidden for the cached teacher TeacherCache"):
         TeacherCache(finished).head({}, torch.ones(1, 1), CPU)
 
@@ -534,6 +539,6 @@ def test_a_state_that_cannot_be(finished: Path, tmp_path: Path) -> None:
     stored = load_file(path)
     stored["scale"] = stored["scale"] * math.inf
     save_file(stored, path)
-    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: expected hidden states"):
+    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: hidden states of token 0"):
         TeacherCache(folder, verify=False)[9]
     assert np.isfinite(TeacherCache(folder, verify=False)[0].float().numpy()).all()

@@ -7,17 +7,19 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fused_kd as fk
+from fused_kd.training import fingerprints
 from fused_kd.training.data import load_pairs, misalign
 from fused_kd.training.generate import generate
 from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.prompts import tokenize_pairs
-from fused_kd.training.teacher_cache import target_positions
+from fused_kd.training.shards import bytes_of_token, read_index, target_positions
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import apart, corpus, script, train, weights
 
@@ -79,7 +81,9 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
     ours, theirs = (weights(tmp_path / name / "model") for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     monkeypatch.setattr(KDTrainer, "training_step", None)
+    capsys.readouterr()
     train("self_evolution_quantile", tmp_path / "cut", **pair)  # done already
+    assert capsys.readouterr().out == f"finished: model in {tmp_path / 'cut' / 'model'}\n"
     with pytest.raises(ValueError, match=r"made with other arguments \(learning_rate: 0\.002 -> 0\.1\)"):
         train("self_evolution_quantile", tmp_path / "cut", **pair, learning_rate=0.1)
 
@@ -196,7 +200,7 @@ def test_a_tokenizer_without_padding_token_and_adapters(teacher: Path, tmp_path:
     assert generate(load_model(kept, load_tokenizer(kept), 0), load_tokenizer(kept), ["en: a", "en: a cat"])
 
 
-def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
+def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     flags = (
         f"--data builtin --direction de-en en-de --teacher {teacher} --limit 12 --k 8 --dtype 8bit --shard-rows 8 "
         f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
@@ -204,8 +208,15 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys) -> None:
     cache = script("cache_teacher").main(flags)
     shown = capsys.readouterr().out
     assert "de-en: Rows(12 rows" in shown and "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown
+    each = bytes_of_token(read_index(tmp_path / "cache"))
+    assert f" MB ({cache.tokens} tokens with loss x {each} bytes)\n" in shown
+    assert "what the teacher thinks likely" in shown and "drawn" not in shown
     pair = {"teacher": f"cache:{tmp_path / 'cache'}", "student": teacher, "train_limit": 12}
+    hashed: list[Any] = []
+    known = fingerprints.without_caches
+    monkeypatch.setattr(fingerprints, "without_caches", lambda data: hashed.append(data) or known(data))
     assert train("forward_kd", tmp_path / "student", **pair)["steps"] == 2
+    assert len(hashed) == 1
     with pytest.raises(ValueError, match=r"was made from something else: data"):
         train("forward_kd", tmp_path / "other", **{**pair, "train_limit": 11})
     with pytest.raises(ValueError, match="needs an online teacher"):
@@ -239,13 +250,14 @@ def test_training_from_drawn_lists(teacher: Path, tmp_path: Path, capsys) -> Non
     shown = capsys.readouterr().out
     assert (cache.keep, cache.k, cache.draws) == ("sampled", 0, 9) and "draws" in shown
     assert len(cache[0][0][0]) == 9 and f"{cache.bytes_per_token:.1f}" in shown
+    assert "what was drawn" in shown and "what the teacher thinks" not in shown
     pair = {"teacher": f"cache:{tmp_path / 'cache'}", "student": teacher, "directions": "en-de", "train_limit": 12}
     assert train("forward_kd", tmp_path / "student", **pair)["steps"] == 1
     with pytest.raises(ValueError, match="tail must be 'renormalize' for the cache in"):
         train("forward_kd", tmp_path / "other", cache_tail="bucket", **pair)
     with pytest.raises(ValueError, match="tail must be 'uniform', 'bucket' or 'listed' for ReverseKD"):
         train("forward_kd", tmp_path / "reverse", objective="reverse_kd:lam=1", **pair)
-    with pytest.raises(SystemExit, match="--draws 9 is of drawn lists"):
+    with pytest.raises(ValueError, match="draws must be None with keep='lists', got 9"):
         script("cache_teacher").main([*flags, "--keep", "lists"])
     with pytest.raises(ValueError, match="seed: 3 -> 4"):
         script("cache_teacher").main([*flags, "--seed", "4"])
@@ -271,6 +283,8 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
         cache = make(flags)
         shown = capsys.readouterr().out
         assert "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown and "KL" in shown and "MB" in shown
+        each = cache.width * (1 if name == "fp8" else 4) + (4 if name == "fp8" else 0)
+        assert f" MB ({cache.tokens} tokens with loss x {each} bytes) and the teacher's head\n" in shown
         flags[flags.index("--limit") + 1] = "4"
         flags[-1] = str(folders[name][1])
         if "--project" in flags:
@@ -294,16 +308,74 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
                 "self_evolution", tmp_path / f"bad{len(message)}", teacher=f"cache:{folders['fp32'][0]}",
                 **{**given, **changes},
             )  # fmt: skip
-    for wrong, message in ((["--k", "9"], "--k 9 is of lists"), (["--from-vllm", "x"], "it needs --keep lists")):
-        with pytest.raises(SystemExit, match=message):
+    for wrong, kind, message in (
+        (["--k", "9"], ValueError, "k must be None with keep='hidden', got 9"),
+        (["--from-vllm", "x"], SystemExit, "it needs --keep lists"),
+        (["--from-vllm", "x", "--keep", "lists", "--draws", "3"], SystemExit, "without --draws, --project, --like"),
+    ):
+        with pytest.raises(kind, match=message):
             make([*shared.split(), "--output", str(tmp_path / "none"), *wrong])
 
 
+def test_a_cache_is_checked_before_the_teacher_is_loaded(teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    """Loading takes minutes; a 70B teacher is not loaded for an option that nobody takes."""
+    make = script("cache_teacher")
+    flags = f"--data {corpus()} --teacher {teacher} --limit 4 --max-length 64 --device cpu --output".split()
+    make.main([*flags, str(tmp_path / "made"), "--k", "8"])
+    monkeypatch.setattr(make, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    for wrong, message in (
+        ("--keep hidden --dtype 8bit", r"dtype must be one of 'bf16', .*, got '8bit'"),
+        ("--keep hidden --k 9", "k must be None with keep='hidden', got 9"),
+        ("--keep hidden --like nothing", "like='nothing' must be the folder of a cache of hidden states"),
+        (f"--keep hidden --like {tmp_path / 'made'}", "must be the folder of a cache of hidden states"),
+        ("--keep hidden --project 0", "project must be an int of at least 1, got 0"),
+        ("--keep hidden --project 100000", "--project must be at most the 64 numbers of a hidden state, got 100000"),
+        ("--keep lists --dtype fp8", r"dtype must be one of 'fp16', .*, got 'fp8'"),
+        ("--keep lists --project 9", "project must be None with keep='lists', got 9"),
+        ("--keep lists --like nothing", "like must be None with keep='lists', got 'nothing'"),
+        ("--keep lists --draws 9", "draws must be None with keep='lists', got 9"),
+        ("--k 0", "k must be an int of at least 1, got 0"),
+        ("--k 100000", "k=100000: expected at most the .* tokens of the tokenizer"),
+        ("--keep sampled --draws 0", "draws must be an int of at least 1, got 0"),
+        ("--keep sampled --k -1", "k must be an int of at least 0 with keep='sampled', got -1"),
+        ("--shard-rows 0", "shard_rows must be an int of at least 1, got 0"),
+        ("--batch 0", "batch_size must be an int of at least 1, got 0"),
+        ("--device nothing", "device='nothing' cannot be used here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make.main([*flags, str(tmp_path / "new"), *wrong.split()])
+    with pytest.raises(ValueError, match=r"made with other arguments \(k: 8 -> 9\)"):
+        make.main([*flags, str(tmp_path / "made"), "--k", "9"])
+    with pytest.raises(ValueError, match=r"made with other arguments \(data: .*; rows: 4 -> 3\)"):
+        make.main([*flags, str(tmp_path / "made"), "--k", "8", "--limit", "3"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_table_that_is_narrow(teacher: Path, tmp_path: Path) -> None:
+    """At 80 columns no number is broken."""
+    make = script("cache_teacher")
+    flags = f"--data {corpus()} --teacher {teacher} --limit 4 --max-length 64 --device cpu --keep hidden".split()
+    cache = make.main([*flags, "--output", str(tmp_path / "made")])
+    console = make.make_console(width=80)
+    with console.capture() as shown:
+        console.print(make.table_of(cache, ["en-de", "de-en"]))
+    head = f"{(tmp_path / 'made' / 'head.safetensors').stat().st_size / 1e6:.1f} MB"
+    for item in (f"{cache.bytes_per_token:.1f}", head, f"{cache.error['logits']:.2%}", f"{cache.error['kl']:.2g}"):
+        assert f" {item} " in shown.get()
+
+
 def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
+    cache = tmp_path / "states"
+    cache.mkdir()
+    (cache / "index.json").write_text("{}")
     for changes, message in (
         ({"per_device_train_batch_size": 5}, r"per_device_train_batch_size x processes = 5 x 1, got 16"),
         ({"learning_rat": 1}, "--learning_rat"),
         ({"teacher": "null"}, "teacher must be given"),
+        ({"teacher": cache}, f"teacher must say what it is: cache:{cache} for the cache in this folder, got"),
+        ({"teacher": "127.0.0.1:8456"}, "teacher must say what it is: http://127.0.0.1:8456 for a server, got"),
+        ({"teacher": "tiny-teacher", "teacher_patience": 3}, "teacher_patience needs a teacher at http://HOST:PORT"),
+        ({"teacher": "http://127.0.0.1:1", "teacher_patience": -1}, "teacher_patience must be seconds, at least 0"),
         (
             {"teacher": "cache:none", "statistics": "kl"},
             "statistics need an online teacher or one's states, got teacher='cache",
