@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fused_kd.training import vllm as vllm_logprobs
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
+from fused_kd.training import with_context  # noqa: E402
 from fused_kd.training.cache import convert_vllm  # noqa: E402
 from fused_kd.training.teacher_cache import TeacherCache  # noqa: E402
 from fused_kd.training.vllm import read_prompt_logprobs  # noqa: E402
@@ -47,6 +49,25 @@ def lines(items: list) -> str:
 def convert(folder: Path, path: Path, **options) -> TeacherCache:
     options = {"k": 5, "template": "tiny", "shard_rows": 4, "dtype": "fp32", "progress": False, **options}
     return convert_vllm(folder, path, Words(), rows(), **options)
+
+
+def test_vllm_of_longer_prompts(tmp_path: Path) -> None:
+    """Of rows with a context the server was asked with the context: it is the longer row that its tokens must be."""
+    rng = random.Random(0)
+    data, path = with_context(rows(), None, [9, 10]), tmp_path / "rows.jsonl"
+    ids = [data[number]["teacher_input_ids"] for number in range(len(data))]
+    made = [[None, *({str(token): -0.1 - rng.random(), "52": -9.0} for token in row[1:])] for row in ids]
+    path.write_text(lines([{"prompt_logprobs": m, "prompt_token_ids": i} for m, i in zip(made, ids, strict=True)]))
+    options = {"k": 2, "template": "tiny", "dtype": "fp32", "progress": False}
+    cache = convert_vllm(tmp_path / "cache", path, Words(), data, **options)
+    for number, row in enumerate(rows()):
+        wanted = [label for label in row["labels"][1:] if label != -100]
+        assert len(wanted) == len(cache[number][0])
+        listed = made[number][len(ids[number]) - len(row["labels"]) + 1 :]
+        found = [entry[str(t)] for entry, t in zip(listed, row["labels"][1:], strict=True) if t != -100]
+        assert cache[number][0][:, 0].tolist() == pytest.approx(found)
+    with pytest.raises(ValueError, match="prompt_token_ids are not the row's input_ids"):
+        convert_vllm(tmp_path / "plain", path, Words(), rows(), **options)
 
 
 def test_vllm_in_every_wrapping(tmp_path: Path) -> None:
