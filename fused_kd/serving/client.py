@@ -126,7 +126,7 @@ class ServedTeacher(RemoteTeacher):
         patience: seconds for which a request is tried again where the server is away, overloaded or broken; also for
             the first one, so that the server may be started later.
         timeout: seconds without a byte after which a try has failed and is repeated.
-        dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "8bit" (int8, a scale for every 32 numbers:
+        dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "8bit" (int8 with a scale for every 32 numbers:
             half of bf16's bytes, an error of some 0.7 % of a state's norm). None (default): that of the teacher's head,
             exactly what it computed.
         token: what the server was started with.

@@ -77,8 +77,8 @@ def test_some_forms_alone(made, capsys):
 def test_bytes_a_token():
     """17 bits an id of 128,256."""
     size = {form.name: form.size(*caches.LARGE) for form in stored.forms(fk.LMHead(torch.randn(3, 32), HEAD), 0)}
-    assert size["hidden states, bf16"] == 8192 and size["hidden states, 8 bits"] == 4352
-    assert size["projected to H/2, bf16"] == 4096 and size["projected to H/2, 8 bits"] == 2176
+    assert size["hidden states, bf16"] == 8192 and size["hidden states, 8 bits"] == 4100
+    assert size["projected to H/2, bf16"] == 4096 and size["projected to H/2, 8 bits"] == 2052
     assert size["64 entries, fp16, bucket"] == 136 + 128 + 4 and size["64 entries, 8bit, listed"] == 136 + 64 + 8 + 4
     assert size["12 draws"] == 26 and size["8 entries, fp16, and 12 draws"] == 43 + 16
     assert size["16 entries, 8bit, and 50 draws"] == 141 + 16 + 8
