@@ -14,7 +14,7 @@ import fused_kd as fk
 from fused_kd.draws import draws_of, thresholds
 from fused_kd.training.codes import decode, encode, id_dtype, packed_bytes
 from fused_kd.training.drawn_codes import decode_draws, encode_draws, ids_of
-from fused_kd.training.hidden_codes import decode_states, encode_states, groups_of
+from fused_kd.training.hidden_codes import decode_states, encode_states
 from fused_kd.training.projection import Moments, fit
 
 KS = (16, 64, 256)
@@ -22,9 +22,9 @@ TAILS = ("bucket", "uniform", "renormalize", "listed")
 CODES = ("fp16", "8bit")
 # k listed, n drawn, and the code of the k
 DRAWS = ((0, 12, ""), (0, 24, ""), (0, 50, ""), (8, 12, "fp16"), (16, 16, "fp16"), (16, 50, "8bit"))
-WORDS = {"bf16": "bf16", "8bit": "8 bits"}
-LOG_REST = 4  # fp32 of a token: what is not listed
-SCALE = 2  # bf16 of a group of a state's numbers
+WORDS = {"bf16": "bf16", "fp8": "8 bits"}
+# fp32 of a token: what is not listed, the scale of a state
+LOG_REST = SCALE = 4
 
 
 class Form(NamedTuple):
@@ -40,7 +40,7 @@ def forms(teacher: fk.LMHead, seed: int) -> Iterator[Form]:
     """Of a teacher (N, H), the dearest first."""
     for dtype, words in WORDS.items():
         yield Form(f"hidden states, {words}", partial(_state_bytes, dtype, 1), partial(states, teacher, dtype))
-    for part, dtype in ((2, "bf16"), (2, "8bit"), (4, "bf16")):
+    for part, dtype in ((2, "bf16"), (2, "fp8"), (4, "bf16")):
         yield Form(f"projected to H/{part}, {WORDS[dtype]}", partial(_state_bytes, dtype, part),
                    partial(projected, teacher, part, dtype))  # fmt: skip
     for k in sorted((k for k in KS if k <= teacher.vocab), reverse=True):
@@ -55,8 +55,7 @@ def forms(teacher: fk.LMHead, seed: int) -> Iterator[Form]:
 
 
 def _state_bytes(dtype: str, part: int, V: int, H: int) -> int:
-    R = H // part
-    return 2 * R if dtype == "bf16" else R + SCALE * groups_of(R)
+    return 2 * (H // part) if dtype == "bf16" else H // part + SCALE
 
 
 def _list_bytes(k: int, code: str, V: int, H: int) -> int:

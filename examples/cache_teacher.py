@@ -4,7 +4,7 @@ few entries that are drawn, or its last hidden state and, once, its head.
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --k 64 --output caches/teacher
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
-        --prompt paper --keep hidden --dtype 8bit --project 1024 --output caches/states
+        --prompt paper --keep hidden --dtype fp8 --project 1024 --output caches/states
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --keep sampled --k 16 --draws 16 --dtype 8bit --output caches/drawn
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de --teacher PATH_OR_HUB_NAME \
@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--project", type=int, help="hidden: only so many numbers a state, those that say most")
     add("--like", metavar="FOLDER", help="hidden: the projection of that cache, for a training's validation rows")
     add("--dtype", choices=[*DTYPES, *(name for name in HIDDEN_DTYPES if name not in DTYPES)],
-        help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), 8bit, fp16 or fp32")  # fmt: skip
+        help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
     add("--shard-rows", type=int, help="rows a file; an interruption loses one at most; default 1024, hidden: 128")
     add("--batch", type=int, default=16, help="rows the teacher runs at once")
     add("--teacher-dtype", type=long_name, choices=["auto", *LONG_NAMES.values()], default="auto",

@@ -16,7 +16,7 @@ from fused_kd.serving.connection import Answer, Connection
 from fused_kd.serving.rows import key_of, requested_rows
 from fused_kd.serving.wire import IDENTITY, Request, check_about, read_states, read_tensors, write_request
 from fused_kd.training.fingerprints import check_tokenizer
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, read_dtype
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.stage import check_counts
 from fused_kd.training.stored_head import HeadOnDevices, bare_head, moved
 
@@ -118,17 +118,17 @@ class ServedTeacher(RemoteTeacher):
     """A teacher that another process or machine runs (``python -m fused_kd.serve MODEL``).
 
     Give it to a trainer as ``teacher``. Per target token 2 H bytes come over the network (H the teacher's hidden size;
-    4 H of a float32 teacher, 17/16 H with "8bit"), the head once. A server that goes away is waited for; when it is
-    back the run goes on where it was.
+    4 H of a float32 teacher, H + 4 with "fp8"), the head once. A server that goes away is waited for; when it is back
+    the run goes on where it was.
 
     Args:
         url: as the server printed it, ``http://HOST:PORT``.
         patience: seconds for which a request is tried again where the server is away, overloaded or broken; also for
             the first one, so that the server may be started later.
         timeout: seconds without a byte after which a try has failed and is repeated.
-        dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "8bit" (int8 with a scale for every 32 numbers:
-            half of bf16's bytes, an error of some 0.7 % of a state's norm). None (default): that of the teacher's head,
-            exactly what it computed.
+        dtype: of the hidden states on the way: "bf16", "fp16", "fp32", or "fp8" (e4m3 with a scale a token: half of
+            bf16's bytes, an error of some 2 % of a state's norm). None (default): that of the teacher's head, exactly
+            what it computed.
         token: what the server was started with.
         ahead: answers of batches that are kept at once; requests made ahead are bounded by it.
 
@@ -157,7 +157,7 @@ class ServedTeacher(RemoteTeacher):
         self._connection = Connection(url, patience=patience, timeout=timeout, token=token)
         self.about = self._ask_about()
         self.sent = dtype or str(self.about["dtype"])
-        self.dtype = read_dtype(self.sent)
+        self.dtype = torch.bfloat16 if self.sent == "fp8" else HIDDEN_DTYPES[self.sent]
         self.vocab_size, self.hidden_size = int(self.about["vocab_size"]), int(self.about["hidden_size"])
         self.fingerprints: dict[str, str | None] = dict(self.about["fingerprints"])
 

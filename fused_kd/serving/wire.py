@@ -3,7 +3,7 @@
 - ``GET /about``: JSON, see ``ABOUT``.
 - ``GET /head``: ``weight`` (V, H) and, where the head has one, ``bias`` (V,).
 - ``POST /states?dtype=NAME``: a :class:`Request`; the answer has ``hidden`` (wanted, H) in one of
-  ``HIDDEN_DTYPES``, in the order of the wanted tokens, and for "8bit" also ``scale`` (wanted, width / 32) bfloat16.
+  ``HIDDEN_DTYPES``, in the order of the wanted tokens, and for "fp8" also ``scale`` (wanted,) float32.
 
 An answer of the teacher names its content in the header :data:`IDENTITY`. An error is JSON, ``{"error": TEXT}``.
 """
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states, groups_of
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
 
 PROTOCOL = "fused_kd served teacher 1"
 IDENTITY = "X-Teacher"
@@ -128,15 +128,15 @@ def read_request(body: bytes, *, input_size: int, longest: int, most_tokens: int
 
 
 def read_states(body: bytes, count: int, width: int, dtype: str) -> Tensor:
-    """The hidden states (count, width) of an answer: as sent, of "8bit" in bfloat16.
+    """The hidden states (count, width) of an answer: as sent, of "fp8" in bfloat16.
 
     Raises:
         ValueError: other tensors, or states that are not finite.
     """
     found = read_tensors(body)
     wanted: dict[str, Any] = {"hidden": (HIDDEN_DTYPES[dtype], (count, width))}
-    if dtype == "8bit":
-        wanted["scale"] = (torch.bfloat16, (count, groups_of(width)))
+    if dtype == "fp8":
+        wanted["scale"] = (torch.float32, (count,))
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in found.items()}
     if layout != wanted:
         raise ValueError(f"the answer must have the tensors {wanted}, got {str(layout)[:300]}")

@@ -71,8 +71,8 @@ def write_cache(
         keep: "lists" (default), "hidden", or "sampled": lists of :func:`fused_kd.sample_of`, for losses whose gradient
             is linear in the teacher's probabilities.
         dtype: of lists, drawn ones too, "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of
-            hidden states "bf16" (default), "8bit", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The
-            head stays in the teacher's dtype.
+            hidden states "bf16" (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head
+            stays in the teacher's dtype.
         project: keep r numbers of a hidden state: those from which an affine map gives the teacher's probabilities
             best, see :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.

@@ -56,7 +56,7 @@ def test_requests_that_cannot_be(server):
     for method, path, body, headers, status, message in (
         ("GET", "/nothing", None, {}, 404, "GET /nothing is unknown"),
         ("POST", "/about", b"", {}, 404, "POST /about is unknown"),
-        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, 8bit, fp16, fp32, got 'int4'"),
+        ("POST", "/states?dtype=int4", b"x", {}, 400, "dtype must be one of bf16, fp8, fp16, fp32, got 'int4'"),
         ("POST", "/states", b"not tensors", {}, 400, "expected a safetensors file"),
         ("POST", "/states", None, {"Content-Length": str(10**9)}, 413, "at most"),
         ("POST", "/states", None, {"Content-Length": "9" * 60}, 413, "at most"),

@@ -77,12 +77,12 @@ def test_packed_rows(server, client):
     assert apart(found.hidden[targets], local(server.model, batch)[targets]) < 1e-6
 
 
-@pytest.mark.parametrize("dtype, error", [("bf16", 5e-3), ("fp16", 1e-3), ("fp32", 1e-6), ("8bit", 1e-2)])
+@pytest.mark.parametrize("dtype, error", [("bf16", 5e-3), ("fp16", 1e-3), ("fp32", 1e-6), ("fp8", 4e-2)])
 def test_dtypes_on_the_way(server, dtype, error):
     batch, targets = batch_of()
     client = ServedTeacher(server.url, dtype=dtype, **FAST)
     found = client.head(batch, targets, CPU)
-    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "8bit": torch.bfloat16}[dtype]
+    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}[dtype]
     assert found.hidden.dtype == found.weight.dtype == kept and dtype in repr(client)
     assert apart(found.hidden[targets], local(server.model, batch)[targets]) < error
 

@@ -277,13 +277,13 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
     moved = apart(online, start)
     make = script("cache_teacher").main
     folders = {}
-    for name, more in (("fp32", "--dtype fp32"), ("8bit", "--dtype 8bit --project 60")):
+    for name, more in (("fp32", "--dtype fp32"), ("fp8", "--dtype fp8 --project 60")):
         folders[name] = tmp_path / name, tmp_path / f"{name}-valid"
         flags = [*shared.split(), "--limit", "24", *more.split(), "--output", str(folders[name][0])]
         cache = make(flags)
         shown = capsys.readouterr().out
         assert "loss    (" in shown and f"{cache.bytes_per_token:.1f}" in shown and "KL" in shown and "MB" in shown
-        each = cache.width * (1 if name == "8bit" else 4) + (4 if name == "8bit" else 0)
+        each = cache.width * (1 if name == "fp8" else 4) + (4 if name == "fp8" else 0)
         assert f" MB ({cache.tokens} tokens with loss x {each} bytes) and the teacher's head\n" in shown
         flags[flags.index("--limit") + 1] = "4"
         flags[-1] = str(folders[name][1])
@@ -299,7 +299,7 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
     for changes, message in (
         ({}, "valid_teacher must be cache:FOLDER, the cache of the validation rows, or eval_strategy no"),
         ({"valid_teacher": f"cache:{folders['fp32'][0]}"}, "made from something else: data"),
-        ({"valid_teacher": f"cache:{folders['8bit'][1]}"}, r"must have the head of .* write it with like="),
+        ({"valid_teacher": f"cache:{folders['fp8'][1]}"}, r"must have the head of .* write it with like="),
         ({"valid_teacher": paths["valid_teacher"], "cache_tail": "uniform"}, "tail must be None for the cache in"),
         ({"valid_teacher": str(folders["fp32"][1])}, "valid_teacher must be cache:FOLDER, beside such a teacher"),
     ):
@@ -330,7 +330,7 @@ def test_a_cache_is_checked_before_the_teacher_is_loaded(teacher: Path, tmp_path
         (f"--keep hidden --like {tmp_path / 'made'}", "must be the folder of a cache of hidden states"),
         ("--keep hidden --project 0", "project must be an int of at least 1, got 0"),
         ("--keep hidden --project 100000", "--project must be at most the 64 numbers of a hidden state, got 100000"),
-        ("--keep lists --dtype 8bit", r"dtype must be one of 'fp16', .*, got '8bit'"),
+        ("--keep lists --dtype fp8", r"dtype must be one of 'fp16', .*, got 'fp8'"),
         ("--keep lists --project 9", "project must be None with keep='lists', got 9"),
         ("--keep lists --like nothing", "like must be None with keep='lists', got 'nothing'"),
         ("--keep lists --draws 9", "draws must be None with keep='lists', got 9"),
