@@ -131,7 +131,9 @@ def expected(settings: dict[str, Any], rows: Any, teacher: str) -> str:
     tokens = sum(len(target_positions(row["labels"])) for row in rows)
     each = bytes_of_token(settings)
     head = " and the teacher's head" if settings["keep"] == "hidden" else ""
-    return f"to write: {tokens * each / 1e6:.1f} MB ({tokens} tokens with loss x {each} bytes){head}"
+    size = tokens * each
+    written = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    return f"to write: {written} ({tokens} tokens with loss x {each} bytes){head}"
 
 
 def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> list[str]:

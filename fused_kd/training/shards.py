@@ -51,7 +51,7 @@ _LIST_ARRAYS = {
 }
 _IDS = {"uint16": "U16", "int32": "I32"}
 _A_NUMBER_EACH = ("top", "span")
-_BYTES = {"U8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
+_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 
 # The shard of rows [start, stop): its bytes, and what its entry in the index has beside rows and file.
 MakeShard = Callable[[int, int, Any], tuple[bytes, dict[str, Any]]]
