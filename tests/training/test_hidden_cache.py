@@ -460,6 +460,6 @@ def test_a_state_that_cannot_be(finished: Path, tmp_path: Path) -> None:
     stored = load_file(path)
     stored["scale"] = stored["scale"] * math.inf
     save_file(stored, path)
-    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: expected hidden states"):
+    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: hidden states of token"):
         TeacherCache(folder, verify=False)[9]
     assert np.isfinite(TeacherCache(folder, verify=False)[0].float().numpy()).all()
