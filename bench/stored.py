@@ -83,7 +83,7 @@ def projected(teacher: fk.LMHead, part: int, dtype: str) -> fk.LMHead:
     H = teacher.hidden.shape[1]
     moments = Moments(H, teacher.hidden.device)
     moments.add(teacher.hidden)
-    found = fit(moments, teacher, H // part, teacher.vocab)
+    found = fit(moments, teacher, H // part)
     head = found.head(teacher)
     return replace(head, hidden=_read_back(found.states(teacher.hidden), dtype).to(head.weight.dtype))
 

@@ -72,10 +72,10 @@ def main(argv: list[str] | None = None) -> int:
             batch_tokens=args.batch_tokens, queue=args.queue, most_tokens=args.most_tokens,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        fault: object = error
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:  # while the model was loaded
-            fault = address_fault(args, error)
-        print(f"python -m fused_kd.serve: {fault}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:  # since it was tried
+            text = address_fault(args, error)
+        print(f"python -m fused_kd.serve: {text}", file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

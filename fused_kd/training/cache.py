@@ -22,7 +22,7 @@ from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.shards import KEPT, read_index, write_shards
 from fused_kd.training.stage import check_counts, check_same, fingerprint_file
 from fused_kd.training.teacher_cache import TeacherCache
-from fused_kd.training.teacher_runs import Runs, teacher_runs
+from fused_kd.training.teacher_runs import Runs, read_row, teacher_runs
 from fused_kd.training.vllm import read_prompt_logprobs, row_lists
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def write_cache(
         folder: for ``index.json``, the shards and the head.
         teacher: a causal LM on the device where it shall run; in eval mode meanwhile.
         tokenizer: the one that made ``rows``.
-        rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``.
+        rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``. Of rows of ``with_context``
+            the teacher reads ``teacher_input_ids`` and ``teacher_labels``.
         template: that of the rows' prompts; bound to the cache, not used otherwise.
         k: entries a token, at most the vocabulary's size; with ``keep="sampled"`` may be 0, as which None counts; None
             with ``keep="hidden"``.
@@ -225,7 +226,7 @@ def convert_vllm(
             count += 1
             widest = max([widest, *(len(entry) for entry in found.entries if entry)])
             if index >= start:  # what is before belongs to finished shards
-                yield index, *row_lists(found, data[index], k, vocab_size)
+                yield index, *row_lists(found, read_row(index, data[index]), k, vocab_size)
         if stop == len(data):
             if next(read, None) is not None:
                 raise ValueError(f"{path} has more rows than the data's {len(data)}")

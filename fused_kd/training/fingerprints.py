@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fused_kd.integrations.teacher_columns import OTHER_IDS, OTHER_LABELS
 from fused_kd.training.cached_rows import AnyRows, without_caches
 from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.stage import fingerprint
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 
 # what says where a config came from, and nothing about the function that the model computes
 _CONFIG_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+# the columns of a row whose teacher reads another prompt
+PROMPT_COLUMNS = (OTHER_IDS, OTHER_LABELS)
+_MARK = b"\xff" * 8  # no row is so long
 PARTS = {
     "tokenizer": "the tokens and their ids",
-    "data": "the token ids and labels of the rows",
+    "data": "the token ids and labels of the rows, and of their teacher's prompts",
     "template": "the text of the prompt template",
     "teacher_config": "the teacher's config",
     "teacher_weights": "the teacher's weights",
@@ -67,13 +71,15 @@ def check_parts(known: Mapping[str, str | None], given: Mapping[str, str | None]
 
 
 def fingerprint_rows(rows: AnyRows) -> str:
-    """SHA-256 of all token ids and labels, in order."""
+    """SHA-256 of all token ids and labels, in order, and of those of another prompt where rows have them."""
     data = without_caches(rows)
     digest = hashlib.sha256()
     for index in range(len(data)):
         row = data[index]
-        for values in (row["input_ids"], row["labels"]):
-            array = np.asarray(values, dtype="<i8")
+        for name in ("input_ids", "labels", *(name for name in PROMPT_COLUMNS if name in row)):
+            array = np.asarray(row[name], dtype="<i8")
+            if name in PROMPT_COLUMNS:
+                digest.update(_MARK)
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()
 

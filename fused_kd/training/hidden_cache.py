@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import LMHead
-from fused_kd.training.hidden_codes import decode_states, encode_states, name_of
+from fused_kd.training.hidden_codes import decode_states, encode_states, name_of, narrowed
 from fused_kd.training.projection import Moments, Projection, error_of, fit
 from fused_kd.training.shards import (
     HEAD,
@@ -56,7 +56,7 @@ def hidden_writer(
             moments = moments or Moments(head.hidden.shape[1], head.hidden.device)
             moments.add(head.hidden)
         assert moments is not None and head is not None
-        return fit(moments, head, index["project"], index["vocab_size"], memory)
+        return fit(moments, head, index["project"], memory)
 
     def exact() -> LMHead:
         return _states_of(runs, _sampled(data, sample)[1])
@@ -113,8 +113,8 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
         "softcap": stored.softcap,
     }
     states = exact.hidden if projection is None else projection.states(exact.hidden)
-    read = decode_states(encode_states(states, index["dtype"])).to(stored.weight.dtype)
-    index["error"] = error_of(exact, replace(stored, hidden=read), index["vocab_size"], memory)
+    read = narrowed(decode_states(encode_states(states, index["dtype"])), stored.weight.dtype)
+    index["error"] = error_of(exact, replace(stored, hidden=read), memory)
     write_json(folder / INDEX, index)
 
 

@@ -80,3 +80,11 @@ def decode_states(stored: Mapping[str, Tensor]) -> Tensor:
     if "scale" not in stored:
         return hidden
     return hidden.to(torch.bfloat16) * stored["scale"].to(torch.bfloat16)[:, None]
+
+
+def narrowed(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring finite states to ``dtype``, a head's; what would be rounded beyond fp16's range is its largest number."""
+    if dtype != torch.float16 or hidden.dtype == dtype:
+        return hidden.to(dtype)
+    largest = torch.finfo(dtype).max
+    return hidden.to(dtype).clamp(-largest, largest)

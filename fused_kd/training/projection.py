@@ -2,7 +2,8 @@
 
 With states h of mean mu and covariance C, the r directions are those for which ``mu + up @ down.T @ (h - mu)`` is
 nearest to h in the mean square, over all affine maps of rank r, in a metric M: with ``M = S.T @ S`` and U the r main
-eigenvectors of ``S @ C @ S.T``, ``down = S.T @ U`` and ``up = pinv(S) @ U``.
+eigenvectors of ``S @ C @ S.T``, ``down = S.T @ U / s`` and ``up = pinv(S) @ U * s``. The s are the roots of their
+eigenvalues, so that what is kept has unit variance, and with the head's weight stays within any dtype.
 
 To the second order a change d of a state changes the teacher's probabilities p by a KL divergence of
 ``d.T @ F @ d / 2``, F the mean of ``J.T @ (diag(p) - p @ p.T) @ J`` with J the head's weight, of a capped head times
@@ -27,6 +28,8 @@ _LOGITS = 0.1  # share of the logits' metric
 _COLUMNS = 4096  # of the logits whose difference is measured
 # below this share of the largest, a direction of the head is rounding
 _RANK = 1e-13
+# and what the states vary in a direction, below this share of them
+_ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -86,23 +89,33 @@ class Moments:
 
 
 @torch.no_grad()
-def fit(moments: Moments, head: LMHead, r: int, vocab_size: int, memory: int = 256 << 20) -> Projection:
-    """Find the best directions, at most r: no more than the head's first ``vocab_size`` rows tell apart.
+def fit(moments: Moments, head: LMHead, r: int, memory: int = 256 << 20) -> Projection:
+    """Find the best directions, at most r: no more than the head tells apart.
 
-    ``memory``: bytes for logits, of a part of the states at a time.
+    Args:
+        memory: bytes for logits, of a part of the states at a time.
+
+    Raises:
+        ValueError: states that are not finite, a head that tells no states apart.
     """
     mean, covariance = moments.covariance()
-    values, vectors = torch.linalg.eigh(metric(replace(head, hidden=moments.states), vocab_size, memory))
+    if not bool(covariance.isfinite().all()):
+        raise ValueError(f"project={r}: the teacher's hidden states must be finite numbers")
+    values, vectors = torch.linalg.eigh(metric(replace(head, hidden=moments.states), memory))
     kept = values > values[-1] * _RANK
+    if not bool(kept.any()):
+        raise ValueError(f"project={r}: the teacher's head must not give every token the same logit, as zeros do")
     roots, vectors = values[kept].sqrt(), vectors[:, kept]
     spread = roots[:, None] * (vectors.T @ covariance @ vectors) * roots
-    main = torch.linalg.eigh(spread).eigenvectors.flip(1)[:, :r]
-    return Projection(mean, vectors @ (roots[:, None] * main), vectors @ (main / roots[:, None]))
+    sizes, main = (part.flip(-1)[..., :r] for part in torch.linalg.eigh(spread))
+    square = float((covariance.trace() + mean @ mean) * values[-1])
+    s = sizes.clamp(min=_ROUNDING**2 * square if square > 0 else 1.0).sqrt()
+    return Projection(mean, vectors @ (roots[:, None] * main / s), vectors @ (main / roots[:, None] * s))
 
 
 @torch.no_grad()
-def error_of(exact: LMHead, stored: LMHead, vocab_size: int, memory: int) -> dict[str, float]:
-    """Measure what becomes of a teacher that is stored, over the same tokens (N,).
+def error_of(exact: LMHead, stored: LMHead, memory: int) -> dict[str, float]:
+    """Measure what becomes of a teacher that is stored, over the same tokens (N,) and all columns of its head.
 
     Returns:
         ``logits``: the norm of the difference of the logits relative to theirs, in each token from their mean (of 4,096
@@ -114,10 +127,9 @@ def error_of(exact: LMHead, stored: LMHead, vocab_size: int, memory: int) -> dic
         return {"logits": 0.0, "kl": 0.0, "top_1": 1.0, "tokens": 0}
     labels = torch.zeros(count, dtype=torch.int64, device=exact.hidden.device)
     out = kd_loss(
-        stored, exact, labels, ForwardKD(lam=1.0), vocab_size=vocab_size, statistics=("kl", "top_1"),
-        memory_budget=max(memory, 64 << 20),
-    )  # fmt: skip
-    columns = torch.arange(0, vocab_size, -(-vocab_size // _COLUMNS), device=exact.hidden.device)
+        stored, exact, labels, ForwardKD(lam=1.0), statistics=("kl", "top_1"), memory_budget=max(memory, 64 << 20)
+    )
+    columns = torch.arange(0, exact.vocab, -(-exact.vocab // _COLUMNS), device=exact.hidden.device)
     theirs, ours = (_centred(_logits(head, columns)) for head in (exact, stored))
     size = float(theirs.norm())
     return {
@@ -141,41 +153,48 @@ def _logits(head: LMHead, columns: Tensor | slice) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def metric(head: LMHead, vocab_size: int, memory: int) -> Tensor:
+def metric(head: LMHead, memory: int) -> Tensor:
     """(H, H) float64: how much changes of a state matter, over the head's tokens."""
-    of_p, of_logits = _of_probabilities(head, vocab_size, memory), _of_logits(head, vocab_size)
-    sizes = of_p.trace(), of_logits.trace()
-    if not bool(sizes[0] > 0):  # every token is certain
+    (of_p, rounding), of_logits = _of_probabilities(head, memory), _of_logits(head)
+    values, vectors = torch.linalg.eigh(of_p)
+    values = values.clamp(min=0)  # below 0 by rounding
+    share = max(_LOGITS * float(values.sum()), rounding)  # all of it where every token is certain
+    size = float(of_logits.trace())
+    if not share > 0 or not size > 0:  # no token, or logits that are all alike
         return of_logits
-    return of_p + _LOGITS * (sizes[0] / sizes[1]) * of_logits
+    found: Tensor = (vectors * values) @ vectors.T + share / size * of_logits
+    return found
 
 
-def _of_probabilities(head: LMHead, vocab_size: int, memory: int) -> Tensor:
-    weight, N = head.weight[:vocab_size], max(len(head.hidden), 1)
+def _of_probabilities(head: LMHead, memory: int) -> tuple[Tensor, float]:
+    """The matrix, a difference, and what of its trace can be rounding."""
+    weight, N = head.weight, max(len(head.hidden), 1)
     V, H = weight.shape
     weights = torch.zeros(V, dtype=torch.float64, device=weight.device)
     found = torch.zeros(H, H, dtype=torch.float64, device=weight.device)
     for hidden in head.hidden.split(max(1, memory // (16 * V))):
-        logits = _logits(replace(head, hidden=hidden), slice(0, vocab_size))
+        logits = _logits(replace(head, hidden=hidden), slice(None))
         p = logits.softmax(1)
         slope = torch.ones_like(p) if head.softcap is None else 1 - (logits / head.softcap) ** 2
         weights += (p * slope**2).sum(0, dtype=torch.float64)
         mean = ((p * slope).to(weight.dtype) @ weight).double()
         found.addmm_(mean.T, mean, alpha=-1 / N)
+    squares = 0.0
     for block, share in zip(_double_blocks(weight), weights.split(_BLOCK), strict=True):
         found.addmm_(block.T, block * share[:, None], alpha=1 / N)
-    return found
+        squares += float(block.square().sum(1) @ share) / N
+    return found, squares * max(torch.finfo(weight.dtype).eps, 1e-6)
 
 
-def _of_logits(head: LMHead, vocab_size: int) -> Tensor:
+def _of_logits(head: LMHead) -> Tensor:
     """What all logits of a token have in common says nothing of its probabilities, unless they are capped."""
-    weight = head.weight[:vocab_size]
+    weight = head.weight
     found = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     for block in _double_blocks(weight):
         found.addmm_(block.T, block)
         total += block.sum(0)
-    return found if head.softcap is not None else found - torch.outer(total, total) / vocab_size
+    return found if head.softcap is not None else found - torch.outer(total, total) / head.vocab
 
 
 def _double_blocks(weight: Tensor) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import LMHead
+from fused_kd.training.hidden_codes import narrowed
 
 
 def bare_head(weight: Tensor, bias: Tensor | None = None, *, logit_scale: float, softcap: float | None) -> LMHead:
@@ -50,7 +51,7 @@ class HeadOnDevices:
             if hidden.device not in self._made:
                 self._made[hidden.device] = self._make(hidden.device)
             head = self._made[hidden.device]
-        return replace(head, hidden=hidden.to(head.weight.dtype))
+        return replace(head, hidden=narrowed(hidden, head.weight.dtype))
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {"make": self._make}

@@ -18,6 +18,7 @@ from fused_kd.inputs import TAILS
 from fused_kd.integrations.teacher_columns import columns_of
 from fused_kd.training.cached_rows import AnyRows, CachedRows
 from fused_kd.training.fingerprints import (
+    PARTS,
     check_parts,
     check_tokenizer,
     fingerprint_rows,
@@ -271,16 +272,27 @@ class TeacherCache:
         check_tokenizer(self.fingerprints, tokenizer, self._index["vocab_size"], self._made_otherwise)
 
     def check_head(self, other: TeacherCache) -> None:
-        """Raise unless what ``other`` has for its rows can be read with this cache, as that of validation rows is.
+        """Raise unless what ``other`` has for its rows can be read as this cache's, as that of validation rows is.
+
+        Both must be of one teacher and tokenizer and keep the same: hidden states for one head, or as many entries of
+        one vocabulary. Their dtypes, rows and seeds may differ.
 
         Raises:
-            ValueError: another teacher, lists beside hidden states, or states of another head, as two projections make.
+            ValueError: names what differs.
         """
-        self._compare(
-            {part: other.fingerprints.get(part) for part in ("tokenizer", "teacher_config", "teacher_weights")}
-        )
-        if self.keep != other.keep:
-            raise ValueError(f"{other!r} must keep {self.keep!r}, as {self!r} does, got {other.keep!r}")
+        parts = [part for part in PARTS if part not in ("data", "template")]
+        faults = [
+            f"{part} ({PARTS[part]}: {str(own)[:12]} and {str(theirs)[:12]})"
+            for part in parts
+            if (own := self.fingerprints.get(part)) != (theirs := other.fingerprints.get(part))
+        ]
+        if faults:
+            raise ValueError(f"{self!r} and {other!r} were made from something else: {', '.join(faults)}")
+        for name in ("keep", "k", "draws", "vocab_size"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            if own != theirs:
+                what = "keep" if name == "keep" else f"have {name}"
+                raise ValueError(f"{other!r} must {what} {own!r}, as {self!r} does, got {theirs!r}")
         if self.keep == "hidden" and self._index["head"]["sha256"] != other._index["head"]["sha256"]:
             raise ValueError(
                 f"{other!r} must have the head of {self!r}: write it with like={str(self.folder)!r}, which takes its "

@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import fused_kd as fk  # noqa: E402
-from fused_kd.integrations.transformers import KDLossMixin  # noqa: E402
+from fused_kd.integrations.transformers import KDLossMixin, OwnTeacher  # noqa: E402
 from fused_kd.reference import reference_kd_loss  # noqa: E402
+from fused_kd.training import Collator, with_context  # noqa: E402
 from tests.integrations.test_transformers import BART_SIZES, T5_SIZES  # noqa: E402
 from tests.training.test_trainer import weights  # noqa: E402
 from tests.training.tiny import VOCAB, rows, tiny  # noqa: E402
@@ -267,6 +268,30 @@ def sft_trainer(*given: Any, **options: Any) -> Any:
     student, teacher, folder = given
     args = arguments(folder, **config)
     return quiet(KDSFTTrainer(student, args, teacher=teacher, objective=OBJECTIVE, **options))
+
+
+@pytest.mark.parametrize("column", ["teacher_id", "teacher_input_ids"])
+def test_sft_trainer_with_what_rows_have_for_their_teachers(tmp_path: Path, column: str) -> None:
+    """TRL's collator drops these columns; with the library's they arrive, also after TRL's preparation."""
+    datasets = pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    names = {"pad_token": "0", "eos_token": "2", "unk_token": "0"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    data = [{key: row[key] for key in ("input_ids", "labels")} for row in causal_rows(8)]
+    teacher: Any = [tiny(24, 2), tiny(24, 3)]
+    if column == "teacher_id":
+        rows = [{**row, "teacher_id": number % 2} for number, row in enumerate(data)]
+    else:
+        teacher, given = OwnTeacher(), with_context(data, None, [5, 6, 7])
+        rows = [given[number] for number in range(len(given))]
+    more = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer}
+    with pytest.raises(ValueError, match=f"batch must have {column}"):
+        sft_trainer(tiny(16, 1), teacher, tmp_path, **more).train()
+    run = sft_trainer(tiny(16, 1), teacher, tmp_path, data_collator=Collator(0), **more)
+    start = weights(run.model)
+    run.train()
+    assert any(not torch.equal(value, start[name]) for name, value in weights(run.model).items())
 
 
 def test_sft_trainer_of_trl(tmp_path: Path) -> None:

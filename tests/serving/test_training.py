@@ -52,8 +52,7 @@ def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
 def run(cls: Any, folder: Path, given: Any, *, collate: Any = None, resume: bool = False, **options: Any) -> Any:
     objective = options.pop("objective", None) or fk.SelfEvolution()
     context = options.pop("context", None)
-    data = options.pop("data", None) or rows(4 * STEPS)
-    evaluated = options.pop("evaluated", None) or rows(5, 9)
+    data, evaluated = options.pop("data", None) or rows(4 * STEPS), options.pop("evaluated", None) or rows(5, 9)
     if context is not None:
         data, evaluated = (list(with_context(each, None, context)) for each in (data, evaluated))
     made = cls(

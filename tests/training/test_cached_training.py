@@ -13,6 +13,7 @@ import transformers
 
 import fused_kd as fk
 from fused_kd.integrations.transformers import KDLossMixin
+from fused_kd.training import with_context
 from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, PackingCollator
 from fused_kd.training.teacher_cache import TeacherCache
@@ -140,6 +141,49 @@ def test_a_head_of_another_vocabulary(tmp_path: Path) -> None:
     run.train()
     with pytest.raises(ValueError, match="batch must have teacher_hidden for the cached teacher TeacherCache"):
         trainer(tmp_path, tiny(16, 1), OBJECTIVE, DATA, **options).train()
+
+
+def context(row: Any) -> list[int]:
+    return [9 + len(row["input_ids"]), 10, 11][: len(row["input_ids"]) % 4]
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+@pytest.mark.parametrize("keep", ["hidden", "lists"])
+def test_a_context_is_cached(tmp_path: Path, collator: str, keep: str) -> None:
+    """What the teacher says of the longer rows; as when it runs."""
+    data, held_out = (with_context(each, None, context) for each in (DATA, HELD_OUT))
+    own = {"keep": keep, "dtype": "fp32"} | ({"k": VOCAB} if keep == "lists" else {})
+    options = {"collator": COLLATORS[collator], "objective": fk.ForwardKD(lam=0.7)}
+    expected, moved, loss = trained(tmp_path, tiny(24, seed=2), data, held_out, **options)
+    cache, other = (cached(tmp_path / str(len(each)), each, **own) for each in (data, held_out))
+    ours, _, our_loss = trained(tmp_path, cache, cache.rows(data), other.rows(held_out), **options)
+    assert apart(ours, expected) <= 1e-5 * moved and our_loss == pytest.approx(loss, rel=1e-5)
+    plain = trained(tmp_path, tiny(24, seed=2), DATA, HELD_OUT, **options)[0]
+    assert apart(plain, expected) > 1e-2 * moved
+    another = with_context(DATA, None, [10, 11])
+    for wrong in (DATA, another):
+        with pytest.raises(ValueError, match=r"something else: data .*of their teacher's prompts"):
+            cache.rows(wrong)
+    with pytest.raises(ValueError, match="something else: data"):
+        cached(tmp_path / "plain", **own).rows(data)
+
+
+@pytest.mark.parametrize(
+    "keep, change, message",
+    [
+        ("hidden", lambda ids, labels: (ids, [*labels[:-1], -100]), r"targets in .* got \d+ and \d+ of them"),
+        ("lists", lambda ids, labels: (ids, [*labels[:-1], 60]), "targets in teacher_labels as in labels, got other"),
+        ("sampled", lambda ids, labels: (ids, labels[:-1]), r"as many teacher_labels as teacher_input_ids, got \d+"),
+        ("lists", lambda ids, labels: (ids, None), "teacher_input_ids and teacher_labels or neither, got teacher_inp"),
+    ],
+)
+def test_a_context_of_other_targets(tmp_path: Path, keep: str, change: Any, message: str) -> None:
+    data = [dict(row) for row in with_context(DATA, None, context)]
+    made = change(data[7]["teacher_input_ids"], data[7]["teacher_labels"])
+    data[7] |= dict(zip(("teacher_input_ids", "teacher_labels"), made, strict=True))
+    data[7] = {name: value for name, value in data[7].items() if value is not None}
+    with pytest.raises(ValueError, match=rf"rows\[7\] must have .*{message}"):
+        cached(tmp_path, data, keep=keep, dtype=None, **({"k": 3} if keep == "lists" else {}))
 
 
 class Timed(torch.utils.data.Dataset):

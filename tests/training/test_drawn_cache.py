@@ -177,5 +177,30 @@ def test_bad_arguments(tmp_path: Path, options: dict, message: str) -> None:
 def test_the_tail_is_theirs(tmp_path: Path) -> None:
     write(tmp_path, **DRAWN)
     assert TeacherCache(tmp_path, "renormalize").tail == "renormalize"
-    with pytest.raises(ValueError, match=r"tail must be 'renormalize' for the cache in .*, got 'bucket'"):
-        TeacherCache(tmp_path, "bucket")
+    for tail in ("bucket", "uniform", "listed"):
+        with pytest.raises(ValueError, match=rf"tail must be 'renormalize' for the cache in .*, got '{tail}'"):
+            TeacherCache(tmp_path, tail)
+
+
+def test_caches_that_can_be_read_as_one_anothers(tmp_path: Path) -> None:
+    """Other rows, seeds and dtypes may differ; what the loss is of may not."""
+    data = rows(7, seed=3)
+    first = write(tmp_path / "first", **DRAWN, draws=6)
+    first.check_head(write(tmp_path / "second", data, **DRAWN, draws=6, seed=4, dtype="fp32"))
+    listed = write(tmp_path / "lists", k=6)
+    listed.check_head(write(tmp_path / "8bit", data, k=6, dtype="8bit"))
+    for own, options, message in (
+        (first, {**DRAWN, "draws": 7}, "must have draws 6, as .*first.* does, got 7"),
+        (first, {**DRAWN, "k": 2, "draws": 6}, "must have k 0, as .*first.* does, got 2"),
+        (first, {"k": 6}, "must keep 'sampled', as .*first.* does, got 'lists'"),
+        (listed, {"k": 5}, "must have k 6, as .*lists.* does, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own.check_head(write(tmp_path / "_".join(map(str, options.values())), data, **options))
+    for part in ("teacher_weights", "teacher_config", "tokenizer"):
+        folder = tmp_path / "second" / "index.json"
+        index = json.loads(folder.read_text())
+        folder.write_text(json.dumps({**index, "fingerprints": {**index["fingerprints"], part: "0" * 64}}))
+        with pytest.raises(ValueError, match=rf"first.* and .*second.* were made from something else: {part} \("):
+            first.check_head(TeacherCache(tmp_path / "second"))
+        folder.write_text(json.dumps(index))

@@ -103,6 +103,23 @@ def test_broken_teacher_is_not_stored(tmp_path: Path, monkeypatch: pytest.Monkey
         write_hidden(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp16", "fp32"])
+def test_states_at_the_end_of_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Rounded up they would leave the head's dtype."""
+    teacher, run = model(0).half(), teacher_runs.hidden_states
+
+    def large(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return run(*args, **kwargs).index_fill(-1, torch.tensor([3]), 65500.0).index_fill(-1, torch.tensor([5]), -65500)
+
+    monkeypatch.setattr(teacher_runs, "hidden_states", large)
+    cache = write_hidden(tmp_path, teacher=teacher, dtype=dtype)
+    batch = Collator(0)([cache.rows(rows())[0]])
+    head, at = cache.head(batch, None, CPU), batch["labels"][0, 1:] != -100
+    hidden = head.hidden[0, :-1][at]
+    assert hidden.dtype == head.weight.dtype == torch.float16 and math.isfinite(cache.error["kl"])
+    assert ((hidden[:, 3] > 65000) & (hidden[:, 5] < -65000) & (hidden.abs() <= 65504).all(1)).all()
+
+
 class Oracle:
     """Loss and gradients of a student in float64, from whole logits."""
 
@@ -226,7 +243,7 @@ def test_no_projection_of_that_rank_is_better(r: int, scale: float, softcap: flo
     moments = Moments(16, CPU)
     moments.add(hidden[:90])
     moments.add(hidden[90:])
-    found = fit(moments, head, r, PADDED, 1 << 14)
+    found = fit(moments, head, r, 1 << 14)
     root = torch.linalg.cholesky(metric_of(hidden, weight.double(), scale, softcap)).T
     exact = (hidden.double() - hidden.double().mean(0)) @ root.T
     ours = (hidden.double() - found.mean) @ found.down @ found.up.T @ root.T
@@ -237,11 +254,69 @@ def test_no_projection_of_that_rank_is_better(r: int, scale: float, softcap: flo
     capped = lambda z: scale * z if softcap is None else softcap * torch.tanh(scale * z / softcap)  # noqa: E731
     ours, theirs = capped(stored.hidden @ stored.weight.T + stored.bias), capped(hidden @ weight.T)
     error = relative(ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True))
-    measured = error_of(head, stored, PADDED, 1 << 20)
+    measured = error_of(head, stored, 1 << 20)
     assert measured["logits"] == pytest.approx(error, rel=1e-3, abs=2e-6) and measured["tokens"] == 200
     p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
     assert measured["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
     assert measured["top_1"] == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype, limit", [("float16", 1e-3), ("bfloat16", 1e-2), ("float32", 1e-6)])
+@pytest.mark.parametrize("margin", [1, 20, 40, 80])
+def test_a_projection_of_all_numbers_of_a_certain_teacher(dtype: str, limit: float, margin: float) -> None:
+    """Whatever the sizes of probabilities: weight and states stay where the dtype is fine, and no direction is lost."""
+    torch.manual_seed(0)
+    weight = torch.nn.functional.normalize(torch.randn(PADDED, 16), dim=1).to(getattr(torch, dtype))
+    hidden = weight[torch.randint(PADDED, (300,))] * margin + (0.1 * torch.randn(300, 16)).to(weight.dtype)
+    head, moments = fk.LMHead(hidden, weight), Moments(16, CPU)
+    moments.add(hidden)
+    found = fit(moments, head, 16)
+    stored = replace(found.head(head), hidden=found.states(hidden).to(weight.dtype))
+    kept = stored.hidden.float()
+    assert torch.allclose(kept.std(0), torch.ones(16), rtol=0.05) and float(kept.abs().max()) < 20
+    assert float(stored.weight.abs().max()) < 2 * margin
+    measured = error_of(head, stored, 1 << 20)
+    assert measured["kl"] < limit and measured["logits"] < 5 * torch.finfo(weight.dtype).eps
+
+
+def test_states_of_equal_tokens_project_to_finite_ones() -> None:
+    """Directions without variance, some of them and all."""
+    torch.manual_seed(0)
+    weight = torch.randn(PADDED, 16)
+    alike = torch.randn(1, 16).expand(200, 16)
+    for hidden in (torch.randn(200, 3) @ torch.randn(3, 16), alike, torch.ones(200, 16), torch.zeros(200, 16)):
+        head, moments = fk.LMHead(hidden, weight), Moments(16, CPU)
+        moments.add(hidden)
+        found = fit(moments, head, 16)
+        stored = replace(found.head(head), hidden=found.states(hidden))
+        assert stored.hidden.isfinite().all() and error_of(head, stored, 1 << 20)["kl"] < 1e-6
+
+
+def test_padded_columns_count(tmp_path: Path) -> None:
+    """What is trained on has the whole head, so have error and metric."""
+    teacher, data = model(0), rows(40)
+    with torch.no_grad():
+        teacher.lm_head.weight[VOCAB:] *= 3
+    cache = write_hidden(tmp_path, data, teacher=teacher, dtype="fp32", project=4)
+    held_out = _sampled(data, 1 << 16)[1]
+    batch = Collator(0)([cache.rows(data)[row] for row in held_out])
+    stored = cache.head(batch, None, CPU)
+    at = torch.cat([batch["labels"][:, 1:] != -100, torch.zeros(len(batch["labels"]), 1, dtype=torch.bool)], 1)
+    q = (stored.hidden[at] @ stored.weight.T + stored.bias).log_softmax(-1)
+    p = (torch.cat([states(data[row], teacher) for row in held_out]) @ teacher.lm_head.weight.T).log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean().detach())
+    assert cache.error["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0.01
+
+
+def test_teachers_without_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, run = model(0), teacher_runs.hidden_states
+    with torch.no_grad():
+        teacher.lm_head.weight.zero_()
+    with pytest.raises(ValueError, match="project=4: the teacher's head must not give every token the same logit"):
+        write_hidden(tmp_path / "zeros", teacher=teacher, project=4)
+    monkeypatch.setattr(teacher_runs, "hidden_states", lambda *a, **k: run(*a, **k) * math.nan)
+    with pytest.raises(ValueError, match="project=4: the teacher's hidden states must be finite numbers"):
+        write_hidden(tmp_path / "nan", project=4)
 
 
 @pytest.mark.parametrize("count, sample", [(1, 10), (2, 100), (40, 10_000), (400, 300)])
@@ -385,6 +460,10 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
         first.check_head(write_hidden(tmp_path / "other", data, teacher=model(1, hidden=12)))
     with pytest.raises(ValueError, match=r"must keep 'hidden', as .* does, got 'lists'"):
         first.check_head(write(tmp_path / "lists"))
+    bf16 = write_hidden(tmp_path / "bf16", data, dtype="bf16")
+    bf16.check_head(write_hidden(tmp_path / "fp32", dtype="fp32"))
+    with pytest.raises(ValueError, match="must have the head of"):
+        bf16.check_head(first)
     for options, message in (
         ({"like": tmp_path / "lists"}, "like=.*must be the folder of a cache of hidden states"),
         ({"like": finished, "teacher": model(1)}, "like=.* was made from something else: teacher_weights"),
@@ -460,6 +539,6 @@ def test_a_state_that_cannot_be(finished: Path, tmp_path: Path) -> None:
     stored = load_file(path)
     stored["scale"] = stored["scale"] * math.inf
     save_file(stored, path)
-    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: hidden states of token"):
+    with pytest.raises(ValueError, match=r"row 9 .*, row 1 of shards/00002\.safetensors: hidden states of token 0"):
         TeacherCache(folder, verify=False)[9]
     assert np.isfinite(TeacherCache(folder, verify=False)[0].float().numpy()).all()
