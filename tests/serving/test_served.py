@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -359,6 +360,7 @@ def test_copies_in_other_processes(server, client):
         lock.acquire()
 
     def child() -> None:
+        signal.alarm(30)  # where it would wait for a lock that nobody holds here
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
         assert client._connection._idle[0] is not idle
