@@ -3,7 +3,7 @@
 "int8" is a whole number from -127 to 127 and a scale a token, a 127th of its largest value: a value is off by at most
 half a scale. That is much where a few of a state's numbers are far larger than the others, as language models have
 them, so a cache takes a mean off first and scales each number (:class:`fused_kd.training.projection.Scaling`). On the
-text of a model with 135M parameters the error of the student's gradient is then a fourth of that with "fp8".
+text of a model with 135M parameters the error of the student's gradient is then 0.037, with "fp8" 0.146.
 
 "fp8" is float8_e4m3fn (4 bits of exponent, 3 of mantissa), for which nothing has to be known of other tokens. A
 token's scale is the power of two that brings its largest value just below 448, the largest that the form has: a

@@ -124,6 +124,10 @@ def test_int8_of_states_with_large_numbers(tmp_path: Path) -> None:
     cache.check_head(valid)
     with pytest.raises(ValueError, match="must have the head of"):
         cache.check_head(write_hidden(tmp_path / "alone", data, dtype="int8"))
+    for dtype, like in (("bf16", cache), ("int8", write_hidden(tmp_path / "plain"))):
+        like.check_head(write_hidden(tmp_path / f"like {dtype}", data, dtype=dtype, like=like.folder))
+    projected = write_hidden(tmp_path / "projected", dtype="int8", project=6)
+    assert projected[0].shape[1] == 6 and write_hidden(tmp_path / "projected", dtype="int8", project=6).width == 6
 
 
 @pytest.mark.parametrize(
