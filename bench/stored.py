@@ -15,7 +15,7 @@ from fused_kd.draws import draws_of, thresholds
 from fused_kd.training.codes import decode, encode, id_dtype, packed_bytes
 from fused_kd.training.drawn_codes import decode_draws, encode_draws, ids_of
 from fused_kd.training.hidden_codes import decode_states, encode_states
-from fused_kd.training.projection import Moments, fit
+from fused_kd.training.projection import Moments, fit, scaling_of
 
 KS = (16, 64, 256)
 TAILS = ("bucket", "uniform", "renormalize", "listed")
@@ -40,6 +40,7 @@ def forms(teacher: fk.LMHead, seed: int) -> Iterator[Form]:
     """Of a teacher (N, H), the dearest first."""
     for dtype, words in WORDS.items():
         yield Form(f"hidden states, {words}", partial(_state_bytes, dtype, 1), partial(states, teacher, dtype))
+    yield Form("hidden states, 8 bits, scaled", partial(_state_bytes, "int8", 1), partial(scaled, teacher))
     for part, dtype in ((2, "bf16"), (2, "fp8"), (4, "bf16")):
         yield Form(f"projected to H/{part}, {WORDS[dtype]}", partial(_state_bytes, dtype, part),
                    partial(projected, teacher, part, dtype))  # fmt: skip
@@ -76,6 +77,16 @@ def _code_bytes(k: int, code: str) -> int:
 
 def states(teacher: fk.LMHead, dtype: str) -> fk.LMHead:
     return replace(teacher, hidden=_read_back(teacher.hidden, dtype).to(teacher.hidden.dtype))
+
+
+def scaled(teacher: fk.LMHead) -> fk.LMHead:
+    """With mean and scale of these very tokens."""
+    moments = Moments(teacher.hidden.shape[1], teacher.hidden.device)
+    moments.add(teacher.hidden)
+    found = scaling_of(moments)
+    return replace(
+        found.head(teacher), hidden=_read_back(found.states(teacher.hidden), "int8").to(teacher.weight.dtype)
+    )
 
 
 def projected(teacher: fk.LMHead, part: int, dtype: str) -> fk.LMHead:

@@ -32,7 +32,7 @@ import fused_kd as fk
 from fused_kd.training.cache import check_options, convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, LONG_NAMES, long_name
+from fused_kd.training.hidden_codes import CACHE_DTYPES, LONG_NAMES, long_name
 from fused_kd.training.loading import safe_config
 from fused_kd.training.models import PRESETS, check_device, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
@@ -60,9 +60,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, help="lists: entries a token, default 64; sampled: those beside the draws, default 0")
     add("--draws", type=int, help="sampled: entries that are drawn, default 12; for objectives linear in p")
     add("--project", type=int, help="hidden: only so many numbers a state, those that say most")
-    add("--like", metavar="FOLDER", help="hidden: the projection of that cache, for a training's validation rows")
-    add("--dtype", choices=[*DTYPES, *(name for name in HIDDEN_DTYPES if name not in DTYPES)],
-        help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, fp16 or fp32")  # fmt: skip
+    add(
+        "--like",
+        metavar="FOLDER",
+        help="hidden: that cache's projection or scaling, for a training's validation rows",
+    )
+    add("--dtype", choices=[*DTYPES, *(name for name in CACHE_DTYPES if name not in DTYPES)],
+        help="lists, sampled: fp16 (default), 8bit or fp32; hidden: bf16 (default), fp8, int8, fp16, fp32")  # fmt: skip
     add("--shard-rows", type=int, help="rows a file; an interruption loses one at most; default 1024, hidden: 128")
     add("--batch", type=int, default=16, help="rows the teacher runs at once")
     add("--teacher-dtype", type=long_name, choices=["auto", *LONG_NAMES.values()], default="auto",
@@ -127,7 +131,9 @@ def expected(settings: dict[str, Any], rows: Any, teacher: str) -> str:
     tokens = sum(len(target_positions(row["labels"])) for row in rows)
     each = bytes_of_token(settings)
     head = " and the teacher's head" if settings["keep"] == "hidden" else ""
-    return f"to write: {tokens * each / 1e6:.1f} MB ({tokens} tokens with loss x {each} bytes){head}"
+    size = tokens * each
+    written = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    return f"to write: {written} ({tokens} tokens with loss x {each} bytes){head}"
 
 
 def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> list[str]:

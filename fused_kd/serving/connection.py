@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import socket
 import ssl
 import threading
 import time
@@ -65,11 +66,14 @@ class Connection:
                 raise ValueError(f"{name} must be a number of seconds of at least 0, got {value!r}")
         if not timeout:
             raise ValueError(f"timeout must be above 0, got {timeout!r}")
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"token must be text, the content of the server's token file, got {token!r}")
         if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
             raise ValueError("token must be printable ASCII without blanks around it, or None")
         self.url, self.patience, self.timeout = str(url).rstrip("/"), float(patience), float(timeout)
         self._token = token
         self.outages = 0
+        self._known = False
         self._begin()
 
     def _begin(self) -> None:
@@ -116,6 +120,7 @@ class Connection:
                 time.sleep(wait)
                 continue
             self._say(None)
+            self._known = True  # it has been there
             return answer
 
     def _try(self, method: str, path: str, body: bytes | None, kind: str) -> Answer:
@@ -134,8 +139,10 @@ class Connection:
             # between two requests the server may have closed it
             if not fresh and isinstance(error, ConnectionError):
                 return self._try(method, path, body, kind)
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise ValueError(f"{self.url}: {error}") from error
+            if isinstance(error, ssl.SSLError):
+                raise ValueError(f"{self.url}: {error}; a server without TLS is at http://") from error
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME and not self._known:
+                raise ValueError(f"{self.url}: no such machine ({error.strerror})") from error
             raise _Trouble(f"{type(error).__name__}: {error}") from error
         if response.will_close:
             connection.close()
@@ -146,7 +153,11 @@ class Connection:
             return Answer(content, response.headers)
         text = f"{response.status} {response.reason}: {_error_of(content)}"
         if response.status in (401, 403):
-            raise PermissionError(f"{self.url} refuses {method} {path}: {text}")
+            given = "without a token" if self._token is None else "with this token"
+            raise PermissionError(
+                f"{self.url} refuses {method} {path} {given}: {text}; the token is that of the server's --token-file "
+                "(ServedTeacher(..., token=), train.py --teacher_token_file)"
+            )
         if response.status == 503 and response.headers.get("Retry-After", "").isdigit():
             raise _Trouble(text, pause=float(response.headers["Retry-After"]))
         if response.status >= 500 or response.status in (408, 429):

@@ -16,7 +16,7 @@ from fused_kd.training.codes import DTYPES
 from fused_kd.training.collate import padding_id
 from fused_kd.training.fingerprints import fingerprint_teacher, fingerprints_of
 from fused_kd.training.hidden_cache import hidden_writer, projection_like
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES
+from fused_kd.training.hidden_codes import CACHE_DTYPES
 from fused_kd.training.list_cache import Source, list_writer, teacher_draws, teacher_lists
 from fused_kd.training.prompts import PromptTemplate, get_prompt
 from fused_kd.training.shards import KEPT, read_index, write_shards
@@ -71,13 +71,13 @@ def write_cache(
         keep: "lists" (default), "hidden", or "sampled": lists of :func:`fused_kd.sample_of`, for losses whose gradient
             is linear in the teacher's probabilities.
         dtype: of lists, drawn ones too, "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`; of
-            hidden states "bf16" (default), "fp8", "fp16" or "fp32", see :mod:`fused_kd.training.hidden_codes`. The head
-            stays in the teacher's dtype.
+            hidden states "bf16" (default), "fp8", "int8", "fp16" or "fp32", see
+            :mod:`fused_kd.training.hidden_codes`. The head stays in the teacher's dtype.
         project: keep r numbers of a hidden state: those from which an affine map gives the teacher's probabilities
             best, see :mod:`fused_kd.training.projection`. They are found from a first run over a part of the rows. None
             (default): all.
-        like: the folder of another cache of this teacher's hidden states, whose projection is used, so that both are of
-            one head: for the validation rows of a training. In place of ``project``.
+        like: the folder of another cache of this teacher's hidden states, whose projection, or of "int8" the scaling,
+            is used, so that both are of one head: for the validation rows of a training. In place of ``project``.
         draws: with ``keep="sampled"``, how many entries of a token are drawn; default 12. They depend on ``seed``, on
             the row's number, and on the teacher.
         seed: with ``keep="sampled"``, any int; default 0.
@@ -86,7 +86,7 @@ def write_cache(
         batch_size: rows the teacher runs at once.
         memory: bytes for logits; they are made for a chunk of tokens at a time. Default 256 MiB.
         sample: with ``keep="hidden"``, about how many tokens of evenly spread rows are looked at first, to find the
-            directions of ``project`` and to measure the error; default 65,536.
+            directions of ``project``, or the scaling of "int8", and to measure the error; default 65,536.
         progress: show a bar.
 
     Returns:
@@ -159,7 +159,7 @@ def check_options(
     vocab_size = len(tokenizer)
     if keep not in KEPT:
         raise ValueError(f"keep must be one of {', '.join(map(repr, KEPT))}, got {keep!r}")
-    dtypes = tuple(HIDDEN_DTYPES) if keep == "hidden" else DTYPES
+    dtypes = tuple(CACHE_DTYPES) if keep == "hidden" else DTYPES
     dtype = dtypes[0] if dtype is None else dtype
     shard_rows = (128 if keep == "hidden" else 1024) if shard_rows is None else shard_rows
     _check_none(keep, k=k, project=project, like=like, sample=sample, draws=draws, seed=seed)

@@ -133,6 +133,9 @@ def _teacher_ids(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
     if not any(TEACHER_ID in row for row in rows):
         return None
     _check_everywhere(TEACHER_ID, rows, by_teacher=False)
+    for number, row in enumerate(rows):
+        if isinstance(row[TEACHER_ID], bool) or not hasattr(row[TEACHER_ID], "__index__"):
+            raise TypeError(f"{TEACHER_ID} of rows[{number}] must be an integer, got {row[TEACHER_ID]!r}")
     return torch.tensor([int(row[TEACHER_ID]) for row in rows], dtype=torch.int64)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_kd import LMHead
 from fused_kd.training.hidden_codes import decode_states, encode_states, name_of, narrowed
-from fused_kd.training.projection import Moments, Projection, error_of, fit
+from fused_kd.training.projection import Moments, Projection, Scaling, error_of, fit, scaling_of
 from fused_kd.training.shards import (
     HEAD,
     INDEX,
@@ -40,22 +40,24 @@ def hidden_writer(
 ) -> Callable[[Path, dict[str, Any]], MakeShard]:
     """Return what makes the shards of a cache, for :func:`fused_kd.training.shards.write_shards`.
 
-    The head and, where the index asks for one, the projection are made before the first shard, and anew where their
-    files are damaged. They must come out as they were then: with others the finished shards would be worth nothing.
-    ``like`` is another cache's folder, whose projection is taken.
+    The head and, where the index asks for one, the projection, or of "int8" the scaling, are made before the first
+    shard, and anew where their files are damaged. They must come out as they were then: with others the finished shards
+    would be worth nothing. ``like`` is another cache's folder, whose projection or scaling is taken.
     """
 
-    def fitted(index: dict[str, Any]) -> Projection | None:
-        if index["project"] is None:
-            return None
+    def fitted(index: dict[str, Any]) -> Projection | Scaling | None:
         if like is not None:
-            return _read_projection(like / PROJECTION)
+            return None if index["like"] is None else _read_projection(like / PROJECTION)
+        if index["project"] is None and index["dtype"] != "int8":
+            return None
         moments, head = None, None
         for run in runs(_sampled(data, sample)[0]):
             head = run.head
             moments = moments or Moments(head.hidden.shape[1], head.hidden.device)
             moments.add(head.hidden)
         assert moments is not None and head is not None
+        if index["project"] is None:
+            return scaling_of(moments)
         return fit(moments, head, index["project"], memory)
 
     def exact() -> LMHead:
@@ -87,7 +89,7 @@ def projection_like(folder: Path, fingerprints: Mapping[str, str | None]) -> dic
     return {"project": index["project"], "like": index["projection"] and index["projection"]["sha256"]}
 
 
-Fitted = Callable[[dict[str, Any]], Projection | None]
+Fitted = Callable[[dict[str, Any]], Projection | Scaling | None]
 
 
 def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted, memory: int) -> None:
@@ -118,9 +120,11 @@ def _prepare(folder: Path, index: dict[str, Any], exact: LMHead, fitted: Fitted,
     write_json(folder / INDEX, index)
 
 
-def _mended(folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fitted: Fitted) -> Projection | None:
+def _mended(
+    folder: Path, index: dict[str, Any], exact: Callable[[], LMHead], fitted: Fitted
+) -> Projection | Scaling | None:
     """Return the projection; its file and the head's are made anew where they are damaged."""
-    projection = None
+    projection: Projection | Scaling | None = None
     if (part := index["projection"]) is not None:
         if _projection_fault(folder, index):
             made = fitted(index)
@@ -164,34 +168,37 @@ def _states_of(runs: Runs, rows: Sequence[int]) -> LMHead:
     return replace(found[0], hidden=torch.cat([head.hidden for head in found]))
 
 
-def _stored_head(exact: LMHead, projection: Projection | None) -> LMHead:
+def _stored_head(exact: LMHead, projection: Projection | Scaling | None) -> LMHead:
     if projection is not None:
         return projection.head(exact)
     bias = None if exact.bias is None else exact.bias.detach().float()
     return replace(exact, weight=exact.weight.detach(), bias=bias)
 
 
-def _projection_bytes(projection: Projection) -> bytes:
+def _projection_bytes(projection: Projection | Scaling) -> bytes:
     from safetensors.torch import save
 
     return save({name: part.cpu().contiguous() for name, part in vars(projection).items()})
 
 
-def _read_projection(path: Path) -> Projection:
+def _read_projection(path: Path) -> Projection | Scaling:
     from safetensors.torch import load_file
 
-    return Projection(**load_file(path))
+    parts = load_file(path)
+    return Scaling(**parts) if "scale" in parts else Projection(**parts)
 
 
 def _projection_fault(folder: Path, index: dict[str, Any]) -> str | None:
     shape = [index["from_width"], index["width"]]
     wanted = {"mean": ("F64", shape[:1]), "down": ("F64", shape), "up": ("F64", shape)}
+    if index["project"] is None:
+        wanted = {"mean": ("F64", shape[:1]), "scale": ("F64", shape[:1])}
     fault = file_fault(folder / PROJECTION, index["projection"], checksum=True)
     return fault or layout_fault(folder / PROJECTION, wanted)
 
 
 def _shard(
-    runs: Runs, data: Any, projection: Projection | None, dtype: str, start: int, stop: int, bar: Any
+    runs: Runs, data: Any, projection: Projection | Scaling | None, dtype: str, start: int, stop: int, bar: Any
 ) -> tuple[bytes, dict[str, Any]]:
     from safetensors.torch import save
 

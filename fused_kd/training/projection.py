@@ -48,11 +48,38 @@ class Projection:
     @torch.no_grad()
     def head(self, head: LMHead) -> LMHead:
         """The head on such states, with none yet: (0, r). The bias, float32, has the mean's share."""
-        up, mean = self.up.to(head.weight.device), self.mean.to(head.weight.device)
+        up = self.up.to(head.weight.device)
         weight = torch.cat([(block @ up).to(head.weight.dtype) for block in _double_blocks(head.weight)])
-        bias = torch.cat([block @ mean for block in _double_blocks(head.weight)])
-        bias = (bias if head.bias is None else bias + head.bias.double()).float()
-        return replace(head, hidden=weight.new_empty(0, weight.shape[1]), weight=weight, bias=bias)
+        return _on_other_states(head, weight, self.mean)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """States without their ``mean`` and divided by a ``scale``, both (H,) float64: for codes with one step a token.
+
+    The scale is the power of two next to the root of a number's standard deviation: large numbers lose some of their
+    steps to the small ones, but not all. The head's weight takes it up exactly, the bias has the mean's share.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, H) float32."""
+        mean, scale = (each.to(hidden.device, torch.float32) for each in (self.mean, self.scale))
+        return (hidden.float() - mean) / scale
+
+    @torch.no_grad()
+    def head(self, head: LMHead) -> LMHead:
+        """As :meth:`Projection.head`; (0, H)."""
+        return _on_other_states(head, head.weight * self.scale.to(head.weight), self.mean)
+
+
+def _on_other_states(head: LMHead, weight: Tensor, mean: Tensor) -> LMHead:
+    mean = mean.to(weight.device)
+    bias = torch.cat([block @ mean for block in _double_blocks(head.weight)])
+    bias = (bias if head.bias is None else bias + head.bias.double()).float()
+    return replace(head, hidden=weight.new_empty(0, weight.shape[1]), weight=weight, bias=bias)
 
 
 class Moments:
@@ -111,6 +138,14 @@ def fit(moments: Moments, head: LMHead, r: int, memory: int = 256 << 20) -> Proj
     square = float((covariance.trace() + mean @ mean) * values[-1])
     s = sizes.clamp(min=_ROUNDING**2 * square if square > 0 else 1.0).sqrt()
     return Projection(mean, vectors @ (roots[:, None] * main / s), vectors @ (main / roots[:, None] * s))
+
+
+def scaling_of(moments: Moments) -> Scaling:
+    """Find mean and scale of these states; the median of the scales is 1, none is beyond 256 times that."""
+    mean, covariance = moments.covariance()
+    spread = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    exponents = (spread / spread.median()).log2().div(2).round().clamp(-8, 8)
+    return Scaling(mean, torch.exp2(exponents))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ of lists has
 one of drawn lists k + n ids and, with k > 0, k log-probabilities: see :mod:`fused_kd.training.drawn_codes`; and one of
 hidden states
 
-- ``hidden`` (tokens, width), with "fp8" also ``scale`` (tokens,): see :mod:`fused_kd.training.hidden_codes`.
+- ``hidden`` (tokens, width), with "fp8" and "int8" also ``scale`` (tokens,): see :mod:`fused_kd.training.hidden_codes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.training.codes import DTYPES, EXCESS, id_dtype, ids_are_packed, packed_bytes
-from fused_kd.training.hidden_codes import STORED_AS
+from fused_kd.training.hidden_codes import STORED_AS, WITH_SCALE
 from fused_kd.training.stage import (
     check_counts,
     check_same,
@@ -51,7 +51,7 @@ _LIST_ARRAYS = {
 }
 _IDS = {"uint16": "U16", "int32": "I32"}
 _A_NUMBER_EACH = ("top", "span")
-_BYTES = {"U8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
+_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4}
 
 # The shard of rows [start, stop): its bytes, and what its entry in the index has beside rows and file.
 MakeShard = Callable[[int, int, Any], tuple[bytes, dict[str, Any]]]
@@ -272,7 +272,7 @@ def _arrays_of(index: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
     """Which arrays a shard has: name to dtype and numbers a token (None: one number, without a dimension)."""
     if index["keep"] == "hidden":
         states: tuple[str, int | None] = (STORED_AS[index["dtype"]], index["width"])
-        return {"hidden": states, "scale": ("F32", None)} if index["dtype"] == "fp8" else {"hidden": states}
+        return {"hidden": states, "scale": ("F32", None)} if index["dtype"] in WITH_SCALE else {"hidden": states}
     k, vocab_size = index["k"], index["vocab_size"]
     width = k + index.get("draws", 0)
     found: dict[str, tuple[str, int | None]] = {}

@@ -25,7 +25,7 @@ from fused_kd.training.fingerprints import (
     fingerprint_teacher,
     fingerprints_of,
 )
-from fused_kd.training.hidden_codes import HIDDEN_DTYPES, check_states, decode_states
+from fused_kd.training.hidden_codes import CACHE_DTYPES, WITH_SCALE, check_states, decode_states
 from fused_kd.training.list_cache import no_lists, read_lists
 from fused_kd.training.prompts import PromptTemplate
 from fused_kd.training.shards import HEAD, INDEX, head_fault, read_index, shard_fault, shard_name
@@ -53,8 +53,8 @@ class TeacherCache:
             been verified shortly before.
 
     Attributes:
-        keep: "lists", "sampled" or "hidden". dtype: "fp16", "8bit" or "fp32"; of hidden states "bf16", "fp8", "fp16" or
-            "fp32".
+        keep: "lists", "sampled" or "hidden". dtype: "fp16", "8bit" or "fp32"; of hidden states "bf16", "fp8", "int8",
+            "fp16" or "fp32".
         k: entries a token with their own log-probabilities, of drawn lists 0 or more; None without lists. draws: of a
             token, beside these; None where there are none. width: numbers a hidden state; None without.
         vocab_size: tokens of the vocabulary that the probabilities are over; of hidden states the rows of the head.
@@ -175,7 +175,7 @@ class TeacherCache:
         """What a row without targets has."""
         if self.width is None:
             return no_lists(self._index)
-        dtype = torch.bfloat16 if self.dtype == "fp8" else HIDDEN_DTYPES[self.dtype]
+        dtype = torch.bfloat16 if self.dtype in WITH_SCALE else CACHE_DTYPES[self.dtype]
         return {"hidden": torch.empty(0, self.width, dtype=dtype)}
 
     def _states(self, arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:

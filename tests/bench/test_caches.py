@@ -55,7 +55,8 @@ def test_a_table_an_objective(made, tmp_path, capsys):
     assert {name for _, name in rows} == set(caches.OBJECTIVES)
     assert all(("64 entries, fp16, renormalize", name) not in rows for name in caches.OBJECTIVES if "Reverse" in name)
     error = {form: row["d_hidden"]["error"] for (form, name), row in rows.items() if name == "ForwardKD(lam=1)"}
-    assert error["online"] == 0 and 0 < error["hidden states, bf16"] < error["hidden states, 8 bits"]
+    assert error["online"] == 0 and error["hidden states, bf16"] > 0
+    assert error["hidden states, bf16"] < error["hidden states, 8 bits, scaled"] < error["hidden states, 8 bits"]
     assert error["64 entries, fp16, bucket"] < error["16 entries, fp16, bucket"] < error["16 entries, fp16, listed"]
     assert error["50 draws"] < error["12 draws"]
     draws, online = rows["12 draws", "ForwardKD(lam=1)"], rows["online", "ForwardKD(lam=1)"]
@@ -78,6 +79,7 @@ def test_bytes_a_token():
     """17 bits an id of 128,256."""
     size = {form.name: form.size(*caches.LARGE) for form in stored.forms(fk.LMHead(torch.randn(3, 32), HEAD), 0)}
     assert size["hidden states, bf16"] == 8192 and size["hidden states, 8 bits"] == 4100
+    assert size["hidden states, 8 bits, scaled"] == 4100
     assert size["projected to H/2, bf16"] == 4096 and size["projected to H/2, 8 bits"] == 2052
     assert size["64 entries, fp16, bucket"] == 136 + 128 + 4 and size["64 entries, 8bit, listed"] == 136 + 64 + 8 + 4
     assert size["12 draws"] == 26 and size["8 entries, fp16, and 12 draws"] == 43 + 16

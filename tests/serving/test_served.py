@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -359,6 +360,7 @@ def test_copies_in_other_processes(server, client):
         lock.acquire()
 
     def child() -> None:
+        signal.alarm(30)  # where it would wait for a lock that nobody holds here
         assert torch.equal(client.head(batch, targets, CPU).hidden, expected)
 
         assert client._connection._idle[0] is not idle
@@ -384,7 +386,8 @@ def test_the_tokenizer_is_compared(client):
 def test_a_token_is_wanted(running):
     server = running(token="secret")
     for token in (None, "wrong", "secre", "secretx"):
-        with pytest.raises(PermissionError, match="401"):
+        given = "without a token" if token is None else "with this token"
+        with pytest.raises(PermissionError, match=f"{given}: 401 .* the token is that of the server's --token-file"):
             ServedTeacher(server.url, token=token, **FAST)
     client = ServedTeacher(server.url, token="secret", **FAST)
     batch, targets = batch_of()
@@ -549,3 +552,18 @@ def test_answers_that_cannot_be_are_named(liar, server):
         with pytest.raises(ValueError, match=message):
             ServedTeacher(liar.url, **FAST).head(batch, targets, CPU)
         del liar.tell.__self__[:]
+
+
+def test_what_waiting_does_not_mend(server, monkeypatch):
+    """A wrong address or protocol, and a token that is none, are said at once."""
+    with pytest.raises(ValueError, match=r"a server without TLS is at http://"):
+        ServedTeacher(server.url.replace("http://", "https://"), patience=60.0)
+    with pytest.raises(ValueError, match="token must be text, the content of the server's token file"):
+        ServedTeacher(server.url, token=b"secret")
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError, match=r"no such machine \(Name or service not known\)"):
+        ServedTeacher("http://nobody.invalid:8400", patience=60.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_lengths_are_known_without_the_cache(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(TeacherCache, "row", lambda *_: pytest.fail("read"))
     for data in (cached, MaskedTail(cached), MaskedTail(rows()), rows()):
         assert lengths_of(data) == [len(row["input_ids"]) for row in rows()]
+
+
+@pytest.mark.parametrize("given", [0.7, "1", "math", None, [1], True], ids=str)
+def test_a_teacher_is_named_by_an_integer(given: Any) -> None:
+    for collate in (Collator(0), PackingCollator()):
+        with pytest.raises(TypeError, match=r"teacher_id of rows\[1\] must be an integer, got"):
+            collate([{**row, "teacher_id": value} for row, value in zip(rows()[:2], (0, given), strict=True)])
 
 
 def test_lists_keep_what_they_leave_out(tmp_path: Path) -> None:

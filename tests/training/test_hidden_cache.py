@@ -26,7 +26,7 @@ from fused_kd.training import teacher_runs  # noqa: E402
 from fused_kd.training.collate import Collator  # noqa: E402
 from fused_kd.training.hidden_cache import _sampled  # noqa: E402
 from fused_kd.training.hidden_codes import decode_states, encode_states  # noqa: E402
-from fused_kd.training.projection import Moments, error_of, fit  # noqa: E402
+from fused_kd.training.projection import Moments, error_of, fit, scaling_of  # noqa: E402
 from fused_kd.training.teacher_cache import TeacherCache  # noqa: E402
 
 from .caching import PADDED, VOCAB, Words, files, model, rows, states, write, write_hidden  # noqa: E402
@@ -86,7 +86,53 @@ def test_fp8_keeps_its_bound_at_any_size() -> None:
     assert (stored["hidden"].float().abs().amax(1)[torch.arange(60) != 5] > 200).all(), "the range is used"
 
 
-@pytest.mark.parametrize("dtype, value", [("bf16", math.inf), ("fp8", math.nan), ("fp16", 7e4), ("fp32", -math.inf)])
+def test_int8_of_states_with_large_numbers(tmp_path: Path) -> None:
+    """Numbers far from 0 and far larger than others: nearer to the teacher than fp8, with a head that is exact."""
+    torch.manual_seed(0)
+    hidden = torch.randn(3000, 32) * torch.logspace(0, 2.5, 32)
+    hidden[:, -1] += 4000
+    head = fk.LMHead(hidden, torch.randn(101, 32) / torch.logspace(0, 2, 32), None)
+    moments = Moments(32, torch.device("cpu"))
+    moments.add(hidden[:1000])
+    scaling = scaling_of(moments)
+    assert torch.equal(scaling.scale.log2(), scaling.scale.log2().round()) and scaling.scale.max() == 4
+    stored = scaling.head(head)
+    assert torch.equal(stored.weight / scaling.scale.float(), head.weight), "powers of two"
+    exact = replace(stored, hidden=scaling.states(hidden))
+    assert error_of(head, exact, 1 << 26)["kl"] < 1e-5
+    codes = encode_states(exact.hidden, "int8")
+    found = decode_states(codes)
+    assert codes["hidden"].dtype == torch.int8 and found.dtype == torch.bfloat16
+    assert codes["hidden"].abs().amax(1).eq(127).all(), "the range is used"
+    slack = codes["scale"][:, None] / 2 + found.float().abs() * 2.0**-8
+    assert ((found.float() - exact.hidden).abs() <= slack).all()
+    ours = error_of(head, replace(stored, hidden=found.float()), 1 << 26)
+    theirs = error_of(head, replace(head, hidden=decode_states(encode_states(hidden, "fp8")).float()), 1 << 26)
+    assert ours["logits"] < theirs["logits"] / 3, (ours, theirs)
+    nothing = encode_states(torch.zeros(2, 4), "int8")
+    assert not decode_states(nothing).any() and nothing["scale"].isfinite().all()
+
+    cache, data = write_hidden(tmp_path / "one", dtype="int8", shard_rows=4), rows(6, seed=5)
+    assert cache.error is not None and cache.error["kl"] < 1e-3 and cache[0].dtype == torch.bfloat16
+    assert cache[3].shape == (0, 16) and cache.dtype == "int8" and "16 numbers, int8" in repr(cache)
+    before = files(tmp_path / "one")
+    for name in ("projection", "head", "shards/00001"):
+        (tmp_path / "one" / f"{name}.safetensors").write_bytes(b"x")
+    write_hidden(tmp_path / "one", dtype="int8")
+    assert files(tmp_path / "one") == before
+    valid = write_hidden(tmp_path / "valid", data, dtype="int8", like=tmp_path / "one")
+    cache.check_head(valid)
+    with pytest.raises(ValueError, match="must have the head of"):
+        cache.check_head(write_hidden(tmp_path / "alone", data, dtype="int8"))
+    for dtype, like in (("bf16", cache), ("int8", write_hidden(tmp_path / "plain"))):
+        like.check_head(write_hidden(tmp_path / f"like {dtype}", data, dtype=dtype, like=like.folder))
+    projected = write_hidden(tmp_path / "projected", dtype="int8", project=6)
+    assert projected[0].shape[1] == 6 and write_hidden(tmp_path / "projected", dtype="int8", project=6).width == 6
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [("int8", math.inf), ("bf16", math.inf), ("fp8", math.nan), ("fp16", 7e4), ("fp32", -math.inf)]
+)
 def test_states_that_cannot_be_stored(dtype: str, value: float) -> None:
     hidden = torch.ones(3, 4)
     hidden[1, 2] = value
@@ -139,7 +185,8 @@ class Oracle:
 
 
 @pytest.mark.parametrize(
-    "dtype, side, tolerance", [("fp32", "left", 3e-6), ("bf16", "right", 8e-3), ("fp8", "right", 0.1)]
+    "dtype, side, tolerance",
+    [("fp32", "left", 3e-6), ("bf16", "right", 8e-3), ("fp8", "right", 0.1), ("int8", "right", 0.03)],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_float64(tmp_path: Path, dtype: str, side: str, tolerance: float, temperature: float) -> None:
@@ -478,7 +525,7 @@ def test_a_second_cache_of_the_same_head(finished: Path, tmp_path: Path) -> None
     "options, message",
     [
         ({"keep": "states"}, "keep must be one of 'lists', 'hidden', 'sampled', got 'states'"),
-        ({"dtype": "8bit"}, "dtype must be one of 'bf16', 'fp8', 'fp16', 'fp32', got '8bit'"),
+        ({"dtype": "8bit"}, "dtype must be one of 'bf16', 'fp8', 'fp16', 'fp32', 'int8', got '8bit'"),
         ({"k": 4}, "k must be None with keep='hidden', got 4"),
         ({"project": 0}, "project must be an int of at least 1, got 0"),
         ({"sample": 0}, "sample must be"),
