@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from .terms import Number
 AnyTeacher = LMHead | TopK | Tensor | Mixture | Sequence[tuple[float | Tensor, LMHead | TopK | Tensor]] | None
 
 
-class Teachers(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Teachers:
     """``given`` is a mixture or one teacher; ``names`` for messages, ``sides`` and tokens' ``shapes`` are of each."""
 
     given: Any = None
