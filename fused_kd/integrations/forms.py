@@ -262,16 +262,15 @@ class Teaching:
         return any(not form.given.columns for form in self.given)
 
     def on_host(self, batch: Mapping[str, Any], shift: bool) -> Step:
-        """A batch that is on the host, for given teachers; ``shift``: position i predicts label i + 1."""
-        own = checked_prompts(without_first_targets(dict(batch))) if shift else dict(batch)
-        inputs = {name: value for name, value in own.items() if name not in (*BATCH_COLUMNS, "labels")}
-        return Step(None, inputs, own, targets_of(own["labels"], shift))
+        """A checked batch that is on the host, for given teachers; ``shift``: position i predicts label i + 1."""
+        inputs = {name: value for name, value in batch.items() if name not in (*BATCH_COLUMNS, "labels")}
+        return Step(None, inputs, dict(batch), targets_of(batch["labels"], shift))
 
     def prefetch(self, batch: Mapping[str, Any], shift: bool) -> None:
         """Let given teachers begin with a batch that is on the host; ``shift``: position i predicts label i + 1."""
         if not self.prefetches or "labels" not in batch:
             return
-        step = self.on_host(batch, shift)
+        step = self.on_host(checked_prompts(without_first_targets(dict(batch))) if shift else batch, shift)
         parts: Sequence[tuple[Any, Tensor | None]] = [(form, None) for form in self.forms]
         if len(self.forms) > 1 and self.weights is None:
             parts, _ = self._by_row(step)
