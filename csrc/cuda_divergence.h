@@ -118,9 +118,11 @@ FKD_INLINE void formulas(int divergence, float t, float q, float d, float r, flo
 FKD_INLINE void evaluate(const Norms *norms, int j, float z_s, float z_t, bool at_label, float *q, float *target,
                          float *h, float *g) {
     const Term *term = &norms->terms[j];
-    const float a_s = (z_s - norms->s_max) * norms->k, a_t = (z_t - norms->t_max) * norms->k;
+    const float x_s = z_s - norms->s_max, x_t = z_t - norms->t_max;
+    const float a_s = x_s * norms->k, a_t = x_t * norms->k;
     *q = times(exp2_fast(a_s), norms->s_norm);
-    float t = times(exp2_fast(a_t), term->t_norm), d = (a_t - a_s) * LN_2 + term->offset;
+    // Not of a_t - a_s: fused with a product, that is the product's rounding where both are OUTSIDE, some 1e23.
+    float t = times(exp2_fast(a_t), term->t_norm), d = (x_t - x_s) * (norms->k * LN_2) + term->offset;
     if (has(j, MIXED) && at_label) {
         t += term->rest;
         d = term->label_d;

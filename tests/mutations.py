@@ -453,8 +453,12 @@ MUTATIONS = [
         ("kernels/test_rows.py::test_strided_inputs_and_outputs[aligned-forward_kd-triton]",),
     ),
     Mutation(
-        "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(a_t - a_s, LN_2, -log_ratio)", "tl.fma(a_t - a_s, 1.0, -log_ratio)",
+        "triton: log-ratios left in powers of 2", _TRITON_MATH, "tl.fma(difference, k * LN_2, -log_ratio)", "tl.fma(difference, k, -log_ratio)",
         ("kernels/test_rows.py::test_temperature_scale_and_softcap[T, scale-reverse_kd-triton]",),
+    ),
+    Mutation(
+        "triton: log-ratios from rounded products", _TRITON_MATH, "d = tl.fma(difference, k * LN_2, -log_ratio)", "d = tl.fma(a_t - a_s, LN_2, -log_ratio)",
+        ("kernels/test_fused_products.py::test_rows[todi-fused]",),
     ),
     Mutation(
         "triton: an odd exponent of the logarithm", _TRITON_MATH, "- 0x3F3504F3) & -0x800000", "- 0x3F3504F3) & -0x1000000",

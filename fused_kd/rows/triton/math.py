@@ -117,6 +117,8 @@ def arguments(
     s_max, s_inv, t_max, t_inv, log_ratio = norms
     a_s = exponent(z_s, k, s_max)
     a_t = exponent(z_t, k, t_max)
+    # Not a_t - a_s: fused with a product, that is the product's rounding where both are OUTSIDE, some 1e23.
+    difference = (z_t - t_max) - (z_s - s_max)
     q = tl.exp2(a_s) * s_inv
     t = tl.exp2(a_t)
     tiny = 0.0
@@ -124,12 +126,12 @@ def arguments(
         tiny = TINY
     if MIXED:
         t = tl.fma(t, lam * t_inv, tl.where(at_label, rest + tiny, tiny))
-        d = tl.where(at_label, label_d, tl.fma(a_t - a_s, LN_2, log_lam - log_ratio))
+        d = tl.where(at_label, label_d, tl.fma(difference, k * LN_2, log_lam - log_ratio))
     else:
         t = t * t_inv
         if MIXTURE:
             t += TINY
-        d = tl.fma(a_t - a_s, LN_2, -log_ratio)
+        d = tl.fma(difference, k * LN_2, -log_ratio)
     if EXCLUDES:
         # Of what the student excludes too: where the target has underflowed, TINY times d would be something.
         t_bound = tl.where(t_max >= EXCLUDED, EXCLUDED, -float("inf"))
