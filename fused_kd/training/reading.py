@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,6 +177,18 @@ def find_files(directory: Path, split: str, languages: tuple[str, str] | None = 
 def file_rows(path: Path, languages: tuple[str, str] | None) -> Iterator[Row]:
     """All rows of a file, or, in `languages`, of the text with that prefix."""
     return rows_of(path) if languages is None or path.name.endswith(SUFFIXES) else aligned_rows(path, languages)
+
+
+def is_parallel_text(source: str | Path, split: str, directions: Sequence[str]) -> bool:
+    """Whether the source is line-aligned text: a prefix of files, or a directory with no other file for the split."""
+    path = Path(source).expanduser()
+    sides = [direction.partition("-") for direction in directions]
+    languages = [(first, second) for first, _, second in sides]
+    if not path.is_dir():
+        return not path.is_file() and any(_side(path, language) for pair in languages for language in pair)
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    rows = any(name.endswith(SUFFIXES) for name in names)
+    return not rows and any(_text_prefixes(names, pair) for pair in languages)
 
 
 def _side(prefix: Path, language: str) -> Path | None:
