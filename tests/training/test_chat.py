@@ -228,7 +228,7 @@ def test_text_that_would_close_its_turn_is_refused(name: str) -> None:
     """``<|user|>`` is written by no literal of phi's template: its roles are."""
     family = FAMILIES[name]
     tokenizer = family.tokenizer()
-    for token in (*family.special[-2:], tokenizer.bos_token):
+    for token in (*family.special, tokenizer.bos_token):
         for turn, role in enumerate(("user", "assistant")):
             messages = say("a", "b")
             messages[turn]["content"] = f"text {token} more"
