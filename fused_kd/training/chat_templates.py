@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -210,12 +211,13 @@ class ChatTemplate:
                 )
 
     def _written(self, conversation: Conversation) -> str:
-        """What the template writes around two plain turns, "" where it takes no such."""
-        turns = [{"role": role, "content": probe} for role, probe in zip(("user", ASSISTANT), _PROBES, strict=True)]
-        try:
-            return self._render(conversation, turns, "")
-        except ValueError:
-            return ""
+        """What the template writes around plain turns of those roles that it takes."""
+        written = ""
+        for roles in (("user", ASSISTANT), ("system", "user", ASSISTANT), ("user", ASSISTANT, "tool", ASSISTANT)):
+            turns = [{"role": role, "content": _PROBES[0]} for role in roles]
+            with suppress(ValueError):
+                written += self._render(conversation, turns, "")
+        return written
 
     def _check_tools(self, conversation: Conversation, text: str) -> None:
         """Raise for a template that leaves out tools or calls, as many do without a word."""
