@@ -27,6 +27,7 @@ TRAINING = {
     "fused_kd.training.script": ("parse", "run_script"),
     "fused_kd.training.data": ("Pair", "Instruction", "load_pairs", "load_directions", "load_instructions"),
     "fused_kd.training.rows": ("load_rows", "StreamedRows"),
+    "fused_kd.training.packs": ("pack_rows", "PackedRows"),
     "fused_kd.training.prompts": ("PromptTemplate", "Rows", "tokenize_pairs", "tokenize_instructions", "render_sample"),
     "fused_kd.training.collate": ("Collator", "PackingCollator"),
     "fused_kd.training.models": ("LoRA", "load_model", "load_tokenizer"),

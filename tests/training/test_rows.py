@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from fused_kd.training import PackingCollator, Rows, StreamedRows, load_rows, render_sample
+from fused_kd import ForwardKD
+from fused_kd.training import KDTrainer, PackingCollator, Rows, StreamedRows, load_rows, pack_rows, render_sample
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs
 from fused_kd.training.files import csv_rows, parquet_rows
 from fused_kd.training.prompts import tokenize_instructions, tokenize_pairs
@@ -360,6 +363,43 @@ def test_chat_rows_are_packed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     torch.testing.assert_close(packed, alone)
     targets = [label for row in rows for label in row["labels"][1:] if label != -100]
     assert [label for label in batch["labels"][0].tolist() if label != -100] == targets
+
+
+def test_packs_are_filled_and_nothing_is_lost() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 60) for _ in range(500)]
+    rows = [{"input_ids": [n] * length, "labels": [-100] + [n] * (length - 1)} for n, length in enumerate(lengths)]
+    packs = pack_rows(rows, 64)
+    assert sorted(number for pack in packs.packs for number in pack) == list(range(500))
+    sums = [sum(lengths[number] for number in pack) for pack in packs.packs]
+    assert max(sums) <= 64 and sum(lengths) / (len(packs) * 64) > 0.95
+    filled = f"{sum(lengths) / len(packs) / 64:.1%} filled"
+    assert repr(packs) == f"PackedRows(500 rows in {len(packs)} packs of 64 tokens, {filled})"
+    two = [rows[number] for pack in (0, 7) for number in packs.packs[pack]]
+    batch, alone = PackingCollator()([packs[0], packs[7]]), PackingCollator()(two)
+    assert all(torch.equal(batch[name], alone[name]) for name in alone) and batch.keys() == alone.keys()
+    with pytest.raises(ValueError, match=r"max_tokens=59: expected .* the longest row's 60 tokens \(rows\[\d+\]\)"):
+        pack_rows(rows, 59)
+    with pytest.raises(ValueError, match="rows are empty"):
+        pack_rows([], 64)
+
+
+def test_a_trainer_takes_packs(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The loss of a batch of packs is that of their rows, and so is the student after a step."""
+    rows = load_rows(tokenizer, write(tmp_path / "train.jsonl", CHATS)).rows
+    packs, losses = pack_rows(rows, 60), []
+    order = [number for pack in packs.packs for number in pack]
+    for data, size in ((packs, len(packs)), ([rows[number] for number in order], len(rows))):
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=size, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no", logging_steps=1, seed=0,
+        )  # fmt: skip
+        student, teacher = tiny(8, 0, vocab=len(tokenizer)), tiny(12, 1, vocab=len(tokenizer))
+        trainer = KDTrainer(
+            student, teacher, ForwardKD(), args=arguments, train_dataset=data, data_collator=PackingCollator()
+        )
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0
 
 
 def test_samples_of_chats_are_readable(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
