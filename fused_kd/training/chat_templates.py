@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from fused_kd.training.conversations import ASSISTANT, Conversation, function_of, texts_of
+from fused_kd.training.conversations import ASSISTANT, Conversation, function_of, texts_of, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +75,16 @@ class ChatTemplate:
             ValueError: a special token of the template in what a turn says, a template that does not take the
                 conversation or leaves its tools out, or a turn that cannot be found; all name the turn.
         """
+        try:
+            return self._chat(conversation)
+        except ValueError:
+            if not any(message.get("tool_calls") for message in conversation.messages):
+                raise
+            with suppress(ValueError):  # some templates take the arguments of calls as JSON text
+                return self._chat(with_text_arguments(conversation))
+            raise
+
+    def _chat(self, conversation: Conversation) -> Chat:
         self._check_contents(conversation)
         whole = conversation.messages
         if _MARKS.search(self._source(conversation)):

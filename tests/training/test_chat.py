@@ -327,6 +327,11 @@ def test_tools_and_their_calls() -> None:
         assert row_of(tokenizer, messages, tools=tools) == row
     flat = [{**messages[1], "tool_calls": [{"name": "weather", "arguments": {"city": "Ulm"}}]}]
     assert row_of(tokenizer, [messages[0], *flat, *messages[2:]], tools=[tool]) == row
+    # DeepSeek's manner: the arguments are joined to other text
+    tokenizer.chat_template = TOOLS.replace(
+        "{{ call.function.arguments | tojson }}", "{{ '' + call.function.arguments }}"
+    )
+    assert row_of(tokenizer, messages, tools=[tool]) == row
     plain = FAMILIES["chatml"].template.replace("m.content", "(m.content or '')")
     tokenizer.chat_template = plain
     with pytest.raises(ValueError, match=r"the chat template leaves tools out \('weather'\)"):

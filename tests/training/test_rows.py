@@ -16,7 +16,16 @@ import torch
 from transformers import TrainingArguments
 
 from fused_kd import ForwardKD
-from fused_kd.training import KDTrainer, PackingCollator, Rows, StreamedRows, load_rows, pack_rows, render_sample
+from fused_kd.training import (
+    KDTrainer,
+    PackingCollator,
+    Rows,
+    StreamedRows,
+    formats,
+    load_rows,
+    pack_rows,
+    render_sample,
+)
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs
 from fused_kd.training.files import csv_rows, parquet_rows
 from fused_kd.training.prompts import tokenize_instructions, tokenize_pairs
@@ -298,6 +307,12 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
     pairs = write(tmp_path / "pairs" / "train.jsonl", [*FORMATS["pairs"], {"en": "long " * 50, "de": "lang"}])
     rows = load_rows(tokenizer, pairs, max_length=40, prompt="tiny")
     assert (len(rows), rows.skipped) == (5, 1), "as tokenize_pairs"
+
+
+def test_loss_on_the_first_token_alone_is_none() -> None:
+    """Nothing predicts it."""
+    assert isinstance(formats._cut({"input_ids": [5, 6], "labels": [5, -100]}, 8), str)
+    assert isinstance(formats._cut({"input_ids": [5, 6], "labels": [-100, 6]}, 8), formats.Made)
 
 
 def test_nothing_is_read_ahead(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> None:
