@@ -14,7 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from fused_kd.training.conversations import ASSISTANT, Conversation, function_of, texts_of, with_text_arguments
+from fused_kd.training.conversations import (
+    ASSISTANT,
+    Conversation,
+    function_of,
+    is_learnt,
+    texts_of,
+    with_text_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,6 +119,14 @@ class ChatTemplate:
             raise ValueError(_refusal(error, f"turn {len(conversation.messages)}")) from error
         (text,), (found,) = rendered
         spans = [(begin, end) for begin, end in found if end > begin]
+        turns = [message for message in conversation.messages if message["role"] == ASSISTANT]
+        if not all(map(is_learnt, turns)):
+            if len(spans) != len(turns):
+                raise ValueError(
+                    f"the chat template marks {len(spans)} texts in {len(turns)} assistant turns, so that those "
+                    "without loss (weight 0, train false) cannot be told apart"
+                )
+            spans = [span for span, turn in zip(spans, turns, strict=True) if is_learnt(turn)]
         if conversation.given:
             before = self._render(conversation, conversation.messages[: conversation.given], "the prompt")
             if not text.startswith(before):
@@ -126,7 +141,7 @@ class ChatTemplate:
     def _between(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """Each turn as what comes after its prompt, in `text`, the whole conversation."""
         messages = conversation.messages
-        wanted = [n for n, m in enumerate(messages) if m["role"] == ASSISTANT and n >= conversation.given]
+        wanted = [n for n, m in enumerate(messages) if is_learnt(m) and n >= conversation.given]
         spans = []
         for number in wanted[-1:] if self.turns == "last" else wanted:
             turn = f"turn {number + 1} (assistant)"

@@ -30,7 +30,7 @@ class Conversation:
 
     Attributes:
         messages: dicts of ``role`` and ``content`` (a text), and what else the row has; no entry is None. The last is
-            an assistant's.
+            an assistant's. One with ``weight`` 0 (OpenAI's name) or ``train`` false carries no loss.
         tools: descriptions of the tools that the assistant may call, or None.
         options: further variables of the template.
         given: so many first messages are a prompt, whose assistant turns carry no loss.
@@ -95,6 +95,11 @@ def first_question(value: Any) -> str | None:
     return str(texts[0]) if texts else None
 
 
+def is_learnt(message: dict[str, Any]) -> bool:
+    """Whether it is an assistant's turn that is not left out of the loss by ``weight`` 0 or ``train`` false."""
+    return bool(message["role"] == ASSISTANT and message.get("weight", 1) and message.get("train", True))
+
+
 def texts_of(message: dict[str, Any]) -> str:
     """All that a message puts into the template, as one text, for searches."""
     rest = {name: entry for name, entry in message.items() if name not in ("role", "content")}
@@ -143,7 +148,7 @@ def _conversation(value: dict[str, Any], turns: Any, name: str, given: int = 0) 
     system = value.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages, given = [{"role": "system", "content": system}, *messages], given + 1 if given else 0
-    last = max((n for n, message in enumerate(messages) if message["role"] == ASSISTANT), default=-1)
+    last = max((n for n, message in enumerate(messages) if is_learnt(message)), default=-1)
     if last < given:
         where = "the completion" if given else name
         return f"{where} has no assistant turn, so nothing carries loss (roles: {', '.join(_roles(messages))})"
@@ -186,6 +191,9 @@ def _message(turn: Any) -> dict[str, Any] | str:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         return f"expected a role, got {', '.join(turn) or 'nothing'}"
+    weight, train = message.get("weight", 1), message.get("train", True)
+    if weight not in (0, 1) or train not in (True, False):
+        return f"{role}: expected a weight of 0 or 1, and train true or false, got {weight!r} and {train!r}"
     calls = _calls(message.get("tool_calls"))
     if isinstance(calls, str):
         return calls

@@ -139,7 +139,8 @@ def load_rows(
 
             - ``"auto"`` (default): what the columns of the first row say; ``.format`` of the result has it;
             - ``"messages"``: conversations of turns with ``role`` and ``content`` in ``messages``, or ``from`` and
-              ``value`` (ShareGPT) in ``conversations``; loss on what the assistant writes and on the end of its turns;
+              ``value`` (ShareGPT) in ``conversations``; loss on what the assistant writes and on the end of its turns,
+              but for turns with ``weight`` 0 or ``train`` false;
             - ``"prompt_completion"``: two texts, or two lists of messages; loss on the completion and its end;
             - ``"text"``: loss on everything;
             - ``"alpaca"``: instruction, input and output; loss on the output and EOS;

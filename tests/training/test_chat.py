@@ -377,6 +377,10 @@ BAD_ROWS = [
         {"messages": [*say("a", "b"), {"role": "assistant", "tool_calls": [{}]}]},
         "turn 3: tool_calls: expected functions",
     ),
+    (
+        {"messages": [{"role": "user", "content": "a", "weight": 0.5}]},
+        "user: expected a weight of 0 or 1, and train",
+    ),
     ({"messages": say("a", "b"), "tools": "f"}, "tools: expected a list of objects, or its JSON text, got f"),
     ({"messages": say("a", "b"), "chat_template_kwargs": "x"}, "chat_template_kwargs: expected an object"),
     ({"messages": say("a", "\ud83d")}, "the text is a lone surrogate 0xd83d"),
@@ -415,6 +419,30 @@ def test_prompts_and_completions() -> None:
         (row,) = encode_chats(tokenizer, [ChatTemplate(tokenizer).chat(value)])
         assert isinstance(row, dict) and trained(tokenizer, row) == [f"Another one.{end}"]
         assert "An animal" in tokenizer.decode(row["input_ids"]) and "Be brief." in tokenizer.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize("unlearnt", [{"weight": 0}, {"train": False}])
+def test_turns_that_are_not_learnt(unlearnt: dict[str, Any]) -> None:
+    family = FAMILIES["chatml"]
+    marks = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    marks = f"{{% if m.role == 'assistant' %}}{marks}{{% else %}}{{{{ m.content }}}}<|im_end|>{{% endif %}}{{{{ '' }}}}"
+    marked = replace(family, template=family.template.replace("{{ m.content }}<|im_end|>", marks))
+    two = CHATS["two answers"]
+    first, last = [two[0], two[1] | unlearnt, *two[2:]], [*two[:3], two[3] | unlearnt]
+    for each in (family, marked):
+        tokenizer = each.tokenizer()
+        whole = row_of(tokenizer, two)
+        row = row_of(tokenizer, first)
+        assert row["input_ids"] == whole["input_ids"] and trained(tokenizer, row) == ["Another one.<|im_end|>"]
+        assert trained(tokenizer, row_of(tokenizer, last)) == ["An animal with four legs.<|im_end|>"]
+        assert row_of(tokenizer, [turn | {"weight": 1} for turn in two]) == whole
+    split = marks.replace(
+        "{{ m.content }}<|im_end|>{% endg", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endg"
+    )
+    tokenizer = replace(family, template=family.template.replace("{{ m.content }}<|im_end|>", split)).tokenizer()
+    with pytest.raises(ValueError, match="the chat template marks 4 texts in 2 assistant turns"):
+        row_of(tokenizer, first)
+    assert "no assistant turn" in str(to_conversation({"messages": [two[0], two[1] | unlearnt]}))
 
 
 def test_slow_tokenizers_are_refused() -> None:
