@@ -31,10 +31,11 @@ from fused_kd.integrations.parts import thresholded_part
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.serving import ServedTeacher
 from fused_kd.training import dry_run
+from fused_kd.training.chat_templates import ChatTemplate
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions
 from fused_kd.training.difficulty import with_quantile_gamma
-from fused_kd.training.fingerprints import fingerprint_rows
+from fused_kd.training.fingerprints import fingerprint_rows, template_of
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.memory import memory_of
 from fused_kd.training.models import PRESETS, load_model, model_content, shared_tokenizer, threads_for, with_adapters
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     output, before = Path(train.output), dry_run.resident(args.device)
     with state.main_process_first(), tokenizer_folder(train) as folder:
         tokenizer = shared_tokenizer(train.models, folder, texts_of(train), train.vocab)
+    if train.chat_template is not None:  # saved with the model, which is to be asked as it was trained
+        tokenizer.chat_template = ChatTemplate(tokenizer, train.chat_template).template
     rows = {"train": read_rows(train, tokenizer, "train")}
     if args.eval_strategy != "no":
         rows["valid"] = read_rows(train, tokenizer, "valid")
@@ -79,13 +82,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             return record
 
     amounts = dry_run.amounts_of(train, args, rows["train"])
-    console.print(f"{rows['train']!r}; the first:\n{render_sample(tokenizer, next(iter(rows['train'])))}")
-    console.print(
-        f"global batch {args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps} = "
-        f"{args.world_size} processes x {args.per_device_train_batch_size} sentences x "
-        f"{args.gradient_accumulation_steps} steps"
-    )
-    console.print("\n".join([*dry_run.amounts_lines(amounts), *dry_run.advice(train, amounts)]))
+    sample = render_sample(tokenizer, next(iter(rows["train"])))
+    console.print(f"{' '.join(train.source_of('train'))}: {rows['train']!r}; the first:\n{sample}")
+    console.print("\n".join(dry_run.amounts_lines(args, amounts) + dry_run.advice(train, amounts)))
     if train.dry_run != "false":
         memory = memory_of(train, args, tokenizer, amounts.batch, list(served.values()))
         console.print("\n".join(dry_run.memory_lines(memory, amounts.batch)))
@@ -147,7 +146,9 @@ def texts_of(train: Train) -> Iterator[str]:
         return
     if train.format not in ("auto", "pairs"):
         raise ValueError(f"format must be pairs for presets, whose tokenizer is made of them, got {train.format!r}")
-    pairs = load_directions(train.data, train.split, train.directions, limit=train.train_limit, skip_bad=train.skip_bad)
+    pairs = load_directions(
+        *train.source_of("train"), train.directions, limit=train.train_limit, skip_bad=train.skip_bad
+    )
     yield from training_texts(train.template, pairs)
 
 
@@ -155,11 +156,11 @@ def read_rows(train: Train, tokenizer: Any, split: str) -> Any:
     """The tokenised rows of the training, or of the validation."""
     learned = split == "train"
     how = {"max_length": train.max_length, "skip_bad": train.skip_bad, "chat_template": train.chat_template}
+    how["turns"] = train.turns
     how["limit"] = train.train_limit if learned else train.valid_limit
     rows = load_rows(
         tokenizer,
-        train.data if learned or train.eval_data is None else train.eval_data,
-        train.split if learned else train.eval_split,
+        *train.source_of(split),
         format=train.format,
         prompt=train.prompt,
         directions=train.directions,
@@ -208,13 +209,12 @@ def open_teachers(
     train: Train, tokenizer: Any, rows: dict[str, Any], data_of: dict[str, str], served: dict[str, Any], seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """What the trainer takes as its teacher, and the rows with what caches have for them."""
+    templates = {split: template_of(found, train.template) for split, found in rows.items()}
     rows, made = dict(rows), []
 
     def opened(folder: str, split: str, name: str | None) -> TeacherCache:
         cache = TeacherCache(folder, tail=train.cache_tail, name=name, verify=PartialState().is_main_process)
-        rows[split] = cache.check(
-            tokenizer=tokenizer, rows=rows[split], template=train.template.name, data=data_of[split]
-        )
+        rows[split] = cache.check(tokenizer=tokenizer, rows=rows[split], template=templates[split], data=data_of[split])
         return cache
 
     for number, teacher in enumerate(train.teachers):

@@ -91,12 +91,15 @@ def advice(train: Train, amounts: Amounts) -> list[str]:
     return told
 
 
-def amounts_lines(amounts: Amounts) -> list[str]:
+def amounts_lines(args: TrainingArguments, amounts: Amounts) -> list[str]:
     """The amounts as text."""
-    steps = f"{amounts.steps} steps"
+    each, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch = f"global batch {each * args.world_size * accumulated} = {args.world_size} processes x {each} sentences x "
+    batch, steps = f"{batch}{accumulated} steps", f"{amounts.steps} steps"
     if not amounts.rows:
-        return [f"a stream of unknown length, {steps}"]
+        return [batch, f"a stream of unknown length, {steps}"]
     return [
+        batch,
         f"{amounts.rows} rows, {amounts.truncated} truncated, {amounts.skipped} skipped",
         f"{amounts.tokens} tokens, {amounts.with_loss} with loss; padding {amounts.padding:.0%}",
         f"{steps} of {amounts.tokens_a_step:.0f} tokens on average",

@@ -69,12 +69,13 @@ class Train:
     # as own:adapters=false or own:decay=0.999; of several each as WEIGHT*TEACHER; not needed for SFT
     teacher: list[str] = field(default_factory=list)
     format: Literal["auto", "messages", "prompt_completion", "text", "alpaca", "pairs"] = "auto"  # of the rows
-    split: str = "train"
+    split: str | None = None  # null: train; where there is eval_data, all rows of a file
     dataset_config: str | None = None  # of a hub name
     streaming: bool = False  # rows are read while the training goes on; needs max_steps
     eval_data: str | None = None  # null: the same as data
-    eval_split: str = "valid"
+    eval_split: str | None = None  # null: valid; all rows of a file in eval_data
     chat_template: str | None = None  # a file or the text of a template; null: the tokenizer's
+    turns: Literal["all", "last"] = "all"  # of chats, which assistant turns carry loss
     directions: list[str] = field(default_factory=lambda: ["en-de"])  # of translations, all in one training set
     instructions: str | None = None  # Alpaca JSON or JSONL whose rows are added
     method: str | None = None  # the name shown; default: the objective
@@ -134,6 +135,14 @@ class Train:
     def of_kind(self, kind: str) -> list[Any]:
         """The :class:`fused_kd.training.named_teachers.NamedTeacher` of a kind: "model", "cache", "server", "own"."""
         return [teacher for teacher in self.teachers if teacher.kind == kind]
+
+    def source_of(self, part: str) -> tuple[str, str]:
+        """Where the rows of "train" and "valid" come from: a source and a split of it."""
+        learned = part == "train"
+        source = self.data if learned or self.eval_data is None else self.eval_data
+        given = self.split if learned else self.eval_split
+        whole = self.eval_data is not None and Path(source).is_file()
+        return source, given or ("all" if whole else part)
 
     def _check_teachers(self) -> None:
         shown = " ".join(self.teacher) or None
