@@ -45,6 +45,7 @@ from fused_kd.training.rows import load_rows
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.shards import read_index
 from fused_kd.training.stage import bind, fingerprint
+from fused_kd.training.streams import Endless
 from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.train_options import ALIASES, TRAINING, Train, as_yaml, settle
 from fused_kd.training.trainer import KDTrainer
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if (threads := threads_for(train.models)) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
-    output, before = Path(train.output), dry_run.resident(args.device)
+    output = Path(train.output)
     with state.main_process_first(), tokenizer_folder(train) as folder:
         tokenizer = shared_tokenizer(train.models, folder, texts_of(train), train.vocab)
     if train.chat_template is not None:  # saved with the model, which is to be asked as it was trained
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.dry_run == "true":
         return None
 
+    before = dry_run.resident(args.device)
     teacher, rows = open_teachers(train, tokenizer, rows, data_of, served, args.seed)
     if teacher is not None:
         console.print(f"teacher: {shown(teacher)}")
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         average=train.average,
         statistics=train.statistics,
         args=dry_run.quiet(args) if train.dry_run == "step" else args,
-        train_dataset=rows["train"],
+        train_dataset=Endless(rows["train"]) if train.streaming else rows["train"],
         eval_dataset=rows.get("valid"),
         data_collator=PackingCollator() if train.packing else Collator(padding_id(tokenizer)),
         processing_class=tokenizer,

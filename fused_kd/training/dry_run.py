@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,8 +176,14 @@ def measured_step(trainer: Any, amounts: Amounts, before: float) -> Measured:
 
 
 def resident(device: torch.device) -> float:
-    """Peak bytes of this process so far; 0 on a GPU, whose allocator counts from the training on."""
-    return 0.0 if device.type == "cuda" else peak_memory_mb(device) * 2**20
+    """Bytes of this process now, or where that is not told at its peak so far; 0 on a GPU, whose allocator counts from
+    the training on."""
+    if device.type == "cuda":
+        return 0.0
+    file = Path("/proc/self/statm")
+    if not file.is_file():
+        return peak_memory_mb(device) * 2**20
+    return float(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measured_lines(found: Measured, amounts: Amounts, memory: Memory, args: TrainingArguments) -> list[str]:

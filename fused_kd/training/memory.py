@@ -92,7 +92,7 @@ def memory_of(train: Train, args: TrainingArguments, tokenizer: Any, batch: Batc
     with faked(model):
         passes = passes_of(
             model, batch.rows, batch.length, autocast=autocast,
-            checkpointing=args.gradient_checkpointing, accumulated=several,
+            checkpointing=bool(args.gradient_checkpointing), accumulated=several,
         )  # fmt: skip
         own = passes_of(model, batch.rows, batch.length, train=False, autocast=autocast)
     del model

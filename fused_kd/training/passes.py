@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make within it, until each is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 

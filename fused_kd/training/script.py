@@ -87,18 +87,20 @@ def parse(
     for file in files:
         found = _with_own_names(_read_file(file), aliases, str(file))
         if unknown := sorted(map(str, found.keys() - fields)):
-            known = {*fields, *aliases}
-            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, known)}")
+            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, {*fields, *aliases})}")
         values = merged(values, found)
     given = [text for key, value in values.items() for text in _as_flags(key, value)]
     flags = _flags_with_own_names(rest, aliases)
+    named = [text.partition("=")[0] for text in flags if text.startswith("--")]
+    # before what is missing is told, which may be what was meant
+    if strange := [text for text in named if text not in parser._option_string_actions]:
+        names = [text[2:].replace("-", "_") for text in strange]
+        raise ValueError(f"no option {' '.join(strange)}{_nearest(names, {*fields, *aliases}, '--')}")
     *made, left = parser.parse_args_into_dataclasses(
         [*given, *flags], look_for_args_file=False, return_remaining_strings=True
     )
     if left:
-        unknown = [text.partition("=")[0] for text in left if text.startswith("-")] or left[:1]
-        names = [text.lstrip("-").replace("-", "_") for text in unknown]
-        raise ValueError(f"no option takes {' '.join(unknown)}{_nearest(names, {*fields, *aliases}, '--')}")
+        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE")
     return tuple(made)
 
 

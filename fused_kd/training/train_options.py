@@ -193,7 +193,7 @@ def settle(train: Train, args: TrainingArguments) -> dict[str, Any]:
     """
     args.output_dir = str(Path(train.output) / "checkpoints")
     _check_arguments(train, args)
-    check_reporters(list(args.report_to))
+    check_reporters([args.report_to] if isinstance(args.report_to, str) else args.report_to or [])
     if train.global_batch is not None:
         together = args.per_device_train_batch_size * args.world_size
         if train.global_batch % together:
@@ -252,4 +252,4 @@ def _bound(train: Train, args: TrainingArguments) -> dict[str, Any]:
 
 def as_yaml(bound: Mapping[str, Any]) -> str:
     """What :func:`settle` gives, for people and for a file."""
-    return yaml.safe_dump(dict(bound), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(dict(bound), sort_keys=False, allow_unicode=True))
