@@ -15,6 +15,7 @@ _WHERE = {
     "TeacherCache": "teacher_cache", "write_cache": "cache", "convert_vllm": "cache",
     "Pair": "data", "load_pairs": "data", "load_directions": "data", "load_instructions": "data",
     "load_rows": "rows", "StreamedRows": "rows", "render_sample": "prompts",
+    "pack_rows": "packs", "PackedRows": "packs",
     "PROMPTS": "prompts", "PromptTemplate": "prompts", "Rows": "prompts", "tokenize_pairs": "prompts",
     "LoRA": "models", "load_model": "models", "load_tokenizer": "models",
     "Decoding": "generate", "generate_to": "generate",

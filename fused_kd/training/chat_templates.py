@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from fused_kd.training.conversations import ASSISTANT, Conversation, function_of, texts_of
+from fused_kd.training.conversations import ASSISTANT, Conversation, function_of, texts_of, with_text_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 Turns = Literal["all", "last"]
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_ADVICE = (
-    "take turns='last' (loss on the last turn alone, a row for each turn), or as chat_template= one that leaves "
-    "earlier turns as they were, or has {% generation %} marks around the assistant's text"
+_MARKED = "as chat_template= one that has {% generation %} marks around what the assistant writes"
+_ADVICE = f"take turns='last' (loss on the last turn alone, a row for each turn), or {_MARKED}"
+_THINKING = (
+    f"take {_MARKED}, or give the row chat_template_kwargs with which both are alike (enable_thinking, for templates "
+    "that have it)"
 )
 # two answers without a common beginning or end
 _PROBES = ("qzAxq", "vyBwv")
@@ -72,6 +75,16 @@ class ChatTemplate:
             ValueError: a special token of the template in what a turn says, a template that does not take the
                 conversation or leaves its tools out, or a turn that cannot be found; all name the turn.
         """
+        try:
+            return self._chat(conversation)
+        except ValueError:
+            if not any(message.get("tool_calls") for message in conversation.messages):
+                raise
+            with suppress(ValueError):  # some templates take the arguments of calls as JSON text
+                return self._chat(with_text_arguments(conversation))
+            raise
+
+    def _chat(self, conversation: Conversation) -> Chat:
         self._check_contents(conversation)
         whole = conversation.messages
         if _MARKS.search(self._source(conversation)):
@@ -128,7 +141,7 @@ class ChatTemplate:
             if not ended.startswith(prompt):
                 raise ValueError(
                     f"{turn}: the prompt with which its generation begins is not what the chat template writes before "
-                    f"it: {_rewritten(ended, prompt)}; {_ADVICE}"
+                    f"it: {_rewritten(ended, prompt)}; {_THINKING}"
                 )
             end = self._end_of(conversation, number, ended, len(prompt), turn)
             if not text.startswith(ended[:end]):
@@ -150,20 +163,27 @@ class ChatTemplate:
         raise ValueError(f"{turn}: the chat template does not end it in {token!r}, as other turns; {_ADVICE}")
 
     def _learn_end(self, conversation: Conversation, number: int, turn: str) -> tuple[str, str]:
-        """The first special token behind an answer, whatever the answer is, and what follows that token."""
+        """The end token behind an answer, whatever the answer is, and what follows that token.
+
+        Special tokens one after the other are one end, up to EOS where that is among them.
+        """
         before = conversation.messages[:number]
         first, second = (
             self._render(conversation, [*before, {"role": ASSISTANT, "content": probe}], turn) for probe in _PROBES
         )
+        if _PROBES[0] not in first:
+            raise ValueError(f"{turn}: the chat template leaves the text of an answer out")
         behind = first[len(first) - _common(first[::-1], second[::-1]) :]
-        found = re.search(_any_of(self._special), behind) if self._special else None
+        found = re.search(f"(?:{_any_of(self._special)})+", behind) if self._special else None
         if found is None:
             raise ValueError(
                 f"{turn}: the chat template puts no special token behind an answer (only {behind!r}), so that a model "
                 "would not learn where to stop: write the tokenizer's EOS there in the template ({{ eos_token }}), or "
-                "mark the text to learn by {% generation %}"
+                f"take {_MARKED}"
             )
-        return found[0], behind[found.end() :]
+        eos = self.tokenizer.eos_token
+        end = found[0].partition(eos)[0] + eos if eos and eos in found[0] else found[0]
+        return end, behind[found.start() + len(end) :]
 
     def _source(self, conversation: Conversation) -> str:
         """The Jinja text; tokenizers may have one more for conversations with tools."""
@@ -201,12 +221,13 @@ class ChatTemplate:
                 )
 
     def _written(self, conversation: Conversation) -> str:
-        """What the template writes around two plain turns, "" where it takes no such."""
-        turns = [{"role": role, "content": probe} for role, probe in zip(("user", ASSISTANT), _PROBES, strict=True)]
-        try:
-            return self._render(conversation, turns, "")
-        except ValueError:
-            return ""
+        """What the template writes around plain turns of those roles that it takes."""
+        written = ""
+        for roles in (("user", ASSISTANT), ("system", "user", ASSISTANT), ("user", ASSISTANT, "tool", ASSISTANT)):
+            turns = [{"role": role, "content": _PROBES[0]} for role in roles]
+            with suppress(ValueError):
+                written += self._render(conversation, turns, "")
+        return written
 
     def _check_tools(self, conversation: Conversation, text: str) -> None:
         """Raise for a template that leaves out tools or calls, as many do without a word."""

@@ -16,6 +16,7 @@ from transformers import DataCollatorWithFlattening
 from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
 from fused_kd.integrations.teacher_columns import LISTS, TEACHER_ID, is_per_target
 from fused_kd.training.contexts import teacher_batch
+from fused_kd.training.packs import unpacked
 
 _LOG_PROBS, _INDICES = (f"_{kind}" for kind in LISTS)
 
@@ -189,10 +190,11 @@ class PackingCollator(DataCollatorWithFlattening):
     rows apart; a trainer of this library tries both models with the first batch and refuses one that does not (Falcon,
     Bloom, Mamba, ...). The first label of a row is -100, as nothing predicts it. ``return_flash_attn_kwargs=True`` adds
     FlashAttention's row limits. Rows with ``teacher_input_ids`` and ``teacher_labels`` are laid end to end too, with
-    ``teacher_position_ids``.
+    ``teacher_position_ids``. A pack (:func:`fused_kd.training.packs.pack_rows`) stands for its rows.
     """
 
     def __call__(self, features: Any, return_tensors: Any = None, separator_id: Any = None) -> dict[str, Any]:
+        features = unpacked(features)
         check_rows(features, ("input_ids",))
         ids, columns = _teacher_ids(features), _teacher_columns(features)
         if columns:

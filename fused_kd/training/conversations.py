@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fused_kd.training.files import text_fault
@@ -105,6 +105,22 @@ def function_of(call: Any) -> dict[str, Any]:
     """The function of a tool call or of a tool's description, which may be wrapped."""
     inner = call.get("function") if isinstance(call, dict) else None
     return inner if isinstance(inner, dict) else call if isinstance(call, dict) else {}
+
+
+def with_text_arguments(conversation: Conversation) -> Conversation:
+    """The same, with the arguments of tool calls as JSON text."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    messages = [
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in conversation.messages
+    ]
+    return replace(conversation, messages=messages)
 
 
 def _message_column(value: Any) -> str | None:

@@ -258,7 +258,7 @@ def _collected(parts: Sequence[Part], what: str, limit: int | None, skip_bad: bo
         for place, outcome in _outcomes(part, limit, _TOGETHER):
             if (row := tally.take(place, outcome)) is not None:
                 # each id is one object for all rows: a quarter of the memory
-                rows.append({name: [one.setdefault(i, i) for i in ids] for name, ids in row.items()})
+                rows.append({name: list(map(one.setdefault, ids, ids)) for name, ids in row.items()})
     tally.warn(stacklevel=3)
     if not rows:
         raise ValueError(f"{what}: no usable rows")
