@@ -20,8 +20,9 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
 
     The ``adapter_config.json`` of adapters and the configuration of their base count as well. A GGUF file, or a folder
     with one and no ``config.json``, gives a plain model that can be saved, in float32 unless ``dtype`` names another;
-    that needs the package ``gguf``. Not stopped here: where the package ``kernels`` is installed, transformers itself fetches kernels of the hub's kernels-community for some
-    architectures (such as RWKV) and some quantised files (mxfp4, eetq, fp8, nvfp4).
+    that needs the package ``gguf``. Not stopped here: where the package ``kernels`` is installed, transformers itself
+    fetches kernels of the hub's kernels-community for some architectures (such as RWKV) and some quantised files
+    (mxfp4, eetq, fp8, nvfp4).
 
     Raises:
         ValueError, OSError: its own; also for damaged files, for tensors that are missing or of another shape (which
