@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fused_kd.training.exporting import check_output
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
 from fused_kd.training.models import load_any, load_tokenizer, save_whole
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.shrinking import Plan, check_options, cut, plan_for, text_config
-from fused_kd.training.stage import check_writable
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,15 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     student: Any = cut(teacher, plan)
     save_whole(student, tokenizer, args.output)
     show(teacher, student, plan, args.output)
-
-
-def check_output(folder: Path, *sources: str) -> None:
-    """Raise ``ValueError`` where a folder cannot be written to, or has anything but a model in it."""
-    if any(Path(source).exists() and folder.resolve() == Path(source).resolve() for source in sources):
-        raise ValueError(f"output={str(folder)!r} is the model that is read: give another folder")
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
-        raise ValueError(f"output={str(folder)!r} exists and is no model folder: give another one")
-    check_writable(folder.parent)
 
 
 def show(teacher: Any, student: Any, plan: Plan, folder: Path) -> None:

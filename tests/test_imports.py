@@ -120,7 +120,8 @@ LAYERS = (
     ("fused_kd.integrations",),
     ("fused_kd.training",),
     ("fused_kd.serving",),
-    ("fused_kd.serve",),
+    ("fused_kd.serve", "fused_kd.shrink"),
+    ("fused_kd.export",),
     ("examples",),
     ("bench", "tests"),
 )
