@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from fused_kd.training.exporting import check_output
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
-from fused_kd.training.models import load_any, load_tokenizer, save_whole
+from fused_kd.training.models import check_device, load_any, load_tokenizer, save_whole
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.shrinking import Plan, check_options, cut, plan_for, text_config
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_options(args.layers, args.width, args.intermediate, args.keep, args.text)
     check_output(args.output, args.teacher)
+    check_device(args.device)
     tokenizer = load_tokenizer(args.teacher)
     teacher: Any = load_any(args.teacher, dtype=args.dtype).to(args.device)
     plan = plan_for(

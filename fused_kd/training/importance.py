@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from fused_kd.integrations.bodies import eval_mode, hidden_states
 Batch = dict[str, Tensor]
 ROW_TOKENS = 512
 BATCH_TOKENS = 4096
+# norms of queries, keys and latent states, whose width may be the hidden size by chance
+_OF_HEADS = re.compile(r"(^|\.)(q|k|v|kv|query|key)(_a|_b)?_?(layer)?norm$")
 
 
 def measured(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batch]:
@@ -103,24 +107,60 @@ def block_influence(model: Any, layers: Sequence[nn.Module], batches: Iterable[B
     return [1.0 - float(value) / total for value in sums]
 
 
-def channel_activity(model: Any, batches: Iterable[Batch], size: int) -> Tensor:
-    """Sum of the absolute values of each hidden channel in the outputs of all norms of the hidden size, (H,) float64.
+def channel_activity(model: Any, batches: Iterable[Batch], size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """What each hidden channel does in the norms over the hidden size H of a model's decoder.
 
-    The embeddings are read by every norm, so this is what the matrices are multiplied with (Minitron, Muralidharan et
-    al., 2024). Each norm counts alike.
+    Returns:
+        The sum over norms and tokens of the absolute values of their outputs, (H,) float64, which is what the matrices
+        are multiplied with (Minitron, Muralidharan et al., 2024); and of each norm, by its name in the model, every
+        channel's share of the norm's sum of squares, (H,) float64.
+
+    Raises:
+        ValueError: there are no such norms.
     """
     total = torch.zeros(size, dtype=torch.float64)
+    shares: dict[str, Tensor] = {}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor) and output.shape[-1] == size:
+    def observe(name: str, centred: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = (args[0] if args else kwargs["hidden_states"]).double().reshape(-1, size)
+            states = states - states.mean(1, keepdim=True) if centred else states
+            squares = states.square()
+            # each token counts alike: some have states a thousand times as large as others
+            share = (squares / squares.sum(1, keepdim=True).clamp_min(1e-300)).sum(0).cpu()
+            shares[name] = shares[name] + share if name in shares else share
             total.add_(_activity(output))
 
-    norms = [module for module in model.get_decoder().modules() if "norm" in type(module).__name__.lower()]
-    with _hooked((norm, hook) for norm in norms):
-        _run(model, batches)
-    if not total.any():
+        return hook
+
+    decoder = model.get_decoder()
+    within = {id(module) for module in decoder.modules()}
+    norms = [
+        (module, observe(name, "layernorm" in type(module).__name__.lower()))
+        for name, module in model.named_modules()
+        if id(module) in within and _is_norm(name, module) and _width_of(module, size) == size
+    ]
+    if not norms:
         raise ValueError(f"width: {type(model).__name__} has no norm over its hidden size that could be measured")
-    return total
+    with _hooked(norms):
+        _run(model, batches)
+    return total, {name: share / share.sum() for name, share in shares.items()}
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and _OF_HEADS.search(name) is None
+
+
+def _width_of(module: nn.Module, otherwise: int) -> int:
+    """Over how many channels a norm goes; ``otherwise`` for one without weights."""
+    weight = getattr(module, "weight", None)
+    return otherwise if weight is None else int(weight.shape[-1])
+
+
+def norm_scales(shares: Mapping[str, Tensor], channels: Sequence[int]) -> dict[str, float]:
+    """By how much each norm's outputs would shrink on these channels alone, as their mean square is another one."""
+    kept = torch.tensor(channels)
+    return {name: math.sqrt(float(share[kept].sum()) * len(share) / len(kept)) for name, share in shares.items()}
 
 
 def inner_activity(model: Any, layers: Sequence[nn.Module], batches: Iterable[Batch], size: int) -> list[Tensor]:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, text_config
-from fused_kd.training.importance import Batch, block_influence, channel_activity, inner_activity, measured
+from fused_kd.training.importance import Batch, block_influence, channel_activity, inner_activity, measured, norm_scales
 from fused_kd.training.models import load_any, load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Plan:
     channels: tuple[int, ...] | None = None  # None: all
     inner: tuple[tuple[int, ...], ...] | None = None  # of each layer of the teacher; None: all
     influence: tuple[float, ...] | None = None  # of each layer, where it was measured
+    scales: Mapping[str, float] = field(default_factory=dict)  # of the norms, by their names in the teacher
 
 
 def shrink(
@@ -58,7 +59,8 @@ def shrink(
         layers: how many to keep, or the indices to keep, ascending; None (default) keeps all.
         width: hidden size to keep, for families whose heads have a size of their own (``head_dim``: Llama, Mistral,
             Qwen, Phi-3 and others; not GPT-2 or NeoX). The channels with the largest mean absolute value in the
-            outputs of the norms stay, the same ones in every matrix; heads stay as they are. None (default): all.
+            outputs of the norms stay, the same ones in every matrix; heads stay as they are, and the norms' weights
+            are scaled so that their outputs keep their size. None (default): all.
         intermediate: size of the feed-forward parts to keep, for families with ``gate_proj``, ``up_proj`` and
             ``down_proj``; those channels of each layer stay whose activation has the largest mean absolute value.
         keep: which layers, where ``layers`` is a number n of the teacher's L. "even" (default): from the first to the
@@ -133,13 +135,16 @@ def plan_for(
         batches = measured(text, tokenizer, tokens, vocab=config.vocab_size)
     influence = block_influence(teacher, stack, batches) if by_influence else None
     channels = inner = None
+    scales: Mapping[str, float] = {}
     if width is not None:
-        channels = _largest(channel_activity(teacher, batches, config.hidden_size), width)
+        activity, shares = channel_activity(teacher, batches, config.hidden_size)
+        channels = _largest(activity, width)
+        scales = norm_scales(shares, channels)
     if intermediate is not None:
-        activity = inner_activity(teacher, stack, batches, config.intermediate_size)
-        inner = tuple(_largest(layer, intermediate) for layer in activity)
+        of_layers = inner_activity(teacher, stack, batches, config.intermediate_size)
+        inner = tuple(_largest(layer, intermediate) for layer in of_layers)
     chosen = _choose(layers, count, keep, influence)
-    return Plan(tuple(chosen), channels, inner, None if influence is None else tuple(influence))
+    return Plan(tuple(chosen), channels, inner, None if influence is None else tuple(influence), scales)
 
 
 def _choose(layers: int | Sequence[int] | None, count: int, keep: Keep, influence: Sequence[float] | None) -> list[int]:
@@ -224,6 +229,7 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for new, old in enumerate(plan.layers):
         _same_layer(layers[old], fewer[new], old, new, set(_cuts(teacher.config, plan)))
     _fill(student, teacher, path, plan)
+    _scale_norms(student, path, plan)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.requires_grad_(True)
     return cast("PreTrainedModel", student.eval())
@@ -279,7 +285,7 @@ def _same_layer(old: nn.Module, new: nn.Module, index: int, place: int, sizes: s
 def _agree(value: Any, found: Any, sizes: set[tuple[int, int]]) -> bool:
     if isinstance(value, (list, tuple)) and isinstance(found, (list, tuple)):
         return len(value) == len(found) and all(_agree(*pair, sizes) for pair in zip(value, found, strict=True))
-    return bool(value == found) or (value, found) in sizes
+    return bool(value == found) or (type(value) is type(found) is int and (value, found) in sizes)
 
 
 def _plain(value: Any) -> bool:
@@ -296,6 +302,26 @@ def _fill(student: Any, teacher: Any, path: str, plan: Plan) -> None:
         if old not in source:
             raise ValueError(f"{type(student).__name__} cannot be cut so: the teacher has no {old}")
         value.data = _chosen(source[old].detach(), value.shape, old, _cuts(teacher.config, plan, layer)).clone()
+
+
+@torch.no_grad()
+def _scale_norms(student: Any, path: str, plan: Plan) -> None:
+    """Give the outputs of the norms the size that they have in the teacher."""
+    for name, module in student.named_modules():
+        scale, weight = plan.scales.get(_old_name(name, path, plan.layers)[0]), getattr(module, "weight", None)
+        if scale is not None and weight is not None:
+            # some families' norms multiply by 1 + weight
+            offset = _offset(module)
+            weight.copy_((weight.float() + offset) * scale - offset)
+
+
+def _offset(norm: Any) -> float:
+    """What a norm adds to its weight before it multiplies with it, 0 or 1."""
+    plain = copy.deepcopy(norm)
+    for parameter in plain.parameters():
+        parameter.zero_()
+    # any two numbers would do
+    return float(bool(plain(torch.arange(norm.weight.shape[-1]).to(norm.weight)).any()))
 
 
 def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:

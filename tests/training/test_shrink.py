@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,7 +18,10 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from fused_kd import shrink as command  # noqa: E402
 from fused_kd.training import shrink  # noqa: E402
+from fused_kd.training.models import load_model, train_tokenizer  # noqa: E402
+from fused_kd.training.script import run_script  # noqa: E402
 from fused_kd.training.shrinking import plan_for, spread, stack_of  # noqa: E402
 
 LAYERS = 6
@@ -173,3 +178,178 @@ def test_importance_is_one_minus_the_cosine_of_states() -> None:
     assert plan_for(model, 4, keep="importance", text=[batch]) == plan, "padding must not count"
     assert plan_for(model, 4, keep="importance", text=[batch], tokens=30) == plan
     assert plan_for(model, 4, keep="importance", text=[batch], tokens=11).influence != plan.influence
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "olmo2", "mixtral"])
+def test_channels_that_do_nothing_can_go(family: str) -> None:
+    """Without the channels that are zero everywhere the model computes the same."""
+    width, x = 24, ids()
+    alive = sorted(torch.randperm(32, generator=torch.Generator().manual_seed(2))[:width].tolist())
+    mask = torch.zeros(32).index_fill(0, torch.tensor(alive), 1)
+    teacher = make(family, rms_norm_eps=1e-12)  # what is added in the root does not grow with the width
+    for name, parameter in teacher.named_parameters():
+        if "embed_tokens" in name:
+            parameter *= mask
+        elif name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            parameter *= mask[:, None]
+    student = shrink(teacher, width=width, text=[{"input_ids": row.tolist()} for row in x])
+    assert student.config.hidden_size == width and student.config.num_hidden_layers == LAYERS
+    assert student.get_input_embeddings().weight.shape == (VOCAB, width)
+    assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight[:, alive])
+    want, got = teacher(x).logits, student(x).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+@torch.no_grad()
+def test_inner_channels_that_do_nothing_can_go() -> None:
+    teacher, x = make(), ids()
+    for index, layer in enumerate(stack_of(teacher)[1]):
+        layer.mlp.up_proj.weight[index::2] = 0  # others in each layer
+        layer.mlp.up_proj.weight[: index + 1] = 0
+    text = [{"input_ids": row.tolist()} for row in x]
+    student = shrink(teacher, intermediate=30, text=text)
+    assert student.config.intermediate_size == 30
+    assert student.model.layers[0].mlp.down_proj.weight.shape == (32, 30)
+    want, got = teacher(x).logits, student(x).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    both = shrink(teacher, [0, 3], width=24, intermediate=30, text=text)
+    assert both.model.layers[1].mlp.up_proj.weight.shape == (30, 24)
+    both.generate(x, max_new_tokens=4)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "many": ("llama", {}, {"layers": 7}, r"layers must be an int in \[1, 6\], the teacher's, got 7"),
+    "none": ("llama", {}, {"layers": 0}, r"layers must be an int in \[1, 6\]"),
+    "bool": ("llama", {}, {"layers": True}, r"layers must be an int in \[1, 6\]"),
+    "index": ("llama", {}, {"layers": [0, 6]}, r"layers must be ascending indices in \[0, 5\], got \[0, 6\]"),
+    "order": ("llama", {}, {"layers": [2, 1]}, "ascending indices"),
+    "twice": ("llama", {}, {"layers": [1, 1]}, "ascending indices"),
+    "empty": ("llama", {}, {"layers": []}, "ascending indices"),
+    "words": ("llama", {}, {"layers": ["a"]}, "layers must be a number or a list of indices"),
+    "nothing": ("llama", {}, {}, "one of layers, width and intermediate must be given"),
+    "keep": ("llama", {}, {"layers": 2, "keep": "odd"}, "keep must be one of 'even', 'first_last', 'importance'"),
+    "text": ("llama", {}, {"layers": 2, "keep": "importance"}, "text must be given: keep='importance'"),
+    "text of width": ("llama", {}, {"width": 16}, "text must be given: width"),
+    "no file": ("llama", {}, {"width": 16, "text": "nothing.txt"}, "text='nothing.txt' must be a text file"),
+    "no tokenizer": ("llama", {}, {"width": 16, "text": ["a"]}, "tokenizer must be given"),
+    "no tokens": ("llama", {}, {"width": 16, "text": []}, "text must have tokens"),
+    "tokens": ("llama", {}, {"width": 16, "text": [{"input_ids": [1]}], "tokens": 0}, "tokens must be an int"),
+    "vocabulary": ("llama", {}, {"width": 16, "text": [{"input_ids": [VOCAB]}]}, "has the token 61, .* ends at 60"),
+    "width": ("llama", {}, {"width": 33, "text": ["a"]}, r"width must be an int in \[1, 32\]"),
+    "intermediate": ("llama", {}, {"intermediate": 49, "text": ["a"]}, r"intermediate must be an int in \[1, 48\]"),
+    "heads": ("gpt2", {}, {"width": 24, "text": [{"input_ids": [1]}]}, "head_dim would be 6, not 8"),
+    "scaled": ("gemma2", {}, {"width": 24, "text": [{"input_ids": [1]}]}, "gemma2 scales its embeddings"),
+    "fused": ("phi3", {}, {"intermediate": 24, "text": [{"input_ids": [1]}]}, "gate_up_proj.out_features would be"),
+    "experts": ("mixtral", {}, {"intermediate": 24, "text": [{"input_ids": [1]}]}, "must have one down_proj"),
+    "same sizes": (
+        "llama", {"intermediate_size": 32}, {"width": 24, "intermediate": 24, "text": [{"input_ids": [1]}]},
+        "cannot both be cut where both are 32",
+    ),
+    "scaled attention": (
+        "gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"layers": 2}, "attention is scaled by the layer's number",
+    ),
+    "numbered": ("diffllama", {}, {"layers": [0, 2]}, "layer 2 cannot stand at place 1 .*lambda_init would be"),
+    "encoder": ("t5", {}, {"layers": 2}, "encoder-decoders are not taken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_said(case: str) -> None:
+    family, options, arguments, message = REFUSED[case]
+    if family == "t5":
+        teacher: Any = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=4, num_heads=2)
+        )
+    else:
+        teacher = make(family, **options)
+    with pytest.raises(ValueError, match=message):
+        shrink(teacher, **arguments)
+
+
+def test_models_that_are_not_plain() -> None:
+    with pytest.raises(TypeError, match="teacher must be a Hugging Face model, or its folder or name, got Linear"):
+        shrink(nn.Linear(2, 2), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LlamaModel has no head"):
+        shrink(make().model, 2)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(make().config)
+    with pytest.raises(ValueError, match="is offloaded"):
+        shrink(empty, 2)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="teacher has adapters: merge them first"):
+        shrink(peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["q_proj"])), 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokenizer = train_tokenizer(["The old man walks across the street."] * 4, 300)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    model = load_model("small-teacher", tokenizer, 0)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("The old man walks across the street. " * 20)
+    return tmp_path / "teacher"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [[], ["--keep", "importance"], ["--keep", "first_last"]])
+def test_the_command(folder: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out, text = folder.with_name("student"), folder.with_name("text.txt")
+    if "importance" in options:
+        options = [*options, "--text", str(text), "--tokens", "64"]
+    command.main([str(folder), "--layers", "2", *options, "--output", str(out)])
+    told = capsys.readouterr().out
+    assert re.search(r"num_hidden_layers.*4.*2", told) and "layers kept: " in told and "parameters" in told
+    assert ("block influence: 0:" in told) == ("importance" in options)
+    kept = [int(i) for i in told.split("layers kept: ")[1].splitlines()[0].split()]
+    names = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
+    assert {path.name for path in out.iterdir()} == {*names, "tokenizer.json", "tokenizer_config.json"}
+    student = AutoModelForCausalLM.from_pretrained(out)
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.generation_config.max_new_tokens == 7
+    assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    with without(teacher, kept):
+        want = teacher(ids(), use_cache=False).logits
+    assert torch.allclose(student(ids()).logits, want, rtol=1e-5, atol=1e-5)
+    command.main([str(folder), "--layers", "0,3", "--dtype", "bf16", "--output", str(out)])  # replaces the older one
+    student = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert student.dtype == torch.bfloat16 and not list(folder.parent.glob("*.partial"))
+
+
+MISTAKES = {
+    "number": ("--layers 9 --output out", r"layers must be an int in \[1, 4\], the teacher's, got 9"),
+    "words": ("--layers many --output out", "argument --layers: expected a number, or indices such as 0,2,4"),
+    "no output": ("--layers 2", "the following arguments are required: --output"),
+    "itself": ("--layers 2 --output teacher", "output='teacher' holds the model that is read"),
+    "mine": ("--layers 2 --output mine", "output='mine' exists and is no model folder"),
+    "text": ("--layers 2 --keep importance --output out", "text must be given: keep='importance' is measured on it"),
+    "file": ("--layers 2 --keep importance --text no.txt --output out", "text='no.txt' must be a text file"),
+    "device": ("--layers 2 --device tpu --output out", "device='tpu' cannot be used here"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line(
+    folder: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, message = MISTAKES[case]
+    monkeypatch.chdir(folder.parent)
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["shrink.py", "teacher", *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(command.main)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("shrink.py: error: ") and re.search(message, error), error
+    assert not Path("out").exists() and Path("mine/notes.txt").exists()
+
+
+def test_a_teacher_by_name(folder: Path) -> None:
+    text = str(folder.with_name("text.txt"))
+    assert shrink(folder, 2, keep="importance", text=text, tokens=64).config.num_hidden_layers == 2
+    assert shrink(str(folder), 2, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="keep must be one of"):
+        shrink("no-such-folder", 2, keep="odd")  # type: ignore[arg-type]
