@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fused_kd.training.cut_configs import text_config
 from fused_kd.training.exporting import check_output
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
 from fused_kd.training.models import check_device, load_any, load_tokenizer, save_whole
 from fused_kd.training.script import make_console, run_script
-from fused_kd.training.shrinking import Plan, check_options, cut, plan_for, text_config
+from fused_kd.training.shrinking import Plan, check_options, cut, plan_for
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -58,7 +58,7 @@ def export(
     # what a training switches off
     model.config.use_cache = model.generation_config.use_cache = True
     save_whole(model, tokenizer, Path(folder))
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def model_of(source: str | Path) -> str | Path:
