@@ -1,7 +1,7 @@
 """Make a student from some of a teacher's layers.
 
     python -m fused_kd.shrink TEACHER --layers 12 --output student
-    python -m fused_kd.shrink TEACHER --layers 12 --keep importance --text text.txt --output student
+    python -m fused_kd.shrink TEACHER --layers 12 --keep importance --text chat.jsonl --output student
 
 OUTPUT becomes an ordinary model folder: configuration, weights, tokenizer and chat template.
 """
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="which, where --layers is a number; default %(default)s")  # fmt: skip
     add("--width", type=int, help="hidden size to keep; default: all of it")
     add("--intermediate", type=int, help="feed-forward size to keep; default: all of it")
-    add("--text", help="a text file: what importance, width and intermediate are measured on")
+    add("--text", help="a .txt file or data set: importance, width and intermediate are measured on it")
     add("--tokens", type=int, default=16_384, help="tokens of it that are read; default %(default)s")
     add("--dtype", type=long_name, default="auto", choices=("auto", *LONG_NAMES.values()),
         help="of the student: or bf16, fp16, fp32; default %(default)s: that of the teacher's files")  # fmt: skip

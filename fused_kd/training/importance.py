@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_kd.integrations.bodies import eval_mode, hidden_states
+from fused_kd.training.rows import load_rows
 
 Batch = dict[str, Tensor]
 ROW_TOKENS = 512
@@ -23,7 +24,10 @@ _OF_HEADS = re.compile(r"(^|\.)(q|k|v|kv|query|key)(_a|_b)?_?(layer)?norm$")
 
 
 def measured(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batch]:
-    """Batches of the first ``tokens`` tokens of a text file, of texts, or of rows or batches with ``input_ids``.
+    """Batches of the first ``tokens`` tokens of a file, of texts, or of rows or batches with ``input_ids``.
+
+    A file whose name ends in ``.txt`` is text; what else a name may stand for, ``fused_kd.training.load_rows`` reads:
+    training rows, prompts included.
 
     Raises:
         ValueError: a file that cannot be read, no tokenizer for text, no tokens, ids outside the vocabulary.
@@ -31,10 +35,7 @@ def measured(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batc
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"tokens must be an int of at least 1, got {tokens!r}")
     if isinstance(text, (str, Path)):
-        try:
-            text = [Path(text).read_text(encoding="utf-8")]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"text={str(text)!r} must be a text file in UTF-8: {error}") from error
+        text = _read(text, tokenizer)
     rows = _first(_rows(text, tokenizer), tokens)
     if not rows:
         raise ValueError("text must have tokens, it has none")
@@ -50,6 +51,17 @@ def measured(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batc
         for length, same in batches.items()
         for start in range(0, len(same), max(BATCH_TOKENS // length, 1))
     ]
+
+
+def _read(name: str | Path, tokenizer: Any) -> Iterable[Any]:
+    if Path(name).suffix != ".txt":
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given to measure on a data set")
+        return load_rows(tokenizer, name, max_length=ROW_TOKENS, skip_bad=True, streaming=True)
+    try:
+        return [Path(name).read_text(encoding="utf-8")]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text={str(name)!r} must be a text file in UTF-8: {error}") from error
 
 
 def _rows(text: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:

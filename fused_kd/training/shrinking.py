@@ -67,8 +67,8 @@ def shrink(
             last at equal distances; "first_last": half from either end, the first ones one more; "importance": those
             with the largest block influence on ``text``, 1 - mean of cos(h_in, h_out) over its tokens, h being a
             layer's hidden states (ShortGPT, Men et al., 2024).
-        text: what "importance", ``width`` and ``intermediate`` are measured on: a text file, texts, or rows or
-            batches with ``input_ids``.
+        text: what "importance", ``width`` and ``intermediate`` are measured on: a ``.txt`` file, a data set as
+            ``load_rows`` reads it (chats and others), texts, or rows or batches with ``input_ids``.
         tokenizer: of texts; None (default) takes the one in the teacher's folder.
         tokens: at most so many are measured; default 16,384.
         dtype: a teacher given by name is loaded in it; default "auto", that of its files.

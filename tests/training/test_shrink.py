@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -232,6 +233,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "text": ("llama", {}, {"layers": 2, "keep": "importance"}, "text must be given: keep='importance'"),
     "text of width": ("llama", {}, {"width": 16}, "text must be given: width"),
     "no file": ("llama", {}, {"width": 16, "text": "nothing.txt"}, "text='nothing.txt' must be a text file"),
+    "no reader": ("llama", {}, {"width": 16, "text": "chat.jsonl"}, "tokenizer must be given to measure on a data"),
     "no tokenizer": ("llama", {}, {"width": 16, "text": ["a"]}, "tokenizer must be given"),
     "no tokens": ("llama", {}, {"width": 16, "text": []}, "text must have tokens"),
     "tokens": ("llama", {}, {"width": 16, "text": [{"input_ids": [1]}], "tokens": 0}, "tokens must be an int"),
@@ -284,7 +286,7 @@ def test_models_that_are_not_plain() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     tokenizer = train_tokenizer(["The old man walks across the street."] * 4, 300)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     model = load_model("small-teacher", tokenizer, 0)
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path / "teacher")
@@ -326,6 +328,7 @@ MISTAKES = {
     "mine": ("--layers 2 --output mine", "output='mine' exists and is no model folder"),
     "text": ("--layers 2 --keep importance --output out", "text must be given: keep='importance' is measured on it"),
     "file": ("--layers 2 --keep importance --text no.txt --output out", "text='no.txt' must be a text file"),
+    "rows": ("--layers 2 --keep importance --text no.jsonl --output out", "no.jsonl"),
     "device": ("--layers 2 --device tpu --output out", "device='tpu' cannot be used here"),
 }
 
@@ -353,3 +356,12 @@ def test_a_teacher_by_name(folder: Path) -> None:
     assert shrink(str(folder), 2, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="keep must be one of"):
         shrink("no-such-folder", 2, keep="odd")  # type: ignore[arg-type]
+
+
+def test_importance_on_chats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "The old man"}, {"role": "assistant", "content": "walks across the street."}]
+    chats = folder.with_name("chat.jsonl")
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    options = ["--layers", "2", "--keep", "importance", "--text", str(chats), "--output", str(folder.with_name("out"))]
+    command.main([str(folder), *options])
+    assert "block influence: 0:" in capsys.readouterr().out
