@@ -216,10 +216,8 @@ def check_python(words: list[str]) -> None:
         from fused_kd import info
 
         assert info.main(words[2:]) == 0
-    elif words[1] == "fused_kd.serve":
-        from fused_kd import serve
-
-        serve.parse_arguments(words[2:])
+    elif words[1] in ("fused_kd.serve", "fused_kd.shrink", "fused_kd.export"):
+        importlib.import_module(words[1]).parse_arguments(words[2:])
     elif words[1] == "bench":
         from bench import __main__ as bench
 
