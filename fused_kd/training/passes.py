@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from fused_kd.integrations.bodies import hidden_states
 from fused_kd.integrations.precision import trained_in_float32
-from fused_kd.training.loading import safe_config
+from fused_kd.training.loading import gguf_of, safe_config
 from fused_kd.training.models import PRESETS, LoRA, load_model, with_adapters
 
 
@@ -105,7 +105,8 @@ def _from_config(name: str, dtype: str, attn_implementation: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    config = safe_config(name, dict(attention))
+    folder, file = gguf_of(name)
+    config = safe_config(folder, {**attention, **({} if file is None else {"gguf_file": file})})
     wanted = config.dtype if dtype == "auto" else getattr(torch, dtype, None)
     return AutoModelForCausalLM.from_config(config, dtype=wanted or torch.float32, **attention)
 
