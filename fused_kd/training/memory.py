@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,23 @@ def memory_of(train: Train, args: TrainingArguments, tokenizer: Any, batch: Batc
     model = model_without_data(train.student, tokenizer, adapters=train.adapters, student=True, **options)
     sizes, notes = sizes_of(model), _notes(train)
     several = args.gradient_accumulation_steps > 1
-    with faked(model):
-        passes = passes_of(
-            model, batch.rows, batch.length, autocast=autocast,
-            checkpointing=bool(args.gradient_checkpointing), accumulated=several,
-        )  # fmt: skip
-        own = passes_of(model, batch.rows, batch.length, train=False, autocast=autocast)
-    del model
-    teaching = _teaching(train, options, tokenizer, batch, autocast, sizes, own, served)
+    counted = partial(_counted, notes, rows=batch.rows, length=batch.length, autocast=autocast)
+    own = counted(model, train.student, train=False) if train.of_kind("own") else None
+    passes = counted(model, train.student, checkpointing=bool(args.gradient_checkpointing), accumulated=several)
+    teaching = _teaching(train, options, tokenizer, batch, counted, sizes, own, served)
     engines = _engines(train, args, batch, autocast, sizes, teaching)
     return _together(args, sizes, passes, teaching, engines, notes)
+
+
+def _counted(notes: list[str], model: Any, name: str, **options: Any) -> Passes:
+    """The passes of a model without data; none, and a note, where what it computes depends on the data."""
+    try:
+        with faked(model):
+            return passes_of(model, **options)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        notes.append(f"activations of {name} cannot be counted without data and are not in the peak: {reason}")
+        return Passes(0, 0, 0)
 
 
 def _notes(train: Train) -> list[str]:
@@ -112,19 +120,18 @@ def _is_quantised(name: str) -> bool:
 
 
 def _teaching(
-    train: Train, options: dict[str, Any], tokenizer: Any, batch: Batch, autocast: torch.dtype | None, student: Sizes,
-    own: Passes, served: Sequence[Any],
+    train: Train, options: dict[str, Any], tokenizer: Any, batch: Batch, counted: Callable[..., Passes],
+    student: Sizes, own: Passes | None, served: Sequence[Any],
 ) -> _Teaching:  # fmt: skip
     weights, forward, hidden, lists = 0, 0, [], []
     for teacher in train.teachers:
         if teacher.kind == "model":
             model = model_without_data(teacher.place, tokenizer, **options)
-            with faked(model):
-                passes = passes_of(model, batch.rows, batch.length, train=False, autocast=autocast)
             sizes = sizes_of(model)
-            weights, forward = weights + sizes.weights, max(forward, passes.forward)
+            weights += sizes.weights
+            forward = max(forward, counted(model, teacher.place, train=False).forward)
             hidden.append(sizes.hidden)
-        elif teacher.kind == "own":
+        elif teacher.kind == "own" and own is not None:
             weights += 4 * student.trained if teacher.own.decay is not None else 0
             forward = max(forward, own.forward)
             hidden.append(student.hidden)
@@ -134,8 +141,7 @@ def _teaching(
             lists += [] if entries is None else [entries]
     hidden += [each.hidden_size for each in served]
     top_k = max(lists) if lists and not hidden else None
-    size = (autocast or torch.float32).itemsize
-    states = sum(hidden) * size * batch.rows * batch.length
+    states = 4 * sum(hidden) * batch.rows * batch.length
     return _Teaching(weights, forward, states, max(hidden, default=student.hidden), top_k)
 
 

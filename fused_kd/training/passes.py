@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -115,18 +116,25 @@ def _from_config(name: str, dtype: str, attn_implementation: str | None) -> Any:
 def faked(model: Any) -> Iterator[Any]:
     """Within, a model of the meta device is one of fake tensors on the CPU, where autocast works; it stays one."""
     made: dict[int, torch.Tensor] = {}
-    with FakeTensorMode():
-        for module in model.modules():
-            for name, value in module._parameters.items():
-                if value is not None:
-                    fake = made.setdefault(id(value), torch.empty(value.shape, dtype=value.dtype, device="cpu"))
-                    if not isinstance(fake, torch.nn.Parameter):
-                        made[id(value)] = fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
-                    module._parameters[name] = fake
-            for name, value in module._buffers.items():
-                if value is not None:
-                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-        yield model
+    # what cannot be counted is told by the error
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            for module in model.modules():
+                for name, value in module._parameters.items():
+                    if value is not None:
+                        fake = made.setdefault(id(value), torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+                        if not isinstance(fake, torch.nn.Parameter):
+                            made[id(value)] = fake = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+                        module._parameters[name] = fake
+                for name, value in module._buffers.items():
+                    if value is not None:
+                        module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+            yield model
+    finally:
+        logger.setLevel(level)
 
 
 def sizes_of(model: Any) -> Sizes:

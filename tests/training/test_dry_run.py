@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fused_kd.training import dry_run
 from fused_kd.training.models import LoRA, load_tokenizer, with_adapters
@@ -46,6 +46,22 @@ def test_passes_without_data_are_as_large_as_real_ones(tmp_path: Path, options: 
     for name in Passes.__dataclass_fields__:
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert 0.95 * theirs <= ours <= 1.12 * theirs, (name, found, expected)
+
+
+def test_a_model_that_needs_data_to_be_counted(chats: Chats, tmp_path: Path, capsys) -> None:
+    """Its weights are told, and what is missing."""
+    tokenizer = tokenizer_of(chats)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    script("train").main(chats.command(tmp_path / "run", dry_run="true", teacher=tmp_path / "experts"))
+    told = capsys.readouterr().out
+    assert parts_of(told)["teacher's weights"] > 0 and "teacher's forward" not in told
+    assert "experts cannot be counted without data and are not in the peak: " in told
 
 
 def test_half_precision_is_counted_as_it_is_trained(tmp_path: Path) -> None:
