@@ -1,6 +1,7 @@
 """Write what a teacher says of every target token to a folder, to train without it: its k largest log-probabilities, a
 few entries that are drawn, or its last hidden state and, once, its head.
 
+    python examples/cache_teacher.py --data chat.jsonl --teacher PATH_OR_HUB_NAME --k 64 --output caches/chat
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
         --prompt paper --k 64 --output caches/teacher
     python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
@@ -32,10 +33,13 @@ import fused_kd as fk
 from fused_kd.training.cache import check_options, convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
+from fused_kd.training.fingerprints import template_of
+from fused_kd.training.formats import FORMATS
 from fused_kd.training.hidden_codes import CACHE_DTYPES, LONG_NAMES, long_name
 from fused_kd.training.loading import safe_config
 from fused_kd.training.models import PRESETS, check_device, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, concatenate, render_sample, tokenize_pairs
+from fused_kd.training.rows import load_rows
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.shards import HEAD, KEPT, bytes_of_token, target_positions
 from fused_kd.training.teacher_cache import TeacherCache
@@ -45,8 +49,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--data", default="builtin", help="builtin, a JSON(L)(.gz) file, a folder of them, or a hub name")
-    add("--direction", nargs="+", default=["en-de"], help="the rows of each direction follow each other")
+    add(
+        "--data",
+        default="builtin",
+        help="builtin, a JSON(L)(.gz), CSV or Parquet file, a folder of them, or a hub name",
+    )
+    add("--format", choices=["auto", *FORMATS], default="auto", help="of the rows, as of train.py")
+    add("--chat-template", help="a file or the text of a template; default: the tokenizer's")
+    add("--turns", choices=["all", "last"], default="all", help="of chats, which assistant turns carry loss")
+    add("--direction", nargs="+", default=["en-de"], help="of pairs; the rows of each direction follow each other")
     add("--split", default="train", help="split, or file name stem in a folder")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be read, instead of stopping")
     add("--limit", type=int, help="pairs of each direction; default all")
@@ -55,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of --kd-noise, and of what is drawn")
     add("--teacher", required=True, help="a path or a hub name; with --from-vllm its tokenizer alone is loaded")
     add("--prompt", choices=PROMPTS, default="tiny")
-    add("--max-length", type=int, default=256, help="tokens of prompt and response")
+    add("--max-length", type=int, help="tokens of prompt and response; default 256 for pairs, else 1024 as train.py")
     add("--keep", choices=KEPT, default="lists", help="of each token")
     add("--k", type=int, help="lists: entries a token, default 64; sampled: those beside the draws, default 0")
     add("--draws", type=int, help="sampled: entries that are drawn, default 12; for objectives linear in p")
@@ -90,19 +101,18 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     console = make_console()
 
     tokenizer = load_tokenizer(args.teacher)
-    parts = {}
-    for direction in args.direction:
-        pairs = load_pairs(args.data, args.split, direction, limit=args.limit, skip_bad=args.skip_bad)
-        if args.kd_size is not None and not 0 < args.kd_size <= len(pairs):
-            raise SystemExit(f"--kd-size must be in [1, {len(pairs)}] for {len(pairs)} pairs, got {args.kd_size}")
-        pairs = misalign(pairs[-args.kd_size :] if args.kd_size else pairs, args.kd_noise, args.seed)
-        parts[direction] = tokenize_pairs(tokenizer, args.prompt, pairs, direction, args.max_length)
-        console.print(f"{direction}: {parts[direction]}")
+    parts = read_parts(args, tokenizer)
+    for name, part in parts.items():
+        console.print(f"{name}: {part}")
     rows = concatenate(list(parts.values()))
     console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
-
     k = 64 if args.k is None and args.keep == "lists" else args.k
-    how = {"template": args.prompt, "dtype": args.dtype, "shard_rows": args.shard_rows, "k": k}
+    how = {
+        "template": template_of(next(iter(parts.values())), args.prompt),
+        "dtype": args.dtype,
+        "shard_rows": args.shard_rows,
+        "k": k,
+    }
     if args.from_vllm:
         given = {name: value for name, value in how.items() if value is not None}
         cache = convert_vllm(args.output, args.from_vllm, tokenizer, rows, teacher=args.teacher, **given)
@@ -117,6 +127,27 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     console.print("\n".join(likely(cache, tokenizer, rows[0])))
     console.print(table_of(cache, parts))
     return cache
+
+
+def read_parts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """The rows: of translations those of each direction, of other data one part by the name of its format."""
+    how: dict[str, Any] = {"skip_bad": args.skip_bad, "limit": args.limit, "max_length": args.max_length or 1024}
+    how |= {"chat_template": args.chat_template, "turns": args.turns, "directions": args.direction}
+    found = args.format
+    if found == "auto":
+        found = load_rows(tokenizer, args.data, args.split, **{**how, "limit": 1, "prompt": args.prompt}).format
+    if found != "pairs":
+        if args.kd_size is not None or args.kd_noise:
+            raise SystemExit(f"--kd-size and --kd-noise are of pairs, got {found} in {args.data}")
+        return {found: load_rows(tokenizer, args.data, args.split, format=found, **how)}
+    parts = {}
+    for direction in args.direction:
+        pairs = load_pairs(args.data, args.split, direction, limit=args.limit, skip_bad=args.skip_bad)
+        if args.kd_size is not None and not 0 < args.kd_size <= len(pairs):
+            raise SystemExit(f"--kd-size must be in [1, {len(pairs)}] for {len(pairs)} pairs, got {args.kd_size}")
+        pairs = misalign(pairs[-args.kd_size :] if args.kd_size else pairs, args.kd_noise, args.seed)
+        parts[direction] = tokenize_pairs(tokenizer, args.prompt, pairs, direction, args.max_length or 256)
+    return parts
 
 
 def expected(settings: dict[str, Any], rows: Any, teacher: str) -> str:
@@ -161,7 +192,11 @@ def likely(cache: TeacherCache, tokenizer: Any, row: Any, count: int = 5) -> lis
 
 def table_of(cache: TeacherCache, directions: Iterable[str]) -> Table:
     """What the cache holds, a line an item: of lists the mass, of hidden states what storing them changed."""
-    items = {"directions": " ".join(directions), "rows": str(len(cache)), "tokens with loss": str(cache.tokens)}
+    items = {
+        "directions or format": " ".join(directions),
+        "rows": str(len(cache)),
+        "tokens with loss": str(cache.tokens),
+    }
     items |= {"entries a token": str(cache.k)} if cache.width is None else {"numbers a token": str(cache.width)}
     if cache.draws is not None:
         items["draws a token"] = str(cache.draws)

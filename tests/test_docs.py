@@ -2,6 +2,7 @@
 
 A Python block is run in its page's namespace, in order, in a temporary folder. Pages whose blocks are fragments get the
 names that these lack from :data:`FIXTURES`. ```` ```python no-run ```` leaves a block out; the text around it says why.
+The commands of a block of ```` ```sh run ```` are run among them, with ``$MODEL`` for the folder "model".
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*
 LINKED = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]
 OPTIONAL = ("trl",)  # blocks that import it are left out where it is missing
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SHELL = ("", "sh", "bash", "shell", "console")
+RUN = "sh run"
+SHELL = ("", "sh", RUN, "bash", "shell", "console")
 PROGRAMS = ("python", ".venv/bin/python", "make", "accelerate", "pip")
 
 
@@ -120,9 +122,21 @@ def test_python_blocks_run(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__", **FIXTURES.get(page, dict)()}
     for block in blocks(page):
-        if block.language == "python" and not any(imports(package, block.text) for package in absent):
+        if block.language == RUN:
+            run_commands(block.text)
+        elif block.language == "python" and not any(imports(package, block.text) for package in absent):
             # Blank lines before it, so that a traceback names the page's own.
             exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), namespace)
+
+
+def run_commands(text: str) -> None:
+    """Run the Python commands of a block, here and in this process, one after the other."""
+    for line in re.split(r"(?<!\\)\n", text):
+        words = shlex.split(line.replace("\\\n", " ").replace("$MODEL", "model"), comments=True)
+        if words:
+            assert words[0] == "python", f"only Python commands are run, got {line}"
+            module = importlib.import_module(words[2]) if words[1] == "-m" else script(words[1])
+            module.main(words[3:] if words[1] == "-m" else words[2:])
 
 
 OURS = "# examples/train.py\n"
@@ -216,10 +230,8 @@ def check_python(words: list[str]) -> None:
         from fused_kd import info
 
         assert info.main(words[2:]) == 0
-    elif words[1] == "fused_kd.serve":
-        from fused_kd import serve
-
-        serve.parse_arguments(words[2:])
+    elif words[1] in ("fused_kd.serve", "fused_kd.shrink", "fused_kd.export"):
+        importlib.import_module(words[1]).parse_arguments(words[2:])
     elif words[1] == "bench":
         from bench import __main__ as bench
 

@@ -121,6 +121,8 @@ LAYERS = (
     ("fused_kd.training",),
     ("fused_kd.serving",),
     ("fused_kd.serve",),
+    ("fused_kd.shrink",),
+    ("fused_kd.export",),
     ("examples",),
     ("bench", "tests"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,12 @@ PARTS = {
     "teacher_config": "the teacher's config",
     "teacher_weights": "the teacher's weights",
 }
+
+
+def template_of(rows: Any, prompt: PromptTemplate | str) -> PromptTemplate:
+    """What a cache of these rows is bound to as their template: of translations the prompt's, else their format."""
+    name = getattr(rows, "format", None)
+    return get_prompt(prompt) if name in (None, "pairs") else PromptTemplate(name, "{source}")
 
 
 def fingerprints_of(

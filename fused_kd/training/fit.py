@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,8 +79,8 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
         title: of the progress bar; default: the folder's name.
 
     Returns:
-        The record in ``training.json``: ``steps``, ``seconds``, ``parameters``, ``rows``, ``log_history`` (entries with
-        a training loss) and ``validation`` (``step`` and ``loss`` of each evaluation).
+        The record in ``training.json``: ``steps``, ``seconds``, ``parameters``, ``rows`` (None of a stream),
+        ``log_history`` (entries with a training loss) and ``validation`` (``step`` and ``loss`` of each evaluation).
 
     Raises:
         ValueError: no trainable parameter, too little room for two checkpoints on the disk.
@@ -99,16 +99,16 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
         show_bar(trainer, title or folder.name)
         checkpoint = trainer.last_checkpoint()
         if checkpoint is not None and trainer.is_world_process_zero():
-            print(f"{title or folder.name} goes on from {Path(checkpoint).name}", flush=True)
+            print(f"{title or folder.name}: resuming from {Path(checkpoint).name}", flush=True)
         with stoppable(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
         _save_whole(trainer, folder / "model")
-        history = trainer.state.log_history
+        history, rows = trainer.state.log_history, trainer.train_dataset
         record = {
             "steps": trainer.state.global_step,
             "seconds": round(trainer.metrics.total_seconds, 1),
             "parameters": sum(size for size, _ in sizes),
-            "rows": len(trainer.train_dataset),  # type: ignore[arg-type]
+            "rows": len(rows) if isinstance(rows, Sized) else None,
             "log_history": [entry for entry in history if "loss" in entry],
             "validation": [{"step": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e],
         }

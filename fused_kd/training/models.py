@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fused_kd.training.checkpoints import seal
+from fused_kd.training.checkpoints import MANIFEST, seal
 from fused_kd.training.loading import load_pretrained as load_pretrained
 from fused_kd.training.loading import read_adapter_config
 from fused_kd.training.stage import fingerprint, fingerprint_file, remove_folder, replace_folder
@@ -65,15 +66,24 @@ def load_model(
     name = str(name_or_path)
     if name in PRESETS:
         return _from_preset(name, tokenizer, seed)
-    from transformers import AutoModelForCausalLM
-
     same_tokenizer(load_tokenizer(name), tokenizer, name)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = _pretrained(AutoModelForCausalLM, name, dtype=dtype, **attention)
+    model: Any = load_any(name, dtype=dtype, **attention)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ValueError(f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer")
     return cast("PreTrainedModel", model)
+
+
+def load_any(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal LM of a folder or hub name, whatever its tokenizer; options are those of ``from_pretrained``.
+
+    Raises:
+        ValueError: as :func:`load_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return cast("PreTrainedModel", _pretrained(AutoModelForCausalLM, str(name_or_path), **options))
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -238,18 +248,35 @@ def load_adapters(model: Any, name: str | Path) -> Any:
         raise ValueError(f"the adapters of {str(name)!r} must be whole: {str(error)[:500]}") from error
 
 
-def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the base with the adapters of that folder added, whole or not at all.
-
-    The sum is made in float32 and kept in the base's dtype.
-    """
+def merged(base: PreTrainedModel, adapters: str | Path) -> PreTrainedModel:
+    """The base with the adapters of that folder or hub name added, in place; the sum is made in float32 and kept in
+    the base's dtype."""
     dtype = base.dtype
-    merged = load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype)
+    return cast("PreTrainedModel", load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype))
+
+
+def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save :func:`merged`, whole or not at all, and sealed."""
+    save_whole(merged(base, adapters), tokenizer, folder, sealed=True)
+
+
+def save_whole(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, sealed: bool = False
+) -> None:
+    """Save a model and its tokenizer in one folder, whole or not at all; what is there is replaced.
+
+    ``sealed``: with the manifest of :func:`fused_kd.training.checkpoints.seal`.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     remove_folder(partial)
-    merged.save_pretrained(partial)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    sentencepiece = Path(str(getattr(tokenizer, "vocab_file", None)))
+    if sentencepiece.suffix == ".model" and sentencepiece.is_file() and not (partial / sentencepiece.name).exists():
+        shutil.copyfile(sentencepiece, partial / sentencepiece.name)  # llama.cpp's converter reads it
     seal(partial)
+    if not sealed:
+        (partial / MANIFEST).unlink()
     replace_folder(partial, folder)
 
 
@@ -284,5 +311,5 @@ def _pretrained(loader: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "
-            f"{loader.__name__}: {error}"
+            f"{loader.__name__}: {' '.join(str(error).split())}"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -36,34 +37,40 @@ def parse(
     *,
     configs: str | Path | None = None,
     defaults: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Dataclasses from ``[--preset NAME] [FILE.yaml ...] [--key value ...]``, later ones overriding earlier ones.
+    """Dataclasses from ``[--preset NAME] [FILE.yaml ...] [--config FILE.yaml ...] [--key value ...]``, later ones
+    overriding earlier ones.
 
     What ``HfArgumentParser`` does with dataclasses, ``TrainingArguments`` among them, and: YAML files that give any of
     the keys; fields of type ``dict``, given as JSON or YAML text and merged key by key into what is there; ``null``
-    for fields that may be None.
+    for fields that may be None; a choice that may be "true" as a flag without a value.
 
     Args:
         classes: one dataclass, or several without a field in common.
         argv: default ``sys.argv[1:]``.
         configs: where ``--preset NAME`` finds ``NAME.yaml``; None (default): the script has no presets.
         defaults: values of some of the fields, before those of any file.
+        aliases: further names of fields, in files and flags; ``field.key`` is a key of a field of type ``dict``.
         description: for ``--help``.
 
     Returns:
         One object a class.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown or missing key, one that is twice in a file, a value of the
-            wrong type, whatever a dataclass itself refuses; one line that names key and value.
+        ValueError: a file that cannot be read, an unknown or missing key (with the nearest known ones), one that is
+            twice in a file, an option under both of its names in one file or in the flags, a value of the wrong type,
+            whatever a dataclass itself refuses; one line that names key and value.
     """
     classes = classes if isinstance(classes, (list, tuple)) else (classes,)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--preset")
+    front.add_argument("--config", action="append", default=[])
     chosen, rest = front.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     files = [Path(text) for text in takewhile(lambda text: not text.startswith("-"), rest)]
     rest = rest[len(files) :]
+    files += map(Path, chosen.config)
     if chosen.preset is not None:
         known = sorted(path.stem for path in Path(configs).glob("*.yaml")) if configs else []
         if chosen.preset not in known:
@@ -75,14 +82,75 @@ def parse(
     for action in parser._actions:
         _prepare(action, hints.get(action.dest))
     values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
+    aliases = aliases or {}
+    fields = {action.dest for action in parser._actions} - {"help"}
     for file in files:
-        found = _read_file(file)
-        fields = {action.dest for action in parser._actions} - {"help"}
+        found = _with_own_names(_read_file(file), aliases, str(file))
         if unknown := sorted(map(str, found.keys() - fields)):
-            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}: expected some of {', '.join(sorted(fields))}")
+            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, {*fields, *aliases})}")
         values = merged(values, found)
     given = [text for key, value in values.items() for text in _as_flags(key, value)]
-    return tuple(parser.parse_args_into_dataclasses([*given, *rest], look_for_args_file=False))
+    flags = _flags_with_own_names(rest, aliases)
+    named = [text.partition("=")[0] for text in flags if text.startswith("--")]
+    # before what is missing is told, which may be what was meant
+    if strange := [text for text in named if text not in parser._option_string_actions]:
+        names = [text[2:].replace("-", "_") for text in strange]
+        raise ValueError(f"no option {' '.join(strange)}{_nearest(names, {*fields, *aliases}, '--')}")
+    *made, left = parser.parse_args_into_dataclasses(
+        [*given, *flags], look_for_args_file=False, return_remaining_strings=True
+    )
+    if left:
+        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE")
+    return tuple(made)
+
+
+def _nearest(names: Sequence[str], known: Iterable[str], prefix: str = "") -> str:
+    """A question after each name's nearest known one, else where all are listed."""
+    near = [found for name in names for found in difflib.get_close_matches(name, sorted(known), 1)]
+    return f": did you mean {', '.join(f'{prefix}{name}' for name in near)}?" if near else ": --help lists all of them"
+
+
+def _with_own_names(given: Mapping[str, Any], aliases: Mapping[str, str], where: str) -> dict[str, Any]:
+    """A file's values without aliases; a key of a dict joins what else the file gives for it."""
+    values: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for name, value in given.items():
+        own = aliases.get(name, name)
+        _check_once(named, own, name, where)
+        field, _, key = own.partition(".")
+        values = merged(values, {field: {key: value} if key else value})
+    return values
+
+
+def _check_once(named: dict[str, str], own: str, name: str, where: str) -> None:
+    if (other := named.setdefault(own, name)) != name:
+        raise ValueError(f"{where}: {other} and {name} are one option: give one of them")
+
+
+def _flags_with_own_names(flags: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """Flags without aliases: ``--lora_r 8`` is ``--lora {r: 8}``."""
+    made: list[str] = []
+    named: dict[str, str] = {}
+    todo = list(flags)
+    while todo:
+        text = todo.pop(0)
+        if not text.startswith("--"):
+            made.append(text)
+            continue
+        written, equals, value = text.partition("=")
+        name = written[2:].replace("-", "_")
+        field, _, key = (own := aliases.get(name, name)).partition(".")
+        _check_once(named, own, name, "flags")
+        if name not in aliases:
+            made.append(text)
+        elif not key:
+            made.append(f"--{field}{equals}{value}")
+        else:
+            count = 0 if equals else len(list(takewhile(lambda text: not text.startswith("--"), todo)))
+            found = [value] if equals else [todo.pop(0) for _ in range(count)]
+            values = [yaml.load(each, _Loader) for each in found]
+            made.append(f"--{field}={_as_text({key: values[0] if len(values) == 1 else values})}")
+    return made
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +185,8 @@ def _prepare(action: argparse.Action, hint: Any) -> None:
             action.__class__ = _Merge
     if action.nargs == "+":
         action.nargs = "*"
+    if action.nargs is None and "true" in (action.choices or ()):
+        action.nargs, action.const = "?", "true"
     convert: Any = action.type
     if type(None) in arms and convert is not None:
 

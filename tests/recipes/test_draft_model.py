@@ -133,7 +133,7 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
     assert steps == [*range(4), *range(3, 12)], "of the draft alone"
     told = capsys.readouterr().out
     assert re.search(r"acceptance\.0-\w+ goes on; finished before: 4\n", told), "tokenizer, target, greedy, start"
-    assert re.search(r"acceptance\.0-\w+ goes on from checkpoint-3\n", told)
+    assert re.search(r"acceptance\.0-\w+: resuming from checkpoint-3\n", told)
     ours, theirs = (
         json.loads(next(folder.glob("acceptance.0-*/training.json")).read_text())["log_history"]
         for folder in (tmp_path, finished)

@@ -381,7 +381,7 @@ def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
             "statistics need an online teacher or one's states, got teacher='cache",
         ),
         ({"teacher": "tiny-teacher", "statistics": "entropy"}, "statistics must be among .* got 'entropy'"),
-        ({"lora": "{q: 1}"}, "unexpected keyword argument 'q'"),
+        ({"lora": "{q: 1}"}, "lora must have some of r, alpha, dropout, target_modules, got q"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             train("forward_kd", tmp_path / "none", **{"student": "tiny-student", **changes})
