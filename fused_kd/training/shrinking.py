@@ -20,7 +20,7 @@ from fused_kd.training.models import load_any, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Keep = Literal["even", "first_last", "importance"]
+Keep = Literal["first_last", "even", "importance"]
 # a module's own number, and where it keeps its configuration
 _OWN = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "config", "training")
 
@@ -42,7 +42,7 @@ def shrink(
     *,
     width: int | None = None,
     intermediate: int | None = None,
-    keep: Keep = "even",
+    keep: Keep = "first_last",
     text: str | Path | Iterable[Any] | None = None,
     tokenizer: Any = None,
     tokens: int = 16_384,
@@ -63,10 +63,10 @@ def shrink(
             are scaled so that their outputs keep their size. None (default): all.
         intermediate: size of the feed-forward parts to keep, for families with ``gate_proj``, ``up_proj`` and
             ``down_proj``; those channels of each layer stay whose activation has the largest mean absolute value.
-        keep: which layers, where ``layers`` is a number n of the teacher's L. "even" (default): from the first to the
-            last at equal distances; "first_last": half from either end, the first ones one more; "importance": those
-            with the largest block influence on ``text``, 1 - mean of cos(h_in, h_out) over its tokens, h being a
-            layer's hidden states (ShortGPT, Men et al., 2024).
+        keep: which layers, where ``layers`` is a number n of the teacher's L. "first_last" (default): half from either
+            end, the first ones one more; "even": from the first to the last at equal distances; "importance": those
+            with the largest block influence on ``text``, 1 - mean of cos(h_in, h_out) over its tokens, h_in and h_out
+            being the hidden states before and after a layer (ShortGPT, Men et al., 2024).
         text: what "importance", ``width`` and ``intermediate`` are measured on: a ``.txt`` file, a data set as
             ``load_rows`` reads it (chats and others), texts, or rows or batches with ``input_ids``.
         tokenizer: of texts; None (default) takes the one in the teacher's folder.
@@ -107,7 +107,7 @@ def plan_for(
     *,
     width: int | None = None,
     intermediate: int | None = None,
-    keep: Keep = "even",
+    keep: Keep = "first_last",
     text: Any = None,
     tokenizer: Any = None,
     tokens: int = 16_384,
