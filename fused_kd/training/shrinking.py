@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, text_config
+from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, read_back, text_config
 from fused_kd.training.importance import Batch, block_influence, channel_activity, inner_activity, measured, norm_scales
 from fused_kd.training.models import load_any, load_tokenizer
 
@@ -127,7 +127,9 @@ def plan_for(
     ):
         if size is not None:
             check_size(name, size, limit)
-    cut_layers(teacher.config, range(count) if layers is None or isinstance(layers, int) else layers)  # may it be cut?
+    # whether it may be cut at all, before minutes of measuring
+    some = range(count) if layers is None else range(layers) if isinstance(layers, int) else layers
+    read_back(cut_width(cut_layers(teacher.config, some), width, intermediate))
     stack = list(stack_of(teacher)[1])
     by_influence = isinstance(layers, int) and keep == "importance"
     batches: list[Batch] = []
@@ -238,8 +240,7 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def _empty(teacher: Any, config: Any) -> Any:
     """A model of the teacher's class, dtype and device, whose weights are still to be filled in."""
     kind = type(teacher)
-    # as it will be read back
-    config = type(config).from_dict({**config.to_dict(), "dtype": teacher.dtype})
+    config = read_back(config)
     config._attn_implementation = teacher.config._attn_implementation
     try:
         with torch.random.fork_rng(), _no_init(), warnings.catch_warnings():
@@ -247,7 +248,7 @@ def _empty(teacher: Any, config: Any) -> Any:
             model = kind._from_config(config, dtype=teacher.dtype)
             model.tie_weights()
     except Exception as error:
-        raise ValueError(f"{kind.__name__} cannot be cut so: its smaller configuration is refused: {error}") from error
+        raise ValueError(f"{kind.__name__} cannot be cut so: {' '.join(str(error).split())}") from error
     return model.to(teacher.device)
 
 

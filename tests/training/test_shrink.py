@@ -244,6 +244,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "scaled": ("gemma2", {}, {"width": 24, "text": [{"input_ids": [1]}]}, "gemma2 scales its embeddings"),
     "fused": ("phi3", {}, {"intermediate": 24, "text": [{"input_ids": [1]}]}, "gate_up_proj.out_features would be"),
     "experts": ("mixtral", {}, {"intermediate": 24, "text": [{"input_ids": [1]}]}, "must have one down_proj"),
+    "multiple": ("llama", {}, {"width": 21, "text": ["a"]}, "size .21. is not a multiple of the number of attention"),
     "same sizes": (
         "llama", {"intermediate_size": 32}, {"width": 24, "intermediate": 24, "text": [{"input_ids": [1]}]},
         "cannot both be cut where both are 32",
