@@ -243,7 +243,7 @@ def _empty(teacher: Any, config: Any) -> Any:
     config = read_back(config)
     config._attn_implementation = teacher.config._attn_implementation
     try:
-        with torch.random.fork_rng(), _no_init(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), _no_init(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = kind._from_config(config, dtype=teacher.dtype)
             model.tie_weights()
