@@ -227,7 +227,7 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = cut_width(config, None if plan.channels is None else len(plan.channels), inner)
     student = _empty(teacher, config)
     path, layers = stack_of(teacher)
-    _, fewer = stack_of(student)
+    fewer = student.get_submodule(path)
     for new, old in enumerate(plan.layers):
         _same_layer(layers[old], fewer[new], old, new, set(_cuts(teacher.config, plan)))
     _fill(student, teacher, path, plan)
@@ -278,9 +278,12 @@ def _same_layer(old: nn.Module, new: nn.Module, index: int, place: int, sizes: s
             if key not in _OWN and key[0] != "_" and _plain(value) and not _agree(value, found, sizes):
                 raise ValueError(f"{where}: its {prefix}{key} would be {found!r}, not {value!r}")
         for key in module._non_persistent_buffers_set:
-            one, two = module._buffers[key], other._buffers.get(key)
-            if (one is None) != (two is None) or (one is not None and two is not None and not torch.equal(one, two)):
+            if not _equal(module._buffers[key], other._buffers.get(key)):
                 raise ValueError(f"{where}: its buffer {prefix}{key} would be another")
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two if one is None or two is None else torch.equal(one, two.to(one.device))
 
 
 def _agree(value: Any, found: Any, sizes: set[tuple[int, int]]) -> bool:
@@ -302,7 +305,8 @@ def _fill(student: Any, teacher: Any, path: str, plan: Plan) -> None:
         old, layer = _old_name(name, path, plan.layers)
         if old not in source:
             raise ValueError(f"{type(student).__name__} cannot be cut so: the teacher has no {old}")
-        value.data = _chosen(source[old].detach(), value.shape, old, _cuts(teacher.config, plan, layer)).clone()
+        chosen = _chosen(source[old].detach(), value.shape, old, _cuts(teacher.config, plan, layer))
+        value.data = chosen.clone().to(value.device)
 
 
 @torch.no_grad()
