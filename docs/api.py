@@ -31,6 +31,8 @@ TRAINING = {
     "fused_kd.training.prompts": ("PromptTemplate", "Rows", "tokenize_pairs", "tokenize_instructions", "render_sample"),
     "fused_kd.training.collate": ("Collator", "PackingCollator"),
     "fused_kd.training.models": ("LoRA", "load_model", "load_tokenizer"),
+    "fused_kd.training.shrinking": ("shrink",),
+    "fused_kd.training.exporting": ("export",),
     "fused_kd.training.contexts": ("with_context", "ContextRows"),
     "fused_kd.training.teacher_cache": ("TeacherCache",),
     "fused_kd.training.cached_rows": ("CachedRows",),

@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("teacher", help="a folder, hub name or GGUF file of a causal LM, with its tokenizer")
     add("--layers", type=_layers, help="how many layers to keep, or which: 0,2,4,29; default: all")
-    add("--keep", default="even", choices=("even", "first_last", "importance"),
+    add("--keep", default="first_last", choices=("first_last", "even", "importance"),
         help="which, where --layers is a number; default %(default)s")  # fmt: skip
     add("--width", type=int, help="hidden size to keep; default: all of it")
     add("--intermediate", type=int, help="feed-forward size to keep; default: all of it")

@@ -87,6 +87,19 @@ def cut_width(config: Any, width: int | None, intermediate: int | None) -> Any:
     return cut
 
 
+def read_back(config: Any) -> Any:
+    """A configuration as it will be once it was saved and read.
+
+    Raises:
+        ValueError: its family refuses it, such as a hidden size that is no multiple of the number of heads.
+    """
+    try:
+        return type(config).from_dict(config.to_dict())
+    except Exception as error:  # each family's own
+        told = " ".join(str(error).split())
+        raise ValueError(f"{type(config).__name__} cannot be cut so: {told}") from error
+
+
 def check_size(name: str, value: Any, limit: int | None) -> None:
     if limit is None:
         raise ValueError(f"{name}: this model's configuration has no such size")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ def _read(name: str | Path, tokenizer: Any) -> Iterable[Any]:
     if Path(name).suffix != ".txt":
         if tokenizer is None:
             raise ValueError("tokenizer must be given to measure on a data set")
-        return load_rows(tokenizer, name, max_length=ROW_TOKENS, skip_bad=True, streaming=True)
+        rows: Any = load_rows(tokenizer, name, max_length=ROW_TOKENS, skip_bad=True, streaming=True)
+        return cast("Iterable[Any]", rows)
     try:
         return [Path(name).read_text(encoding="utf-8")]
     except (OSError, ValueError) as error:

@@ -35,8 +35,10 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     try:
         if not loader.__name__.startswith("AutoModel"):
             return loader.from_pretrained(folder, trust_remote_code=False, **options)
-        model = _whole_model(loader, folder, config=safe_config(folder, options), **options)
-        return model if file is None else _plain(model)
+        config = safe_config(folder, options)
+        if file is None:
+            return _whole_model(loader, folder, config=config, **options)
+        return _plain(_whole_model(loader, folder, config=config, **_unpacked(), **options))
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
@@ -60,6 +62,15 @@ def gguf_of(name: str | Path) -> tuple[str, str | None]:
     if len(found) > 1:
         raise ValueError(f"{str(name)!r} has {len(found)} GGUF files ({', '.join(found[:3])}): name the one to use")
     return str(name), found[0] if found else None
+
+
+def _unpacked() -> dict[str, Any]:
+    """Options that keep transformers from leaving a GGUF file's weights in blocks, for which it fetches kernels."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # releases that cannot leave them so
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _plain(model: Any) -> Any:

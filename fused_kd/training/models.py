@@ -52,7 +52,7 @@ def load_model(
     """A causal LM: a preset with random weights, or a model from a folder or the hub.
 
     Args:
-        name_or_path: a name in ``PRESETS``, a folder, or a hub name.
+        name_or_path: a name in ``PRESETS``, a folder, a hub name, or a GGUF file (which needs the package ``gguf``).
         tokenizer: gives a preset its vocabulary; a loaded model must have room for it, and the tokenizer
             beside the loaded model must have the same tokens and ids.
         seed: of a preset's weights; the global generator is left as it was.
@@ -95,7 +95,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def model_content(name_or_path: str | Path) -> str:
-    """What a model's name stands for now: the SHA-256 of a folder's files, or a hub name with its commit.
+    """What a model's name stands for now: the SHA-256 of a file or a folder's files, or a hub name with its commit.
 
     Of a folder, the files directly in it count, without hidden ones and ``*.md``.
 
@@ -108,6 +108,8 @@ def model_content(name_or_path: str | Path) -> str:
     if folder.is_dir():
         files = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".md" and path.name[0] != ".")
         return "sha256:" + fingerprint({path.name: fingerprint_file(path) for path in files})
+    if folder.is_file():
+        return "sha256:" + fingerprint_file(folder)
     from transformers import AutoConfig
 
     return f"{name}@{_pretrained(AutoConfig, name)._commit_hash}"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, text_config
+from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, read_back, text_config
 from fused_kd.training.importance import Batch, block_influence, channel_activity, inner_activity, measured, norm_scales
 from fused_kd.training.models import load_any, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Keep = Literal["even", "first_last", "importance"]
+Keep = Literal["first_last", "even", "importance"]
 # a module's own number, and where it keeps its configuration
 _OWN = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "config", "training")
 
@@ -42,7 +42,7 @@ def shrink(
     *,
     width: int | None = None,
     intermediate: int | None = None,
-    keep: Keep = "even",
+    keep: Keep = "first_last",
     text: str | Path | Iterable[Any] | None = None,
     tokenizer: Any = None,
     tokens: int = 16_384,
@@ -63,10 +63,10 @@ def shrink(
             are scaled so that their outputs keep their size. None (default): all.
         intermediate: size of the feed-forward parts to keep, for families with ``gate_proj``, ``up_proj`` and
             ``down_proj``; those channels of each layer stay whose activation has the largest mean absolute value.
-        keep: which layers, where ``layers`` is a number n of the teacher's L. "even" (default): from the first to the
-            last at equal distances; "first_last": half from either end, the first ones one more; "importance": those
-            with the largest block influence on ``text``, 1 - mean of cos(h_in, h_out) over its tokens, h being a
-            layer's hidden states (ShortGPT, Men et al., 2024).
+        keep: which layers, where ``layers`` is a number n of the teacher's L. "first_last" (default): half from either
+            end, the first ones one more; "even": from the first to the last at equal distances; "importance": those
+            with the largest block influence on ``text``, 1 - mean of cos(h_in, h_out) over its tokens, h_in and h_out
+            being the hidden states before and after a layer (ShortGPT, Men et al., 2024).
         text: what "importance", ``width`` and ``intermediate`` are measured on: a ``.txt`` file, a data set as
             ``load_rows`` reads it (chats and others), texts, or rows or batches with ``input_ids``.
         tokenizer: of texts; None (default) takes the one in the teacher's folder.
@@ -107,7 +107,7 @@ def plan_for(
     *,
     width: int | None = None,
     intermediate: int | None = None,
-    keep: Keep = "even",
+    keep: Keep = "first_last",
     text: Any = None,
     tokenizer: Any = None,
     tokens: int = 16_384,
@@ -127,7 +127,9 @@ def plan_for(
     ):
         if size is not None:
             check_size(name, size, limit)
-    cut_layers(teacher.config, range(count) if layers is None or isinstance(layers, int) else layers)  # may it be cut?
+    # whether it may be cut at all, before minutes of measuring
+    some = range(count) if layers is None else range(layers) if isinstance(layers, int) else layers
+    read_back(cut_width(cut_layers(teacher.config, some), width, intermediate))
     stack = list(stack_of(teacher)[1])
     by_influence = isinstance(layers, int) and keep == "importance"
     batches: list[Batch] = []
@@ -225,7 +227,7 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = cut_width(config, None if plan.channels is None else len(plan.channels), inner)
     student = _empty(teacher, config)
     path, layers = stack_of(teacher)
-    _, fewer = stack_of(student)
+    fewer = student.get_submodule(path)
     for new, old in enumerate(plan.layers):
         _same_layer(layers[old], fewer[new], old, new, set(_cuts(teacher.config, plan)))
     _fill(student, teacher, path, plan)
@@ -238,16 +240,15 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def _empty(teacher: Any, config: Any) -> Any:
     """A model of the teacher's class, dtype and device, whose weights are still to be filled in."""
     kind = type(teacher)
-    # as it will be read back
-    config = type(config).from_dict({**config.to_dict(), "dtype": teacher.dtype})
+    config = read_back(config)
     config._attn_implementation = teacher.config._attn_implementation
     try:
-        with torch.random.fork_rng(), _no_init(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), _no_init(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = kind._from_config(config, dtype=teacher.dtype)
             model.tie_weights()
     except Exception as error:
-        raise ValueError(f"{kind.__name__} cannot be cut so: its smaller configuration is refused: {error}") from error
+        raise ValueError(f"{kind.__name__} cannot be cut so: {' '.join(str(error).split())}") from error
     return model.to(teacher.device)
 
 
@@ -277,9 +278,12 @@ def _same_layer(old: nn.Module, new: nn.Module, index: int, place: int, sizes: s
             if key not in _OWN and key[0] != "_" and _plain(value) and not _agree(value, found, sizes):
                 raise ValueError(f"{where}: its {prefix}{key} would be {found!r}, not {value!r}")
         for key in module._non_persistent_buffers_set:
-            one, two = module._buffers[key], other._buffers.get(key)
-            if (one is None) != (two is None) or (one is not None and two is not None and not torch.equal(one, two)):
+            if not _equal(module._buffers[key], other._buffers.get(key)):
                 raise ValueError(f"{where}: its buffer {prefix}{key} would be another")
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two if one is None or two is None else torch.equal(one, two.to(one.device))
 
 
 def _agree(value: Any, found: Any, sizes: set[tuple[int, int]]) -> bool:
@@ -301,7 +305,8 @@ def _fill(student: Any, teacher: Any, path: str, plan: Plan) -> None:
         old, layer = _old_name(name, path, plan.layers)
         if old not in source:
             raise ValueError(f"{type(student).__name__} cannot be cut so: the teacher has no {old}")
-        value.data = _chosen(source[old].detach(), value.shape, old, _cuts(teacher.config, plan, layer)).clone()
+        chosen = _chosen(source[old].detach(), value.shape, old, _cuts(teacher.config, plan, layer))
+        value.data = chosen.clone().to(value.device)
 
 
 @torch.no_grad()
