@@ -28,15 +28,17 @@ from fused_kd.integrations.distributed import (
     sum_over_ranks,
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
-from fused_kd.integrations.forms import HOST, Prefetching, Step, on_device, targets_of
+from fused_kd.integrations.forms import HOST, Prefetching, Step, Teaching, on_device, targets_of
 from fused_kd.integrations.heads import check_head_module
-from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.integrations.held_out import HeldOut, names_of
+from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import check_trainable
 from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
+from fused_kd.integrations.router import asks_for_router_loss, check_router_loss, coefficient
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.integrations.taught import (
@@ -111,6 +113,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
             ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
             their means.
+        eval_metrics: tell more of an evaluation than its loss, see :class:`fused_kd.training.trainer.KDTrainer`, where
+            it is on; default False. A teacher that the objective does not need is then there for evaluation alone.
         **kwargs: those of the Trainer. ``compute_metrics`` needs ``predict_with_generate``.
 
     Raises:
@@ -123,8 +127,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
 
     # num_items_in_batch already spans the accumulation steps
     loss_is_scaled_for_ga = True
-    # whether a head with an adapter will do
-    adapted_heads = True
 
     def __init__(
         self,
@@ -138,8 +140,12 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         vocab_map: Any = None,
         tail: str | None = None,
         statistics: Iterable[str] = (),
+        eval_metrics: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(eval_metrics, bool):
+            raise TypeError(f"eval_metrics must be True or False, got {eval_metrics!r}")
+        self.eval_metrics = eval_metrics
         criterion = as_criterion(objective, criterion)
         check_tail_of_map(vocab_map, tail)
         self._vocab_map, self._tail = vocab_map, tail
@@ -149,7 +155,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
+        # one that the objective does not need is for evaluation
+        wanted = self.objective.spec.needs_teacher or eval_metrics
+        self._teachers, self._weights = as_teachers(teacher if wanted else None)
         if self.objective.spec.needs_teacher and not self._teachers:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         check_drawn(self._teachers, self.objective, self.kd_options["temperature"])
@@ -166,12 +174,11 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             self._take_models(self.model, vocab_size, self.processing_class)
         prepare_arguments(self.args)  # those that the Trainer made, where it was given none
         student: Any = self.model
-        # some Trainers set it
-        if getattr(student.config.get_text_config(), "output_router_logits", False):
-            raise ValueError(
-                "config.output_router_logits must be False: the router's auxiliary loss is not added (TRL's SFTConfig: "
-                "router_aux_loss_coef=0.0)"
-            )
+        # some Trainers set what it is read from
+        self.router_coefficient: float | None = None
+        if asks_for_router_loss(student):
+            check_router_loss(student)
+            self.router_coefficient = coefficient(student)
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
@@ -187,7 +194,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         sharded = shards_weights(self.accelerator)
         for each in models:
             # an adapter's own modules are not called, so nothing would gather their weights
-            check_head_module(each, plain=sharded or not self.adapted_heads)
+            check_head_module(each, plain=sharded)
             route_head_loss(each)
         for each in models[1:]:
             each.requires_grad_(False).eval()
@@ -212,7 +219,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.teaching = teaching_of(self._teachers, self._weights, student)
         models = self._own_models(student)
         for each in models:
-            check_head_module(each, plain=not self.adapted_heads)
+            check_head_module(each)
         if self._vocab_map is None:
             self.vocab_size = vocab_of(models, self.teaching, vocab_size, tokenizer)
         else:
@@ -224,6 +231,11 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
                 raise ValueError(
                     f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
                 )
+
+    @property
+    def _teaches(self) -> Teaching | None:
+        """The teachers, where the training has some."""
+        return self.teaching if self.objective.spec.needs_teacher else None
 
     def _mapped(self, student: Any) -> TeacherMap:
         teaching = self.teaching
@@ -261,20 +273,38 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         _check_labels(inputs)
         objective = self._unranked(model, inputs)
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks)
+        held_out = None if model.training else self.held_out
+        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks, held_out)
         if model.training:
             self._trained_on(inputs, out)
         return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
 
+    def _held_out(self) -> HeldOut | None:
+        if not self.eval_metrics:
+            return None
+        options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
+        names = names_of(self.objective, self.teaching, self.vocabulary)
+        return HeldOut(self.objective, options, names) if names else None
+
     def _trained_on(self, inputs: dict[str, Any], out: fk.KDOutput) -> None:
         """Called with each micro-batch of the training and its loss, which spans all processes and no factor."""
+
+    def _statistics_of(self, teacher: Any) -> tuple[str, ...]:
+        """What to tell of each token of a micro-batch of the training."""
+        return self.kd_statistics
 
     def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """(batch, length) factors of the tokens' losses; None: 1."""
         return None
 
     def _run(
-        self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        objective: Objective,
+        num_items: Any,
+        ranks: int,
+        held_out: HeldOut | None = None,
     ) -> tuple[torch.Tensor, fk.KDOutput]:
         """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers."""
         inputs = dict(inputs)
@@ -286,23 +316,29 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
+            arguments: dict[str, Any] = {"token_weights": weights, "num_items": num_items}
+            if held_out is not None:
+                out, sums = held_out.measured(head, teacher, labels, objective, **arguments)
+                held_out.add(sums, count_targets(labels) if self.shift else (labels != LABEL_PAD).sum())
+                return out
             # evaluation and the ranking of a step's tokens log none
-            told = self.kd_statistics if model.training and torch.is_grad_enabled() else ()
-            return fk.kd_loss(
-                head, teacher, labels, objective, token_weights=weights, num_items=num_items, statistics=told, **options
-            )
+            told = self._statistics_of(teacher) if model.training and torch.is_grad_enabled() else ()
+            return fk.kd_loss(head, teacher, labels, objective, statistics=told, **arguments, **options)
 
         if not self._models_checked:
             self._check_sharded(model)
         if not self._packing_checked and self.shift:
             self._check_packing(model, inputs)
         within = None
-        if self.teaching is not None and objective.spec.needs_teacher:
+        if self.teaching is not None and (objective.spec.needs_teacher or held_out is not None):
             step = Step(model, inputs, columns, targets_of(labels, self.shift), host)
             within = functools.partial(self.teaching.within, step)
+        router_share = None
+        if self.router_coefficient is not None and model.training and torch.is_grad_enabled():
+            router_share = self.router_coefficient / max(len(self._step_batches), 1)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            return loss_of_heads(model, inputs, loss, ranks=ranks, within=within)
+            return loss_of_heads(model, inputs, loss, ranks=ranks, within=within, router_share=router_share)
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
         for form in self.teaching.models if self.teaching else ():
@@ -363,9 +399,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             _check_labels(batch)
         if self.shift:
             batches = [without_first_targets(batch) for batch in batches]
-        if self.teaching is not None:  # those that a worker collated are asked for here
+        if self._teaches:  # those that a worker collated are asked for here
             for batch in batches:
-                self.teaching.prefetch(batch, self.shift)
+                self._teaches.prefetch(batch, self.shift)
         self._step_batches, self._step_gamma = batches, None
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
@@ -375,8 +411,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)
-        if self.teaching is not None and self.teaching.prefetches and not self.args.dataloader_num_workers:
-            self.data_collator = Prefetching(self.data_collator, self.teaching, self.shift)
+        if self._teaches and self._teaches.prefetches and not self.args.dataloader_num_workers:
+            self.data_collator = Prefetching(self.data_collator, self._teaches, self.shift)
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:

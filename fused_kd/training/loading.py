@@ -96,7 +96,8 @@ def safe_config(name: str, options: dict[str, Any]) -> Any:
         name = adapter.get("base_model_name_or_path")  # type: ignore[assignment]
         if not isinstance(name, str):
             raise ValueError(f"its adapter_config.json must name a model as base_model_name_or_path, got {name!r}")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    where = {key: options[key] for key in ("gguf_file",) if key in options}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     chosen = {key: options[key] for key in _SAFE if key in options}
     for key, value in chosen.items():
         setattr(config, f"_{key}", value)
