@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 import fused_kd as fk
 from fused_kd.integrations.mixin import KDLossMixin
@@ -177,29 +178,23 @@ def test_of_the_mixin(tmp_path: Path) -> None:
     check(MyTrainer(student, args, **given, eval_metrics=True).evaluate(), expected(student, (1.0, teacher)))
 
 
-def test_no_logits_of_all_tokens_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    V, data = 4001, [{"input_ids": [i % 50 + 3 for i in range(200)], "labels": [5] * 200}] * 4
+@pytest.mark.parametrize("objective", ["sft", "forward_kd", "lists"])
+def test_no_more_memory_than_a_chunk(tmp_path: Path, objective: str) -> None:
+    V, length, count = 20_001, 250, 8
+    data = [{"input_ids": [i % 50 + 3 for i in range(length)], "labels": [5] * length}] * count
     student, teacher = tiny(16, seed=1, vocab=V), tiny(16, seed=2, vocab=V)
-    options = {"eval_data": data, "per_device_eval_batch_size": 4, "max_steps": 1}
-    run = trainer(tmp_path, student, fk.SFT(), data[:1], teacher=teacher, **options)
-    largest = 0
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            found = func(*args, **(kwargs or {}))
-            for each in found if isinstance(found, (tuple, list)) else [found]:
-                if isinstance(each, torch.Tensor):
-                    largest = max(largest, each.numel())
-            return found
-
-    from fused_kd.integrations import held_out
-
-    original = held_out.kd_loss
-    monkeypatch.setattr(
-        held_out, "kd_loss", lambda *a, **kw: original(*a, **{**kw, "memory_budget": 2_000_000, "backend": "torch"})
-    )
-    with Watch():
-        assert run.evaluate()["eval_kl"] > 0
-    assert largest < 4 * 199 * V / 4, "a quarter of all logits"
+    if objective == "lists":
+        objective, teacher = "forward_kd", SimpleNamespace(tail="bucket")
+        lists = {"teacher_log_probs": torch.full((length - 1, 4), -2.0), "teacher_indices": torch.arange(4).repeat(length - 1, 1)}
+        data = [{**row, **lists} for row in data]
+    options = {"eval_data": data, "per_device_eval_batch_size": count}
+    run = trainer(tmp_path, student, objective, data[:1], teacher=teacher, **options)
+    run.evaluate()
+    live = peak = 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        assert 0 <= run.evaluate()["eval_top_1"] <= 1
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert 2**20 < peak < 4 * V * count * (length - 1) / 2, "half of one side's logits"
