@@ -32,7 +32,9 @@ def check_router_loss(model: Any) -> None:
         why = (
             "has another form of it than transformers' load_balancing_loss_func(gate_logits, num_experts, top_k, mask)"
         )
-    elif any(_number(base, names) is None for names in (("num_experts",), ("num_experts_per_tok",), _COEFFICIENTS)):
+    elif any(
+        _number(_places(base), names) is None for names in (("num_experts",), ("num_experts_per_tok",), _COEFFICIENTS)
+    ):
         why = "does not tell num_experts, num_experts_per_tok and router_aux_loss_coef"
     if why is not None:
         raise ValueError(
@@ -43,7 +45,10 @@ def check_router_loss(model: Any) -> None:
 
 def coefficient(model: Any) -> float:
     """What a model multiplies its router's loss by."""
-    return float(_number(without_adapters(model), _COEFFICIENTS) or 0.0)
+    base = without_adapters(model)
+    # TRL sets the configuration's, of a model that has read it before
+    places = (base.config.get_text_config(), base)
+    return float(_number(places, _COEFFICIENTS) or 0.0)
 
 
 def router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
@@ -61,7 +66,10 @@ def router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tens
     if not logits:
         raise ValueError(f"config.output_router_logits must be False: {type(base).__name__} gave no router logits")
     made: Tensor = _function(base)(
-        logits, int(_number(base, ("num_experts",))), int(_number(base, ("num_experts_per_tok",))), attention_mask
+        logits,
+        int(_number(_places(base), ("num_experts",))),
+        int(_number(_places(base), ("num_experts_per_tok",))),
+        attention_mask,
     )
     return made.to(torch.float32)
 
@@ -72,9 +80,12 @@ def _function(base: Any) -> Any:
     return next((each.load_balancing_loss_func for each in modules if hasattr(each, "load_balancing_loss_func")), None)
 
 
-def _number(base: Any, names: tuple[str, ...]) -> Any:
+def _places(base: Any) -> tuple[Any, Any]:
     """What the model takes itself, else its configuration's."""
-    places = (base, base.config.get_text_config())
+    return base, base.config.get_text_config()
+
+
+def _number(places: tuple[Any, Any], names: tuple[str, ...]) -> Any:
     return next(
         (value for place in places for name in names if (value := getattr(place, name, None)) is not None), None
     )

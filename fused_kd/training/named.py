@@ -56,7 +56,8 @@ def load_student(name: str | Path) -> Any:
             f"model must be a model, got {text!r}, which holds adapters: load their base and give "
             "fused_kd.training.models.load_adapters(base, folder), or merge them (python -m fused_kd.export)"
         )
-    return trained_in_float32(_causal_lm("model", text))
+    model = trained_in_float32(_causal_lm("model", text))
+    return _plain(model) if text.endswith(_GGUF) else model
 
 
 def tokenizer_of(name: str | Path) -> Any:
@@ -75,15 +76,19 @@ def opened(teacher: Any, load: Callable[[Any], Any] = load_teacher) -> Any:
     known: dict[str, Any] = {}
 
     def one(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(one(each) for each in value)
         if not isinstance(value, (str, Path)):
             return value
         if str(value) not in known:
             known[str(value)] = load(value)
         return known[str(value)]
 
-    return one(teacher)
+    if not isinstance(teacher, (list, tuple)):
+        return one(teacher)
+    # of a pair the weight comes first
+    each = (
+        tuple([*part[:1], *map(one, part[1:])]) if isinstance(part, (list, tuple)) else one(part) for part in teacher
+    )
+    return type(teacher)(each)
 
 
 def _causal_lm(argument: str, name: str) -> Any:
@@ -99,6 +104,15 @@ def _causal_lm(argument: str, name: str) -> Any:
         raise ValueError(
             f"{argument} must be a model, or its folder or name, got {name!r}, which gives no causal LM: {error}"
         ) from error
+
+
+def _plain(model: Any) -> Any:
+    """A model of a GGUF file, whose weights are dense, as one that can be saved as any other."""
+    model.is_quantized, model.hf_quantizer = False, None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    return model
 
 
 def _is_cache(folder: Path) -> bool:

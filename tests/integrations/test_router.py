@@ -48,7 +48,9 @@ def by_hand(model: Any, parts: list[list], rate: float) -> tuple[float, float]:
     for batch in batches:
         labels = batch["labels"]
         own = model(**batch)
-        ce = torch.nn.functional.cross_entropy(own.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        ce = torch.nn.functional.cross_entropy(
+            own.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
         tokens = (labels[:, 1:] != -100).sum()
         own_router = own.loss - ce / tokens  # what transformers has added
         torch.testing.assert_close(own_router, 0.5 * own.aux_loss, rtol=1e-4, atol=1e-5)
@@ -87,7 +89,9 @@ def test_it_is_off_where_the_configuration_has_it_off(tmp_path: Path) -> None:
     trained = []
     for options in ({"output_router_logits": False}, {"router_aux_loss_coef": 0.0}, {}):
         student = experts("mixtral", **options)
-        run = trainer(tmp_path, student, fk.ForwardKD(), rows(8), teacher=tiny(24, seed=2), max_steps=1, logging_steps=1)
+        run = trainer(
+            tmp_path, student, fk.ForwardKD(), rows(8), teacher=tiny(24, seed=2), max_steps=1, logging_steps=1
+        )
         run.train()
         trained.append(weights(student))
         assert ("router_loss" in logged(run)[0]) == ("output_router_logits" not in options)

@@ -96,9 +96,7 @@ def test_where_there_is_none(tmp_path: Path, objective: Any, options: dict) -> N
     from fused_kd.training.trainer import KDTrainer
 
     made = trainer(tmp_path, tiny(16, seed=1), objective, rows(8), teacher=tiny(24, seed=2))
-    run = KDTrainer(
-        tiny(16, seed=1), tiny(24, seed=2), objective, args=made.args, train_dataset=rows(8), **options
-    )
+    run = KDTrainer(tiny(16, seed=1), tiny(24, seed=2), objective, args=made.args, train_dataset=rows(8), **options)
     run.args.max_steps = 2
     run.train()
     assert "hard_fraction" in logged(run)[0] and "hard_fraction_t" not in logged(run)[0]

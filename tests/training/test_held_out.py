@@ -145,7 +145,9 @@ def test_of_lists_and_states(tmp_path: Path) -> None:
             with torch.no_grad():
                 out = teacher(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True)
             data.append({**row, **columns(out.logits[0, :-1][targets], out.hidden_states[-1][0, :-1][targets])})
-        return trainer(tmp_path, student, "forward_kd", data, teacher=given, **{**EVALUATED, "eval_data": data}).evaluate()
+        return trainer(
+            tmp_path, student, "forward_kd", data, teacher=given, **{**EVALUATED, "eval_data": data}
+        ).evaluate()
 
     def lists(logits: torch.Tensor, _: torch.Tensor) -> dict[str, torch.Tensor]:
         values, ids = logits.log_softmax(-1).topk(4)
@@ -185,7 +187,10 @@ def test_no_more_memory_than_a_chunk(tmp_path: Path, objective: str) -> None:
     student, teacher = tiny(16, seed=1, vocab=V), tiny(16, seed=2, vocab=V)
     if objective == "lists":
         objective, teacher = "forward_kd", SimpleNamespace(tail="bucket")
-        lists = {"teacher_log_probs": torch.full((length - 1, 4), -2.0), "teacher_indices": torch.arange(4).repeat(length - 1, 1)}
+        lists = {
+            "teacher_log_probs": torch.full((length - 1, 4), -2.0),
+            "teacher_indices": torch.arange(4).repeat(length - 1, 1),
+        }
         data = [{**row, **lists} for row in data]
     options = {"eval_data": data, "per_device_eval_batch_size": count}
     run = trainer(tmp_path, student, objective, data[:1], teacher=teacher, **options)
