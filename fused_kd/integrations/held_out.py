@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,13 +74,13 @@ class HeldOut:
             found["perplexity"] = math.exp(found["ce"]) if found["ce"] < 700 else math.inf
         return found
 
-    def _apart(self, head: LMHead, teacher: Any, labels: Tensor, statistics: list[str]) -> dict[str, Tensor]:
+    def _apart(self, head: LMHead, teacher: Any, labels: Tensor, statistics: list[str]) -> Mapping[str, Tensor]:
         """The numbers without the loss."""
         kept = {name: self.options[name] for name in ("shift", "vocab_size")}
         objective = ForwardKD() if "kl" in self.names else SFT()
         own = teacher if "kl" in self.names else None
 
-        def run(budget: int | None) -> dict[str, Tensor]:
+        def run(budget: int | None) -> Mapping[str, Tensor]:
             with torch.no_grad():
                 out = kd_loss(head, own, labels, objective, statistics=statistics, memory_budget=budget, **kept)
             return out.statistics
@@ -104,7 +104,8 @@ class HeldOut:
         def run(budget: int | None) -> TopK:
             return top_k_of(own, 1, vocab_size=self.options["vocab_size"], memory_budget=budget)
 
-        return (_within(run, self.options["memory_budget"]).indices == first.to(rows.device)).float().sum()
+        found: Tensor = _within(run, self.options["memory_budget"]).indices == first.to(rows.device)
+        return found.float().sum()
 
 
 def names_of(objective: Objective, teaching: Any, vocabulary: Any) -> tuple[str, ...]:

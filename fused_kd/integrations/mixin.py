@@ -29,7 +29,7 @@ from fused_kd.integrations.distributed import (
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
 from fused_kd.integrations.forms import HOST, Prefetching, Step, Teaching, on_device, targets_of
-from fused_kd.integrations.heads import check_head_module
+from fused_kd.integrations.heads import check_head_module, check_whole_head
 from fused_kd.integrations.held_out import HeldOut, names_of
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 from fused_kd.integrations.own_checkpoints import KeepsAverages
@@ -193,8 +193,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
         for each in models:
-            # an adapter's own modules are not called, so nothing would gather their weights
-            check_head_module(each, plain=sharded)
+            check_whole_head(each, sharded)
             route_head_loss(each)
         for each in models[1:]:
             each.requires_grad_(False).eval()

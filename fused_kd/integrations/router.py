@@ -76,7 +76,7 @@ def router_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tens
 
 def _function(base: Any) -> Any:
     """Of the class that the model is of, or is made from."""
-    modules = (sys.modules.get(each.__module__) for each in type(base).__mro__)
+    modules: list[Any] = [sys.modules.get(each.__module__) for each in type(base).__mro__]
     return next((each.load_balancing_loss_func for each in modules if hasattr(each, "load_balancing_loss_func")), None)
 
 

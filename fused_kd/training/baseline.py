@@ -83,9 +83,9 @@ class Baseline:
         if self.columns is None:
             return statistics["log_p_y"]
         log_probs, indices = (inputs[name] for name in self.columns)
-        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=LABEL_PAD)
+        labels: Tensor = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=LABEL_PAD)
         labels = labels.to(indices.device, non_blocking=True)
-        found = log_probs.where(indices == labels.unsqueeze(-1), -math.inf).amax(-1)
+        found: Tensor = log_probs.where(indices == labels.unsqueeze(-1), -math.inf).amax(-1)
         if self.tail in ("renormalize", "listed"):
             found = found - log_probs.logsumexp(-1)
         return found.masked_fill(labels == LABEL_PAD, 0.0)

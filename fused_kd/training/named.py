@@ -85,10 +85,8 @@ def opened(teacher: Any, load: Callable[[Any], Any] = load_teacher) -> Any:
     if not isinstance(teacher, (list, tuple)):
         return one(teacher)
     # of a pair the weight comes first
-    each = (
-        tuple([*part[:1], *map(one, part[1:])]) if isinstance(part, (list, tuple)) else one(part) for part in teacher
-    )
-    return type(teacher)(each)
+    parts = ((*part[:1], *map(one, part[1:])) if isinstance(part, (list, tuple)) else one(part) for part in teacher)
+    return type(teacher)(parts)
 
 
 def _causal_lm(argument: str, name: str) -> Any:

@@ -111,7 +111,7 @@ def test_what_is_not_needed_is_not_loaded(tmp_path: Path, folders: dict[str, str
     arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     run = KDTrainer(folders["student"], "./nowhere", "sft", args=arguments, eval_metrics=False)
     assert run.teaching is None
-    with pytest.raises(ValueError, match="got './nowhere': there is no such folder"):
+    with pytest.raises(ValueError, match=r"got '\./nowhere': there is no such folder"):
         KDTrainer(folders["student"], "./nowhere", "sft", args=arguments)
 
 
