@@ -76,6 +76,10 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
     computed. ``SelfEvolutionTopK`` ranks the tokens of the whole optimizer step, for which a first pass without
     gradients is made where that has several batches, and in evaluation those of a batch on all processes.
 
+    A student with experts whose configuration has ``output_router_logits`` gets its router's loss too, as its own
+    forward adds it, times ``router_aux_loss_coef``: of each micro-batch, and then the mean over those of the step and
+    over processes. ``eval_loss`` is without it.
+
     With TRL's ``SFTTrainer`` this loss replaces its own; what that logs beside the loss (``entropy``,
     ``mean_token_accuracy``, ``num_tokens``) is not there.
 

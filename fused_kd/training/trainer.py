@@ -80,20 +80,34 @@ class BetaSchedule:
 class KDTrainer(KDLossMixin, WholeCheckpoints):
     """Trains ``model`` (the student) towards ``teacher`` with a fused loss; everything else is the Trainer's.
 
-    Batches need ``input_ids`` and ``labels`` (batch, length), labels unshifted with -100 where there is no loss,
-    and what else the models take: ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean
-    over the valid target tokens of the whole optimizer step, exact under gradient accumulation and over all
-    processes of DDP, FSDP2 and DeepSpeed. Each log entry has ``loss``, ``difficulty`` (mean, nats),
-    ``hard_fraction`` (share of hard tokens; without a gate or by rank, difficulties above 0.4), ``tokens_per_second``
-    (valid target tokens of all processes), ``peak_memory_mb`` (CUDA allocator, else resident set; of the process
-    that logs), and ``beta`` under a schedule. ``eval_loss`` is the mean over the tokens of the evaluation set;
-    ``SelfEvolutionTopK`` ranks those of a batch on all processes there.
+    Rows have ``input_ids`` and ``labels`` of one length, labels unshifted with -100 where there is no loss; without a
+    ``data_collator`` they are padded. Batches of one of your own may have more that the models take:
+    ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean over the valid target tokens of the
+    whole optimizer step, exact under gradient accumulation and over all processes of DDP, FSDP2 and DeepSpeed.
+
+    Each log entry has ``loss``, ``difficulty`` (mean, nats), ``hard_fraction`` (share of hard tokens; without a gate or
+    by rank, difficulties above 0.4), ``hard_fraction_t`` where the label is part of the difficulty (the share that
+    would be hard if the student were the teacher: ``KL(yt||p)`` above the same limit; of lists, labels that they do not
+    hold count as hard), ``tokens_per_second`` (valid target tokens of all processes), ``peak_memory_mb`` (CUDA
+    allocator, else resident set; of the process that logs), ``beta`` under a schedule, and with experts
+    ``router_loss``, the mean of the micro-batches', not yet multiplied by its coefficient; ``loss`` has it, multiplied.
+
+    :meth:`evaluate` gives means over the tokens of the evaluation set, of all processes: ``eval_loss``, the objective's
+    (``SelfEvolutionTopK`` ranks the tokens of a batch on all processes there), ``eval_ce`` and ``eval_perplexity``, and
+    of a teacher ``eval_kl``, ``KL(p||q)``, and ``eval_top_1``, the share of tokens where the largest logits of both
+    sides are of one token; all but ``eval_loss`` at temperature 1. No logits are held for them beyond a chunk's. Lists
+    do not know all of p: with them there is no ``eval_kl``, and ``eval_top_1`` of one cache that lists the largest;
+    with ``vocab_map`` there is neither.
 
     Args:
-        model: any Hugging Face causal LM, or a PEFT model with adapters on its body.
+        model: any Hugging Face causal LM, or a PEFT model (FSDP2 and ZeRO-3: with adapters on its body alone); or its
+            folder, hub name or GGUF file, see :func:`fused_kd.training.load_student`. Then ``processing_class`` is the
+            tokenizer beside it, unless one is given.
         teacher: another causal LM on the same vocabulary, a cache, a server, the student itself, or several of these:
             see :class:`fused_kd.integrations.mixin.KDLossMixin`. Position i of a cache's columns has the distribution
-            of token i + 1. None for objectives without a teacher (SFT).
+            of token i + 1. Or a name: a folder, hub name or GGUF file, "cache:FOLDER", "http://HOST:PORT"
+            (:func:`fused_kd.training.load_teacher`). An objective without a teacher (SFT) needs none; one that it is
+            given is for evaluation.
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
             limit.
@@ -111,6 +125,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             one's mean.
         statistics: what else to log of the training's tokens, means over the valid ones, by the names of
             :meth:`fused_kd.KDLoss.evaluate`: "entropy_t", "kl", .... "top_1" and "overlap" cost a sweep of the logits.
+        eval_metrics: tell more of an evaluation than ``eval_loss``, as above, for a sweep of the logits, or for a
+            second pass where the loss's own cannot tell it (another temperature, lists, ``memory_budget``, a named
+            "cuda" row, an objective without the teacher); default True.
         **trainer_args: those of ``transformers.Trainer`` (``args``, ``train_dataset``, ``data_collator``,
         ...).
 
