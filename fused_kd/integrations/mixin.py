@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
@@ -21,7 +21,6 @@ from fused_kd.integrations.arguments import (
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import (
     check_engine,
-    hard_threshold,
     prepare_arguments,
     shard_teacher,
     shards_weights,
@@ -35,9 +34,9 @@ from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first
 from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import check_trainable
-from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
+from fused_kd.integrations.ranked import RanksTokens
 from fused_kd.integrations.router import asks_for_router_loss, check_router_loss, coefficient
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
@@ -61,7 +60,7 @@ else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
+class KDLossMixin(RanksTokens, Taught, KeepsAverages, EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -214,7 +213,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.keep_averages(self.teaching.forms if self.teaching else ())
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
-        self._step_gamma: float | None = None
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teachers by their structure; set ``teaching``, ``vocab_size`` and ``shift``."""
@@ -257,10 +255,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         teaching.models[0].vocabulary = made
         return made
 
-    def current_objective(self) -> Objective:
-        """The objective of the current step; to be overridden for one that changes."""
-        return self.objective
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -283,7 +277,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
 
     def _held_out(self) -> HeldOut | None:
-        if not self.eval_metrics:
+        if not self.eval_metrics or self.kd_options["tp_group"] is not None:
             return None
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
         names = names_of(self.objective, self.teaching, self.vocabulary)
@@ -358,33 +352,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             for each in self._own_models(model):
                 check_packed(each, inputs)
         self._packing_checked = True
-
-    def _unranked(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Objective:
-        """The objective; one that ranks tokens of several calls becomes a threshold on their difficulties.
-
-        Ranked together are the tokens of the step, in evaluation those of a batch, on all processes.
-        """
-        now = self.current_objective() if model.training else self.objective
-        batches = self._step_batches if model.training and self._step_batches else [inputs]
-        if not now.spec.ranked or self.accelerator.num_processes * len(batches) == 1:
-            return now
-        part = ranked_part(now)
-        gamma = self._step_gamma if model.training else None
-        if gamma is None:
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            # the passes with gradients draw the same dropout again
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                found = [self._difficulties(model, batch, part.lam) for batch in batches]
-            gamma = self._step_gamma = hard_threshold(self.accelerator, found, cast(float, part.fraction))
-        return with_threshold(now, gamma)
-
-    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], lam: Any) -> torch.Tensor:
-        inputs = self._prepare_inputs(batch)
-        difficulty = self._run(model, inputs, fk.NoEvo(lam=lam), None, 1)[1].difficulty
-        labels = inputs["labels"]
-        if self.shift:
-            difficulty, labels = difficulty[..., :-1], labels[..., 1:]
-        return difficulty[(labels != LABEL_PAD).to(difficulty.device)]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
