@@ -38,7 +38,8 @@ from fused_kd.training.metrics import RunningMetrics
 from fused_kd.training.named import load_student, opened, tokenizer_of
 
 logger = logging.get_logger(__name__)
-HARD_LIMIT = 0.8
+# of the tokens that are easy for the teacher itself; of all tokens, where its share is not known
+HARD_LIMIT, HARD_LIMIT_OF_ALL = 0.9, 0.98
 ROUTER = "router_loss"
 
 
@@ -349,8 +350,10 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
 
 def _too_hard(entry: dict[str, float]) -> bool:
-    """Whether of the tokens that are easy for the teacher itself more than ``HARD_LIMIT`` are hard."""
-    own = entry.get(HARD_T, 0.0)
+    """Whether more than the limit are hard."""
+    own = entry.get(HARD_T)
+    if own is None:
+        return entry["hard_fraction"] > HARD_LIMIT_OF_ALL
     return entry["hard_fraction"] - own > HARD_LIMIT * (1.0 - own)
 
 
