@@ -75,9 +75,14 @@ def test_teachers_keep_their_dtype(tmp_path: Path, folders: dict[str, str]) -> N
 
 def test_a_cache_and_a_server(tmp_path: Path, folders: dict[str, str]) -> None:
     model, data = tiny(24, seed=2), rows(8)
-    expected = weights(trained(tmp_path, loaded(folders["student"]), model).model)
+    local = trained(tmp_path, loaded(folders["student"]), model)
+    expected, held_out = weights(local.model), local.evaluate(rows(5, seed=9))
     with serve(tiny(24, seed=2)) as server:
         served = trained(tmp_path, folders["student"], server.url)
+        for name, value in served.evaluate(rows(5, seed=9)).items():
+            if name in ("eval_loss", "eval_ce", "eval_perplexity", "eval_kl", "eval_top_1"):
+                assert value == pytest.approx(held_out.pop(name), rel=1e-5)
+    assert "eval_kl" not in held_out and "eval_top_1" not in held_out, "both were compared"
     assert_same_weights(weights(served.model), expected, 1e-5)
     cache = write_hidden(tmp_path / "cache", data, tiny(24, seed=2), dtype="fp32")
     for name in (f"cache:{tmp_path / 'cache'}", str(tmp_path / "cache")):
