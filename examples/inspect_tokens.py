@@ -26,6 +26,7 @@ import fused_kd as fk
 from fused_kd.engines.gemm import Projection
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.training.baseline import DEFAULT_GAMMA
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
 from fused_kd.training.models import load_model, load_tokenizer
@@ -33,7 +34,6 @@ from fused_kd.training.prompts import PROMPTS, Rows, tokenize_pairs
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import write_text
-from fused_kd.training.trainer import DEFAULT_GAMMA
 
 INCOMPLETE = "\ufffd"
 TOP = 3  # of the most probable tokens that are shown

@@ -139,7 +139,7 @@ def check_teacher(teacher: Any) -> None:
     if isinstance(teacher, (str, Path)):
         got, hint = (
             repr(str(teacher)),
-            "load it (AutoModelForCausalLM.from_pretrained), open a cache (TeacherCache) or a server (ServedTeacher)",
+            "fused_kd.training.load_teacher opens folders, names, caches and servers (KDTrainer does so itself)",
         )
     elif isinstance(teacher, fk.Mixture):
         hint = "that is for a loss; give a trainer the pairs, [(weight, teacher), ...]"

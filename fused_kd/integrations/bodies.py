@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,12 @@ def hidden_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     Raises ``ValueError`` if a decoder-only model is given ``labels`` or an encoder-decoder nothing for its decoder,
     ``TypeError`` if the model has no body that can be called without its head.
     """
+    states: torch.Tensor = body_outputs(model, **inputs).last_hidden_state
+    return states
+
+
+def body_outputs(model: PreTrainedModel, **inputs: Any) -> Any:
+    """All that the body returns; ``last_hidden_state`` is what :func:`hidden_states` gives."""
     base = without_adapters(model)
     inputs.setdefault("use_cache", False)
     if labels_need_shift(base):
@@ -37,9 +44,8 @@ def hidden_states(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
         _set_decoder_inputs(base, inputs)
     body = _body(base)
     if body is None:
-        return _both_stacks(base.get_encoder(), base.get_decoder(), inputs)
-    states: torch.Tensor = body(**inputs, return_dict=True).last_hidden_state
-    return states
+        return SimpleNamespace(last_hidden_state=_both_stacks(base.get_encoder(), base.get_decoder(), inputs))
+    return body(**inputs, return_dict=True)
 
 
 def labels_need_shift(model: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_kd.integrations.distributed import sum_over_ranks
+from fused_kd.integrations.held_out import HeldOut
 from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 
 if TYPE_CHECKING:
@@ -25,8 +26,14 @@ class EvaluatedByTokens(Trainer):
     """
 
     shift: bool
+    # what an evaluation tells beside the loss, while it runs
+    held_out: HeldOut | None = None
     # sums of losses, and of what they are averaged over
     _evaluated = torch.zeros(2, dtype=torch.float32)
+
+    def _held_out(self) -> HeldOut | None:
+        """For a new evaluation; None for the loss alone."""
+        return None
 
     def _denominator(self, batch: dict[str, Any]) -> torch.Tensor:
         """How much of what the loss is averaged over a batch holds: its target tokens."""
@@ -71,9 +78,16 @@ class EvaluatedByTokens(Trainer):
     ) -> EvalLoopOutput:
         """As the Trainer's, with the loss averaged over tokens and not over batches."""
         self._evaluated = torch.zeros(2, dtype=torch.float32)
-        result = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        self.held_out = held_out = self._held_out()
+        try:
+            result = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+        finally:
+            self.held_out = None
         total, items = sum_over_ranks(self.accelerator, self._evaluated).tolist()
-        metrics = {**(result.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
+        found = {"loss": total / max(items, 1.0)}
+        if held_out is not None:
+            found |= held_out.means(sum_over_ranks(self.accelerator, held_out.sums).tolist())
+        metrics = {**(result.metrics or {}), **{f"{metric_key_prefix}_{name}": each for name, each in found.items()}}
         return result._replace(metrics=metrics)

@@ -196,6 +196,11 @@ class _Lists:
     def tail(self) -> str:
         return str(self._cache.tail)
 
+    @property
+    def keep(self) -> str:
+        """As of a :class:`fused_kd.training.TeacherCache`."""
+        return str(getattr(self._cache, "keep", "lists"))
+
     def head(self, batch: Mapping[str, Tensor], targets: Tensor, device: torch.device) -> TopK:
         log_probs, indices = (batch[name].to(device) for name in _LISTS)
         return TopK(log_probs, indices, self.tail)

@@ -67,6 +67,20 @@ def check_head_module(model: PreTrainedModel, *, plain: bool = False) -> Any:
     return head
 
 
+def check_whole_head(model: PreTrainedModel, sharded: bool) -> None:
+    """Raise ``TypeError`` for a head that no loss can be made of, or not where each process has a part of it."""
+    try:
+        # an adapter's own modules are not called, so nothing would gather their weights
+        check_head_module(model, plain=sharded)
+    except TypeError as error:
+        check_head_module(model)
+        name = type(without_adapters(model)).__name__
+        raise TypeError(
+            f"an adapter on the head of {name} cannot be trained under FSDP2 and ZeRO-3, where each process has a part "
+            "of it: train with DDP or ZeRO-2, or leave the head out of target_modules and modules_to_save"
+        ) from error
+
+
 def common_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int | None, tokenizer: Any
 ) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
@@ -21,22 +21,23 @@ from fused_kd.integrations.arguments import (
 from fused_kd.integrations.bodies import labels_need_shift
 from fused_kd.integrations.distributed import (
     check_engine,
-    hard_threshold,
     prepare_arguments,
     shard_teacher,
     shards_weights,
     sum_over_ranks,
 )
 from fused_kd.integrations.evaluation import EvaluatedByTokens
-from fused_kd.integrations.forms import HOST, Prefetching, Step, on_device, targets_of
-from fused_kd.integrations.heads import check_head_module
-from fused_kd.integrations.labels import LABEL_PAD, without_first_targets
+from fused_kd.integrations.forms import HOST, Prefetching, Step, Teaching, on_device, targets_of
+from fused_kd.integrations.heads import check_head_module, check_whole_head
+from fused_kd.integrations.held_out import HeldOut, names_of
+from fused_kd.integrations.labels import LABEL_PAD, count_targets, without_first_targets
 from fused_kd.integrations.own_checkpoints import KeepsAverages
 from fused_kd.integrations.packed import check_mask, check_packed, is_packed
 from fused_kd.integrations.pair import check_trainable
-from fused_kd.integrations.parts import ranked_part, with_threshold
 from fused_kd.integrations.precision import warn_of_lost_updates
 from fused_kd.integrations.prompted import checked_prompts
+from fused_kd.integrations.ranked import RanksTokens
+from fused_kd.integrations.router import asks_for_router_loss, check_router_loss, coefficient
 from fused_kd.integrations.routing import check_lm_head, loss_of_heads, route_head_loss
 from fused_kd.integrations.sampling import has_rows
 from fused_kd.integrations.taught import (
@@ -59,7 +60,7 @@ else:
     Trainer = object  # the class that the mixin is put before brings its own
 
 
-class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
+class KDLossMixin(RanksTokens, Taught, KeepsAverages, EvaluatedByTokens):
     """Trains a Trainer's model towards ``teacher`` with a fused loss; to be put before the Trainer's class.
 
     >>> class MyTrainer(KDLossMixin, Seq2SeqTrainer): ...
@@ -73,6 +74,10 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
     several processes, of the rows that the Trainer's sampler repeats to fill the last batch too); no logits are
     computed. ``SelfEvolutionTopK`` ranks the tokens of the whole optimizer step, for which a first pass without
     gradients is made where that has several batches, and in evaluation those of a batch on all processes.
+
+    A student with experts whose configuration has ``output_router_logits`` gets its router's loss too, as its own
+    forward adds it, times ``router_aux_loss_coef``: of each micro-batch, and then the mean over those of the step and
+    over processes. ``eval_loss`` is without it.
 
     With TRL's ``SFTTrainer`` this loss replaces its own; what that logs beside the loss (``entropy``,
     ``mean_token_accuracy``, ``num_tokens``) is not there.
@@ -111,6 +116,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         statistics: names of :meth:`fused_kd.KDLoss.evaluate`, of each token of the training's micro-batches: for
             ``_trained_on`` and ``compute_loss(return_outputs=True)``; :class:`fused_kd.training.trainer.KDTrainer` logs
             their means.
+        eval_metrics: tell more of an evaluation than its loss, see :class:`fused_kd.training.trainer.KDTrainer`, where
+            it is on; default False. A teacher that the objective does not need is then there for evaluation alone.
         **kwargs: those of the Trainer. ``compute_metrics`` needs ``predict_with_generate``.
 
     Raises:
@@ -123,8 +130,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
 
     # num_items_in_batch already spans the accumulation steps
     loss_is_scaled_for_ga = True
-    # whether a head with an adapter will do
-    adapted_heads = True
 
     def __init__(
         self,
@@ -138,8 +143,12 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         vocab_map: Any = None,
         tail: str | None = None,
         statistics: Iterable[str] = (),
+        eval_metrics: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(eval_metrics, bool):
+            raise TypeError(f"eval_metrics must be True or False, got {eval_metrics!r}")
+        self.eval_metrics = eval_metrics
         criterion = as_criterion(objective, criterion)
         check_tail_of_map(vocab_map, tail)
         self._vocab_map, self._tail = vocab_map, tail
@@ -149,7 +158,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.kd_options: dict[str, Any] = {name: getattr(criterion, name) for name in LossOptions.__annotations__}
         if vocab_size is None:
             vocab_size = criterion.vocab_size
-        self._teachers, self._weights = as_teachers(teacher if self.objective.spec.needs_teacher else None)
+        # one that the objective does not need is for evaluation
+        wanted = self.objective.spec.needs_teacher or eval_metrics
+        self._teachers, self._weights = as_teachers(teacher if wanted else None)
         if self.objective.spec.needs_teacher and not self._teachers:
             raise ValueError(f"teacher must be given for {self.objective!r}")
         check_drawn(self._teachers, self.objective, self.kd_options["temperature"])
@@ -166,12 +177,11 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             self._take_models(self.model, vocab_size, self.processing_class)
         prepare_arguments(self.args)  # those that the Trainer made, where it was given none
         student: Any = self.model
-        # some Trainers set it
-        if getattr(student.config.get_text_config(), "output_router_logits", False):
-            raise ValueError(
-                "config.output_router_logits must be False: the router's auxiliary loss is not added (TRL's SFTConfig: "
-                "router_aux_loss_coef=0.0)"
-            )
+        # some Trainers set what it is read from
+        self.router_coefficient: float | None = None
+        if asks_for_router_loss(student):
+            check_router_loss(student)
+            self.router_coefficient = coefficient(student)
         if self.train_dataset is not None:
             check_trainable(student)
             warn_of_lost_updates(student, self.args, self.accelerator)
@@ -186,8 +196,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
         for each in models:
-            # an adapter's own modules are not called, so nothing would gather their weights
-            check_head_module(each, plain=sharded or not self.adapted_heads)
+            check_whole_head(each, sharded)
             route_head_loss(each)
         for each in models[1:]:
             each.requires_grad_(False).eval()
@@ -204,7 +213,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.keep_averages(self.teaching.forms if self.teaching else ())
         self._packing_checked = False
         self._step_batches: list[dict[str, Any]] = []
-        self._step_gamma: float | None = None
 
     def _take_models(self, student: Any, vocab_size: int | None, tokenizer: Any) -> None:
         """Check student and teachers by their structure; set ``teaching``, ``vocab_size`` and ``shift``."""
@@ -212,7 +220,7 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         self.teaching = teaching_of(self._teachers, self._weights, student)
         models = self._own_models(student)
         for each in models:
-            check_head_module(each, plain=not self.adapted_heads)
+            check_head_module(each)
         if self._vocab_map is None:
             self.vocab_size = vocab_of(models, self.teaching, vocab_size, tokenizer)
         else:
@@ -224,6 +232,11 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
                 raise ValueError(
                     f"teacher must be {kinds[not self.shift]} model as the student is, got {kinds[self.shift]}"
                 )
+
+    @property
+    def _teaches(self) -> Teaching | None:
+        """The teachers, where the training has some."""
+        return self.teaching if self.objective.spec.needs_teacher else None
 
     def _mapped(self, student: Any) -> TeacherMap:
         teaching = self.teaching
@@ -242,10 +255,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         teaching.models[0].vocabulary = made
         return made
 
-    def current_objective(self) -> Objective:
-        """The objective of the current step; to be overridden for one that changes."""
-        return self.objective
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -261,20 +270,38 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         _check_labels(inputs)
         objective = self._unranked(model, inputs)
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
-        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks)
+        held_out = None if model.training else self.held_out
+        loss, out = self._run(model, inputs, objective, num_items_in_batch, ranks, held_out)
         if model.training:
             self._trained_on(inputs, out)
         return (loss, {**out._asdict(), "loss": loss}) if return_outputs else loss
 
+    def _held_out(self) -> HeldOut | None:
+        if not self.eval_metrics or self.kd_options["tp_group"] is not None:
+            return None
+        options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
+        names = names_of(self.objective, self.teaching, self.vocabulary)
+        return HeldOut(self.objective, options, names) if names else None
+
     def _trained_on(self, inputs: dict[str, Any], out: fk.KDOutput) -> None:
         """Called with each micro-batch of the training and its loss, which spans all processes and no factor."""
+
+    def _statistics_of(self, teacher: Any) -> tuple[str, ...]:
+        """What to tell of each token of a micro-batch of the training."""
+        return self.kd_statistics
 
     def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """(batch, length) factors of the tokens' losses; None: 1."""
         return None
 
     def _run(
-        self, model: torch.nn.Module, inputs: dict[str, Any], objective: Objective, num_items: Any, ranks: int
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        objective: Objective,
+        num_items: Any,
+        ranks: int,
+        held_out: HeldOut | None = None,
     ) -> tuple[torch.Tensor, fk.KDOutput]:
         """``ranks`` times the loss, for the backward, and the loss itself with each token's numbers."""
         inputs = dict(inputs)
@@ -286,23 +313,29 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         options = {**self.kd_options, "shift": self.shift, "vocab_size": self.vocab_size}
 
         def loss(head: fk.LMHead, teacher: Any) -> fk.KDOutput:
+            arguments: dict[str, Any] = {"token_weights": weights, "num_items": num_items}
+            if held_out is not None:
+                out, sums = held_out.measured(head, teacher, labels, objective, **arguments)
+                held_out.add(sums, count_targets(labels) if self.shift else (labels != LABEL_PAD).sum())
+                return out
             # evaluation and the ranking of a step's tokens log none
-            told = self.kd_statistics if model.training and torch.is_grad_enabled() else ()
-            return fk.kd_loss(
-                head, teacher, labels, objective, token_weights=weights, num_items=num_items, statistics=told, **options
-            )
+            told = self._statistics_of(teacher) if model.training and torch.is_grad_enabled() else ()
+            return fk.kd_loss(head, teacher, labels, objective, statistics=told, **arguments, **options)
 
         if not self._models_checked:
             self._check_sharded(model)
         if not self._packing_checked and self.shift:
             self._check_packing(model, inputs)
         within = None
-        if self.teaching is not None and objective.spec.needs_teacher:
+        if self.teaching is not None and (objective.spec.needs_teacher or held_out is not None):
             step = Step(model, inputs, columns, targets_of(labels, self.shift), host)
             within = functools.partial(self.teaching.within, step)
+        router_share = None
+        if self.router_coefficient is not None and model.training and torch.is_grad_enabled():
+            router_share = self.router_coefficient / max(len(self._step_batches), 1)
         # a context of its own for each pass: the cache of a pass without gradients would cut those of the next
         with self.accelerator.autocast():
-            return loss_of_heads(model, inputs, loss, ranks=ranks, within=within)
+            return loss_of_heads(model, inputs, loss, ranks=ranks, within=within, router_share=router_share)
 
     def _check_sharded(self, model: torch.nn.Module) -> None:
         for form in self.teaching.models if self.teaching else ():
@@ -320,33 +353,6 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
                 check_packed(each, inputs)
         self._packing_checked = True
 
-    def _unranked(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Objective:
-        """The objective; one that ranks tokens of several calls becomes a threshold on their difficulties.
-
-        Ranked together are the tokens of the step, in evaluation those of a batch, on all processes.
-        """
-        now = self.current_objective() if model.training else self.objective
-        batches = self._step_batches if model.training and self._step_batches else [inputs]
-        if not now.spec.ranked or self.accelerator.num_processes * len(batches) == 1:
-            return now
-        part = ranked_part(now)
-        gamma = self._step_gamma if model.training else None
-        if gamma is None:
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            # the passes with gradients draw the same dropout again
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                found = [self._difficulties(model, batch, part.lam) for batch in batches]
-            gamma = self._step_gamma = hard_threshold(self.accelerator, found, cast(float, part.fraction))
-        return with_threshold(now, gamma)
-
-    def _difficulties(self, model: torch.nn.Module, batch: dict[str, Any], lam: Any) -> torch.Tensor:
-        inputs = self._prepare_inputs(batch)
-        difficulty = self._run(model, inputs, fk.NoEvo(lam=lam), None, 1)[1].difficulty
-        labels = inputs["labels"]
-        if self.shift:
-            difficulty, labels = difficulty[..., :-1], labels[..., 1:]
-        return difficulty[(labels != LABEL_PAD).to(difficulty.device)]
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
@@ -363,9 +369,9 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
             _check_labels(batch)
         if self.shift:
             batches = [without_first_targets(batch) for batch in batches]
-        if self.teaching is not None:  # those that a worker collated are asked for here
+        if self._teaches:  # those that a worker collated are asked for here
             for batch in batches:
-                self.teaching.prefetch(batch, self.shift)
+                self._teaches.prefetch(batch, self.shift)
         self._step_batches, self._step_gamma = batches, None
         count = sum((self._denominator(batch) for batch in batches), torch.zeros((), dtype=torch.int64))
         return batches, sum_over_ranks(self.accelerator, count).clamp(min=1)
@@ -375,8 +381,8 @@ class KDLossMixin(Taught, KeepsAverages, EvaluatedByTokens):
         collate = self.data_collator
         if self.vocabulary is not None:
             self.data_collator = self.vocabulary.collated(collate)
-        if self.teaching is not None and self.teaching.prefetches and not self.args.dataloader_num_workers:
-            self.data_collator = Prefetching(self.data_collator, self.teaching, self.shift)
+        if self._teaches and self._teaches.prefetches and not self.args.dataloader_num_workers:
+            self.data_collator = Prefetching(self.data_collator, self._teaches, self.shift)
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fused_kd import KDOutput, LMHead
-from fused_kd.integrations.bodies import eval_mode, hidden_states, labels_need_shift, without_adapters
+from fused_kd.integrations.bodies import body_outputs, eval_mode, hidden_states, labels_need_shift, without_adapters
 from fused_kd.integrations.heads import check_head_module, lm_head_of, logit_options, with_final_bias
+from fused_kd.integrations.router import router_loss
 from fused_kd.integrations.weights import is_quantised, rows_of
 
 if TYPE_CHECKING:
@@ -53,15 +54,22 @@ def route_head_loss(model: PreTrainedModel) -> None:
     original = plain if plain is not None else (lambda self, *args, _forward=base.forward, **kw: _forward(*args, **kw))
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, head_loss: _HeadLoss | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, head_loss: _HeadLoss | None = None, with_router_loss: bool = False, **kwargs: Any
+    ) -> Any:
         if head_loss is None:
             return original(self, *args, **kwargs)
         # adapter models name every argument, most of them None, and not every body knows them all
         given = {key: value for key, value in kwargs.items() if value is not None}
-        hidden = hidden_states(self, *args, **given)
+        if with_router_loss:
+            given["output_router_logits"] = True
+        outputs = body_outputs(self, *args, **given)
         head = check_head_module(self)
         with _forward_of(head, lambda hidden: head_loss(lm_head_of(self, hidden))):
-            return head(hidden)
+            found = head(outputs.last_hidden_state)
+        if with_router_loss:
+            found = {**found, "router_loss": router_loss(self, outputs, given.get("attention_mask"))}
+        return found
 
     # a compiler takes the body alone: it cannot follow a module whose forward is exchanged
     routed: Any = cast(Any, torch.compiler).disable(forward, recursive=False)
@@ -76,15 +84,19 @@ def loss_of_heads(
     *,
     ranks: int = 1,
     within: Within | None = None,
+    router_share: float | None = None,
 ) -> tuple[torch.Tensor, KDOutput]:
     """``ranks`` times the loss of a routed student, for the backward; and ``loss``'s own result.
+
+    With ``router_share`` that much of the router's loss is added to what the backward begins at; its value is the
+    result's ``statistics["router_loss"]``.
 
     The loss is made inside the student's head module's call, and that inside those of the teachers: there all heads are
     whole, whatever shards them. ``within`` is :meth:`fused_kd.integrations.forms.Teaching.within` of a step; without it
     ``loss`` is given None for a teacher.
     """
     out: list[KDOutput] = []
-    returned: list[torch.Tensor] = []
+    returned: list[dict[str, torch.Tensor]] = []
     gradients = torch.is_grad_enabled()
 
     def student(target: Callable[[], Any]) -> None:
@@ -93,17 +105,22 @@ def loss_of_heads(
             return {"loss": out[0].loss * ranks}
 
         with torch.set_grad_enabled(gradients):
-            returned.append(model(**inputs, head_loss=routed)["loss"])
+            asked = {} if router_share is None else {"with_router_loss": True}
+            returned.append(model(**inputs, **asked, head_loss=routed))
 
     if within is None:
         student(lambda: None)
     else:
         within(student)
-    made = returned[0]
+    made = returned[0]["loss"]
     if made.dtype != torch.float32:
         # FSDP2 rounds what leaves the model: keep the value, and the gradient's path
         made = made.float() + (out[0].loss.detach() * ranks - made.detach().float())
-    return made, out[0]
+    if router_share is None:
+        return made, out[0]
+    router = returned[0]["router_loss"].float()
+    told = {**out[0].statistics, "router_loss": router.detach()}
+    return made + router_share * router.to(made.device), out[0]._replace(statistics=told)
 
 
 def routed_states(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

@@ -122,6 +122,8 @@ class FusedLoss(KeepsAverages, Trainer):
         for name, each in (("model", model), ("teacher_model", teacher_model)):
             if each is None:
                 raise ValueError(f"{name} must be a model or its name, got None")
+            if isinstance(each, str) and each.startswith(("http://", "https://", "cache:")):
+                raise TypeError(f"{name} must be a model or its name, got {each!r}: see fused_kd.training.load_teacher")
         others = None
         if not isinstance(teacher_model, (str, torch.nn.Module)):
             teacher_model = others = OtherTeachers(model, teacher_model, args)

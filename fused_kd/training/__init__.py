@@ -12,6 +12,7 @@ _WHERE = {
     "KDTrainer": "trainer", "BetaSchedule": "trainer",
     "Collator": "collate", "PackingCollator": "collate", "with_context": "contexts",
     "ModuleTrainer": "fit", "training_arguments": "fit",
+    "load_student": "named", "load_teacher": "named",
     "TeacherCache": "teacher_cache", "write_cache": "cache", "convert_vllm": "cache",
     "Pair": "data", "load_pairs": "data", "load_directions": "data", "load_instructions": "data",
     "load_rows": "rows", "StreamedRows": "rows", "render_sample": "prompts",

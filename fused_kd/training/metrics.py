@@ -32,13 +32,15 @@ def peak_memory_mb(device: torch.device) -> float:
 class RunningMetrics(TrainerCallback, ExportableState):
     """Sums of loss, difficulty, hard tokens, valid tokens and statistics since the last log entry, and training time.
 
+    ``statistics`` are told as means over tokens, ``per_step`` as means over optimizer steps, as the loss is.
+
     A checkpoint holds them (reading them there is the only host synchronisation besides logging), so a
     resumed training logs what an uninterrupted one would have logged, apart from times. With several processes
     each has its own sums; they meet in the log and in the checkpoint, which the first process writes.
     """
 
-    def __init__(self, statistics: Sequence[str] = ()) -> None:
-        self.statistics = tuple(statistics)
+    def __init__(self, statistics: Sequence[str] = (), per_step: Sequence[str] = ()) -> None:
+        self.statistics, self.per_step = tuple(statistics), tuple(per_step)
         self.sums = self._nothing()
         self.window_seconds = 0.0
         self.total_seconds = 0.0
@@ -52,14 +54,15 @@ class RunningMetrics(TrainerCallback, ExportableState):
         tokens: torch.Tensor,
         *statistics: torch.Tensor,
     ) -> None:
-        """Add this process's micro-batch: its share of the loss, sums over its valid tokens. Does not synchronise."""
+        """Add this process's micro-batch: its share of the loss, sums over its valid tokens, its shares of what is told
+        per step. Does not synchronise."""
         self.sums = self.sums.to(loss.device)
         values = (loss, difficulty, hard, tokens, *statistics)
         self.sums += torch.stack([value.detach().to(self.sums, non_blocking=True) for value in values])
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return (*_SUMS, *self.statistics)
+        return (*_SUMS, *self.statistics, *self.per_step)
 
     def _nothing(self) -> torch.Tensor:
         return torch.zeros(len(self._names), dtype=torch.float32)
@@ -83,7 +86,8 @@ class RunningMetrics(TrainerCallback, ExportableState):
             "hard_fraction": sums["hard"] / tokens,
             "tokens_per_second": sums["tokens"] / max(self.window_seconds, 1e-9),
             "peak_memory_mb": peak_memory_mb(self.sums.device),
-            **{name: sums[name] / tokens for name in self._names[len(_SUMS) :]},
+            **{name: sums[name] / tokens for name in self.statistics},
+            **{name: sums[name] / max(steps, 1) for name in self.per_step},
         }
         self.sums = torch.zeros_like(self.sums)
         self.window_seconds = 0.0
@@ -109,7 +113,7 @@ class RunningMetrics(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         self._tick()
         return {
-            "args": {"statistics": list(self.statistics)},
+            "args": {"statistics": list(self.statistics), "per_step": list(self.per_step)},
             "attributes": {
                 "sums": self.sums.tolist(),
                 "window_seconds": self.window_seconds,
@@ -123,8 +127,9 @@ class RunningMetrics(TrainerCallback, ExportableState):
         restored: Any = state.stateful_callbacks if state.global_step and args.process_index == 0 else {}
         state_of = restored.get(type(self).__name__, {})
         saved = state_of.get("attributes", {})
-        told = state_of.get("args", {}).get("statistics", ())
-        known = dict(zip((*_SUMS, *told), saved.get("sums", ()), strict=False))
+        told = state_of.get("args", {})
+        names = (*_SUMS, *told.get("statistics", ()), *told.get("per_step", ()))
+        known = dict(zip(names, saved.get("sums", ()), strict=False))
         # those that the checkpoint does not have start here
         sums = [known.get(name, 0.0) for name in self._names]
         self.sums = torch.tensor(sums, dtype=torch.float32, device=args.device)

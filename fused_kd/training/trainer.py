@@ -31,12 +31,16 @@ from fused_kd.integrations.sampling import (
 from fused_kd.objectives import Objective
 from fused_kd.options import statistics_names
 from fused_kd.terms import RANK
+from fused_kd.training.baseline import DEFAULT_GAMMA, HARD_T, Baseline
 from fused_kd.training.checkpoints import WholeCheckpoints
+from fused_kd.training.default_collator import DefaultCollator, check_rows_of
 from fused_kd.training.metrics import RunningMetrics
+from fused_kd.training.named import load_student, opened, tokenizer_of
 
 logger = logging.get_logger(__name__)
-DEFAULT_GAMMA = 0.4
-HARD_LIMIT = 0.8
+# of the tokens that are easy for the teacher itself; of all tokens, where its share is not known
+HARD_LIMIT, HARD_LIMIT_OF_ALL = 0.9, 0.98
+ROUTER = "router_loss"
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,34 @@ class BetaSchedule:
 class KDTrainer(KDLossMixin, WholeCheckpoints):
     """Trains ``model`` (the student) towards ``teacher`` with a fused loss; everything else is the Trainer's.
 
-    Batches need ``input_ids`` and ``labels`` (batch, length), labels unshifted with -100 where there is no loss,
-    and what else the models take: ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean
-    over the valid target tokens of the whole optimizer step, exact under gradient accumulation and over all
-    processes of DDP, FSDP2 and DeepSpeed. Each log entry has ``loss``, ``difficulty`` (mean, nats),
-    ``hard_fraction`` (share of hard tokens; without a gate or by rank, difficulties above 0.4), ``tokens_per_second``
-    (valid target tokens of all processes), ``peak_memory_mb`` (CUDA allocator, else resident set; of the process
-    that logs), and ``beta`` under a schedule. ``eval_loss`` is the mean over the tokens of the evaluation set;
-    ``SelfEvolutionTopK`` ranks those of a batch on all processes there.
+    Rows have ``input_ids`` and ``labels`` of one length, labels unshifted with -100 where there is no loss; without a
+    ``data_collator`` they are padded. Batches of one of your own may have more that the models take:
+    ``attention_mask``, or ``position_ids`` of packed rows. The loss is the mean over the valid target tokens of the
+    whole optimizer step, exact under gradient accumulation and over all processes of DDP, FSDP2 and DeepSpeed.
+
+    Each log entry has ``loss``, ``difficulty`` (mean, nats), ``hard_fraction`` (share of hard tokens; without a gate or
+    by rank, difficulties above 0.4), ``hard_fraction_t`` where the label is part of the difficulty (the share that
+    would be hard if the student were the teacher: ``KL(yt||p)`` above the same limit; of lists, labels that they do not
+    hold count as hard), ``tokens_per_second`` (valid target tokens of all processes), ``peak_memory_mb`` (CUDA
+    allocator, else resident set; of the process that logs), ``beta`` under a schedule, and with experts
+    ``router_loss``, the mean of the micro-batches', not yet multiplied by its coefficient; ``loss`` has it, multiplied.
+
+    :meth:`evaluate` gives means over the tokens of the evaluation set, of all processes: ``eval_loss``, the objective's
+    (``SelfEvolutionTopK`` ranks the tokens of a batch on all processes there), ``eval_ce`` and ``eval_perplexity``, and
+    of a teacher ``eval_kl``, ``KL(p||q)``, and ``eval_top_1``, the share of tokens where the largest logits of both
+    sides are of one token; all but ``eval_loss`` at temperature 1. No logits are held for them beyond a chunk's. Lists
+    do not know all of p: with them there is no ``eval_kl``, and ``eval_top_1`` of one cache that lists the largest;
+    with ``vocab_map`` there is neither.
 
     Args:
-        model: any Hugging Face causal LM, or a PEFT model with adapters on its body.
+        model: any Hugging Face causal LM, or a PEFT model (FSDP2 and ZeRO-3: with adapters on its body alone); or its
+            folder, hub name or GGUF file, see :func:`fused_kd.training.load_student`. Then ``processing_class`` is the
+            tokenizer beside it, unless one is given.
         teacher: another causal LM on the same vocabulary, a cache, a server, the student itself, or several of these:
             see :class:`fused_kd.integrations.mixin.KDLossMixin`. Position i of a cache's columns has the distribution
-            of token i + 1. None for objectives without a teacher (SFT).
+            of token i + 1. Or a name: a folder, hub name or GGUF file, "cache:FOLDER", "http://HOST:PORT"
+            (:func:`fused_kd.training.load_teacher`). An objective without a teacher (SFT) needs none; one that it is
+            given is for evaluation.
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
             limit.
@@ -108,6 +126,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             one's mean.
         statistics: what else to log of the training's tokens, means over the valid ones, by the names of
             :meth:`fused_kd.KDLoss.evaluate`: "entropy_t", "kl", .... "top_1" and "overlap" cost a sweep of the logits.
+        eval_metrics: tell more of an evaluation than ``eval_loss``, as above, for a sweep of the logits, or for a
+            second pass where the loss's own cannot tell it (another temperature, lists, ``memory_budget``, a named
+            "cuda" row, an objective without the teacher); default True.
         **trainer_args: those of ``transformers.Trainer`` (``args``, ``train_dataset``, ``data_collator``,
         ...).
 
@@ -118,9 +139,6 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         TypeError: a wrong type of objective, a head with an adapter, or one quantised by others than bitsandbytes and
             torchao.
     """
-
-    # they would have to be whole on each process
-    adapted_heads = False
 
     def __init__(
         self,
@@ -138,6 +156,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         beta_schedule: BetaSchedule | None = None,
         average: Average = "tokens",
         statistics: Iterable[str] = (),
+        eval_metrics: bool = True,
         **trainer_args: Any,
     ) -> None:
         self.beta_schedule = beta_schedule
@@ -147,8 +166,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         objective = as_objective(objective)
         if beta_schedule is not None:
             annealed_part(objective)
-        if isinstance(model, (str, Path)):
-            raise TypeError(f"model must be a model, got {model!r}: load it (AutoModelForCausalLM.from_pretrained)")
+        if objective.spec.needs_teacher or eval_metrics:
+            teacher = opened(teacher)
+        model = self._loaded(model, trainer_args)
         if model is not None and not labels_need_shift(model):
             raise ValueError(
                 f"model must be a causal LM, {type(model).__name__} is an encoder-decoder: put KDLossMixin before "
@@ -158,12 +178,30 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             objective, temperature=temperature, memory_budget=memory_budget, backend=backend, lists=lists
         )
         told = statistics_names(statistics)
+        check_rows_of(trainer_args)
+        if trainer_args.get("data_collator") is None:
+            trainer_args["data_collator"] = DefaultCollator.of(model, trainer_args.get("processing_class"))
         super().__init__(
             model, teacher=teacher, criterion=criterion, vocab_size=vocab_size, vocab_map=vocab_map, tail=tail,
-            statistics=told, **trainer_args,
+            statistics=told, eval_metrics=eval_metrics, **trainer_args,
         )  # fmt: skip
         self._warned_hard = self._told_lists = False
-        self.add_callback(RunningMetrics(told))
+        self._baseline = Baseline.of(self.objective, self.kd_options, self.teaching, self.vocabulary)
+        self.add_callback(RunningMetrics(*self._told))
+
+    @property
+    def _told(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What is logged beside the usual, of tokens and of steps."""
+        of_tokens = (*self.kd_statistics, *((HARD_T,) if self._baseline else ()))
+        return of_tokens, (ROUTER,) if self.router_coefficient is not None else ()
+
+    def _loaded(self, model: Any, trainer_args: dict[str, Any]) -> Any:
+        """The model, from its name too; then its tokenizer is the trainer's, where that has none."""
+        if not isinstance(model, (str, Path)):
+            return model
+        if trainer_args.get("processing_class") is None:
+            trainer_args["processing_class"] = tokenizer_of(model)
+        return load_student(model)
 
     @property
     def metrics(self) -> RunningMetrics:
@@ -172,7 +210,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
-        self.metrics.statistics = self.kd_statistics  # not those of the checkpoint
+        self.metrics.statistics, self.metrics.per_step = self._told  # not those of the checkpoint
 
     def current_objective(self) -> Objective:
         """The objective of the current step, with β from the schedule: a function of the step alone."""
@@ -186,7 +224,20 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         gated = self.objective.spec.gate not in ("", RANK)
         hard = (out.is_hard if gated else out.difficulty > DEFAULT_GAMMA).sum()
         told = [out.statistics[name].sum() for name in self.kd_statistics]
-        self.metrics.add(out.loss, out.difficulty.sum(), hard, count_targets(inputs["labels"]), *told)
+        if self._baseline:
+            told.append(self._baseline.hard(self._baseline.log_p_y(inputs, out.statistics)).sum())
+        loss = out.loss
+        if self.router_coefficient is not None:
+            # each micro-batch and process has an equal part of the step's
+            parts = self.accelerator.num_processes * max(len(self._step_batches), 1)
+            told.append(out.statistics["router_loss"] / parts)
+            loss = loss + self.router_coefficient * told[-1]
+        self.metrics.add(loss, out.difficulty.sum(), hard, count_targets(inputs["labels"]), *told)
+
+    def _statistics_of(self, teacher: Any) -> tuple[str, ...]:
+        told = super()._statistics_of(teacher)
+        asked = self._baseline is not None and self._baseline.columns is None
+        return tuple(dict.fromkeys((*told, "log_p_y"))) if asked else told
 
     def _token_weights(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         if self.average == "tokens":
@@ -212,6 +263,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             logs.update(self.metrics.take(self.state.global_step - int(last), self.accelerator))
             if logs["difficulty"] == math.inf:  # a draft lacks what its teacher wants: says nothing
                 del logs["difficulty"], logs["hard_fraction"]
+                logs.pop(HARD_T, None)
             if self.beta_schedule is not None:
                 logs["beta"] = annealed_part(self.current_objective()).beta
         super().log(logs, start_time)
@@ -278,21 +330,31 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         self.metrics.collect(self.accelerator)  # trainer_state.json, with these in it, is written next
 
     def _warn_if_starved(self) -> None:
-        """Warn once when the hard fraction stayed high for 5 % of the training and at least 20 steps."""
+        """Warn once when too many tokens stayed hard for 5 % of the training and at least 20 steps."""
         if not any(_starves(part) for _, part in self.current_objective().summands):
             return
         entries = [entry for entry in self.state.log_history if "hard_fraction" in entry]
-        below = [entry["step"] for entry in entries if entry["hard_fraction"] <= HARD_LIMIT]
+        below = [entry["step"] for entry in entries if not _too_hard(entry)]
         steps = self.state.global_step - (below[-1] if below else 0)
         if steps < max(20, 0.05 * self.state.max_steps):
             return
         self._warned_hard = True
+        own = f" ({entries[-1][HARD_T]:.2f} for the teacher itself)" if HARD_T in entries[-1] else ""
         warnings.warn(
-            f"hard_fraction stayed above {HARD_LIMIT} for {steps} steps: hard tokens of a skewed loss get "
-            "almost no gradient, so this student learns little. Give them a floor (SelfEvolution(floor=0.3)), start "
-            "from a trained student, or warm β up (beta_schedule=BetaSchedule(hold=0.5)).",
+            f"hard_fraction was {entries[-1]['hard_fraction']:.2f}{own} and has stayed so for {steps} steps: hard "
+            "tokens of a skewed loss get almost no gradient, so this student learns little. Give them a floor "
+            "(SelfEvolution(floor=0.3)), start from a trained student, or warm β up "
+            "(beta_schedule=BetaSchedule(hold=0.5)).",
             stacklevel=2,
         )
+
+
+def _too_hard(entry: dict[str, float]) -> bool:
+    """Whether more than the limit are hard."""
+    own = entry.get(HARD_T)
+    if own is None:
+        return entry["hard_fraction"] > HARD_LIMIT_OF_ALL
+    return entry["hard_fraction"] - own > HARD_LIMIT * (1.0 - own)
 
 
 def _starves(objective: Objective) -> bool:

@@ -43,12 +43,38 @@ BUILT: dict[str, tuple[type[Exception], str, Any]] = {
         r"teacher must be .* a list of \(weight, teacher\), or .* a list with a LlamaForCausalLM in place of a pair",
         lambda: {"teacher": [(0.5, tiny(16, 2)), tiny(16, 3)]},
     ),
-    "name": (TypeError, r"got 'org/teacher': load it", lambda: {"teacher": "org/teacher"}),
-    "folder": (TypeError, r"got 'models/teacher': load it .* a cache", lambda: {"teacher": Path("models/teacher")}),
+    "name": (
+        ValueError, r"teacher must be a model, or its folder or name, got '\./models/teacher': there is no such folder",
+        lambda: {"teacher": "./models/teacher"},
+    ),
+    "folder": (
+        ValueError, "got 'tests', which gives no causal LM: Unrecognized model", lambda: {"teacher": Path("tests")},
+    ),
+    "cache": (ValueError, "folder='tests' holds no teacher cache", lambda: {"teacher": "cache:tests"}),
+    "server": (ValueError, "url must be http://HOST:PORT", lambda: {"teacher": "http://127.0.0.1:1x"}),
+    "a cache as model": (
+        ValueError, "model must be a causal LM, got 'cache:tests', .* is it the teacher",
+        lambda: {"model": "cache:tests"},
+    ),
+    "frozen": (
+        ValueError, "model must have a parameter to train, all of LlamaForCausalLM are frozen",
+        lambda: {"model": tiny(16, 1).requires_grad_(False), "train_dataset": rows(2)},
+    ),
+    "text": (
+        ValueError, "train_dataset must have input_ids and labels in its rows, got messages: .*load_rows",
+        lambda: {"train_dataset": [{"messages": []}]},
+    ),
+    "rows as lists": (
+        TypeError, r"eval_dataset\['test'\] must have dicts of input_ids and labels as rows, got list",
+        lambda: {"eval_dataset": {"test": [[5, 6]]}},
+    ),
     "arguments": (TypeError, r"got TrainingArguments: .* args=\.\.\.", lambda: {"teacher": arguments(Path("none"))}),
     "model_init": (ValueError, "model_init must be None", lambda: {"model": None, "model_init": lambda: tiny(16, 1)}),
     "no model": (ValueError, "model must be given, got None", lambda: {"model": None}),
-    "model's name": (TypeError, "model must be a model, got 'org/student': load it", lambda: {"model": "org/student"}),
+    "model's name": (
+        ValueError, r"model must be a model, or its folder or name, got '\./student': there is no such folder",
+        lambda: {"model": "./student"},
+    ),
     "prompt": (ValueError, "not have a tuned prompt .PROMPT_TUNING", lambda: {"model": prompt_tuned("prompt")}),
     "added tokens": (
         ValueError,
@@ -76,8 +102,14 @@ ROWS: dict[str, tuple[type[Exception], str, list, Any, bool]] = {
     "shorter, packed": (
         ValueError, r"as many labels as input_ids, got 2 and 3", [{**IDS, "labels": [5, 6]}], PackingCollator(), False,
     ),
-    "no collator": (ValueError, "batch must have labels, got input_ids: .*Collator pads", [IDS], None, False),
-    "no collator, ragged": (ValueError, "data_collator must be given for these rows", rows(4), None, False),
+    "collator of another": (
+        ValueError, "batch must have labels, got input_ids: .*Collator pads", [IDS],
+        transformers.default_data_collator, False,
+    ),
+    "images": (
+        ValueError, "data_collator must be given for rows with position_ids: the default one pads",
+        [{**IDS, "labels": [5, 6, 7], "position_ids": [0, 1, 2]}], None, False,
+    ),
     "another over cached rows": (
         ValueError, r"batch must have teacher_log_probs .* put those of cache.rows", rows(4), collator(), True,
     ),

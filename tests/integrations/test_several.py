@@ -213,7 +213,7 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
         ([(0.5, lists), (0.5, lists)], {}, ValueError, "teachers must read columns of their own"),
         ([], {}, TypeError, "got a list of none"),
         (fk.Mixture([torch.zeros(1, 5)]), {}, TypeError, r"give a trainer the pairs, \[\(weight, teacher\), ...\]"),
-        ([(0.5, tiny(24, 2)), (0.5, "org/model")], {}, TypeError, "got 'org/model': load it"),
+        ([(0.5, tiny(24, 2)), (0.5, "./model")], {}, ValueError, r"got '\./model': there is no such folder"),
         ([(0.5, tiny(24, 2)), (0.5, listed)], {}, ValueError, "tail must be 'renormalize', 'uniform' or 'bucket'"),
         ([(0.5, tiny(24, 2)), (0.5, lists)], {"lists": fk.Lists(3)}, ValueError, "lists must be None with a cache"),
         ([(0.5, tiny(24, 2)), (0.5, tiny(24, 3, vocab=70))], {}, ValueError, "vocabularies of 61 and 61 and 70"),

@@ -332,10 +332,9 @@ def test_another_loss_of_trl_is_refused(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(vocab_size=45, num_hidden_layers=1, num_local_experts=2, **sizes)
     pair = [transformers.MixtralForCausalLM(config) for _ in range(2)]
     data = {"train_dataset": trl_tests.dialogues(), "processing_class": trl_tests.tokenizer()}
-    with pytest.raises(ValueError, match=r"output_router_logits must be False.*router_aux_loss_coef=0.0"):
-        sft_trainer(*pair, tmp_path, **data)
+    assert sft_trainer(*pair, tmp_path, config={"router_aux_loss_coef": 0.25}, **data).router_coefficient == 0.25
     pair = [transformers.MixtralForCausalLM(config) for _ in range(2)]
-    assert sft_trainer(*pair, tmp_path, config={"router_aux_loss_coef": 0.0}, **data)
+    assert sft_trainer(*pair, tmp_path, config={"router_aux_loss_coef": 0.0}, **data).router_coefficient is None
 
 
 def test_a_teacher_in_train_mode_does_not_stay_so(tmp_path: Path) -> None:

@@ -343,6 +343,15 @@ def test_another_objective(tmp_path: Path) -> None:
     assert 0 < entry["hard_fraction"] < 1
 
 
+def test_sums_by_their_text(tmp_path: Path) -> None:
+    options = {"lmbda": 0.0, "max_steps": 1}
+    runs = [
+        train(ours.GKDTrainer, arguments(gkd.GKDConfig, tmp_path, **options), dialogues(), objective=objective)
+        for objective in ("0.5*sft+0.5*generalized_jsd:beta=0.3", 0.5 * fk.SFT() + 0.5 * fk.GeneralizedJSD(beta=0.3))
+    ]
+    assert losses(runs[0]) == losses(runs[1]) and runs[0].objective == runs[1].objective
+
+
 def test_unequal_padding_of_one_vocabulary(tmp_path: Path) -> None:
     """Heads of 64 and 72 columns are those of the tokenizer's 45: the same loss as of TRL on cut models."""
     padded, whole = pair((64, 72)), pair()
@@ -428,6 +437,7 @@ class Scaled(transformers.LlamaForCausalLM):
     "error, message, options",
     [
         (ValueError, "objective must be one of .* got 'jsd'", {"objective": "jsd"}),
+        (TypeError, "teacher_model must be a model or its name, got 'cache:x'", {"teacher_model": "cache:x"}),
         (ValueError, "temperature must be", {"temperature": 0.0}),
         (ValueError, "vocab_size must be", {"vocab_size": 0}),
         (ValueError, "vocab_size must be in", {"vocab_size": 100}),
@@ -445,7 +455,7 @@ def test_errors(tmp_path: Path, error: type[Exception], message: str, options: d
     models = {"student": student, "scaled": Scaled(teacher.config)}
     given = {"model": student, "teacher_model": teacher, **options}
     if isinstance(given["teacher_model"], str):
-        given["teacher_model"] = models[given["teacher_model"]]
+        given["teacher_model"] = models.get(given["teacher_model"], given["teacher_model"])
     args = arguments(gkd.GKDConfig, tmp_path, lmbda=0.0)
     with pytest.raises(error, match=message):
         ours.GKDTrainer(args=args, train_dataset=dialogues(), processing_class=tokenizer(), **given)

@@ -53,17 +53,28 @@ def tiny(hidden: int, seed: int, tied: bool = False, dropout: float = 0.0) -> tr
     return tiny_model(hidden, seed, tie_word_embeddings=tied, attention_dropout=dropout)
 
 
-def with_lora(model: transformers.PreTrainedModel) -> Any:
+def with_lora(model: transformers.PreTrainedModel, **options: Any) -> Any:
     import peft
 
     torch.manual_seed(7)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0, **options}
+    config = peft.LoraConfig(r=4, lora_alpha=8, **options)
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():  # B starts at 0, which would hide A's gradient
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return adapted
+
+
+def experts() -> transformers.PreTrainedModel:
+    torch.manual_seed(4)
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+        )
+    )  # fmt: skip
 
 
 def load(folder: Path) -> transformers.PreTrainedModel:
@@ -166,6 +177,8 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         "seed": 0,
         **case.get("arguments", {}),
     }
+    if case.get("experts") and processes == 1:  # a router's loss is of a micro-batch, so these must be the same
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     if engine == "fsdp2" and not case.get("pretrained"):
         options["fsdp"] = True
         options["fsdp_config"] = {
@@ -194,7 +207,9 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         for parameter in [*student.parameters(), *teacher.parameters()]:
             parameter.data.zero_()
     if case.get("lora"):
-        student = with_lora(student)
+        student = with_lora(student, **case.get("adapters", {}))
+    if case.get("experts"):
+        student = experts()
     if case.get("own_base"):
         teacher = student
     if "own" in case:
@@ -227,14 +242,14 @@ def run_case(case: dict[str, Any], folder: Path, engine: str, processes: int) ->
         output = Path(options["output_dir"])
         checkpoint = last_checkpoint(output) if case["resume"] == "last" else output / case["resume"]
     train_loss = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).training_loss
-    evaluated = trainer.evaluate()["eval_loss"]
+    evaluated = trainer.evaluate()
     trainer.save_model(str(folder / f"{case['name']}.saved"))
     return {
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "weights": snapshots.weights,
         "train_loss": train_loss,
         "teacher_held": None if trainer.teacher is None else held(trainer.teacher),
-        "eval_loss": evaluated,
+        "evaluated": {name: evaluated.get(f"eval_{name}") for name in ("loss", "ce", "perplexity", "kl", "top_1")},
         "resumed": None if checkpoint is None else checkpoint.name,
     }
 

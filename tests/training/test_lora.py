@@ -1,4 +1,4 @@
-"""LoRA students: adapters on the body train as with full logits, adapters on the head are refused."""
+"""LoRA students: adapters on the body and on the head train as with full logits."""
 
 from __future__ import annotations
 
@@ -50,10 +50,44 @@ def test_resumes(tmp_path: Path) -> None:
     assert_same_weights(weights(resumed.model), weights(whole.model), 0.0)
 
 
-@pytest.mark.parametrize(
-    "options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
-)
-def test_adapter_on_the_head_is_refused(tmp_path: Path, options: dict) -> None:
-    student = peft.get_peft_model(tiny(16, seed=1), peft.LoraConfig(r=2, **options))
-    with pytest.raises(TypeError, match=r"plain linear map, it also has .*leave the head out of the adapter's target"):
+HEADS = {
+    "adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "copied": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "adapted, embeddings copied": {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_adapters_on_the_head(tmp_path: Path, head: str) -> None:
+    """As with full logits, also from a checkpoint on."""
+    data, teacher, objective = rows(16), tiny(24, seed=2), fk.SelfEvolution(gamma=2.0)
+    plain = with_lora(tiny(16, seed=1), **HEADS[head])
+    plain_training(plain, teacher, objective, [data[4 * i : 4 * i + 4] for i in range(4)], learning_rate=0.5)
+
+    def make() -> transformers.Trainer:
+        return trainer(
+            tmp_path, with_lora(tiny(16, seed=1), **HEADS[head]), objective, data, teacher=teacher, max_steps=4,
+            max_grad_norm=0.0, save_strategy="steps", save_steps=2, **SGD,
+        )  # fmt: skip
+
+    run = make()
+    start = weights(run.model)
+    run.train()
+    trained = weights(run.model)
+    assert_same_weights(trained, weights(plain), 1e-5)
+    moved = [name for name, value in trained.items() if not torch.equal(value, start[name])]
+    assert any("lm_head" in name for name in moved)
+    assert all("lora_" in name or "modules_to_save" in name for name in moved)
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(weights(resumed.model), trained, 0.0)
+
+
+@pytest.mark.parametrize("head", ["adapted", "copied"])
+def test_adapters_on_a_sharded_head_are_refused(tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_kd.integrations import mixin
+
+    monkeypatch.setattr(mixin, "shards_weights", lambda accelerator: True)
+    student = with_lora(tiny(16, seed=1), **HEADS[head])
+    with pytest.raises(TypeError, match=r"adapter on the head of LlamaForCausalLM .*FSDP2 and ZeRO-3.* DDP"):
         trainer(tmp_path, student, fk.NoEvo(), rows(4), teacher=tiny(24, seed=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -19,7 +20,7 @@ from fused_kd.integrations.forms import is_given
 from fused_kd.integrations.sampling import LengthGroupedEpochs, MaskedTail, PaddedSampler, ShuffledEpochs
 from fused_kd.training.collate import Collator
 from fused_kd.training.specs import parse_objective
-from fused_kd.training.trainer import BetaSchedule, KDTrainer
+from fused_kd.training.trainer import BetaSchedule, KDTrainer, _too_hard
 from tests.training.tiny import VOCAB, rows, tiny
 
 
@@ -372,15 +373,41 @@ def test_beta_schedule(tmp_path: Path) -> None:
 
 
 def test_warns_once_when_all_tokens_stay_hard(tmp_path: Path) -> None:
-    options = {"teacher": tiny(8, seed=2), "max_steps": 24, "learning_rate": 0.0, "per_device_train_batch_size": 1}
-    with pytest.warns(UserWarning, match="hard_fraction stayed above 0.8 for 20 steps") as caught:
-        trainer(tmp_path, tiny(8, seed=1), fk.SelfEvolution(), rows(16), **options).train()
+    """Of those that the teacher finds easy: what it cannot tell either is hard for every student near to it."""
+    teacher = tiny(8, seed=2)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(10)
+    known = told_by(teacher, rows(16))
+    options = {"teacher": teacher, "max_steps": 24, "learning_rate": 0.0, "per_device_train_batch_size": 1}
+    with pytest.warns(UserWarning, match=r"hard_fraction was \S+ \(0\.[0-3]\d for the teacher itself\)") as caught:
+        run = trainer(tmp_path, tiny(8, seed=1), fk.SelfEvolution(), known, **options)
+        run.train()
+    assert "stayed so for 20 steps" in str(caught[0].message)
     assert sum("hard_fraction" in str(warning.message) for warning in caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer(tmp_path, tiny(8, seed=1), fk.SelfEvolution(gamma=30.0), rows(16), **options).train()
+        trainer(tmp_path, tiny(8, seed=1), fk.SelfEvolution(gamma=30.0), known, **options).train()
         for unskewed in (fk.GeneralizedJSD(), fk.AlphaBeta(), 0.5 * fk.SFT() + 0.5 * fk.GeneralizedJSD()):
-            trainer(tmp_path, tiny(8, seed=1), unskewed, rows(16), **options).train()
+            trainer(tmp_path, tiny(8, seed=1), unskewed, known, **options).train()
+        good = trainer(tmp_path, copy.deepcopy(teacher).requires_grad_(True), fk.SelfEvolution(), rows(16), **options)
+        good.train()
+    for entry in logged(good):
+        assert entry["hard_fraction"] > 0.8, "the labels are random"
+        assert entry["hard_fraction_t"] == pytest.approx(entry["hard_fraction"], abs=0.02)
+    for share, own, warned in ((0.94, 0.73, False), (0.98, 0.73, True), (0.97, None, False), (0.99, None, True)):
+        entry = {"hard_fraction": share} | ({} if own is None else {"hard_fraction_t": own})
+        assert _too_hard(entry) == warned
+
+
+def told_by(teacher: Any, data: list) -> list:
+    """The rows, with the teacher's first tokens as labels."""
+    made = []
+    for row in data:
+        with torch.no_grad():
+            first = teacher.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+        labels = [new if old != -100 else -100 for old, new in zip(row["labels"], [0, *first], strict=False)]
+        made.append({"input_ids": row["input_ids"], "labels": labels})
+    return made
 
 
 def test_padded_vocabularies(tmp_path: Path) -> None:
