@@ -106,7 +106,7 @@ def plan_for(
     if row not in BACKENDS:
         row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
-    upcast = dtype != torch.float32 and here and not has_fp32_output(place)
+    upcast = dtype != torch.float32 and here and not has_fp32_output(place, dtype)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
     problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget, teachers)
 
