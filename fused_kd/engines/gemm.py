@@ -1,8 +1,8 @@
 """The four GEMMs of a distillation step, always with fp32 results.
 
-On NVIDIA GPUs (sm_80 and later) low-precision operands go straight into an fp32 result, and bf16 ones on CPUs with AMX or
-AVX512-BF16, see :mod:`fused_kd.rows.native.gemm`. Elsewhere they are upcast, the weight one slab of vocabulary rows at a
-time, so that no fp32 copy of it is held.
+On NVIDIA GPUs (sm_80 and later) low-precision operands go straight into an fp32 result, and bf16 ones on CPUs with AMX
+or AVX512-BF16, see :mod:`fused_kd.rows.native.gemm`. Elsewhere they are upcast, the weight one slab of vocabulary rows
+at a time, so that no fp32 copy of it is held.
 """
 
 from __future__ import annotations

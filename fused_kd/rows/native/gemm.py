@@ -1,5 +1,8 @@
-"""Products of bf16 matrices on CPUs with fp32 results, which PyTorch has none of: MKL's where the processor has AMX tiles,
-``csrc/kd_gemm.h`` where it has AVX512-BF16 only (there MKL is no faster than fp32 on AMD's)."""
+"""Products of bf16 matrices on CPUs with fp32 results, of which PyTorch has none.
+
+MKL's where the processor has AMX tiles, ``csrc/kd_gemm.h`` where it has AVX512-BF16 only: there, on AMD's, MKL's is no
+faster than fp32.
+"""
 
 from __future__ import annotations
 
