@@ -204,7 +204,8 @@ def planned(inputs: Inputs, teacher: bool = True) -> Plan:
     (V, H_s), hidden_t, device = inputs.weight_s.shape, inputs.hidden_t, inputs.labels.device
     return chunked_plan(
         len(inputs.labels), H_s, hidden_t.shape[1] if teacher else None, V, dtype=inputs.hidden_s.dtype, device=device,
-        upcast=not has_fp32_output(device), top_k=None if inputs.top_k is None else inputs.top_k.indices.shape[1],
+        upcast=not has_fp32_output(device, inputs.hidden_s.dtype),
+        top_k=None if inputs.top_k is None else inputs.top_k.indices.shape[1],
     )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def count_fused(shape: Shape, inputs: Inputs, hard: float, backend: str, teacher
         top_k=inputs.top_k is not None or not teacher,
         hard=hard,
         recomputes=backend == "triton",
-        upcasts=not has_fp32_output(inputs.labels.device),
+        upcasts=not has_fp32_output(inputs.labels.device, inputs.hidden_s.dtype),
     )
 
 

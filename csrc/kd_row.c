@@ -18,6 +18,7 @@
 
 #include <stdatomic.h>
 
+#include "kd_gemm.h"
 #include "kd_largest.h"
 #include "kd_mixing.h"
 #include "kd_top_k_row.h"

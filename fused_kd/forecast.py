@@ -9,7 +9,7 @@ import torch
 from .engines import chunked
 from .engines.chunks import Chunks, LogitSource
 from .engines.dispatch import AUTO, ENGINES, TEACHERS, TOP_K, choose_engine
-from .engines.gemm import has_fp32_output
+from .engines.gemm import has_fp32_output, interpreted
 from .engines.mixing import MixedSource
 from .engines.plan import BudgetTooSmall
 from .engines.plan import Plan as ChunkedPlan
@@ -106,8 +106,14 @@ def plan_for(
     if row not in BACKENDS:
         row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
-    upcast = dtype != torch.float32 and here and not has_fp32_output(place)
+    upcast = dtype != torch.float32 and here and not has_fp32_output(place, dtype)
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
+    upcast = upcast or (row == "triton" and interpreted(place, dtype))
+    if upcast and device == "cpu":
+        notes.append(
+            f"operands are made fp32 first, as this CPU has no products of {str(dtype).removeprefix('torch.')} with "
+            "fp32 results: float32 is the faster choice where its weights fit"
+        )
     problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget, teachers)
 
     too_small, group = None, None
@@ -126,7 +132,7 @@ def plan_for(
             chosen, too_small = "streaming", error
     if chosen == "streaming":
         try:
-            streamed = _streamed(problem, dtype, upcast)
+            streamed = _streamed(problem, dtype, upcast or interpreted(place, dtype))
         except BudgetTooSmall as error:
             if too_small is None:
                 raise

@@ -23,6 +23,7 @@ import torch
 
 from ._version import __version__
 from .engines.dispatch import ENGINES, choose_engine
+from .engines.gemm import cpu_product
 from .forecast import Choice, plan_for
 from .inputs import FLOAT_DTYPES
 from .objectives import OBJECTIVES, SelfEvolution, parse
@@ -128,6 +129,16 @@ def _streaming() -> str:
     return _triton()
 
 
+def _cpu_bf16() -> str:
+    found = cpu_product()
+    if found is None:
+        raise ValueError(
+            "bf16 operands are made fp32 a slab at a time, so fp32 is the faster choice; products of bf16 with fp32 "
+            "results need a processor with AMX, or with AVX512-BF16 and a C compiler"
+        )
+    return f"products with fp32 results: {'MKL, AMX' if found == 'mkl' else 'the native library, AVX512-BF16'}"
+
+
 _CHECKS: dict[str, Callable[[], str]] = {
     "backend torch": lambda: "any device",
     "backend triton": _triton,
@@ -135,6 +146,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "backend native": _native,
     "engine chunked": lambda: "wherever a backend runs",
     "engine streaming": _streaming,
+    "bf16 on CPUs": _cpu_bf16,
 }
 
 
@@ -145,7 +157,7 @@ def _tried(check: Callable[[], str]) -> tuple[bool, str]:
         text = str(error)
     if "package triton" in text:
         text += "; pip install 'fused_kd[triton]' to have it"
-    if check is not _native and not torch.cuda.is_available():
+    if check not in (_native, _cpu_bf16) and not torch.cuda.is_available():
         kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
         built = next((f"{kind} {version}" for kind, version in kinds.items() if version), "CPUs alone")
         text += f"; this PyTorch ({torch.__version__}, built for {built}) finds no GPU"

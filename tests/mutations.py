@@ -43,6 +43,9 @@ def _groups(case: str) -> str:
     return f"engines/test_gradient_groups.py::test_any_grouping_gives_the_same[{case}]"
 
 
+_PRODUCTS = "engines/test_cpu_products.py::test_every_layout"
+
+
 def _emulated(objective: str, near: str = "far") -> str:
     return f"kernels/test_error_budget.py::test_logits[fp32-{near}-{objective}-cuda]"
 
@@ -587,6 +590,30 @@ MUTATIONS = [
     Mutation(
         "plan: a group grows with the tokens", _PLAN, "if whole >= chunk:", "if True:",
         ("engines/test_gradient_groups.py::test_any_plan_covers_the_tokens_within_its_limit",),
+    ),
+    # bf16 products on CPUs
+    Mutation(
+        "native product: what an earlier slab has given is lost", f"{_CSRC}kd_gemm.h", "x->add || k);", "x->add);",
+        (f"{_PRODUCTS}[size6-native]",),
+    ),
+    Mutation(
+        "native product: an odd end takes the next line's first", f"{_CSRC}kd_gemm.h", "(k + 1 < K ? ", "(1 ? ",
+        (f"{_PRODUCTS}[size2-native]",),
+    ),
+    Mutation(
+        "native product: pairs of four lines in the wrong order", f"{_CSRC}kd_gemm.h",
+        "out + (c + 4) * width, _mm512_shuffle_i32x4(odd, odd8, 0x88)",
+        "out + (c + 4) * width, _mm512_shuffle_i32x4(odd8, odd, 0x88)",
+        (f"{_PRODUCTS}[size4-native]",),
+    ),
+    Mutation(
+        "native product: columns beyond the last are written", f"{_CSRC}kd_gemm.h", "left >= 16 ? 0xffff : left <= 0",
+        "left >= 0 ? 0xffff : left <= 0", (f"{_PRODUCTS}[size3-native]",),
+    ),
+    Mutation(
+        "cpu products: a result that is added to is overwritten", "fused_kd/rows/native/gemm.py",
+        "return out.add_(result) if add else out.copy_(result)", "return out.copy_(result)",
+        ("engines/test_cpu_products.py::test_a_transposed_result[native]",),
     ),
     # lists made from a head
     Mutation(

@@ -161,7 +161,9 @@ def test_command_prints_the_plan(capsys):
     expected = plan_for(N, H_S, H_T, V, dtype=torch.bfloat16, memory_budget=40 << 20)
     assert found["plan"] == json.loads(json.dumps(expected._asdict()))
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["fused_kd"] == fk.__version__
-    assert {f"backend {name}" for name in BACKENDS} | {"engine chunked", "engine streaming"} == set(found["available"])
+    assert {f"backend {name}" for name in BACKENDS} | {"engine chunked", "engine streaming", "bf16 on CPUs"} == set(
+        found["available"]
+    )
     assert info.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= info.WIDTH

@@ -23,6 +23,7 @@ import fused_kd as fk
 from fused_kd.rows.contract import Logits
 from fused_kd.rows.mixing import add
 from fused_kd.rows.native import build as native_build
+from fused_kd.rows.native.gemm import compiled_product, product
 
 native_build.FLAGS += sys.argv[2:]
 torch.set_num_threads(2)
@@ -47,6 +48,11 @@ for step in range(int(sys.argv[1])):
         share = torch.rand(draw.choice([1, N])).round(decimals=1).log()
         softcap = draw.choice([None, 30.0])
         add(mixed, Logits(raw, draw.choice([1.0, -0.5]), softcap, False), share, T, "native", first=i == 0)
+    sizes = [draw.choice([1, 2, 3, 7, 15, 16, 33, 257]) for _ in range(3)]
+    for flip in (0, 1, 2, 3) if compiled_product() else ():
+        a, b = torch.randn(*sizes[:2]).bfloat16(), torch.randn(*sizes[1:]).bfloat16()
+        a, b = (x.t().clone().t() if flip >> i & 1 else x for i, x in enumerate((a, b)))
+        product("native", a, b, torch.empty(sizes[0], sizes[2]), add=False)
     z, z_t = z.to(dtype).requires_grad_(), z_t.to(draw.choice([dtype, torch.float32]))
     y = torch.randint(V, (N,))
     y[torch.rand(N) < 0.3] = -100

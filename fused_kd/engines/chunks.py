@@ -15,7 +15,7 @@ from ..rows.torch.math import known_all
 from ..terms import RowSpec, Term
 from ..workspace import empty
 from .choosing import chosen
-from .gemm import SLAB_BYTES, Projection
+from .gemm import SLAB_BYTES, Projection, interpreted
 from .head_gradient import HeadGradient, carries_scale
 from .listing import tile_stride
 from .mapping import MappedSource
@@ -141,6 +141,8 @@ class Chunks:
     def __init__(self, problem: Problem, columns: int, index: Tensor | None, labels: Tensor) -> None:
         self.problem, self.index, self.labels = problem, index, labels
         self.student = LogitSource(problem.student, columns, problem.dtype)
+        if self.student.projection is not None and problem.backend == "triton":
+            self.student.projection.upcast |= interpreted(labels.device, self.student.projection.dtype)
         self.teacher: LogitSource | MappedSource | MixedSource | None = None
         sides = problem.teachers
         if len(sides) > 1:

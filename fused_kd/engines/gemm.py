@@ -1,28 +1,53 @@
 """The four GEMMs of a distillation step, always with fp32 results.
 
-On NVIDIA GPUs (sm_80 and later) low-precision operands go straight into an fp32 result. Elsewhere they are upcast, the
-weight one slab of vocabulary rows at a time, so that no fp32 copy of it is held.
+On NVIDIA GPUs (sm_80 and later) low-precision operands go straight into an fp32 result, and bf16 ones on CPUs with AMX
+or AVX512-BF16, see :mod:`fused_kd.rows.native.gemm`. Elsewhere they are upcast, the weight one slab of vocabulary rows
+at a time, so that no fp32 copy of it is held.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..rows.native.gemm import compiled_product, features, mkl_entry, product
+from ..rows.select import native_works
 from .plan import rounded_rows
 
 SLAB_BYTES = 32 << 20
 NARROW = 32
 
 
-def has_fp32_output(device: torch.device) -> bool:
-    """Whether ``mm(bf16, bf16, out_dtype=fp32)`` exists on this device."""
+def has_fp32_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether operands of this low precision go straight into an fp32 result on this device."""
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and cpu_product() is not None
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def interpreted(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels for this device make no low-precision operands: its interpreter, on CPUs, cuts bf16 off
+    instead of rounding it, and takes it for integers outside of ``tl.dot``."""
+    return device.type == "cpu" and dtype != torch.float32
+
+
+@functools.cache
+def cpu_product() -> str | None:
+    """What makes fp32 products of bf16 matrices on this CPU: "mkl", "native" (``csrc/kd_gemm.h``) or, if nothing, None.
+
+    Compiles the native library where no process has done so before and the processor may have a use for it.
+    """
+    if "amx_bf16" in features() and mkl_entry() is not None:
+        return "mkl"
+    if "avx512_bf16" in features() and native_works() and compiled_product():
+        return "native"
+    return None
 
 
 def slab_rows(V: int, H: int) -> int:
@@ -32,7 +57,11 @@ def slab_rows(V: int, H: int) -> int:
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """``out (+)= a @ b`` of low-precision operands, in fp32 throughout; where :func:`has_fp32_output`."""
-    if add:
+    if a.device.type == "cpu":
+        kind = cpu_product()
+        assert kind is not None, "asked for only where has_fp32_output"
+        product(kind, a, b, out, add=add)
+    elif add:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
@@ -43,7 +72,7 @@ class Projection:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device)
+        self.upcast = dtype != torch.float32 and not has_fp32_output(weight.device, dtype)
         # What autocast does; on the upcast path it is done slab by slab.
         self.weight = weight.detach() if self.upcast else weight.detach().to(dtype)
         # The weight's own dtype, and whether there is a copy of it in that of the GEMMs.
@@ -129,6 +158,15 @@ class Dense:
 
     def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
         self._projection.accumulate(out, self._dlogits[:, columns], hidden, first)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` on the CPU, of operands in the dtype of a :class:`Projection`'s GEMMs."""
+    if a.dtype == torch.float32:
+        return a @ b
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    wide_product(a, b, out)
+    return out
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gemm import SLAB_BYTES, Products, Projection, slab_rows
+from .gemm import SLAB_BYTES, Products, Projection, fp32_product, slab_rows
 
 # Fewer tokens leave out more, but make smaller products.
 HOST_TOKENS = 128
@@ -49,7 +49,7 @@ class HostTiles:
         for rows, kept in self._blocks:
             for columns in kept.split(slab_rows(V, H)):
                 weight = projection.weight[columns].to(projection.dtype).to(self._dlogits.dtype)
-                out[rows] += self._dlogits[rows][:, columns] @ weight
+                out[rows] += fp32_product(self._dlogits[rows][:, columns], weight)
         return out
 
     def weight(self, out: Tensor, columns: slice, hidden: Tensor, *, first: bool) -> None:
@@ -58,8 +58,8 @@ class HostTiles:
         for rows, kept in self._blocks:
             inside = kept[(kept >= columns.start) & (kept < columns.stop)]
             for part in inside.split(slab_rows(*self._projection.weight.shape)):
-                product = self._dlogits[rows][:, part].t() @ hidden[rows]
-                out.index_add_(0, part - columns.start, product.to(out.dtype))
+                product = fp32_product(self._dlogits[rows][:, part].t(), hidden[rows])
+                out.index_add_(0, part - columns.start, product)
 
 
 def host_bytes(V: int) -> int:

@@ -37,7 +37,7 @@ class Device:
             monkeypatch.setattr(module, "row_stride", lambda V, device_type: -(-V // 64) * 64)
         for module in (chunks, head_gradient):
             monkeypatch.setattr(module, "empty", self.poisoned)
-        monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
+        monkeypatch.setattr(gemm, "has_fp32_output", lambda device, dtype: True)
         monkeypatch.setattr(gemm, "wide_product", self.product)
         monkeypatch.setattr(chunked, "preferred_chunk", lambda *_: 32)
         monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: self.plans.append(plan(*a, **k)) or self.plans[-1])
@@ -181,7 +181,7 @@ def test_memory_under_autocast_goes_by_the_weight_s_own_dtype(monkeypatch):
 
     A copy of the weight counts for as many columns as were said, so that ranks with slices of other widths agree.
     """
-    monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
+    monkeypatch.setattr(gemm, "has_fp32_output", lambda device, dtype: True)
     wanted = Wanted(source=True, weight=True, bias=False)
 
     def workspace(weight: torch.dtype, operands: torch.dtype, columns: int = 600) -> Workspace:

@@ -24,7 +24,7 @@ from fused_kd.engines.streaming import sweeps as streaming_sweeps
 @pytest.fixture
 def fp32_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an NVIDIA GPU."""
-    monkeypatch.setattr(gemm, "has_fp32_output", lambda device: True)
+    monkeypatch.setattr(gemm, "has_fp32_output", lambda device, dtype: True)
 
 
 def plan_of(

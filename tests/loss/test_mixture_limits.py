@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_kd as fk
-from fused_kd.engines import chunked, chunks, gemm
+from fused_kd.engines import chunked, chunks, gemm, head_gradient
 from fused_kd.engines.plan import Plan
 
 from ..problems import CPU_BACKENDS, Allocations, Problem, needs_compiler, problem
@@ -40,7 +40,7 @@ def planned(p: Problem, teacher: Any, monkeypatch: pytest.MonkeyPatch, **options
 def test_held_is_what_the_plan_says(
     kinds: tuple[str, ...], dtype: torch.dtype, budget: int | None, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (gemm, chunks):
+    for module in (gemm, chunks, head_gradient):
         monkeypatch.setattr(module, "SLAB_BYTES", 1 << 14)
     p = problem(N=64, V=2000, dtype=dtype)
     teachers = [teacher_of(kind, p, i) for i, kind in enumerate(kinds)]

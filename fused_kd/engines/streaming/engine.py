@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from ...workspace import empty
-from ..gemm import Projection
+from ..gemm import Projection, interpreted
 from ..problem import Problem, Result, gradient_dtype, valid_tokens
 from .plan import Plan, Sizes, plan_streaming, sizes_of
 from .sweeps import Sweeps
@@ -103,6 +103,7 @@ class _Head:
         self.source, self.weight, self.bias = student.source.detach(), weight.detach(), student.bias
         self.dtype, self.wanted = problem.dtype or student.source.dtype, problem.wanted
         example = self.projection(slice(0, 1))
+        example.upcast |= interpreted(weight.device, self.dtype)
         self.upcast, self.operand, self.dlogits_dtype = example.upcast, example.operand, example.gradient_dtype
         # fp32 dlogits carry the factor of all gradients; rounded ones would lose their smallest values to it.
         self.scaled = self.dlogits_dtype == torch.float32

@@ -124,6 +124,10 @@ def _opened(code: bytes, folder: Path | None) -> ctypes.CDLL:
     library.fkd_largest.restype = None
     library.fkd_add.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
     library.fkd_add.restype = None
+    library.fkd_has_gemm.argtypes = ()
+    library.fkd_has_gemm.restype = ctypes.c_int
+    library.fkd_gemm.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    library.fkd_gemm.restype = None
     return library
 
 

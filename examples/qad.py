@@ -1,0 +1,295 @@
+"""Quantisation-aware distillation: a student with int4 or fp8 weights, recovered towards its own unquantised self.
+
+    python examples/qad.py                                             # a tiny model, minutes on two cores
+    python examples/qad.py --model FOLDER --text train.txt --max_length 256 --learning_rate 2e-5 --train_limit 400
+    python examples/qad.py --kind int4 --group_size 128 --objective sft forward_kd:lam=1 generalized_jsd
+
+The student begins as a copy of the model whose linear layers, all but the head, round their weights in the forward pass
+(torchao's fake quantisation; gradients pass straight through). Reported on held-out text: perplexity and KL to the
+model itself, unquantised, rounded without training, and trained with each objective. Each training leaves TITLE/model,
+weights as they were trained, and TITLE/quantised, an ordinary folder whose weights are on the quantised grid. The same
+command goes on where it stopped; everything is in --output. Needs torchao: pip install 'fused_kd[quantize]'.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+# tiny models: threads that spin at barriers cost more than they give
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "10")
+
+import pandas as pd
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import fused_kd as fk
+from fused_kd.info import devices, versions
+from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.training.collate import Collator, padding_id
+from fused_kd.training.data import load_pairs
+from fused_kd.training.fit import fit, training_arguments
+from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
+from fused_kd.training.prompts import get_prompt, tokenize_pairs, tokenize_texts, training_texts
+from fused_kd.training.script import make_console, parse, run_script
+from fused_kd.training.specs import ObjectiveSpec, parse_objective
+from fused_kd.training.stage import Stages, check_counts, fingerprint, read_json, write_json, write_text
+from fused_kd.training.trainer import KDTrainer
+
+TINY = "tiny-teacher"
+COLUMNS = {
+    "perplexity": ("perplexity", ".3f"),
+    "kl": ("KL to the model", ".4f"),
+    "agree": ("same first token, %", ".1f"),
+}
+PLOTTED = {"perplexity": "perplexity, held-out", "kl": "KL to the unquantised model, held-out"}
+
+
+def option(default: Any, told: str) -> Any:
+    """A field with a help text."""
+    return field(default=default, metadata={"help": told})
+
+
+@dataclass
+class Settings:
+    """What is quantised how, and what recovers it."""
+
+    output: str = option("runs/qad", "folder of the models, metrics.json, results.md and qad.png")
+    model: str | None = option(None, "a causal LM's folder or hub name; null: a tiny one is trained here")
+    text: str | None = option(None, "a text file, a line each; the last --held_out lines measure; null: builtin pairs")
+    kind: Literal["int4", "fp8"] = option("int4", "of the weights: int4 in groups, or fp8 (e4m3) with a scale a row")
+    group_size: int = option(32, "weights of a row that share a scale, for int4")
+    objective: list[str] = field(
+        default_factory=lambda: ["sft", "forward_kd:lam=1"],
+        metadata={"help": "of a training each: name, name:key=value,... or a sum of them"},
+    )
+    seeds: int = option(1, "how often each is trained, with the seeds 0, 1, ... of the order of the rows")
+    vocab: int = option(800, "tokens of the tokenizer that is trained for the tiny model")
+    max_length: int = option(256, "tokens of a row; what is longer is cut")
+    train_limit: int | None = option(4000, "rows to train on; null: all")
+    held_out: int = option(100, "rows that are measured on")
+    model_epochs: float = option(3, "of the tiny model")
+    model_rate: float = option(4e-3, "learning rate of the tiny model")
+    epochs: float = option(1, "of each training with quantised weights")
+    learning_rate: float = option(5e-4, "of those")
+    batch: int = option(16, "rows a step")
+
+    def __post_init__(self) -> None:
+        check_counts(
+            **{name: getattr(self, name) for name in ("group_size", "seeds", "max_length", "held_out", "batch")}
+        )
+        for name in ("model_epochs", "model_rate", "epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        self.specs = {spec.slug: spec for spec in map(parse_objective, self.objective)}
+        if not self.specs:
+            raise ValueError("objective must name at least one, got none")
+
+
+def fake_quantised(model: Any, kind: str, group_size: int) -> Any:
+    """Let every linear layer but the head round its weight in each forward pass, in place; the model.
+
+    Names and shapes of the parameters stay, so it is saved and loaded as what it was.
+
+    Raises:
+        ValueError: torchao is missing, or rows of a layer do not fall into groups of ``group_size``.
+    """
+    ao, qat = _torchao()
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if kind == "int4" and isinstance(layer, nn.Linear) and layer is not head and layer.in_features % group_size:
+            raise ValueError(
+                f"group_size must divide the {layer.in_features} weights of a row of {name}, got {group_size}"
+            )
+    if kind == "int4":
+        config = qat.QATConfig(ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(group_size)), step="prepare")
+    else:
+        config = qat.QATConfig(weight_config=qat.Float8FakeQuantizeConfig(granularity=ao.PerRow()), step="prepare")
+    ao.quantize_(model, config, filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and layer is not head)
+    return model
+
+
+@torch.no_grad()
+def on_the_grid(model: Any) -> Any:
+    """A model of :func:`fake_quantised` with ordinary layers, whose weights are what it computes with, in place."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if getattr(layer, "weight_fake_quantizer", None) is not None:
+                plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                plain.weight = nn.Parameter(layer.weight_fake_quantizer(layer.weight).to(layer.weight.dtype))
+                plain.bias = layer.bias
+                setattr(parent, name, plain)
+    return model
+
+
+def _torchao() -> tuple[Any, Any]:
+    try:
+        import torchao.quantization as ao
+        import torchao.quantization.qat as qat
+    except ImportError:
+        raise ValueError("torchao is not installed: pip install 'fused_kd[quantize]'") from None
+    return ao, qat
+
+
+@torch.no_grad()
+def measured(student: Any, teacher: Any, rows: Any, collator: Collator, batch: int = 8) -> dict[str, float]:
+    """Of the held-out targets: perplexity, mean KL(p||q), and how often both models' first token is the same."""
+    criterion = fk.KDLoss(fk.ForwardKD(lam=1.0), shift=True, reduction="sum")
+    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    for start in range(0, len(rows), batch):
+        inputs = collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
+        labels = inputs.pop("labels").to(student.device)
+        inputs = {name: x.to(student.device) for name, x in inputs.items() if isinstance(x, Tensor)}
+        heads = [lm_head_of(model, hidden_states(model, **inputs)) for model in (student, teacher)]
+        ce = fk.kd_loss(heads[0], None, labels, fk.SFT(), shift=True, reduction="sum").loss
+        kl = criterion(*heads, labels)
+        first = [fk.top_k_of(head, 1).indices.squeeze(-1) for head in heads]
+        aimed = labels[:, 1:] != -100
+        same = (first[0] == first[1])[:, :-1][aimed].sum()
+        totals += torch.stack([x.double().cpu() for x in (ce, kl, same)])
+        count += int(aimed.sum())
+    ce, kl, same = (totals / max(count, 1)).tolist()
+    return {"perplexity": math.exp(min(ce, 700.0)), "kl": kl, "agree": 100 * same, "tokens": count}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    (settings,) = parse(Settings, argv, description=__doc__)
+    _torchao()
+    console, output = make_console(), Path(settings.output)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = settings.model or TINY
+    if threads := threads_for([name]):
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stages, template, direction = Stages(output), get_prompt("tiny"), "en-de"
+    texts = read_texts(settings)
+
+    def tokenizer_in(folder: Path) -> Any:
+        used = training_texts(template, {direction: texts["train"]}) if settings.text is None else texts["train"]
+        return shared_tokenizer([name], folder, used, settings.vocab)
+
+    about = {"model": model_content(name), "texts": fingerprint(texts), "max_length": settings.max_length}
+    tokens = stages("tokenizer", tokenizer_in, about | {"vocab": settings.vocab})
+    tokenizer = tokenizer_in(tokens)
+    rows = {}
+    for split, found in texts.items():
+        if settings.text is None:
+            rows[split] = tokenize_pairs(tokenizer, template, found, direction, settings.max_length)
+        else:
+            rows[split] = tokenize_texts(
+                tokenizer, [tokenizer.bos_token or ""] * len(found), found, settings.max_length
+            )
+    console.print(repr(rows["train"]))
+    collator = Collator(padding_id(tokenizer))
+    common = {"per_device_train_batch_size": settings.batch, "num_train_epochs": settings.model_epochs}
+
+    def train(folder: Path, title: str, model: Any, teacher: Any, objective: Any, how: dict, **loss: Any) -> None:
+        trainer = KDTrainer(
+            model, teacher, objective, args=training_arguments(folder, **how), train_dataset=rows["train"],
+            data_collator=collator, processing_class=tokenizer, **loss,
+        )  # fmt: skip
+        fit(trainer, folder, title)
+
+    needs, path = [tokens], settings.model
+    if path is None:
+        how = common | {"learning_rate": settings.model_rate}
+        begin = partial(train, title="model", model=load_model(name, tokenizer, 0), teacher=None, objective=fk.SFT())
+        needs.append(stages("model", partial(begin, how=how), how, needs=needs))
+        path = str(needs[-1] / "model")
+
+    def load(source: Any = path) -> Any:
+        return load_model(source, tokenizer, 0, dtype="float32").to(device).eval()
+
+    def quantised(source: Any = path) -> Any:
+        return fake_quantised(load(source), settings.kind, settings.group_size)
+
+    teacher = load().requires_grad_(False)
+
+    def measure(model: Any, folder: Path) -> None:
+        write_json(folder / "scores.json", measured(model, teacher, rows["valid"], collator))
+
+    def write(model: Any, folder: Path) -> None:
+        """What the model computes with, as an ordinary folder, and the measures of what that gives."""
+        on_the_grid(model).save_pretrained(folder / "quantised")
+        tokenizer.save_pretrained(folder / "quantised")
+        measure(load(folder / "quantised"), folder)
+
+    def recovered(folder: Path, spec: ObjectiveSpec, how: dict) -> None:
+        needed = teacher if spec.objective.spec.needs_teacher else None
+        train(folder, folder.name, quantised(), needed, spec.objective, how, beta_schedule=spec.beta_schedule)
+        write(quantised(folder / "model"), folder)
+
+    form = {"kind": settings.kind, "group_size": settings.group_size if settings.kind == "int4" else None}
+    found = []
+
+    def take(title: str, seed: int | None, work: Any, given: dict) -> None:
+        folder = stages(title if seed is None else f"{title}.{seed}", work, given, needs=needs)
+        found.append({"weights": given.get("spec", title), "seed": seed, **read_json(folder / "scores.json")})
+
+    take("unquantised", None, lambda folder: measure(teacher, folder), {"held_out": settings.held_out})
+    take("rounded", None, lambda folder: write(quantised(), folder), form)
+    how = common | {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate}
+    for seed in range(settings.seeds):
+        for slug, spec in settings.specs.items():
+            given = how | {"seed": seed, "data_seed": seed}
+            take(slug, seed, partial(recovered, spec=spec, how=given), form | {"spec": spec.text, "how": given})
+    result = {"arguments": asdict(settings), "versions": versions(), "machine": devices(), "runs": found}
+    write_json(output / "metrics.json", result)
+    report = table(pd.DataFrame(found))
+    write_text(output / "results.md", report + "\n")
+    write_plot(pd.DataFrame(found), output / "qad.png")
+    print(f"{report}\nmetrics.json, results.md, qad.png and the models are in {output}")
+    return result
+
+
+def read_texts(settings: Settings) -> dict[str, list]:
+    """Rows to train and to measure on."""
+    if settings.text is None:
+        limits = {"train": settings.train_limit, "valid": settings.held_out}
+        return {split: load_pairs("builtin", split, "en-de", limit=limit) for split, limit in limits.items()}
+    try:
+        lines = [line for line in Path(settings.text).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text={settings.text!r} must be a text file in UTF-8: {error}") from None
+    if len(lines) <= settings.held_out:
+        raise ValueError(f"text={settings.text!r} must have more than held_out={settings.held_out} lines")
+    return {"train": lines[: -settings.held_out][: settings.train_limit], "valid": lines[-settings.held_out :]}
+
+
+def table(runs: pd.DataFrame) -> str:
+    """Means over the seeds, with the largest distance of a seed from them."""
+    lines = []
+    for weights, of in runs.groupby("weights", sort=False):
+        line = {"weights": weights}
+        for name, (title, form) in COLUMNS.items():
+            spread = f" ± {(of[name] - of[name].mean()).abs().max():{form}}" if len(of) > 1 else ""
+            line[title] = f"{of[name].mean():{form}}{spread}"
+        lines.append(line)
+    return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+
+
+def write_plot(runs: pd.DataFrame, file: Path) -> None:
+    names = list(dict.fromkeys(runs.weights))
+    figure = Figure(figsize=(3 + 1.6 * len(names), 3.8), layout="tight")
+    for axis, (key, label) in zip(figure.subplots(1, 2), PLOTTED.items(), strict=True):
+        bars = axis.bar(names, [runs[runs.weights == name][key].mean() for name in names], color="tab:blue", alpha=0.6)
+        axis.bar_label(bars, fmt="%.3f", padding=8)
+        axis.plot(runs.weights, runs[key], "k.", markersize=4)
+        axis.tick_params(axis="x", rotation=25)
+        axis.set_ylabel(label)
+        axis.margins(y=0.12)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    run_script(main)
