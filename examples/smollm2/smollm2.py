@@ -12,6 +12,7 @@ further seeds and the test text judge it. The same command goes on where it stop
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
@@ -20,7 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Running:
 
     output: str = "runs/smollm2"
     keep_models: bool = False  # every arm's student, not only that of the first seed at the chosen rate
-    eval_batch: int = 8  # rows
+    eval_batch: int = 16  # rows
 
 
 @dataclass(frozen=True)
@@ -301,8 +302,8 @@ class Study:
             write_cache(folder / "cache", self.teacher, self.tokenizer, Rows(rows), **how)
 
         about = {"teacher": self.teacher_content, "rows": fingerprint(rows), "dtype": self.config.states}
-        cache = TeacherCache(self.stages("states", work, about) / "cache", verify=False)
-        return cache, cache.rows(Rows(rows))
+        found = TeacherCache(self.stages("states", work, about) / "cache", verify=False)
+        return found, found.rows(Rows(rows))
 
     @cached_property
     def teacher_content(self) -> str:
@@ -384,6 +385,11 @@ class Study:
         settings |= self.tested | {"layers": layers, "teacher": self.teacher_content}
         return self.stages(f"healed.{layers}", work, settings)
 
+    @cache  # noqa: B019 - one study a process
+    def begun(self, layers: int) -> Any:
+        """The healed student in memory, to be copied."""
+        return self.load(self.healed(layers) / "model")
+
     def trained(self, trial: Trial) -> Path:
         config, spec = self.config, self.config.specs[trial.arm]
         condition = config.conditions_of[trial.condition]
@@ -392,7 +398,7 @@ class Study:
         def work(folder: Path) -> None:
             rows = self.rows_of(condition, trial.seed)
             teacher, data = self.taught(rows) if spec.objective.spec.needs_teacher else (None, Rows(rows))
-            student = self.load(healed / "model")
+            student = copy.deepcopy(self.begun(condition.layers))
             curve = Curve(partial(self.measure, held_out="valid"), max(1, config.steps // config.points))
             how = {"steps": config.steps, "rate": trial.rate, "seed": trial.seed, "save_strategy": "no"}
             more = {"callbacks": [curve], "beta_schedule": spec.beta_schedule}
@@ -446,7 +452,7 @@ class Study:
         for layers in dict.fromkeys(condition.layers for condition in config.conditions_of.values()):
             record = read_json(self.healed(layers) / "training.json")
             kept = {name: record[name] for name in ("seconds", "parameters", "steps")}
-            students[layers] = kept | read_json(self.healed(layers) / "scores.json")
+            students[str(layers)] = kept | read_json(self.healed(layers) / "scores.json")
         return {
             "settings": asdict(config) | {name: len(getattr(config, name)) for name in ("text", "valid", "test")},
             "conditions": {name: asdict(each) for name, each in config.conditions_of.items()},
