@@ -20,14 +20,14 @@ from fused_kd.integrations.transformers import hidden_states
 from fused_kd.training.stage import read_json
 from fused_kd.training.trainer import KDTrainer
 
-FOLDER = Path(__file__).parents[2] / "examples" / "smollm2"
-sys.path.append(str(FOLDER))
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "smollm2"))
 
 import smollm2
 import smollm2_report
 
 from ..training.tiny import tiny
 
+FOLDER = Path(smollm2.__file__).parent
 SMALL = ["--preset", "tiny"]
 
 
