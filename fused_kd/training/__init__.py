@@ -20,6 +20,7 @@ _WHERE = {
     "similarity": "score", "translate": "score", "paired_bootstrap": "score",
     "ObjectiveSpec": "specs", "parse_objective": "specs",
     "Stages": "stage", "helpers": "stage", "parse": "script", "run_script": "script",
+    "shrink": "shrinking",
 }  # fmt: skip
 __all__ = sorted(_WHERE)
 # What the guides imported before the modules moved; until 0.2.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,11 @@ _SAFE = {
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     """``loader.from_pretrained`` of an Auto class, without code of the folder or hub repository, and without asking.
 
-    The ``adapter_config.json`` of adapters and the configuration of their base count as well. Not stopped here: where
-    the package ``kernels`` is installed, transformers itself fetches kernels of the hub's kernels-community for some
-    architectures (such as RWKV) and some quantised files (mxfp4, eetq, fp8, nvfp4).
+    The ``adapter_config.json`` of adapters and the configuration of their base count as well. A GGUF file, or a folder
+    with one and no ``config.json``, gives a plain model that can be saved, in float32 unless ``dtype`` names another;
+    that needs the package ``gguf``. Not stopped here: where the package ``kernels`` is installed, transformers itself
+    fetches kernels of the hub's kernels-community for some architectures (such as RWKV) and some quantised files
+    (mxfp4, eetq, fp8, nvfp4).
 
     Raises:
         ValueError, OSError: its own; also for damaged files, for tensors that are missing or of another shape (which
@@ -27,16 +30,49 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
             refuses, and for an implementation of attention or experts that is a kernel from the hub or a package that
             is not installed, unless the caller named it as ``attn_implementation`` or ``experts_implementation``.
     """
+    folder, file = gguf_of(name)
+    options = options if file is None else {**options, "gguf_file": file}
     try:
         if not loader.__name__.startswith("AutoModel"):
-            return loader.from_pretrained(name, trust_remote_code=False, **options)
-        return _whole_model(loader, name, config=safe_config(name, options), **options)
+            return loader.from_pretrained(folder, trust_remote_code=False, **options)
+        model = _whole_model(loader, folder, config=safe_config(folder, options), **options)
+        return model if file is None else _plain(model)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # such as too little memory
             raise
         raise ValueError(f"its files are damaged or of an unknown form: {type(error).__name__}: {error}") from error
+
+
+def gguf_of(name: str | Path) -> tuple[str, str | None]:
+    """The folder and the name of the GGUF file that a model's name stands for; (name, None) where it is none.
+
+    Raises:
+        ValueError: a folder with several of them, and no ``config.json``.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), path.name
+    if not path.is_dir() or any((path / other).is_file() for other in ("config.json", "adapter_config.json")):
+        return str(name), None
+    found = sorted(file.name for file in path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"{str(name)!r} has {len(found)} GGUF files ({', '.join(found[:3])}): name the one to use")
+    return str(name), found[0] if found else None
+
+
+def _plain(model: Any) -> Any:
+    """A model without the marks of the file that its weights came from, which transformers would not save."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "_model_name_or_path"):
+        config.__dict__.pop(name, None)
+    config.architectures = [type(model).__name__]
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
@@ -96,7 +132,8 @@ def safe_config(name: str, options: dict[str, Any]) -> Any:
         name = adapter.get("base_model_name_or_path")  # type: ignore[assignment]
         if not isinstance(name, str):
             raise ValueError(f"its adapter_config.json must name a model as base_model_name_or_path, got {name!r}")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    file = {key: options[key] for key in ("gguf_file",) if key in options}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **file)
     chosen = {key: options[key] for key in _SAFE if key in options}
     for key, value in chosen.items():
         setattr(config, f"_{key}", value)

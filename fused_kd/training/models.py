@@ -65,15 +65,24 @@ def load_model(
     name = str(name_or_path)
     if name in PRESETS:
         return _from_preset(name, tokenizer, seed)
-    from transformers import AutoModelForCausalLM
-
     same_tokenizer(load_tokenizer(name), tokenizer, name)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = _pretrained(AutoModelForCausalLM, name, dtype=dtype, **attention)
+    model: Any = load_any(name, dtype=dtype, **attention)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise ValueError(f"{name} has {rows} embeddings, fewer than the {len(tokenizer)} tokens of its tokenizer")
     return cast("PreTrainedModel", model)
+
+
+def load_any(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal LM of a folder or hub name, whatever its tokenizer; options are those of ``from_pretrained``.
+
+    Raises:
+        ValueError: as :func:`load_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return cast("PreTrainedModel", _pretrained(AutoModelForCausalLM, str(name_or_path), **options))
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -244,10 +253,14 @@ def merge(base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerB
     The sum is made in float32 and kept in the base's dtype.
     """
     dtype = base.dtype
-    merged = load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype)
+    save_whole(load_adapters(base.float(), adapters).merge_and_unload(safe_merge=True).to(dtype), tokenizer, folder)
+
+
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model and its tokenizer in one folder, whole or not at all; what is there is replaced."""
     partial = folder.with_name(f"{folder.name}.partial")
     remove_folder(partial)
-    merged.save_pretrained(partial)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     seal(partial)
     replace_folder(partial, folder)
