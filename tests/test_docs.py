@@ -85,7 +85,19 @@ def distributed() -> dict[str, Any]:
     return {"KDTrainer": trainer, "student": tiny(8, 0), "teacher": tiny(12, 1)}
 
 
+def chat_models() -> dict[str, Any]:
+    """A tokenizer with a chat template, and two models."""
+    pytest.importorskip("transformers")
+    from .training.chat_families import FAMILIES
+    from .training.tiny import tiny
+
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    vocab = len(tokenizer)
+    return {"tokenizer": tokenizer, "student": tiny(8, 0, vocab=vocab), "teacher": tiny(12, 1, vocab=vocab)}
+
+
 FIXTURES: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/guides/from_axolotl.md": chat_models,
     "docs/using_the_loss.md": using_the_loss,
     "docs/distributed.md": distributed,
 }
@@ -111,6 +123,38 @@ def test_python_blocks_run(page, monkeypatch, tmp_path, capsys):
         if block.language == "python" and not any(imports(package, block.text) for package in absent):
             # Blank lines before it, so that a traceback names the page's own.
             exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), namespace)
+
+
+OURS = "# examples/train.py\n"
+
+
+def configs() -> list[tuple[str, int]]:
+    """(page, line) of each config of the training script."""
+    return [(page, b.line) for page in PAGES for b in blocks(page) if b.language == "yaml" and b.text.startswith(OURS)]
+
+
+@pytest.mark.parametrize(("page", "line"), configs())
+def test_configs_train(page, line, monkeypatch, tmp_path):
+    """Each as it is but for the models, the data and the hardware: two steps of tiny models."""
+    for package in ("accelerate", "peft", "rich"):
+        pytest.importorskip(package)
+    import json
+
+    made = chat_models()
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher"):
+        made[name].save_pretrained(name)
+        made["tokenizer"].save_pretrained(name)
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "What is a cat?"), ("assistant", "An animal."))
+    ]
+    text = "".join(json.dumps({"messages": [{**turns[0], "content": f"{n}?"}, turns[1]]}) + "\n" for n in range(60))
+    Path("chats.jsonl").write_text(text, encoding="utf-8")
+    Path("config.yaml").write_text(next(b.text for b in blocks(page) if b.line == line), encoding="utf-8")
+    here = ["--student", "student", "--teacher", "teacher", "--data", "chats.jsonl", "--output", "out"]
+    small = ["--bf16", "false", "--use_cpu", "true", "--max_steps", "2", "--report_to", "none"]
+    record = script("examples/train.py").main(["config.yaml", *here, *small])
+    assert record["steps"] == 2 and (tmp_path / "out" / "model").is_dir()
 
 
 def test_every_language_is_known():

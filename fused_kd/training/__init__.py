@@ -14,6 +14,7 @@ _WHERE = {
     "ModuleTrainer": "fit", "training_arguments": "fit",
     "TeacherCache": "teacher_cache", "write_cache": "cache", "convert_vllm": "cache",
     "Pair": "data", "load_pairs": "data", "load_directions": "data", "load_instructions": "data",
+    "load_rows": "rows", "StreamedRows": "rows", "render_sample": "prompts",
     "PROMPTS": "prompts", "PromptTemplate": "prompts", "Rows": "prompts", "tokenize_pairs": "prompts",
     "LoRA": "models", "load_model": "models", "load_tokenizer": "models",
     "Decoding": "generate", "generate_to": "generate",

@@ -97,22 +97,26 @@ def load_pairs(
         ValueError: unknown source, split or direction; a bad row (not JSON, a language missing or empty), with its
             file and line; no rows at all.
     """
+    languages, rows = parse_direction(direction), pair_rows(source, split, direction)
+    what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
+    return select(rows, lambda value: to_pair(value, languages), what, limit=limit, skip_bad=skip_bad)
+
+
+def pair_rows(source: str, split: str, direction: str, *, streaming: bool = False) -> Iterator[Row]:
+    """The rows that `load_pairs` makes pairs of."""
     languages = parse_direction(direction)
 
     def key(value: Any) -> str | None:
         """The same text whatever the direction."""
-        pair = _to_pair(value, (min(languages), max(languages)))
+        pair = to_pair(value, (min(languages), max(languages)))
         return pair.source if isinstance(pair, Pair) else None
 
-    if str(source) == BUILTIN:
-        if set(languages) != {"en", "de"}:
-            raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
-        toy = toy_corpus(canonical_split(split) or split)
-        rows: Iterator[Row] = (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
-    else:
-        rows = read_rows(source, split, key, languages)
-    what = f"source={str(source)!r}, split={split!r}, direction={direction!r}"
-    return select(rows, lambda value: _to_pair(value, languages), what, limit=limit, skip_bad=skip_bad)
+    if str(source) != BUILTIN:
+        return read_rows(source, split, key, languages, streaming=streaming)
+    if set(languages) != {"en", "de"}:
+        raise ValueError(f"direction={direction!r}: the built-in corpus has 'en-de' and 'de-en' only")
+    toy = toy_corpus(canonical_split(split) or split)
+    return (Row(f"built-in corpus, row {n}", row) for n, row in enumerate(toy))
 
 
 def load_directions(
@@ -157,15 +161,16 @@ def load_instructions(
         ValueError: unknown source or split; a bad row (not JSON, no instruction or output, one that is no text or
             empty), with its file and line; no rows at all.
     """
-
-    def key(value: Any) -> str | None:
-        found = _to_instruction(value)
-        return f"{found.instruction}\n{found.input}" if isinstance(found, Instruction) else None
-
     if str(source) == BUILTIN:
         raise ValueError(f"source={BUILTIN!r}: the built-in corpus has translations, no instructions")
     what = f"source={str(source)!r}, split={split!r}"
-    return select(read_rows(source, split, key), _to_instruction, what, limit=limit, skip_bad=skip_bad)
+    return select(read_rows(source, split, task_of), to_instruction, what, limit=limit, skip_bad=skip_bad)
+
+
+def task_of(value: Any) -> str | None:
+    """The text that decides on an instruction's part of a file without splits; None for what is none."""
+    found = to_instruction(value)
+    return f"{found.instruction}\n{found.input}" if isinstance(found, Instruction) else None
 
 
 def toy_corpus(split: str) -> list[dict[str, str]]:
@@ -206,8 +211,8 @@ def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
     return mixed
 
 
-def _to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
-    """The pair of a row, or what is wrong with it."""
+def to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
+    """The pair of a row in two languages, or what is wrong with it."""
     nested = value.get("translation") if isinstance(value, dict) else None
     texts = nested if isinstance(nested, dict) else value
     if not isinstance(texts, dict):
@@ -224,7 +229,7 @@ def _to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
     return Pair(*sides)
 
 
-def _to_instruction(value: Any) -> Instruction | str:
+def to_instruction(value: Any) -> Instruction | str:
     """The instruction of a row, or what is wrong with it."""
     if not isinstance(value, dict):
         return f"expected an object with instruction, input and output, got {str(value)[:80]}"

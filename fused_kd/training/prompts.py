@@ -22,6 +22,8 @@ from fused_kd.training.data import WITH_INPUT, WITHOUT_INPUT, Instruction, Pair,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# tokens of a run that are shown of a sample
+_SHOWN = 150
 _FIELDS = ("source", "source_language", "target_language", "source_code", "target_code")
 
 
@@ -120,13 +122,15 @@ class Rows(Dataset[dict[str, list[int]]]):
 
     Attributes:
         rows: dicts of ``input_ids`` and ``labels``.
-        skipped: pairs left out because the prompt alone filled `max_length`.
+        skipped: pairs left out because the prompt alone filled `max_length`, and bad rows left out.
         truncated: rows whose response was cut.
+        format: what the rows were read as, where `load_rows` read them.
     """
 
     rows: list[dict[str, list[int]]]
     skipped: int = 0
     truncated: int = 0
+    format: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +139,8 @@ class Rows(Dataset[dict[str, list[int]]]):
         return self.rows[index]
 
     def __repr__(self) -> str:
-        return f"Rows({len(self)} rows, skipped={self.skipped}, truncated={self.truncated})"
+        of = f" of {self.format}" if self.format else ""
+        return f"Rows({len(self)} rows{of}, skipped={self.skipped}, truncated={self.truncated})"
 
 
 def tokenize_pairs(
@@ -169,24 +174,43 @@ def tokenize_texts(
     skip_long: bool = True,
 ) -> Rows:
     """`tokenize_pairs` for any task: rendered prompts, each with its response, which may end in EOS already."""
-    if max_length < 2:
-        raise ValueError(f"max_length={max_length}: expected at least 2")
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
-    rows: list[dict[str, list[int]]] = []
-    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
-    for text, prompt, response in zip(prompts, encode_prompts(tokenizer, prompts), encoded, strict=True):
-        whole = response if response[-1:] == [eos] else [*response, eos]
-        response = whole[: max(max_length - len(prompt), 0)]
-        if response:
-            rows.append({"input_ids": prompt + response, "labels": [LABEL_PAD] * len(prompt) + response})
-        elif not skip_long:
+    made = completion_rows(tokenizer, prompts, responses, max_length)
+    for text, row in zip(prompts, made, strict=True):
+        if row is None and not skip_long:
             raise ValueError(f"max_length={max_length} leaves no room for a response after the prompt {text!r}")
+    rows = [row for row in made if row is not None]
     if not rows:
         raise ValueError(f"no rows: {len(prompts)} pairs given, max_length={max_length}")
-    truncated = sum(row["input_ids"][-1] != eos for row in rows)
+    truncated = sum(row["input_ids"][-1] != tokenizer.eos_token_id for row in rows)
     return Rows(rows, skipped=len(prompts) - len(rows), truncated=truncated)
+
+
+def completion_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str], max_length: int
+) -> list[dict[str, list[int]] | None]:
+    """`tokenize_texts` row by row, in order: None for a prompt that leaves no room.
+
+    Raises:
+        ValueError: a `max_length` below 2, a tokenizer without EOS.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: expected at least 2")
+    eos = eos_of(tokenizer)
+    rows: list[dict[str, list[int]] | None] = []
+    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"] if prompts else []
+    for prompt, response in zip(encode_prompts(tokenizer, prompts), encoded, strict=True):
+        whole = response if response[-1:] == [eos] else [*response, eos]
+        response = whole[: max(max_length - len(prompt), 0)]
+        labels = [LABEL_PAD] * len(prompt) + response
+        rows.append({"input_ids": prompt + response, "labels": labels} if response else None)
+    return rows
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of EOS. Raises ``ValueError`` for a tokenizer without one."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {type(tokenizer).__name__} has no EOS token: set tokenizer.eos_token")
+    return int(tokenizer.eos_token_id)
 
 
 def tokenize_instructions(
@@ -207,10 +231,12 @@ def tokenize_instructions(
 
 def concatenate(datasets: Sequence[Rows]) -> Rows:
     """One data set of several (directions, tasks), in their order; rows are shared, the counts are sums."""
+    formats = dict.fromkeys(dataset.format for dataset in datasets if dataset.format)
     return Rows(
         [row for dataset in datasets for row in dataset.rows],
         skipped=sum(dataset.skipped for dataset in datasets),
         truncated=sum(dataset.truncated for dataset in datasets),
+        format=" and ".join(formats) or None,
     )
 
 
@@ -235,16 +261,22 @@ def training_texts(template: PromptTemplate, pairs: Mapping[str, Sequence[Pair]]
 def render_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
     """One tokenised row as text, for a look at the data before training.
 
-    The first line counts tokens; then each run without loss as decoded text, each run with loss token by token.
+    The first line counts tokens; then each run without loss as decoded text, each run with loss token by token. Of long
+    runs the beginning and the end are shown.
     """
     ids, labels = [int(i) for i in row["input_ids"]], [int(i) for i in row["labels"]]
     carrying = sum(label != LABEL_PAD for label in labels)
     lines = [f"{len(ids)} tokens, {carrying} with loss"]
     for has_loss, group in groupby(zip(ids, labels, strict=True), key=lambda item: item[1] != LABEL_PAD):
         run = [token for token, _ in group]
-        if has_loss:
-            shown = " ".join(f"{tokenizer.convert_ids_to_tokens(token)}[{token}]" for token in run)
-            lines.append(f"loss    ({len(run)}): {shown}")
-        else:
-            lines.append(f"no loss ({len(run)}): {tokenizer.decode(run)!r}")
+        first, last = (run, []) if len(run) <= _SHOWN else (run[: _SHOWN - _SHOWN // 3], run[-(_SHOWN // 3) :])
+        shown = [_shown(tokenizer, part, has_loss) for part in (first, last) if part]
+        left_out = f" ... {len(run) - _SHOWN} more tokens ... "
+        lines.append(f"{'loss   ' if has_loss else 'no loss'} ({len(run)}): {left_out.join(shown)}")
     return "\n".join(lines)
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, run: list[int], has_loss: bool) -> str:
+    if not has_loss:
+        return repr(tokenizer.decode(run))
+    return " ".join(f"{tokenizer.convert_ids_to_tokens(token)}[{token}]" for token in run)

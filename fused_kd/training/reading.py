@@ -1,55 +1,59 @@
-"""Rows of JSON files, of line-aligned text and of hub data sets, each with its place for error messages.
+"""Splits of files, of folders, of line-aligned text and of hub data sets, as rows that know their places.
 
-JSON is one object a line or one array, plain or gzip. Parallel text is a prefix: ``corpora/train`` stands for the files
-``corpora/train.en`` and ``corpora/train.de``, plain or with ``.gz``; line i of one goes with line i of the other.
-A bad row does not hide the others: `datasets` reads the hub's data sets alone, as its readers of files name no line.
+Files are JSON, CSV and Parquet. Parallel text is a prefix: ``corpora/train`` stands for the files ``corpora/train.en``
+and ``corpora/train.de``, plain or with ``.gz``; line i of one goes with line i of the other. `datasets` reads the hub's
+data sets and what it saved itself alone, as its readers of files name no line.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
+
+from fused_kd.training.files import SUFFIXES as SUFFIXES
+from fused_kd.training.files import Row as Row
+from fused_kd.training.files import json_value as json_value
+from fused_kd.training.files import json_values as json_values
+from fused_kd.training.files import rows_of, without_none
+from fused_kd.training.files import sound as sound
+from fused_kd.training.files import text_fault as text_fault
+from fused_kd.training.files import text_lines as text_lines
 
 BUILTIN = "builtin"
-SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
 _NAMED_DIRECTION = re.compile(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})(?=$|[._])")
 # of a single file without splits of its own: shares of 1000 for test and valid
 _HELD_OUT = 50
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Item = TypeVar("Item")
 
 
-class Row(NamedTuple):
-    """What was read (for a broken line a `ValueError` that says what is wrong), and where."""
-
-    place: str
-    value: Any
-
-
 def read_rows(
-    source: str | Path, split: str, key: Callable[[Any], str | None], languages: tuple[str, str] | None = None
+    source: str | Path,
+    split: str,
+    key: Callable[[Any], str | None],
+    languages: tuple[str, str] | None = None,
+    *,
+    streaming: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a split.
+    """The rows of a split, read as they are asked for.
 
     Args:
-        source: a directory (the file is found by `find_file`); a JSON file or a prefix of parallel text (by its name
-            all rows are of one split, or a hash of `key` splits them); else a hub data set, ``"name"`` or
+        source: a directory (`find_files`; one that `datasets` saved is read by it); a file or a prefix of parallel text
+            (by its name all rows are of one split, or a hash of `key` splits them); else a hub data set, ``"name"`` or
             ``"name:config"``.
-        split: ``"train"``, ``"valid"``, ``"test"`` or another spelling of them; a file's stem; ``"all"`` for a file;
-            any split that a hub data set has.
+        split: ``"train"``, ``"valid"``, ``"test"`` or another spelling of them; a file's stem; ``"all"`` for a file or
+            a directory without splits; any split that a hub data set has.
         key: the text of a row's value that decides on its part of a file without splits; None for a row without that
             text, which is in every part, so that it is complained about.
         languages: source and target of parallel text; None (default) for other data.
+        streaming: let `datasets` load a hub data set row by row, without a copy on disk.
 
     Raises:
         ValueError: a missing path or split, text without its other side, or a file that cannot be read.
@@ -57,7 +61,11 @@ def read_rows(
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return file_rows(find_file(path, split, languages), languages)
+        if _is_saved(path):
+            return _saved_rows(path, split, key)
+        files, by_hash = find_files(path, split, languages)
+        rows = (row for file in files for row in file_rows(file, languages))
+        return _part(rows, canonical_split(split), key) if by_hash else rows
     is_file, is_json = path.is_file(), path.name.endswith(SUFFIXES)
     if is_file and not is_json:
         raise ValueError(
@@ -69,7 +77,7 @@ def read_rows(
     if is_json or path.is_absolute() or str(source).startswith((".", "~")):
         beside = "".join(f", nor {path.name}.{language}" for language in languages or ())
         raise ValueError(f"source={str(source)!r}: no such file or directory{beside}")
-    return _hub_rows(str(source), split)
+    return _hub_rows(str(source), split, streaming)
 
 
 def select(
@@ -108,7 +116,22 @@ def canonical_split(split: str) -> str | None:
 
 
 def find_file(directory: Path, split: str, languages: tuple[str, str] | None = None) -> Path:
-    """The JSON file, or the prefix of the two text files, that holds `split` in a directory.
+    """The one file, or the prefix of the two text files, that holds `split` in a directory.
+
+    Raises:
+        ValueError: no file fits, or several do and none is the obvious one.
+    """
+    files, by_hash = find_files(directory, split, languages)
+    if by_hash or len(files) > 1:
+        raise ValueError(f"split={split!r}: expected one file for it in {directory}, got {', '.join(map(str, files))}")
+    return files[0]
+
+
+def find_files(directory: Path, split: str, languages: tuple[str, str] | None = None) -> tuple[list[Path], bool]:
+    """The files, or the prefix of the two text files, that hold `split` in a directory; True: with the other splits.
+
+    One file a split (its shards count as one, ``train-00000-of-00002.parquet``), here or in ``data/``. Where no name
+    tells a split, and `languages` is None, all files hold all splits.
 
     Raises:
         ValueError: no file fits, or several do and none is the obvious one.
@@ -128,8 +151,14 @@ def find_file(directory: Path, split: str, languages: tuple[str, str] | None = N
             return 0
         return 3 if named.groups()[::-1] == languages and wanted != "test" else None
 
-    files = [name for name in names if name.endswith(SUFFIXES)] + _text_prefixes(names, languages)
+    rows = [name for name in names if name.endswith(SUFFIXES)]
+    files = rows + _text_prefixes(names, languages)
+    if not files and (directory / "data").is_dir():
+        return find_files(directory / "data", split, languages)
     ranked = [(place, name) for name in files if (place := rank(directory / name)) is not None]
+    without_splits = languages is None and rows and all(_split_of(directory / name) is None for name in rows)
+    if not ranked and without_splits and (wanted is not None or split == "all"):
+        return [directory / name for name in rows], True
     if not ranked:
         of = f", direction={'-'.join(languages)!r}" if languages else ""
         raise ValueError(
@@ -137,16 +166,29 @@ def find_file(directory: Path, split: str, languages: tuple[str, str] | None = N
             "split may be a file's stem, and text needs a file of each language"
         )
     best = sorted(name for place, name in ranked if place == min(ranked)[0])
-    if len(best) > 1 and wanted not in ("test", None):
+    wholes = sorted({_whole(directory / name) for name in best})
+    if len(wholes) > 1 and wanted not in ("test", None):
         raise ValueError(
             f"split={split!r} is ambiguous in {directory} ({', '.join(best)}): give a full file stem as split"
         )
-    return directory / best[0]
+    return [directory / name for name in best if _whole(directory / name) == wholes[0]], False
 
 
 def file_rows(path: Path, languages: tuple[str, str] | None) -> Iterator[Row]:
-    """All rows of a JSON file, or, in `languages`, of the text with that prefix."""
-    return json_rows(path) if languages is None or path.name.endswith(SUFFIXES) else aligned_rows(path, languages)
+    """All rows of a file, or, in `languages`, of the text with that prefix."""
+    return rows_of(path) if languages is None or path.name.endswith(SUFFIXES) else aligned_rows(path, languages)
+
+
+def is_parallel_text(source: str | Path, split: str, directions: Sequence[str]) -> bool:
+    """Whether the source is line-aligned text: a prefix of files, or a directory with no other file for the split."""
+    path = Path(source).expanduser()
+    sides = [direction.partition("-") for direction in directions]
+    languages = [(first, second) for first, _, second in sides]
+    if not path.is_dir():
+        return not path.is_file() and any(_side(path, language) for pair in languages for language in pair)
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    rows = any(name.endswith(SUFFIXES) for name in names)
+    return not rows and any(_text_prefixes(names, pair) for pair in languages)
 
 
 def _side(prefix: Path, language: str) -> Path | None:
@@ -166,7 +208,14 @@ def _text_prefixes(names: list[str], languages: tuple[str, str] | None) -> list[
 
 
 def _stem(path: Path) -> str:
-    return next((path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
+    name = next((path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.endswith(suffix)), path.name)
+    return _SHARD.sub("", name)
+
+
+def _whole(path: Path) -> str:
+    """The file's name without its number among the shards."""
+    stem = _stem(path)
+    return stem if _SHARD.search(path.name.removesuffix(".gz").rpartition(".")[0]) else path.name
 
 
 def _split_of(path: Path) -> str | None:
@@ -184,7 +233,12 @@ def _part_of_file(path: Path, split: str, rows: Iterator[Row], key: Callable[[An
         raise ValueError(
             f"split={split!r}: {path} holds the {own} split by its name; give its directory, or split='all'"
         )
-    return (row for row in rows if _hash_split(key(row.value)) in (wanted, None))
+    return _part(rows, wanted, key)
+
+
+def _part(rows: Iterator[Row], wanted: str | None, key: Callable[[Any], str | None]) -> Iterator[Row]:
+    """The rows of a split by the hash of their key; None: all."""
+    return rows if wanted is None else (row for row in rows if _hash_split(key(row.value)) in (wanted, None))
 
 
 def _hash_split(text: str | None) -> str | None:
@@ -195,7 +249,7 @@ def _hash_split(text: str | None) -> str | None:
     return "test" if bucket < _HELD_OUT else "valid" if bucket < 2 * _HELD_OUT else "train"
 
 
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str, streaming: bool) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -215,49 +269,32 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
     actual = next((alias for alias in aliases if alias in known), None)
     if actual is None:
         raise ValueError(f"split={split!r}: {source} has {', '.join(map(str, known))}")
-    rows = datasets.load_dataset(name, config or None, split=actual)
-    return (Row(f"{source} ({actual}), row {number}", row) for number, row in enumerate(rows))
+    rows = datasets.load_dataset(name, config or None, split=actual, **({"streaming": True} if streaming else {}))
+    return (Row(f"{source} ({actual}), row {number}", without_none(row)) for number, row in enumerate(rows))
 
 
-def sound(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows, none of them broken. Raises ``ValueError`` at the first that is."""
-    for place, value in rows:
-        if isinstance(value, ValueError):
-            raise ValueError(f"{place}: {value}")
-        yield Row(place, value)
+def _is_saved(directory: Path) -> bool:
+    """Whether ``save_to_disk`` of `datasets` made the directory."""
+    return (directory / "dataset_dict.json").is_file() or (
+        (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
+    )
 
 
-@contextmanager
-def reading(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """A text file, plain or gzip. Raises ``ValueError`` where it cannot be read."""
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
+def _saved_rows(directory: Path, split: str, key: Callable[[Any], str | None]) -> Iterator[Row]:
     try:
-        # bytes that are not UTF-8 become lone surrogates, so that each line can be blamed for its own
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, plain or gzip, each with its line break.
-
-    A lone carriage return is white space within a line, as it is for wc and paste. Bytes that are not UTF-8 are lone
-    surrogates: see `text_fault`. Raises ``ValueError`` where it cannot be read.
-    """
-    with reading(path, newline="\n") as file:
-        yield from file
-
-
-def text_fault(text: str) -> str | None:
-    """What keeps a text from being UTF-8, or None."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code, before = ord(text[error.start]), text[max(0, error.start - 20) : error.start]
-        fault = f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate {code:#x}"
-        return f"{fault} after {before!r}"
-    return None
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{directory} was saved by the 'datasets' package: install fused_kd[train]") from error
+    found, wanted = datasets.load_from_disk(str(directory)), canonical_split(split)
+    if not isinstance(found, dict):
+        if wanted is None and split != "all":
+            raise ValueError(f"split={split!r}: expected train, valid, test or all for the data set {directory}")
+        rows = (Row(f"{directory}, row {number}", without_none(row)) for number, row in enumerate(found))
+        return _part(rows, wanted, key)
+    actual = next((name for name in (split, *SPLIT_NAMES.get(wanted or "", ())) if name in found), None)
+    if actual is None:
+        raise ValueError(f"split={split!r}: {directory} has {', '.join(found)}")
+    return (Row(f"{directory} ({actual}), row {n}", without_none(row)) for n, row in enumerate(found[actual]))
 
 
 def aligned_rows(prefix: Path, languages: tuple[str, str]) -> Iterator[Row]:
@@ -278,54 +315,3 @@ def aligned_rows(prefix: Path, languages: tuple[str, str]) -> Iterator[Row]:
         )
     for number, texts in enumerate(zip(*map(text_lines, paths), strict=True), start=1):
         yield Row(f"{prefix}, line {number}", dict(zip(languages, texts, strict=True)))
-
-
-def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file of one JSON object a line, or of arrays of them, plain or gzip.
-
-    Raises:
-        ValueError: it cannot be read, or is an array that is broken.
-    """
-    for place, value in json_values(path):
-        array = isinstance(value, list)
-        for number, row in enumerate(value if array else [value], start=1):
-            fault = None if isinstance(row, ValueError) else text_fault(json.dumps(row, ensure_ascii=False))
-            broken = fault is not None and fault.startswith("not UTF-8")  # an escaped surrogate is its text's own fault
-            yield Row(f"{place}, row {number}" if array else place, ValueError(fault) if broken else row)
-
-
-def json_values(path: Path) -> Iterator[Row]:
-    """The values of a file that has one a line, or one on many lines; a line that is broken is a `ValueError`.
-
-    In a value on many lines, bytes that are not UTF-8 are lone surrogates: see `text_fault`.
-
-    Raises:
-        ValueError: it cannot be read, or is a broken array: what comes after the break cannot be found.
-    """
-    with reading(path) as file:
-        begin, first = next(((n, line) for n, line in enumerate(file, start=1) if line.strip()), (1, ""))
-        if first and isinstance(json_value(first), ValueError):
-            whole = _parsed("\n" * (begin - 1) + first + file.read())
-            if not isinstance(whole, ValueError):
-                yield Row(f"{path}, line {begin}", whole)
-                return
-            if first.lstrip().startswith("["):
-                raise ValueError(f"{path}, array from line {begin}: {whole}")
-    with reading(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield Row(f"{path}, line {number}", json_value(line))
-
-
-def json_value(text: str) -> Any:
-    """The value of a JSON text, or a `ValueError` that says what is wrong with it."""
-    return ValueError(fault) if (fault := text_fault(text)) else _parsed(text)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        return ValueError("not JSON: nested too deeply")
-    except ValueError as error:
-        return ValueError(f"not JSON: {error}")
