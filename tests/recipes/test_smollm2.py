@@ -235,3 +235,11 @@ def test_presets_agree_on_the_arms() -> None:
         losses = {name: spec.objective for name, spec in config.specs.items()}
         assert losses["self_evolution"] == fk.SelfEvolution() and losses["self_evolution_floor"].floor == 0.3
     assert texts["cpu"] == texts["gpu"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_frozen_embeddings_stay_the_teachers(finished: Path, tmp_path: Path, trained: bool) -> None:
+    study = study_of(finished if not trained else tmp_path, "--embeddings", str(trained).lower())
+    student = study.load(study.healed(1, "first_last") / "model")
+    same = torch.equal(student.get_output_embeddings().weight, study.teacher.get_output_embeddings().weight)
+    assert same is not trained
