@@ -160,7 +160,7 @@ def test_chats(finished: Path, tmp_path: Path) -> None:
              for n in range(20) for word in words]  # fmt: skip
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
-    (teacher,) = finished.glob("teacher-*")
+    teacher = study_of(finished).teacher_folder
     shutil.copytree(teacher, tmp_path / "teacher")
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
     (tmp_path / "teacher" / "chat_template.jinja").write_text(template)
