@@ -20,7 +20,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,13 @@ class Condition:
             raise ValueError(f"garbled must be in [0, 1), got {self.garbled!r}")
 
 
+def of(where: str, given: Any, known: list[str]) -> dict[str, Any]:
+    """A mapping of known keys. Raises ``ValueError`` where it is none."""
+    if not isinstance(given, dict) or not given.keys() <= set(known):
+        raise ValueError(f"{where} must be a mapping of {', '.join(known)}, got {given!r}")
+    return given
+
+
 @dataclass
 class Config:
     """Everything that the numbers depend on."""
@@ -112,8 +119,14 @@ class Config:
     def __post_init__(self) -> None:
         names = ("length", "batch", "valid_rows", "test_rows", "steps", "points", "new_tokens")
         check_counts(**{name: getattr(self, name) for name in names})
-        self.conditions_of = {name: Condition(**given) for name, given in self.conditions.items()}
-        self.heal = {"steps": 60, "rate": 1e-3, "objective": "forward_kd:lam=0.5"} | self.heal
+        known = [each.name for each in fields(Condition)]
+        self.conditions_of = {
+            name: Condition(**of(f"conditions.{name}", given, known)) for name, given in self.conditions.items()
+        }
+        heal = {"steps": 60, "rate": 1e-3, "objective": "forward_kd:lam=0.5"}
+        self.heal = heal | of("heal", self.heal, list(heal))
+        check_counts(**{"heal.steps": self.heal["steps"]})
+        parse_objective(self.heal["objective"])
         self.specs = {name: parse_objective(text) for name, text in self.arms.items()}
         for name in ("arms", "rates", "seeds", "text", "conditions"):
             if not getattr(self, name):

@@ -190,6 +190,13 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
         (["--conditions", "{clean: {garbled: 1.5}}"], "garbled must be in"),
         (["--conditions", "{clean: {layers: 0}}"], "layers"),
         (["--conditions", "{clean: {keep: odd}}"], "keep must be"),
+        (
+            ["--conditions", "{clean: {shuffled: 1}}"],
+            "clean must be a mapping of layers, keep, rows, garbled",
+        ),
+        (["--conditions", "{clean: 3}"], "conditions.clean must be a mapping"),
+        (["--heal", "{epochs: 3}"], "heal must be a mapping of steps, rate, objective"),
+        (["--heal", "{steps: 0}"], "heal.steps"),
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),
