@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # what must not be given, and why
 _REFUSED = {
-    "model_init": "the model that the Trainer is given is the one that is prepared",
+    "model_init": "give model, the one that is prepared",
     "compute_loss_func": "the objective is the loss",
     "preprocess_logits_for_metrics": "evaluation computes no logits",
 }

@@ -65,7 +65,9 @@ class HeldOut:
     def add(self, sums: list[Tensor], tokens: Tensor) -> None:
         """A batch's. Does not synchronise."""
         values = torch.stack([*sums, tokens.to(sums[0], non_blocking=True)])
-        self.sums = self.sums.to(values.device) + values
+        # float32 no longer counts beyond 16 million tokens; Apple's GPUs have nothing else
+        values = values if values.device.type == "mps" else values.double()
+        self.sums = self.sums.to(values) + values
 
     def means(self, sums: list[float]) -> dict[str, float]:
         """Of the sums of all processes; "perplexity" too."""

@@ -69,7 +69,9 @@ BUILT: dict[str, tuple[type[Exception], str, Any]] = {
         lambda: {"eval_dataset": {"test": [[5, 6]]}},
     ),
     "arguments": (TypeError, r"got TrainingArguments: .* args=\.\.\.", lambda: {"teacher": arguments(Path("none"))}),
-    "model_init": (ValueError, "model_init must be None", lambda: {"model": None, "model_init": lambda: tiny(16, 1)}),
+    "model_init": (
+        ValueError, "model_init must be None: give model", lambda: {"model": None, "model_init": lambda: tiny(16, 1)},
+    ),
     "no model": (ValueError, "model must be given, got None", lambda: {"model": None}),
     "model's name": (
         ValueError, r"model must be a model, or its folder or name, got '\./student': there is no such folder",
