@@ -1,7 +1,8 @@
 """``python -m bench low_precision``: steps in bf16 on a CPU beside steps in fp32, and both beside their bare GEMMs.
 
-bf16 operands are made fp32 first ("upcast"), or go straight into fp32 results by each product that this CPU has. All are
-measured in turns, so that all meet the same noise; times are medians over the turns, ratios the medians of a turn's.
+bf16 operands are made fp32 first ("upcast"), or go straight into fp32 results by each product that this CPU has. All
+are measured in turns, so that all meet the same noise; times are medians over the turns, ratios the medians of a
+turn's.
 GEMMs are ``torch.mm`` of four matrices of a step; in bf16 their results are bf16, which is less to write.
 """
 
