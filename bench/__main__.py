@@ -17,6 +17,7 @@ COMMANDS = {
     "vocab_parallel": ("vocab_parallel", "a vocabulary-parallel step, predicted"),
     "sums": ("sums", "sums of objectives beside the dearest of their terms"),
     "teachers": ("teachers", "a step by what the teacher is"),
+    "low_precision": ("low_precision", "steps in bf16 on a CPU beside fp32 and their bare GEMMs"),
     "lists": ("lists", "lists made from a head beside the GEMM of its logits"),
     "caches": ("caches", "teachers on disk: bytes a token beside the error of the gradient"),
     "kernels": ("kernels", "compiled kernels to carry to a machine with a GPU"),

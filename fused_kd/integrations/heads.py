@@ -31,7 +31,7 @@ def lm_head_of(model: PreTrainedModel, hidden: torch.Tensor) -> LMHead:
     ``final_logits_bias`` (BART, mBART, Marian) is added to the bias; the scale of T5's tied head is the logits'.
     A head in PEFT's ``modules_to_save`` gives its active copy. One that LoRA adapts gives r more columns of hidden
     states and weight, one quantised by bitsandbytes or torchao a dense copy of its weight, in ``hidden``'s dtype and
-    made at each call.
+    made at each call, one that torchao fake-quantises for training the rounded weight, through which gradients pass.
 
     Raises ``TypeError`` for a head that is no linear map or quantised by others, ``ValueError`` for a model without a
     head. Scale and softcap are known by the names of their config fields; :func:`check_lm_head` finds a model that

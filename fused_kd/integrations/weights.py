@@ -59,9 +59,12 @@ def linear_map(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None
 
     A plain head gives its own parameters. LoRA of rank r gives r more columns, ``[hidden, scaling * A hidden]`` and
     ``[weight, B]``: nothing is lost to rounding as in merged weights, dropout stays what it is, and the weight is
-    copied. A quantised weight is dequantised to ``hidden``'s dtype, a copy that lives as long as it is used.
+    copied. A quantised weight is dequantised to ``hidden``'s dtype, a copy that lives as long as it is used. One that
+    torchao fake-quantises for training is what a call of the head computes with, gradients passing straight through.
     """
     if not _is_lora(head):
+        if (rounded := getattr(head, "activation_fake_quantizer", None)) is not None:
+            hidden = rounded(hidden)
         return hidden, _dense(head, hidden.dtype), getattr(head, "bias", None)
     if head.merged and head.disable_adapters:
         raise ValueError("the adapter of the head is merged and disabled: unmerge it")
@@ -121,7 +124,8 @@ def _dense(linear: Any, dtype: torch.dtype) -> Tensor:
     weight: Any = linear.weight
     dense: Tensor = weight
     if not is_quantised(weight):
-        return dense
+        fake = getattr(linear, "weight_fake_quantizer", None)
+        return dense if fake is None else fake(weight)
     if type(weight).__module__.startswith("torchao"):
         dense = weight.dequantize()
     else:

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("torchao", reason="needs torchao, the extra quantize")
 
 import torchao.quantization as ao
+import torchao.quantization.qat as qat
 
+from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.training.script import run_script
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -94,6 +96,23 @@ def test_the_grid_is_what_is_computed_with(kind: str) -> None:
     for (name, a), b in zip(linears(grid).items(), linears(plain).values(), strict=True):
         if name != "lm_head":
             torch.testing.assert_close(a.weight, b.weight.dequantize(), rtol=1e-6, atol=0)
+
+
+def test_the_loss_sees_a_head_as_the_model_computes_it() -> None:
+    """A head that is fake-quantised too, its weight and its input."""
+    model, ids = tiny(32, 0).eval(), torch.arange(12).reshape(2, 6)
+    weight = ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(8))
+    ao.quantize_(model, qat.QATConfig(weight, step="prepare"))
+    fake = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    model.lm_head.activation_fake_quantizer = qat.IntxFakeQuantizer(fake)
+    expected = model(ids).logits
+    head = lm_head_of(model, hidden_states(model, input_ids=ids))
+    found = head.hidden @ head.weight.T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    g = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    (exact,) = torch.autograd.grad((expected * g).sum(), model.lm_head.weight)
+    (actual,) = torch.autograd.grad((found * g).sum(), model.lm_head.weight)
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
