@@ -42,7 +42,7 @@ def check_fsdp(accelerator: Accelerator) -> None:
 def check_engine(accelerator: Accelerator, args: TrainingArguments, model: PreTrainedModel, sized: bool) -> None:
     """Raise ``ValueError`` for what :class:`fused_kd.training.trainer.KDTrainer` cannot honour.
 
-    ``sized``: whether the training set has a length.
+    ``sized``: whether the training set has a length, or no end.
     """
     check_fsdp(accelerator)
     if getattr(model, "is_distributed_loading_by_transformers", False):
@@ -57,7 +57,7 @@ def check_engine(accelerator: Accelerator, args: TrainingArguments, model: PreTr
         if getattr(args.accelerator_config, name, None):
             raise ValueError(f"accelerator_config.{name} must be False: each process takes its slice of the batch")
     if not sized:
-        raise ValueError("train_dataset must have a length where several processes share it")
+        raise ValueError("train_dataset must have a length, or no end, where several processes share it")
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy must be 'random', 'sequential' or 'group_by_length' with several processes, "

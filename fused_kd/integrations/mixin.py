@@ -193,6 +193,8 @@ class KDLossMixin(RanksTokens, Taught, KeepsAverages, EvaluatedByTokens):
         evaluated = getattr(self, "eval_dataset", None)
         check_datasets(self._given_teachers, self._teacher_columns, self.train_dataset, evaluated)
         sized = self.train_dataset is None or has_rows(self.train_dataset)
+        # of a stream without end every process gets as many batches
+        sized = sized or getattr(self.train_dataset, "endless", False)
         check_engine(self.accelerator, self.args, student, sized)
         sharded = shards_weights(self.accelerator)
         for each in models:

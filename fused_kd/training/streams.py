@@ -15,6 +15,8 @@ class Endless(IterableDataset[Any]):
     are done: in a stream that ends before, it would begin at another row.
     """
 
+    endless = True
+
     def __init__(self, rows: Iterable[Any]) -> None:
         self.rows = rows
 

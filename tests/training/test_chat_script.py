@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from fused_kd.integrations.own import OwnTeacher
+from fused_kd.training.collate import Collator
 from fused_kd.training.models import load_model, load_tokenizer, train_tokenizer
 from fused_kd.training.named_teachers import parse_teachers
+from fused_kd.training.reporting import report_options
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.train_options import ALIASES, Train, settle
 from fused_kd.training.trainer import KDTrainer
-from tests.training.scripts import apart, script, weights
+from tests.training.scripts import ROOT, apart, script, weights
+from tests.training.tiny import rows, tiny
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -31,16 +38,16 @@ class Chats:
 
     def __init__(self, folder: Path) -> None:
         self.folder, rng = folder, random.Random(0)
-        rows = []
+        chats = []
         for _ in range(24):
             a, b = rng.randint(0, 50), rng.randint(0, 50)
             turns = [("user", f"What is {a} plus {b}?"), ("assistant", f"It is {a + b}.")]
             turns += [("user", "Really?"), ("assistant", "Yes, " + "really " * rng.randint(1, 6))] * rng.randint(0, 1)
-            rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+            chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
         self.data = folder / "train.jsonl"
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
-        tokenizer = train_tokenizer((m["content"] for row in rows for m in row["messages"]), 400)
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in chats))
+        (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats[:6]))
+        tokenizer = train_tokenizer((m["content"] for row in chats for m in row["messages"]), 400)
         tokenizer.chat_template = TEMPLATE
         for name, hidden in (("student", 32), ("teacher", 48), ("other", 16)):
             config = LlamaConfig(
@@ -135,10 +142,10 @@ def test_a_stream_trains_as_the_rows_do_and_resumes(chats: Chats, tmp_path: Path
     stream = {**both, "streaming": "true", "train_sampling_strategy": "random"}
     record = chats.train(tmp_path / "stream", **stream)
     assert record["rows"] is None and "a stream of unknown length, 6 steps" in capsys.readouterr().out
-    start, rows, stream_ = (
+    start, whole, stream_ = (
         weights(folder) for folder in (chats.folder / "student", tmp_path / "rows/model", tmp_path / "stream/model")
     )
-    assert apart(rows, start) > 0.1 and apart(rows, stream_) < 1e-5 * apart(rows, start)
+    assert apart(whole, start) > 0.1 and apart(whole, stream_) < 1e-5 * apart(whole, start)
 
     step, steps = KDTrainer.training_step, []
 
@@ -159,6 +166,21 @@ def test_a_stream_trains_as_the_rows_do_and_resumes(chats: Chats, tmp_path: Path
     assert all(torch.equal(value, stream_[name]) for name, value in cut.items())
     with pytest.raises(ValueError, match="streaming needs max_steps"):
         chats.train(tmp_path / "none", streaming="true")
+
+
+def test_two_processes_share_a_stream(chats: Chats, tmp_path: Path) -> None:
+    both = {"max_steps": 3, "global_batch": 8, "streaming": "true"}
+    chats.train(tmp_path / "one", **both)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "examples" / "train.py"), *chats.command(tmp_path / "two", **both)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "global batch 8 = 2 processes x 4 sentences x 1 steps" in done.stdout
+    start, one, two = (
+        weights(folder) for folder in (chats.folder / "student", tmp_path / "one/model", tmp_path / "two/model")
+    )
+    assert apart(one, start) > 0.1 and apart(one, two) < 1e-4 * apart(one, start)
 
 
 def test_several_teachers_and_caches(chats: Chats, tmp_path: Path, capsys) -> None:
@@ -302,6 +324,28 @@ def test_tensorboard_gets_the_numbers_and_the_options(chats: Chats, tmp_path: Pa
     assert len(events.Scalars("train/loss")) == 6
     text = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "objective: forward_kd" in text and "learning_rate: 0.01" in text
+
+
+def test_options_reach_every_reporter(tmp_path: Path) -> None:
+    """The reporters are stand-ins: each gets the options when the training begins, after its own run is open."""
+
+    class Board(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.tb_writer = SimpleNamespace(add_text=lambda *texts: told.append(texts))
+
+    class Service(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            config = SimpleNamespace(update=lambda options, allow_val_change: told.append((options, allow_val_change)))
+            self._wandb = SimpleNamespace(config=config)
+
+    told: list[tuple] = []
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = KDTrainer(
+        tiny(8, 0), tiny(12, 1), args=args, train_dataset=rows(8), data_collator=Collator(0), callbacks=[Board, Service]
+    )
+    report_options(trainer, {"objective": "sft"}, tmp_path)
+    trainer.train()
+    assert told == [("options", "```yaml\nobjective: sft\n```"), ({"objective": "sft"}, True)]
 
 
 def test_a_missing_reporter_is_told_before_the_data_is_read(chats: Chats, tmp_path: Path, monkeypatch) -> None:

@@ -110,6 +110,7 @@ def parts_of(told: str) -> dict[str, float]:
     ("options", "part", "factor"),
     [
         ({"optim": "adafactor"}, "optimizer (adafactor)", None),
+        ({"optim": "adamw_torch"}, "optimizer (adamw_torch)", 2.0),
         ({"optim": "adamw_8bit"}, "optimizer (adamw_8bit)", 0.5),
         ({"teacher": None, "objective": "sft"}, "teacher's weights", None),
         ({"teacher": "own:decay=0.9"}, "teacher's weights", 1.0),
