@@ -191,7 +191,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
     console.print(repr(rows["train"]))
     collator = Collator(padding_id(tokenizer))
-    common = {"per_device_train_batch_size": settings.batch, "num_train_epochs": settings.model_epochs}
+    common = {
+        "per_device_train_batch_size": settings.batch,
+        "num_train_epochs": settings.model_epochs,
+        "save_steps": 0.25,
+    }
 
     def train(folder: Path, title: str, model: Any, teacher: Any, objective: Any, how: dict, **loss: Any) -> None:
         trainer = KDTrainer(

@@ -612,7 +612,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu products: a result that is added to is overwritten", "fused_kd/rows/native/gemm.py",
-        "return out.add_(result) if add else out.copy_(result)", "return out.copy_(result)",
+        "out.copy_(out + result if add else result)", "out.copy_(result)",
         ("engines/test_cpu_products.py::test_a_transposed_result[native]",),
     ),
     # lists made from a head

@@ -74,20 +74,16 @@ def compiled_product() -> bool:
 
 def product(kind: str, a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     """``out (+)= a @ b``, (M, K) and (K, N) bf16, (M, N) fp32; ``kind`` "mkl" or "native"."""
-    if not a.shape[1] or not out.numel():
+    if not a.shape[1]:
         if not add:
             out.zero_()
-        return
-    if not _by_rows(out):
+    elif not _by_rows(out):
         result = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         product(kind, a, b, result, add=False)
-        if add:
-            out.add_(result)
-        else:
-            out.copy_(result)
-        return
-    a, b = (x if _by_rows(x) or _by_rows(x.t()) else x.contiguous() for x in (a, b))
-    (_mkl if kind == "mkl" else _native)(a, b, out, add)
+        out.copy_(out + result if add else result)
+    elif out.numel():
+        a, b = (x if _by_rows(x) or _by_rows(x.t()) else x.contiguous() for x in (a, b))
+        (_mkl if kind == "mkl" else _native)(a, b, out, add)
 
 
 def _by_rows(x: Tensor) -> bool:
