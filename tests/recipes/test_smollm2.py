@@ -181,6 +181,9 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
     changed = [n for n in range(10) if made[n] != rows[n]]
     assert len(changed) == 3 and rows[0]["input_ids"] == list(range(9)), "the rows themselves stay"
     assert all(sorted(made[n]["input_ids"]) == rows[n]["input_ids"] for n in changed)
+    (masked,) = smollm2.garble([{"input_ids": list(range(9)), "labels": [-100] * 4 + list(range(4, 9))}], 0.9, seed=0)
+    assert masked["input_ids"][:4] == [0, 1, 2, 3] and masked["labels"][:4] == [-100] * 4, "the prompt stays"
+    assert masked["labels"][4:] == masked["input_ids"][4:] != list(range(4, 9))
     assert smollm2.garble(rows, 0.3, seed=0) == made != smollm2.garble(rows, 0.3, seed=1)
 
 
