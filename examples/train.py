@@ -39,6 +39,7 @@ from fused_kd.training.fingerprints import fingerprint_rows, template_of
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.memory import memory_of
 from fused_kd.training.models import PRESETS, load_model, model_content, shared_tokenizer, threads_for, with_adapters
+from fused_kd.training.named import CACHE
 from fused_kd.training.prompts import concatenate, render_sample, training_texts
 from fused_kd.training.reporting import report_options
 from fused_kd.training.rows import load_rows
@@ -197,7 +198,9 @@ def contents_of(train: Train, data_of: dict[str, str], served: dict[str, ServedT
     if found:
         contents["teacher's content"] = found[0] if len(found) == 1 else found
     if train.valid_teacher is not None:
-        contents["validation teacher's content"] = fingerprint(read_index(Path(train.valid_teacher[len("cache:") :])))
+        contents["validation teacher's content"] = fingerprint(
+            read_index(Path(train.valid_teacher.removeprefix(CACHE)))
+        )
     return contents
 
 
@@ -224,7 +227,7 @@ def open_teachers(
             name = f"t{number}" if len(train.of_kind("cache")) > 1 else None
             made.append(opened(teacher.place, "train", name))
             if train.valid_teacher is not None and "valid" in rows:
-                made[-1].check_head(opened(train.valid_teacher[len("cache:") :], "valid", name))
+                made[-1].check_head(opened(train.valid_teacher.removeprefix(CACHE), "valid", name))
         elif teacher.kind == "server":
             made.append(served[teacher.text])
         else:

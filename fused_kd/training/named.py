@@ -14,7 +14,6 @@ from fused_kd.training.teacher_cache import TeacherCache
 
 CACHE = "cache:"
 SERVERS = ("http://", "https://")
-_GGUF = ".gguf"
 
 
 def load_teacher(name: str | Path) -> Any:
@@ -34,7 +33,7 @@ def load_teacher(name: str | Path) -> Any:
     text = str(name)
     if text.startswith(SERVERS):
         return ServedTeacher(text)
-    if text.startswith(CACHE) or _is_cache(Path(text)):
+    if text.startswith(CACHE) or is_cache(Path(text)):
         return TeacherCache(text.removeprefix(CACHE))
     return _causal_lm("teacher", text)
 
@@ -56,17 +55,15 @@ def load_student(name: str | Path) -> Any:
             f"model must be a model, got {text!r}, which holds adapters: load their base and give "
             "fused_kd.training.models.load_adapters(base, folder), or merge them (python -m fused_kd.export)"
         )
-    model = trained_in_float32(_causal_lm("model", text))
-    return _plain(model) if text.endswith(_GGUF) else model
+    return trained_in_float32(_causal_lm("model", text))
 
 
 def tokenizer_of(name: str | Path) -> Any:
     """The tokenizer beside a model's files; None where there is none."""
     from transformers import AutoTokenizer
 
-    folder, options = _place(str(name))
     try:
-        return load_pretrained(AutoTokenizer, folder, **options)
+        return load_pretrained(AutoTokenizer, str(name))
     except (OSError, ValueError, ImportError):
         return None
 
@@ -92,32 +89,18 @@ def opened(teacher: Any, load: Callable[[Any], Any] = load_teacher) -> Any:
 def _causal_lm(argument: str, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    folder, options = _place(name)
-    path = Path(folder)
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or options):
+    path = Path(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
+    if local and not path.exists():
         raise ValueError(f"{argument} must be a model, or its folder or name, got {name!r}: there is no such folder")
     try:
-        return load_pretrained(AutoModelForCausalLM, folder, dtype="auto", **options)
+        return load_pretrained(AutoModelForCausalLM, name, dtype="auto")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{argument} must be a model, or its folder or name, got {name!r}, which gives no causal LM: {error}"
         ) from error
 
 
-def _plain(model: Any) -> Any:
-    """A model of a GGUF file, whose weights are dense, as one that can be saved as any other."""
-    model.is_quantized, model.hf_quantizer = False, None
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    return model
-
-
-def _is_cache(folder: Path) -> bool:
+def is_cache(folder: Path) -> bool:
+    """Whether the folder is a cache's, and no model's."""
     return (folder / INDEX).is_file() and not (folder / "config.json").exists()
-
-
-def _place(name: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` takes for it: a folder or hub name, and the file in it."""
-    path = Path(name)
-    return (str(path.parent), {"gguf_file": path.name}) if name.endswith(_GGUF) else (name, {})

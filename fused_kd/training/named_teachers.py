@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fused_kd.integrations.own import OwnTeacher
-from fused_kd.training.shards import INDEX
+from fused_kd.training.named import CACHE, SERVERS, is_cache
 
-CACHE, OWN, SERVED = "cache:", "own:", ("http://", "https://")
+OWN = "own:"
 _WEIGHTED = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)\*(.+)")
 
 
@@ -71,7 +71,7 @@ def _parse(text: str) -> NamedTeacher:
     if place.startswith(OWN):
         _own(place[len(OWN) :], text)
         return NamedTeacher(text, "own", place[len(OWN) :], weight)
-    return NamedTeacher(text, "server" if place.startswith(SERVED) else "model", place, weight)
+    return NamedTeacher(text, "server" if place.startswith(SERVERS) else "model", place, weight)
 
 
 def _own(settings: str, text: str) -> OwnTeacher:
@@ -90,9 +90,9 @@ def _own(settings: str, text: str) -> OwnTeacher:
 
 def _form_meant(teacher: str) -> str | None:
     """How a cache or a server that was named as if it were a model is named."""
-    if teacher.startswith((CACHE, OWN, *SERVED)):
+    if teacher.startswith((CACHE, OWN, *SERVERS)):
         return None
-    if (Path(teacher) / INDEX).is_file() and not (Path(teacher) / "config.json").is_file():
+    if is_cache(Path(teacher)):
         return f"{CACHE}{teacher} for the cache in this folder"
     if re.fullmatch(r"[\w.-]+:\d+/?|\[[\da-fA-F:]+\]:\d+/?", teacher) and not Path(teacher).exists():
         return f"http://{teacher} for a server"
