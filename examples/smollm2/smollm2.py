@@ -102,7 +102,7 @@ class Config:
     batch: int = 8  # rows a step
     valid_rows: int = 24
     test_rows: int = 24
-    conditions: dict = field(default_factory=lambda: {"clean": {}})  # name: the fields of Condition
+    conditions: dict = field(default_factory=dict)  # name: the fields of Condition
     heal: dict = field(default_factory=dict)  # steps, rate, objective
     arms: dict = field(default_factory=dict)  # name: objective
     steps: int = 10  # of every arm

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fused_kd.training.trainer import KDTrainer
 
 TRAINED = "trained.safetensors"
+# of an evaluation, what a record keeps
+HELD_OUT = ("loss", "ce", "perplexity", "kl", "top_1")
 # options of transformers.TrainingArguments; steps below 1 are shares of the training
 DEFAULTS: Mapping[str, Any] = {
     "train_sampling_strategy": "group_by_length",
@@ -80,7 +82,8 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
 
     Returns:
         The record in ``training.json``: ``steps``, ``seconds``, ``parameters``, ``rows`` (None of a stream),
-        ``log_history`` (entries with a training loss) and ``validation`` (``step`` and ``loss`` of each evaluation).
+        ``log_history`` (entries with a training loss) and ``validation`` (of each evaluation
+        ``step``, ``loss``, and what else :class:`fused_kd.training.KDTrainer` tells of it).
 
     Raises:
         ValueError: no trainable parameter, too little room for two checkpoints on the disk.
@@ -110,13 +113,19 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
             "parameters": sum(size for size, _ in sizes),
             "rows": len(rows) if isinstance(rows, Sized) else None,
             "log_history": [entry for entry in history if "loss" in entry],
-            "validation": [{"step": e["step"], "loss": e["eval_loss"]} for e in history if "eval_loss" in e],
+            "validation": [_evaluation(entry) for entry in history if "eval_loss" in entry],
         }
         if trainer.is_world_process_zero():
             write_json(folder / "training.json", record)
             shutil.rmtree(checkpoints, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         return record
+
+
+def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The step and the metrics of an entry of the log, without those of the clock."""
+    found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    return {"step": entry["step"], **{name: found[name] for name in HELD_OUT if name in found}}
 
 
 def finished(folder: str | Path) -> dict[str, Any] | None:

@@ -293,7 +293,8 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
         make([*flags, "--split", "valid"])
         paths = {"teacher": f"cache:{folders[name][0]}", "valid_teacher": f"cache:{folders[name][1]}"}
         record = train("self_evolution", tmp_path / f"{name}-run", statistics="kl", **paths, **given)
-        assert "kl" in record["log_history"][0] and record["validation"]
+        assert "kl" in record["log_history"][0]
+        assert record["validation"][0].keys() == {"step", "loss", "ce", "perplexity", "kl", "top_1"}
         found = apart(weights(tmp_path / f"{name}-run" / "model"), online)
         assert found < 1e-3 * moved if name == "fp32" else 1e-3 * moved < found < 0.5 * moved
     for changes, message in (
