@@ -39,7 +39,7 @@ from fused_kd.training.fingerprints import fingerprint_rows, template_of
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.memory import memory_of
 from fused_kd.training.models import PRESETS, load_model, model_content, shared_tokenizer, threads_for, with_adapters
-from fused_kd.training.named import CACHE
+from fused_kd.training.named_teachers import CACHE
 from fused_kd.training.prompts import concatenate, render_sample, training_texts
 from fused_kd.training.reporting import report_options
 from fused_kd.training.rows import load_rows

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_kd.shrink import Parser
 from fused_kd.training.exporting import export
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
-from fused_kd.training.script import run_script
+from fused_kd.training.script import Parser, run_script
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,21 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fused_kd.training.cut_configs import text_config
 from fused_kd.training.exporting import check_output
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
 from fused_kd.training.models import check_device, load_any, load_tokenizer, save_whole
-from fused_kd.training.script import make_console, run_script
+from fused_kd.training.script import Parser, make_console, run_script
 from fused_kd.training.shrinking import Plan, check_options, cut, plan_for
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, through ``run_script``."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -120,8 +120,7 @@ LAYERS = (
     ("fused_kd.integrations",),
     ("fused_kd.training", "fused_kd.serving"),
     ("fused_kd.serve",),
-    ("fused_kd.shrink",),
-    ("fused_kd.export",),
+    ("fused_kd.shrink", "fused_kd.export"),
     ("examples",),
     ("bench", "tests"),
 )

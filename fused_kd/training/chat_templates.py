@@ -8,6 +8,7 @@ between, up to its end token; where it does not, as with templates that rewrite 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -228,11 +229,14 @@ class ChatTemplate:
             written = source + self._written(conversation) + "".join(_named_tokens(self.tokenizer))
             control = [token for token in self._special if token in written]
             self._control[source] = re.compile(_any_of(control) if control else r"(?!)")
-        for number, message in enumerate(conversation.messages, start=1):
-            if found := self._control[source].search(texts_of(message)):
+        beside = {"tools": conversation.tools or [], "chat_template_kwargs": conversation.options}
+        texts = {f"turn {n} ({m['role']})": texts_of(m) for n, m in enumerate(conversation.messages, start=1)}
+        texts |= {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in beside.items()}
+        for where, text in texts.items():
+            if found := self._control[source].search(text):
                 raise ValueError(
-                    f"turn {number} ({message['role']}): its text has the special token {found[0]!r}, which would be "
-                    "read as the end or the beginning of a turn: take it out, or skip such rows (skip_bad)"
+                    f"{where}: its text has the special token {found[0]!r}, which would be read as the end or the "
+                    "beginning of a turn: take it out, or skip such rows (skip_bad)"
                 )
 
     def _written(self, conversation: Conversation) -> str:

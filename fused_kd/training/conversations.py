@@ -102,8 +102,8 @@ def is_learnt(message: dict[str, Any]) -> bool:
 
 def texts_of(message: dict[str, Any]) -> str:
     """All that a message puts into the template, as one text, for searches."""
-    rest = {name: entry for name, entry in message.items() if name not in ("role", "content")}
-    return str(message.get("content", "")) + (json.dumps(rest, ensure_ascii=False) if rest else "")
+    rest = {name: entry for name, entry in message.items() if name != "content"}
+    return str(message.get("content", "")) + json.dumps(rest, ensure_ascii=False)
 
 
 def function_of(call: Any) -> dict[str, Any]:

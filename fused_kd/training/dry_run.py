@@ -54,7 +54,7 @@ def amounts_of(train: Train, args: TrainingArguments, rows: Any) -> Amounts:
         batch = Batch(one, train.max_length * each // one, train.max_length * each)
         return Amounts(0, 0, 0, 0.0, 0, 0, args.max_steps, 0.0, batch)
     lengths = [len(row["input_ids"]) for row in rows.rows]
-    targets = [sum(label != LABEL_PAD for label in row["labels"][1:]) for row in rows.rows]
+    targets = [len(row["labels"]) - 1 - row["labels"][1:].count(LABEL_PAD) for row in rows.rows]
     longest = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)[:each]
     size = sum(lengths[i] for i in longest)
     if train.packing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,15 +74,10 @@ def _unpacked() -> dict[str, Any]:
 
 def _plain(model: Any) -> Any:
     """A model without the marks of the file that its weights came from, which transformers would not save."""
-    config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "_model_name_or_path"):
-        config.__dict__.pop(name, None)
-    config.architectures = [type(model).__name__]
-    plain = type(model)._from_config(config, dtype=model.dtype)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain.eval()
+    model.is_quantized, model.hf_quantizer = False, None
+    for name in ("quantization_config", "_pre_quantization_dtype", "_name_or_path", "_model_name_or_path"):
+        model.config.__dict__.pop(name, None)
+    return model
 
 
 def read_adapter_config(name: str | Path) -> dict[str, Any] | None:

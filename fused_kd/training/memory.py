@@ -28,8 +28,6 @@ _STATE = {
     "sgd": 0, "adafactor": 0, "lomo": 0, "adalomo": 0,
 }  # fmt: skip
 _ADAMW = 8
-# names of parts that are there from the first step to the last
-_ALWAYS = ("student", "optimizer", "float32", "teacher's weights")
 # it makes new tensors of all gradients at once
 _FOREACH = ("adamw_torch",)
 
@@ -197,9 +195,8 @@ def _together(
     parts["activations for the backward"] = passes.kept
     parts |= {"teacher's weights": teaching.weights // shards["weights"], "teacher's forward": teaching.forward}
     parts |= {f"loss ({plan.engine})": plan.workspace, "gradients of the loss": plan.gradients}
-    always = sum(
-        size for name, size in parts.items() if name.startswith(("student", "optim", "float32", "teacher's w"))
-    )
+    stays = ("student's weights", f"optimizer ({optim})", "float32 masters", "teacher's weights")
+    always = sum(parts.get(name, 0) for name in stays)
     # the teacher's forward comes first, and its states stay until the loss
     phases = {
         "the teacher's forward": held + teaching.forward,

@@ -9,11 +9,8 @@ from typing import Any
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.serving.client import ServedTeacher
 from fused_kd.training.loading import load_pretrained, read_adapter_config
-from fused_kd.training.shards import INDEX
+from fused_kd.training.named_teachers import CACHE, SERVED, parse_teachers
 from fused_kd.training.teacher_cache import TeacherCache
-
-CACHE = "cache:"
-SERVERS = ("http://", "https://")
 
 
 def load_teacher(name: str | Path) -> Any:
@@ -30,12 +27,12 @@ def load_teacher(name: str | Path) -> Any:
         ValueError: nothing of the kind there, or files that are damaged, lack tensors or need code of their own.
         ConnectionError: no server there.
     """
-    text = str(name)
-    if text.startswith(SERVERS):
-        return ServedTeacher(text)
-    if text.startswith(CACHE) or is_cache(Path(text)):
-        return TeacherCache(text.removeprefix(CACHE))
-    return _causal_lm("teacher", text)
+    (found,) = parse_teachers([str(name)])
+    if found.kind == "server":
+        return ServedTeacher(found.place)
+    if found.kind == "cache":
+        return TeacherCache(found.place)
+    return found.own if found.kind == "own" else _causal_lm("teacher", found.place)
 
 
 def load_student(name: str | Path) -> Any:
@@ -48,7 +45,7 @@ def load_student(name: str | Path) -> Any:
         ValueError: as :func:`load_teacher`; for adapters without their model.
     """
     text = str(name)
-    if text.startswith((CACHE, *SERVERS)):
+    if text.startswith((CACHE, *SERVED)):
         raise ValueError(f"model must be a causal LM, got {text!r}, which cannot be trained: is it the teacher?")
     if Path(text).is_dir() and not (Path(text) / "config.json").exists() and read_adapter_config(text) is not None:
         raise ValueError(
@@ -90,8 +87,8 @@ def _causal_lm(argument: str, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
-    if local and not path.exists():
+    strange = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
+    if not path.exists() and strange:
         raise ValueError(f"{argument} must be a model, or its folder or name, got {name!r}: there is no such folder")
     try:
         return load_pretrained(AutoModelForCausalLM, name, dtype="auto")
@@ -99,8 +96,3 @@ def _causal_lm(argument: str, name: str) -> Any:
         raise ValueError(
             f"{argument} must be a model, or its folder or name, got {name!r}, which gives no causal LM: {error}"
         ) from error
-
-
-def is_cache(folder: Path) -> bool:
-    """Whether the folder is a cache's, and no model's."""
-    return (folder / INDEX).is_file() and not (folder / "config.json").exists()

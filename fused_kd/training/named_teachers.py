@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fused_kd.integrations.own import OwnTeacher
-from fused_kd.training.named import CACHE, SERVERS, is_cache
+from fused_kd.training.shards import INDEX
 
-OWN = "own:"
+CACHE, OWN, SERVED = "cache:", "own:", ("http://", "https://")
 _WEIGHTED = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)\*(.+)")
 
 
@@ -64,14 +64,14 @@ def _parse(text: str) -> NamedTeacher:
             weight = math.nan
         if not 0 < weight < math.inf:
             raise ValueError(f"teacher must have a weight above 0, got {text!r}")
-    if (meant := _form_meant(place)) is not None:
-        raise ValueError(f"teacher must say what it is: {meant}, got {place!r}")
-    if place.startswith(CACHE):
-        return NamedTeacher(text, "cache", place[len(CACHE) :], weight)
+    if _server_meant(place):
+        raise ValueError(f"teacher must say what it is: http://{place} for a server, got {place!r}")
+    if place.startswith(CACHE) or _is_cache(Path(place)):
+        return NamedTeacher(text, "cache", place.removeprefix(CACHE), weight)
     if place.startswith(OWN):
         _own(place[len(OWN) :], text)
         return NamedTeacher(text, "own", place[len(OWN) :], weight)
-    return NamedTeacher(text, "server" if place.startswith(SERVERS) else "model", place, weight)
+    return NamedTeacher(text, "server" if place.startswith(SERVED) else "model", place, weight)
 
 
 def _own(settings: str, text: str) -> OwnTeacher:
@@ -88,12 +88,12 @@ def _own(settings: str, text: str) -> OwnTeacher:
     return OwnTeacher(**options)
 
 
-def _form_meant(teacher: str) -> str | None:
-    """How a cache or a server that was named as if it were a model is named."""
-    if teacher.startswith((CACHE, OWN, *SERVERS)):
-        return None
-    if is_cache(Path(teacher)):
-        return f"{CACHE}{teacher} for the cache in this folder"
-    if re.fullmatch(r"[\w.-]+:\d+/?|\[[\da-fA-F:]+\]:\d+/?", teacher) and not Path(teacher).exists():
-        return f"http://{teacher} for a server"
-    return None
+def _is_cache(folder: Path) -> bool:
+    return (folder / INDEX).is_file() and not (folder / "config.json").is_file()
+
+
+def _server_meant(teacher: str) -> bool:
+    """Whether a server is named as if it were a model."""
+    if teacher.startswith((CACHE, OWN, *SERVED)) or Path(teacher).exists():
+        return False
+    return re.fullmatch(r"[\w.-]+:\d+/?|\[[\da-fA-F:]+\]:\d+/?", teacher) is not None

@@ -15,8 +15,9 @@ from transformers.integrations.integration_utils import (
 )
 
 # packages by the names of ``report_to``, where they differ
-_PACKAGES = {"azure_ml": "azureml-mlflow"}
-_OURS = ("tensorboard", "trackio", "wandb")  # of the extra "report"
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit", "kubeflow": "kubeflow-sdk"}
+# transformers does not tell whether these are installed
+_UNTOLD = ("flyte",)
 
 
 def check_reporters(names: list[str]) -> None:
@@ -32,7 +33,7 @@ def check_reporters(names: list[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted({"none", "all", *INTEGRATION_TO_CALLBACK}))
             raise ValueError(f"report_to must be some of {known}, got {name!r}")
-        if name in _OURS and name not in here:
+        if name not in here and name not in _UNTOLD:
             extra = " (or pip install 'fused_kd[report]')" if name == "tensorboard" else ""
             raise ImportError(f"report_to={name} needs a package: pip install {_PACKAGES.get(name, name)}{extra}")
 

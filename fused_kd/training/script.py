@@ -161,9 +161,15 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-class _Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, through :func:`run_script`."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class _Parser(Parser, HfArgumentParser):
+    pass
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

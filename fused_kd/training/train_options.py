@@ -17,8 +17,7 @@ from fused_kd.options import statistics_columns
 from fused_kd.training.data import parse_direction
 from fused_kd.training.fit import best_checkpoint
 from fused_kd.training.models import LoRA
-from fused_kd.training.named import CACHE
-from fused_kd.training.named_teachers import parse_teachers
+from fused_kd.training.named_teachers import CACHE, parse_teachers
 from fused_kd.training.prompts import get_prompt
 from fused_kd.training.reporting import check_reporters
 from fused_kd.training.shards import read_index

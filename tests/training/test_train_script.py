@@ -18,6 +18,7 @@ from fused_kd.training import fingerprints
 from fused_kd.training.data import load_pairs, misalign
 from fused_kd.training.generate import generate
 from fused_kd.training.models import load_model, load_tokenizer
+from fused_kd.training.named_teachers import parse_teachers
 from fused_kd.training.prompts import tokenize_pairs
 from fused_kd.training.shards import bytes_of_token, read_index, target_positions
 from fused_kd.training.trainer import KDTrainer
@@ -369,11 +370,11 @@ def test_bad_configurations_stop_before_any_work(tmp_path: Path) -> None:
     cache = tmp_path / "states"
     cache.mkdir()
     (cache / "index.json").write_text("{}")
+    assert all(parse_teachers([f"{way}{cache}"])[0].place == str(cache) for way in ("", "cache:"))
     for changes, message in (
         ({"per_device_train_batch_size": 5}, r"per_device_train_batch_size x processes = 5 x 1, got 16"),
         ({"learning_rat": 1}, "--learning_rat"),
         ({"teacher": "null"}, "teacher must be given"),
-        ({"teacher": cache}, f"teacher must say what it is: cache:{cache} for the cache in this folder, got"),
         ({"teacher": "127.0.0.1:8456"}, "teacher must say what it is: http://127.0.0.1:8456 for a server, got"),
         ({"teacher": "tiny-teacher", "teacher_patience": 3}, "teacher_patience needs a teacher at http://HOST:PORT"),
         ({"teacher": "http://127.0.0.1:1", "teacher_patience": -1}, "teacher_patience must be seconds, at least 0"),
