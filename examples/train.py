@@ -45,7 +45,7 @@ from fused_kd.training.reporting import report_options
 from fused_kd.training.rows import load_rows
 from fused_kd.training.script import make_console, parse, run_script
 from fused_kd.training.shards import read_index
-from fused_kd.training.stage import bind, fingerprint
+from fused_kd.training.stage import bind, fingerprint, has_work, is_main, remove_folder
 from fused_kd.training.streams import Endless
 from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.train_options import ALIASES, TRAINING, Train, as_yaml, settle
@@ -135,8 +135,10 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 @contextmanager
 def tokenizer_folder(train: Train) -> Iterator[Path]:
-    """Where the tokenizer of two presets is kept; a dry run leaves nothing there."""
+    """Where the tokenizer of two presets is kept, as long as work with it is; a dry run leaves nothing there."""
     if train.dry_run == "false":
+        if is_main() and not has_work(Path(train.output)):  # it may be of another first try
+            remove_folder(Path(train.output) / "tokenizer")
         yield Path(train.output) / "tokenizer"
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -17,15 +17,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fused_kd.integrations.sampling import LengthGroupedEpochs
 from fused_kd.training.checkpoints import MANIFEST, WholeCheckpoints, check_room, fault_of, seal
 from fused_kd.training.metrics import RunningMetrics
-from fused_kd.training.script import show_bar, stoppable
+from fused_kd.training.script import evaluation_of, show_bar, stoppable
 from fused_kd.training.stage import lock, read_json, remove_folder, replace_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from fused_kd.training.trainer import KDTrainer
 
 TRAINED = "trained.safetensors"
-# of an evaluation, what a record keeps
-HELD_OUT = ("loss", "ce", "perplexity", "kl", "top_1")
 # options of transformers.TrainingArguments; steps below 1 are shares of the training
 DEFAULTS: Mapping[str, Any] = {
     "train_sampling_strategy": "group_by_length",
@@ -113,19 +111,13 @@ def fit(trainer: KDTrainer | ModuleTrainer, folder: str | Path, title: str | Non
             "parameters": sum(size for size, _ in sizes),
             "rows": len(rows) if isinstance(rows, Sized) else None,
             "log_history": [entry for entry in history if "loss" in entry],
-            "validation": [_evaluation(entry) for entry in history if "eval_loss" in entry],
+            "validation": [{"step": e["step"], **evaluation_of(e)} for e in history if "eval_loss" in e],
         }
         if trainer.is_world_process_zero():
             write_json(folder / "training.json", record)
             shutil.rmtree(checkpoints, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         return record
-
-
-def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The step and the metrics of an entry of the log, without those of the clock."""
-    found = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-    return {"step": entry["step"], **{name: found[name] for name in HELD_OUT if name in found}}
 
 
 def finished(folder: str | Path) -> dict[str, Any] | None:

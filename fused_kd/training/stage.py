@@ -28,6 +28,8 @@ from typing import Any
 DONE = "done.json"
 _DIGITS = 10  # of a key in a folder's name
 _POLL_SECONDS = 2.0
+# what a training or a decoding leaves, which other arguments could not go on with
+_WORK = ("training.json", "model", "checkpoints/*checkpoint-*", "batches/[0-9]*")
 
 
 def is_main() -> bool:
@@ -171,10 +173,12 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
-    """Bind a folder to the arguments that it is first used with, in its ``arguments.json``; the folder.
+    """Bind a folder to the arguments that its work is begun with, in its ``arguments.json``; the folder.
+
+    While there is no work (:func:`has_work`), as after a mistake in the first command, it is bound anew.
 
     Raises:
-        ValueError: nothing can be written there; the folder was used with other arguments (the message lists what
+        ValueError: nothing can be written there; its work was begun with other arguments (the message lists what
             differs) or with such as cannot be read any more.
     """
     folder = Path(folder)
@@ -182,16 +186,15 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
     given = json.loads(json.dumps(dict(arguments), default=_plain))
     if is_main():
         check_writable(folder)
-    begun = [held for held in (folder / ".lock", *folder.glob("*/.lock")) if held.is_file()]
-    if not path.is_file():
-        if any(not (held.parent / path.name).is_file() for held in begun):
-            raise ValueError(
-                f"output={str(folder)!r} has work of an earlier run, but no {path.name}, which says what it was made "
-                "with: put it back as it was, or give another folder"
-            )
+    if not has_work(folder):
         if is_main():
             write_json(path, given)
         return folder
+    if not path.is_file():
+        raise ValueError(
+            f"output={str(folder)!r} has work of an earlier run, but no {path.name}, which says what it was made "
+            "with: put it back as it was, or give another folder"
+        )
     known = read_json(path)
     if not isinstance(known, dict):
         raise ValueError(f"{path} says what its folder was made with, and is damaged: give another folder")
@@ -199,14 +202,27 @@ def bind(folder: str | Path, arguments: Mapping[str, Any]) -> Path:
     return folder
 
 
+def has_work(folder: Path) -> bool:
+    """Whether a folder that is bound has anything of a run in it, or a run that is at it now."""
+    if any(path for name in _WORK for path in folder.glob(name)):
+        return True
+    for held in (folder / ".lock", folder / "batches" / ".lock"):
+        if held.is_file():
+            with lock(held, wait=False) as mine:
+                if not mine:
+                    return True
+    return False
+
+
 def check_same(folder: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` where the arguments that a folder was made with differ from those given now."""
     differing = sorted(key for key in known.keys() | given.keys() if known.get(key) != given.get(key))
     if differing:
         changes = "; ".join(f"{key}: {str(known.get(key))[:80]} -> {str(given.get(key))[:80]}" for key in differing)
+        longer = "; a run is not made longer" if {"max_steps", "num_train_epochs"} & {*differing} else ""
         raise ValueError(
-            f"output={str(folder)!r} was made with other arguments ({changes}): give another folder, or repeat the old "
-            "arguments to go on"
+            f"output={str(folder)!r} was made with other arguments ({changes}): give another folder as output, or repeat "
+            f"the old arguments to go on with it{longer}"
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -24,7 +25,7 @@ from fused_kd.training.reporting import report_options
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.train_options import ALIASES, Train, settle
 from fused_kd.training.trainer import KDTrainer
-from tests.training.scripts import ROOT, apart, script, weights
+from tests.training.scripts import ROOT, apart, script, train, weights
 from tests.training.tiny import rows, tiny
 
 TEMPLATE = (
@@ -95,6 +96,42 @@ def test_a_chat_model_is_distilled_and_answers(chats: Chats, tmp_path: Path, cap
     question = [{"role": "user", "content": "What is 3 plus 4?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_a_first_try_that_failed_may_be_corrected(chats: Chats, tmp_path: Path) -> None:
+    broken, output = tmp_path / "broken", tmp_path / "run"
+    shutil.copytree(chats.folder / "teacher", broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        chats.train(output, teacher=broken)
+    assert chats.train(output, max_steps=2)["steps"] == 2
+    with pytest.raises(ValueError, match=r"other arguments \(max_steps: 2 -> 3\): give .*; a run is not made longer"):
+        chats.train(output, max_steps=3)
+
+
+def test_a_tokenizer_of_a_failed_try_is_not_kept(tmp_path: Path) -> None:
+    presets = {"student": "tiny-student", "max_steps": 1}
+    with pytest.raises(ValueError, match="max_length=1"):
+        train("sft", tmp_path, vocab=300, max_length=1, **presets)
+    train("sft", tmp_path, vocab=350, **presets)
+    assert len(load_tokenizer(tmp_path / "model")) == 350
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_what_a_training_tells(chats: Chats, tmp_path: Path, bar: bool, capsys) -> None:
+    told = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 4, "disable_tqdm": not bar}
+    record = chats.train(tmp_path, data=chats.folder, statistics="kl", **told)
+    out, err = capsys.readouterr()
+    for entry in record["validation"]:
+        line = ", ".join(f"{name} {entry[name]:.4g}" for name in ("loss", "ce", "perplexity", "kl", "top_1"))
+        assert out.count(f"step {entry['step']}, held out: {line}\n") == 1
+    lines = [line for line in out.splitlines() if line.startswith("step 3: ")]
+    if bar:
+        assert not lines and "loss=" in err and "hard_fraction" not in err, "forward_kd has no gate"
+        return
+    assert len(lines) == 1 and not err.strip()
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "kl"):
+        assert f"{name} {record['log_history'][2][name]:.4g}" in lines[0]
 
 
 def test_trl_s_names_give_the_same_options(chats: Chats, tmp_path: Path) -> None:

@@ -157,8 +157,12 @@ def test_a_lock_is_a_file_of_its_own(tmp_path: Path, kind: str) -> None:
     assert not other.exists()
 
 
-def test_a_folder_is_bound_to_its_arguments(tmp_path: Path) -> None:
-    bind(tmp_path, {"lr": 0.1, "plan": Plan()})
+@pytest.mark.parametrize("work", ["training.json", "model/x", "checkpoints/checkpoint-2/x", "batches/000000.jsonl"])
+def test_a_folder_is_bound_to_its_arguments(tmp_path: Path, work: str) -> None:
+    for rate in (0.3, 0.1):
+        bind(tmp_path, {"lr": rate, "plan": Plan()})  # nothing was made: bound anew
+    (tmp_path / work).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / work).touch()
     bind(tmp_path, {"lr": 0.1, "plan": Plan()})
     with pytest.raises(ValueError, match=r"made with other arguments \(lr: 0\.1 -> 0\.2\): give another folder"):
         bind(tmp_path, {"lr": 0.2, "plan": Plan()})
@@ -169,11 +173,16 @@ def test_a_folder_is_bound_to_its_arguments(tmp_path: Path) -> None:
     ):
         bind(tmp_path, {"lr": 0.1, "plan": Plan()})
     (tmp_path / "arguments.json").unlink()
-    bind(tmp_path, {"lr": 0.3})  # nothing was begun
-    with lock(tmp_path / "batches" / ".lock"):
-        (tmp_path / "arguments.json").unlink()
     with pytest.raises(ValueError, match=r"has work of an earlier run, but no arguments\.json"):
         bind(tmp_path, {"lr": 0.2})
+
+
+@pytest.mark.parametrize("place", [".lock", "batches/.lock"])
+def test_a_folder_that_a_run_is_at_is_not_bound_anew(tmp_path: Path, place: str) -> None:
+    bind(tmp_path, {"lr": 0.1})
+    with lock(tmp_path / place), pytest.raises(ValueError, match="made with other arguments"):
+        bind(tmp_path, {"lr": 0.2})
+    bind(tmp_path, {"lr": 0.2})
 
 
 def test_removing_a_folder_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
