@@ -24,7 +24,7 @@ if not sys.stderr.isatty():
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from fused_kd.integrations.parts import thresholded_part
@@ -48,14 +48,14 @@ from fused_kd.training.shards import read_index
 from fused_kd.training.stage import bind, fingerprint, has_work, is_main, remove_folder
 from fused_kd.training.streams import Endless
 from fused_kd.training.teacher_cache import TeacherCache
-from fused_kd.training.train_options import ALIASES, TRAINING, Train, as_yaml, settle
+from fused_kd.training.train_options import ALIASES, HINTS, TRAINING, Arguments, Train, as_yaml, settle
 from fused_kd.training.trainer import KDTrainer
 
 
 def main(argv: list[str] | None = None) -> dict | None:
     cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # else processes on CPUs would not meet
     defaults = {**DEFAULTS, **TRAINING, **cpu}
-    train, args = parse((Train, TrainingArguments), argv, defaults=defaults, aliases=ALIASES, description=__doc__)
+    train, args = parse((Train, Arguments), argv, defaults=defaults, aliases=ALIASES, hints=HINTS, description=__doc__)
     bound = settle(train, args)
     state = PartialState()
     console = make_console(quiet=not state.is_main_process, soft_wrap=True)

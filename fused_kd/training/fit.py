@@ -17,7 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fused_kd.integrations.sampling import LengthGroupedEpochs
 from fused_kd.training.checkpoints import MANIFEST, WholeCheckpoints, check_room, fault_of, seal
 from fused_kd.training.metrics import RunningMetrics
-from fused_kd.training.script import evaluation_of, show_bar, stoppable
+from fused_kd.training.progress import evaluation_of, show_bar
+from fused_kd.training.script import stoppable
 from fused_kd.training.stage import lock, read_json, remove_folder, replace_folder, write_bytes, write_json
 
 if TYPE_CHECKING:

@@ -21,16 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import HfArgumentParser, Trainer, TrainerCallback
+from transformers.hf_argparser import string_to_bool
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 TRACEBACK = "FUSED_KD_TRACEBACK"
-# of an evaluation, what is told and kept
-HELD_OUT = ("loss", "ce", "perplexity", "kl", "top_1")
 _OURS = tuple(str(folder) for folder in (Path(__file__).parents[1], Path(sys.argv[0]).resolve().parent))
 
 
@@ -41,6 +38,7 @@ def parse(
     configs: str | Path | None = None,
     defaults: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
+    hints: Mapping[str, str] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
     """Dataclasses from ``[--preset NAME] [FILE.yaml ...] [--config FILE.yaml ...] [--key value ...]``, later ones
@@ -56,6 +54,7 @@ def parse(
         configs: where ``--preset NAME`` finds ``NAME.yaml``; None (default): the script has no presets.
         defaults: values of some of the fields, before those of any file.
         aliases: further names of fields, in files and flags; ``field.key`` is a key of a field of type ``dict``.
+        hints: names that other programs have for fields, for the message about an unknown name.
         description: for ``--help``.
 
     Returns:
@@ -81,16 +80,18 @@ def parse(
         files.insert(0, Path(str(configs)) / f"{chosen.preset}.yaml")
 
     parser = _Parser(classes, allow_abbrev=False, description=description, formatter_class=_Help)
-    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    types_of = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     for action in parser._actions:
-        _prepare(action, hints.get(action.dest))
+        _prepare(action, types_of.get(action.dest))
     values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
-    aliases = aliases or {}
+    aliases, hints = aliases or {}, hints or {}
     fields = {action.dest for action in parser._actions} - {"help"}
     for file in files:
         found = _with_own_names(_read_file(file), aliases, str(file))
         if unknown := sorted(map(str, found.keys() - fields)):
-            raise ValueError(f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, {*fields, *aliases})}")
+            raise ValueError(
+                f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, {*fields, *aliases}, hints)}"
+            )
         values = merged(values, found)
     given = [text for key, value in values.items() for text in _as_flags(key, value)]
     flags = _flags_with_own_names(rest, aliases)
@@ -98,7 +99,7 @@ def parse(
     # before what is missing is told, which may be what was meant
     if strange := [text for text in named if text not in parser._option_string_actions]:
         names = [text[2:].replace("-", "_") for text in strange]
-        raise ValueError(f"no option {' '.join(strange)}{_nearest(names, {*fields, *aliases}, '--')}")
+        raise ValueError(f"no option {' '.join(strange)}{_nearest(names, {*fields, *aliases}, hints, '--')}")
     *made, left = parser.parse_args_into_dataclasses(
         [*given, *flags], look_for_args_file=False, return_remaining_strings=True
     )
@@ -107,9 +108,11 @@ def parse(
     return tuple(made)
 
 
-def _nearest(names: Sequence[str], known: Iterable[str], prefix: str = "") -> str:
-    """A question after each name's nearest known one, else where all are listed."""
-    near = [found for name in names for found in difflib.get_close_matches(name, sorted(known), 1)]
+def _nearest(names: Sequence[str], known: Iterable[str], hints: Mapping[str, str], prefix: str = "") -> str:
+    """A question after what each name is a hint at, or its nearest known one, else where all are listed."""
+    known = sorted(known)
+    guessed = [[hints[name]] if name in hints else difflib.get_close_matches(name, known, 1) for name in names]
+    near = dict.fromkeys(found for each in guessed for found in each)
     return f": did you mean {', '.join(f'{prefix}{name}' for name in near)}?" if near else ": --help lists all of them"
 
 
@@ -188,6 +191,8 @@ class _Merge(argparse.Action):
 def _prepare(action: argparse.Action, hint: Any) -> None:
     """Let an option take what argparse does not know: dicts, None, empty lists."""
     arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else ()
+    if action.type is string_to_bool:
+        action.type = _bool
     if (typing.get_origin(action.type) or action.type) is dict:
         action.type = _mapping
         if action.nargs is None:
@@ -204,6 +209,13 @@ def _prepare(action: argparse.Action, hint: Any) -> None:
 
         optional.__name__ = getattr(convert, "__name__", "value")
         action.type = optional
+
+
+def _bool(text: str) -> bool:
+    try:
+        return bool(string_to_bool(text))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}") from error
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
@@ -257,6 +269,14 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
+def as_mapping(name: str, text: str) -> dict[str, Any]:
+    """The mapping that an option's JSON or YAML text is; raises ``ValueError`` where it is none."""
+    try:
+        return _mapping(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -296,7 +316,7 @@ def run_script(main: Callable[[], object]) -> None:
         deliberate = (last.line or "").startswith("raise ") and last.filename.startswith(_OURS)
         if os.environ.get(TRACEBACK) or (isinstance(error, TypeError) and not deliberate):
             raise
-        _stop(f"error: {error}", 2)
+        _stop(f"error: {' '.join(str(error).split())}", 2)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -342,54 +362,3 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
         restore()
     if received:
         signal.raise_signal(received[0])
-
-
-class _Bar(ProgressCallback):
-    """The Trainer's progress bar with the latest loss in it, instead of a line of numbers for each log entry."""
-
-    def __init__(self, title: str, shown: Mapping[str, str]) -> None:
-        super().__init__()
-        self.title, self.shown = title, shown
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            shown = {name: f"{logs[name]:{form}}" for name, form in self.shown.items() if name in logs}
-            self.training_bar.set_postfix(shown, refresh=False)
-
-
-class _Lines(TrainerCallback):
-    """A line for each evaluation, and without a bar one for each entry of the log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_loss" in logs:
-            self._tell(f"step {state.global_step}, held out", evaluation_of(logs))
-        elif "loss" in logs and args.disable_tqdm:
-            self._tell(f"step {state.global_step}", logs)
-
-    def _tell(self, title: str, numbers: Mapping[str, Any]) -> None:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
-        tqdm.write(f"{title}: {shown}")  # goes above a bar
-
-
-def evaluation_of(logged: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of an evaluation's log entry, without those of the clock."""
-    return {name: logged[f"eval_{name}"] for name in HELD_OUT if f"eval_{name}" in logged}
-
-
-def show_bar(trainer: Trainer, title: str) -> None:
-    """Replace what the Trainer would print: a bar with the title, the latest loss and the time left, or, where
-    ``disable_tqdm`` is set, a line for each log entry; a line for each evaluation."""
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm:
-        objective = getattr(trainer, "objective", None)
-        gated = objective is not None and objective.spec.gate
-        trainer.add_callback(_Bar(title, {"loss": ".4f", **({"hard_fraction": ".2f"} if gated else {})}))
-    trainer.add_callback(_Lines())

@@ -221,8 +221,8 @@ def check_same(folder: Path, known: Mapping[str, Any], given: Mapping[str, Any])
         changes = "; ".join(f"{key}: {str(known.get(key))[:80]} -> {str(given.get(key))[:80]}" for key in differing)
         longer = "; a run is not made longer" if {"max_steps", "num_train_epochs"} & {*differing} else ""
         raise ValueError(
-            f"output={str(folder)!r} was made with other arguments ({changes}): give another folder as output, or repeat "
-            f"the old arguments to go on with it{longer}"
+            f"output={str(folder)!r} was made with other arguments ({changes}): give another folder as output, or "
+            f"repeat the old arguments to go on with it{longer}"
         )
 
 

@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import SaveStrategy
 
 from fused_kd.integrations.parts import thresholded_part
 from fused_kd.options import statistics_columns
 from fused_kd.training.data import parse_direction
+from fused_kd.training.exporting import ADAPTER_CONFIG, CONFIG
 from fused_kd.training.fit import best_checkpoint
 from fused_kd.training.models import LoRA
 from fused_kd.training.named_teachers import CACHE, parse_teachers
+from fused_kd.training.progress import HELD_OUT
 from fused_kd.training.prompts import get_prompt
 from fused_kd.training.reporting import check_reporters
+from fused_kd.training.script import as_mapping
 from fused_kd.training.shards import read_index
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import check_counts
@@ -42,6 +47,19 @@ ALIASES = {
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.target_modules",
 }
+# what Axolotl and LLaMA-Factory call them, for hints alone: their values are of other forms
+HINTS = {
+    "base_model": "student", "datasets": "data", "dataset": "data", "teacher_model": "teacher",
+    "sequence_len": "max_length", "cutoff_len": "max_length", "template": "chat_template",
+    "micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs", "optimizer": "optim", "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps", "saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps",
+    "sample_packing": "packing", "val_set_size": "eval_data", "val_size": "eval_data", "max_samples": "train_limit",
+    "flash_attention": "attn_implementation", "flash_attn": "attn_implementation", "adapter": "lora",
+    "finetuning_type": "lora", "lora_rank": "lora_r", "lora_target": "lora_target_modules",
+    "lora_target_linear": "lora_target_modules", "kd_temperature": "temperature", "kd_alpha": "objective",
+    "wandb_project": "project", "train_on_inputs": "turns",
+}  # fmt: skip
 # of transformers.TrainingArguments; the paper's (Song et al., 2025), which does not give the scheduler
 TRAINING = {
     "learning_rate": 2e-5, "num_train_epochs": 3, "warmup_steps": 0.03, "weight_decay": 0.0,
@@ -55,6 +73,42 @@ _FREE = (
 _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "push_to_hub", "dataloader_", "ddp_", "trackio_", "fsdp_")
 _EVALUATED = ("eval_data", "eval_split")
 _T = TypeVar("_T")
+
+
+_MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+
+
+@dataclass
+class Arguments(TrainingArguments):  # type: ignore[misc]
+    """Transformers' options, without the values that it would pass over or meet after the models are loaded."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_steps", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be above 0, or -1 for whole epochs, got {self.max_steps}")
+        for name in _MAPPINGS:
+            if isinstance(value := getattr(self, name, None), str):
+                setattr(self, name, as_mapping(name, value))
+        if self.resume_from_checkpoint not in (None, "true"):
+            raise ValueError(
+                "resume_from_checkpoint must be left out: the same command goes on from its last whole checkpoint, and "
+                f"another output begins anew, got {self.resume_from_checkpoint!r}"
+            )
+        self.resume_from_checkpoint = None
+        super().__post_init__()
+        _check_scheduler(self)
+
+
+def _check_scheduler(args: TrainingArguments) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    given = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={given} does not fit {args.lr_scheduler_type}: {error}") from error
 
 
 @dataclass
@@ -229,10 +283,27 @@ def _check_arguments(train: Train, args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be at least 0, got {getattr(args, name)}")
     if not args.warmup_steps >= 0:
         raise ValueError(f"warmup_steps must be at least 0, below 1 a share of the training, got {args.warmup_steps}")
+    for name in (CONFIG, ADAPTER_CONFIG):
+        if (Path(train.output) / name).exists():
+            raise ValueError(f"output={train.output!r} has {name} of a model, and must be a folder of this run alone")
+    if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+        _check_metric(train, args)
     if train.streaming and args.max_steps < 1:
         raise ValueError(f"streaming needs max_steps, as a stream has no known end, got max_steps={args.max_steps}")
     if train.streaming and args.train_sampling_strategy == "batch_rebalance":
         raise ValueError("train_sampling_strategy must not be batch_rebalance with streaming")
+
+
+def _check_metric(train: Train, args: TrainingArguments) -> None:
+    """Whether an evaluation will tell ``metric_for_best_model``; all but ``top_1`` are better when they are less."""
+    kept = [read_index(Path(cache.place)) for cache in train.of_kind("cache")]
+    lists = [index["keep"] for index in kept if index is not None and index["keep"] != "hidden"]
+    known = [name for name in HELD_OUT if train.teachers or name not in ("kl", "top_1")]
+    known = [name for name in known if not (lists and name == "kl") and not ("sampled" in lists and name == "top_1")]
+    name = str(args.metric_for_best_model).removeprefix("eval_")
+    if name not in known:
+        raise ValueError(f"metric_for_best_model must be one of {', '.join(known)} here, got {name!r}")
+    args.greater_is_better = name == "top_1"
 
 
 def _bound(train: Train, args: TrainingArguments) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fused_kd.training.models import load_model, load_tokenizer, train_tokenizer
 from fused_kd.training.named_teachers import parse_teachers
 from fused_kd.training.reporting import report_options
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.train_options import ALIASES, Train, settle
+from fused_kd.training.train_options import ALIASES, HINTS, Arguments, Train, settle
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import ROOT, apart, script, train, weights
 from tests.training.tiny import rows, tiny
@@ -79,7 +79,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Chats:
 
 
 def options(*argv: object) -> tuple[Train, TrainingArguments]:
-    return parse((Train, TrainingArguments), [*map(str, argv), "--use_cpu"], aliases=ALIASES)
+    return parse((Train, Arguments), [*map(str, argv), "--use_cpu"], aliases=ALIASES, hints=HINTS)
 
 
 def test_a_chat_model_is_distilled_and_answers(chats: Chats, tmp_path: Path, capsys) -> None:
@@ -134,6 +134,22 @@ def test_what_a_training_tells(chats: Chats, tmp_path: Path, bar: bool, capsys) 
         assert f"{name} {record['log_history'][2][name]:.4g}" in lines[0]
 
 
+def test_the_best_by_a_metric_that_is_less_when_better(chats: Chats, tmp_path: Path) -> None:
+    best = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end", "true"]
+    for name in ("ce", "eval_perplexity", "kl", "top_1"):
+        command = [*chats.command(tmp_path / "run"), *map(str, best), "--metric_for_best_model", name]
+        train_, args = parse((Train, Arguments), command, aliases=ALIASES)
+        settle(train_, args)
+        assert args.greater_is_better == (name == "top_1")
+
+
+def test_the_output_is_no_model_s_own_folder(chats: Chats) -> None:
+    before = sorted((chats.folder / "teacher").iterdir())
+    with pytest.raises(ValueError, match=r"output='.*teacher' has config\.json of a model, and must be a folder of"):
+        chats.train(chats.folder / "teacher")
+    assert sorted((chats.folder / "teacher").iterdir()) == before
+
+
 def test_trl_s_names_give_the_same_options(chats: Chats, tmp_path: Path) -> None:
     ours = ["--student", "s", "--teacher", "t", "--data", "d", "--output", "o", "--max_length", 9, "--use_peft", "true"]
     ours += ["--lora", "{r: 4, alpha: 8, target_modules: [q_proj, v_proj]}", "--streaming", "true", "--max_steps", 5]
@@ -163,6 +179,8 @@ def test_trl_s_names_give_the_same_options(chats: Chats, tmp_path: Path) -> None
         ("data: a\ndataset_name: b", [], r"f\.yaml: data and dataset_name are one option: give one of them"),
         ("", ["--teacher_mode_name_or_path", "b"], r"did you mean --teacher_model_name_or_path\?"),
         ("", ["--lora_alpa", "b"], r"no option --lora_alpa: did you mean --lora_alpha\?"),
+        ("base_model: b\nmicro_batch_size: 2", [], "did you mean student, per_device_train_batch_size"),
+        ("sequence_len: 2\nsteps: x", [], "did you mean max_length, .*steps"),
         ("datset_name: b", [], r"unknown keys datset_name: did you mean dataset_name\?"),
     ],
 )

@@ -21,6 +21,8 @@ from tests.training.test_checkpoints import training, weights
 
 SFT = [CONFIGS / "tiny.yaml", CONFIGS / "methods" / "sft.yaml", "--student", "tiny-student", "--train_limit", "20"]
 
+EVALUATED = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "4", "--load_best_model_at_end", "true"]
+
 
 @dataclass
 class Options:
@@ -64,7 +66,7 @@ def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
         ("data: x", ["--limt", "1"], r"no option --limt: did you mean --limit\?$"),
         ("data: x", ["--limit", "1", "y"], "no option takes y: each is --NAME VALUE"),
         ("qqqq: x", [], "unknown keys qqqq: --help lists all of them"),
-        ("data: x", ["--flag", "maybe"], "Truthy value expected"),
+        ("data: x", ["--flag", "maybe"], "--flag: must be true or false, got 'maybe'"),
         ("data: x", ["--preset", "huge"], r"--preset must be one of f, got 'huge'"),
     ],
 )
@@ -81,7 +83,7 @@ def test_every_option_of_a_training_may_come_from_a_file(tmp_path: Path) -> None
         if "cache_k" in method.read_text():
             continue  # of the table alone
         argv = [CONFIGS / "paper.yaml", CONFIGS / "tiny.yaml", method, "--output", tmp_path, "--use_cpu"]
-        options, arguments = parse((train.Train, TrainingArguments), [*map(str, argv)])
+        options, arguments = parse((train.Train, train.Arguments), [*map(str, argv)])
         bound = train.settle(options, arguments)
         assert arguments.learning_rate == 2e-3 and bound["prompt"] == "tiny" and not arguments.bf16
         assert (options.select == "best") == arguments.load_best_model_at_end
@@ -102,12 +104,29 @@ def test_every_script_ends_this_way(path: Path) -> None:
         (["--global_batch", "33"], "error: global_batch must be a multiple of per_device_train_batch_size"),
         (["--objective", "forward_kd", "--teacher", "null"], "error: teacher must be given for objective='forward_kd'"),
         (["--output", "/proc/run"], "error: [Errno 2]"),
+        ([*EVALUATED, "--metric_for_best_model", "foo"], "must be one of loss, ce, perplexity here, got 'foo'"),
+        ([*EVALUATED, "--metric_for_best_model", "kl"], "must be one of loss, ce, perplexity here, got 'kl'"),
+        (
+            [*EVALUATED, "--eval_steps", "3"],
+            "requires the saving steps to be a round multiple of the evaluation steps, but",
+        ),
+        (["--lr_scheduler_kwargs", "notjson"], "lr_scheduler_kwargs: expected a mapping of keys to values, got"),
+        (["--lr_scheduler_kwargs", "{a: 1}"], "lr_scheduler_kwargs={'a': 1} does not fit"),
+        (["--gradient_checkpointing_kwargs", "x"], "gradient_checkpointing_kwargs: expected a mapping"),
+        (["--eval_steps", "0"], "eval_steps must be above 0, got 0"),
+        (["--save_steps", "0"], "save_steps must be above 0, got 0"),
+        (["--save_total_limit", "0"], "save_total_limit must be above 0, got 0"),
+        (["--max_steps", "0"], "max_steps must be above 0, or -1 for whole epochs, got 0"),
+        (["--bf16", "auto"], "--bf16: must be true or false, got 'auto'"),
+        (["--resume_from_checkpoint", "x"], "the same command goes on from its last whole checkpoint"),
+        (["--base_model", "x"], "no option --base_model: did you mean --student?"),
     ],
 )
 def test_a_user_s_error_is_one_line(tmp_path: Path, change: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: script("train").main([*map(str, SFT), "--output", str(tmp_path / "run"), *change]))
     lines = capsys.readouterr().err.strip().splitlines()
+    assert not (tmp_path / "run" / "arguments.json").exists(), "before any work"
     assert ended.value.code == 2 and message in lines[-1] and not any("Traceback" in line for line in lines)
 
 
