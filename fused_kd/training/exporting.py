@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fused_kd.training.loading import gguf_of, read_adapter_config
+from fused_kd.training.loading import gguf_of, has_tokenizer, read_adapter_config
 from fused_kd.training.models import load_any, load_tokenizer, merged, save_whole
 from fused_kd.training.stage import check_writable
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def export(
@@ -50,7 +49,7 @@ def export(
         if not str(whole):
             raise ValueError(f"base must be given: the adapters of {str(source)!r} do not name what they belong to")
     check_output(Path(folder), source, whole)
-    tokenizer: Any = load_tokenizer(source if adapters and _has_tokenizer(source) else whole)
+    tokenizer: Any = load_tokenizer(source if adapters and has_tokenizer(source) else whole)
     model: Any = load_any(whole, dtype=dtype)
     check_exportable(model, tokenizer, str(whole))
     if adapters:
@@ -86,10 +85,6 @@ def _adapters(source: str | Path) -> bool:
             raise ValueError(f"{str(source)!r} has both {CONFIG} and {ADAPTER_CONFIG}: give a folder with one of them")
         return both[1]
     return not folder.exists() and read_adapter_config(source) is not None
-
-
-def _has_tokenizer(adapters: str | Path) -> bool:
-    return any((Path(adapters) / name).is_file() for name in _TOKENIZERS)
 
 
 def check_output(folder: Path, *sources: str | Path) -> None:

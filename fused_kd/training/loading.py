@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 # what a model's files may ask for by themselves: transformers' own, none of which fetches a kernel
 _SAFE = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
     "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
 }
+
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "source.spm", "tekken.json",
+)  # fmt: skip
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".json")
 
 
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
@@ -30,7 +40,7 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
             is not installed, unless the caller named it as ``attn_implementation`` or ``experts_implementation``.
     """
     folder, file = gguf_of(name)
-    options = options if file is None else {**options, "gguf_file": file}
+    options = {**_where(folder), **options, **({} if file is None else {"gguf_file": file})}
     try:
         if not loader.__name__.startswith("AutoModel"):
             return loader.from_pretrained(folder, trust_remote_code=False, **options)
@@ -44,6 +54,36 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # such as too little memory
             raise
         raise ValueError(f"its files are damaged or of an unknown form: {type(error).__name__}: {error}") from error
+
+
+def is_missing(name: str | Path) -> bool:
+    """Whether a model's name can only be that of a folder or file, and nothing is there."""
+    path, text = Path(name), str(name)
+    meant = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
+    return (meant or path.suffix in _FILES) and not path.exists()
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has a tokenizer's files, or a GGUF file."""
+    return gguf_of(folder)[1] is not None or any((Path(folder) / name).is_file() for name in TOKENIZERS)
+
+
+def _where(name: str | Path) -> dict[str, Any]:
+    """Without a network, the option that keeps a hub name's loading from trying again and again."""
+    return {} if Path(name).exists() or _has_hub() else {"local_files_only": True}
+
+
+@functools.cache
+def _has_hub() -> bool:
+    from huggingface_hub import constants
+
+    if getproxies():  # which may know the address
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def gguf_of(name: str | Path) -> tuple[str, str | None]:
@@ -89,7 +129,7 @@ def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    path = find_adapter_config_file(str(name))
+    path = find_adapter_config_file(str(name), **_where(name))
     if path is None:
         return None
     where = f"adapter_config.json of {str(name)!r}"
@@ -138,7 +178,7 @@ def safe_config(name: str, options: dict[str, Any]) -> Any:
         if not isinstance(name, str):
             raise ValueError(f"its adapter_config.json must name a model as base_model_name_or_path, got {name!r}")
     where = {key: options[key] for key in ("gguf_file",) if key in options}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_where(name), **where)
     chosen = {key: options[key] for key in _SAFE if key in options}
     for key, value in chosen.items():
         setattr(config, f"_{key}", value)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fused_kd.training.checkpoints import MANIFEST, seal
+from fused_kd.training.loading import TOKENIZERS, has_tokenizer, is_missing, read_adapter_config
 from fused_kd.training.loading import load_pretrained as load_pretrained
-from fused_kd.training.loading import read_adapter_config
 from fused_kd.training.stage import fingerprint, fingerprint_file, remove_folder, replace_folder
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or on the hub. Raises ``ValueError`` where there is none."""
     from transformers import AutoTokenizer
 
+    if Path(name_or_path).is_dir() and not has_tokenizer(name_or_path):
+        raise ValueError(f"{str(name_or_path)!r} has no tokenizer files: none of {', '.join(TOKENIZERS)}")
     tokenizer: PreTrainedTokenizerBase = _pretrained(AutoTokenizer, str(name_or_path))
     return tokenizer
 
@@ -308,10 +310,17 @@ def _from_preset(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pr
 
 
 def _pretrained(loader: Any, name: str, **options: Any) -> Any:
+    path = Path(name)
+    if is_missing(name):
+        raise ValueError(f"{name!r}: no such folder or file")
     try:
         return load_pretrained(loader, name, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder or hub name that gives "
-            f"{loader.__name__}: {' '.join(str(error).split())}"
-        ) from error
+        if path.exists():
+            what = f"{name!r} gives no {loader.__name__}"
+        elif len(path.parts) > 1 and path.parent.is_dir():
+            what = f"{name!r}: no such folder, and not on the hub"
+        else:
+            presets = ", ".join(PRESETS)
+            what = f"{name!r} is neither a preset ({presets}) nor a folder or hub name that gives {loader.__name__}"
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_kd.integrations.precision import trained_in_float32
 from fused_kd.serving.client import ServedTeacher
-from fused_kd.training.loading import load_pretrained, read_adapter_config
+from fused_kd.training.loading import is_missing, load_pretrained, read_adapter_config
 from fused_kd.training.named_teachers import CACHE, SERVED, parse_teachers
 from fused_kd.training.teacher_cache import TeacherCache
 
@@ -86,9 +86,7 @@ def opened(teacher: Any, load: Callable[[Any], Any] = load_teacher) -> Any:
 def _causal_lm(argument: str, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    path = Path(name)
-    strange = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
-    if not path.exists() and strange:
+    if is_missing(name):
         raise ValueError(f"{argument} must be a model, or its folder or name, got {name!r}: there is no such folder")
     try:
         return load_pretrained(AutoModelForCausalLM, name, dtype="auto")

@@ -79,7 +79,7 @@ _MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation
 
 
 @dataclass
-class Arguments(TrainingArguments):  # type: ignore[misc]
+class Arguments(TrainingArguments):
     """Transformers' options, without the values that it would pass over or meet after the models are loaded."""
 
     def __post_init__(self) -> None:
@@ -98,15 +98,15 @@ class Arguments(TrainingArguments):  # type: ignore[misc]
                 f"another output begins anew, got {self.resume_from_checkpoint!r}"
             )
         self.resume_from_checkpoint = None
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         _check_scheduler(self)
 
 
 def _check_scheduler(args: TrainingArguments) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    given = args.lr_scheduler_kwargs or {}
+    given: Any = args.lr_scheduler_kwargs or {}
     try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=dict(given))
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs={**given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs={given} does not fit {args.lr_scheduler_type}: {error}") from error
 

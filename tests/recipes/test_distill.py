@@ -148,7 +148,7 @@ def test_models_from_a_folder(finished: Path, tmp_path: Path, monkeypatch: pytes
         ("--kd-size 160", r"--kd-size must be in \[1, 159\]"),
         ("--direction en-en", "direction='en-en'"),
         ("--data ./nowhere.jsonl", "no such file"),
-        ("--student ./nowhere", "neither a preset"),
+        ("--student ./nowhere", "no such folder or file"),
         ("--only nonsense", "objective must be one of"),
         ("--only reverse_kd", "--only must name stages of teacher, student, sft, forward_kd"),
         ("--kd-noise 2", "share must be in"),

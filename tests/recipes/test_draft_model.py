@@ -149,7 +149,7 @@ def test_killed_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.
         ("--objective forward_kd:lam=1 --tail bucket", "tail must be 'renormalize' or 'listed' for an objective"),
         ("--tail none", "tail must be one of"),
         ("--vocabulary 0", "vocabulary must be an int of at least 1, got 0"),
-        ("--target ./nowhere", "'./nowhere' is neither a preset"),
+        ("--target ./nowhere", "'./nowhere': no such folder"),
         ("--data ./nowhere.jsonl", "no such file"),
         ("--objective", "objective must name at least one, got none"),
         ("--vocabulary 3", "vocabulary must be above 3, the special tokens, and at most 400, .* got 3"),

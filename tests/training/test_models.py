@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from fused_kd.training import loading
 from fused_kd.training.checkpoints import fault_of
 from fused_kd.training.loading import load_pretrained
 from fused_kd.training.models import (
@@ -24,6 +25,7 @@ from fused_kd.training.models import (
     LoRA,
     language_id,
     load_adapters,
+    load_any,
     load_model,
     load_tokenizer,
     merge,
@@ -94,7 +96,7 @@ def test_presets(tokenizer) -> None:
 def test_load_from_folder(tokenizer, tmp_path: Path) -> None:
     model = load_model("tiny-student", tokenizer, 1)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"neither a preset.*nor a folder or hub name"):
+    with pytest.raises(ValueError, match=r"has no tokenizer files: none of tokenizer\.json"):
         load_model(tmp_path, tokenizer, 0)  # no tokenizer beside it
     tokenizer.save_pretrained(tmp_path)
     assert torch.equal(load_model(tmp_path, tokenizer, 0).lm_head.weight, model.lm_head.weight)
@@ -108,8 +110,25 @@ def test_load_from_folder(tokenizer, tmp_path: Path) -> None:
     larger.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="fewer than the"):
         load_model(tmp_path, larger, 0)
-    with pytest.raises(ValueError, match=r"'./no-such-model' is neither a preset \(tiny-teacher, tiny-student"):
-        load_model("./no-such-model", tokenizer, 0)
+
+
+def test_what_is_not_there(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """A path is no hub name; without a network the hub is not tried again and again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    loading._has_hub.cache_clear()
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    for load in (load_tokenizer, load_any):
+        for name in ("./nowhere", "/no-such/model", "~/model", "model.gguf", "runs/a/model"):
+            with pytest.raises(ValueError, match=r"^'[^']*': no such folder or file$"):
+                load(name)
+        with pytest.raises(ValueError, match=r"^'models/mine': no such folder, and not on the hub: "):
+            load("models/mine")
+        with pytest.raises(ValueError, match=r"^'no-such-model' is neither a preset \(tiny-teacher, tiny-student"):
+            load("no-such-model")
+    loading._has_hub.cache_clear()
+    assert not caplog.records
 
 
 def test_shared_tokenizer(tokenizer, tmp_path: Path) -> None:
@@ -251,11 +270,11 @@ def test_the_check_changes_nothing_of_a_model(folder: Path, tokenizer) -> None:
 def test_damaged_files_are_errors(folder: Path, tokenizer, text: str) -> None:
     weights, config = folder / "model.safetensors", (folder / "config.json").read_text()
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="model' is neither a preset"):
+    with pytest.raises(ValueError, match=r"model' gives no AutoTokenizer|model' gives no AutoModelForCausalLM"):
         load_model(folder, tokenizer, 0)
     (folder / "config.json").write_text(config)
     weights.write_bytes(weights.read_bytes()[:-1] if text else b"")
-    with pytest.raises(ValueError, match=r"model' is neither a preset .*: its files are damaged"):
+    with pytest.raises(ValueError, match=r"model' gives no AutoModelForCausalLM: its files are damaged"):
         load_model(folder, tokenizer, 0)
 
 
