@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if train.adapters is not None:
         set_seed(args.seed)
         student = with_adapters(student, train.adapters, "CAUSAL_LM")
+    args.use_cache = getattr(student.config, "use_cache", True)  # the trainer would save another
     trainer = KDTrainer(
         trained_in_float32(student),
         teacher,

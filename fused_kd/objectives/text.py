@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from difflib import get_close_matches
 
 from .base import Objective
 from .table import OBJECTIVES
@@ -36,9 +37,8 @@ def _parse_multiple(part: str, text: str) -> Objective:
     factor, star, single = part.rpartition("*")
     name, _, settings = (word.strip() for word in single.partition(":"))
     if name not in OBJECTIVES:
-        raise ValueError(
-            f"objective must be one of {', '.join(OBJECTIVES)}, or a sum of them, got {name!r} in {text!r}"
-        )
+        names = dict.fromkeys([*get_close_matches(name, OBJECTIVES, 1), *OBJECTIVES])  # the nearest first
+        raise ValueError(f"objective must be one of {', '.join(names)}, or a sum of them, got {name!r} in {text!r}")
     known = [field.name for field in fields(OBJECTIVES[name])]
     values: dict[str, float | str] = {}
     for setting in filter(None, settings.split(",")):

@@ -14,6 +14,7 @@ import threading
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -85,6 +86,7 @@ def parse(
         _prepare(action, types_of.get(action.dest))
     values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     aliases, hints = aliases or {}, hints or {}
+    origin: dict[str, Path] = {}
     fields = {action.dest for action in parser._actions} - {"help"}
     for file in files:
         found = _with_own_names(_read_file(file), aliases, str(file))
@@ -93,6 +95,7 @@ def parse(
                 f"{file}: unknown keys {', '.join(unknown)}{_nearest(unknown, {*fields, *aliases}, hints)}"
             )
         values = merged(values, found)
+        origin |= dict.fromkeys(found, file)
     given = [text for key, value in values.items() for text in _as_flags(key, value)]
     flags = _flags_with_own_names(rest, aliases)
     named = [text.partition("=")[0] for text in flags if text.startswith("--")]
@@ -100,9 +103,15 @@ def parse(
     if strange := [text for text in named if text not in parser._option_string_actions]:
         names = [text[2:].replace("-", "_") for text in strange]
         raise ValueError(f"no option {' '.join(strange)}{_nearest(names, {*fields, *aliases}, hints, '--')}")
-    *made, left = parser.parse_args_into_dataclasses(
-        [*given, *flags], look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        *made, left = parser.parse_args_into_dataclasses(
+            [*given, *flags], look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:
+        name = re.match(r"argument --(\w+)", str(error))
+        if name is None or name[1] not in origin or name[1] in {text[2:].replace("-", "_") for text in named}:
+            raise
+        raise ValueError(f"{origin[name[1]]}: {error}") from error
     if left:
         raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE")
     return tuple(made)
@@ -296,13 +305,18 @@ def run_script(main: Callable[[], object]) -> None:
     """Call a script's ``main``.
 
     Exits with 2 and one line where the user's input is wrong, with 130 and 143 after Ctrl-C and SIGTERM, and with a
-    traceback for everything else; ``FUSED_KD_TRACEBACK=1`` shows it for all errors.
+    traceback for everything else; ``FUSED_KD_TRACEBACK=1`` shows it for all errors. A ``UserWarning`` is one line too,
+    without its place in the code.
     """
 
     def terminate(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)  # so that helpers are ended and files closed
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    def warn(message: Any, category: type[Warning], *where: Any) -> str:
+        return f"{Path(sys.argv[0]).name}: {message}\n" if category is UserWarning else shown(message, category, *where)
+
+    before, shown = signal.signal(signal.SIGTERM, terminate), warnings.formatwarning
+    warnings.formatwarning = warn  # type: ignore[assignment]
     try:
         main()
     except KeyboardInterrupt:
@@ -319,6 +333,7 @@ def run_script(main: Callable[[], object]) -> None:
         _stop(f"error: {' '.join(str(error).split())}", 2)
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = shown
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -91,6 +91,7 @@ def test_a_chat_model_is_distilled_and_answers(chats: Chats, tmp_path: Path, cap
     assert record["steps"] == 12 and record["rows"] == 24 and len(record["validation"]) == 2
     assert record["log_history"][-1]["loss"] < record["log_history"][0]["loss"]
     kept = tmp_path / "run" / "model"
+    assert json.loads((kept / "config.json").read_text())["use_cache"] is True, "as the student's"
     tokenizer = load_tokenizer(kept)
     model = load_model(kept, tokenizer, 0)
     question = [{"role": "user", "content": "What is 3 plus 4?"}]

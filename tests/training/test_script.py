@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +61,8 @@ def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
         ("data: " + "[" * 2000, [], r"f\.yaml cannot be read: not YAML"),
         ("pretrain: &x\n  b: *x", [], r"f\.yaml cannot be read: aliases are not taken .line 2"),
         ("[1]", [], r"f\.yaml cannot be read: expected a mapping of keys to values, got '\[1\]'"),
-        ("data: x\nlimit: many", [], "--limit: invalid int value: 'many'"),
+        ("data: x\nlimit: many", [], r"f\.yaml: argument --limit: invalid int value: 'many'"),
+        ("data: x\nlimit: 3", ["--limit", "many"], "^argument --limit: invalid int value: 'many'"),
         ("data: x\nkind: three", [], "--kind: invalid choice: 'three'"),
         ("data: x\npretrain: 5", [], "--pretrain: expected a mapping of keys to values, got '5'"),
         ("data: x", ["--limt", "1"], r"no option --limt: did you mean --limit\?$"),
@@ -103,6 +105,7 @@ def test_every_script_ends_this_way(path: Path) -> None:
         (["--lr_scheduler_type", "cosin"], "error: argument --lr_scheduler_type"),
         (["--global_batch", "33"], "error: global_batch must be a multiple of per_device_train_batch_size"),
         (["--objective", "forward_kd", "--teacher", "null"], "error: teacher must be given for objective='forward_kd'"),
+        (["--objective", "reverse_kdd"], "error: objective must be one of reverse_kd, sft, "),
         (["--output", "/proc/run"], "error: [Errno 2]"),
         ([*EVALUATED, "--metric_for_best_model", "foo"], "must be one of loss, ce, perplexity here, got 'foo'"),
         ([*EVALUATED, "--metric_for_best_model", "kl"], "must be one of loss, ce, perplexity here, got 'kl'"),
@@ -128,6 +131,19 @@ def test_a_user_s_error_is_one_line(tmp_path: Path, change: list[str], message: 
     lines = capsys.readouterr().err.strip().splitlines()
     assert not (tmp_path / "run" / "arguments.json").exists(), "before any work"
     assert ended.value.code == 2 and message in lines[-1] and not any("Traceback" in line for line in lines)
+
+
+def test_a_warning_is_one_line(recwarn: pytest.WarningsRecorder) -> None:
+    shown = []
+
+    def main() -> None:
+        warnings.warn("2 rows are bad", UserWarning, stacklevel=1)
+        shown.extend(warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in recwarn.list)
+        shown.append(warnings.formatwarning("old", FutureWarning, "file.py", 3))
+
+    run_script(main)
+    assert shown[0].endswith(": 2 rows are bad\n") and shown[0].count("\n") == 1 and ".py:" not in shown[0][12:]
+    assert shown[1].startswith("file.py:3: FutureWarning: old")
 
 
 def test_a_traceback_on_request_and_for_what_is_no_user_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
