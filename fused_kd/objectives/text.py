@@ -37,8 +37,10 @@ def _parse_multiple(part: str, text: str) -> Objective:
     factor, star, single = part.rpartition("*")
     name, _, settings = (word.strip() for word in single.partition(":"))
     if name not in OBJECTIVES:
-        names = dict.fromkeys([*get_close_matches(name, OBJECTIVES, 1), *OBJECTIVES])  # the nearest first
-        raise ValueError(f"objective must be one of {', '.join(names)}, or a sum of them, got {name!r} in {text!r}")
+        near = get_close_matches(name, OBJECTIVES, 1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        names = ", ".join(OBJECTIVES)
+        raise ValueError(f"objective must be one of {names}, or a sum of them, got {name!r} in {text!r}{hint}")
     known = [field.name for field in fields(OBJECTIVES[name])]
     values: dict[str, float | str] = {}
     for setting in filter(None, settings.split(",")):
