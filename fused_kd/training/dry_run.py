@@ -96,8 +96,8 @@ def advice(train: Train, amounts: Amounts) -> list[str]:
 def amounts_lines(args: TrainingArguments, amounts: Amounts) -> list[str]:
     """The amounts as text."""
     each, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch = f"global batch {each * args.world_size * accumulated} = {args.world_size} processes x {each} sentences x "
-    batch, steps = f"{batch}{accumulated} steps", f"{amounts.steps} steps"
+    batch = f"global batch {each * args.world_size * accumulated} = {args.world_size} processes x {each} rows x "
+    batch, steps = f"{batch}{accumulated} accumulated", f"{amounts.steps} steps"
     if not amounts.rows:
         return [batch, f"a stream of unknown length, {steps}"]
     return [

@@ -70,7 +70,9 @@ class _Teaching:
     top_k: int | None
 
 
-def memory_of(train: Train, args: TrainingArguments, tokenizer: Any, batch: MicroBatch, served: Sequence[Any]) -> Memory:
+def memory_of(
+    train: Train, args: TrainingArguments, tokenizer: Any, batch: MicroBatch, served: Sequence[Any]
+) -> Memory:
     """Count what a training would take on each device, with the largest micro-batch.
 
     The models' passes are counted on tensors without data, the loss is planned as it would be; the optimizer's state
@@ -153,7 +155,12 @@ def _stored(teacher: NamedTeacher) -> tuple[int | None, int | None]:
 
 
 def _engines(
-    train: Train, args: TrainingArguments, batch: MicroBatch, autocast: torch.dtype | None, sizes: Sizes, teaching: _Teaching
+    train: Train,
+    args: TrainingArguments,
+    batch: MicroBatch,
+    autocast: torch.dtype | None,
+    sizes: Sizes,
+    teaching: _Teaching,
 ) -> dict[str, Choice | str]:
     found: dict[str, Choice | str] = {}
     for engine in ("chunked", "streaming"):

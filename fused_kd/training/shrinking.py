@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, read_back, text_config
-from fused_kd.training.importance import Batch, batches_of, block_influence, channel_activity, inner_activity, norm_scales
+from fused_kd.training.importance import (
+    Batch,
+    batches_of,
+    block_influence,
+    channel_activity,
+    inner_activity,
+    norm_scales,
+)
 from fused_kd.training.models import load_any, load_tokenizer
 
 if TYPE_CHECKING:
