@@ -178,7 +178,7 @@ def test_two_processes_share_a_stream(chats: Chats, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "global batch 8 = 2 processes x 4 sentences x 1 steps" in done.stdout
+    assert "global batch 8 = 2 processes x 4 rows x 1 accumulated" in done.stdout
     start, one, two = (
         weights(folder) for folder in (chats.folder / "student", tmp_path / "one/model", tmp_path / "two/model")
     )
