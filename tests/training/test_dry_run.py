@@ -135,7 +135,7 @@ def test_processes_share_what_they_shard(chats: Chats, tmp_path: Path, monkeypat
     from fused_kd.training import memory
 
     args = script("train").parse(
-        (script("train").Train, script("train").TrainingArguments), chats.command(tmp_path), aliases={}
+        (script("train").Train, script("train").Arguments), chats.command(tmp_path), aliases={}
     )[1]
     monkeypatch.setattr(type(args), "world_size", 4)
     assert memory._shards(args) == {"weights": 1, "gradients": 1, "optimizer": 1, "masters": 0}
