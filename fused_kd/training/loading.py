@@ -129,7 +129,7 @@ def read_adapter_config(name: str | Path) -> dict[str, Any] | None:
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    path = find_adapter_config_file(str(name), **_where(name))
+    path = None if is_missing(name) else find_adapter_config_file(str(name), **_where(name))
     if path is None:
         return None
     where = f"adapter_config.json of {str(name)!r}"

@@ -117,6 +117,7 @@ def test_adapters(run: Path, tokenizer: Any, tmp_path: Path, named: bool) -> Non
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing": (["no-such-folder"], "neither a preset"),
+    "no folder": (["./no-such-folder"], "'./no-such-folder': no such folder or file"),
     "no model": (["."], r"has no config.json and no adapter_config.json, nor has its model folder; .*checkpoint-3"),
     "base": (["run", "--base", "run/model"], "base='run/model' is for adapters"),
     "itself": (["run/model", "--output", "run/model"], "output='run/model' holds the model that is read"),
