@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import fused_kd as fk
 from fused_kd.info import devices, versions
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.integrations.weights import straight_through
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
 from fused_kd.training.fit import fit, training_arguments
@@ -113,9 +114,25 @@ def fake_quantised(model: Any, kind: str, group_size: int) -> Any:
     if kind == "int4":
         config = qat.QATConfig(ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(group_size)), step="prepare")
     else:
-        config = qat.QATConfig(weight_config=qat.Float8FakeQuantizeConfig(granularity=ao.PerRow()), step="prepare")
+        # without a least value rows of zeros become NaN
+        weights = qat.Float8FakeQuantizeConfig(granularity=ao.PerRow(), hp_value_lb=1e-12)
+        config = qat.QATConfig(weight_config=weights, step="prepare")
     ao.quantize_(model, config, filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and layer is not head)
+    for layer in model.modules():
+        if getattr(layer, "weight_fake_quantizer", None) is not None:
+            layer.weight_fake_quantizer = StraightThrough(layer.weight_fake_quantizer)
     return model
+
+
+class StraightThrough(nn.Module):
+    """A fake quantiser that gradients pass straight through; torchao's own for float8 lets most of them be 0."""
+
+    def __init__(self, quantiser: nn.Module) -> None:
+        super().__init__()
+        self.quantiser = quantiser
+
+    def forward(self, values: Tensor) -> Tensor:
+        return straight_through(self.quantiser, values)
 
 
 @torch.no_grad()
