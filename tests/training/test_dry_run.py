@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from fused_kd import ops
 from fused_kd.engines import chunked
 from fused_kd.training import dry_run
+from fused_kd.training.memory import MicroBatch
 from fused_kd.training.models import LoRA, load_tokenizer, with_adapters
 from fused_kd.training.passes import Passes, faked, model_without_data, passes_of, sizes_of
 from tests.training.scripts import ROOT, script
@@ -100,6 +102,30 @@ def test_what_would_be_trained(chats: Chats, tmp_path: Path, capsys) -> None:
     assert list(parts_of(told)) == parts
     assert "loss, chunked:" in told and "loss, streaming:" in told and "full logits, which" in told
     assert chats.train(tmp_path / "run", **given)["steps"] == 6
+
+
+def test_rows_that_are_dropped_are_not_counted(chats: Chats, tmp_path: Path, capsys) -> None:
+    given = {"global_batch": 5, "per_device_train_batch_size": 5, "num_train_epochs": 2}
+    given |= {"dataloader_drop_last": "true"}
+    script("train").main(chats.command(tmp_path / "run", dry_run="true", **given))
+    told = capsys.readouterr().out
+    tokens = int(re.search(r"skipped\n(\d+) tokens, ", told)[1])
+    assert f"8 steps of {tokens * 20 / 24 / 4:.0f} tokens on average" in told
+    assert chats.train(tmp_path / "run", **given)["steps"] == 8
+    few = given | {"global_batch": 25, "per_device_train_batch_size": 25, "dry_run": "true"}
+    with pytest.raises(ValueError, match="dataloader_drop_last must be off: 24 rows are fewer than the 25"):
+        script("train").main(chats.command(tmp_path / "few", **few))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_largest_batch_has_the_most_targets(tmp_path: Path, packing: bool) -> None:
+    """The longest rows need not be those with the most loss."""
+    made = [([5] * 100, [-100] * 99 + [5])] * 8 + [([5] * 95, [-100] + [5] * 94)] * 8
+    rows = SimpleNamespace(rows=[{"input_ids": ids, "labels": labels} for ids, labels in made], truncated=0, skipped=0)
+    train = SimpleNamespace(streaming=False, packing=packing, max_length=100)
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, use_cpu=True, report_to=[])
+    found = dry_run.amounts_of(train, args, rows).batch
+    assert found == (MicroBatch(1, 800, 8 * 94) if packing else MicroBatch(8, 100, 8 * 94))
 
 
 def tokenizer_of(chats: Chats):
