@@ -111,6 +111,7 @@ def test_trl_s_names_give_the_same_options(chats: Chats, tmp_path: Path) -> None
     assert options(*given, "--data", "name", "--dataset_config", "de-en")[0].data == "name:de-en"
     named = options(*given, "--data", "name", "--dataset_train_split", "a", "--dataset_test_split", "b")[0]
     assert [named.source_of(part) for part in ("train", "valid")] == [("name", "a"), ("name", "b")]
+    assert options(*given, "--data", "d", "--direction", "de-en", "en-de")[0].directions == ["de-en", "en-de"]
     sources = (
         options(*given, "--data", chats.data, "--eval_data", chats.data)[0],
         options(*given, "--data", chats.data)[0],
