@@ -232,7 +232,6 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config = cut_layers(teacher.config, plan.layers)
     inner = None if plan.inner is None else len(plan.inner[0])
     config = cut_width(config, None if plan.channels is None else len(plan.channels), inner)
-    _check_cache(teacher.config, config)
     student = _empty(teacher, config)
     path, layers = stack_of(teacher)
     fewer = student.get_submodule(path)
@@ -243,6 +242,7 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         )
     for new, old in enumerate(plan.layers):
         _same_layer(layers[old], fewer[new], old, new, set(_cuts(teacher.config, plan)))
+    _check_cache(teacher.config, config)
     _fill(student, teacher, path, plan)
     _scale_norms(student, path, plan)
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -256,9 +256,10 @@ def _check_cache(teacher: Any, student: Any) -> None:
         return
     count = text_config(teacher).num_hidden_layers
     attention = [index for index in range(count) if _cache_has_length(cut_layers(teacher, [index]))]
+    told = f", one of {attention}" if attention else ""  # empty where a layer's kind goes by its number
     raise ValueError(
-        f"layers must have one of the attention layers {attention} of this {type(teacher).__name__}: without any, "
-        "generation with a cache fails"
+        f"layers must have an attention layer of this {type(teacher).__name__}{told}: without any, "
+        " generation with a cache fails"
     )
 
 
