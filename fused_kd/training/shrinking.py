@@ -259,7 +259,7 @@ def _check_cache(teacher: Any, student: Any) -> None:
     told = f", one of {attention}" if attention else ""  # empty where a layer's kind goes by its number
     raise ValueError(
         f"layers must have an attention layer of this {type(teacher).__name__}{told}: without any, "
-        " generation with a cache fails"
+        "generation with a cache fails"
     )
 
 
