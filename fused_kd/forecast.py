@@ -199,7 +199,8 @@ def _chunked(problem: Problem, device: torch.device, upcast: bool, teacher_upcas
         if isinstance(source, LogitSource) and source.projection is not None:
             # It asks the tensors' device, which is not the one to be planned for.
             projection = source.projection
-            projection.upcast = upcast if source is chunks.student or teacher_upcast is None else teacher_upcast
+            wide = upcast if source is chunks.student or teacher_upcast is None else teacher_upcast
+            projection.upcast = wide and projection.dtype != torch.float32
             projection.copied = not projection.upcast and projection.dtype != projection.weight_dtype
     return chunked.plan(chunks, device)
 
