@@ -2,13 +2,13 @@
 few entries that are drawn, or its last hidden state and, once, its head.
 
     python examples/cache_teacher.py --data chat.jsonl --teacher PATH_OR_HUB_NAME --k 64 --output caches/chat
-    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
-        --prompt paper --k 64 --output caches/teacher
-    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
-        --prompt paper --keep hidden --dtype fp8 --project 1024 --output caches/states
-    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de de-en --teacher PATH_OR_HUB_NAME \
-        --prompt paper --keep sampled --k 16 --draws 16 --dtype 8bit --output caches/drawn
-    python examples/cache_teacher.py --data pairs.jsonl.gz --direction en-de --teacher PATH_OR_HUB_NAME \
+    python examples/cache_teacher.py --data pairs.jsonl.gz --directions en-de de-en --teacher PATH_OR_HUB_NAME \
+        --k 64 --output caches/teacher
+    python examples/cache_teacher.py --data pairs.jsonl.gz --directions en-de de-en --teacher PATH_OR_HUB_NAME \
+        --keep hidden --dtype fp8 --project 1024 --output caches/states
+    python examples/cache_teacher.py --data pairs.jsonl.gz --directions en-de de-en --teacher PATH_OR_HUB_NAME \
+        --keep sampled --k 16 --draws 16 --dtype 8bit --output caches/drawn
+    python examples/cache_teacher.py --data pairs.jsonl.gz --directions en-de --teacher PATH_OR_HUB_NAME \
         --from-vllm prompt_logprobs.jsonl.gz --k 20 --output caches/vllm
 
 The same command again goes on where an interrupted one stopped; what is finished is verified and kept.
@@ -33,7 +33,6 @@ import fused_kd as fk
 from fused_kd.training.cache import check_options, convert_vllm, write_cache
 from fused_kd.training.codes import DTYPES
 from fused_kd.training.data import load_pairs, misalign
-from fused_kd.training.fingerprints import template_of
 from fused_kd.training.formats import FORMATS
 from fused_kd.training.hidden_codes import CACHE_DTYPES, LONG_NAMES, long_name
 from fused_kd.training.loading import safe_config
@@ -57,7 +56,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=["auto", *FORMATS], default="auto", help="of the rows, as of train.py")
     add("--chat-template", help="a file or the text of a template; default: the tokenizer's")
     add("--turns", choices=["all", "last"], default="all", help="of chats, which assistant turns carry loss")
-    add("--direction", nargs="+", default=["en-de"], help="of pairs; the rows of each direction follow each other")
+    add(
+        "--directions",
+        "--direction",
+        nargs="+",
+        default=["en-de"],
+        help="of pairs; the rows of each direction follow each other",
+    )
     add("--split", default="train", help="split, or file name stem in a folder")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be read, instead of stopping")
     add("--limit", type=int, help="pairs of each direction; default all")
@@ -65,8 +70,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kd-noise", type=float, default=0.0, help="share of these that gets a wrong reference, as in distill.py")
     add("--seed", type=int, default=0, help="of --kd-noise, and of what is drawn")
     add("--teacher", required=True, help="a path or a hub name; with --from-vllm its tokenizer alone is loaded")
-    add("--prompt", choices=PROMPTS, default="tiny")
-    add("--max-length", type=int, help="tokens of prompt and response; default 256 for pairs, else 1024 as train.py")
+    add("--prompt", choices=PROMPTS, default="paper", help="of pairs; the default is train.py's")
+    add("--max-length", type=int, default=1024, help="tokens of prompt and response; the default is train.py's")
     add("--keep", choices=KEPT, default="lists", help="of each token")
     add("--k", type=int, help="lists: entries a token, default 64; sampled: those beside the draws, default 0")
     add("--draws", type=int, help="sampled: entries that are drawn, default 12; for objectives linear in p")
@@ -108,7 +113,7 @@ def main(argv: list[str] | None = None) -> TeacherCache:
     console.print(f"the first row:\n{render_sample(tokenizer, rows[0])}")
     k = 64 if args.k is None and args.keep == "lists" else args.k
     how = {
-        "template": template_of(next(iter(parts.values())), args.prompt),
+        "template": args.prompt if rows.format in (None, "pairs") else None,
         "dtype": args.dtype,
         "shard_rows": args.shard_rows,
         "k": k,
@@ -131,8 +136,8 @@ def main(argv: list[str] | None = None) -> TeacherCache:
 
 def read_parts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """The rows: of translations those of each direction, of other data one part by the name of its format."""
-    how: dict[str, Any] = {"skip_bad": args.skip_bad, "limit": args.limit, "max_length": args.max_length or 1024}
-    how |= {"chat_template": args.chat_template, "turns": args.turns, "directions": args.direction}
+    how: dict[str, Any] = {"skip_bad": args.skip_bad, "limit": args.limit, "max_length": args.max_length}
+    how |= {"chat_template": args.chat_template, "turns": args.turns, "directions": args.directions}
     found = args.format
     if found == "auto":
         found = load_rows(tokenizer, args.data, args.split, **{**how, "limit": 1, "prompt": args.prompt}).format
@@ -141,13 +146,13 @@ def read_parts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
             raise SystemExit(f"--kd-size and --kd-noise are of pairs, got {found} in {args.data}")
         return {found: load_rows(tokenizer, args.data, args.split, format=found, **how)}
     parts = {}
-    for direction in args.direction:
+    for direction in args.directions:
         pairs = load_pairs(args.data, args.split, direction, limit=args.limit, skip_bad=args.skip_bad)
         if args.kd_size is not None and not 0 < args.kd_size <= len(pairs):
             raise SystemExit(f"--kd-size must be in [1, {len(pairs)}] for {len(pairs)} pairs, got {args.kd_size}")
         pairs = misalign(pairs[-args.kd_size :] if args.kd_size else pairs, args.kd_noise, args.seed)
         parts[direction] = tokenize_pairs(
-            tokenizer, args.prompt, pairs, direction, args.max_length or 256, skip_long=args.skip_bad
+            tokenizer, args.prompt, pairs, direction, args.max_length, skip_long=args.skip_bad
         )
     return parts
 

@@ -47,6 +47,7 @@ from fused_kd.training.stage import Stages, check_counts, fingerprint, read_json
 from fused_kd.training.trainer import KDTrainer
 
 TINY = "tiny-teacher"
+STATISTICS = ("log_q_y", "kl", "top_1")
 COLUMNS = {
     "perplexity": ("perplexity", ".3f"),
     "kl": ("KL to the model", ".4f"),
@@ -144,96 +145,83 @@ def _torchao() -> tuple[Any, Any]:
 @torch.no_grad()
 def measured(student: Any, teacher: Any, rows: Any, collator: Collator, batch: int = 8) -> dict[str, float]:
     """Of the held-out targets: perplexity, mean KL(p||q), and how often both models' first token is the same."""
-    criterion = fk.KDLoss(fk.ForwardKD(lam=1.0), shift=True, reduction="sum")
-    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    criterion = fk.KDLoss(fk.ForwardKD(lam=1.0), shift=True)
+    totals, count = torch.zeros(len(STATISTICS), dtype=torch.float64), 0
     for start in range(0, len(rows), batch):
         inputs = collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
         labels = inputs.pop("labels").to(student.device)
         inputs = {name: x.to(student.device) for name, x in inputs.items() if isinstance(x, Tensor)}
         heads = [lm_head_of(model, hidden_states(model, **inputs)) for model in (student, teacher)]
-        ce = fk.kd_loss(heads[0], None, labels, fk.SFT(), shift=True, reduction="sum").loss
-        kl = criterion(*heads, labels)
-        first = [fk.top_k_of(head, 1).indices.squeeze(-1) for head in heads]
-        aimed = labels[:, 1:] != -100
-        same = (first[0] == first[1])[:, :-1][aimed].sum()
-        totals += torch.stack([x.double().cpu() for x in (ce, kl, same)])
-        count += int(aimed.sum())
-    ce, kl, same = (totals / max(count, 1)).tolist()
-    return {"perplexity": math.exp(min(ce, 700.0)), "kl": kl, "agree": 100 * same, "tokens": count}
+        told = criterion.evaluate(*heads, labels, statistics=STATISTICS).statistics
+        totals += torch.stack([told[name].double().sum().cpu() for name in STATISTICS])
+        count += int((labels[:, 1:] != -100).sum())
+    likelihood, kl, same = (totals / max(count, 1)).tolist()
+    return {"perplexity": math.exp(min(-likelihood, 700.0)), "kl": kl, "agree": 100 * same, "tokens": count}
+
+
+@dataclass
+class Study:
+    """What is trained and measured, on rows that are tokenised once."""
+
+    settings: Settings
+    tokenizer: Any
+    rows: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.collator = Collator(padding_id(self.tokenizer))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teacher: Any = None
+
+    def train(self, folder: Path, title: str, model: Any, teacher: Any, objective: Any, how: dict, **loss: Any) -> None:
+        trainer = KDTrainer(
+            model, teacher, objective, args=training_arguments(folder, **how), train_dataset=self.rows["train"],
+            data_collator=self.collator, processing_class=self.tokenizer, **loss,
+        )  # fmt: skip
+        fit(trainer, folder, title)
+
+    def begin(self, folder: Path, how: dict) -> None:
+        """The model itself, where none is given."""
+        self.train(folder, "model", load_model(TINY, self.tokenizer, 0), None, fk.SFT(), how)
+
+    def load(self, source: Any) -> Any:
+        return load_model(source, self.tokenizer, 0, dtype="float32").to(self.device).eval()
+
+    def quantised(self, source: Any) -> Any:
+        return fake_quantised(self.load(source), self.settings.kind, self.settings.group_size)
+
+    def measure(self, model: Any, folder: Path) -> None:
+        write_json(folder / "scores.json", measured(model, self.teacher, self.rows["valid"], self.collator))
+
+    def write(self, model: Any, folder: Path) -> None:
+        """What the model computes with, as an ordinary folder, and the measures of what that gives."""
+        on_the_grid(model).save_pretrained(folder / "quantised")
+        self.tokenizer.save_pretrained(folder / "quantised")
+        self.measure(self.load(folder / "quantised"), folder)
+
+    def recover(self, folder: Path, source: str, spec: ObjectiveSpec, how: dict) -> None:
+        needed, model = self.teacher if spec.objective.spec.needs_teacher else None, self.quantised(source)
+        self.train(folder, folder.name, model, needed, spec.objective, how, beta_schedule=spec.beta_schedule)
+        self.write(self.quantised(folder / "model"), folder)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (settings,) = parse(Settings, argv, description=__doc__)
     _torchao()
-    console, output = make_console(), Path(settings.output)
+    output = Path(settings.output)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name = settings.model or TINY
-    if threads := threads_for([name]):
+    if threads := threads_for([settings.model or TINY]):
         torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages, template, direction = Stages(output), get_prompt("tiny"), "en-de"
-    texts = read_texts(settings)
-
-    def tokenizer_in(folder: Path) -> Any:
-        used = training_texts(template, {direction: texts["train"]}) if settings.text is None else texts["train"]
-        return shared_tokenizer([name], folder, used, settings.vocab)
-
-    about = {"model": model_content(name), "texts": fingerprint(texts), "max_length": settings.max_length}
-    tokens = stages("tokenizer", tokenizer_in, about | {"vocab": settings.vocab})
-    tokenizer = tokenizer_in(tokens)
-    rows = {}
-    for split, found in texts.items():
-        if settings.text is None:
-            rows[split] = tokenize_pairs(tokenizer, template, found, direction, settings.max_length)
-        else:
-            rows[split] = tokenize_texts(
-                tokenizer, [tokenizer.bos_token or ""] * len(found), found, settings.max_length
-            )
-    console.print(repr(rows["train"]))
-    collator = Collator(padding_id(tokenizer))
-    common = {
-        "per_device_train_batch_size": settings.batch,
-        "num_train_epochs": settings.model_epochs,
-        "save_steps": 0.25,
-    }
-
-    def train(folder: Path, title: str, model: Any, teacher: Any, objective: Any, how: dict, **loss: Any) -> None:
-        trainer = KDTrainer(
-            model, teacher, objective, args=training_arguments(folder, **how), train_dataset=rows["train"],
-            data_collator=collator, processing_class=tokenizer, **loss,
-        )  # fmt: skip
-        fit(trainer, folder, title)
-
-    needs, path = [tokens], settings.model
+    stages = Stages(output)
+    tokens, tokenizer, rows = tokenized(settings, stages)
+    make_console().print(repr(rows["train"]))
+    study, needs, path = Study(settings, tokenizer, rows), [tokens], settings.model
+    common = {"per_device_train_batch_size": settings.batch, "save_steps": 0.25}
     if path is None:
-        how = common | {"learning_rate": settings.model_rate}
-        begin = partial(train, title="model", model=load_model(name, tokenizer, 0), teacher=None, objective=fk.SFT())
-        needs.append(stages("model", partial(begin, how=how), how, needs=needs))
+        how = common | {"num_train_epochs": settings.model_epochs, "learning_rate": settings.model_rate}
+        needs.append(stages("model", partial(study.begin, how=how), how, needs=needs))
         path = str(needs[-1] / "model")
-
-    def load(source: Any = path) -> Any:
-        return load_model(source, tokenizer, 0, dtype="float32").to(device).eval()
-
-    def quantised(source: Any = path) -> Any:
-        return fake_quantised(load(source), settings.kind, settings.group_size)
-
-    teacher = load().requires_grad_(False)
-
-    def measure(model: Any, folder: Path) -> None:
-        write_json(folder / "scores.json", measured(model, teacher, rows["valid"], collator))
-
-    def write(model: Any, folder: Path) -> None:
-        """What the model computes with, as an ordinary folder, and the measures of what that gives."""
-        on_the_grid(model).save_pretrained(folder / "quantised")
-        tokenizer.save_pretrained(folder / "quantised")
-        measure(load(folder / "quantised"), folder)
-
-    def recovered(folder: Path, spec: ObjectiveSpec, how: dict) -> None:
-        needed = teacher if spec.objective.spec.needs_teacher else None
-        train(folder, folder.name, quantised(), needed, spec.objective, how, beta_schedule=spec.beta_schedule)
-        write(quantised(folder / "model"), folder)
-
+    study.teacher = study.load(path).requires_grad_(False)
     form = {"kind": settings.kind, "group_size": settings.group_size if settings.kind == "int4" else None}
     found = []
 
@@ -241,13 +229,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder = stages(title if seed is None else f"{title}.{seed}", work, given, needs=needs)
         found.append({"weights": given.get("spec", title), "seed": seed, **read_json(folder / "scores.json")})
 
-    take("unquantised", None, lambda folder: measure(teacher, folder), {"held_out": settings.held_out})
-    take("rounded", None, lambda folder: write(quantised(), folder), form)
+    take("unquantised", None, partial(study.measure, study.teacher), {"held_out": settings.held_out})
+    take("rounded", None, lambda folder: study.write(study.quantised(path), folder), form)
     how = common | {"num_train_epochs": settings.epochs, "learning_rate": settings.learning_rate}
     for seed in range(settings.seeds):
         for slug, spec in settings.specs.items():
             given = how | {"seed": seed, "data_seed": seed}
-            take(slug, seed, partial(recovered, spec=spec, how=given), form | {"spec": spec.text, "how": given})
+            work = partial(study.recover, source=path, spec=spec, how=given)
+            take(slug, seed, work, form | {"spec": spec.text, "how": given})
     result = {"arguments": asdict(settings), "versions": versions(), "machine": devices(), "runs": found}
     write_json(output / "metrics.json", result)
     report = table(pd.DataFrame(found))
@@ -255,6 +244,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_plot(pd.DataFrame(found), output / "qad.png")
     print(f"{report}\nmetrics.json, results.md, qad.png and the models are in {output}")
     return result
+
+
+def tokenized(settings: Settings, stages: Stages) -> tuple[Path, Any, dict[str, Any]]:
+    """The folder of the tokenizer, the tokenizer, and the rows to train and to measure on."""
+    texts, template, direction = read_texts(settings), get_prompt("tiny"), "en-de"
+    name = settings.model or TINY
+
+    def tokenizer_in(folder: Path) -> Any:
+        used = training_texts(template, {direction: texts["train"]}) if settings.text is None else texts["train"]
+        return shared_tokenizer([name], folder, used, settings.vocab)
+
+    about = {"model": model_content(name), "texts": fingerprint(texts), "max_length": settings.max_length}
+    folder = stages("tokenizer", tokenizer_in, about | {"vocab": settings.vocab})
+    tokenizer, rows = tokenizer_in(folder), {}
+    for split, found in texts.items():
+        if settings.text is None:
+            rows[split] = tokenize_pairs(tokenizer, template, found, direction, settings.max_length)
+        else:
+            begins = [tokenizer.bos_token or ""] * len(found)
+            rows[split] = tokenize_texts(tokenizer, begins, found, settings.max_length)
+    return folder, tokenizer, rows
 
 
 def read_texts(settings: Settings) -> dict[str, list]:

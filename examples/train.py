@@ -35,7 +35,7 @@ from fused_kd.training.chat_templates import ChatTemplate
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
 from fused_kd.training.data import load_directions
 from fused_kd.training.difficulty import with_quantile_gamma
-from fused_kd.training.fingerprints import fingerprint_rows, template_of
+from fused_kd.training.fingerprints import fingerprint_rows
 from fused_kd.training.fit import DEFAULTS, finished, fit
 from fused_kd.training.memory import memory_of
 from fused_kd.training.models import PRESETS, load_model, model_content, shared_tokenizer, threads_for, with_adapters
@@ -214,7 +214,7 @@ def open_teachers(
     train: Train, tokenizer: Any, rows: dict[str, Any], data_of: dict[str, str], served: dict[str, Any], seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """What the trainer takes as its teacher, and the rows with what caches have for them."""
-    templates = {split: template_of(found, train.template) for split, found in rows.items()}
+    templates = {split: train.template if found.format == "pairs" else None for split, found in rows.items()}
     rows, made = dict(rows), []
 
     def opened(folder: str, split: str, name: str | None) -> TeacherCache:

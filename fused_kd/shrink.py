@@ -18,7 +18,7 @@ from fused_kd.training.exporting import check_output
 from fused_kd.training.hidden_codes import LONG_NAMES, long_name
 from fused_kd.training.models import check_device, load_any, load_tokenizer, save_whole
 from fused_kd.training.script import Parser, make_console, run_script
-from fused_kd.training.shrinking import Plan, check_options, cut, plan_for
+from fused_kd.training.shrinking import Plan, check_options, cut, plan_cut
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_device(args.device)
     tokenizer = load_tokenizer(args.teacher)
     teacher: Any = load_any(args.teacher, dtype=args.dtype).to(args.device)
-    plan = plan_for(
+    plan = plan_cut(
         teacher, args.layers, width=args.width, intermediate=args.intermediate, keep=args.keep, text=args.text,
         tokenizer=tokenizer, tokens=args.tokens,
     )  # fmt: skip

@@ -272,7 +272,7 @@ def test_commands_are_understood(page, monkeypatch, capsys):
     pytest.importorskip("rich")
     monkeypatch.chdir(ROOT)
     patched = ("caches.run", "cpu.run", "gpu.run", "gpu.report", "kernels.main", "end_to_end.main", "machine.main")
-    for name in (*patched, "sums.main"):
+    for name in (*patched, "sums.main", "teachers.main", "lists.main", "low_precision.main"):
         monkeypatch.setattr(f"bench.{name}", lambda *args: 0)
     for variable in ("OMP_WAIT_POLICY", "TQDM_MININTERVAL"):  # what the scripts set is taken back
         monkeypatch.setenv(variable, "")

@@ -313,8 +313,8 @@ class Study:
             return self.teacher, Rows(rows)
 
         def work(folder: Path) -> None:
-            # of plain text no prompt template is kept: any name will do; the sample is for an error that is told
-            how = {"template": "tiny", "keep": "hidden", "dtype": self.config.states, "sample": 1024}
+            # the sample is for an error that is told
+            how = {"keep": "hidden", "dtype": self.config.states, "sample": 1024}
             write_cache(folder / "cache", self.teacher, self.tokenizer, Rows(rows), **how)
 
         about = {"teacher": self.teacher_content, "rows": fingerprint(rows), "dtype": self.config.states}

@@ -28,7 +28,7 @@ def check_router_loss(model: Any) -> None:
     why = None
     if not labels_need_shift(base):
         why = "is an encoder-decoder"
-    elif tuple(inspect.signature(_function(base) or check_router_loss).parameters) != _TAKES:
+    elif (function := _function(base)) is None or tuple(inspect.signature(function).parameters) != _TAKES:
         why = (
             "has another form of it than transformers' load_balancing_loss_func(gate_logits, num_experts, top_k, mask)"
         )

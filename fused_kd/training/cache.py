@@ -35,7 +35,7 @@ def write_cache(
     tokenizer: PreTrainedTokenizerBase,
     rows: AnyRows,
     *,
-    template: PromptTemplate | str,
+    template: PromptTemplate | str | None = None,
     k: int | None = None,
     keep: str = "lists",
     dtype: str | None = None,
@@ -65,7 +65,7 @@ def write_cache(
         tokenizer: the one that made ``rows``.
         rows: items with ``input_ids`` and unshifted ``labels``, as of ``tokenize_pairs``. Of rows of ``with_context``
             the teacher reads ``teacher_input_ids`` and ``teacher_labels``.
-        template: that of the rows' prompts; bound to the cache, not used otherwise.
+        template: that of the rows' prompts; bound to the cache, not used otherwise. None (default): they have none.
         k: entries a token, at most the vocabulary's size; with ``keep="sampled"`` may be 0, as which None counts; None
             with ``keep="hidden"``.
         keep: "lists" (default), "hidden", or "sampled": lists of :func:`fused_kd.sample_of`, for losses whose gradient
@@ -122,7 +122,7 @@ def write_cache(
     about = {
         "teacher": str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__),
         "revision": getattr(teacher.config, "_commit_hash", None),
-        "template": get_prompt(template).name,
+        "template": _name_of(template),
     }
     write_shards(
         folder, len(data), settings, fingerprints, about, begin, shard_rows=settings["shard_rows"], progress=progress
@@ -135,7 +135,7 @@ def check_options(
     tokenizer: PreTrainedTokenizerBase,
     rows: AnyRows,
     *,
-    template: PromptTemplate | str,
+    template: PromptTemplate | str | None = None,
     k: int | None = None,
     keep: str = "lists",
     dtype: str | None = None,
@@ -196,7 +196,7 @@ def convert_vllm(
     rows: AnyRows,
     *,
     k: int,
-    template: PromptTemplate | str,
+    template: PromptTemplate | str | None = None,
     teacher: str = "",
     dtype: str = "fp16",
     shard_rows: int = 1024,
@@ -236,7 +236,7 @@ def convert_vllm(
     return write_lists(
         folder, lists, tokenizer, rows, k=k, template=template, dtype=dtype, shard_rows=shard_rows,
         made_from={"teacher_config": None, "teacher_weights": None, "file": fingerprint_file(Path(path))},
-        about={"teacher": teacher, "revision": None, "template": get_prompt(template).name, "file": Path(path).name},
+        about={"teacher": teacher, "revision": None, "template": _name_of(template), "file": Path(path).name},
         progress=progress,
     )  # fmt: skip
 
@@ -248,7 +248,7 @@ def write_lists(
     rows: AnyRows,
     *,
     k: int,
-    template: PromptTemplate | str,
+    template: PromptTemplate | str | None = None,
     dtype: str,
     shard_rows: int,
     made_from: Mapping[str, str | None],
@@ -274,6 +274,10 @@ def write_lists(
         progress=progress,
     )  # fmt: skip
     return TeacherCache(folder, verify=False)
+
+
+def _name_of(template: PromptTemplate | str | None) -> str | None:
+    return None if template is None else get_prompt(template).name
 
 
 def _check_none(keep: str, **others: Any) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from fused_kd.forecast import Choice
 from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.integrations.sampling import LengthGroupedEpochs
-from fused_kd.training.memory import Batch, Memory
+from fused_kd.training.memory import Memory, MicroBatch
 from fused_kd.training.metrics import peak_memory_mb
 from fused_kd.training.train_options import Train
 
@@ -42,7 +42,7 @@ class Amounts:
     skipped: int
     steps: int
     tokens_a_step: float
-    batch: Batch
+    batch: MicroBatch
 
 
 def amounts_of(train: Train, args: TrainingArguments, rows: Any) -> Amounts:
@@ -51,16 +51,16 @@ def amounts_of(train: Train, args: TrainingArguments, rows: Any) -> Amounts:
     together = each * ranks * args.gradient_accumulation_steps
     if train.streaming:
         one = 1 if train.packing else each
-        batch = Batch(one, train.max_length * each // one, train.max_length * each)
+        batch = MicroBatch(one, train.max_length * each // one, train.max_length * each)
         return Amounts(0, 0, 0, 0.0, 0, 0, args.max_steps, 0.0, batch)
     lengths = [len(row["input_ids"]) for row in rows.rows]
     targets = [len(row["labels"]) - 1 - row["labels"][1:].count(LABEL_PAD) for row in rows.rows]
     longest = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)[:each]
     size = sum(lengths[i] for i in longest)
     if train.packing:
-        batch = Batch(1, size, sum(targets[i] for i in longest))
+        batch = MicroBatch(1, size, sum(targets[i] for i in longest))
     else:
-        batch = Batch(len(longest), lengths[longest[0]], sum(sorted(targets)[-each:]))
+        batch = MicroBatch(len(longest), lengths[longest[0]], sum(sorted(targets)[-each:]))
     batches = math.ceil(len(lengths) / (each * ranks))
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
@@ -96,8 +96,8 @@ def advice(train: Train, amounts: Amounts) -> list[str]:
 def amounts_lines(args: TrainingArguments, amounts: Amounts) -> list[str]:
     """The amounts as text."""
     each, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch = f"global batch {each * args.world_size * accumulated} = {args.world_size} processes x {each} sentences x "
-    batch, steps = f"{batch}{accumulated} steps", f"{amounts.steps} steps"
+    batch = f"global batch {each * args.world_size * accumulated} = {args.world_size} processes x {each} rows x "
+    batch, steps = f"{batch}{accumulated} accumulated", f"{amounts.steps} steps"
     if not amounts.rows:
         return [batch, f"a stream of unknown length, {steps}"]
     return [
@@ -108,7 +108,7 @@ def amounts_lines(args: TrainingArguments, amounts: Amounts) -> list[str]:
     ]
 
 
-def memory_lines(memory: Memory, batch: Batch) -> list[str]:
+def memory_lines(memory: Memory, batch: MicroBatch) -> list[str]:
     """The memory as text: a line a part, and what each engine of the loss would take."""
     width = max(map(len, memory.parts)) + 2
     lines = [
@@ -122,8 +122,7 @@ def memory_lines(memory: Memory, batch: Batch) -> list[str]:
             lines.append(f"loss, {engine}: {gigabytes(plan.workspace)} of workspace ({plan.backend})")
         else:
             lines.append(f"loss, {engine}: not here ({plan.partition('; ')[0]})")
-    plan = next(each for each in memory.engines.values() if isinstance(each, Choice))
-    lines.append(f"full logits, which are never made, would take {gigabytes(plan.eager_logits)}")
+    lines.append(f"full logits, which are never made, would take {gigabytes(memory.plan.eager_logits)}")
     return lines + memory.notes
 
 

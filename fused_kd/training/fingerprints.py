@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,29 +24,22 @@ PROMPT_COLUMNS = (OTHER_IDS, OTHER_LABELS)
 _MARK = b"\xff" * 8  # no row is so long
 PARTS = {
     "tokenizer": "the tokens and their ids",
-    "data": "the token ids and labels of the rows, and of their teacher's prompts",
-    "template": "the text of the prompt template",
+    "data": "the token ids and labels of the rows, and of their teacher's prompts, which follow from the data, the "
+    "options split, limit, directions, prompt, chat_template, turns and max_length, and the tokenizer",
+    "template": "the text of the prompt template, the option prompt",
     "teacher_config": "the teacher's config",
     "teacher_weights": "the teacher's weights",
 }
 
 
-def template_of(rows: Any, prompt: PromptTemplate | str) -> PromptTemplate:
-    """What a cache of these rows is bound to as their template: of translations the prompt's, else their format."""
-    name = getattr(rows, "format", None)
-    return get_prompt(prompt) if name in (None, "pairs") else PromptTemplate(name, "{source}")
-
-
 def fingerprints_of(
-    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str, data: str | None = None
+    tokenizer: PreTrainedTokenizerBase, rows: AnyRows, template: PromptTemplate | str | None, data: str | None = None
 ) -> dict[str, str | None]:
     """SHA-256 of which token has which id, of the rows (``data``, if that is known already), and of the template's
-    text, whose name does not matter."""
-    return {
-        "tokenizer": fingerprint_tokenizer(tokenizer),
-        "data": fingerprint_rows(rows) if data is None else data,
-        "template": fingerprint(get_prompt(template).template),
-    }
+    text, whose name does not matter, where there is one."""
+    made = {} if template is None else {"template": fingerprint(get_prompt(template).template)}
+    own = fingerprint_rows(rows) if data is None else data
+    return {"tokenizer": fingerprint_tokenizer(tokenizer), "data": own, **made}
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase, below: int | None = None) -> str:

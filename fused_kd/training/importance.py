@@ -24,7 +24,7 @@ BATCH_TOKENS = 4096
 _OF_HEADS = re.compile(r"(^|\.)(q|k|v|kv|query|key)(_a|_b)?_?(layer)?norm$")
 
 
-def measured(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batch]:
+def batches_of(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batch]:
     """Batches of the first ``tokens`` tokens of a file, of texts, or of rows or batches with ``input_ids``.
 
     A file whose name ends in ``.txt`` (or ``.txt.gz``) is one text; what else a name may stand for,

@@ -33,7 +33,7 @@ _FOREACH = ("adamw_torch",)
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """The largest micro-batch: its rows (1 where packed), their length, its targets."""
 
     rows: int
@@ -45,14 +45,15 @@ class Batch:
 class Memory:
     """Bytes on one device. ``parts`` are not all there at once; ``peak`` is the most, in the phase ``when``.
 
-    ``engines``: the plan of each engine of the loss, or why it has none. ``sizes`` of the student; ``notes`` on what is
-    not counted.
+    ``engines``: the plan of each engine of the loss, or why it has none; ``plan`` is the one that is counted. ``sizes``
+    of the student; ``notes`` on what is not counted.
     """
 
     parts: dict[str, int]
     peak: int
     when: str
     engines: dict[str, Choice | str]
+    plan: Choice
     sizes: Sizes
     notes: list[str] = field(default_factory=list)
 
@@ -69,7 +70,9 @@ class _Teaching:
     top_k: int | None
 
 
-def memory_of(train: Train, args: TrainingArguments, tokenizer: Any, batch: Batch, served: Sequence[Any]) -> Memory:
+def memory_of(
+    train: Train, args: TrainingArguments, tokenizer: Any, batch: MicroBatch, served: Sequence[Any]
+) -> Memory:
     """Count what a training would take on each device, with the largest micro-batch.
 
     The models' passes are counted on tensors without data, the loss is planned as it would be; the optimizer's state
@@ -118,7 +121,7 @@ def _is_quantised(name: str) -> bool:
 
 
 def _teaching(
-    train: Train, options: dict[str, Any], tokenizer: Any, batch: Batch, counted: Callable[..., Passes],
+    train: Train, options: dict[str, Any], tokenizer: Any, batch: MicroBatch, counted: Callable[..., Passes],
     student: Sizes, own: Passes | None, served: Sequence[Any],
 ) -> _Teaching:  # fmt: skip
     weights, forward, hidden, lists = 0, 0, [], []
@@ -152,7 +155,12 @@ def _stored(teacher: NamedTeacher) -> tuple[int | None, int | None]:
 
 
 def _engines(
-    train: Train, args: TrainingArguments, batch: Batch, autocast: torch.dtype | None, sizes: Sizes, teaching: _Teaching
+    train: Train,
+    args: TrainingArguments,
+    batch: MicroBatch,
+    autocast: torch.dtype | None,
+    sizes: Sizes,
+    teaching: _Teaching,
 ) -> dict[str, Choice | str]:
     found: dict[str, Choice | str] = {}
     for engine in ("chunked", "streaming"):
@@ -207,7 +215,7 @@ def _together(
     }
     when = max(phases, key=lambda name: phases[name])
     return Memory(
-        {name: size for name, size in parts.items() if size}, always + phases[when], when, engines, sizes, notes
+        {name: size for name, size in parts.items() if size}, always + phases[when], when, engines, plan, sizes, notes
     )
 
 

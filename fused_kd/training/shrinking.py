@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_kd.training.cut_configs import check_size, cut_layers, cut_width, read_back, text_config
-from fused_kd.training.importance import Batch, block_influence, channel_activity, inner_activity, measured, norm_scales
+from fused_kd.training.importance import (
+    Batch,
+    batches_of,
+    block_influence,
+    channel_activity,
+    inner_activity,
+    norm_scales,
+)
 from fused_kd.training.models import load_any, load_tokenizer
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ def shrink(
         check_options(layers, width, intermediate, keep, text)
         tokenizer = load_tokenizer(teacher) if tokenizer is None and text is not None else tokenizer
         teacher = load_any(teacher, dtype=dtype)
-    plan = plan_for(
+    plan = plan_cut(
         teacher, layers, width=width, intermediate=intermediate, keep=keep, text=text, tokenizer=tokenizer,
         tokens=tokens,
     )  # fmt: skip
@@ -101,7 +108,7 @@ def check_options(layers: Any, width: Any, intermediate: Any, keep: Any, text: A
         raise ValueError(f"text must be given: {next(name for name, on in measures.items() if on)} is measured on it")
 
 
-def plan_for(
+def plan_cut(
     teacher: PreTrainedModel,
     layers: int | Sequence[int] | None = None,
     *,
@@ -134,7 +141,7 @@ def plan_for(
     by_influence = isinstance(layers, int) and keep == "importance"
     batches: list[Batch] = []
     if by_influence or width is not None or intermediate is not None:
-        batches = measured(text, tokenizer, tokens, vocab=config.vocab_size)
+        batches = batches_of(text, tokenizer, tokens, vocab=config.vocab_size)
     influence = block_influence(teacher, stack, batches) if by_influence else None
     channels = inner = None
     scales: Mapping[str, float] = {}

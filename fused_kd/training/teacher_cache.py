@@ -241,14 +241,15 @@ class TeacherCache:
         *,
         tokenizer: PreTrainedTokenizerBase,
         rows: AnyRows,
-        template: PromptTemplate | str,
+        template: PromptTemplate | str | None = None,
         teacher: PreTrainedModel | None = None,
         data: str | None = None,
     ) -> CachedRows:
         """Raise unless the cache was made with these.
 
         Args:
-            tokenizer, rows, template: as of :func:`fused_kd.training.cache.write_cache`.
+            tokenizer, rows, template: as of :func:`fused_kd.training.cache.write_cache`; a template of None (default)
+                is not compared.
             teacher: None (default): any.
             data: what :func:`fused_kd.training.fingerprints.fingerprint_rows` gives for ``rows``, where it is known
                 already; None (default): all rows are read for it.

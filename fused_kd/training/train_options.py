@@ -25,7 +25,7 @@ from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import check_counts
 from fused_kd.training.trainer import BetaSchedule
 
-# TRL's names of these options
+# TRL's names of these options, and those of other scripts here
 ALIASES = {
     "model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
@@ -33,6 +33,7 @@ ALIASES = {
     "dataset_streaming": "streaming",
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
+    "direction": "directions",
     "output_dir": "output",
     "max_seq_length": "max_length",
     "chat_template_path": "chat_template",
@@ -87,7 +88,7 @@ class Train:
     gamma_quantile: float | None = None  # Γ: this quantile of the tokens' difficulties before the first step
     prompt: str = "paper"  # of translations; or alpaca, tiny
     max_length: int = 1024  # tokens of prompt and response
-    # sentences an optimizer step; null: per_device_train_batch_size x gradient_accumulation_steps x processes
+    # rows an optimizer step; null: per_device_train_batch_size x gradient_accumulation_steps x processes
     global_batch: int | None = None
     packing: bool = False  # rows end to end without padding, each blind to the others
     average: Literal["tokens", "sequences"] = "tokens"  # what the loss is the mean over

@@ -111,7 +111,8 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             given is for evaluation.
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
-            limit.
+            limit. Default "self_evolution", the paper's loss, for a student that works already; one that does not yet
+            needs a floor, "self_evolution:floor=0.3", or "forward_kd", the default of ``examples/train.py``.
         temperature: default 1.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are;
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error

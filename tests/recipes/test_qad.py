@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import torchao.quantization as ao
 import torchao.quantization.qat as qat
 
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.training.collate import Collator
 from fused_kd.training.script import run_script
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import qad
 
-from ..training.tiny import VOCAB, tiny
+from ..training.tiny import VOCAB, rows, tiny
 
 SMALL = [
     *("--train_limit", "60", "--held_out", "6", "--vocab", "400", "--model_epochs", "1"),
@@ -96,6 +98,23 @@ def test_the_grid_is_what_is_computed_with(kind: str) -> None:
     for (name, a), b in zip(linears(grid).items(), linears(plain).values(), strict=True):
         if name != "lm_head":
             torch.testing.assert_close(a.weight, b.weight.dequantize(), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_the_measures_are_those_of_the_logits() -> None:
+    student, teacher, data = tiny(16, 0), tiny(24, 1), rows(11)
+    found = qad.measured(student, teacher, data, Collator(0), batch=4)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for row in data:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        q, p = (model(ids).logits[0, :-1][labels != -100].log_softmax(-1) for model in (student, teacher))
+        ce, kl = -q.gather(1, labels[labels != -100, None]).sum(), (p.exp() * (p - q)).sum()
+        sums += torch.stack([ce, kl, (q.argmax(-1) == p.argmax(-1)).sum().double()])
+    tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in data)
+    ce, kl, same = (sums / tokens).tolist()
+    assert 0 < same < 1, "the models differ"
+    expected = {"perplexity": math.exp(ce), "kl": kl, "agree": 100 * same, "tokens": tokens}
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_loss_sees_a_head_as_the_model_computes_it() -> None:

@@ -16,7 +16,7 @@ from fused_kd.training.chat_templates import ChatTemplate
 from fused_kd.training.conversations import Completion, Conversation, to_completion, to_conversation
 
 from .byte_level import make_tokenizer
-from .chat_families import FAMILIES, QWEN3, TOOLS, WORDS, Family, say
+from .chat_families import FAMILIES, QWEN3, TOOLS, WORDS, say
 
 pytest.importorskip("transformers")
 
@@ -407,7 +407,3 @@ def test_a_real_tokenizer() -> None:
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         assert trained(tokenizer, row) == [f"{answer}<|im_end|>" for answer in answers]
         assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
-
-
-def test_families_are_what_they_say() -> None:
-    assert all(isinstance(family, Family) and family.written.count("{}") == 1 for family in FAMILIES.values())

@@ -109,6 +109,9 @@ def test_trl_s_names_give_the_same_options(chats: Chats, tmp_path: Path) -> None
     assert options(*ours, "--use_peft", "false")[0].adapters is None
     given = ["--student", "s", "--teacher", "t", "--output", "o"]
     assert options(*given, "--data", "name", "--dataset_config", "de-en")[0].data == "name:de-en"
+    named = options(*given, "--data", "name", "--dataset_train_split", "a", "--dataset_test_split", "b")[0]
+    assert [named.source_of(part) for part in ("train", "valid")] == [("name", "a"), ("name", "b")]
+    assert options(*given, "--data", "d", "--direction", "de-en", "en-de")[0].directions == ["de-en", "en-de"]
     sources = (
         options(*given, "--data", chats.data, "--eval_data", chats.data)[0],
         options(*given, "--data", chats.data)[0],
@@ -176,7 +179,7 @@ def test_two_processes_share_a_stream(chats: Chats, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "global batch 8 = 2 processes x 4 sentences x 1 steps" in done.stdout
+    assert "global batch 8 = 2 processes x 4 rows x 1 accumulated" in done.stdout
     start, one, two = (
         weights(folder) for folder in (chats.folder / "student", tmp_path / "one/model", tmp_path / "two/model")
     )
@@ -276,6 +279,7 @@ def test_teachers_by_their_names(tmp_path: Path) -> None:
         ({"teacher": "STRANGE"}, "student and teacher must share one tokenizer"),
         ({"report_to": "tensorbord"}, "report_to must be some of"),
         ({"report_to": "wandb"}, "report_to=wandb needs a package: pip install wandb"),
+        ({"report_to": "mlflow"}, "report_to=mlflow needs a package: pip install mlflow"),
         ({"student": "tiny-student", "teacher": "tiny-teacher", "format": "text"}, "format must be pairs for presets"),
         ({"chat_template": "{% bad"}, "the chat template does not take the conversation: TemplateSyntaxError"),
     ],
@@ -284,8 +288,8 @@ def test_a_mistake_is_one_line(chats: Chats, tmp_path: Path, change: dict, messa
     """Exit code 2, before any model is loaded, and nothing is left in the output folder."""
     train = script("train")
     monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    if "wandb" in change.values() and importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed")
+    if "needs a package" in message and importlib.util.find_spec(change["report_to"]):
+        pytest.skip("it is installed")
     if change.get("data") == "BAD":
         bad = tmp_path / "bad.jsonl"
         bad.write_text(chats.data.read_text().splitlines()[0] + '\n{"messages": [{"role": "user", "content": "x"}]}\n')

@@ -268,7 +268,7 @@ def test_a_script_in_two_processes_is_one(folder: Path, tmp_path: Path) -> None:
     train("self_evolution_top_k", tmp_path, **SCRIPT)
     assert json.loads((folder / "plan.codes").read_text())["ddp script"] == [0, 0]
     shown = (folder / "ddp" / "script.0.log").read_text()
-    assert "global batch 16 = 2 processes x 4 sentences x 2 steps" in shown
+    assert "global batch 16 = 2 processes x 4 rows x 2 accumulated" in shown
     one, two = (weights(each / "model") for each in (tmp_path, folder / "script"))
     start = load_model("tiny-student", load_tokenizer(tmp_path / "model"), 0).state_dict()
     assert apart(one, start) > 0.1 and apart(one, two) < 1e-3 * apart(one, start)

@@ -14,9 +14,10 @@ gguf = pytest.importorskip("gguf")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from fused_kd.training import export, shrink  # noqa: E402
+from fused_kd.training import export, load_student, load_teacher, shrink  # noqa: E402
 from fused_kd.training.loading import gguf_of  # noqa: E402
 from fused_kd.training.models import load_any, load_model, load_tokenizer, model_content, train_tokenizer  # noqa: E402
+from fused_kd.training.named import tokenizer_of  # noqa: E402
 
 TENSORS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -101,3 +102,10 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_any(tmp_path)
     with pytest.raises(ValueError, match=r"other\.gguf"):
         load_any(tmp_path / "other.gguf")
+    assert torch.equal(load_any(file)(ids).logits, loaded(ids).logits), "it is named"
+    assert load_tokenizer(file).get_vocab() == tokenizer_of(file).get_vocab() == tokenizer.get_vocab()
+    assert torch.equal(load_teacher(file)(ids).logits, loaded(ids).logits)
+    student = load_student(file)
+    assert student.dtype == torch.float32
+    student.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_student(tmp_path / "saved")(ids).logits, student(ids).logits)

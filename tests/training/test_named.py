@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-import fused_kd as fk
+from fused_kd.integrations.own import OwnTeacher
 from fused_kd.training import load_student, load_teacher
 from fused_kd.training.collate import Collator
 from fused_kd.training.named import opened, tokenizer_of
@@ -131,17 +130,13 @@ def test_default_collator(tmp_path: Path, folders: dict[str, str]) -> None:
     assert trained(tmp_path, folders["student"], folders["teacher"], stream).state.global_step == 2
 
 
-GGUF = os.environ.get("FUSED_KD_GGUF", "")
-
-
-@pytest.mark.skipif(not GGUF, reason="FUSED_KD_GGUF names no GGUF file of a model")
-def test_a_gguf_file(tmp_path: Path) -> None:
-    student, found = load_student(GGUF), tokenizer_of(GGUF)
-    assert student.dtype == torch.float32 and len(found) <= student.config.vocab_size
-    student.save_pretrained(tmp_path / "saved")
-    again = load_student(tmp_path / "saved")
-    assert_same_weights(weights(again), weights(student), 0.0)
-    ids = torch.tensor([found("The old man walked to the sea")["input_ids"]])
-    with torch.no_grad():
-        assert float(student(input_ids=ids, labels=ids).loss) < 6
-    assert isinstance(load_teacher(GGUF), type(again)) and fk
+def test_texts_of_teachers_that_are_no_folders(tmp_path: Path, folders: dict[str, str]) -> None:
+    """The student's own average, as by its object; a server without http:// is told what is missing."""
+    text = trained(tmp_path, folders["student"], "own:decay=0.9")
+    model = trained(tmp_path, folders["student"], OwnTeacher(decay=0.9))
+    assert_same_weights(weights(text.model), weights(model.model), 0.0)
+    assert text.teaching is not None and not text.teaching.models
+    with pytest.raises(
+        ValueError, match=r"teacher must say what it is: http://localhost:8400 for a server, got 'local"
+    ):
+        trained(tmp_path, folders["student"], "localhost:8400")

@@ -23,7 +23,7 @@ from fused_kd import shrink as command  # noqa: E402
 from fused_kd.training import shrink  # noqa: E402
 from fused_kd.training.models import load_model, train_tokenizer  # noqa: E402
 from fused_kd.training.script import run_script  # noqa: E402
-from fused_kd.training.shrinking import plan_for, spread, stack_of  # noqa: E402
+from fused_kd.training.shrinking import plan_cut, spread, stack_of  # noqa: E402
 
 LAYERS = 6
 VOCAB = 61
@@ -149,7 +149,7 @@ def test_it_is_trained_as_any_model(tmp_path: Path) -> None:
     ],
 )
 def test_which_layers(keep: Any, count: int, kept: list[int]) -> None:
-    assert list(plan_for(make(), count, keep=keep).layers) == kept
+    assert list(plan_cut(make(), count, keep=keep).layers) == kept
     assert all(len(set(spread(30, n))) == n for n in range(1, 31))
 
 
@@ -169,16 +169,16 @@ def test_importance_is_one_minus_the_cosine_of_states() -> None:
     cosine = torch.nn.functional.cosine_similarity
     want = [1 - float(cosine(before, after, dim=-1).mean()) for before, after in pairwise(states)]
     model.float()
-    plan = plan_for(model, 4, keep="importance", text=[{"input_ids": row.tolist()} for row in x])
+    plan = plan_cut(model, 4, keep="importance", text=[{"input_ids": row.tolist()} for row in x])
     assert plan.influence == pytest.approx(want, rel=1e-4, abs=1e-7)
     assert list(plan.layers) == [0, 2, 3, 5]
     batch = {
         "input_ids": torch.nn.functional.pad(x, (0, 4)),
         "attention_mask": torch.nn.functional.pad(x * 0 + 1, (0, 4)),
     }
-    assert plan_for(model, 4, keep="importance", text=[batch]) == plan, "padding must not count"
-    assert plan_for(model, 4, keep="importance", text=[batch], tokens=30) == plan
-    assert plan_for(model, 4, keep="importance", text=[batch], tokens=11).influence != plan.influence
+    assert plan_cut(model, 4, keep="importance", text=[batch]) == plan, "padding must not count"
+    assert plan_cut(model, 4, keep="importance", text=[batch], tokens=30) == plan
+    assert plan_cut(model, 4, keep="importance", text=[batch], tokens=11).influence != plan.influence
 
 
 @torch.no_grad()

@@ -247,6 +247,19 @@ def test_mismatch_names_the_culprit(finished: Path, culprit: str, given) -> None
             cache.rows(given["rows"])
 
 
+def test_rows_without_a_template(finished: Path, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path, model(0), Words(), rows(), k=5, progress=False)
+    given = {"tokenizer": Words(), "rows": rows(), "teacher": model(0)}
+    cache.check(**given)
+    TeacherCache(finished).check(**given)
+    assert "template" not in cache.fingerprints and cache.about["template"] is None
+    with pytest.raises(ValueError, match="was made from something else: data"):
+        cache.check(**{**given, "rows": rows()[::-1]})
+    with pytest.raises(ValueError, match=r"something else: template \(not known"):
+        cache.check(**given, template="tiny")
+    assert write_cache(tmp_path, model(0), Words(), rows(), k=5, progress=False).fingerprints == cache.fingerprints
+
+
 def test_the_tokenizer_alone(finished: Path) -> None:
     """Tokens that a student has beyond the teacher's do not count."""
     cache = TeacherCache(finished)

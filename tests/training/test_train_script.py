@@ -56,7 +56,7 @@ def test_distil_resume_and_evaluate(teacher: Path, tmp_path: Path, capsys, monke
     pair = {"teacher": teacher, "student": teacher, "num_train_epochs": 2, "statistics": "kl"}
     train("self_evolution_quantile", tmp_path / "whole", **pair)
     text = capsys.readouterr().out
-    assert "global batch 16 = 1 processes x 8 sentences x 2 steps" in text
+    assert "global batch 16 = 1 processes x 8 rows x 2 accumulated" in text
     assert "no loss (" in text and "loss    (" in text, "a sample with its loss mask"
     assert f"SelfEvolution(lam=0.5, beta=0.5, gamma={float(text.split('Γ = ')[1].split(':')[0]):g})" in text
 
@@ -203,8 +203,8 @@ def test_a_tokenizer_without_padding_token_and_adapters(teacher: Path, tmp_path:
 
 def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     flags = (
-        f"--data builtin --direction de-en en-de --teacher {teacher} --limit 12 --k 8 --dtype 8bit --shard-rows 8 "
-        f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
+        f"--data builtin --direction de-en en-de --prompt tiny --teacher {teacher} --limit 12 --k 8 --dtype 8bit "
+        f"--shard-rows 8 --max-length 128 --device cpu --output {tmp_path / 'cache'}"
     ).split()
     cache = script("cache_teacher").main(flags)
     shown = capsys.readouterr().out
@@ -244,10 +244,27 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys, monkeypatc
     assert len(read[0][0]) == len(target_positions(rows[0]["labels"]))
 
 
+def test_a_cache_and_a_training_have_the_same_defaults(teacher: Path, tmp_path: Path) -> None:
+    """Of translations; what an option changes is told with the options that may have changed it."""
+    data = tmp_path / "train.jsonl"
+    pairs = load_pairs(corpus(), "train", "en-de", limit=8)
+    data.write_text("".join(json.dumps({"en": pair.source, "de": pair.target}) + "\n" for pair in pairs))
+    cache = f"cache:{tmp_path / 'cache'}"
+    script("cache_teacher").main(
+        ["--data", str(data), "--teacher", str(teacher), "--device", "cpu", "--output", str(tmp_path / "cache")]
+    )
+    given = ["--data", data, "--student", teacher, "--teacher", cache, "--max_steps", 1, "--use_cpu"]
+    assert script("train").main([*map(str, [*given, "--output", tmp_path / "run"])])["steps"] == 1
+    with pytest.raises(
+        ValueError, match=r"made from something else: data \(.* options split, limit.*template \(.*prompt"
+    ):
+        script("train").main([*map(str, [*given, "--output", tmp_path / "other", "--prompt", "tiny"])])
+
+
 def test_training_from_drawn_lists(teacher: Path, tmp_path: Path, capsys) -> None:
     flags = (
-        f"--data builtin --direction en-de --teacher {teacher} --limit 12 --keep sampled --draws 9 --seed 3 "
-        f"--max-length 128 --device cpu --output {tmp_path / 'cache'}"
+        f"--data builtin --directions en-de --prompt tiny --teacher {teacher} --limit 12 --keep sampled --draws 9 "
+        f"--seed 3 --max-length 128 --device cpu --output {tmp_path / 'cache'}"
     ).split()
     cache = script("cache_teacher").main(flags)
     shown = capsys.readouterr().out
@@ -268,7 +285,7 @@ def test_training_from_drawn_lists(teacher: Path, tmp_path: Path, capsys) -> Non
 
 def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> None:
     """The model of the online teacher, validated on a cache of the validation rows; read by a worker."""
-    shared = f"--data {corpus()} --direction en-de --teacher {teacher} --max-length 64 --device cpu --keep hidden"
+    shared = f"--data {corpus()} --prompt tiny --teacher {teacher} --max-length 64 --device cpu --keep hidden"
     tokenizer = load_tokenizer(teacher)
     student = load_model("tiny-student", tokenizer, 0)
     start = {name: value.clone() for name, value in student.state_dict().items()}
@@ -324,7 +341,7 @@ def test_training_from_hidden_states(teacher: Path, tmp_path: Path, capsys) -> N
 def test_a_cache_is_checked_before_the_teacher_is_loaded(teacher: Path, tmp_path: Path, monkeypatch) -> None:
     """Loading takes minutes; a 70B teacher is not loaded for an option that nobody takes."""
     make = script("cache_teacher")
-    flags = f"--data {corpus()} --teacher {teacher} --limit 4 --max-length 64 --device cpu --output".split()
+    flags = f"--data {corpus()} --prompt tiny --teacher {teacher} --limit 4 --device cpu --output".split()
     make.main([*flags, str(tmp_path / "made"), "--k", "8"])
     monkeypatch.setattr(make, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
     for wrong, message in (
@@ -358,7 +375,7 @@ def test_a_cache_is_checked_before_the_teacher_is_loaded(teacher: Path, tmp_path
 def test_a_table_that_is_narrow(teacher: Path, tmp_path: Path) -> None:
     """At 80 columns no number is broken."""
     make = script("cache_teacher")
-    flags = f"--data {corpus()} --teacher {teacher} --limit 4 --max-length 64 --device cpu --keep hidden".split()
+    flags = f"--data {corpus()} --prompt tiny --teacher {teacher} --limit 4 --device cpu --keep hidden".split()
     cache = make.main([*flags, "--output", str(tmp_path / "made")])
     console = make.make_console(width=80)
     with console.capture() as shown:
