@@ -38,6 +38,7 @@ from fused_kd.integrations.transformers import hidden_states, lm_head_of
 from fused_kd.integrations.weights import straight_through
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
+from fused_kd.training.files import sound, text_rows
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.prompts import get_prompt, tokenize_pairs, tokenize_texts, training_texts
@@ -289,8 +290,8 @@ def read_texts(settings: Settings) -> dict[str, list]:
         limits = {"train": settings.train_limit, "valid": settings.held_out}
         return {split: load_pairs("builtin", split, "en-de", limit=limit) for split, limit in limits.items()}
     try:
-        lines = [line for line in Path(settings.text).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [row["text"] for _, row in sound(text_rows(Path(settings.text)))]
+    except ValueError as error:
         raise ValueError(f"text={settings.text!r} must be a text file in UTF-8: {error}") from None
     if len(lines) <= settings.held_out:
         raise ValueError(f"text={settings.text!r} must have more than held_out={settings.held_out} lines")

@@ -20,7 +20,7 @@ from fused_kd.training.conversations import (
     Conversation,
     function_of,
     is_learnt,
-    texts_of,
+    searched,
     with_text_arguments,
 )
 
@@ -275,7 +275,7 @@ class ChatTemplate:
             control = [token for token in self._special if token in written]
             self._control[source] = re.compile(_any_of(control) if control else r"(?!)")
         beside = {"tools": conversation.tools or [], "chat_template_kwargs": conversation.options}
-        texts = {f"turn {n} ({m['role']})": texts_of(m) for n, m in enumerate(conversation.messages, start=1)}
+        texts = {f"turn {n} ({m['role']})": searched(m) for n, m in enumerate(conversation.messages, start=1)}
         texts |= {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in beside.items()}
         for where, text in texts.items():
             if found := self._control[source].search(text):

@@ -33,9 +33,7 @@ CHATS = {
 
 
 def converted(messages: list[dict[str, Any]], **columns: Any) -> Conversation:
-    conversation = to_conversation({"messages": messages, **columns})
-    assert isinstance(conversation, Conversation), conversation
-    return conversation
+    return to_conversation({"messages": messages, **columns})
 
 
 def row_of(tokenizer: Any, messages: list[dict[str, Any]], turns: str = "all", **columns: Any) -> dict[str, list[int]]:
@@ -277,7 +275,7 @@ def test_a_tokenizer_that_puts_a_space_before_text() -> None:
     # mistral's prompt ends in "[/INST]" and the answer follows without a space: one token may hold both
     tokenizer.chat_template = FAMILIES["mistral"].template.replace(" [/INST]", " wi")
     chat = ChatTemplate(tokenizer).chat(converted(say("An animal", "th four legs.")))
-    assert encode_chats(tokenizer, [chat])[0] == (
+    assert str(encode_chats(tokenizer, [chat])[0]) == (
         "a token lies across the beginning or the end of an assistant turn in '<s>[INST] An animal with four legs.</s>'"
         "..., and the tokenizer does not give the same text in pieces"
     )
@@ -343,8 +341,8 @@ def test_prompts_and_completions() -> None:
         ({"prompt": [], "completion": say("b")}, "the prompt has no messages"),
         ({"prompt": say("a", "b"), "completion": say("c")}, "the completion has no assistant turn"),
     ):
-        found = to_completion(value)
-        assert isinstance(found, str) and message in found
+        with pytest.raises(ValueError, match=message):
+            to_completion(value)
     family = FAMILIES["chatml"]
     two = CHATS["two answers"]
     marked = replace(
@@ -375,7 +373,8 @@ def test_turns_that_are_not_learnt(unlearnt: dict[str, Any]) -> None:
         assert row["input_ids"] == whole["input_ids"] and trained(tokenizer, row) == ["Another one.<|im_end|>"]
         assert trained(tokenizer, row_of(tokenizer, last)) == ["An animal with four legs.<|im_end|>"]
         assert row_of(tokenizer, [turn | {"weight": 1} for turn in two]) == whole
-    assert "no assistant turn" in str(to_conversation({"messages": [two[0], two[1] | unlearnt]}))
+    with pytest.raises(ValueError, match="no assistant turn"):
+        to_conversation({"messages": [two[0], two[1] | unlearnt]})
 
 
 TWO_MARKS = (
