@@ -345,4 +345,7 @@ def _rewritten(text: str, expected: str) -> str:
 
 def _refusal(error: Exception, what: str) -> str:
     kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
-    return f"{what}: the chat template does not take the conversation: {kind}{error}"
+    hint = ""
+    if "'content'" in str(error):
+        hint = "; of a turn with content null, such as one that calls a tool: does this template take tool calls?"
+    return f"{what}: the chat template does not take the conversation: {kind}{error}{hint}"

@@ -77,6 +77,14 @@ def read_rows(
     return _hub_rows(str(source), split, streaming)
 
 
+def is_divided(source: str | Path, split: str, languages: tuple[str, str] | None = None) -> bool:
+    """Whether a hash decides which rows of files without splits in their names are of this one."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return not _is_saved(path) and canonical_split(split) is not None and find_files(path, split, languages)[1]
+    return path.is_file() and canonical_split(split) is not None and _split_of(path) is None
+
+
 class Tally:
     """Counts of the rows of one pass.
 

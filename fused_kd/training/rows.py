@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fused_kd.training import formats
 from fused_kd.training.chat_templates import Turns
-from fused_kd.training.data import pair_rows
+from fused_kd.training.data import pair_rows, parse_direction
 from fused_kd.training.files import Row, columns_of, sound
 from fused_kd.training.formats import FORMATS, Format, Outcome, format_of
 from fused_kd.training.prompts import PromptTemplate, Rows
-from fused_kd.training.reading import BUILTIN, Tally, is_parallel_text, parsed, read_rows
+from fused_kd.training.reading import BUILTIN, Tally, is_divided, is_parallel_text, parsed, read_rows
 from fused_kd.training.stage import check_counts
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def load_rows(
     if isinstance(directions, str) or (directions is not None and len(set(directions)) != len(directions)):
         raise ValueError(f"directions={directions!r}: expected a list, each once, such as ['en-de']")
     directions = list(directions or ["en-de"])
+    seen_at = None
     if format == AUTO:
-        format = _format_found(str(source), split, directions, streaming, skip_bad)
+        format, seen_at = _format_found(str(source), split, directions, streaming, skip_bad)
     if format == formats.PAIRS:
         made = [formats.pair_format(tokenizer, max_length, prompt, direction) for direction in directions]
         opens = [partial(pair_rows, str(source), split, direction, streaming=streaming) for direction in directions]
@@ -147,9 +148,16 @@ def load_rows(
         one = _format(format, tokenizer, max_length, chat_template, turns)
         parts = [Part(partial(read_rows, source, split, one.key, streaming=streaming), one)]
     what = f"source={str(source)!r}, split={split!r}, format={format!r}"
+    if is_divided(source, split, parse_direction(directions[0]) if format == formats.PAIRS else None):
+        what += " (the file has no splits: a hash of each row says of which it is; split='all' takes every row)"
     if streaming:
         return StreamedRows(parts, what, limit, skip_bad)
-    return _collected(parts, what, limit, skip_bad)
+    try:
+        return _collected(parts, what, limit, skip_bad)
+    except ValueError as error:
+        if seen_at is None or what in str(error):
+            raise
+        raise ValueError(f"{error} (read as {format}, which {seen_at} is)") from error
 
 
 def _format(
@@ -162,10 +170,12 @@ def _format(
     return formats.chat_format(name, tokenizer, max_length, chat_template, turns)
 
 
-def _format_found(source: str, split: str, directions: Sequence[str], streaming: bool, skip_bad: bool) -> str:
-    """The format that the first row has."""
+def _format_found(
+    source: str, split: str, directions: Sequence[str], streaming: bool, skip_bad: bool
+) -> tuple[str, str | None]:
+    """The format that the first row has, and that row's place."""
     if source == BUILTIN or is_parallel_text(source, split, directions):
-        return formats.PAIRS
+        return formats.PAIRS, None
     rows = read_rows(source, split, lambda _: None, streaming=streaming)
     for place, value in (row for row in rows if not isinstance(row.value, ValueError)) if skip_bad else sound(rows):
         if (found := format_of(value)) is None:
@@ -173,8 +183,9 @@ def _format_found(source: str, split: str, directions: Sequence[str], streaming:
                 f"{place}: format='auto' knows no format of {columns_of(value)}: expected one of "
                 f"{'; '.join(FORMATS.values())}. Rename the columns, or say which format= it is"
             )
-        return found
-    raise ValueError(f"source={source!r}, split={split!r}: no usable rows")
+        return found, place
+    hint = " (a hash of each row says of which split it is)" if is_divided(source, split) else ""
+    raise ValueError(f"source={source!r}, split={split!r}: no usable rows{hint}")
 
 
 def _outcomes(

@@ -100,7 +100,7 @@ def parse(
         [*given, *flags], look_for_args_file=False, return_remaining_strings=True
     )
     if left:
-        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE")
+        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE, with one value where it is no list")
     return tuple(made)
 
 

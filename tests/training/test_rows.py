@@ -29,7 +29,7 @@ from fused_kd.training import (
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs
 from fused_kd.training.files import csv_rows, parquet_rows
 from fused_kd.training.prompts import tokenize_instructions, tokenize_pairs
-from fused_kd.training.reading import read_rows
+from fused_kd.training.reading import is_divided, read_rows
 
 from .byte_level import make_tokenizer
 from .chat_families import FAMILIES, TOOLS, WORDS
@@ -318,6 +318,22 @@ def test_options_and_sources_that_cannot_be(tokenizer: PreTrainedTokenizerFast, 
     for streaming in (False, True):
         with pytest.raises(ValueError, match="no usable rows"):
             list(load_rows(tokenizer, tmp_path / "empty", streaming=streaming, format="messages"))
+
+
+def test_what_the_first_row_decided_is_told(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Of a folder of two kinds of rows, and of a file whose hash leaves a split empty."""
+    write(tmp_path / "mixed" / "a.jsonl", [{"instruction": "Say a.", "output": "a"}])
+    write(tmp_path / "mixed" / "b.jsonl", [chat(1)])
+    wrong = r"b\.jsonl, line 1: .* \(read as alpaca, which .*a\.jsonl, line 1 is\)"
+    with pytest.raises(ValueError, match=wrong):
+        load_rows(tokenizer, tmp_path / "mixed", "all")
+    one = write(tmp_path / "one.jsonl", [chat(1)])
+    assert is_divided(one, "valid") and not is_divided(one, "all") and not is_divided(tmp_path / "train.jsonl", "train")
+    for options in ({}, {"format": "messages"}):
+        with pytest.raises(
+            ValueError, match=r"a hash of each row says of which .*no usable rows|no usable rows \(a hash"
+        ):
+            load_rows(tokenizer, one, "valid", **options)
 
 
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
