@@ -151,7 +151,9 @@ def read_parts(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
         if args.kd_size is not None and not 0 < args.kd_size <= len(pairs):
             raise SystemExit(f"--kd-size must be in [1, {len(pairs)}] for {len(pairs)} pairs, got {args.kd_size}")
         pairs = misalign(pairs[-args.kd_size :] if args.kd_size else pairs, args.kd_noise, args.seed)
-        parts[direction] = tokenize_pairs(tokenizer, args.prompt, pairs, direction, args.max_length)
+        parts[direction] = tokenize_pairs(
+            tokenizer, args.prompt, pairs, direction, args.max_length, skip_long=args.skip_bad
+        )
     return parts
 
 

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 import fused_kd as fk
 from fused_kd.info import devices, versions
 from fused_kd.integrations.transformers import hidden_states, lm_head_of
+from fused_kd.integrations.weights import straight_through
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs
+from fused_kd.training.files import sound, text_rows
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.prompts import get_prompt, tokenize_pairs, tokenize_texts, training_texts
@@ -114,9 +116,25 @@ def fake_quantised(model: Any, kind: str, group_size: int) -> Any:
     if kind == "int4":
         config = qat.QATConfig(ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(group_size)), step="prepare")
     else:
-        config = qat.QATConfig(weight_config=qat.Float8FakeQuantizeConfig(granularity=ao.PerRow()), step="prepare")
+        # without a least value rows of zeros become NaN
+        weights = qat.Float8FakeQuantizeConfig(granularity=ao.PerRow(), hp_value_lb=1e-12)
+        config = qat.QATConfig(weight_config=weights, step="prepare")
     ao.quantize_(model, config, filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and layer is not head)
+    for layer in model.modules():
+        if getattr(layer, "weight_fake_quantizer", None) is not None:
+            layer.weight_fake_quantizer = StraightThrough(layer.weight_fake_quantizer)
     return model
+
+
+class StraightThrough(nn.Module):
+    """A fake quantiser that gradients pass straight through; torchao's own for float8 lets most of them be 0."""
+
+    def __init__(self, quantiser: nn.Module) -> None:
+        super().__init__()
+        self.quantiser = quantiser
+
+    def forward(self, values: Tensor) -> Tensor:
+        return straight_through(self.quantiser, values)
 
 
 @torch.no_grad()
@@ -272,8 +290,8 @@ def read_texts(settings: Settings) -> dict[str, list]:
         limits = {"train": settings.train_limit, "valid": settings.held_out}
         return {split: load_pairs("builtin", split, "en-de", limit=limit) for split, limit in limits.items()}
     try:
-        lines = [line for line in Path(settings.text).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [row["text"] for _, row in sound(text_rows(Path(settings.text)))]
+    except ValueError as error:
         raise ValueError(f"text={settings.text!r} must be a text file in UTF-8: {error}") from None
     if len(lines) <= settings.held_out:
         raise ValueError(f"text={settings.text!r} must have more than held_out={settings.held_out} lines")

@@ -55,6 +55,9 @@ def plan_for(
     V: int,
     *,
     dtype: torch.dtype = torch.float32,
+    teacher_dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    head_learns: bool = True,
     device: str = "cpu",
     objective: Objective | None = None,
     memory_budget: int | None = None,
@@ -63,13 +66,16 @@ def plan_for(
     engine: str | None = None,
     backend: str | None = None,
 ) -> Choice:
-    """The plan of a call with all gradients wanted and no ignored tokens; nothing is computed.
+    """The plan of a call without ignored tokens; nothing is computed.
 
     Args:
         N: tokens.
         H_s, H_t: hidden sizes of student and teacher.
         V: vocabulary.
         dtype: of hidden states and weights: float32, bfloat16 or float16.
+        teacher_dtype: of the teacher's, where they are of another.
+        autocast: the dtype that autocast computes in, or None.
+        head_learns: whether the student's weight has a gradient, as its hidden states have; default True.
         device: "cpu" or "cuda". Where there is no GPU, "cuda" stands for an NVIDIA one of sm_80 or later.
         objective: default :class:`fused_kd.SelfEvolution`.
         memory_budget: bytes of workspace, or None.
@@ -88,7 +94,13 @@ def plan_for(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, given, known in (("device", device, ("cpu", "cuda")), ("dtype", dtype, FLOAT_DTYPES)):
+    teacher_dtype = teacher_dtype or dtype
+    computed, of_teacher = autocast or dtype, autocast or teacher_dtype
+    dtypes = {"dtype": dtype, "teacher_dtype": teacher_dtype, "autocast": computed}
+    for name, given, known in (
+        ("device", device, ("cpu", "cuda")),
+        *((*each, FLOAT_DTYPES) for each in dtypes.items()),
+    ):
         if given not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {given!r}")
     if engine is not None and engine not in ENGINES:
@@ -106,20 +118,24 @@ def plan_for(
     if row not in BACKENDS:
         row = "native" if native_works() else "torch"
     here = device == "cpu" or torch.cuda.is_available()
-    upcast = dtype != torch.float32 and here and not has_fp32_output(place, dtype)
+    upcast, teacher_upcast = (
+        each != torch.float32 and here and not has_fp32_output(place, each) for each in (computed, of_teacher)
+    )
     notes = [] if here else ["no GPU here: planned for an NVIDIA GPU of sm_80 or later"]
-    upcast = upcast or (row == "triton" and interpreted(place, dtype))
+    upcast = upcast or (row == "triton" and interpreted(place, computed))
     if upcast and device == "cpu":
         notes.append(
-            f"operands are made fp32 first, as this CPU has no products of {str(dtype).removeprefix('torch.')} with "
+            f"operands are made fp32 first, as this CPU has no products of {str(computed).removeprefix('torch.')} with "
             "fp32 results: float32 is the faster choice where its weights fit"
         )
-    problem = _problem(N, H_s, H_t, V, dtype, spec, top_k, memory_budget, teachers)
+    problem = _problem(
+        N, H_s, H_t, V, dtype, spec, top_k, memory_budget, teachers, teacher_dtype, autocast, head_learns
+    )
 
     too_small, group = None, None
     if chosen != "streaming":
         try:
-            plan = _chunked(problem, place, upcast)
+            plan = _chunked(problem, place, upcast, teacher_upcast)
             chosen, chunk, workspace, group = "chunked", plan.chunk, plan.workspace, plan.group
             chunks = sum(map(len, plan.groups(N)))
             if spec.ranked and chunk < N:
@@ -132,7 +148,7 @@ def plan_for(
             chosen, too_small = "streaming", error
     if chosen == "streaming":
         try:
-            streamed = _streamed(problem, dtype, upcast or interpreted(place, dtype))
+            streamed = _streamed(problem, upcast or interpreted(place, computed))
         except BudgetTooSmall as error:
             if too_small is None:
                 raise
@@ -141,15 +157,17 @@ def plan_for(
         notes.append("logits are computed again, two to four times in all: more FLOPs than those of the GEMMs above")
         if too_small is not None:
             notes.append(f"the chunked engine would need a budget of at least {too_small.minimum} bytes")
-    hidden_sizes = [H_s] * 3  # logits and two gradients
+    hidden_sizes = [H_s] * (2 + head_learns)  # logits and gradients
+    logits = 1
     if problem.teacher is not None and top_k is None:
         hidden_sizes += [H_t] * teachers
+        logits += teachers
     return Choice(
-        chosen, row, device, str(dtype).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
-        gradients=dtype.itemsize * (N + V) * H_s,
+        chosen, row, device, str(computed).removeprefix("torch."), repr(objective), chunk, chunks, group, workspace,
+        gradients=dtype.itemsize * (N + V * head_learns) * H_s,
         flops=2 * N * V * sum(hidden_sizes),
         gemms=len(hidden_sizes),
-        eager_logits=dtype.itemsize * N * V * (len(hidden_sizes) - 2),
+        eager_logits=computed.itemsize * N * V * logits,
         notes=tuple(notes),
     )  # fmt: skip
 
@@ -174,23 +192,27 @@ def chunked_plan(
     return _chunked(_problem(n, H_s, H_t, V, dtype, SelfEvolution().spec, top_k, memory_budget), device, upcast)
 
 
-def _chunked(problem: Problem, device: torch.device, upcast: bool) -> ChunkedPlan:
+def _chunked(problem: Problem, device: torch.device, upcast: bool, teacher_upcast: bool | None = None) -> ChunkedPlan:
     chunks = Chunks(problem, problem.vocab, None, problem.labels)
     teachers = chunks.teacher.teachers if isinstance(chunks.teacher, MixedSource) else [chunks.teacher]
     for source in (chunks.student, *teachers):
         if isinstance(source, LogitSource) and source.projection is not None:
             # It asks the tensors' device, which is not the one to be planned for.
-            source.projection.upcast = upcast and problem.student.source.dtype != torch.float32
+            projection = source.projection
+            wide = upcast if source is chunks.student or teacher_upcast is None else teacher_upcast
+            projection.upcast = wide and projection.dtype != torch.float32
+            projection.copied = not projection.upcast and projection.dtype != projection.weight_dtype
     return chunked.plan(chunks, device)
 
 
-def _streamed(problem: Problem, dtype: torch.dtype, upcast: bool) -> StreamingPlan:
+def _streamed(problem: Problem, upcast: bool) -> StreamingPlan:
     heads = [side for side in (problem.student, problem.teacher) if side is not None]
-    plain = all(side.source.shape[1] % ALIGNED == 0 for side in heads)
+    dtypes = [problem.dtype or side.source.dtype for side in heads]
+    plain = all(side.source.shape[1] % ALIGNED == 0 and problem.dtype in (None, side.source.dtype) for side in heads)
     target = "sm_90"  # an H100 where there is no GPU
     if torch.cuda.is_available():
         target = "gfx" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    tiles = choose_tiles(*[dtype] * len(heads), plain=plain, target=target)
+    tiles = choose_tiles(*dtypes, plain=plain, target=target)
     return plan_streaming(sizes_of(problem, len(problem.labels), upcast=upcast), tiles, problem.memory_budget)
 
 
@@ -204,22 +226,29 @@ def _problem(
     top_k: int | None,
     memory_budget: int | None,
     teachers: int = 1,
+    teacher_dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    head_learns: bool = True,
 ) -> Problem:
     """Of tensors without data; the teacher's are left out where the objective has none."""
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def head(width: int, dtype: torch.dtype) -> Side:
+        return Side(empty(n, width, dtype=dtype), empty(V, width, dtype=dtype))
 
     teacher = None
     if top_k is not None:
         entries = empty(n, top_k, dtype=torch.float32)
         teacher = Side(entries, indices=entries, tail="renormalize")
     elif spec.needs_teacher and H_t is not None:
-        teacher = Side(empty(n, H_t), empty(V, H_t))
+        teacher = head(H_t, teacher_dtype or dtype)
     others = () if teacher is None else (teacher,) * (teachers - 1)
     return Problem(
-        student=Side(empty(n, H_s), empty(V, H_s)), teacher=teacher, labels=empty(n, dtype=torch.int64), weights=None,
-        scale=empty(0), scalars=empty(0), wanted=Wanted(source=True, weight=True, bias=False),
-        spec_code=spec.code, cold_labels=False, vocab=V, dtype=None, memory_budget=memory_budget, engine="", backend="",
+        student=head(H_s, dtype), teacher=teacher, labels=empty(n, dtype=torch.int64), weights=None,
+        scale=empty(0, dtype=torch.float32), scalars=empty(0, dtype=torch.float32),
+        wanted=Wanted(source=True, weight=head_learns, bias=False), spec_code=spec.code, cold_labels=False, vocab=V,
+        dtype=autocast, memory_budget=memory_budget, engine="", backend="",
         others=others,
     )  # fmt: skip

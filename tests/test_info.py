@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_kd as fk
 from fused_kd import info
-from fused_kd.engines import chunked
+from fused_kd.engines import chunked, gemm
 from fused_kd.forecast import plan_for
 from fused_kd.rows.native import build as native_build
 from fused_kd.rows.select import BACKENDS
@@ -20,18 +20,28 @@ N, H_S, H_T, V = 37, 24, 40, 301
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
-def call(objective: fk.SelfEvolution, dtype: torch.dtype, top_k: int | None, teachers: int = 1, **options) -> None:
-    """The call that ``plan_for(N, H_S, H_T, V, ...)`` forecasts."""
-    h_s, W_s = torch.randn(N, H_S, dtype=dtype), torch.randn(V, H_S, dtype=dtype)
-    student = fk.LMHead(h_s.requires_grad_(), W_s.requires_grad_())
+def call(
+    objective: fk.SelfEvolution,
+    dtype: torch.dtype,
+    top_k: int | None,
+    teachers: int = 1,
+    teacher_dtype: torch.dtype | None = None,
+    head_learns: bool = True,
+    **options,
+) -> list[torch.Tensor]:
+    """The call that ``plan_for(N, H_S, H_T, V, ...)`` forecasts; the student's tensors, with their gradients."""
+    h_s, W_s = (torch.randn(rows, H_S, dtype=dtype) for rows in (N, V))
+    student = fk.LMHead(h_s.requires_grad_(), W_s.requires_grad_(head_learns))
     teacher: fk.LMHead | fk.TopK | fk.Mixture | None = None
     if objective.spec.needs_teacher:
-        heads = [fk.LMHead(torch.randn(N, H_T, dtype=dtype), torch.randn(V, H_T, dtype=dtype)) for _ in range(teachers)]
+        of = teacher_dtype or dtype
+        heads = [fk.LMHead(torch.randn(N, H_T, dtype=of), torch.randn(V, H_T, dtype=of)) for _ in range(teachers)]
         teacher = heads[0] if teachers == 1 else fk.Mixture(heads)
         if top_k is not None:
             values, indices = torch.randn(N, V).log_softmax(-1).topk(top_k)
             teacher = fk.TopK(values, indices)
-    fk.kd_loss(student, teacher, torch.randint(V, (N,)), objective, **options)
+    fk.kd_loss(student, teacher, torch.randint(V, (N,)), objective, **options).loss.backward()
+    return [h_s, W_s]
 
 
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
@@ -62,10 +72,33 @@ def test_chunked_plan_is_that_of_the_call(monkeypatch, dtype, objective, top_k, 
         assert found.chunks > 1 and found.workspace <= memory_budget
 
 
+@pytest.mark.parametrize("product", ["as here", None])
+@pytest.mark.parametrize("head_learns", [True, False])
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, None], ids=["autocast", "as they are"])
+def test_a_plan_of_two_dtypes_is_that_of_the_call(monkeypatch, autocast, teacher_dtype, head_learns, product):
+    """A student that is trained in float32: under autocast GEMMs take bf16 copies of it, its gradients are float32."""
+    if product is None:
+        monkeypatch.setattr(gemm, "cpu_product", lambda: None)
+    elif gemm.cpu_product() is None:
+        pytest.skip("this CPU has no products of bf16 with fp32 results")
+    plans = []
+    plan_chunks = chunked.plan_chunks
+    monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: plans.append(plan_chunks(*a, **k)) or plans[-1])
+    kept = {"teacher_dtype": teacher_dtype, "head_learns": head_learns}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        leaves = call(fk.SelfEvolution(), torch.float32, None, **kept)
+    found = plan_for(N, H_S, H_T, V, autocast=autocast, **kept)
+    assert [plan[:3] for plan in plans] == [(found.chunk, found.workspace, found.group)] * 2
+    assert found.gradients == sum(x.grad.nbytes for x in leaves if x.grad is not None)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, autocast", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("objective", [fk.SelfEvolution(), fk.NoEvo(), fk.SFT()], ids=lambda x: x.name)
-def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, objective):
+def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, autocast, objective):
     pytest.importorskip("triton")
     from fused_kd.engines.streaming import engine as streaming
 
@@ -77,10 +110,10 @@ def test_streaming_plan_is_that_of_the_call(monkeypatch, dtype, objective):
 
     plan_streaming = streaming.plan_streaming
     monkeypatch.setattr(streaming, "plan_streaming", planned)
-    with pytest.raises(Planned) as caught:
+    with pytest.raises(Planned) as caught, torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         call(objective, dtype, None, engine="streaming", backend="triton")
     (plan,) = caught.value.args
-    found = plan_for(N, H_S, H_T, V, dtype=dtype, objective=objective, engine="streaming")
+    found = plan_for(N, H_S, H_T, V, dtype=dtype, autocast=autocast, objective=objective, engine="streaming")
     assert (found.engine, found.backend) == ("streaming", "triton")
     assert (found.chunk, found.group, found.workspace) == (plan.tokens, None, plan.workspace)
 

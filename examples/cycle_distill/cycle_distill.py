@@ -34,12 +34,13 @@ from fused_kd.training import KDTrainer, LoRA, Pair, PromptTemplate, Rows, Stage
 from fused_kd.training.cache import write_lists
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import load_pairs, parse_direction
+from fused_kd.training.files import SUFFIXES, text_rows
 from fused_kd.training.fingerprints import fingerprint_teacher
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, Generations, generate_to
 from fused_kd.training.models import PRESETS, load_model, load_tokenizer
 from fused_kd.training.prompts import PROMPTS, encode_prompts, render_sample, tokenize_pairs
-from fused_kd.training.reading import SUFFIXES, Row, read_rows, text_fault, text_lines
+from fused_kd.training.reading import read_rows
 from fused_kd.training.reading import select as first_of
 from fused_kd.training.score import score
 from fused_kd.training.script import make_console, parse, run_script
@@ -245,17 +246,17 @@ def load_sentences(source: str, language: str, limit: int) -> list[str]:
         found = next((value[key] for key in (language, "text", "sentence") if isinstance(value.get(key), str)), None)
         return None if found is None else " ".join(found.split())
 
-    def parse(value: Any) -> tuple[str] | str:
-        return (found,) if (found := text(value)) else f"no text for the language {language!r} and none named 'text'"
+    def parse(value: Any) -> str:
+        if not (found := text(value)):
+            raise ValueError(f"no text for the language {language!r} and none named 'text'")
+        return found
 
     path = Path(source).expanduser()
     if path.is_file() and not path.name.endswith(SUFFIXES):
-        lines = enumerate(text_lines(path), start=1)
-        rows = (Row(f"{path}, line {n}", {"text": line}) for n, line in lines if line.strip() and not text_fault(line))
+        rows = text_rows(path)
     else:
         rows = read_rows(source, "all" if path.is_file() else "train", text)
-    found = first_of(rows, parse, f"monolingual={source!r}", limit=limit, skip_bad=True)
-    return [item[0] for item in found]
+    return first_of(rows, parse, f"monolingual={source!r}", limit=limit, skip_bad=True)
 
 
 def with_examples(template: PromptTemplate, examples: Sequence[Pair], direction: str) -> PromptTemplate:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_kd as fk
+from fused_kd.training.files import sound
 from fused_kd.training.models import train_tokenizer
-from fused_kd.training.reading import file_rows, find_file, sound
+from fused_kd.training.reading import file_rows, find_file
 from fused_kd.training.stage import write_json, write_lines
 
 TABLES = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))

@@ -38,9 +38,10 @@ from transformers.utils import logging
 import fused_kd as fk
 from fused_kd.training import Collator, KDTrainer, LoRA, ModuleTrainer, Stages, helpers, models, parse, parse_objective
 from fused_kd.training.collate import padding_id
+from fused_kd.training.files import sound
 from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
-from fused_kd.training.reading import file_rows, read_rows, sound
+from fused_kd.training.reading import file_rows, read_rows
 from fused_kd.training.script import make_console, run_script
 from fused_kd.training.stage import read_json, read_lines, write_json, write_lines
 

@@ -170,11 +170,11 @@ def load_texts(files: Sequence[str], key: str, seen: set[str]) -> list[str]:
         ValueError: a row without text, or a file that cannot be read; with file and line.
     """
 
-    def read(row: Any) -> Any:
+    def read(row: Any) -> str:
         found = row.get("text", row.get(key)) if isinstance(row, dict) else None
         if isinstance(found, str) and found.strip():
-            return (found,)
-        return f"expected a text under 'text' or {key!r}, got {str(row)[:80]!r}"
+            return found
+        raise ValueError(f"expected a text under 'text' or {key!r}, got {str(row)[:80]!r}")
 
     found: list[str] = []
     for file in files:
@@ -182,7 +182,7 @@ def load_texts(files: Sequence[str], key: str, seen: set[str]) -> list[str]:
             texts = [pair.source for pair in load_pairs(BUILTIN, "train", "en-de")]
         else:
             rows = read_rows(file, "all", lambda row: None)
-            texts = [text for (text,) in select(rows, read, file, limit=None, skip_bad=False)]
+            texts = select(rows, read, file, limit=None, skip_bad=False)
         for text in texts:
             if text not in seen:
                 seen.add(text)

@@ -64,7 +64,7 @@ def linear_map(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None
     """
     if not _is_lora(head):
         if (rounded := getattr(head, "activation_fake_quantizer", None)) is not None:
-            hidden = rounded(hidden)
+            hidden = straight_through(rounded, hidden)
         return hidden, _dense(head, hidden.dtype), getattr(head, "bias", None)
     if head.merged and head.disable_adapters:
         raise ValueError("the adapter of the head is merged and disabled: unmerge it")
@@ -81,6 +81,32 @@ def linear_map(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None
     if len(rows) > 1:
         hidden, weight = torch.cat(columns, -1), torch.cat(rows, -1)
     return hidden, weight, getattr(linear, "bias", None)
+
+
+class _Straight(torch.autograd.Function):
+    """A module's result in the forward, the identity in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Any) -> Tensor:
+        result: Tensor = rounded(values)
+        return result.view_as(result) if result is values else result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(quantiser: Any, values: Tensor) -> Tensor:
+    """``values`` as one of torchao's fake quantisers rounds them, with a gradient that passes through.
+
+    Those for integers have such a gradient of their own, zero for values that they clip; it stays. With those that go
+    by way of float8, autograd casts the gradient to float8 too, where most of it is too small to be anything but 0.
+    """
+    if "float8" not in repr(getattr(quantiser, "config", quantiser)):
+        rounded: Tensor = quantiser(values)
+        return rounded
+    straight: Tensor = _Straight.apply(values, quantiser)  # type: ignore[no-untyped-call]
+    return straight
 
 
 def is_quantised(weight: Any) -> bool:
@@ -125,7 +151,7 @@ def _dense(linear: Any, dtype: torch.dtype) -> Tensor:
     dense: Tensor = weight
     if not is_quantised(weight):
         fake = getattr(linear, "weight_fake_quantizer", None)
-        return dense if fake is None else fake(weight)
+        return dense if fake is None else straight_through(fake, weight)
     if type(weight).__module__.startswith("torchao"):
         dense = weight.dequantize()
     else:

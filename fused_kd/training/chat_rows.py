@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[dict[str, list[int]] | str]:
-    """A row of ``input_ids`` and ``labels`` for each text, or what is wrong with it. Nothing is cut.
+def encode_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[dict[str, list[int]] | ValueError]:
+    """A row of ``input_ids`` and ``labels`` for each text, or a ``ValueError`` that says what is wrong. Nothing is cut.
 
     Raises:
         ValueError: a tokenizer without offsets, which says of no token where in the text it lies.
@@ -41,14 +41,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequenc
     return encoded.encodings or []
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, chat: Chat, encoding: Any) -> dict[str, list[int]] | str:
+def _row(tokenizer: PreTrainedTokenizerBase, chat: Chat, encoding: Any) -> dict[str, list[int]] | ValueError:
     bounds = [bound for span in chat.spans for bound in span]
     edges = [_edge(encoding, chat.text, bound, closing=bool(n % 2)) for n, bound in enumerate(bounds)]
     ids: list[int] = encoding.ids
     if None in edges:
         pieces = _pieces(tokenizer, chat, bounds)
         if pieces is None:
-            return (
+            return ValueError(
                 f"a token lies across the beginning or the end of an assistant turn in {chat.text[:60]!r}..., and the "
                 "tokenizer does not give the same text in pieces"
             )

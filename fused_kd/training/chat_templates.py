@@ -20,7 +20,7 @@ from fused_kd.training.conversations import (
     Conversation,
     function_of,
     is_learnt,
-    texts_of,
+    searched,
     with_text_arguments,
 )
 
@@ -38,6 +38,8 @@ _THINKING = (
 )
 # two answers without a common beginning or end
 _PROBES = ("qzAxq", "vyBwv")
+# templates may write these far from where they are among the turns
+_ELSEWHERE = ("system", "developer")
 
 
 class Chat(NamedTuple):
@@ -120,14 +122,15 @@ class ChatTemplate:
             raise ValueError(_refusal(error, f"turn {len(conversation.messages)}")) from error
         (text,), (found,) = rendered
         spans = [(begin, end) for begin, end in found if end > begin]
-        turns = [message for message in conversation.messages if message["role"] == ASSISTANT]
-        if not all(map(is_learnt, turns)):
-            if len(spans) != len(turns):
+        wanted = self._wanted(conversation)
+        if self.turns == "last" or not all(is_learnt(m) for m in conversation.messages if m["role"] == ASSISTANT):
+            of_turns = self._spans_of_turns(conversation, text, spans)
+            if bare := [number for number in wanted if not of_turns[number]]:
                 raise ValueError(
-                    f"the chat template marks {len(spans)} texts in {len(turns)} assistant turns, so that those "
-                    "without loss (weight 0, train false) cannot be told apart"
+                    f"turn {bare[0] + 1} (assistant): the chat template's {{% generation %}} marks have no text of it "
+                    "between them"
                 )
-            spans = [span for span, turn in zip(spans, turns, strict=True) if is_learnt(turn)]
+            spans = [span for number in wanted for span in of_turns[number]]
         if conversation.given:
             before = self._render(conversation, conversation.messages[: conversation.given], "the prompt")
             if not text.startswith(before):
@@ -137,14 +140,56 @@ class ChatTemplate:
             raise ValueError(
                 "the chat template's {% generation %} marks have no text of this conversation between them"
             )
-        return Chat(text, spans[-1:] if self.turns == "last" else spans)
+        return Chat(text, spans)
+
+    def _wanted(self, conversation: Conversation) -> list[int]:
+        """The messages that carry loss."""
+        learnt = [n for n, m in enumerate(conversation.messages) if is_learnt(m) and n >= conversation.given]
+        return learnt[-1:] if self.turns == "last" else learnt
+
+    def _spans_of_turns(
+        self, conversation: Conversation, text: str, spans: Sequence[tuple[int, int]]
+    ) -> dict[int, list[tuple[int, int]]]:
+        """The marked spans of each assistant turn: those up to what another role says next."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        rest, together = list(spans), list[int]()
+        for number, message in enumerate([*conversation.messages, None]):
+            if message is not None and message["role"] == ASSISTANT:
+                together.append(number)
+                continue
+            end = len(text) if message is None else self._place_of(conversation, number, text) if together else None
+            if end is None:
+                continue
+            here = [span for span in rest if span[0] < end]
+            rest = rest[len(here) :]
+            if len(together) > 1 and len(here) != len(together):
+                raise ValueError(
+                    f"turns {together[0] + 1} to {together[-1] + 1}: the chat template marks {len(here)} texts in "
+                    f"{len(together)} assistant turns, so that they cannot be told apart"
+                )
+            found |= dict(zip(together, [here] if len(together) == 1 else [[span] for span in here], strict=True))
+            together = []
+        return found
+
+    def _place_of(self, conversation: Conversation, number: int, text: str) -> int | None:
+        """A character of `text` that the content of a user's or tool's message changes, the first one."""
+        messages = list(conversation.messages)
+        content = messages[number].get("content", "")
+        if messages[number]["role"] in _ELSEWHERE or not isinstance(content, str):
+            return None
+        # templates look at how a content begins and ends
+        middle = len(content) // 2
+        messages[number] = {**messages[number], "content": content[:middle] + _PROBES[0] + content[middle:]}
+        with suppress(ValueError):
+            changed = self._render(conversation, messages, "")
+            return None if changed == text else _common(changed, text)
+        return None
 
     def _between(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """Each turn as what comes after its prompt, in `text`, the whole conversation."""
         messages = conversation.messages
-        wanted = [n for n, m in enumerate(messages) if is_learnt(m) and n >= conversation.given]
         spans = []
-        for number in wanted[-1:] if self.turns == "last" else wanted:
+        for number in self._wanted(conversation):
             turn = f"turn {number + 1} (assistant)"
             if number == 0:
                 raise ValueError(
@@ -230,7 +275,7 @@ class ChatTemplate:
             control = [token for token in self._special if token in written]
             self._control[source] = re.compile(_any_of(control) if control else r"(?!)")
         beside = {"tools": conversation.tools or [], "chat_template_kwargs": conversation.options}
-        texts = {f"turn {n} ({m['role']})": texts_of(m) for n, m in enumerate(conversation.messages, start=1)}
+        texts = {f"turn {n} ({m['role']})": searched(m) for n, m in enumerate(conversation.messages, start=1)}
         texts |= {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in beside.items()}
         for where, text in texts.items():
             if found := self._control[source].search(text):
@@ -300,4 +345,7 @@ def _rewritten(text: str, expected: str) -> str:
 
 def _refusal(error: Exception, what: str) -> str:
     kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
-    return f"{what}: the chat template does not take the conversation: {kind}{error}"
+    hint = ""
+    if "'content'" in str(error):
+        hint = "; of a turn with content null, such as one that calls a tool: does this template take tool calls?"
+    return f"{what}: the chat template does not take the conversation: {kind}{error}{hint}"

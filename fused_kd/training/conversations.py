@@ -1,7 +1,7 @@
 """Conversations of the forms in which data sets have them, as the messages that chat templates take.
 
 OpenAI's and TRL's ``messages`` (``role``, ``content``, ``tool_calls``), ShareGPT's ``conversations`` (``from``,
-``value``) and TRL's ``prompt`` and ``completion``. Every function gives what is wrong with a row as text.
+``value``) and TRL's ``prompt`` and ``completion``. What is wrong with a row is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fused_kd.training.files import text_fault
+from fused_kd.training.files import columns_of, text_fault
 
 ASSISTANT = "assistant"
 MESSAGE_COLUMNS = ("messages", "conversations")
@@ -50,33 +50,33 @@ class Completion:
     completion: str
 
 
-def to_conversation(value: Any) -> Conversation | str:
-    """The conversation of a row of ``messages`` or ``conversations``, or what is wrong with it.
+def to_conversation(value: Any) -> Conversation:
+    """The conversation of a row of ``messages`` or ``conversations``. Raises ``ValueError`` for a row without one.
 
     What follows the last assistant turn is left out, as nothing is learnt from it. ``system`` (a text), ``tools`` (a
     list, or its JSON text) and ``chat_template_kwargs`` (a dict, or its JSON text) may be beside the messages.
     """
     name = _message_column(value)
     if name is None:
-        return f"expected messages or conversations, a list of turns, got {_columns(value)}"
+        raise ValueError(f"expected messages or conversations, a list of turns, got {columns_of(value)}")
     return _conversation(value, value[name], name)
 
 
-def to_completion(value: Any) -> Conversation | Completion | str:
-    """A row of ``prompt`` and ``completion``, both texts or both lists of messages; or what is wrong with it."""
+def to_completion(value: Any) -> Conversation | Completion:
+    """A row of ``prompt`` and ``completion``, texts or lists of messages. Raises ``ValueError`` for others."""
     if not isinstance(value, dict) or not {"prompt", "completion"} <= value.keys():
-        return f"expected prompt and completion, got {_columns(value)}"
+        raise ValueError(f"expected prompt and completion, got {columns_of(value)}")
     prompt, completion = (_turns_or_text(value[name]) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            return "the completion is empty"
-        fault = text_fault(prompt + completion)
-        return f"the text is {fault}" if fault else Completion(prompt, completion)
+            raise ValueError("the completion is empty")
+        _check_text(prompt + completion)
+        return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         if not prompt or not completion:
-            return f"the {'completion' if prompt else 'prompt'} has no messages"
+            raise ValueError(f"the {'completion' if prompt else 'prompt'} has no messages")
         return _conversation(value, [*prompt, *completion], "prompt and completion", len(prompt))
-    return (
+    raise ValueError(
         "expected prompt and completion to be both texts or both lists of messages, got "
         f"{type(value['prompt']).__name__} and {type(value['completion']).__name__}"
     )
@@ -90,9 +90,11 @@ def first_question(value: Any) -> str | None:
     turns = _turns_or_text(value.get("prompt")) if name is None else _from_json(value[name])
     if isinstance(turns, str):
         return turns
-    messages = _messages(turns) if isinstance(turns, list) else ""
-    texts = [m.get("content", "") for m in messages if m["role"] != "system"] if isinstance(messages, list) else []
-    return str(texts[0]) if texts else None
+    try:
+        messages = _messages(turns) if isinstance(turns, list) else []
+    except ValueError:
+        return None
+    return next((str(m.get("content", "")) for m in messages if m["role"] != "system"), None)
 
 
 def is_learnt(message: dict[str, Any]) -> bool:
@@ -100,7 +102,7 @@ def is_learnt(message: dict[str, Any]) -> bool:
     return bool(message["role"] == ASSISTANT and message.get("weight", 1) and message.get("train", True))
 
 
-def texts_of(message: dict[str, Any]) -> str:
+def searched(message: dict[str, Any]) -> str:
     """All that a message puts into the template, as one text, for searches."""
     rest = {name: entry for name, entry in message.items() if name != "content"}
     return str(message.get("content", "")) + json.dumps(rest, ensure_ascii=False)
@@ -132,126 +134,105 @@ def _message_column(value: Any) -> str | None:
     return next((n for n in MESSAGE_COLUMNS if isinstance(value, dict) and value.get(n) is not None), None)
 
 
-def _columns(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)[:80]
-    return f"the columns {', '.join(map(str, value))}" if value else "no columns"
+def _check_text(text: str) -> None:
+    if fault := text_fault(text):
+        raise ValueError(f"the text is {fault}")
 
 
-def _conversation(value: dict[str, Any], turns: Any, name: str, given: int = 0) -> Conversation | str:
+def _conversation(value: dict[str, Any], turns: Any, name: str, given: int = 0) -> Conversation:
     turns = _from_json(turns)
     if not isinstance(turns, list) or not turns:
-        return f"{name}: expected a list of turns, got {str(turns)[:80] or 'an empty text'}"
+        raise ValueError(f"{name}: expected a list of turns, got {str(turns)[:80] or 'an empty text'}")
     messages = _messages(turns)
-    if isinstance(messages, str):
-        return messages
     system = value.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages, given = [{"role": "system", "content": system}, *messages], given + 1 if given else 0
     last = max((n for n, message in enumerate(messages) if is_learnt(message)), default=-1)
     if last < given:
-        where = "the completion" if given else name
-        return f"{where} has no assistant turn, so nothing carries loss (roles: {', '.join(_roles(messages))})"
+        where, roles = "the completion" if given else name, ", ".join(dict.fromkeys(m["role"] for m in messages))
+        raise ValueError(f"{where} has no assistant turn, so nothing carries loss (roles: {roles})")
     tools, options = _from_json(value.get("tools")), _from_json(value.get("chat_template_kwargs"))
     if isinstance(tools, list):
         tools = [_from_json(tool) for tool in tools]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return f"tools: expected a list of objects, or its JSON text, got {str(tools)[:80]}"
+        raise ValueError(f"tools: expected a list of objects, or its JSON text, got {str(tools)[:80]}")
     if options and not isinstance(options, dict):
-        return f"chat_template_kwargs: expected an object, or its JSON text, got {str(options)[:80]}"
+        raise ValueError(f"chat_template_kwargs: expected an object, or its JSON text, got {str(options)[:80]}")
     conversation = Conversation(messages[: last + 1], tools or None, options or {}, given)
-    fault = text_fault(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str))
-    return f"the text is {fault}" if fault else conversation
+    _check_text(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str))
+    return conversation
 
 
-def _roles(messages: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(message["role"] for message in messages))
-
-
-def _messages(turns: Sequence[Any]) -> list[dict[str, Any]] | str:
+def _messages(turns: Sequence[Any]) -> list[dict[str, Any]]:
     messages = []
     for number, turn in enumerate(turns, start=1):
-        message = _message(turn)
-        if isinstance(message, str):
-            return f"turn {number}: {message}"
-        messages.append(message)
+        try:
+            messages.append(_message(turn))
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from None
     return messages
 
 
-def _message(turn: Any) -> dict[str, Any] | str:
-    """A message as templates take it, or what is wrong with the turn."""
+def _message(turn: Any) -> dict[str, Any]:
+    """A message as templates take it."""
     if not isinstance(turn, dict):
-        return f"expected an object with role and content, got {str(turn)[:80]}"
+        raise ValueError(f"expected an object with role and content, got {str(turn)[:80]}")
     message = {name: entry for name, entry in turn.items() if entry is not None}
     if "from" in message and "role" not in message:
-        spoken = _from_sharegpt(message)
-        if isinstance(spoken, str):
-            return spoken
-        message = spoken
+        message = _from_sharegpt(message)
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        return f"expected a role, got {', '.join(turn) or 'nothing'}"
+        raise ValueError(f"expected a role, got {', '.join(turn) or 'nothing'}")
     weight, train = message.get("weight", 1), message.get("train", True)
     if weight not in (0, 1) or train not in (True, False):
-        return f"{role}: expected a weight of 0 or 1, and train true or false, got {weight!r} and {train!r}"
-    calls = _calls(message.get("tool_calls"))
-    if isinstance(calls, str):
-        return calls
-    message.pop("tool_calls", None)
-    content = _content(message.pop("content", None))
-    if isinstance(content, _Fault):
-        return f"{role}: {content}"
+        raise ValueError(f"{role}: expected a weight of 0 or 1, and train true or false, got {weight!r} and {train!r}")
+    calls = _calls(message.pop("tool_calls", None))
+    content = _content(role, message.pop("content", None))
     if content is None and not calls:
-        return f"{role}: no content"
+        raise ValueError(f"{role}: no content")
     if role == ASSISTANT and not (content or "").strip() and not calls:
-        return "assistant: the turn is empty"
+        raise ValueError("assistant: the turn is empty")
     return {**message, **({} if content is None else {"content": content}), **({"tool_calls": calls} if calls else {})}
 
 
-class _Fault(str):
-    """What is wrong, where a text could also be what is right."""
-
-    __slots__ = ()
-
-
-def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any] | str:
+def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
     speaker, value = message["from"], message.get("value")
     if speaker not in _SPEAKERS:
-        return f"from={speaker!r}: expected one of {', '.join(_SPEAKERS)}"
+        raise ValueError(f"from={speaker!r}: expected one of {', '.join(_SPEAKERS)}")
     if speaker != "function_call":
         return {"role": _SPEAKERS[speaker], "content": value}
     calls = _from_json(value)
     return {"role": ASSISTANT, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-def _content(content: Any) -> str | None:
+def _content(role: str, content: Any) -> str | None:
     """The text of a content, which may be in parts; None for none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        return _Fault(f"expected a content of text, got {str(content)[:80]}")
+        raise ValueError(f"{role}: expected a content of text, got {str(content)[:80]}")
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            return _Fault(f"a part of the content is {kind!r}: expected texts only")
+            raise ValueError(f"{role}: a part of the content is {kind!r}: expected texts only")
         texts.append(text)
     return "".join(texts)
 
 
-def _calls(calls: Any) -> list[dict[str, Any]] | str:
+def _calls(calls: Any) -> list[dict[str, Any]]:
     """Tool calls, each a function with a name and arguments that are an object, as templates expect."""
     calls = _from_json(calls)
     if not calls:
         return []
     if not isinstance(calls, list):
-        return f"tool_calls: expected a list, got {str(calls)[:80]}"
+        raise ValueError(f"tool_calls: expected a list, got {str(calls)[:80]}")
     found = []
     for call in calls:
         function = function_of(call)
         if not isinstance(function.get("name"), str):
-            return f"tool_calls: expected functions with a name, got {str(call)[:80]}"
+            raise ValueError(f"tool_calls: expected functions with a name, got {str(call)[:80]}")
         function = {**function, "arguments": _from_json(function.get("arguments", {}))}
         rest = {name: entry for name, entry in call.items() if name not in ("function", *function)}
         found.append({"type": "function", **rest, "function": function})

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from fused_kd.training.reading import BUILTIN, Row, canonical_split, read_rows, select, text_fault
+from fused_kd.training.files import Row, columns_of, text_fault
+from fused_kd.training.reading import BUILTIN, canonical_split, read_rows, select
 
 LANGUAGES = {
     "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
@@ -108,8 +109,10 @@ def pair_rows(source: str, split: str, direction: str, *, streaming: bool = Fals
 
     def key(value: Any) -> str | None:
         """The same text whatever the direction."""
-        pair = to_pair(value, (min(languages), max(languages)))
-        return pair.source if isinstance(pair, Pair) else None
+        try:
+            return to_pair(value, (min(languages), max(languages))).source
+        except ValueError:
+            return None
 
     if str(source) != BUILTIN:
         return read_rows(source, split, key, languages, streaming=streaming)
@@ -169,8 +172,11 @@ def load_instructions(
 
 def task_of(value: Any) -> str | None:
     """The text that decides on an instruction's part of a file without splits; None for what is none."""
-    found = to_instruction(value)
-    return f"{found.instruction}\n{found.input}" if isinstance(found, Instruction) else None
+    try:
+        found = to_instruction(value)
+    except ValueError:
+        return None
+    return f"{found.instruction}\n{found.input}"
 
 
 def toy_corpus(split: str) -> list[dict[str, str]]:
@@ -211,37 +217,37 @@ def misalign(pairs: Sequence[Pair], share: float, seed: int = 0) -> list[Pair]:
     return mixed
 
 
-def to_pair(value: Any, languages: tuple[str, str]) -> Pair | str:
-    """The pair of a row in two languages, or what is wrong with it."""
+def to_pair(value: Any, languages: tuple[str, str]) -> Pair:
+    """The pair of a row in two languages. Raises ``ValueError`` for a row that has none."""
     nested = value.get("translation") if isinstance(value, dict) else None
     texts = nested if isinstance(nested, dict) else value
     if not isinstance(texts, dict):
-        return f"expected an object with one text a language, got {str(value)[:80]}"
+        raise ValueError(f"expected an object with one text a language, got {columns_of(value)}")
     sides = []
     for language in languages:
         text = texts.get(language)
         if not isinstance(text, str):
-            return f"no text for the language {language!r} (columns: {', '.join(map(str, texts)) or 'none'})"
+            raise ValueError(f"no text for the language {language!r}, got {columns_of(texts)}")
         text = " ".join(text.split())
         if not text or (fault := text_fault(text)):
-            return f"the text for the language {language!r} is {fault if text else 'empty'}"
+            raise ValueError(f"the text for the language {language!r} is {fault if text else 'empty'}")
         sides.append(text)
     return Pair(*sides)
 
 
-def to_instruction(value: Any) -> Instruction | str:
-    """The instruction of a row, or what is wrong with it."""
+def to_instruction(value: Any) -> Instruction:
+    """The instruction of a row. Raises ``ValueError`` for a row that has none."""
     if not isinstance(value, dict):
-        return f"expected an object with instruction, input and output, got {str(value)[:80]}"
+        raise ValueError(f"expected an object with instruction, input and output, got {columns_of(value)}")
     texts: dict[str, Any] = {name: value.get(name) for name in Instruction._fields}
     if texts["input"] is None:
         texts["input"] = ""
     for name, text in texts.items():
         if not isinstance(text, str):
-            return f"no text for {name!r} (columns: {', '.join(map(str, value)) or 'none'})"
+            raise ValueError(f"no text for {name!r}, got {columns_of(value)}")
         texts[name] = text.strip()
         if not texts[name] and name != "input":
-            return f"the text for {name!r} is empty"
+            raise ValueError(f"the text for {name!r} is empty")
         if fault := text_fault(text):
-            return f"the text for {name!r} is {fault}"
+            raise ValueError(f"the text for {name!r} is {fault}")
     return Instruction(**texts)

@@ -46,7 +46,11 @@ class Amounts:
 
 
 def amounts_of(train: Train, args: TrainingArguments, rows: Any) -> Amounts:
-    """Count the rows of a run; of a stream the largest micro-batch is as many tokens as options allow."""
+    """Count the rows of a run; of a stream the largest micro-batch is as many tokens as options allow.
+
+    Raises:
+        ValueError: no batch is left of the rows.
+    """
     each, ranks = args.per_device_train_batch_size, max(args.world_size, 1)
     together = each * ranks * args.gradient_accumulation_steps
     if train.streaming:
@@ -55,19 +59,22 @@ def amounts_of(train: Train, args: TrainingArguments, rows: Any) -> Amounts:
         return Amounts(0, 0, 0, 0.0, 0, 0, args.max_steps, 0.0, batch)
     lengths = [len(row["input_ids"]) for row in rows.rows]
     targets = [len(row["labels"]) - 1 - row["labels"][1:].count(LABEL_PAD) for row in rows.rows]
-    longest = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)[:each]
-    size = sum(lengths[i] for i in longest)
-    if train.packing:
-        batch = MicroBatch(1, size, sum(targets[i] for i in longest))
-    else:
-        batch = MicroBatch(len(longest), lengths[longest[0]], sum(sorted(targets)[-each:]))
-    batches = math.ceil(len(lengths) / (each * ranks))
+    longest, most = sorted(lengths)[-each:], sum(sorted(targets)[-each:])
+    batch = MicroBatch(1, sum(longest), most) if train.packing else MicroBatch(len(longest), longest[-1], most)
+    batches = len(lengths) / (each * ranks)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    if not batches:
+        raise ValueError(
+            f"dataloader_drop_last must be off: {len(lengths)} rows are fewer than the {each * ranks} of a batch of "
+            "all processes"
+        )
+    share = min(batches * each * ranks / len(lengths), 1.0)
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
     padding = 0.0 if train.packing else padding_share(lengths, each, together, args)
     return Amounts(
         len(lengths), sum(lengths), sum(targets), padding, rows.truncated, rows.skipped, steps,
-        sum(lengths) / an_epoch, batch,
+        share * sum(lengths) / an_epoch, batch,
     )  # fmt: skip
 
 
@@ -77,8 +84,10 @@ def padding_share(lengths: Sequence[int], each: int, together: int, args: Traini
     if args.train_sampling_strategy == "group_by_length":
         order = list(LengthGroupedEpochs(lengths, together, args.seed))
     batches = [[lengths[index] for index in order[at : at + each]] for at in range(0, len(order), each)]
+    if args.dataloader_drop_last:
+        batches = [batch for batch in batches if len(batch) == each]
     padded = sum(max(batch) * len(batch) for batch in batches)
-    return 1 - sum(lengths) / max(padded, 1)
+    return 1 - sum(map(sum, batches)) / max(padded, 1)
 
 
 def advice(train: Train, amounts: Amounts) -> list[str]:

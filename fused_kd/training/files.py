@@ -19,6 +19,8 @@ JSON_SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json")
 CSV_SUFFIXES = (".csv.gz", ".csv")
 PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, PARQUET_SUFFIX)
+# read where such a file is named; in a folder it may be a note
+TEXT_SUFFIXES = (".txt.gz", ".txt")
 
 # of a Parquet file, so many are in memory at once
 _PARQUET_ROWS = 64
@@ -32,7 +34,7 @@ class Row(NamedTuple):
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """All rows of a file whose name ends in one of `SUFFIXES`, read as they are asked for.
+    """All rows of a file whose name ends in one of `SUFFIXES` or `TEXT_SUFFIXES`, read as they are asked for.
 
     Raises:
         ValueError: it cannot be read, or what is broken hides the rows behind it.
@@ -40,7 +42,16 @@ def rows_of(path: Path) -> Iterator[Row]:
     """
     if path.name.endswith(PARQUET_SUFFIX):
         return parquet_rows(path)
+    if path.name.endswith(TEXT_SUFFIXES):
+        return text_rows(path)
     return csv_rows(path) if path.name.endswith(CSV_SUFFIXES) else json_rows(path)
+
+
+def columns_of(value: Any) -> str:
+    """What a row has, for errors: its columns, or the beginning of what is no object."""
+    if not isinstance(value, dict):
+        return str(value)[:80]
+    return f"the columns {', '.join(map(str, value))}" if value else "no columns"
 
 
 def sound(rows: Iterable[Row]) -> Iterator[Row]:
@@ -71,6 +82,18 @@ def text_lines(path: Path) -> Iterator[str]:
     """
     with reading(path, newline="\n") as file:
         yield from file
+
+
+def text_rows(path: Path) -> Iterator[Row]:
+    """The lines of a text file, plain or gzip, as rows of ``text``, without the lines that are empty.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            fault = text_fault(line)
+            yield Row(f"{path}, line {number}", ValueError(fault) if fault else {"text": line.rstrip("\r\n")})
 
 
 def text_fault(text: str) -> str | None:

@@ -20,8 +20,9 @@ from fused_kd.training.conversations import (
     to_conversation,
 )
 from fused_kd.training.data import LANGUAGES, Instruction, Pair, parse_direction, task_of, to_instruction, to_pair
-from fused_kd.training.files import text_fault
+from fused_kd.training.files import columns_of, text_fault
 from fused_kd.training.prompts import PromptTemplate, completion_rows, encode_prompts, eos_of, get_prompt
+from fused_kd.training.reading import parsed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class Made(NamedTuple):
     cut: bool
 
 
-Outcome = Made | str | None  # a text says what is wrong; None: left out, as its prompt alone is too long
+Outcome = Made | ValueError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Format:
     Attributes:
         name: a key of `FORMATS`.
         key: the text that decides on a row's part of a file without splits.
-        parse: an item of a row's value, or what is wrong with it, as text.
+        parse: an item of a row's value; raises ``ValueError`` for a bad one.
         encode: what is made of each item, in order.
     """
 
@@ -119,19 +120,19 @@ def _no_key(value: Any) -> None:
 
 
 def _text_key(value: Any) -> str | None:
-    text = _to_text(value)
-    return text[0] if isinstance(text, tuple) else None
+    try:
+        return _to_text(value)
+    except ValueError:
+        return None
 
 
-def _to_text(value: Any) -> tuple[str] | str:
+def _to_text(value: Any) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
-        columns = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)[:80]
-        return f"expected a text, got the columns {columns or 'none'}"
-    if not text.strip():
-        return "the text is empty"
-    fault = text_fault(text)
-    return f"the text is {fault}" if fault else (text,)
+        raise ValueError(f"expected a text, got {columns_of(value)}")
+    if fault := "empty" if not text.strip() else text_fault(text):
+        raise ValueError(f"the text is {fault}")
+    return text
 
 
 def _encode_dialogues(
@@ -140,7 +141,7 @@ def _encode_dialogues(
     max_length: int,
     items: Sequence[Conversation | Completion],
 ) -> list[Outcome]:
-    made: list[Outcome] = [None] * len(items)
+    made: dict[int, Outcome] = {}
     texts = {n: item for n, item in enumerate(items) if isinstance(item, Completion)}
     chats: dict[int, Any] = {}
     for number, item in enumerate(items):
@@ -149,23 +150,21 @@ def _encode_dialogues(
             try:
                 chats[number] = template.chat(item)
             except ValueError as error:
-                made[number] = str(error)
+                made[number] = error
     rows = encode_chats(tokenizer, list(chats.values()))
-    for number, row in zip(chats, rows, strict=True):
-        made[number] = row if isinstance(row, str) else _cut(row, max_length)
+    made |= {n: parsed(row, partial(_cut, max_length)) for n, row in zip(chats, rows, strict=True)}
     answers = _encode_completions(
         tokenizer, max_length, [t.prompt for t in texts.values()], [t.completion for t in texts.values()]
     )
-    for number, answer in zip(texts, answers, strict=True):
-        made[number] = answer or f"the prompt alone fills max_length={max_length}"
-    return made
+    made |= dict(zip(texts, answers, strict=True))
+    return [made[number] for number in range(len(items))]
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, items: Sequence[tuple[str]]) -> list[Outcome]:
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, items: Sequence[str]) -> list[Outcome]:
     eos = eos_of(tokenizer)
-    rows = encode_prompts(tokenizer, [text for (text,) in items])
+    rows = encode_prompts(tokenizer, items)
     wholes = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in rows]
-    return [_cut({"input_ids": ids, "labels": ids}, max_length) for ids in wholes]
+    return [parsed({"input_ids": ids, "labels": ids}, partial(_cut, max_length)) for ids in wholes]
 
 
 def _encode_instructions(
@@ -186,16 +185,16 @@ def _encode_completions(
     tokenizer: PreTrainedTokenizerBase, max_length: int, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[Outcome]:
     rows = completion_rows(tokenizer, prompts, responses, max_length)
-    eos = tokenizer.eos_token_id
-    return [None if row is None else Made(row, row["input_ids"][-1] != eos) for row in rows]
+    eos, too_long = tokenizer.eos_token_id, ValueError(f"the prompt alone fills max_length={max_length}")
+    return [too_long if row is None else Made(row, row["input_ids"][-1] != eos) for row in rows]
 
 
-def _cut(row: dict[str, list[int]], max_length: int) -> Made | str:
-    """The row up to `max_length`, or what is wrong where that has no loss. A first label is predicted by nothing."""
+def _cut(max_length: int, row: dict[str, list[int]]) -> Made:
+    """The row up to `max_length`, which must have loss there; a first label is predicted by nothing."""
     length = len(row["input_ids"])
     labels = row["labels"][:max_length]
     if not any(label != LABEL_PAD for label in labels[1:]):
-        return (
+        raise ValueError(
             f"no token with loss is among the first {min(length, max_length)} of its {length} (max_length={max_length})"
         )
     return Made({"input_ids": row["input_ids"][:max_length], "labels": labels}, length > max_length)

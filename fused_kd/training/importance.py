@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_kd.integrations.bodies import eval_mode, hidden_states
+from fused_kd.training.files import TEXT_SUFFIXES, text_lines
 from fused_kd.training.rows import load_rows
 
 Batch = dict[str, Tensor]
@@ -26,8 +27,8 @@ _OF_HEADS = re.compile(r"(^|\.)(q|k|v|kv|query|key)(_a|_b)?_?(layer)?norm$")
 def batches_of(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Batch]:
     """Batches of the first ``tokens`` tokens of a file, of texts, or of rows or batches with ``input_ids``.
 
-    A file whose name ends in ``.txt`` is text; what else a name may stand for, ``fused_kd.training.load_rows`` reads:
-    training rows, prompts included.
+    A file whose name ends in ``.txt`` (or ``.txt.gz``) is one text; what else a name may stand for,
+    ``fused_kd.training.load_rows`` reads: training rows, prompts included.
 
     Raises:
         ValueError: a file that cannot be read, no tokenizer for text, no tokens, ids outside the vocabulary.
@@ -54,15 +55,17 @@ def batches_of(text: Any, tokenizer: Any, tokens: int, *, vocab: int) -> list[Ba
 
 
 def _read(name: str | Path, tokenizer: Any) -> Iterable[Any]:
-    if Path(name).suffix != ".txt":
+    if not str(name).endswith(TEXT_SUFFIXES):
         if tokenizer is None:
             raise ValueError("tokenizer must be given to measure on a data set")
         rows: Any = load_rows(tokenizer, name, max_length=ROW_TOKENS, skip_bad=True, streaming=True)
         return cast("Iterable[Any]", rows)
     try:
-        return [Path(name).read_text(encoding="utf-8")]
-    except (OSError, ValueError) as error:
+        text = "".join(text_lines(Path(name)))
+        text.encode()
+    except ValueError as error:
         raise ValueError(f"text={str(name)!r} must be a text file in UTF-8: {error}") from error
+    return [text]
 
 
 def _rows(text: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:

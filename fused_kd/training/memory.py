@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from fused_kd.forecast import Choice, plan_for
-from fused_kd.training.named_teachers import NamedTeacher
+from fused_kd.training.hidden_codes import HIDDEN_DTYPES
 from fused_kd.training.passes import Passes, Sizes, faked, model_without_data, passes_of, sizes_of
 from fused_kd.training.shards import read_index
 from fused_kd.training.train_options import Train
@@ -67,6 +67,7 @@ class _Teaching:
     forward: int
     states: int
     hidden: int
+    dtype: torch.dtype
     top_k: int | None
 
 
@@ -124,7 +125,7 @@ def _teaching(
     train: Train, options: dict[str, Any], tokenizer: Any, batch: MicroBatch, counted: Callable[..., Passes],
     student: Sizes, own: Passes | None, served: Sequence[Any],
 ) -> _Teaching:  # fmt: skip
-    weights, forward, hidden, lists = 0, 0, [], []
+    weights, forward, hidden, lists, dtypes = 0, 0, [], [], []
     for teacher in train.teachers:
         if teacher.kind == "model":
             model = model_without_data(teacher.place, tokenizer, **options)
@@ -132,26 +133,25 @@ def _teaching(
             weights += sizes.weights
             forward = max(forward, counted(model, teacher.place, train=False).forward)
             hidden.append(sizes.hidden)
+            dtypes.append(sizes.dtype)
         elif teacher.kind == "own" and own is not None:
             weights += 4 * student.trained if teacher.own.decay is not None else 0
             forward = max(forward, own.forward)
             hidden.append(student.hidden)
+            dtypes.append(student.dtype)
         elif teacher.kind == "cache":
-            width, entries = _stored(teacher)
-            hidden += [] if width is None else [width]
-            lists += [] if entries is None else [entries]
+            index = read_index(Path(teacher.place)) or {}
+            if index.get("keep") == "hidden":
+                hidden.append(index["width"])
+                dtypes.append(HIDDEN_DTYPES[index["head"]["dtype"]])
+            else:
+                lists.append(max((index.get("k") or 0) + (index.get("draws") or 0), 1))
     hidden += [each.hidden_size for each in served]
+    dtypes += [each.dtype for each in served]
     top_k = max(lists) if lists and not hidden else None
     states = 4 * sum(hidden) * batch.rows * batch.length
-    return _Teaching(weights, forward, states, max(hidden, default=student.hidden), top_k)
-
-
-def _stored(teacher: NamedTeacher) -> tuple[int | None, int | None]:
-    """Numbers a hidden state and entries a list of a cache, of which it has one."""
-    index = read_index(Path(teacher.place)) or {}
-    if index.get("keep") == "hidden":
-        return index.get("width"), None
-    return None, max((index.get("k") or 0) + (index.get("draws") or 0), 1)
+    dtype = max(dtypes, key=lambda each: each.itemsize, default=student.dtype)
+    return _Teaching(weights, forward, states, max(hidden, default=student.hidden), dtype, top_k)
 
 
 def _engines(
@@ -167,8 +167,9 @@ def _engines(
         try:
             found[engine] = plan_for(
                 max(batch.targets, 1), sizes.hidden, teaching.hidden, sizes.vocab,
-                dtype=autocast or torch.float32, device="cuda" if args.device.type == "cuda" else "cpu",
-                objective=train.spec.objective, memory_budget=train.memory_budget, engine=engine,
+                dtype=sizes.dtype, teacher_dtype=teaching.dtype, autocast=autocast, head_learns=sizes.head_learns,
+                device="cuda" if args.device.type == "cuda" else "cpu", objective=train.spec.objective,
+                memory_budget=train.memory_budget, engine=engine,
                 top_k=teaching.top_k, teachers=1 if teaching.top_k else max(len(train.teachers), 1),
             )  # fmt: skip
         except ValueError as error:

@@ -35,7 +35,8 @@ class Passes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: numbers in all and trained, bytes of the weights and of what is trained, sizes of its head."""
+    """Of a model: numbers in all and trained, bytes of the weights and of what is trained; of its head the sizes, the
+    dtype, and whether it learns."""
 
     numbers: int
     trained: int
@@ -43,6 +44,8 @@ class Sizes:
     trained_bytes: int
     hidden: int
     vocab: int
+    dtype: torch.dtype
+    head_learns: bool
 
 
 class LiveBytes(TorchDispatchMode):
@@ -141,14 +144,16 @@ def sizes_of(model: Any) -> Sizes:
     """The sizes of a model, fake or not."""
     parameters = list(model.parameters())
     trained = [each for each in parameters if each.requires_grad]
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
     return Sizes(
         numbers=sum(each.numel() for each in parameters),
         trained=sum(each.numel() for each in trained),
         weights=sum(each.numel() * each.element_size() for each in parameters),
         trained_bytes=sum(each.numel() * each.element_size() for each in trained),
-        hidden=head.shape[1],
-        vocab=head.shape[0],
+        hidden=head.weight.shape[1],
+        vocab=head.weight.shape[0],
+        dtype=head.weight.dtype,
+        head_learns=any(each.requires_grad for each in head.parameters()),
     )
 
 

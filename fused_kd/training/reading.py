@@ -1,8 +1,9 @@
 """Splits of files, of folders, of line-aligned text and of hub data sets, as rows that know their places.
 
-Files are JSON, CSV and Parquet. Parallel text is a prefix: ``corpora/train`` stands for the files ``corpora/train.en``
-and ``corpora/train.de``, plain or with ``.gz``; line i of one goes with line i of the other. `datasets` reads the hub's
-data sets and what it saved itself alone, as its readers of files name no line.
+Files are JSON, CSV, Parquet, and text (a row a line) where it is named. Parallel text is a prefix: ``corpora/train``
+stands for the files ``corpora/train.en`` and ``corpora/train.de``, plain or with ``.gz``; line i of one goes with line
+i of the other. `datasets` reads the hub's data sets and what it saved itself alone, as its readers of files name no
+line.
 """
 
 from __future__ import annotations
@@ -14,14 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused_kd.training.files import SUFFIXES as SUFFIXES
-from fused_kd.training.files import Row as Row
-from fused_kd.training.files import json_value as json_value
-from fused_kd.training.files import json_values as json_values
-from fused_kd.training.files import rows_of, without_none
-from fused_kd.training.files import sound as sound
-from fused_kd.training.files import text_fault as text_fault
-from fused_kd.training.files import text_lines as text_lines
+from fused_kd.training.files import SUFFIXES, TEXT_SUFFIXES, Row, rows_of, text_lines, without_none
+from fused_kd.training.stage import check_counts
 
 BUILTIN = "builtin"
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -32,6 +27,7 @@ _HELD_OUT = 50
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 def read_rows(
@@ -45,9 +41,9 @@ def read_rows(
     """The rows of a split, read as they are asked for.
 
     Args:
-        source: a directory (`find_files`; one that `datasets` saved is read by it); a file or a prefix of parallel text
-            (by its name all rows are of one split, or a hash of `key` splits them); else a hub data set, ``"name"`` or
-            ``"name:config"``.
+        source: a directory (`find_files`; one that `datasets` saved is read by it); a file (``.txt`` too, a row a line)
+            or a prefix of parallel text (by its name all rows are of one split, or a hash of `key` splits them); else a
+            hub data set, ``"name"`` or ``"name:config"``.
         split: ``"train"``, ``"valid"``, ``"test"`` or another spelling of them; a file's stem; ``"all"`` for a file or
             a directory without splits; any split that a hub data set has.
         key: the text of a row's value that decides on its part of a file without splits; None for a row without that
@@ -66,47 +62,90 @@ def read_rows(
         files, by_hash = find_files(path, split, languages)
         rows = (row for file in files for row in file_rows(file, languages))
         return _part(rows, canonical_split(split), key) if by_hash else rows
-    is_file, is_json = path.is_file(), path.name.endswith(SUFFIXES)
-    if is_file and not is_json:
+    suffixes = SUFFIXES if languages else (*SUFFIXES, *TEXT_SUFFIXES)
+    is_file, is_named_so = path.is_file(), path.name.endswith(suffixes)
+    if is_file and not is_named_so:
         raise ValueError(
-            f"source={str(path)!r}: expected a file name that ends in one of {', '.join(SUFFIXES)}; "
+            f"source={str(path)!r}: expected a file name that ends in one of {', '.join(suffixes)}; "
             "of parallel text the path without the language"
         )
     if is_file or any(_side(path, language) for language in languages or ()):
         return _part_of_file(path, split, file_rows(path, languages), key)
-    if is_json or path.is_absolute() or str(source).startswith((".", "~")):
+    if is_named_so or path.is_absolute() or str(source).startswith((".", "~")):
         beside = "".join(f", nor {path.name}.{language}" for language in languages or ())
         raise ValueError(f"source={str(source)!r}: no such file or directory{beside}")
     return _hub_rows(str(source), split, streaming)
 
 
+def is_divided(source: str | Path, split: str, languages: tuple[str, str] | None = None) -> bool:
+    """Whether a hash decides which rows of files without splits in their names are of this one."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return not _is_saved(path) and canonical_split(split) is not None and find_files(path, split, languages)[1]
+    return path.is_file() and canonical_split(split) is not None and _split_of(path) is None
+
+
+class Tally:
+    """Counts of the rows of one pass.
+
+    Attributes:
+        given: rows given so far.
+        skipped: bad rows left out so far.
+        first_bad: place and fault of the first of those, or None.
+    """
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.given = self.skipped = 0
+        self.first_bad: str | None = None
+        self._skip_bad = skip_bad
+
+    def take(self, place: str, made: Item | ValueError) -> Item | None:
+        """What was made of a row, counted. Raises ``ValueError`` for a bad one that may not be left out."""
+        if not isinstance(made, ValueError):
+            self.given += 1
+            return made
+        if not self._skip_bad:
+            raise ValueError(f"{place}: {made}") from made
+        self.skipped += 1
+        self.first_bad = self.first_bad or f"{place}: {made}"
+        return None
+
+    def end(self, what: str | None, stacklevel: int) -> None:
+        """One warning for all that was left out; ``ValueError`` where nothing of ``what`` (None: may be) was given."""
+        if self.skipped:
+            count = f"skipped {self.skipped} bad rows of {self.given + self.skipped}"
+            warnings.warn(f"{count}; the first: {self.first_bad}", stacklevel=stacklevel + 1)
+        if what is not None and not self.given:
+            raise ValueError(f"{what}: no usable rows")
+
+
+def parsed(value: Value | ValueError, parse: Callable[[Value], Item]) -> Item | ValueError:
+    """What ``parse`` makes of a value, or the `ValueError` that it raises, or that the value is."""
+    if isinstance(value, ValueError):
+        return value
+    try:
+        return parse(value)
+    except ValueError as error:
+        return error
+
+
 def select(
-    rows: Iterable[Row], parse: Callable[[Any], Item | str], what: str, *, limit: int | None, skip_bad: bool
+    rows: Iterable[Row], parse: Callable[[Any], Item], what: str, *, limit: int | None, skip_bad: bool
 ) -> list[Item]:
     """The first `limit` items of the rows; None takes all.
 
-    ``parse`` makes an item of a row's value, or says what is wrong with it; that raises, or with `skip_bad`
-    goes into one warning. ``what`` names the rows in the error for none at all.
+    ``parse`` makes an item of a row's value, or raises a ``ValueError``; with `skip_bad` that goes into one warning.
+    ``what`` names the rows in the error for none at all.
     """
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"limit={limit!r}: expected an int of at least 1, or None")
+    check_counts(limit=1 if limit is None else limit)
     items: list[Item] = []
-    complaints: list[str] = []
+    tally = Tally(skip_bad)
     for place, value in rows:
-        item = str(value) if isinstance(value, ValueError) else parse(value)
-        if not isinstance(item, str):
+        if (item := tally.take(place, parsed(value, parse))) is not None:
             items.append(item)
-        elif skip_bad:
-            complaints.append(f"{place}: {item}")
-        else:
-            raise ValueError(f"{place}: {item}")
-        if len(items) == limit:
+        if tally.given == limit:
             break
-    if complaints:
-        count = f"skipped {len(complaints)} bad rows of {len(complaints) + len(items)}"
-        warnings.warn(f"{count}; the first: {complaints[0]}", stacklevel=3)
-    if not items:
-        raise ValueError(f"{what}: no usable rows")
+    tally.end(what, stacklevel=3)
     return items
 
 
@@ -225,7 +264,7 @@ def _split_of(path: Path) -> str | None:
 
 def _part_of_file(path: Path, split: str, rows: Iterator[Row], key: Callable[[Any], str | None]) -> Iterator[Row]:
     wanted, own = canonical_split(split), _split_of(path)
-    if split in ("all", _stem(path)) or (own is not None and wanted == own):
+    if split in ("all", _stem(path), path.stem) or (own is not None and wanted == own):
         return rows
     if wanted is None:
         raise ValueError(f"split={split!r}: expected train, valid, test or all for the file {path}")

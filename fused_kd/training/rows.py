@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fused_kd.training import formats
 from fused_kd.training.chat_templates import Turns
-from fused_kd.training.data import pair_rows
-from fused_kd.training.files import Row
-from fused_kd.training.formats import FORMATS, Format, Made, Outcome, format_of
+from fused_kd.training.data import pair_rows, parse_direction
+from fused_kd.training.files import Row, columns_of, sound
+from fused_kd.training.formats import FORMATS, Format, Outcome, format_of
 from fused_kd.training.prompts import PromptTemplate, Rows
-from fused_kd.training.reading import BUILTIN, is_parallel_text, read_rows
+from fused_kd.training.reading import BUILTIN, Tally, is_divided, is_parallel_text, parsed, read_rows
+from fused_kd.training.stage import check_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,42 +33,6 @@ class Part(NamedTuple):
     format: Format
 
 
-class Tally:
-    """Counts of the rows of one pass.
-
-    Attributes:
-        given: rows given so far.
-        skipped: rows left out so far.
-        truncated: rows given whose end was cut off.
-        first_bad: place and fault of the first bad row that was left out, or None.
-    """
-
-    def __init__(self, skip_bad: bool) -> None:
-        self.given = self.skipped = self.truncated = 0
-        self.first_bad: str | None = None
-        self._bad, self._skip_bad = 0, skip_bad
-
-    def take(self, place: str, outcome: Outcome) -> dict[str, list[int]] | None:
-        """The row, if it is one; counts it. Raises ``ValueError`` for a bad one that may not be left out."""
-        if isinstance(outcome, Made):
-            self.given += 1
-            self.truncated += outcome.cut
-            return outcome.row
-        if outcome is not None:
-            if not self._skip_bad:
-                raise ValueError(f"{place}: {outcome}")
-            self._bad += 1
-            self.first_bad = self.first_bad or f"{place}: {outcome}"
-        self.skipped += 1
-        return None
-
-    def warn(self, stacklevel: int) -> None:
-        """One warning for all bad rows that were left out, if there were any."""
-        if self._bad:
-            count = f"skipped {self._bad} bad rows of {self.given + self.skipped}"
-            warnings.warn(f"{count}; the first: {self.first_bad}", stacklevel=stacklevel + 1)
-
-
 class StreamedRows(IterableDataset[dict[str, list[int]]]):
     """Tokenised rows, each read and made when it is asked for; a pass over them reads the source anew.
 
@@ -77,33 +41,30 @@ class StreamedRows(IterableDataset[dict[str, list[int]]]):
 
     Attributes:
         format: what the rows are read as.
-        tally: counts of the last pass so far; ``skipped`` and ``truncated`` are there too.
+        tally: counts of the last pass so far; ``skipped`` is there too.
+        truncated: rows of the last pass so far whose end was cut off.
     """
 
     def __init__(self, parts: Sequence[Part], what: str, limit: int | None, skip_bad: bool) -> None:
         self.format = parts[0].format.name
-        self.tally = Tally(skip_bad)
+        self.tally, self.truncated = Tally(skip_bad), 0
         self._parts, self._what, self._limit, self._skip_bad = list(parts), what, limit, skip_bad
 
     @property
     def skipped(self) -> int:
         return self.tally.skipped
 
-    @property
-    def truncated(self) -> int:
-        return self.tally.truncated
-
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         worker = get_worker_info()
         share = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        tally = self.tally = Tally(self._skip_bad)
+        tally, self.truncated = Tally(self._skip_bad), 0
+        self.tally = tally
         for part in self._parts:
             for place, outcome in _outcomes(part, self._limit, 1, share):
-                if (row := tally.take(place, outcome)) is not None:
-                    yield row
-        tally.warn(stacklevel=2)
-        if worker is None and not tally.given:
-            raise ValueError(f"{self._what}: no usable rows")
+                if (made := tally.take(place, outcome)) is not None:
+                    self.truncated += made.cut
+                    yield made.row
+        tally.end(self._what if worker is None else None, stacklevel=2)
 
     def __repr__(self) -> str:
         counts = f"skipped={self.skipped}, truncated={self.truncated}"
@@ -129,9 +90,10 @@ def load_rows(
 
     Args:
         tokenizer: of `transformers`; for chats a fast one.
-        source: a file (``.jsonl``, ``.json``, ``.csv``, each also with ``.gz``, or ``.parquet``); a folder with a file
-            a split (shards too), with files of no split, or saved by `datasets`; a hub data set, ``"name"`` or
-            ``"name:config"``; for pairs also ``"builtin"`` and the prefix of two text files.
+        source: a file (``.jsonl``, ``.json``, ``.csv``, each also with ``.gz``, or ``.parquet``), or one of text
+            (``.txt``, ``.txt.gz``), of which each line that is not empty is a row of ``text``; a folder with a file a
+            split (shards too), with files of no split, or saved by `datasets` (a ``.txt`` in a folder is no data); a
+            hub data set, ``"name"`` or ``"name:config"``; for pairs also ``"builtin"`` and a prefix of two text files.
         split: ``"train"`` (default), ``"valid"`` or ``"test"``; ``"all"`` for files without splits; on the hub any that
             it has. Of files without a split in their names about 90/5/5 % of the rows are train/valid/test, by a hash
             of the question, so that the splits never overlap.
@@ -156,27 +118,26 @@ def load_rows(
         turns: of chats: ``"all"`` (default) assistant turns carry loss, or the ``"last"`` alone.
 
     Returns:
-        `Rows`, or with `streaming` `StreamedRows`. Of pairs and Alpaca rows those whose prompt alone fills `max_length`
-        are counted in ``.skipped`` without an error.
+        `Rows`, or with `streaming` `StreamedRows`.
 
     Raises:
         ValueError: an unknown source, split, format or option; no row at all; a tokenizer without a chat template where
             one is needed; and, with its file and line, a bad row: of another format, without an assistant turn, with an
             empty one, with a special token of the template in what is said, with a turn that cannot be found in the
-            text of the template, or without loss in its first `max_length` tokens.
+            text of the template, or without loss in its first `max_length` tokens (a prompt that alone fills them).
         ImportError: a hub name without `datasets`, or Parquet without `pyarrow`.
     """
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length={max_length!r}: expected an int of at least 2")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"limit={limit!r}: expected an int of at least 1, or None")
+    check_counts(limit=1 if limit is None else limit)
     if format not in (AUTO, *FORMATS):
         raise ValueError(f"format={format!r}: expected one of {', '.join((AUTO, *FORMATS))}")
     if isinstance(directions, str) or (directions is not None and len(set(directions)) != len(directions)):
         raise ValueError(f"directions={directions!r}: expected a list, each once, such as ['en-de']")
     directions = list(directions or ["en-de"])
+    seen_at = None
     if format == AUTO:
-        format = _format_found(str(source), split, directions, streaming, skip_bad)
+        format, seen_at = _format_found(str(source), split, directions, streaming, skip_bad)
     if format == formats.PAIRS:
         made = [formats.pair_format(tokenizer, max_length, prompt, direction) for direction in directions]
         opens = [partial(pair_rows, str(source), split, direction, streaming=streaming) for direction in directions]
@@ -187,9 +148,16 @@ def load_rows(
         one = _format(format, tokenizer, max_length, chat_template, turns)
         parts = [Part(partial(read_rows, source, split, one.key, streaming=streaming), one)]
     what = f"source={str(source)!r}, split={split!r}, format={format!r}"
+    if is_divided(source, split, parse_direction(directions[0]) if format == formats.PAIRS else None):
+        what += " (the file has no splits: a hash of each row says of which it is; split='all' takes every row)"
     if streaming:
         return StreamedRows(parts, what, limit, skip_bad)
-    return _collected(parts, what, limit, skip_bad)
+    try:
+        return _collected(parts, what, limit, skip_bad)
+    except ValueError as error:
+        if seen_at is None or what in str(error):
+            raise
+        raise ValueError(f"{error} (read as {format}, which {seen_at} is)") from error
 
 
 def _format(
@@ -202,23 +170,22 @@ def _format(
     return formats.chat_format(name, tokenizer, max_length, chat_template, turns)
 
 
-def _format_found(source: str, split: str, directions: Sequence[str], streaming: bool, skip_bad: bool) -> str:
-    """The format that the first row has."""
+def _format_found(
+    source: str, split: str, directions: Sequence[str], streaming: bool, skip_bad: bool
+) -> tuple[str, str | None]:
+    """The format that the first row has, and that row's place."""
     if source == BUILTIN or is_parallel_text(source, split, directions):
-        return formats.PAIRS
-    for place, value in read_rows(source, split, lambda _: None, streaming=streaming):
-        if isinstance(value, ValueError):
-            if skip_bad:
-                continue
-            raise ValueError(f"{place}: {value}")
+        return formats.PAIRS, None
+    rows = read_rows(source, split, lambda _: None, streaming=streaming)
+    for place, value in (row for row in rows if not isinstance(row.value, ValueError)) if skip_bad else sound(rows):
         if (found := format_of(value)) is None:
-            columns = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)[:80]
             raise ValueError(
-                f"{place}: format='auto' knows no format with the columns {columns or 'none'}: expected one of "
+                f"{place}: format='auto' knows no format of {columns_of(value)}: expected one of "
                 f"{'; '.join(FORMATS.values())}. Rename the columns, or say which format= it is"
             )
-        return found
-    raise ValueError(f"source={source!r}, split={split!r}: no usable rows")
+        return found, place
+    hint = " (a hash of each row says of which split it is)" if is_divided(source, split) else ""
+    raise ValueError(f"source={source!r}, split={split!r}: no usable rows{hint}")
 
 
 def _outcomes(
@@ -229,13 +196,13 @@ def _outcomes(
     ``share``: (n, i) takes the rows i, i + n, ... of it.
     """
     every, mine = share
-    waiting: list[tuple[str, object]] = []
+    waiting: list[tuple[str, Any]] = []
     readable = 0
     for number, (place, value) in enumerate(part.open()):
         if number % every != mine and limit is None:
             continue
-        item = str(value) if isinstance(value, ValueError) else part.format.parse(value)
-        readable += not isinstance(item, str)
+        item = parsed(value, part.format.parse)
+        readable += not isinstance(item, ValueError)
         if number % every == mine:
             waiting.append((place, item))
         if len(waiting) == together:
@@ -246,21 +213,20 @@ def _outcomes(
     yield from _encoded(part.format, waiting)
 
 
-def _encoded(format: Format, waiting: Sequence[tuple[str, object]]) -> Iterator[tuple[str, Outcome]]:
-    made = iter(format.encode([item for _, item in waiting if not isinstance(item, str)]))
+def _encoded(format: Format, waiting: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Outcome]]:
+    made = iter(format.encode([item for _, item in waiting if not isinstance(item, ValueError)]))
     for place, item in waiting:
-        yield place, item if isinstance(item, str) else next(made)
+        yield place, item if isinstance(item, ValueError) else next(made)
 
 
 def _collected(parts: Sequence[Part], what: str, limit: int | None, skip_bad: bool) -> Rows:
-    tally, rows = Tally(skip_bad), []
+    tally, rows, truncated = Tally(skip_bad), [], 0
     one: dict[int, int] = {}
     for part in parts:
         for place, outcome in _outcomes(part, limit, _TOGETHER):
-            if (row := tally.take(place, outcome)) is not None:
+            if (made := tally.take(place, outcome)) is not None:
+                truncated += made.cut
                 # each id is one object for all rows: a quarter of the memory
-                rows.append({name: list(map(one.setdefault, ids, ids)) for name, ids in row.items()})
-    tally.warn(stacklevel=3)
-    if not rows:
-        raise ValueError(f"{what}: no usable rows")
-    return Rows(rows, tally.skipped, tally.truncated, parts[0].format.name)
+                rows.append({name: list(map(one.setdefault, ids, ids)) for name, ids in made.row.items()})
+    tally.end(what, stacklevel=3)
+    return Rows(rows, tally.skipped, truncated, parts[0].format.name)

@@ -113,7 +113,7 @@ def parse(
             raise
         raise ValueError(f"{origin[name[1]]}: {error}") from error
     if left:
-        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE")
+        raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE, with one value where it is no list")
     return tuple(made)
 
 

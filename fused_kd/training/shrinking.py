@@ -235,13 +235,42 @@ def cut(teacher: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     student = _empty(teacher, config)
     path, layers = stack_of(teacher)
     fewer = student.get_submodule(path)
+    if len(fewer) != len(plan.layers):
+        raise ValueError(
+            f"layers: {type(config).__name__} cannot be cut, its depth is not that of num_hidden_layers alone: "
+            f"{len(plan.layers)} of {len(layers)} layers would be {len(fewer)}"
+        )
     for new, old in enumerate(plan.layers):
         _same_layer(layers[old], fewer[new], old, new, set(_cuts(teacher.config, plan)))
+    _check_cache(teacher.config, config)
     _fill(student, teacher, path, plan)
     _scale_norms(student, path, plan)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.requires_grad_(True)
     return cast("PreTrainedModel", student.eval())
+
+
+def _check_cache(teacher: Any, student: Any) -> None:
+    """Raise where a configuration has no layer left that generation could ask for the length of its cache."""
+    if not _cache_has_length(teacher) or _cache_has_length(student):
+        return
+    count = text_config(teacher).num_hidden_layers
+    attention = [index for index in range(count) if _cache_has_length(cut_layers(teacher, [index]))]
+    told = f", one of {attention}" if attention else ""  # empty where a layer's kind goes by its number
+    raise ValueError(
+        f"layers must have an attention layer of this {type(teacher).__name__}{told}: without any, "
+        "generation with a cache fails"
+    )
+
+
+def _cache_has_length(config: Any) -> bool:
+    from transformers import DynamicCache
+
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except Exception:  # each release its own
+        return False
+    return True
 
 
 def _empty(teacher: Any, config: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fused_kd.training.reading import json_values, sound
+from fused_kd.training.files import json_values, sound
 from fused_kd.training.shards import target_positions
 
 # the server's stand-in for -inf, which JSON does not have

@@ -134,6 +134,39 @@ def test_the_loss_sees_a_head_as_the_model_computes_it() -> None:
     torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_float8_s_gradients_pass_straight_through() -> None:
+    """Those of a mean loss, as of a model whose weights are the rounded ones."""
+    model = tiny(32, 0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.05)
+        model.model.layers[0].mlp.up_proj.weight[1] = 0
+    fake = qad.fake_quantised(model, "fp8", 8)
+    rounded = qad.on_the_grid(copy.deepcopy(fake))
+    ids = torch.randint(VOCAB, (8, 40), generator=torch.Generator().manual_seed(0))
+    for each in (fake, rounded):
+        each(ids, labels=ids).loss.backward()
+    for (name, ours), exact in zip(linears(fake).items(), linears(rounded).values(), strict=True):
+        found, expected = ours.weight.grad, exact.weight.grad
+        assert (found == 0).sum() == (expected == 0).sum(), name
+        assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999, name
+
+
+def test_a_float8_head_s_gradients_pass_straight_through() -> None:
+    """A float8 weight and input of the head, whose gradients are below the smallest number of float8."""
+    model, ids = tiny(32, 0).eval(), torch.arange(3, 15).reshape(2, 6)
+    model.lm_head = qat.FakeQuantizedLinear.from_linear(model.lm_head)
+    rounds = qat.FakeQuantizer.from_config(qat.Float8FakeQuantizeConfig(granularity=ao.PerRow()))
+    model.lm_head.weight_fake_quantizer = model.lm_head.activation_fake_quantizer = rounds
+    hidden = hidden_states(model, input_ids=ids).detach().requires_grad_()
+    head = lm_head_of(model, hidden)
+    found = head.hidden @ head.weight.T
+    torch.testing.assert_close(found, model.lm_head(hidden), rtol=0, atol=0)
+    g = 1e-5 * torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    d_hidden, d_weight = torch.autograd.grad((found * g).sum(), (hidden, model.lm_head.weight))
+    torch.testing.assert_close(d_hidden, g @ head.weight)
+    torch.testing.assert_close(d_weight, g.flatten(0, 1).T @ head.hidden.flatten(0, 1))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

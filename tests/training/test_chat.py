@@ -33,9 +33,7 @@ CHATS = {
 
 
 def converted(messages: list[dict[str, Any]], **columns: Any) -> Conversation:
-    conversation = to_conversation({"messages": messages, **columns})
-    assert isinstance(conversation, Conversation), conversation
-    return conversation
+    return to_conversation({"messages": messages, **columns})
 
 
 def row_of(tokenizer: Any, messages: list[dict[str, Any]], turns: str = "all", **columns: Any) -> dict[str, list[int]]:
@@ -277,7 +275,7 @@ def test_a_tokenizer_that_puts_a_space_before_text() -> None:
     # mistral's prompt ends in "[/INST]" and the answer follows without a space: one token may hold both
     tokenizer.chat_template = FAMILIES["mistral"].template.replace(" [/INST]", " wi")
     chat = ChatTemplate(tokenizer).chat(converted(say("An animal", "th four legs.")))
-    assert encode_chats(tokenizer, [chat])[0] == (
+    assert str(encode_chats(tokenizer, [chat])[0]) == (
         "a token lies across the beginning or the end of an assistant turn in '<s>[INST] An animal with four legs.</s>'"
         "..., and the tokenizer does not give the same text in pieces"
     )
@@ -343,8 +341,8 @@ def test_prompts_and_completions() -> None:
         ({"prompt": [], "completion": say("b")}, "the prompt has no messages"),
         ({"prompt": say("a", "b"), "completion": say("c")}, "the completion has no assistant turn"),
     ):
-        found = to_completion(value)
-        assert isinstance(found, str) and message in found
+        with pytest.raises(ValueError, match=message):
+            to_completion(value)
     family = FAMILIES["chatml"]
     two = CHATS["two answers"]
     marked = replace(
@@ -375,13 +373,48 @@ def test_turns_that_are_not_learnt(unlearnt: dict[str, Any]) -> None:
         assert row["input_ids"] == whole["input_ids"] and trained(tokenizer, row) == ["Another one.<|im_end|>"]
         assert trained(tokenizer, row_of(tokenizer, last)) == ["An animal with four legs.<|im_end|>"]
         assert row_of(tokenizer, [turn | {"weight": 1} for turn in two]) == whole
-    split = marks.replace(
-        "{{ m.content }}<|im_end|>{% endg", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endg"
-    )
-    tokenizer = replace(family, template=family.template.replace("{{ m.content }}<|im_end|>", split)).tokenizer()
-    with pytest.raises(ValueError, match="the chat template marks 4 texts in 2 assistant turns"):
-        row_of(tokenizer, first)
-    assert "no assistant turn" in str(to_conversation({"messages": [two[0], two[1] | unlearnt]}))
+    with pytest.raises(ValueError, match="no assistant turn"):
+        to_conversation({"messages": [two[0], two[1] | unlearnt]})
+
+
+TWO_MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}{% generation %}<think>{{ m.thinking }}</think>{% endgeneration %}{{ '\n' }}{% endif %}"
+    "{% if m.bare %}{{ m.content }}{% else %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+def thinks(content: str, thinking: str = "", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "thinking": thinking, **more}
+
+
+def test_marks_go_to_their_turns() -> None:
+    """A template that marks two texts of a turn that thinks, one of others, and none of bare ones."""
+    tokenizer = replace(FAMILIES["chatml"], template=TWO_MARKS).tokenizer()
+    user, tool = {"role": "user", "content": "And a dog?"}, {"role": "tool", "content": "a"}
+    system = {"role": "system", "content": "Be brief."}
+
+    def found(*messages: dict[str, Any], turns: Any = "all") -> list[str]:
+        return trained(tokenizer, row_of(tokenizer, list(messages), turns=turns))
+
+    first, second = thinks("a cat", "four"), thinks("a dog", "legs")
+    both = ["<think>legs</think>", "a dog<|im_end|>"]
+    assert found(system, user, first, user, second, turns="last") == both
+    assert found(user, thinks("a cat"), tool, second, turns="last") == both
+    assert found(user, first, user, thinks("a dog"), turns="last") == both[1:]
+    assert found(user, first | {"weight": 0}, user, second) == both
+    assert found(user, thinks("a cat", weight=0), thinks("a dog")) == both[1:], "one after the other"
+
+
+def test_turns_without_marks_are_refused() -> None:
+    """Two marks of one turn are not those of two turns."""
+    tokenizer = replace(FAMILIES["chatml"], template=TWO_MARKS).tokenizer()
+    user, unlearnt = {"role": "user", "content": "And a dog?"}, thinks("a cat", "four", weight=0)
+    with pytest.raises(ValueError, match=r"turn 4 \(assistant\): the chat template's .* marks have no text of it"):
+        row_of(tokenizer, [user, unlearnt, user, thinks("a dog", bare=True)])
+    with pytest.raises(ValueError, match="turns 2 to 3: the chat template marks 3 texts in 2 assistant turns"):
+        row_of(tokenizer, [user, unlearnt, thinks("a dog")])
 
 
 def test_slow_tokenizers_are_refused() -> None:

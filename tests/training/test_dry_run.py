@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
+from fused_kd import ops
+from fused_kd.engines import chunked
 from fused_kd.training import dry_run
+from fused_kd.training.memory import MicroBatch
 from fused_kd.training.models import LoRA, load_tokenizer, with_adapters
 from fused_kd.training.passes import Passes, faked, model_without_data, passes_of, sizes_of
 from tests.training.scripts import ROOT, script
@@ -46,6 +50,9 @@ def test_passes_without_data_are_as_large_as_real_ones(tmp_path: Path, options: 
     for name in Passes.__dataclass_fields__:
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert 0.95 * theirs <= ours <= 1.12 * theirs, (name, found, expected)
+
+
+ALL_ROWS = {"per_device_train_batch_size": 24, "global_batch": 24}
 
 
 def test_a_model_that_needs_data_to_be_counted(chats: Chats, tmp_path: Path, capsys) -> None:
@@ -97,6 +104,30 @@ def test_what_would_be_trained(chats: Chats, tmp_path: Path, capsys) -> None:
     assert chats.train(tmp_path / "run", **given)["steps"] == 6
 
 
+def test_rows_that_are_dropped_are_not_counted(chats: Chats, tmp_path: Path, capsys) -> None:
+    given = {"global_batch": 5, "per_device_train_batch_size": 5, "num_train_epochs": 2}
+    given |= {"dataloader_drop_last": "true"}
+    script("train").main(chats.command(tmp_path / "run", dry_run="true", **given))
+    told = capsys.readouterr().out
+    tokens = int(re.search(r"skipped\n(\d+) tokens, ", told)[1])
+    assert f"8 steps of {tokens * 20 / 24 / 4:.0f} tokens on average" in told
+    assert chats.train(tmp_path / "run", **given)["steps"] == 8
+    few = given | {"global_batch": 25, "per_device_train_batch_size": 25, "dry_run": "true"}
+    with pytest.raises(ValueError, match="dataloader_drop_last must be off: 24 rows are fewer than the 25"):
+        script("train").main(chats.command(tmp_path / "few", **few))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_largest_batch_has_the_most_targets(tmp_path: Path, packing: bool) -> None:
+    """The longest rows need not be those with the most loss."""
+    made = [([5] * 100, [-100] * 99 + [5])] * 8 + [([5] * 95, [-100] + [5] * 94)] * 8
+    rows = SimpleNamespace(rows=[{"input_ids": ids, "labels": labels} for ids, labels in made], truncated=0, skipped=0)
+    train = SimpleNamespace(streaming=False, packing=packing, max_length=100)
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, use_cpu=True, report_to=[])
+    found = dry_run.amounts_of(train, args, rows).batch
+    assert found == (MicroBatch(1, 800, 8 * 94) if packing else MicroBatch(8, 100, 8 * 94))
+
+
 def tokenizer_of(chats: Chats):
     return load_tokenizer(chats.folder / "student")
 
@@ -128,6 +159,28 @@ def test_memory_follows_the_options(chats: Chats, tmp_path: Path, options: dict,
         options = {name: value for name, value in options.items() if name != "gradient_checkpointing"}
         script("train").main(chats.command(tmp_path, dry_run="true", **options))
         assert found[part] < parts_of(capsys.readouterr().out)[part]
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": "true"}, {"use_peft": "true"}], ids=["fp32", "bf16", "lora"])
+def test_the_loss_is_planned_as_it_runs(chats: Chats, tmp_path: Path, options: dict, monkeypatch, capsys) -> None:
+    """Of a batch of all rows. The student is trained in float32, whatever autocast computes in."""
+    script("train").main(chats.command(tmp_path / "dry", dry_run="true", **ALL_ROWS, **options))
+    told = capsys.readouterr().out
+    found, targets = parts_of(told), int(re.search(r"(\d+) of them with loss", told)[1])
+    plans, heads = [], []
+    plan_chunks, run = chunked.plan_chunks, ops.run
+
+    def recorded(problem):
+        result = run(problem)
+        hidden = result.d_source[0].nbytes * targets
+        heads.append(hidden + (0 if result.d_weight is None else result.d_weight.nbytes))
+        return result
+
+    monkeypatch.setattr(chunked, "plan_chunks", lambda *a, **k: plans.append(plan_chunks(*a, **k)) or plans[-1])
+    monkeypatch.setattr(ops, "run", recorded)
+    chats.train(tmp_path / "run", **ALL_ROWS, **options)
+    assert found["loss (chunked)"] == pytest.approx(plans[0].workspace, rel=0.05)
+    assert found["gradients of the loss"] == pytest.approx(heads[0], rel=0.05)
 
 
 def test_processes_share_what_they_shard(chats: Chats, tmp_path: Path, monkeypatch, capsys) -> None:

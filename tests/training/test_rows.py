@@ -29,7 +29,7 @@ from fused_kd.training import (
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs
 from fused_kd.training.files import csv_rows, parquet_rows
 from fused_kd.training.prompts import tokenize_instructions, tokenize_pairs
-from fused_kd.training.reading import read_rows
+from fused_kd.training.reading import is_divided, read_rows
 
 from .byte_level import make_tokenizer
 from .chat_families import FAMILIES, TOOLS, WORDS
@@ -136,6 +136,25 @@ def test_every_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: st
             assert repr(rows) == "StreamedRows(12 rows of messages so far, skipped=0, truncated=0)"
 
 
+@pytest.mark.parametrize("name", ["train.txt", "notes.txt.gz"])
+def test_a_text_file_that_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str) -> None:
+    """A row a line; in a folder it is no data."""
+    lines = "\ufeffA text.\r\n\n \nOf two lines.".encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    rows = load_rows(tokenizer, path, "all")
+    assert repr(rows) == "Rows(2 rows of text, skipped=0, truncated=0)"
+    assert [loss_text(tokenizer, row) for row in rows] == ["<s>A text.<|im_end|>", "<s>Of two lines.<|im_end|>"]
+    assert list(load_rows(tokenizer, path, "all", streaming=True)) == rows.rows
+    with pytest.raises(ValueError, match="no file fits in"):
+        load_rows(tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="of parallel text the path without the language"):
+        load_pairs(str(path), "all", "en-de")
+    (tmp_path / "bad.txt").write_bytes(b"Sound.\n\n\xff\n")
+    with pytest.raises(ValueError, match=r"bad\.txt, line 3: not UTF-8: byte 0xff"):
+        load_rows(tokenizer, tmp_path / "bad.txt", "bad")
+
+
 def test_tables_fill_up_what_rows_lack(tmp_path: Path) -> None:
     """Parquet has every field in every row: None is not there, at any depth."""
     tokenizer = replace(FAMILIES["chatml"], template=TOOLS).tokenizer()
@@ -220,7 +239,12 @@ def test_data_sets_of_the_hub_and_saved_ones(
 
 
 LONG = {"messages": [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "b"}]}
+TURNS = CHATS[0]["messages"]
 BAD: list[tuple[str, Any, str]] = [
+    ("messages", {"messages": [{**TURNS[0], "role": "a<|im_end|>"}, TURNS[1]]}, r"turn 1 \(a<.*>\): its text has"),
+    ("messages", {"messages": TURNS, "tools": [{"name": "<|im_end|>"}]}, "tools: its text has the special token"),
+    ("messages", {"messages": TURNS, "chat_template_kwargs": {"day": "<|im_end|>"}},
+        "chat_template_kwargs: its text has the special token"),
     ("messages", {"prompt": "a", "completion": "b"}, "expected messages or conversations, .* prompt, completion"),
     ("messages", {"messages": [{"role": "user", "content": "a"}]}, "messages has no assistant turn"),
     ("messages", {"messages": [{"role": "assistant", "content": "a"}]}, r"turn 1 \(assistant\): the conversation"),
@@ -232,7 +256,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("text", {"txt": "a"}, "expected a text, got the columns txt"),
     ("text", {"text": " "}, "the text is empty"),
     ("alpaca", {"instruction": "a"}, "no text for 'output'"),
+    ("alpaca", {"instruction": "word " * 90, "output": "b"}, "the prompt alone fills max_length=256"),
     ("pairs", {"translation": {"en": "a"}}, "no text for the language 'de'"),
+    ("pairs", {"en": "word " * 90, "de": "b"}, "the prompt alone fills max_length=256"),
 ]  # fmt: skip
 
 
@@ -242,7 +268,8 @@ def test_bad_rows_are_named_or_skipped(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, bad: Any, message: str, streaming: bool
 ) -> None:
     good = FORMATS[name][:3]
-    options: dict[str, Any] = {"max_length": 64 if "64" in message else 1024, "streaming": streaming}
+    length = next((length for length in (64, 256) if str(length) in message), 1024)
+    options: dict[str, Any] = {"max_length": length, "streaming": streaming}
     expected = list(load_rows(tokenizer, write(tmp_path / "good" / "train.jsonl", good), **options))
     path = write(tmp_path / "train.jsonl", [*good[:2], bad, good[2], bad])
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 3: {message}"):
@@ -262,13 +289,13 @@ def test_options_and_sources_that_cannot_be(tokenizer: PreTrainedTokenizerFast, 
     for options, message in (
         ({"format": "chat"}, "format='chat': expected one of auto, messages, prompt_completion, text, alpaca, pairs"),
         ({"max_length": 1}, "max_length=1: expected an int of at least 2"),
-        ({"limit": 0}, "limit=0: expected an int of at least 1, or None"),
+        ({"limit": 0}, "limit must be an int of at least 1, got 0"),
         ({"directions": "en-de"}, r"directions='en-de': expected a list, each once, such as \['en-de'\]"),
         ({"directions": ["en-de", "en-de"]}, "directions="),
         ({"turns": "none"}, "turns='none': expected 'all' or 'last'"),
         ({"split": "test"}, "holds the train split by its name"),
         ({"source": "builtin", "format": "text"}, "source='builtin': the built-in corpus has pairs alone"),
-        ({"source": odd}, r"odd\.jsonl, line 1: format='auto' knows no format with the columns question, answer: "),
+        ({"source": odd}, r"odd\.jsonl, line 1: format='auto' knows no format of the columns question, answer: "),
         ({"source": broken, "split": "all"}, r"broken\.jsonl, line 1: not JSON"),
         ({"source": str(tmp_path / "none.jsonl")}, "no such file or directory"),
         ({"chat_template": "none.jinja"}, r"chat_template='none\.jinja': expected a Jinja template, or a file"),
@@ -293,6 +320,22 @@ def test_options_and_sources_that_cannot_be(tokenizer: PreTrainedTokenizerFast, 
             list(load_rows(tokenizer, tmp_path / "empty", streaming=streaming, format="messages"))
 
 
+def test_what_the_first_row_decided_is_told(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Of a folder of two kinds of rows, and of a file whose hash leaves a split empty."""
+    write(tmp_path / "mixed" / "a.jsonl", [{"instruction": "Say a.", "output": "a"}])
+    write(tmp_path / "mixed" / "b.jsonl", [chat(1)])
+    wrong = r"b\.jsonl, line 1: .* \(read as alpaca, which .*a\.jsonl, line 1 is\)"
+    with pytest.raises(ValueError, match=wrong):
+        load_rows(tokenizer, tmp_path / "mixed", "all")
+    one = write(tmp_path / "one.jsonl", [chat(1)])
+    assert is_divided(one, "valid") and not is_divided(one, "all") and not is_divided(tmp_path / "train.jsonl", "train")
+    for options in ({}, {"format": "messages"}):
+        with pytest.raises(
+            ValueError, match=r"a hash of each row says of which .*no usable rows|no usable rows \(a hash"
+        ):
+            load_rows(tokenizer, one, "valid", **options)
+
+
 def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("messages", "prompt_completion", "text"):
         path = write(tmp_path / name / "train.jsonl", FORMATS[name])
@@ -304,15 +347,13 @@ def test_truncation_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
             assert rows.rows == [{name: ids[:length] for name, ids in row.items()} for row in whole]
             streamed = load_rows(tokenizer, path, max_length=length, streaming=True)
             assert list(streamed) == rows.rows and streamed.truncated == rows.truncated
-    pairs = write(tmp_path / "pairs" / "train.jsonl", [*FORMATS["pairs"], {"en": "long " * 50, "de": "lang"}])
-    rows = load_rows(tokenizer, pairs, max_length=40, prompt="tiny")
-    assert (len(rows), rows.skipped) == (5, 1), "as tokenize_pairs"
 
 
 def test_loss_on_the_first_token_alone_is_none() -> None:
     """Nothing predicts it."""
-    assert isinstance(formats._cut({"input_ids": [5, 6], "labels": [5, -100]}, 8), str)
-    assert isinstance(formats._cut({"input_ids": [5, 6], "labels": [-100, 6]}, 8), formats.Made)
+    with pytest.raises(ValueError, match="no token with loss"):
+        formats._cut(8, {"input_ids": [5, 6], "labels": [5, -100]})
+    assert not formats._cut(8, {"input_ids": [5, 6], "labels": [-100, 6]}).cut
 
 
 def test_nothing_is_read_ahead(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> None:

@@ -253,6 +253,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"layers": 2}, "attention is scaled by the layer's number",
     ),
     "numbered": ("diffllama", {}, {"layers": [0, 2]}, "layer 2 cannot stand at place 1 .*lambda_init would be"),
+    "depth": ("xlstm", {"num_heads": 4}, {"layers": 2}, "not that of num_hidden_layers alone: 2 of 6 layers would be"),
+    "no attention": (
+        "lfm2", {"full_attn_idxs": [2, 4]}, {"layers": [0, 1, 3]},
+        r"have an attention layer of this Lfm2Config, one of \[2, 4\]:",
+    ),
+    "no attention of Qwen": (
+        "qwen3_next", {**MOE, "head_dim": 8}, {"layers": [0, 1]},
+        r"attention layer of this Qwen3NextConfig, one of \[3\]:",
+    ),
     "encoder": ("t5", {}, {"layers": 2}, "encoder-decoders are not taken"),
 }  # fmt: skip
 

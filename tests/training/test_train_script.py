@@ -225,6 +225,8 @@ def test_training_from_a_cache(teacher: Path, tmp_path: Path, capsys, monkeypatc
 
     with pytest.raises(ValueError, match=r"made with other arguments \(k: 8 -> 9\)"):
         script("cache_teacher").main([*flags, "--k", "9"])
+    with pytest.raises(ValueError, match="max_length=4 leaves no room for a response"):
+        script("cache_teacher").main([*flags, "--format", "pairs", "--max-length", "4"])
     for wrong, message in ((["--teacher", "tiny-teacher"], "random weights"), (["--kd-size", "13"], r"in \[1, 12\]")):
         with pytest.raises(SystemExit, match=message):
             script("cache_teacher").main([*flags, *wrong])
