@@ -33,7 +33,7 @@ from fused_kd.serving import ServedTeacher
 from fused_kd.training import dry_run
 from fused_kd.training.chat_templates import ChatTemplate
 from fused_kd.training.collate import Collator, PackingCollator, padding_id
-from fused_kd.training.data import load_directions
+from fused_kd.training.data import load_directions, parse_direction
 from fused_kd.training.difficulty import with_quantile_gamma
 from fused_kd.training.fingerprints import fingerprint_rows
 from fused_kd.training.fit import DEFAULTS, finished, fit
@@ -41,6 +41,7 @@ from fused_kd.training.memory import memory_of
 from fused_kd.training.models import PRESETS, load_model, model_content, shared_tokenizer, threads_for, with_adapters
 from fused_kd.training.named_teachers import CACHE
 from fused_kd.training.prompts import concatenate, render_sample, training_texts
+from fused_kd.training.reading import is_divided
 from fused_kd.training.reporting import report_options
 from fused_kd.training.rows import load_rows
 from fused_kd.training.script import make_console, parse, run_script
@@ -86,6 +87,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     amounts = dry_run.amounts_of(train, args, rows["train"])
     sample = render_sample(tokenizer, next(iter(rows["train"])))
     console.print(f"{' '.join(train.source_of('train'))}: {rows['train']!r}; the first:\n{sample}")
+    languages = parse_direction(train.directions[0]) if rows["train"].format == "pairs" else None
+    if is_divided(*train.source_of("train"), languages):
+        console.print("of its rows a hash keeps 5 % for valid and 5 % for test; --split all takes all of them")
     console.print("\n".join(dry_run.amounts_lines(args, amounts) + dry_run.advice(train, amounts)))
     if train.dry_run != "false":
         memory = memory_of(train, args, tokenizer, amounts.batch, list(served.values()))

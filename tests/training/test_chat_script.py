@@ -110,6 +110,15 @@ def test_a_first_try_that_failed_may_be_corrected(chats: Chats, tmp_path: Path) 
         chats.train(output, max_steps=3)
 
 
+def test_rows_kept_for_other_splits_are_told(chats: Chats, tmp_path: Path, capsys) -> None:
+    rows = chats.data.read_text().splitlines()
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    for split, kept in (("train", True), ("all", False)):
+        chats.train(tmp_path / split, data=tmp_path / "chat.jsonl", split=split, dry_run="true")
+        shown = capsys.readouterr().out
+        assert ("a hash keeps 5 % for valid" in shown) == kept and ("Rows(24 rows" in shown) != kept
+
+
 def test_a_tokenizer_of_a_failed_try_is_not_kept(tmp_path: Path) -> None:
     presets = {"student": "tiny-student", "max_steps": 1}
     with pytest.raises(ValueError, match="max_length=1"):
