@@ -57,6 +57,6 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade pip
-	$(PY) -m pip install --constraint constraints.txt --editable '.[train,lora,report,quantize,bench,peers,triton,cuda,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[train,lora,report,bench,peers,triton,cuda,dev]'
 	DS_BUILD_OPS=0 $(PY) -m pip install --constraint constraints.txt --no-build-isolation deepspeed
 	touch $@

@@ -56,10 +56,12 @@ def slab_rows(V: int, H: int) -> int:
 
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """``out (+)= a @ b`` of low-precision operands, in fp32 throughout; where :func:`has_fp32_output`."""
+    """``out (+)= a @ b`` of low-precision operands, in fp32 throughout; ``NotImplementedError`` on a CPU without
+    :func:`has_fp32_output`."""
     if a.device.type == "cpu":
-        kind = cpu_product()
-        assert kind is not None, "asked for only where has_fp32_output"
+        kind = cpu_product() if a.dtype == torch.bfloat16 else None
+        if kind is None:
+            raise NotImplementedError(f"no fp32 product of {a.dtype} on this CPU")
         product(kind, a, b, out, add=add)
     elif add:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)

@@ -165,3 +165,9 @@ def test_a_step_in_bf16(made_by, budget, autocast):
     assert abs(float(loss - exact[0])) < 2e-6 * float(exact[0])
     assert error(d_hidden, exact[1].double()) < 3e-3
     assert error(d_weight, exact[2].double()) < 3e-3
+
+
+def test_other_dtypes_are_refused():
+    a, out = torch.randn(3, 4).half(), torch.empty(3, 3)
+    with pytest.raises(NotImplementedError, match="float16"):
+        gemm.wide_product(a, a.t(), out)
