@@ -36,6 +36,7 @@ DEFAULTS: Mapping[str, Any] = {
     "save_steps": 0.05,
     "save_total_limit": 2,
     "report_to": "none",
+    "disable_tqdm": False,  # transformers' own default hangs on its logger's level, which scripts raise
 }
 
 

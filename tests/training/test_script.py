@@ -14,7 +14,9 @@ from typing import Literal
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
+from fused_kd.training.fit import training_arguments
 from fused_kd.training.script import make_console, parse, run_script, stoppable
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import CONFIGS, ROOT, script
@@ -202,3 +204,13 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(tmp_path: Path, capsys) -> N
         assert again.last_checkpoint() == str(tmp_path / number.name / "checkpoint-3")
         ours = train(again)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_bar_is_shown_whatever_transformers_logs(tmp_path: Path) -> None:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        assert training_arguments(tmp_path).disable_tqdm is False
+        assert training_arguments(tmp_path, disable_tqdm=True).disable_tqdm is True
+    finally:
+        transformers_logging.set_verbosity(level)
