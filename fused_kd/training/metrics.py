@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak MiB so far: of the CUDA allocator on a GPU, else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:  # ru_maxrss would be that of the process which started this one, where that was larger
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

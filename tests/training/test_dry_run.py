@@ -248,3 +248,13 @@ def test_the_expected_peak_is_a_real_process_s(tmp_path: Path, chats: Chats) -> 
 
 def test_durations() -> None:
     assert [dry_run.duration(seconds) for seconds in (5.4, 130, 7260)] == ["5 s", "2 min", "2 h 01 min"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_peak_is_of_the_process_itself() -> None:
+    """Not of the larger one that started it, as ru_maxrss has it."""
+    held = bytearray(1 << 30)
+    held[::4096] = b"x" * len(held[::4096])
+    code = "import torch; from fused_kd.training.metrics import peak_memory_mb as p; print(p(torch.device('cpu')))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 50 < float(told.stdout) < 900
