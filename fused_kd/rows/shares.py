@@ -128,8 +128,13 @@ def loss_shares(
 
 
 def _where(choice: Tensor, a: Number, b: Number) -> Tensor:
-    """fp32, whatever the default dtype."""
-    a, b = (torch.as_tensor(x, dtype=torch.float32, device=choice.device) for x in (a, b))
+    """fp32, whatever the default dtype; a number is filled in on the device, as a copy of it would wait there."""
+    a, b = (
+        x.to(choice.device, torch.float32)
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=torch.float32, device=choice.device)
+        for x in (a, b)
+    )
     return torch.where(choice, a, b)
 
 
@@ -180,8 +185,8 @@ def _uses_sums(term: Term, s: Scalars, hard: Tensor) -> Tensor:
     """(B,) bool: the rows whose divergence is not KL."""
     use = hard if term.chooses else torch.ones_like(hard)
     if term.of.kl_at_one:
-        alpha = torch.as_tensor(s.alpha, device=use.device)
-        use = use & (alpha > 0.0).reshape(-1)
+        positive = s.alpha > 0.0
+        use = use & (positive.reshape(-1) if isinstance(positive, Tensor) else positive)
     return use
 
 

@@ -178,3 +178,16 @@ def test_the_budget_catches_sixteen_times_the_rounding(objective):
 def test_a_nan_is_no_small_error():
     one, none = torch.ones(2), torch.tensor([1.0, float("nan")])
     assert not furthest([one, none, one], [one, one, one]) < 1.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_numbers_are_filled_in_where_they_are_wanted(objective, monkeypatch):
+    """A copy of a number to a GPU would wait for it; see tests/test_gpu.py for what does."""
+    as_tensor = torch.as_tensor
+
+    def watched(x, *args, **options):
+        assert isinstance(x, torch.Tensor) or options.get("device") is None
+        return as_tensor(x, *args, **options)
+
+    monkeypatch.setattr(torch, "as_tensor", watched)
+    run(problem(5), objective, "torch")

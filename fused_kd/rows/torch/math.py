@@ -277,7 +277,7 @@ def head_share(t: Tensor, q: Tensor, mass: float | Tensor) -> tuple[Tensor, Tens
     inside = (sorted_t.cumsum(1, dtype=torch.float64) <= mass).sum(1, keepdim=True)
     # Entries as probable as the first that is left out stay out with it.
     left_out = sorted_t.gather(1, inside.clamp(max=t.shape[1] - 1))
-    head = (t > left_out) | (t == sorted_t[:, :1]) | torch.as_tensor(mass >= 1.0, device=t.device)
+    head = (t > left_out) | (t == sorted_t[:, :1]) | (mass >= 1.0)
     error = (t - q).abs_()
     parts = torch.cat([(error * of).sum(1, keepdim=True) for of in (head, ~head)], 1)
     return shares_of(parts)

@@ -234,7 +234,7 @@ class _TorchRow(SweptRow):
             middle = low + (high - low) // 2
             inside = joined((yield (t * (bits >= middle)).sum(1, keepdim=True, dtype=torch.float64))) <= mass
             high, low = torch.where(inside, middle, high), torch.where(inside, low, middle + 1)
-        head = (bits >= high) | (t == most) | torch.as_tensor(mass >= 1.0, device=device)
+        head = (bits >= high) | (t == most) | (mass >= 1.0)
         parts = torch.cat([(error * of).sum(1, keepdim=True) for of in (head, ~head)], 1)
         shared, others = shares_of(joined((yield parts)))
         return shared.float(), others.float()
