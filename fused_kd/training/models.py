@@ -30,6 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "medium-teacher": {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
     "small-teacher": {"hidden_size": 224, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 608},
     "small-student": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352},
+    # for a GPU: 50M and 17M parameters with a vocabulary of 16,000; few layers, as each costs launches
+    "base-teacher": {"hidden_size": 640, "num_hidden_layers": 8, "num_attention_heads": 10, "intermediate_size": 1728},
+    "base-student": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1024},
 }
 
 
@@ -115,6 +118,12 @@ def model_content(name_or_path: str | Path) -> str:
     from transformers import AutoConfig
 
     return f"{name}@{_pretrained(AutoConfig, name)._commit_hash}"
+
+
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, moved to the accelerator where there is one: for evaluation and generation outside a trainer."""
+    place = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return cast("PreTrainedModel", model.to(place))  # type: ignore[arg-type]
 
 
 def check_device(name: str) -> None:
