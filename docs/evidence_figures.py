@@ -19,9 +19,9 @@ METHODS = {
     "skew": ("Skew", "#9467bd"),
     "skew_teacher": ("SkewTeacher", "#c5b0d5"),
     "self_evolution": ("Self-Evolution", "#d62728"),
-    "self_evolution_floor_0.1": ("floor 0.1", "#ffbb78"),
-    "self_evolution_floor": ("floor 0.3", "#ff7f0e"),
-    "self_evolution_floor_0.5": ("floor 0.5", "#8c564b"),
+    "floor_0.1": ("floor 0.1", "#ffbb78"),
+    "floor_0.3": ("floor 0.3", "#ff7f0e"),
+    "floor_0.5": ("floor 0.5", "#8c564b"),
 }
 VERDICTS = {YES: "#2ca02c", NO: "#d62728"}
 STYLE = {
@@ -77,7 +77,7 @@ def rule(cells: pd.DataFrame, limits: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0.0, color=METHODS["forward_kd"][1], linewidth=1.2)
-    for name in ("sft", "self_evolution", "self_evolution_floor"):
+    for name in ("sft", "self_evolution", "floor_0.3"):
         runs = known[known.method == name].set_index(keys)
         runs = runs[runs.index.isin(base.index)]
         share = still_hard(runs.hard, runs.hard_t)
@@ -91,7 +91,7 @@ def rule(cells: pd.DataFrame, limits: Mapping[str, float]) -> Figure:
         axis.annotate(text, (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     axis.set_xlabel("of the tokens that are easy for the teacher: hard for the student in the first steps")
     axis.set_ylabel("BLEU above ForwardKD")
-    _legend(figure, known[known.method.isin(["sft", "forward_kd", "self_evolution", "self_evolution_floor"])])
+    _legend(figure, known[known.method.isin(["sft", "forward_kd", "self_evolution", "floor_0.3"])])
     return figure
 
 
