@@ -12,6 +12,7 @@ from pathlib import Path
 import evidence_claims as claims
 import evidence_data as data
 import evidence_figures as figures
+import evidence_plane as plane
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -22,9 +23,14 @@ TABLES: dict[str, Callable[[], str]] = {
     **{section: partial(claims.table, section) for section in claims.SECTIONS},
     "sweeps": claims.sweeps,
     "runs": data.runs,
+    "plane": lambda: plane.table(plane.cells()),
 }
 SHOWN = ("self_evolution", "cycle_distill", "sdrrl")
-FIGURES: dict[str, Callable[[], Figure]] = {section: partial(figures.forest, section) for section in SHOWN}
+FIGURES: dict[str, Callable[[], Figure]] = {
+    **{section: partial(figures.forest, section) for section in SHOWN},
+    "plane": lambda: figures.plane(plane.cells()),
+    "rule": lambda: figures.rule(plane.cells()),
+}
 
 
 def written(text: str) -> str:

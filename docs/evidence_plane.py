@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +30,8 @@ def cells() -> pd.DataFrame:
 
 def readers() -> list[Any]:
     folders = sorted((EXAMPLES / "self_evolution/results").glob("regimes*"))
-    return [lambda folder=folder: regimes(folder) for folder in folders]
+    found = [partial(regimes, folder) for folder in folders]
+    return [*found, partial(distilled, EXAMPLES / "results/strengths", "toy, one seed")]
 
 
 def small_set() -> pd.DataFrame:
@@ -55,6 +57,28 @@ def regimes(folder: Path) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def distilled(folder: Path, study: str) -> pd.DataFrame:
+    """Files of examples/distill.py's metrics.json, one a student."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        found = read(path)
+        stages, noise = found["stages"], found["arguments"]["kd_noise"]
+        before, teacher = (stages[name]["scores"]["bleu"] for name in ("student", "teacher"))
+        for name, stage in stages.items():
+            if name in ("teacher", "student"):
+                continue
+            first = next(entry for entry in stage["log_history"] if "loss" in entry)
+            rows.append(
+                {
+                    "study": study, "student": f"{found['arguments']['student_epochs']:g} epochs", "noise": noise,
+                    "method": name.replace("self_evolution-floor=", "floor_"), "seed": found["seed"],
+                    "score": stage["scores"]["bleu"], "start": before, "teacher": teacher,
+                    "hard": first.get("hard_fraction"), "hard_t": first.get("hard_fraction_t"),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows).sort_values("start", kind="stable") if rows else pd.DataFrame()
+
+
 def table(frame: pd.DataFrame) -> str:
     """A row a cell of the plane: means over seeds; bold: the best, and what is within the seeds' noise of it."""
     shown = [name for name in COLUMNS if name in set(frame.method)]
@@ -70,8 +94,8 @@ def table(frame: pd.DataFrame) -> str:
         seeds = len(set(own.seed))
         about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.iloc[0]:.1f}", f"{noise:.0%}", share, seeds]
         rows.append([*about, *texts])
-    header = ["study", "student", "before", "teacher", "wrong", "still hard", "seeds", *(COLUMNS[name] for name in shown)]
-    return markdown(header, rows)
+    about = ["study", "student", "before", "teacher", "wrong", "still hard", "seeds"]
+    return markdown([*about, *(COLUMNS[name] for name in shown)], rows)
 
 
 def _cell(means: dict[str, float], name: str, best: bool) -> str:
