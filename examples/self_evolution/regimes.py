@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import numpy as np
 import regimes_report
 import torch
 import transformers
@@ -40,6 +41,7 @@ from transformers import PrinterCallback
 
 import fused_kd
 from fused_kd.info import devices, versions
+from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Pair, load_directions, misalign, parse_direction
 from fused_kd.training.fit import fit, training_arguments
@@ -56,7 +58,7 @@ from fused_kd.training.prompts import (
 )
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.stage import Stages, fingerprint, helpers, lock, read_json, write_json
+from fused_kd.training.stage import Stages, fingerprint, fingerprint_file, helpers, lock, read_json, write_json
 from fused_kd.training.trainer import KDTrainer
 
 Pairs = dict[str, list[Pair]]
@@ -138,6 +140,7 @@ class Running:
     """Where and how; the numbers do not depend on it."""
 
     output: str = "runs/regimes"
+    results: str | None = None  # where results are written, small files alone; default: output
     jobs: int = 1  # processes that share the work; 2 on two cores, 12 on a GPU
     minutes: float | None = None  # no run begins after so long; None: all of them are done
     rehearse: bool = False  # the same path with everything shrunk, on a CPU
@@ -160,11 +163,13 @@ def rehearsed(config: Config) -> Config:
         name: value | {key: {**value[key], **two} for key in ("pretrain", "tune") if value.get(key)}
         for name, value in {**config.strengths, "teacher": config.start_teacher}.items()
     }
-    teacher = starts.pop("teacher")
+    small = {"train_limit": 90, "alma_limit": 30, "test_limit": 3, "valid_limit": 3, "held": 8, "max_new_tokens": 6}
+    few = {"rates": config.rates[:2], "noises": config.noises[:2], "seeds": config.seeds[:2]}
+    models = {"vocab": 500, "teacher": "tiny-student", "student": "tiny-student"}
     return dataclasses.replace(
-        config, train_limit=90, alma_limit=30, test_limit=3, valid_limit=3, held=8, vocab=500, max_new_tokens=6,
-        documents=config.documents | {"parallel": 10}, teacher="tiny-student", student="tiny-student",
-        train=config.train | {"use_cpu": True}, start_teacher=teacher, strengths=starts, distil=config.distil | two,
+        config, **small, **few, **models, methods=config.methods[:2], documents=config.documents | {"parallel": 10},
+        train=config.train | {"use_cpu": True}, start_teacher=starts.pop("teacher"), strengths=starts,
+        distil=config.distil | two,
     )  # fmt: skip
 
 
@@ -183,18 +188,20 @@ class Trial:
         return f"{self.strength}.noise{self.noise:g}.{self.method}{rate}.seed{self.seed}"
 
 
-def trials_of(config: Config) -> list[Trial]:
-    """The runs that count, the paper's regime before the plane, seeds outermost: what is there first is of most use."""
-    cells = [(config.paper, config.noises[0], method) for method in config.paper_methods]
+def groups_of(config: Config) -> list[list[Trial]]:
+    """The runs that count: seeds outermost, the paper's regime before the plane; the first alone are of use."""
+    paper = [(config.paper, config.noises[0], method) for method in config.paper_methods]
     plane = [(s, n, m) for n in config.noises for s in config.strengths for m in config.methods]
-    cells = list(dict.fromkeys(cells + plane))
-    return [Trial(*cell, seed) for seed in config.seeds for cell in cells]
+    cells = [paper, [cell for cell in plane if cell not in paper]]
+    return [[Trial(*cell, seed) for cell in part] for seed in config.seeds for part in cells]
 
 
 class Regimes:
     """The plane in a folder. Most methods return the folder of a finished stage, whose work they do if need be."""
 
-    def __init__(self, config: Config, stages: Stages) -> None:
+    def __init__(self, config: Config, stages: Stages, results: str | Path | None = None) -> None:
+        self.told = Path(results or stages.folder)
+        self.told.mkdir(parents=True, exist_ok=True)
         self.config, self.stages, self.template = config, stages, get_prompt(config.prompt)
         load = partial(load_directions, config.data, directions=config.directions)
         self.train: Pairs = load(split="train", limit=config.train_limit)
@@ -204,14 +211,14 @@ class Regimes:
             raise ValueError(f"held must be below the {fewest} training pairs of a direction, got {config.held}")
         self.seen = {direction: pairs[: -config.held] for direction, pairs in self.train.items()}
         self.new = {direction: pairs[-config.held :] for direction, pairs in self.train.items()}
-        self.corpora = [self.seen]
-        if config.alma is not None:
-            self.corpora.append(load_directions(config.alma, "train", config.directions, limit=config.alma_limit))
+        alma = sorted(Path(config.alma).glob("train*")) if config.alma else []
         prompt = dataclasses.asdict(self.template)
+        files = {path.name: fingerprint_file(path) for path in alma}
         self.texts = {
             "prompt": prompt,
             "max_length": config.max_length,
-            "texts": fingerprint([self.train, self.corpora]),
+            "texts": fingerprint([self.train, config.held]),
+            "alma": [files, config.alma_limit],
         }
         self.kept: dict[Any, Any] = {}  # rows and models that the next run needs too
 
@@ -221,15 +228,20 @@ class Regimes:
         return self.kept[key]
 
     @cached_property
+    def corpora(self) -> list[Pairs]:
+        """What students may see of the data, and the text that is for the pre-training alone."""
+        config, found = self.config, [self.seen]
+        if config.alma is not None:
+            found.append(load_directions(config.alma, "train", config.directions, limit=config.alma_limit))
+        return found
+
+    @cached_property
     def tokenizer_folder(self) -> Path:
         def work(folder: Path) -> None:
-            some = {direction: pairs[::10] for direction, pairs in self.train.items()}  # the prompt's words, often
-            sentences = (
-                side for corpus in self.corpora for pairs in corpus.values() for pair in pairs for side in pair
-            )
-            shared_tokenizer(
-                ["tiny-student"], folder, chain(training_texts(self.template, some), sentences), config.vocab
-            )
+            some = {direction: pairs[::10] for direction, pairs in self.seen.items()}  # the prompt's words, often
+            sides = (side for corpus in self.corpora for pairs in corpus.values() for pair in pairs for side in pair)
+            texts = chain(training_texts(self.template, some), dict.fromkeys(sides))
+            shared_tokenizer(["tiny-student"], folder, texts, config.vocab)
 
         config = self.config
         return self.stages("tokenizer", work, self.texts | {"vocab": config.vocab})
@@ -248,6 +260,31 @@ class Regimes:
 
     def rows(self, pairs: Pairs) -> Rows:
         return tokenize_directions(self.tokenizer, self.template, pairs, self.config.max_length)
+
+    def stored(self, title: str, make: Callable[[], Rows], **about: Any) -> Path:
+        """Tokenised rows, which several trainings read."""
+
+        def work(folder: Path) -> None:
+            rows = make().rows
+            columns = {
+                "ids": np.array([token for row in rows for token in row["input_ids"]], np.int32),
+                "lengths": np.array([len(row["input_ids"]) for row in rows]),
+                "prompts": np.array([sum(label == LABEL_PAD for label in row["labels"]) for row in rows]),
+            }
+            np.savez(folder / "rows.npz", **columns)
+
+        return self.stages(title, work, self.texts | about, needs=[self.tokenizer_folder])
+
+    def documents(self) -> Path:
+        about = dataclasses.asdict(self.config.pretraining)
+        return self.stored("documents", self.pretraining_rows, documents=about)
+
+    def clean_pairs(self, name: str) -> Path:
+        """What a model is tuned on: the teacher on all pairs, students on those before the new ones."""
+        texts, count = (self.train if name == "teacher" else self.seen), self.config.starts[name].pairs
+        pairs = {direction: found[:count] for direction, found in texts.items()}
+        who = "teacher" if name == "teacher" else "student"
+        return self.stored(f"{who}.pairs", partial(self.rows, pairs), who=who, pairs=count)
 
     def pretraining_rows(self) -> Rows:
         """Documents of one language, and of a sentence with its translation, or with another's: loss on all tokens."""
@@ -277,33 +314,24 @@ class Regimes:
         more = {"data_collator": Collator(padding_id(self.tokenizer)), "processing_class": self.tokenizer}
         return KDTrainer(**what, args=self.arguments(folder, *options), eval_metrics=False, **more)
 
-    def fitted(
-        self, title: str, name: str | Path, seed: int, options: dict, rows: Callable[[], Rows], **about: Any
-    ) -> Path:
-        """A model, trained with the next-token loss of some rows."""
+    def fitted(self, title: str, name: str | Path, seed: int, options: dict, rows: Path) -> Path:
+        """A model, trained with the next-token loss of stored rows."""
 
         def work(folder: Path) -> None:
-            what = {"model": self.model(name, seed), "objective": fused_kd.SFT(), "train_dataset": rows()}
+            what = {"model": self.model(name, seed), "objective": fused_kd.SFT(), "train_dataset": read_rows(rows)}
             fit(self.trainer(folder, [options, {"seed": seed}], **what), folder, title)
 
         preset = isinstance(name, str)
-        needs = [self.tokenizer_folder, *([] if preset else [Path(name).parent])]
-        settings = self.texts | about | {"train": self.config.train, "options": options, "seed": seed}
-        return self.stages(title, work, settings | {"model": name if preset else None}, needs=needs)
+        settings = {"train": self.config.train, "options": options, "seed": seed, "model": name if preset else None}
+        return self.stages(title, work, settings, needs=[rows, *([] if preset else [Path(name).parent])])
 
     def start(self, name: str) -> Path:
-        """The "teacher", which has seen all pairs, or the student of a strength, which has seen all but the new ones."""
-        how, teacher = self.config.starts[name], name == "teacher"
-        who, seed, texts = ("teacher", 0, self.train) if teacher else ("student", 1, self.seen)
-        size = self.config.teacher if teacher else self.config.student
-        about = dataclasses.asdict(self.config.pretraining)
-        folder = self.fitted(f"{who}.pretrained", size, seed, how.pretrain, self.pretraining_rows, documents=about)
+        """The "teacher", which has seen all pairs, or the student of a strength, which has seen all but the new."""
+        how = self.config.starts[name]
+        who, seed = ("teacher", 0) if name == "teacher" else ("student", 1)
+        folder = self.fitted(f"{who}.pretrained", getattr(self.config, who), seed, how.pretrain, self.documents())
         if how.tune:
-            pairs = {direction: found[: how.pairs] for direction, found in texts.items()}
-            rows = partial(self.rows, pairs)
-            folder = self.fitted(
-                f"{name}.tuned", folder / "model", seed, how.tune, rows, pairs=how.pairs, held=self.config.held
-            )
+            folder = self.fitted(f"{name}.tuned", folder / "model", seed, how.tune, self.clean_pairs(name))
         return folder
 
     def translate(
@@ -319,7 +347,7 @@ class Regimes:
         return made, {d: {key: found[key] for key in ("bleu", "chrf")} for d, found in scores.items()}
 
     def started(self, name: str) -> Path:
-        """The scores of a student before distillation, by the prompt and as the documents are written, or the teacher's."""
+        """The scores of a start or of the teacher, by the prompt and in the form of the documents."""
         trained = self.start(name)
 
         def work(folder: Path) -> None:
@@ -363,16 +391,19 @@ class Regimes:
         trainer.train()
         history = [{k: round(e[k], 4) for k in HISTORY if k in e} for e in trainer.state.log_history if "loss" in e]
         about = {"steps": trainer.state.global_step, "seconds": round(trainer.metrics.total_seconds, 2)}
-        weights = {name: value.to(self.half) for name, value in trainer.model.state_dict().items()}
+        weights = {name: value.to("cpu", self.half) for name, value in trainer.model.state_dict().items()}
         return weights, about | {"history": history}
 
     def trained(self, trial: Trial) -> Path:
         """A student at one learning rate, and of the first seed its scores on validation text."""
 
         def work(folder: Path) -> None:
+            began = time.time()
             weights, about = self.distil(trial, folder)
+            about["wall"] = round(time.time() - began, 2)
             if trial.seed == self.config.seeds[0]:
                 about["valid"] = self.translate(self.decoder(weights), self.valid, self.template)[1]
+                about["valid_wall"] = round(time.time() - began - about["wall"], 2)
             torch.save(weights, folder / "weights.pt")
             write_json(folder / "trained.json", about)
             gc.collect()
@@ -408,12 +439,13 @@ class Regimes:
         trained = self.trained(dataclasses.replace(trial, rate=rate))
 
         def work(folder: Path) -> None:
-            weights = torch.load(trained / "weights.pt", weights_only=True)
+            began, weights = time.time(), torch.load(trained / "weights.pt", weights_only=True)
             made, scores = self.translate(self.decoder(weights), self.tests, self.template)
             about = dataclasses.asdict(trial) | read_json(trained / "trained.json")
             about |= {"rate": rate, "valid_chrf": {f"{r:g}": round(v, 3) for r, v in valid.items()}, "scores": scores}
+            about["test_wall"] = round(time.time() - began, 2)
             about.pop("valid", None)
-            append(self.stages.folder / "hypotheses.jsonl.gz", gzip.compress(line({"trial": str(trial), "made": made})))
+            append(self.told / "hypotheses.jsonl.gz", gzip.compress(line({"trial": str(trial), "made": made})))
             self.tell(folder, {"kind": "run"} | about)
 
         return self.stages(str(trial), work, self.tested, needs=[trained])
@@ -421,18 +453,32 @@ class Regimes:
     def tell(self, folder: Path, record: dict[str, Any]) -> None:
         """A finished piece, in its folder and as a line of runs.jsonl."""
         write_json(folder / "record.json", record)
-        append(self.stages.folder / "runs.jsonl", line(record))
+        append(self.told / "runs.jsonl", line(record))
 
     def pieces(self) -> dict[str, Callable[[], object]]:
         """Every piece of work, in the order in which it is wanted."""
-        found: dict[str, Callable[[], object]] = {
-            f"{name}.start": partial(self.started, name) for name in ("teacher", *self.config.strengths)
-        }
-        for trial in trials_of(self.config):
-            if trial.seed == self.config.seeds[0]:
-                rates = (self.at_rate(trial, rate) for rate in self.config.rates)
-                found |= {f"{each}.trained": partial(self.trained, each) for each in rates}
-        return found | {str(trial): partial(self.translated, trial) for trial in trials_of(self.config)}
+        starts = ["teacher", *self.config.strengths]
+        found: dict[str, Callable[[], object]] = {f"{name}.start": partial(self.started, name) for name in starts}
+        tuned = [name for name in starts if self.config.starts[name].tune]
+        found |= {f"{name}.pairs": partial(self.clean_pairs, name) for name in tuned}  # while others pre-train
+        for trials in groups_of(self.config):
+            for trial in trials:
+                if trial.seed == self.config.seeds[0]:
+                    rates = (self.at_rate(trial, rate) for rate in self.config.rates)
+                    found |= {f"{each}.trained": partial(self.trained, each) for each in rates}
+            found |= {str(trial): partial(self.translated, trial) for trial in trials}
+        return found
+
+
+def read_rows(folder: Path) -> Rows:
+    """What :meth:`Regimes.stored` wrote."""
+    with np.load(folder / "rows.npz") as found:
+        ids, ends, prompts = found["ids"].tolist(), found["lengths"].cumsum().tolist(), found["prompts"].tolist()
+    rows = []
+    for begin, end, prompt in zip([0, *ends[:-1]], ends, prompts, strict=True):
+        own = ids[begin:end]
+        rows.append({"input_ids": own, "labels": [LABEL_PAD] * prompt + own[prompt:]})
+    return Rows(rows)
 
 
 def documents(corpora: Sequence[Pairs], directions: Sequence[str], sentences: int) -> Iterator[list[str]]:
@@ -484,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         for old in ended.glob("*"):
             old.unlink()
     with helpers(__file__, given, running.jobs, folder, helper=running.worker):
-        plane = Regimes(config, Stages(folder))
+        plane = Regimes(config, Stages(folder), running.results)
         plane.stages.share({name: before(until, piece) for name, piece in plane.pieces().items()})
         if running.worker:
             write_json(ended / f"{os.getpid()}.json", {})
@@ -492,10 +538,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         while until and len(list(ended.glob("*.json"))) < running.jobs - 1 and time.time() < until + GRACE:
             time.sleep(0.5)
     about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
-    write_json(folder / "about.json", about | {"seconds": round(time.time() - began)})
-    results = regimes_report.collect(folder)
-    regimes_report.write_report(results, folder)
-    print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {folder}")
+    write_json(plane.told / "about.json", about | {"seconds": round(time.time() - began)})
+    results = regimes_report.collect(plane.told)
+    regimes_report.write_report(results, plane.told)
+    print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {plane.told}")
     return results
 
 

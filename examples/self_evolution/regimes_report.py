@@ -1,8 +1,9 @@
 """Tables and figures of the plane of regimes."""
 
-from pathlib import Path
-from fused_kd.training.stage import read_json, write_json
 import json
+from pathlib import Path
+
+from fused_kd.training.stage import read_json, write_json
 
 
 def collect(folder):
