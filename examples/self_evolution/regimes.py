@@ -33,7 +33,6 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 import numpy as np
-import regimes_report
 import torch
 import transformers
 from kd_methods import REGIME_METHODS
@@ -355,6 +354,9 @@ class Regimes:
             by_prompt, by_document = (self.translate(model, self.tests, t)[1] for t in (self.template, DOCUMENT))
             steps = {key: read_json(trained / "training.json")[key] for key in ("parameters", "steps", "seconds")}
             about = {"kind": "start", "strength": name, "scores": by_prompt, "document_scores": by_document, **steps}
+            if name == "teacher":
+                references = {d: [pair.target for pair in pairs] for d, pairs in self.tests.items()}
+                self.keep({"trial": "references", "made": references})
             self.tell(folder, about)
 
         return self.stages(f"{name}.start", work, self.tested, needs=[trained])
@@ -445,7 +447,7 @@ class Regimes:
             about |= {"rate": rate, "valid_chrf": {f"{r:g}": round(v, 3) for r, v in valid.items()}, "scores": scores}
             about["test_wall"] = round(time.time() - began, 2)
             about.pop("valid", None)
-            append(self.told / "hypotheses.jsonl.gz", gzip.compress(line({"trial": str(trial), "made": made})))
+            self.keep({"trial": str(trial), "made": made})
             self.tell(folder, {"kind": "run"} | about)
 
         return self.stages(str(trial), work, self.tested, needs=[trained])
@@ -454,6 +456,9 @@ class Regimes:
         """A finished piece, in its folder and as a line of runs.jsonl."""
         write_json(folder / "record.json", record)
         append(self.told / "runs.jsonl", line(record))
+
+    def keep(self, translations: dict[str, Any]) -> None:
+        append(self.told / "hypotheses.jsonl.gz", gzip.compress(line(translations)))
 
     def pieces(self) -> dict[str, Callable[[], object]]:
         """Every piece of work, in the order in which it is wanted."""
@@ -537,9 +542,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             return None
         while until and len(list(ended.glob("*.json"))) < running.jobs - 1 and time.time() < until + GRACE:
             time.sleep(0.5)
+    import regimes_report  # pandas and matplotlib: of the first process alone
+
     about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
     write_json(plane.told / "about.json", about | {"seconds": round(time.time() - began)})
-    results = regimes_report.collect(plane.told)
+    results = regimes_report.collect(plane.told, tests=until is None)
     regimes_report.write_report(results, plane.told)
     print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {plane.told}")
     return results
