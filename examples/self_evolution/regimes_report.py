@@ -128,7 +128,7 @@ class Plane:
         self.plane_methods = [m for m in LABELS if m in plane]
         rows = {tuple(r[k] for k in (*CELL, "method", "seed")): self.scores(r["scores"]) for r in found["runs"]}
         index = pd.MultiIndex.from_tuples(rows, names=[*CELL, "method", "seed"])
-        self.runs = averaged(pd.DataFrame(list(rows.values()), index=index))
+        self.runs = averaged(pd.DataFrame(list(rows.values()), index=index)).sort_index()
         self.starts = {r["strength"]: self.average(r["scores"]) for r in found["starts"]}
         groups = self.runs.iloc[:, -1].groupby([*CELL, "method"])
         self.mean, self.std, self.count = (getattr(groups, name)().unstack() for name in ("mean", "std", "count"))
