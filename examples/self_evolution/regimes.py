@@ -63,7 +63,7 @@ from fused_kd.training.trainer import KDTrainer
 Pairs = dict[str, list[Pair]]
 DOCUMENT = PromptTemplate("document", "{source_language}: {source}\n{target_language}:")
 HISTORY = ("step", "loss", "difficulty", "hard_fraction", "hard_fraction_t")
-GRACE = 60.0  # seconds that the last runs are waited for
+GRACE = 40.0  # seconds that the last runs are waited for
 
 
 @dataclass(frozen=True)
