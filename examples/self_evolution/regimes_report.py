@@ -140,8 +140,8 @@ class Plane:
         return float(np.mean(list(self.scores(by_direction).values())))
 
     def cells(self) -> list[tuple[str, float]]:
-        """Those with at least two methods, weakest students first."""
-        whole = [key for key in self.mean.index if self.mean.loc[key].notna().sum() > 1]
+        """Those with at least two of the plane's methods, weakest students first."""
+        whole = [key for key in self.mean.index if len(self.ranking(key, self.plane_methods)) > 1]
         return sorted(whole, key=lambda key: (self.strengths.index(key[0]), key[1]))
 
     def ranking(self, cell: tuple[str, float], methods: Sequence[str] | None = None) -> pd.Series:
@@ -165,14 +165,17 @@ def write_report(found: Mapping[str, Any], folder: str | Path) -> None:
         write_text(folder / "results.md", "# Regimes\n\n" + starts_table(found) + "\n")
         return
     plane, chrf = Plane(found), Plane(found, "chrf")
+    figures = {"plane": draw_plane, "gains": draw_gains} if plane.cells() else {}
     with rc_context(STYLE):
-        for name, figure in (("plane", draw_plane(plane)), ("gains", draw_gains(plane))):
+        for name, draw in figures.items():
             content = io.BytesIO()
-            figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
+            draw(plane).savefig(content, format="png", dpi=120, bbox_inches="tight")
             write_bytes(folder / f"{name}.png", content.getvalue())
     parts = ["# Regimes", f"{len(found['runs'])} runs that count.", "## Starts", starts_table(found)]
     parts += ["## The paper's regime", paper_table(plane), paper_table(chrf)]
-    parts += ["## The plane", plane_table(plane), "![plane](plane.png)", "![gains](gains.png)", plane_table(chrf)]
+    if figures:
+        shown = [f"![{name}]({name}.png)" for name in figures]
+        parts += ["## The plane", plane_table(plane), *shown, plane_table(chrf)]
     parts += ["## Learning rates", rates_table(found), "## How to read it", READING.rstrip()]
     for key, value in found["about"].items():
         text = json.dumps(value, indent=1, ensure_ascii=False)
