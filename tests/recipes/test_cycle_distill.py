@@ -37,7 +37,7 @@ HERE = Path(__file__).parents[2] / "examples" / "cycle_distill"
 sys.path.insert(0, str(HERE))
 
 import cycle_distill as script  # noqa: E402
-from translations import RULES, Filters, broken_rule, lists_of, may_be, select, trim  # noqa: E402
+from translations import RULES, Filters, Maker, broken_rule, lists_of, may_be, select, trim  # noqa: E402
 
 SOURCE, GOOD = "A man and a dog are sitting on the grass.", "Ein Mann und ein Hund sitzen auf dem Gras."
 NOUNS = {"dog": "Hund", "man": "Mann", "tree": "Baum", "bird": "Vogel", "king": "König", "wolf": "Wolf"}
@@ -139,14 +139,14 @@ def test_every_rule_is_counted_once():
 
     texts = ["", SOURCE, "Ein Mann", "Mann Mann Mann Mann Mann Hund", "The man is with his dog on it."]
     generations = [made(GOOD), made(f"{GOOD}\nen: A cat.", False), made(GOOD, False), *map(made, texts)]
-    arguments = [[1, 5]] * 8, [Pair(SOURCE, "")] * 8, tokenizer, "en-de", Filters()
-    kept, rejected = select(generations, *arguments, 256)
+    arguments = [[1, 5]] * 8, [Pair(SOURCE, "")] * 8
+    kept, rejected = select(generations, *arguments, Maker(tokenizer, "en-de", Filters(), 256))
     found = script.count(kept, rejected)
-    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": dict.fromkeys(RULES, 1)}
+    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": {**dict.fromkeys(RULES, 1), "score": 0}}
     assert [(each["index"], each["labels"][:2], each["input_ids"][:2], each["labels"][-1]) for each in kept] == [
         (0, [LABEL_PAD] * 2, [1, 5], 2), (1, [LABEL_PAD] * 2, [1, 5], 2)
     ]  # fmt: skip
-    assert select(generations, *arguments, 5)[0] == []  # too long for training: as if it had not ended
+    assert select(generations, *arguments, Maker(tokenizer, "en-de", Filters(), 5))[0] == []  # too long for training: as if it had not ended
 
 
 def test_prompts_with_examples_and_a_base_that_rambles():
@@ -206,7 +206,7 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
     generate_to(tmp_path / "made", model, tokenizer, prompts, Decoding(2, 12), k=5, dtype=dtype, progress=False)
     made = Generations(tmp_path / "made")
     filters = Filters(markers=[a_token_within(made, tokenizer)], **LAX)
-    kept, _ = select(made, prompts, sentences, tokenizer, "en-de", filters, 256)
+    kept, _ = select(made, prompts, sentences, Maker(tokenizer, "en-de", filters, 256))
     assert len(kept) >= 3 and any(each["cut"] for each in kept)
     rows = [*kept, *tokenize_pairs(tokenizer, template, [Pair("A", "E")], "en-de", 99).rows]
     write_lists(
@@ -344,7 +344,7 @@ class Pretended(Stages):
 def titles(data: Path, output: Path, **changes: Any) -> dict[str, str]:
     """The stages that a run makes, title to folder name."""
     cycle = cycle_of(data, output, **changes)
-    cycle.stages = Pretended(output)
+    cycle.stages, cycle.tell = Pretended(output), lambda *_: None
     cycle.work()
     return {path.parent.name.rpartition("-")[0]: path.parent.name for path in output.glob("*/done.json")}
 
@@ -462,7 +462,7 @@ def test_killed_in_every_stage(finished, data, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, once)
 
     names = {"fit", "generate_to", "write_jsonl", "write_lists", "score"}
-    monkeypatch.setattr(script, "write_plot", lambda *_: None)
+    monkeypatch.setattr("cycle_report.write_plot", lambda *_: None)
     for name in names:
         dying(script, name)
     dying(LlamaForCausalLM, "generate", 4)  # after the base's valid and test sentences: the second batch of three
