@@ -3,7 +3,7 @@
     python examples/cycle_distill/probe.py --preset tiny --output runs/cycle --candidates 16
 
 The sentences are those of the validation split; their references serve the scores alone. ``probe.json`` in
---output has chrF of greedy decoding, of a sample, of each scorer's choice, and of the best by the reference (the oracle).
+--output has chrF of greedy decoding, of a sample, of each scorer's choice, and of the best by the reference (oracle).
 """
 
 from __future__ import annotations
