@@ -159,6 +159,9 @@ class CycleDistill:
         parse_direction(self.direction)
         if self.prompt not in TEMPLATES:
             raise ValueError(f"prompt must be one of {', '.join(TEMPLATES)}, got {self.prompt!r}")
+        Decoding(temperature=self.temperature)
+        if "round_trip" in self.scorer and self.pretrain and not self.both_ways:
+            raise ValueError(f"scorer={self.scorer!r} needs both_ways: the base translates in one direction only")
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
         counts = ("sentences", "iterations", "k", "generation_batch", "max_new_tokens", "document", "repeats", "plain")
