@@ -291,7 +291,9 @@ def test_scores_and_the_order_of_embeddings() -> None:
     queries = torch.tensor([[2.0, 0.1], [0.1, 3.0], [1.0, 1.0]])
     candidates = torch.tensor([[9.0, 0.0], [0.0, 0.1], [-1.0, -1.0]])
     assert mt_llm.retrieval_at_1(queries, candidates) == pytest.approx(2 / 3)
-    assert mt_llm.accuracies(["a", "a", "a", "b"], ["a", "a", "a", "c"]) == {"accuracy": 0.75, "balanced": 0.5}
+    assert mt_llm.accuracies(["a", "a", "a", "b"], ["a", "a", "a", "c"]) == {
+        "accuracy": 0.75, "balanced": 0.5, "hits": {"a": "111", "c": "0"},
+    }  # fmt: skip
     texts = [[5, 6, 7], [8], [9, 4], [3, 3, 3, 3], [7]]
     found = stacked.embed(lambda ids, mask: (ids * mask).sum(1, keepdim=True), texts, pad_id=1, size=2)
     assert found[:, 0].tolist() == [sum(ids) for ids in texts]
