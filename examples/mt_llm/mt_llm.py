@@ -43,7 +43,7 @@ from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
 from fused_kd.training.reading import file_rows, read_rows
 from fused_kd.training.script import make_console, run_script
-from fused_kd.training.stage import read_json, read_lines, write_json, write_lines
+from fused_kd.training.stage import read_json, read_lines, tell, write_json, write_lines
 
 CAPTIONS = "captions"
 HELD_OUT = 1000  # sentences of stage 1's text to measure on, at most a tenth of it
@@ -175,7 +175,7 @@ class Running:
     """What changes no number."""
 
     output: str = "runs/mt_llm"  # folder of the stages, metrics.json and the figures
-    results: str | None = None  # folder of the small files: seeds/, metrics.json and the figures; None: `output`
+    results: str | None = None  # folder of the small files: pieces.jsonl, metrics.json, figures; None: `output`
     jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
     worker: bool = False  # this process is one of them
 
@@ -219,9 +219,7 @@ class Recipe:
             texts = (text for rows in found for row in rows for text in row.values())
             tokenizer, model = tiny_mt(texts, seed, c.mt_vocab, **c.tiny_mt)
             longest = c.max_length if c.mt_text else None  # captions are short
-            rows = stacked.Texts(
-                row for part in found for row in mt_rows(tokenizer, part, c.mt_noise, seed, longest)
-            )
+            rows = stacked.Texts(row for part in found for row in mt_rows(tokenizer, part, c.mt_noise, seed, longest))
             pad = stacked.Pad(dict.fromkeys(("source", "target"), padding_id(tokenizer)))
             self.fit(Translator(model), rows, pad, c.train_mt, seed, out)
             for made in (model, tokenizer):
@@ -354,7 +352,7 @@ class Recipe:
 
         settings = {"translate": c.translate, "languages": c.languages, **self.reading}
         made = self.stages("translations", work, settings, needs=[self.mt, self.task])
-        write_json(self.results / "pieces" / "translations.json", read_json(made / "bleu.json"))
+        tell(self.results / "pieces.jsonl", "bleu", read_json(made / "bleu.json"))
         return made
 
     def evaluate(self, seed: int) -> Path:
@@ -375,7 +373,7 @@ class Recipe:
 
         settings = {"seed": seed, "arms": c.ways, "lora": c.adapters, "languages": c.languages}
         made = self.stages(f"evaluate.s{seed}", work, settings, needs=[self.task, *tests, *folders.values()])
-        write_json(self.results / "seeds" / f"{seed}.json", read_json(made / "metrics.json"))
+        tell(self.results / "pieces.jsonl", f"seed {seed}", read_json(made / "metrics.json"))
         return made
 
     def classify(self, name: str, seed: int) -> Path:
@@ -421,7 +419,7 @@ class Recipe:
         settings = {"seed": seed, "lora": c.adapters, "languages": c.languages, **self.reading}
         needs = [self.task, self.llm, self.mt, trained, *([translated] if translated else [taught])]
         made = self.stages(f"test-{name}.s{seed}", work, settings, needs=needs)
-        write_json(self.results / "pieces" / f"{made.name.rpartition('-')[0]}.json", read_json(made / "scores.json"))
+        tell(self.results / "pieces.jsonl", f"test {seed} {name}", read_json(made / "scores.json"))
         return made
 
     def retrieve(self, seed: int, adapted: Path) -> dict[str, dict[str, float]]:

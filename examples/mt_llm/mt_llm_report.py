@@ -1,4 +1,4 @@
-"""What runs of MT-LLM with several translators have found: MT-LLM against translate-test, by how good the translator is.
+"""What runs of MT-LLM with several translators have found: MT-LLM against translate-test by the translator.
 
     python examples/mt_llm/mt_llm_report.py NAME=RESULTS [NAME=RESULTS ...] --output FOLDER
 
@@ -8,14 +8,13 @@ RESULTS is the folder of a run's results, finished or not; of one NAME there may
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fused_kd.training.stage import read_json, write_json
+from fused_kd.training.stage import read_json, told, write_json
 
 FIRST, SECOND = "MT-LLM, mse", "translate-test"
 RESAMPLES = 10_000
@@ -25,14 +24,15 @@ def gather(results: str | Path) -> dict[str, Any]:
     """A run's numbers: ``{"scores": {seed: {system: {language: accuracies}}}, "bleu", "retrieval", "config"}``."""
     folder = Path(results)
     scores: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("pieces/test-*.json")):
-        if found := re.fullmatch(r"test-.+\.s(\d+)", path.stem):
-            scores.setdefault(found[1], {}).update(read_json(path))
-    seeds = {path.stem: read_json(path) for path in sorted(folder.glob("seeds/*.json"))}
+    pieces = told(folder / "pieces.jsonl")
+    for title, value in pieces.items():
+        if title.startswith("test "):
+            scores.setdefault(title.split()[1], {}).update(value)
+    seeds = {title.split()[1]: value for title, value in pieces.items() if title.startswith("seed ")}
     whole = read_json(folder / "metrics.json") or {}
     return {
         "scores": scores,
-        "bleu": read_json(folder / "pieces" / "translations.json") or whole.get("bleu"),
+        "bleu": pieces.get("bleu"),
         "retrieval": {seed: made["retrieval"] for seed, made in seeds.items()},
         "adaptation": {seed: made["adaptation"] for seed, made in seeds.items()},
         "config": whole.get("config"),

@@ -214,9 +214,10 @@ def score_answers(tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], la
     """Scores of the answers to ``tasks`` in one language, 0-100.
 
     ``accuracy`` is the mean over kinds of ``accuracy_by_kind``, the share of answers equal to the expected one;
-    ``elsewhere`` the share, alike averaged, that is the right answer in another language of the task and not in this
-    one; ``hits`` a digit a question of each kind, 1 where it is right; ``majority`` the accuracy of always giving each kind's commonest answer. ``chrf``, ``bleu`` and ``exact`` are
-    of tasks without a kind and of completions. What there are no tasks for is None.
+    ``hits`` a digit a question of each kind, 1 where it is right; ``elsewhere`` the share, alike averaged, that is the
+    right answer in another language of the task and not in this one; ``majority`` the accuracy of always giving each
+    kind's commonest answer. ``chrf``, ``bleu`` and ``exact`` are of tasks without a kind and of completions. What there
+    are no tasks for is None.
     """
     hits: dict[str, list[float]] = {}
     elsewhere: dict[str, list[float]] = {}
@@ -232,6 +233,7 @@ def score_answers(tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], la
         elsewhere.setdefault(kind, []).append(100.0 * (got != wanted and got in others))
         expected.setdefault(kind, Counter())[wanted] += 1
     scores: dict[str, Any] = {
+        "hits": {kind: "".join("01"[hit > 0] for hit in values) for kind, values in sorted(hits.items())},
         "accuracy": fmean(map(fmean, hits.values())) if hits else None,
         "accuracy_by_kind": {kind: fmean(values) for kind, values in sorted(hits.items())},
         "elsewhere": fmean(map(fmean, elsewhere.values())) if hits else None,

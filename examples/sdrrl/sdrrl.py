@@ -52,7 +52,7 @@ from fused_kd.training.models import (
 from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.stage import Stages, helpers, read_json, write_json
+from fused_kd.training.stage import Stages, helpers, read_json, tell, write_json
 from fused_kd.training.trainer import KDTrainer
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ class Config:
     vocab: int = 4000  # of the tokenizer that presets are trained with
     dtype: str = "auto"  # of a loaded model; "auto" is that of its files
     output: str = "runs/sdrrl"
-    results: str | None = None  # folder of the small files: pieces/, metrics.json and plots; None: `output`
+    results: str | None = None  # folder of the small files: pieces.jsonl, metrics.json, plots; None: `output`
     until: Literal["start", "collect", "translate", "filter", "set", "train", "test"] = "test"  # the last step
     jobs: int = 1  # processes that share the work, for tiny models
     worker: bool = False
@@ -184,7 +184,7 @@ class Study:
             self.folders[title] = folder = self.stages(title, work, settings, **inputs)
             found = {name: read_json(folder / f"{name}.json") for name in TOLD if (folder / f"{name}.json").is_file()}
             if found:
-                write_json(self.results / "pieces" / f"{title}.json", found)
+                tell(self.results / "pieces.jsonl", title, found)
         return self.folders[title]
 
     # texts, tokenizer, models
@@ -434,7 +434,7 @@ class Study:
                 return transfer.code_switch(text, dictionaries.get(language, {}), p=c.p, seed=seed, key=key)
 
             train, valid = ([pair for pair in pairs if (pair["id"] in held) == part] for part in (False, True))
-            rows = transfer.combine(train, arm.combinations, self.languages, c.answer_in, switch)
+            rows = transfer.combine(train[: arm.pairs], arm.combinations, self.languages, c.answer_in, switch)
             if arm.parallel:
                 rows += transfer.translation_rows(parallel, self.languages, c.translate_as)
             # held-out questions in the arm's own combinations, as they are
@@ -454,8 +454,8 @@ class Study:
             counts = {"rows": len(filled), "different": len(rows), "valid": len(valid)}
             write_json(out / "counts.json", counts | {"parts": Counter(row["part"] for row in filled)})
 
-        about = {"arm": replace(arm, training=None), "seed": seed, "rows": c.rows, "languages": self.languages, "answer_in": c.answer_in}
-        about |= {"translate_as": c.translate_as, "p": c.p if arm.code_switch else None}
+        about = {"arm": replace(arm, training=None), "seed": seed, "rows": c.rows, "languages": self.languages}
+        about |= {"answer_in": c.answer_in, "translate_as": c.translate_as, "p": c.p if arm.code_switch else None}
         needs = list(dict.fromkeys(folder for folder in (self.tasks(), found, whole) if folder is not None))
         files = [c.dictionary] if arm.code_switch else []
         return self.stage(f"set-{name}-s{seed}", work, about, needs=needs, files=files)

@@ -1,6 +1,6 @@
 """What a run of SDRRL has found: tables, paired comparisons of arms, figures, from the small files of its pieces.
 
-    python examples/sdrrl/sdrrl_report.py RESULTS     # a run's results, finished or not; writes metrics.json and figures
+python examples/sdrrl/sdrrl_report.py RESULTS   # a run's results, finished or not; writes metrics.json and figures
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_kd.training.stage import read_json, write_json
+from fused_kd.training.stage import read_json, told, write_json
 
 BEFORE = "before"
 METRICS = ("accuracy", "chrf", "bleu")
@@ -22,18 +22,16 @@ _PIECE = re.compile(r"(?P<step>collect|filter|set|train|test)-(?P<name>.+?)(?:-s
 
 
 def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str, Any]:
-    """Of a run's ``pieces``: counts of every step; of each arm and seed its rows, its training, and its scores.
+    """Of a run's ``pieces.jsonl``: counts of every step; of each arm and seed its rows, its training, and its scores.
 
     Args:
         results: a run's folder of results.
         titles: the pieces that count; None: all that there are, of a run that may be unfinished.
     """
-    folder = Path(results) / "pieces"
-    names = sorted(path.stem for path in folder.glob("*.json")) if titles is None else titles
+    pieces = told(Path(results) / "pieces.jsonl")
     found: dict[str, Any] = {"tasks": {}, "transfer": {}, "sets": {}, "training": {}, "translator": None, "scores": []}
-    for title in names:
-        if (piece := read_json(folder / f"{title}.json")) is None:
-            continue
+    for title in pieces if titles is None else [title for title in titles if title in pieces]:
+        piece = pieces[title]
         known = _PIECE.fullmatch(title)
         if title == "tasks":
             found["tasks"] = piece["counts"]

@@ -64,6 +64,7 @@ class Arm:
     quality_filter: bool = True  # keep good translations alone
     code_switch: bool = True  # switch words of the questions
     parallel: bool = True  # add translation instructions
+    pairs: int | None = None  # at most so many translated pairs to train on; None: all
     # of the training rows, the weight of each combination and of "parallel"; None: as many as there are of each
     shares: Mapping[str, float] | None = None
     training: Mapping[str, Any] | None = None  # options of TrainingArguments in which this arm differs
@@ -74,9 +75,13 @@ class Arm:
         asked = list(self.combinations)
         if not asked or len(set(asked)) != len(asked) or not set(asked) <= set(COMBINATIONS):
             raise ValueError(f"combinations={asked!r}: expected some of {', '.join(COMBINATIONS)}, each once")
+        if self.pairs is not None and self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs!r}")
         parts = {*asked, *([PARALLEL] if self.parallel else [])}
         if self.shares is not None and (set(self.shares) != parts or not all(w > 0 for w in self.shares.values())):
-            raise ValueError(f"shares={self.shares!r}: expected a weight above 0 for each of {', '.join(sorted(parts))}")
+            raise ValueError(
+                f"shares={self.shares!r}: expected a weight above 0 for each of {', '.join(sorted(parts))}"
+            )
 
 
 # translation
