@@ -381,14 +381,18 @@ class Recipe:
 
         ``predictions.jsonl`` has the classes themselves.
         """
-        c, kind = self.config, "llm" if name == "task" else "mt"
-        translated = self.translations() if name == "task" else None
-        trained, taught = self.trainings(seed)[name](), self.states(seed)
+        c, kind, arm = (
+            self.config,
+            "llm" if name == "task" else "mt",
+            self.config.ways.get(name.removeprefix("distil-")),
+        )
+        trained, translated = self.trainings(seed)[name](), self.translations() if name == "task" else None
+        taught = None if arm is None else self.states(seed)
 
         def work(out: Path) -> None:
             tests = {name: self.items(f"test.{name}") for name in ("en", *c.languages)}
             own = {name: (texts, name) for name, (texts, _) in tests.items()}
-            if arm := c.ways.get(name.removeprefix("distil-")):
+            if arm is not None and taught is not None:
                 module: Any = self.distillation(arm, load_file(taught / "states.safetensors")["head"], seed)
                 load_trained(module, trained / "model" / TRAINED)
             else:
@@ -416,8 +420,8 @@ class Recipe:
             }
             write_json(out / "scores.json", scores)
 
-        settings = {"seed": seed, "lora": c.adapters, "languages": c.languages, **self.reading}
-        needs = [self.task, self.llm, self.mt, trained, *([translated] if translated else [taught])]
+        settings = {"seed": seed, "languages": c.languages, **self.reading} | ({"lora": c.adapters} if arm else {})
+        needs = [self.task, trained, *(folder for folder in (taught, translated) if folder is not None)]
         made = self.stages(f"test-{name}.s{seed}", work, settings, needs=needs)
         tell(self.results / "pieces.jsonl", f"test {seed} {name}", read_json(made / "scores.json"))
         return made
