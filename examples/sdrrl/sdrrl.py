@@ -510,10 +510,9 @@ class Study:
             "filter": {answers: partial(self.pairs, answers, self.c.tau) for answers in self.kinds},
             "set": {f"{name}-s{seed}": partial(self.make_set, name, seed) for name, seed in arms},
             "train": {f"{name}-s{seed}": partial(self.train, name, seed) for name, seed in arms},
-            "test": {f"{name}-s{seed}": partial(self.test, name, seed) for name, seed in tests},
+            "test": {"translator": self.test_translator} if self.c.translator in PRESETS else {},
         }
-        if self.c.translator in PRESETS:
-            steps["test"]["translator"] = self.test_translator
+        steps["test"] |= {f"{name}-s{seed}": partial(self.test, name, seed) for name, seed in tests}
         return steps
 
 
