@@ -93,6 +93,8 @@ def write_plot(results: Mapping[str, Any], file: Path) -> None:
         healed = results["students"][condition]["healed"]["valid"]
         for number, arm in enumerate(dict.fromkeys(runs.arm)):
             of = runs[(runs.condition == condition) & (runs.arm == arm)]
+            if of.empty:
+                continue
             colour = COLOURS[number % len(COLOURS)]
             points = pd.DataFrame([point for curve in of[of.chosen].curve for point in curve])
             mean = points.groupby("step").mean(numeric_only=True)

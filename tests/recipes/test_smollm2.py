@@ -72,6 +72,62 @@ def test_everything_is_written(finished: Path) -> None:
     assert report.count("| teacher") == 2 * 2 and "30% of the rows garbled" in report and "*A man*" in report
 
 
+def test_results_come_after_every_arm(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the third arm: two are in results.json, of which tables and figure can be made."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished, copied, ignore=shutil.ignore_patterns("*.seed*", "*.md", "*.png", "results.json"))
+    fit, calls = smollm2_study.fit, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(smollm2_study, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", str(copied))
+    found = read_json(copied / "results.json")
+    done = [(run["arm"], run["rate"]) for run in found["runs"]]
+    assert done == [("sft", 1e-3), ("sft", 4e-3)] and sum(run["chosen"] for run in found["runs"]) == 1
+    assert len(found["unfinished"]) == 3 * 2 * 2 - 2 + 1, "the second seed's arm, whose rate is chosen, is missing too"
+    smollm2_report.write(found, copied)
+    assert "Not finished in time: clean.forward_kd.0.001.seed0" in (copied / "results.md").read_text()
+    assert {folder.parent.name.rpartition("-")[0] for folder in copied.glob("*.seed*/model")} <= {
+        f"clean.sft.{run['rate']:g}.seed0" for run in found["runs"] if run["chosen"]
+    } | {"clean.forward_kd.0.001.seed0"}
+
+
+def test_no_arm_begins_when_its_time_is_over(finished: Path, tmp_path: Path) -> None:
+    """And the same command without the limit goes on with it, here in two processes."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished, copied)
+    for folder in copied.glob("garbled.sft.*"):
+        shutil.rmtree(folder)
+    found = run("--output", str(copied), "--minutes", "1e-6")
+    assert len(found["runs"]) == 18 - 3 and len(found["unfinished"]) == 2  # which rate the second seed takes is unknown
+    assert run("--output", str(copied), "--jobs", "2")["unfinished"] == []
+    assert (copied / "worker-1.log").is_file()
+    of = {
+        (r["condition"], r["arm"], r["rate"], r["seed"]): r["test"]["ce"]
+        for r in read_json(copied / "results.json")["runs"]
+    }
+    for before in read_json(finished / "results.json")["runs"]:
+        key = tuple(before[name] for name in ("condition", "arm", "rate", "seed"))
+        assert of[key] == pytest.approx(before["test"]["ce"], rel=1e-5)
+
+
+def test_the_gpus_preset_is_rehearsed(tmp_path: Path) -> None:
+    argv = ["--preset", "gpu", "--rehearse", "--output", str(tmp_path), "--seeds", "0", "--rates", "1e-3"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = smollm2.main([*argv, "--text", "nowhere.jsonl", "--minutes", "20"])
+    assert [(run["condition"], run["arm"]) for run in found["runs"]] == [
+        (condition, arm) for condition in found["conditions"] for arm in found["settings"]["arms"]
+    ]
+    assert found["settings"]["train"] == {"bf16": True} and found["settings"]["teacher"] == "tiny-teacher"
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_the_teacher_is_its_own_measure(finished: Path) -> None:
     teacher = read_json(finished / "results.json")["teacher"]["test"]
     assert teacher["kl"] == pytest.approx(0, abs=1e-6) and teacher["top_1"] == 1
@@ -208,6 +264,8 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),
+        (["--jobs", "0"], "jobs"),
+        (["--minutes", "0"], "minutes must be above 0"),
         (["--length", "100000"], "text must give more rows"),
     ],
 )
