@@ -135,7 +135,7 @@ class Models:
     def loss_of(self, way: str, group: str) -> Callable[[Tensor], Tensor]:
         """Token ids (batch, length) to the loss."""
         if way == "fused_kd":
-            criterion = fk.KDLoss(objective_of(group, GAMMA), shift=True)
+            criterion = fk.KDLoss(objective_of(group, GAMMA), shift=True).to(self.device)
             return lambda ids: criterion(*self.heads(ids, group), ids)
         if way == "eager":
             loss = plain_loss(group, self.device)
