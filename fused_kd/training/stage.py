@@ -285,15 +285,7 @@ class Stages:
         Raises:
             TypeError: settings that are not JSON. ValueError: a title that cannot begin a folder's name.
         """
-        if not title or not all(char.isalnum() or char in "-_.=" for char in title):
-            raise ValueError(f"title={title!r}: expected letters, digits and -_.=")
-        about = {
-            "title": title,
-            "settings": json.loads(json.dumps(dict(settings), default=_plain)),
-            "needs": [Path(folder).name for folder in needs],
-            "files": [_content(file) for file in files],
-        }
-        folder = self.folder / f"{title}-{fingerprint(about)[:_DIGITS]}"
+        folder, about = self._named(title, settings, needs, files)
         if (folder / DONE).is_file():
             if self._kept is not None:
                 self._kept.add(folder.name)
@@ -311,6 +303,36 @@ class Stages:
                 if is_main():
                     write_json(folder / DONE, {"stage": folder.name})
         return folder
+
+    def finished(
+        self,
+        title: str,
+        settings: Mapping[str, Any],
+        *,
+        needs: Sequence[Path] = (),
+        files: Sequence[str | Path] = (),
+    ) -> Path | None:
+        """The folder of a stage, named as in a call, whose work is done; None where it is not. Nothing is done here.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        folder, _ = self._named(title, settings, needs, files)
+        return folder if (folder / DONE).is_file() else None
+
+    def _named(
+        self, title: str, settings: Mapping[str, Any], needs: Sequence[Path], files: Sequence[str | Path]
+    ) -> tuple[Path, dict[str, Any]]:
+        if not title or not all(char.isalnum() or char in "-_.=" for char in title):
+            raise ValueError(f"title={title!r}: expected letters, digits and -_.=")
+        about = {
+            "title": title,
+            "settings": json.loads(json.dumps(dict(settings), default=_plain)),
+            "needs": [Path(folder).name for folder in needs],
+            "files": [_content(file) for file in files],
+        }
+        folder = self.folder / f"{title}-{fingerprint(about)[:_DIGITS]}"
+        return folder, about
 
     def share(self, pieces: Mapping[str, Callable[[], object]]) -> None:
         """Do pieces of work, each of which calls stages, together with other processes of the same folder.

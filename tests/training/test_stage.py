@@ -98,6 +98,18 @@ def test_a_stage_that_died_is_done_again_in_its_folder(tmp_path: Path, capsys) -
     assert tries == [0, 1] and json.loads((folder / "stage.json").read_text())["title"] == "s"
 
 
+def test_what_is_finished_is_told_without_doing_it(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    assert stages.finished("a", {"x": 1}) is None and not list(tmp_path.glob("a-*"))
+    folder = stages("a", lambda folder: None, {"x": 1}, needs=[tmp_path / "b-1"])
+    assert stages.finished("a", {"x": 1}, needs=[tmp_path / "b-1"]) == folder
+    assert stages.finished("a", {"x": 1}) is None and stages.finished("a", {"x": 2}, needs=[tmp_path / "b-1"]) is None
+    (folder / "done.json").unlink()
+    assert stages.finished("a", {"x": 1}, needs=[tmp_path / "b-1"]) is None
+    with pytest.raises(ValueError, match="title"):
+        stages.finished("a/b", {})
+
+
 def test_bad_titles_and_settings(tmp_path: Path) -> None:
     for title in ("", "a/b", "a b"):
         with pytest.raises(ValueError, match="title="):
