@@ -47,9 +47,9 @@ from fused_kd.training.stage import Stages, fingerprint, helpers, read_json, rea
 from fused_kd.training.trainer import KDTrainer
 
 BUNDLES: dict[str, dict] = {
-    "demo": {"kd_noise": 0.3},
+    "demo": {"kd_noise": 0.3, "test_limit": 500, "jobs": 2},
     "quick": {
-        "train_limit": 3000, "kd_size": 200, "test_limit": 50,
+        "train_limit": 3000, "kd_size": 200, "test_limit": 50, "jobs": 2,
         "teacher_epochs": 3, "student_epochs": 2, "kd_epochs": 4, "kd_noise": 0.3,
     },
     "multi30k": {
@@ -69,26 +69,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", default="builtin", help="builtin, a JSONL(.gz) file, a folder of them, or a hub name")
     add("--direction", default="en-de")
     add("--test-split", default="test", help="split, or file name stem in a folder, to translate")
-    add("--teacher", default="tiny-teacher", help=f"a path, a hub name, or one of {', '.join(PRESETS)}")
-    add("--student", default="tiny-student", help="as --teacher")
+    add("--teacher", default="demo-teacher", help=f"a path, a hub name, or one of {', '.join(PRESETS)}")
+    add("--student", default="demo-student", help="as --teacher")
     specs = f"name, name:key=value,... or a sum, 0.5*sft+0.5*forward_kd; of {', '.join(fk.OBJECTIVES)}"
     specs += "; beta_warmup=0.3 anneals beta from 1"
-    add("--objective", nargs="+", default=["forward_kd", "self_evolution"], metavar="SPEC", help=specs)
+    add("--objective", nargs="+", default=["self_evolution:floor=0.3", "forward_kd"], metavar="SPEC", help=specs)
     add("--prompt", choices=PROMPTS, default="tiny")
     add("--output", default="runs/distill")
     add("--seed", type=int, default=0)
     add("--vocab", type=int, default=1600, help="tokens of the BPE tokenizer trained for presets")
     add("--max-length", type=int, default=256, help="tokens of prompt and response")
     add("--train-limit", type=int, default=12_000, help="training pairs in all; the teacher sees them all")
-    add("--kd-size", type=int, default=500, help="the last of them: the KD set, new to the student")
+    add("--kd-size", type=int, help="the last of them: the KD set, new to the student; default: a third")
     add("--kd-noise", type=float, default=0.0, help="share of the KD set that gets a wrong reference")
     add("--test-limit", type=int, default=300)
-    add("--teacher-epochs", type=float, default=4, help="0 takes the teacher as it is")
-    add("--student-epochs", type=float, default=2.5, help="0 takes the student as it is")
-    add("--kd-epochs", type=float, default=12)
-    add("--teacher-lr", type=float, default=4e-3)
+    add("--teacher-epochs", type=float, default=5, help="0 takes the teacher as it is")
+    add("--student-epochs", type=float, default=3, help="0 takes the student as it is")
+    add("--kd-epochs", type=float, default=4)
+    add("--teacher-lr", type=float, default=2.5e-3)
     add("--student-lr", type=float, default=4e-3)
-    add("--kd-lr", type=float, default=1e-3)
+    add("--kd-lr", type=float, default=2e-3)
     add("--batch", type=int, default=32, help="sentences an optimizer step")
     add("--accumulation", type=int, default=1, help="micro-batches that make up one --batch")
     add("--temperature", type=float, default=1.0)
@@ -122,10 +122,12 @@ class Distillation:
         self.wanted = self._wanted()
         self.pairs = load_pairs(args.data, "train", args.direction, limit=args.train_limit)
         self.test = load_pairs(args.data, args.test_split, args.direction, limit=args.test_limit)
-        if not 0 < args.kd_size < len(self.pairs):
+        size = len(self.pairs) // 3 if args.kd_size is None else args.kd_size
+        if not 0 < size < len(self.pairs):
             limits = f"[1, {len(self.pairs) - 1}] for {len(self.pairs)} training pairs"
-            raise ValueError(f"--kd-size must be in {limits}, got {args.kd_size}")
-        self.kd_pairs = misalign(self.pairs[-args.kd_size :], args.kd_noise, args.seed)
+            raise ValueError(f"--kd-size must be in {limits}, got {size}")
+        self.own_pairs, self.right = self.pairs[:-size], self.pairs[-size:]
+        self.kd_pairs = misalign(self.right, args.kd_noise, args.seed)
         self.template, self.stages = get_prompt(args.prompt), Stages(args.output)
         pairs = fingerprint([self.pairs, self.test])
         self.texts = {"direction": args.direction, "prompt": args.prompt, "pairs": pairs}
@@ -170,7 +172,7 @@ class Distillation:
         if name == "teacher":
             return self.pairs, args.teacher_epochs, args.teacher_lr
         if name == "student":
-            return self.pairs[: -args.kd_size], args.student_epochs, args.student_lr
+            return self.own_pairs, args.student_epochs, args.student_lr
         return self.kd_pairs, args.kd_epochs, args.kd_lr
 
     def trained(self, name: str) -> Path:
@@ -181,7 +183,7 @@ class Distillation:
         options = {
             "num_train_epochs": epochs, "learning_rate": rate, "seed": args.seed, "bf16": args.bf16,
             "per_device_train_batch_size": args.batch // args.accumulation,
-            "gradient_accumulation_steps": args.accumulation,
+            "gradient_accumulation_steps": args.accumulation, "save_steps": 0.1,
         }  # fmt: skip
         loss = {"temperature": args.temperature, "memory_budget": args.memory_budget, "backend": args.backend}
 
@@ -208,8 +210,7 @@ class Distillation:
     @cached_property
     def wrong(self) -> list[int]:
         """Which pairs of the KD set have a wrong reference."""
-        right = self.pairs[-self.args.kd_size :]
-        return [number for number, pair in enumerate(self.kd_pairs) if pair != right[number]]
+        return [number for number, pair in enumerate(self.kd_pairs) if pair != self.right[number]]
 
     def sample(self) -> str:
         """A row of the KD set, one with a wrong reference where there is one, which is said."""
@@ -217,11 +218,10 @@ class Distillation:
         if not self.wrong:
             return f"distillation set, {size:,} pairs; the first:\n{self._shown(self.kd_pairs[0])}"
         number = self.wrong[0]
-        right = self.pairs[number - size]
         return (
             f"distillation set, {size:,} pairs; {len(self.wrong):,} of them, chosen at random, have the reference of "
             f"another pair, which is WRONG (--kd-noise {self.args.kd_noise:g}). One of these:\n"
-            f"{self._shown(self.kd_pairs[number])}\nright would be: {right.target!r}"
+            f"{self._shown(self.kd_pairs[number])}\nright would be: {self.right[number].target!r}"
         )
 
     def _shown(self, pair: Pair) -> str:
@@ -260,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     with helpers(__file__, argv, args.jobs, folder, helper=args.worker):
         if distils and not args.worker:
             print(run.sample())
+        if args.jobs > 1 and not args.worker:
+            print(f"{args.jobs} processes share the stages; the others tell what they do in {folder}/worker-*.log")
         run.stages.share({name: partial(run.trained, name) for name in run.wanted})
         if args.worker:
             return None
