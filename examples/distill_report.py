@@ -2,7 +2,8 @@
 
     python examples/distill_report.py RUN [RUN ...] --output FOLDER
 
-reads metrics.json of the folders RUN, such as those of three seeds, and writes results.json, results.md and bleu.png.
+reads metrics.json of the folders RUN, such as those of three seeds, and writes results.json, results.md and, where they
+differ in their seeds alone, bleu.png.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PRETRAINED = ("teacher", "student")
 # what distilled students are compared with, and what the tables call it
 BASELINES = {"student": "the start", "sft": "SFT"}
 CURVES = {"loss": "loss, nats a token", "hard_fraction": "share of hard tokens", "difficulty": "mean difficulty, nats"}
+NOT_TOLD = ("seed", "jobs", "only", "preset")
 KEPT = ("scores", "against", "parameters", "rows", "steps", "seconds")
 
 
@@ -148,6 +150,7 @@ def draw_bleu(scores: Mapping[str, Sequence[float]]) -> Figure:
         axis.axhline(mean, color="black", linestyle=style, label=f"{label} {mean:.1f}")
     if lines:
         axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axis.use_sticky_edges = False  # or the start, where the bars stand, is the frame
     axis.margins(y=0.12)
     axis.tick_params(axis="x", rotation=15)
     axis.set_ylabel("BLEU")
@@ -167,15 +170,21 @@ def gathered(folders: Sequence[str]) -> dict[str, Any]:
     return about | {"runs": runs}
 
 
+def grouped(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The runs whose arguments differ in nothing but the seed, together."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        own = {key: value for key, value in run["arguments"].items() if key not in NOT_TOLD}
+        groups.setdefault(str(sorted(own.items(), key=str)), []).append(run)
+    return list(groups.values())
+
+
 def summary(found: Mapping[str, Any]) -> str:
     """Markdown: a table of runs with equal arguments but the seed, for each such group."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for run in found["runs"]:
-        own = {key: value for key, value in run["arguments"].items() if key not in ("seed", "jobs", "only")}
-        groups.setdefault(str(sorted(own.items(), key=str)), []).append(run)
-    varying = _varying([runs[0]["arguments"] for runs in groups.values()])
+    groups = grouped(found["runs"])
+    varying = _varying([runs[0]["arguments"] for runs in groups])
     parts = ["# Results of distill.py"]
-    for runs in groups.values():
+    for runs in groups:
         about = ", ".join(f"`{key} {runs[0]['arguments'][key]}`" for key in varying)
         parts += [f"## {about}"] if about else []
         parts += [_group_table(runs), caption(runs[0]).replace("for one seed", "for each seed alone")]
@@ -183,7 +192,7 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def _varying(arguments: Sequence[Mapping[str, Any]]) -> list[str]:
-    own = [key for key in arguments[0] if key not in ("seed", "jobs", "only", "objective")]
+    own = [key for key in arguments[0] if key not in NOT_TOLD]
     return [key for key in own if len({str(each[key]) for each in arguments}) > 1]
 
 
@@ -220,13 +229,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, folder = gathered(args.runs), Path(args.output)
     write_json(folder / "results.json", found)
     write_text(folder / "results.md", summary(found))
-    scores: dict[str, list[float]] = {}
-    for run in found["runs"]:
-        for name, stage in run["stages"].items():
-            scores.setdefault(name, []).append(stage["scores"]["bleu"])
-    content = io.BytesIO()
-    draw_bleu(scores).savefig(content, format="png", dpi=130)
-    write_bytes(folder / "bleu.png", content.getvalue())
+    if len(grouped(found["runs"])) == 1:
+        names = dict.fromkeys(name for run in found["runs"] for name in run["stages"])
+        stages = {name: [run["stages"][name] for run in found["runs"] if name in run["stages"]] for name in names}
+        content = io.BytesIO()
+        scores = {name: [stage["scores"]["bleu"] for stage in own] for name, own in stages.items()}
+        draw_bleu(scores).savefig(content, format="png", dpi=130)
+        write_bytes(folder / "bleu.png", content.getvalue())
     print(summary(found))
 
 

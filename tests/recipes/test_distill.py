@@ -244,7 +244,9 @@ def test_report_of_several_runs(finished: Path, tmp_path: Path) -> None:
     assert text.count("## ") == 2 and "`kd_noise 0.3`" in text and "seed 1" in text
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["seed"] for run in found["runs"]] == [0, 1, 0] and str(finished) not in json.dumps(found)
-    assert (tmp_path / "out" / "bleu.png").is_file()
+    assert not (tmp_path / "out" / "bleu.png").exists(), "two groups are no picture"
+    distill_report.main([*(str(tmp_path / f"{number}") for number in range(2)), "--output", str(tmp_path / "seeds")])
+    assert (tmp_path / "seeds" / "bleu.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"has no metrics.json"):
         distill_report.main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
 
