@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it looked for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, warns of none
     if threads := args.threads or threads_for([args.teacher, args.student]):
         torch.set_num_threads(threads)
     run, folder = Distillation(args), Path(args.output)
