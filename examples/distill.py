@@ -47,7 +47,7 @@ from fused_kd.training.stage import Stages, fingerprint, helpers, read_json, rea
 from fused_kd.training.trainer import KDTrainer
 
 BUNDLES: dict[str, dict] = {
-    "demo": {"kd_noise": 0.3, "test_limit": 500, "jobs": 2},
+    "demo": {"kd_noise": 0.3, "kd_lr": 4e-3, "test_limit": 500, "jobs": 2},
     "quick": {
         "train_limit": 3000, "kd_size": 200, "test_limit": 50, "jobs": 2,
         "teacher_epochs": 3, "student_epochs": 2, "kd_epochs": 4, "kd_noise": 0.3,
@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--kd-epochs", type=float, default=4)
     add("--teacher-lr", type=float, default=2.5e-3)
     add("--student-lr", type=float, default=4e-3)
-    add("--kd-lr", type=float, default=2e-3)
+    add("--kd-lr", type=float, default=1e-3)
     add("--batch", type=int, default=32, help="sentences an optimizer step")
     add("--accumulation", type=int, default=1, help="micro-batches that make up one --batch")
     add("--temperature", type=float, default=1.0)
