@@ -8,6 +8,7 @@ import pandas as pd
 from evidence_data import NO, YES, still_hard
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fused_kd.training.advice import BEGINNER, LEARNER
 
@@ -43,7 +44,11 @@ def plane(cells: pd.DataFrame) -> Figure:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey="row").flat
+    axes = figure.subplots(
+        lines,
+        columns,
+        squeeze=False,
+    ).flat
     for axis, ((study, noise), own) in zip(axes, panels, strict=False):
         _gains(axis, own)
         axis.set_title(f"{study}, {noise:.0%} wrong" if noise else f"{study}, clean", fontsize=9)
@@ -60,6 +65,7 @@ def _gains(axis: Axes, own: pd.DataFrame) -> None:
     present = [name for name in METHODS if name in set(own.method)]
     span = max(own.start.max() - own.start.min(), 4.0)
     width = 0.012 * span
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.set_xlim(own.start.min() - 0.15 * span, own.start.max() + 0.15 * span)
     for place, name in enumerate(present):
         runs = own[own.method == name]

@@ -43,8 +43,8 @@ def small_set() -> pd.DataFrame:
 
 def regimes(folder: Path) -> pd.DataFrame:
     """examples/self_evolution/regimes.py: scores are means over directions."""
-    records = read(folder / "results.json")["runs"]
-    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in records if each["kind"] == "start"}
+    found = read(folder / "results.json")
+    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in found["starts"]}
     return pd.DataFrame(
         {
             "study": folder.name, "student": run["strength"], "noise": run["noise"], "method": run["method"],
@@ -52,8 +52,7 @@ def regimes(folder: Path) -> pd.DataFrame:
             "start": starts[run["strength"]], "teacher": starts["teacher"],
             "hard": run["history"][0].get("hard_fraction"), "hard_t": run["history"][0].get("hard_fraction_t"),
         }
-        for run in records
-        if run["kind"] == "run"
+        for run in found["runs"]
     )  # fmt: skip
 
 
