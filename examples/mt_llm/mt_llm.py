@@ -529,7 +529,7 @@ class Recipe:
 
     @property
     def device(self) -> torch.device:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     @property
     def dtype(self) -> Any:

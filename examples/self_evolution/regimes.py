@@ -546,6 +546,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
     write_json(plane.told / "about.json", about | {"seconds": round(time.time() - began)})
+    if not (plane.told / "runs.jsonl").is_file():
+        raise ValueError("minutes: no run was finished in that time; the same command goes on")
     results = regimes_report.collect(plane.told, tests=until is None)
     regimes_report.write_report(results, plane.told)
     print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {plane.told}")

@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import smollm2_report
 import transformers
 from smollm2_options import Config, Running, Trial, rehearsed
 from smollm2_study import Study
@@ -100,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if results["unfinished"]:
         console.print(f"not finished in time: {len(results['unfinished'])} arms; the same command goes on with them")
     if results["runs"]:
+        import smollm2_report  # pandas and matplotlib, without which results.json is there all the same
+
         smollm2_report.write(results, folder)
         print(smollm2_report.tables(results))
     console.print(f"results.json, results.md, curves.png and the students are in {running.output}")

@@ -131,7 +131,7 @@ def model_content(name_or_path: str | Path) -> str:
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
     """The model, moved to the accelerator where there is one: for evaluation and generation outside a trainer."""
-    place = torch.accelerator.current_accelerator() or torch.device("cpu")
+    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return cast("PreTrainedModel", model.to(place))  # type: ignore[arg-type]
 
 

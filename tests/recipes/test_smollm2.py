@@ -305,7 +305,7 @@ def test_the_report_stands_alone(finished: Path, tmp_path: Path, monkeypatch: py
 
 def test_presets_agree_on_the_arms() -> None:
     texts = {}
-    for preset in ("cpu", "gpu"):
+    for preset in ("cpu", "gpu", "near", "gpu_near"):
         config, _ = smollm2.parse(
             (smollm2_options.Config, smollm2_options.Running), ["--preset", preset], configs=FOLDER
         )
@@ -313,6 +313,9 @@ def test_presets_agree_on_the_arms() -> None:
         losses = {name: spec.objective for name, spec in config.specs.items()}
         assert losses["self_evolution"] == fk.SelfEvolution() and losses["self_evolution_floor"].floor == 0.3
     assert texts["cpu"] == texts["gpu"]
+    assert (
+        texts["near"] == texts["gpu_near"] == {name: loss for name, loss in texts["cpu"].items() if name != "sft_jsd"}
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
