@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fused_kd.training.advice import BEGINNER, LEARNER
+from fused_kd.training.advice import BEGINNER, STARVED
 
 METHODS = {
     "sft": ("SFT", "#7f7f7f"),
@@ -24,7 +24,7 @@ METHODS = {
     "floor_0.3": ("floor 0.3", "#ff7f0e"),
     "floor_0.5": ("floor 0.5", "#8c564b"),
 }
-LIMITS = {"a floor": LEARNER, "ForwardKD": BEGINNER}  # each from there on
+LIMITS = {"a floor, at least": STARVED, "ForwardKD": BEGINNER}  # each from there on
 VERDICTS = {YES: "#2ca02c", NO: "#d62728"}
 STYLE = {
     "axes.spines.top": False,

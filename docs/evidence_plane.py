@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,7 +32,7 @@ def cells() -> pd.DataFrame:
 def readers() -> list[Any]:
     folders = sorted((EXAMPLES / "self_evolution/results").glob("regimes*"))
     found = [partial(regimes, folder) for folder in folders]
-    return [*found, partial(distilled, EXAMPLES / "results/strengths", "toy, one seed")]
+    return [*found, demo, strengths]
 
 
 def small_set() -> pd.DataFrame:
@@ -56,26 +57,36 @@ def regimes(folder: Path) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def distilled(folder: Path, study: str) -> pd.DataFrame:
-    """Files of examples/distill.py's metrics.json, one a student."""
+def demo() -> pd.DataFrame:
+    """`make demo` with three seeds, each with a teacher and a student of its own."""
+    runs = read(EXAMPLES / "results/demo/results.json")["runs"]
+    return distilled(runs).assign(study="demo", student="works")
+
+
+def strengths() -> pd.DataFrame:
+    """Students of several strengths on the demo's corpus, one seed."""
+    paths = sorted((EXAMPLES / "results/strengths").glob("*.json"))
+    found = distilled([read(path) for path in paths]).assign(study="demo's corpus")
+    return found.sort_values("start", kind="stable")
+
+
+def distilled(runs: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """What examples/distill.py tells of its runs; scores are those of its ``test_split``."""
     rows = []
-    for path in sorted(folder.glob("*.json")):
-        found = read(path)
-        stages, noise = found["stages"], found["arguments"]["kd_noise"]
+    for found in runs:
+        about, stages = found["arguments"], found["stages"]
         before, teacher = (stages[name]["scores"]["bleu"] for name in ("student", "teacher"))
-        for name, stage in stages.items():
-            if name in ("teacher", "student"):
-                continue
-            first = next(entry for entry in stage["log_history"] if "loss" in entry)
+        for name in [name for name in stages if name not in ("student", "teacher")]:
+            first = next((entry for entry in stages[name].get("log_history", ()) if "loss" in entry), {})
             rows.append(
                 {
-                    "study": study, "student": f"{found['arguments']['student_epochs']:g} epochs", "noise": noise,
-                    "method": name.replace("self_evolution-floor=", "floor_"), "seed": found["seed"],
-                    "score": stage["scores"]["bleu"], "start": before, "teacher": teacher,
+                    "student": f"{about['student_epochs']:g} epoch{'s' * (about['student_epochs'] != 1)}",
+                    "noise": about["kd_noise"], "method": name.replace("self_evolution-floor=", "floor_"),
+                    "seed": found["seed"], "score": stages[name]["scores"]["bleu"], "start": before, "teacher": teacher,
                     "hard": first.get("hard_fraction"), "hard_t": first.get("hard_fraction_t"),
                 }
             )  # fmt: skip
-    return pd.DataFrame(rows).sort_values("start", kind="stable") if rows else pd.DataFrame()
+    return pd.DataFrame(rows)
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -91,7 +102,7 @@ def table(frame: pd.DataFrame) -> str:
         shares = own.dropna(subset=["hard", "hard_t"])
         share = f"{still_hard(shares.hard, shares.hard_t).mean():.2f}" if len(shares) else ""
         seeds = len(set(own.seed))
-        about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.iloc[0]:.1f}", f"{noise:.0%}", share, seeds]
+        about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.mean():.1f}", f"{noise:.0%}", share, seeds]
         rows.append([*about, *texts])
     about = ["study", "student", "before", "teacher", "wrong", "still hard", "seeds"]
     return markdown([*about, *(COLUMNS[name] for name in shown)], rows)
