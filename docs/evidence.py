@@ -13,6 +13,7 @@ import evidence_claims as claims
 import evidence_data as data
 import evidence_figures as figures
 import evidence_plane as plane
+import evidence_runs
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -22,7 +23,7 @@ MARKS = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- /evidence -->)", re.DO
 TABLES: dict[str, Callable[[], str]] = {
     **{section: partial(claims.table, section) for section in claims.SECTIONS},
     "sweeps": claims.sweeps,
-    "runs": data.runs,
+    "runs": evidence_runs.table,
     "plane": lambda: plane.table(plane.cells()),
 }
 SHOWN = ("self_evolution", "cycle_distill", "sdrrl")
