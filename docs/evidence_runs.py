@@ -9,6 +9,7 @@ from evidence_data import EXAMPLES, markdown, read
 
 HEADER = ("study", "teacher, student", "models trained", "seeds", "hours of training", "torch, transformers")
 README = "../examples/self_evolution/README.md"
+Line = list[str]
 
 
 def line(name: str, sizes: Iterable[float], found: dict[str, Any], seeds: Iterable[int], seconds: list[float]) -> Line:
