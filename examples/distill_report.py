@@ -25,7 +25,8 @@ from fused_kd.training.stage import read_json, write_bytes, write_json, write_te
 
 PRETRAINED = ("teacher", "student")
 # what distilled students are compared with, and what the tables call it
-BASELINES = {"student": "the start", "sft": "SFT"}
+BASELINES = {"student": "the start", "sft": "SFT", "forward_kd": "ForwardKD"}
+ON_SCREEN = ("student", "sft")
 CURVES = {"loss": "loss, nats a token", "hard_fraction": "share of hard tokens", "difficulty": "mean difficulty, nats"}
 NOT_TOLD = ("seed", "jobs", "only", "preset")
 KEPT = ("scores", "against", "parameters", "rows", "steps", "seconds")
@@ -41,7 +42,8 @@ def compare(made: Mapping[str, Sequence[str]], test: Sequence[Pair]) -> dict[str
     found: dict[str, dict[str, Any]] = {name: {} for name in made if name not in PRETRAINED}
     references = [pair.target for pair in test]
     for baseline in BASELINES:
-        systems = {name: made[name] for name in (baseline, *found) if name in made}
+        later = [name for name in found if name != "sft" or baseline == "student"]
+        systems = {name: made[name] for name in (baseline, *later) if name in made}
         if baseline not in made or len(systems) < 2:
             continue
         for test_of in paired_bootstrap(systems, references, baseline):
@@ -60,8 +62,8 @@ def table(metrics: Mapping[str, Any]) -> str:
         row = {"stage": name, "parameters": f"{stage['parameters']:,}", "seconds": f"{stage['seconds']:.0f}"}
         row |= {"BLEU": f"**{bleu}**" if name in distilled and stage["scores"]["bleu"] == best else bleu}
         row |= {"chrF": f"{stage['scores']['chrf']:.1f}"}
-        against = stage.get("against", {})
-        rows.append(row | {f"BLEU over {BASELINES[name]}": _difference(found) for name, found in against.items()})
+        against = {key: found for key, found in stage.get("against", {}).items() if key in ON_SCREEN}
+        rows.append(row | {f"BLEU over {BASELINES[key]}": _difference(found) for key, found in against.items()})
     shown = pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
     return f"{shown}\n\n{caption(metrics)}" if distilled else shown
 

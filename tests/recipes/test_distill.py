@@ -178,11 +178,13 @@ def test_comparison() -> None:
     test = load_pairs("builtin", "test", "en-de", limit=60)
     right = [pair.target for pair in test]
     spoilt = [text if number % 3 else "nein" for number, text in enumerate(right)]
-    made = {"teacher": right, "student": spoilt, "sft": spoilt, "kd": right}
+    made = {"teacher": right, "student": spoilt, "sft": spoilt, "forward_kd": spoilt, "kd": right}
     found = distill_report.compare(made, test)
-    assert list(found) == ["sft", "kd"] and list(found["sft"]) == ["student"]
+    assert {name: list(against) for name, against in found.items()} == {
+        "sft": ["student"], "forward_kd": ["student", "sft"], "kd": ["student", "sft", "forward_kd"]
+    }  # fmt: skip
     assert found["sft"]["student"]["bleu"] == {"delta": 0.0, "p": 1.0}
-    for baseline in ("student", "sft"):
+    for baseline in ("student", "sft", "forward_kd"):
         assert found["kd"][baseline]["bleu"]["delta"] > 20 and found["kd"][baseline]["bleu"]["p"] < 0.01
     assert distill_report.compare({"teacher": right, "student": spoilt}, test) == {}
 
