@@ -39,7 +39,11 @@ WIDTH = 7.0  # inches, at 200 dots: twice the page's pixels
 
 
 def plane(cells: pd.DataFrame) -> Figure:
-    """A panel a study and noise: gain over the start against the student's start, a line a method, dots seeds."""
+    """A panel a study and noise: gain over the start against the student's start, a line a method, dots seeds.
+
+    Of studies with students of several strengths.
+    """
+    cells = cells[cells.groupby("study").student.transform("nunique") > 1]
     panels = list(cells.groupby(["study", "noise"], sort=False))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
@@ -53,9 +57,9 @@ def plane(cells: pd.DataFrame) -> Figure:
         _gains(axis, own)
         axis.set_title(f"{study}, {noise:.0%} wrong" if noise else f"{study}, clean", fontsize=9)
         axis.set_xlabel("the student's BLEU before")
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.axis("off")
-    figure.axes[0].set_ylabel("BLEU gained")
+    axes[0].set_ylabel("BLEU gained")
     _legend(figure, cells)
     return figure
 

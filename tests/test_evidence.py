@@ -19,6 +19,9 @@ import evidence_figures as figures
 import evidence_plane as plane
 from evidence_data import ROOT, Effect
 
+import fused_kd as fk
+from fused_kd.training import advice
+
 
 @pytest.fixture(scope="module")
 def page() -> str:
@@ -108,3 +111,20 @@ def test_the_plane(tmp_path: Path) -> None:
     points = [line for line in rule.lines if line.get_color() == figures.METHODS["floor_0.3"][1]]
     assert sorted(np.concatenate([line.get_ydata() for line in points])) == pytest.approx(sorted([0.6, 0.1, -0.3] * 4))
     assert np.concatenate([line.get_xdata() for line in points]) == pytest.approx(0.5)
+
+
+METHOD = {advice.KL: "forward_kd", advice.FLOOR: "floor_0.3"}
+
+
+def test_the_rule_is_right_of_the_students_that_it_was_made_of() -> None:
+    """Of two objectives it names the better one, and it warns of the paper's where that is clearly worse than both."""
+    frame = plane.strengths()
+    assert len(set(frame.student)) == 4
+    for _, own in frame.groupby("student"):
+        scores = dict(zip(own.method, own.score, strict=True))
+        first = own[own.method == "self_evolution"].iloc[0]
+        advised = METHOD[advice.advised_objective(first.hard, first.hard_t)]
+        assert scores[advised] == max(scores["forward_kd"], scores["floor_0.3"])
+        entry = {"hard_fraction": first.hard, "hard_fraction_t": first.hard_t}
+        told = advice.warning(fk.SelfEvolution(), [{"step": step, **entry} for step in (10, 20)], 20, 100)
+        assert (told is not None) == (scores["self_evolution"] < min(scores["forward_kd"], scores["floor_0.3"]) - 2)
