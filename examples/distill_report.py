@@ -25,9 +25,10 @@ from fused_kd.training.stage import read_json, write_bytes, write_json, write_te
 
 PRETRAINED = ("teacher", "student")
 # what distilled students are compared with, and what the tables call it
-BASELINES = {"student": "the start", "sft": "SFT"}
+BASELINES = {"student": "the start", "sft": "SFT", "forward_kd": "ForwardKD"}
+ON_SCREEN = ("student", "sft")
 CURVES = {"loss": "loss, nats a token", "hard_fraction": "share of hard tokens", "difficulty": "mean difficulty, nats"}
-NOT_TOLD = ("seed", "jobs", "only", "preset")
+NOT_TOLD = ("seed", "jobs", "only", "preset", "objective")  # what a group of runs may differ in
 KEPT = ("scores", "against", "parameters", "rows", "steps", "seconds")
 
 
@@ -41,7 +42,8 @@ def compare(made: Mapping[str, Sequence[str]], test: Sequence[Pair]) -> dict[str
     found: dict[str, dict[str, Any]] = {name: {} for name in made if name not in PRETRAINED}
     references = [pair.target for pair in test]
     for baseline in BASELINES:
-        systems = {name: made[name] for name in (baseline, *found) if name in made}
+        later = [name for name in found if name != "sft" or baseline == "student"]
+        systems = {name: made[name] for name in (baseline, *later) if name in made}
         if baseline not in made or len(systems) < 2:
             continue
         for test_of in paired_bootstrap(systems, references, baseline):
@@ -60,8 +62,8 @@ def table(metrics: Mapping[str, Any]) -> str:
         row = {"stage": name, "parameters": f"{stage['parameters']:,}", "seconds": f"{stage['seconds']:.0f}"}
         row |= {"BLEU": f"**{bleu}**" if name in distilled and stage["scores"]["bleu"] == best else bleu}
         row |= {"chrF": f"{stage['scores']['chrf']:.1f}"}
-        against = stage.get("against", {})
-        rows.append(row | {f"BLEU over {BASELINES[name]}": _difference(found) for name, found in against.items()})
+        against = {key: found for key, found in stage.get("against", {}).items() if key in ON_SCREEN}
+        rows.append(row | {f"BLEU over {BASELINES[key]}": _difference(found) for key, found in against.items()})
     shown = pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
     return f"{shown}\n\n{caption(metrics)}" if distilled else shown
 
@@ -128,32 +130,42 @@ def write_plots(metrics: Mapping[str, Any], folder: Path) -> None:
                 axis.legend(fontsize=8)
             axis.set(title="pretraining" if pretraining else "distillation", xlabel="optimizer step", ylabel=label)
         figure.savefig(folder / f"{key}.png", dpi=130)
-    draw_bleu({name: [stage["scores"]["bleu"]] for name, stage in stages.items()}).savefig(folder / "bleu.png", dpi=130)
+    draw_bleu([_bleu_of(stages)]).savefig(folder / "bleu.png", dpi=130)
 
 
-def draw_bleu(scores: Mapping[str, Sequence[float]]) -> Figure:
-    """Stage -> BLEU of each seed: bars from the start, which is a line, as the teacher is; seeds as dots."""
-    means = {name: statistics.mean(values) for name, values in scores.items()}
-    bars = {name: mean for name, mean in means.items() if name not in PRETRAINED} or means
-    lines = {name: means[name] for name in PRETRAINED if name in means and name not in bars}
-    start = lines.get("student", 0.0)
-    figure = Figure(figsize=(2.4 + 1.3 * len(bars), 4.0), layout="tight")
+def _bleu_of(stages: Mapping[str, Any]) -> dict[str, float]:
+    return {name: stage["scores"]["bleu"] for name, stage in stages.items()}
+
+
+def draw_bleu(runs: Sequence[Mapping[str, float]]) -> Figure:
+    """Of each run, BLEU by stage: a bar from its start to each distilled student; start and teacher as lines."""
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    bars = [name for name in names if name not in PRETRAINED] or names
+    figure = Figure(figsize=(2.4 + max(1.4, 0.5 * len(runs)) * len(bars), 4.0), layout="tight")
     axis = figure.subplots()
-    colours = ["tab:green" if mean >= start else "tab:red" for mean in bars.values()]
-    drawn = axis.bar(list(bars), [mean - start for mean in bars.values()], bottom=start, color=colours, alpha=0.85)
-    axis.bar_label(drawn, [f"{mean:.1f}" for mean in bars.values()], padding=3)
-    for name in bars:
-        if len(scores[name]) > 1:
-            axis.plot([name] * len(scores[name]), scores[name], "o", color="white", markeredgecolor="black")
-    for (name, mean), style in zip(lines.items(), ("-", "--"), strict=False):
-        label = "student before" if name == "student" else name
-        axis.axhline(mean, color="black", linestyle=style, label=f"{label} {mean:.1f}")
-    if lines:
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        own = [name for name in bars if name in run]
+        start = run["student"] if "student" not in bars and "student" in run else 0.0
+        places = [bars.index(name) + (number - (len(runs) - 1) / 2) * width for name in own]
+        colours = ["tab:green" if run[name] >= start else "tab:red" for name in own]
+        heights = [run[name] - start for name in own]
+        drawn = axis.bar(places, heights, 0.94 * width, bottom=start, color=colours, alpha=0.85)
+        axis.bar_label(drawn, [f"{run[name]:.1f}" for name in own], padding=3, fontsize=9 if len(runs) == 1 else 8)
+        if start and len(runs) > 1:
+            axis.hlines([start] * len(own), *[[p + side * width / 2 for p in places] for side in (-1, 1)], "black")
+    for name, style in zip(PRETRAINED, ("-", "--"), strict=True):
+        found = [run[name] for run in runs if name in run and name not in bars]
+        if found and (name == "teacher" or len(runs) == 1):
+            label = "student before" if name == "student" else name
+            mean = statistics.mean(found)
+            axis.axhline(mean, color="black", linestyle=style, label=f"{label} {mean:.1f}")
+    if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axis.set_xticks(range(len(bars)), bars, rotation=15)
     axis.use_sticky_edges = False  # or the start, where the bars stand, is the frame
     axis.margins(y=0.12)
-    axis.tick_params(axis="x", rotation=15)
-    axis.set_ylabel("BLEU")
+    axis.set_ylabel("BLEU" if len(runs) == 1 else "BLEU, each seed from its start")
     return figure
 
 
@@ -171,7 +183,7 @@ def gathered(folders: Sequence[str]) -> dict[str, Any]:
 
 
 def grouped(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The runs whose arguments differ in nothing but the seed, together."""
+    """The runs whose arguments differ in nothing but the seed and the objectives, together."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         own = {key: value for key, value in run["arguments"].items() if key not in NOT_TOLD}
@@ -180,7 +192,7 @@ def grouped(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """Markdown: a table of runs with equal arguments but the seed, for each such group."""
+    """Markdown: a table for each group of runs."""
     groups = grouped(found["runs"])
     varying = _varying([runs[0]["arguments"] for runs in groups])
     parts = ["# Results of distill.py"]
@@ -221,20 +233,21 @@ def _mean(values: Any) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     found, folder = gathered(args.runs), Path(args.output)
     write_json(folder / "results.json", found)
     write_text(folder / "results.md", summary(found))
     if len(grouped(found["runs"])) == 1:
-        names = dict.fromkeys(name for run in found["runs"] for name in run["stages"])
-        stages = {name: [run["stages"][name] for run in found["runs"] if name in run["stages"]] for name in names}
         content = io.BytesIO()
-        scores = {name: [stage["scores"]["bleu"] for stage in own] for name, own in stages.items()}
-        draw_bleu(scores).savefig(content, format="png", dpi=130)
+        draw_bleu([_bleu_of(run["stages"]) for run in found["runs"]]).savefig(content, format="png", dpi=130)
         write_bytes(folder / "bleu.png", content.getvalue())
     print(summary(found))
 

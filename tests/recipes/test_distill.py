@@ -157,7 +157,8 @@ def test_two_processes(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     here = [name for name in STAGES if f" {name}-" in screen]
     there = [name for name in STAGES if f" {name}-" in made]
     assert sorted(here + there) == sorted(STAGES), "each stage is done by one of them"
-    assert "share the stages" in screen and "share the stages" not in made
+    for text in ("share the stages", "Distilled on"):
+        assert text in screen and text not in made
 
 
 def test_wrong_references_are_shown(finished: Path) -> None:
@@ -177,11 +178,13 @@ def test_comparison() -> None:
     test = load_pairs("builtin", "test", "en-de", limit=60)
     right = [pair.target for pair in test]
     spoilt = [text if number % 3 else "nein" for number, text in enumerate(right)]
-    made = {"teacher": right, "student": spoilt, "sft": spoilt, "kd": right}
+    made = {"teacher": right, "student": spoilt, "sft": spoilt, "forward_kd": spoilt, "kd": right}
     found = distill_report.compare(made, test)
-    assert list(found) == ["sft", "kd"] and list(found["sft"]) == ["student"]
+    assert {name: list(against) for name, against in found.items()} == {
+        "sft": ["student"], "forward_kd": ["student", "sft"], "kd": ["student", "sft", "forward_kd"]
+    }  # fmt: skip
     assert found["sft"]["student"]["bleu"] == {"delta": 0.0, "p": 1.0}
-    for baseline in ("student", "sft"):
+    for baseline in ("student", "sft", "forward_kd"):
         assert found["kd"][baseline]["bleu"]["delta"] > 20 and found["kd"][baseline]["bleu"]["p"] < 0.01
     assert distill_report.compare({"teacher": right, "student": spoilt}, test) == {}
 
