@@ -118,7 +118,8 @@ def test_no_arm_begins_when_its_time_is_over(finished: Path, tmp_path: Path) -> 
 
 
 def test_the_gpus_preset_is_rehearsed(tmp_path: Path) -> None:
-    argv = ["--preset", "gpu", "--rehearse", "--output", str(tmp_path), "--seeds", "0", "--rates", "1e-3"]
+    argv = ["--preset", "gpu", "--rehearse", "--output", str(tmp_path / "work"), "--seeds", "0", "--rates", "1e-3"]
+    argv += ["--results", str(tmp_path)]
     with contextlib.redirect_stdout(io.StringIO()):
         found = smollm2.main([*argv, "--text", "nowhere.jsonl", "--minutes", "20"])
     assert [(run["condition"], run["arm"]) for run in found["runs"]] == [
