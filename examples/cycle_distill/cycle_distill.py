@@ -15,7 +15,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
+import numpy as np
 import torch
 from torch.utils.data import random_split
 from transformers.utils import logging
@@ -39,7 +40,7 @@ from fused_kd.training.fingerprints import fingerprint_teacher
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import Decoding, Generations, generate_to
 from fused_kd.training.models import PRESETS, load_model, load_tokenizer
-from fused_kd.training.prompts import PROMPTS, encode_prompts, render_sample, tokenize_pairs
+from fused_kd.training.prompts import LABEL_PAD, PROMPTS, encode_prompts, render_sample, tokenize_pairs
 from fused_kd.training.reading import read_rows
 from fused_kd.training.reading import select as first_of
 from fused_kd.training.score import score
@@ -50,8 +51,10 @@ from fused_kd.training.stage import helpers, read_json, write_json, write_lines
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from cycle_report import Round, metrics, of_seed, samples, table, valid_chrf, write_plot  # noqa: E402
-from translations import Filters, count, lists_of, read_jsonl, select, truncated, write_jsonl  # noqa: E402
+from candidates import SCORERS, mbr_scores, mean_log_probs, standardised  # noqa: E402
+from cycle_report import FIXED, Round, of_run, record, samples, table, valid_chrf, write_report  # noqa: E402
+from translations import Filters, Maker, count, lists_of, read_jsonl, select, truncated, write_jsonl  # noqa: E402
+from web import document_rows, flipped, plain_rows, reverse, with_noise  # noqa: E402
 
 MAX_SHOTS = 4
 # the parts of the public code's prompt; the response begins on a line of its own, as its first token would otherwise
@@ -66,7 +69,8 @@ TEMPLATES = {
     ),
 }
 VARIANTS = ("hard", "soft", "soft_self_evolution")
-# the settings that decide what a model writes
+# the settings that decide how a base reads its pairs, and what a model writes
+READ_AS = ("document", "repeats", "both_ways", "untranslated", "misaligned")
 DECODED_BY = ("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
 
 
@@ -75,6 +79,9 @@ class Options:
     """How the script runs; no number depends on it."""
 
     output: str = "runs/cycle_distill"
+    stages: str | None = field(
+        default=None, metadata={"help": "folder of the stages, if not output; runs can share it"}
+    )
     jobs: int = field(default=1, metadata={"help": "processes that share the work; 2 on two cores"})
     worker: bool = field(default=False, metadata={"help": "this process helps another one"})
 
@@ -99,12 +106,19 @@ class CycleDistill:
     # every iteration
     shots: int = 4
     keep_parallel: bool = False
+    # translations of each sentence, sampled at a temperature; 1 is greedy. The scorer's best that passes the filters is
+    # kept, and of the sentences the share with the best scores
+    candidates: int = 1
+    temperature: float = 0.7
+    scorer: str = "first"
+    best_share: float = 1.0
     prompt: str = "cycle_distill"
     variants: list[str] = field(default_factory=lambda: ["hard", "soft"])  # some of VARIANTS
     iterations: int = 3
     stop: bool = True  # an arm ends after the first iteration that does not raise chrF on the valid split
     restart_from_base: bool = False  # every iteration trains the base instead of the model that translated
     control: bool = True  # also train the base on the few real pairs, as many steps
+    continued: bool = False  # of a preset: also on the documents of its pretraining, as many steps
     ceiling: bool = True  # and on the same sentences with their real references
     training: dict = field(default_factory=dict)  # options of TrainingArguments for every fine-tuning,
     hard: dict = field(default_factory=dict)  # for hard labels, those of control and ceiling too,
@@ -121,6 +135,12 @@ class CycleDistill:
     pretrain: dict = field(default_factory=dict)
     document: int = 3
     repeats: int = 1
+    # so many pairs after the sentences are read instead of ``pairs``, in both directions with ``both_ways``; a share of
+    # them not translated, another with a translation of something else
+    web: int | None = None
+    both_ways: bool = False
+    untranslated: float = 0.0
+    misaligned: float = 0.0
     plain: int | None = None  # most sentences of the target language; None takes all
     vocab: int = 2000  # tokens of the tokenizer that is trained for a preset
     generation_batch: int = 32
@@ -139,7 +159,13 @@ class CycleDistill:
         parse_direction(self.direction)
         if self.prompt not in TEMPLATES:
             raise ValueError(f"prompt must be one of {', '.join(TEMPLATES)}, got {self.prompt!r}")
+        Decoding(temperature=self.temperature)
+        if "round_trip" in self.scorer and self.pretrain and not self.both_ways:
+            raise ValueError(f"scorer={self.scorer!r} needs both_ways: the base translates in one direction only")
+        if self.scorer not in SCORERS:
+            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
         counts = ("sentences", "iterations", "k", "generation_batch", "max_new_tokens", "document", "repeats", "plain")
+        counts += ("candidates", "web")
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -162,8 +188,8 @@ class CycleDistill:
             raise ValueError(f"model={self.model!r} {needed} pretrain: only a preset ({', '.join(PRESETS)}) is trained")
         if self.pretrain and self.monolingual is not None:
             raise ValueError(f"monolingual={self.monolingual!r}: with pretrain the plain text comes from data")
-        for name, value, below in (("alpha", self.alpha, 1), ("held_out", self.held_out, 0.99)):
-            if not 0 <= value <= below:
+        for name, below in {"alpha": 1, "held_out": 0.99, "best_share": 1, "untranslated": 1, "misaligned": 1}.items():
+            if not 0 <= (value := getattr(self, name)) <= below:
                 raise ValueError(f"{name} must be in [0, {below}], got {value!r}")
         if self.hard.get("load_best_model_at_end") or (self.soft.get("load_best_model_at_end") and not self.held_out):
             raise ValueError(
@@ -196,11 +222,13 @@ class CycleDistill:
 class Texts(NamedTuple):
     """``sentences`` are the sources to translate, with an empty target where no reference is known.
 
-    ``plain`` is text of the target language, of other rows than the sentences; empty without pretraining.
+    ``web`` and ``plain``, empty without pretraining, are what a preset reads beside the sentences: pairs, and text of
+    the target language, of other rows.
     """
 
     pairs: list[Pair]
     sentences: list[Pair]
+    web: list[Pair]
     plain: list[str]
     valid: list[Pair]
     test: list[Pair]
@@ -222,9 +250,11 @@ def collect_texts(config: CycleDistill) -> Texts:
         source = parse_direction(config.direction)[0]
         sentences = [Pair(text, "") for text in load_sentences(config.monolingual, source, config.sentences)]
     plain: list[str] = []
+    web: list[Pair] = []
     if config.pretrain:
-        references = {pair.target for pair in sentences}
-        plain = [pair.target for pair in train[wanted:] if pair.target not in references][: config.plain]
+        references, others = {pair.target for pair in sentences}, train[wanted:]
+        web = others[: config.web] if config.web else train[: config.pairs]
+        plain = [pair.target for pair in others[config.web or 0 :] if pair.target not in references][: config.plain]
         if not plain:
             raise ValueError(
                 f"sentences={config.sentences}, pairs={config.pairs}: none of the {len(train)} training rows is left "
@@ -232,7 +262,7 @@ def collect_texts(config: CycleDistill) -> Texts:
             )
     valid = load_pairs(config.data, config.valid, config.direction, limit=config.valid_limit)
     test = load_pairs(config.data, config.test, config.direction, limit=config.test_limit)
-    return Texts(train[: config.pairs], sentences, plain, valid, test)
+    return Texts(train[: config.pairs], sentences, web, plain, valid, test)
 
 
 def load_sentences(source: str, language: str, limit: int) -> list[str]:
@@ -272,37 +302,6 @@ def with_examples(template: PromptTemplate, examples: Sequence[Pair], direction:
 # rows
 
 
-def document_rows(
-    tokenizer: Any, template: PromptTemplate, pairs: Sequence[Pair], direction: str, size: int
-) -> list[dict[str, list[int]]]:
-    """``size`` pairs a row, each as a prompt with its translation, a line break between them; loss everywhere.
-
-    After a translation mostly another prompt follows: as of text from the web, a model learns to translate but not to
-    stop.
-    """
-    prompts = encode_prompts(tokenizer, [template.render(pair.source, direction) for pair in pairs])
-    targets = tokenizer([pair.target for pair in pairs], add_special_tokens=False)["input_ids"]
-    # as it is within a text: alone, some tokenizers put a space before it
-    line, broken = tokenizer(["a", "a\n"], add_special_tokens=False)["input_ids"]
-    rows = []
-    for start in range(0, len(pairs), size):
-        ids: list[int] = []
-        for prompt, target in zip(prompts[start : start + size], targets[start : start + size], strict=True):
-            if ids:
-                ids += broken[len(line) :]
-                prompt = prompt[1:] if prompt[0] == tokenizer.bos_token_id else prompt
-            ids += prompt + target
-        ids.append(tokenizer.eos_token_id)
-        rows.append({"input_ids": ids, "labels": ids})
-    return rows
-
-
-def plain_rows(tokenizer: Any, sentences: Sequence[str]) -> list[dict[str, list[int]]]:
-    """A sentence a row, EOS after it; loss everywhere."""
-    rows = [[*row, tokenizer.eos_token_id] for row in encode_prompts(tokenizer, sentences)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
-
-
 def read_rows_of(folder: Path) -> Rows:
     """The rows of a stage, without what else is in its ``rows.jsonl``."""
     return Rows([{name: row[name] for name in ("input_ids", "labels")} for row in read_jsonl(folder / "rows.jsonl")])
@@ -324,8 +323,11 @@ def hold_out(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
 class Cycle:
     """The stages and arms of a configuration. Each stage is a folder named after everything that it was made from."""
 
-    def __init__(self, config: CycleDistill, filters: Filters, folder: str | Path) -> None:
+    def __init__(
+        self, config: CycleDistill, filters: Filters, folder: str | Path, output: str | Path | None = None
+    ) -> None:
         self.config, self.filters, self.stages = config, filters, Stages(folder)
+        self.output = Path(output or folder)
         self.decoding = Decoding(config.generation_batch, config.max_new_tokens)
         self.console = make_console()
 
@@ -351,7 +353,9 @@ class Cycle:
     @cached_property
     def texts_stage(self) -> Path:
         config = self.config
-        about = config.some("direction", "pairs", "sentences", "plain", "valid", "valid_limit", "test", "test_limit")
+        about = config.some(
+            "direction", "pairs", "sentences", "web", "plain", "valid", "valid_limit", "test", "test_limit"
+        )
         about |= {"pretrain": bool(config.pretrain), "monolingual": config.monolingual is not None}
         files = [config.data, *([config.monolingual] if config.monolingual else [])]
         return self.stages(
@@ -373,8 +377,8 @@ class Cycle:
 
         def work(out: Path) -> None:
             texts, template = self.texts, TEMPLATES[config.prompt]
-            lines = [template.render(pair.source, config.direction) for pair in (*texts.pairs, *texts.sentences)]
-            lines += [*(pair.target for pair in texts.pairs), *texts.plain]
+            lines = [template.render(pair.source, config.direction) for pair in (*texts.web, *texts.sentences)]
+            lines += [*(pair.target for pair in texts.web), *texts.plain]
             models.train_tokenizer(lines, config.vocab).save_pretrained(out / "tokenizer")
 
         return self.stages("tokenizer", work, config.some("vocab", "prompt"), needs=[self.texts_stage])
@@ -421,41 +425,58 @@ class Cycle:
             return self.named_base
 
         def work(out: Path) -> None:
-            texts, tokenizer, template = self.texts, self.tokenizer, TEMPLATES[config.prompt]
-            order = random.Random(seed)
-            rows: list[dict[str, list[int]]] = []
-            for _ in range(config.repeats):
-                shuffled = order.sample(texts.pairs, len(texts.pairs))
-                rows += document_rows(tokenizer, template, shuffled, config.direction, config.document)
+            texts, tokenizer = self.texts, self.tokenizer
+            rows = self.web_rows(seed)
             rows += plain_rows(tokenizer, [pair.source for pair in texts.sentences])
             rows += plain_rows(tokenizer, texts.plain)
             model = load_model(config.model, tokenizer, seed)
             self.fit(out, "sft", {"seed": seed, **config.pretrain}, model, train_dataset=Rows(rows))
 
-        about = config.some("model", "pretrain", "document", "repeats", "prompt", "direction") | {"seed": seed}
+        about = config.some("model", "pretrain", "prompt", "direction", *READ_AS) | {"seed": seed}
         return self.stages(f"base-seed{seed}", work, about, needs=[self.texts_stage, self.tokenizer_stage])
 
-    def translate(self, model: Path, title: str, k: int | None) -> Path:
-        """A model's translations of the sentences, with lists of ``k``."""
-        config = self.config
+    def web_rows(self, seed: int) -> list[dict[str, list[int]]]:
+        """The documents of an epoch of a base."""
+        config, order, rows = self.config, random.Random(seed), []
+        ways = [(config.direction, self.texts.web)]
+        if config.both_ways:
+            ways.append((reverse(config.direction), flipped(self.texts.web)))
+        for direction, pairs in ways:
+            noisy, template = with_noise(pairs, config.untranslated, config.misaligned, seed), TEMPLATES[config.prompt]
+            if config.document == 1:  # the same rows whatever the order, and the trainer shuffles them
+                rows += document_rows(self.tokenizer, template, noisy, direction, 1) * config.repeats
+                continue
+            for _ in range(config.repeats):
+                shuffled = order.sample(noisy, len(noisy))
+                rows += document_rows(self.tokenizer, template, shuffled, direction, config.document)
+        return rows
+
+    def translate(self, model: Path, title: str, k: int | None, seed: int) -> Path:
+        """A model's translations of the sentences, ``candidates`` of each, with lists of ``k``."""
+        config, decoding = self.config, self.decoding
         about = config.some(*DECODED_BY) | {"k": k} | (config.some("lists") if k is not None else {})
+        if config.candidates > 1:
+            decoding = replace(decoding, temperature=config.temperature, seed=seed)
+            about |= config.some("candidates", "temperature") | {"seed": seed}
 
         def work(out: Path) -> None:
             loaded = self.load(model)
             write_json(out / "teacher.json", fingerprint_teacher(loaded))
-            prompts = self.prompts(self.texts.sentences)
-            generate_to(out, loaded, self.tokenizer, prompts, self.decoding, k=k, dtype=config.lists)
+            prompts = [each for each in self.prompts(self.texts.sentences) for _ in range(config.candidates)]
+            generate_to(out, loaded, self.tokenizer, prompts, decoding, k=k, dtype=config.lists)
 
         return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model])
 
-    def keep(self, translations: Path, title: str, soft: bool) -> Path:
-        """The translations that pass the filters, as rows; with ``soft`` also their lists."""
+    def keep(self, model: Path, translations: Path, title: str, soft: bool, seed: int) -> Path:
+        """The model's translations that pass the filters, as rows; with ``soft`` also their lists."""
         config = self.config
 
         def work(out: Path) -> None:
             sentences, generations = self.texts.sentences, Generations(translations)
-            given = self.tokenizer, config.direction, self.filters, config.max_length
-            kept, rejected = select(generations, self.prompts(sentences), sentences, *given)
+            maker = Maker(self.tokenizer, config.direction, self.filters, config.max_length)
+            score = None if config.scorer == "first" else partial(self.scores_of, model, seed)
+            prompts = self.prompts(sentences)
+            kept, rejected = select(generations, prompts, sentences, maker, score, config.best_share)
             counts = count(kept, rejected)
             dropped = ", ".join(f"{rule} {number}" for rule, number in counts["rejected"].items() if number) or "none"
             if not kept:
@@ -477,7 +498,41 @@ class Cycle:
                 )  # fmt: skip
 
         about = config.some("keep_parallel", "max_length") | {"filters": self.filters, "soft": soft}
-        return self.stages(f"synthetic-{title}", work, about, needs=[translations])
+        needs = [translations]
+        if config.scorer != "first":
+            about |= config.some("scorer", "best_share")
+            needs += [model, self.base(seed)]
+        return self.stages(f"synthetic-{title}", work, about, needs=needs)
+
+    def scores_of(self, model: Path, seed: int, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
+        """A score of each of the sentences' candidates, by the ``scorer``."""
+        scorer, parts = self.config.scorer, []
+        if "mbr" in scorer:
+            parts.append([np.array(mbr_scores([row["text"] for row in group])) for group in groups])
+        if "log_prob" in scorer:
+            parts.append(self.by_model(model, groups))
+        if "round_trip" in scorer:  # by the base: no iteration has touched its other direction
+            parts.append(self.by_model(self.base(seed), groups, back=True))
+        if len(parts) > 1:
+            parts = [[standardised(scores) for scores in part] for part in parts]
+        return [sum(each).tolist() for each in zip(*parts, strict=True)]
+
+    def by_model(self, model: Path, groups: list[list[dict[str, Any]]], *, back: bool = False) -> list[np.ndarray]:
+        """Mean log-probability a token of each candidate, or with ``back`` of its source, translated from it."""
+        rows = [row for group in groups for row in group]
+        if back:
+            direction, shown = reverse(self.config.direction), flipped(self.texts.pairs[: self.config.shots])
+            template = with_examples(TEMPLATES[self.config.prompt], shown, direction)
+            prompts = encode_prompts(self.tokenizer, [template.render(row["text"], direction) for row in rows])
+            sources = self.tokenizer([row["source"] for row in rows], add_special_tokens=False)["input_ids"]
+            responses = [[*source, self.tokenizer.eos_token_id] for source in sources]
+        else:
+            begins = [row["labels"].count(LABEL_PAD) for row in rows]
+            prompts = [row["input_ids"][:begin] for row, begin in zip(rows, begins, strict=True)]
+            responses = [row["labels"][begin:] for row, begin in zip(rows, begins, strict=True)]
+        size = min(self.config.generation_batch, 256)
+        scores = mean_log_probs(self.load(model), self.tokenizer, prompts, responses, size)
+        return np.split(np.array(scores), np.cumsum([len(group) for group in groups])[:-1])
 
     def train(self, arm: str, title: str, start: Path, source: Path, seed: int) -> Path:
         """``start`` after one fine-tuning on the rows of a stage."""
@@ -544,15 +599,24 @@ class Cycle:
         return f"base-seed{seed}" if self.config.pretrain else "base"
 
     def base_scores(self, seed: int) -> Path:
-        return self.evaluate(self.base(seed), self.title_of_base(seed))
+        scores = self.evaluate(self.base(seed), self.title_of_base(seed))
+        self.tell("base", seed, Round(0, None, self.base(seed), scores))
+        return scores
+
+    def tell(self, arm: str, seed: int, each: Round) -> None:
+        """Write a finished round where the report is made from, at once: what comes after may be killed."""
+        file = self.output / "rounds" / f"{arm}-{each.iteration}-seed{seed}.json"
+        if (read_json(file) or {}).get("stage") != each.scores.name:
+            given = self.config.objective(arm), self.texts.valid, self.config.samples
+            write_json(file, record(arm, seed, each, *given))
 
     def first_rows(self, variant: str, seed: int) -> Path:
         """What a variant's first iteration is trained on: all variants select from the same translations."""
         lists = any(each != "hard" for each in self.config.variants)
         k, base, soft = self.config.k if lists else None, self.title_of_base(seed), variant != "hard"
-        translations = self.translate(self.base(seed), base, k)
+        translations = self.translate(self.base(seed), base, k, seed)
         title = f"{'soft' if soft else 'hard'}-1{base.removeprefix('base')}"
-        return self.keep(translations, title, soft)
+        return self.keep(self.base(seed), translations, title, soft, seed)
 
     def variant_rounds(self, variant: str, seed: int) -> list[Round]:
         """Translate, filter, fine-tune, score; again from the model that came out, until chrF stops rising."""
@@ -565,9 +629,11 @@ class Cycle:
                 rows = self.first_rows(variant, seed)
             else:
                 k = config.k if soft else None
-                rows = self.keep(self.translate(model, f"{variant}-{iteration - 1}-seed{seed}", k), title, soft)
+                translations = self.translate(model, f"{variant}-{iteration - 1}-seed{seed}", k, seed)
+                rows = self.keep(model, translations, title, soft, seed)
             model = self.train(variant, title, base if config.restart_from_base else model, rows, seed)
             rounds.append(Round(iteration, rows, model, self.evaluate(model, title)))
+            self.tell(variant, seed, rounds[-1])
             chrf = valid_chrf(rounds[-1].scores)
             if config.stop and chrf <= best:
                 break
@@ -577,17 +643,19 @@ class Cycle:
     def fixed_rounds(self, arm: str, seed: int) -> list[Round]:
         """Control or ceiling: the same rows in every iteration, for as many as the longest variant has."""
         config, rounds, model = self.config, [], self.base(seed)
+        about = config.some("shots", "prompt", "direction", "max_length")
+        needs, title = [self.texts_stage, self.tokenizer_stage], f"rows-{arm}"
         if arm == "control":  # the few real pairs
-            pairs, needs, title = self.real_pairs, [self.texts_stage, self.tokenizer_stage], "rows-control"
+            make = lambda: self.rows(self.real_pairs).rows  # noqa: E731
+        elif arm == "continued":  # what the base has read
+            title, about = f"{title}-seed{seed}", config.some("prompt", "direction", *READ_AS) | {"seed": seed}
+            make = partial(self.web_rows, seed)
         else:  # the sentences that the first variant kept, with their references
             kept = self.first_rows(config.variants[0], seed)
             indices = [each["index"] for each in read_jsonl(kept / "rows.jsonl") if "index" in each]
-            pairs, needs = [self.texts.sentences[index] for index in indices], [kept]
-            title = f"rows-ceiling{self.title_of_base(seed).removeprefix('base')}"
-        about = config.some("shots", "prompt", "direction", "max_length")
-        rows = self.stages(
-            title, lambda out: write_jsonl(out / "rows.jsonl", self.rows(pairs).rows), about, needs=needs
-        )
+            needs, title = [kept], f"{title}{self.title_of_base(seed).removeprefix('base')}"
+            make = lambda: self.rows([self.texts.sentences[index] for index in indices]).rows  # noqa: E731
+        rows = self.stages(title, lambda out: write_jsonl(out / "rows.jsonl", make()), about, needs=needs)
         count = config.iterations
         if config.restart_from_base:
             count = 1  # from the base each would be the same again
@@ -597,12 +665,14 @@ class Cycle:
             title = f"{arm}-{iteration}-seed{seed}"
             model = self.train(arm, title, model, rows, seed)
             rounds.append(Round(iteration, rows, model, self.evaluate(model, title)))
+            self.tell(arm, seed, rounds[-1])
         return rounds
 
     def arms(self) -> list[str]:
-        fixed = ["control"] if self.config.control else []
-        fixed += ["ceiling"] if self.config.ceiling and self.config.monolingual is None else []
-        return [*self.config.variants, *fixed]
+        wanted = {name: getattr(self.config, name) for name in FIXED}
+        wanted["continued"] &= bool(self.config.pretrain)
+        wanted["ceiling"] &= self.config.monolingual is None
+        return [*self.config.variants, *(name for name in FIXED if wanted[name])]
 
     def rounds(self, arm: str, seed: int) -> list[Round]:
         return (self.variant_rounds if arm in self.config.variants else self.fixed_rounds)(arm, seed)
@@ -614,10 +684,20 @@ class Cycle:
         pieces |= {f"{arm}-seed{seed}": partial(self.rounds, arm, seed) for seed in seeds for arm in self.arms()}
         self.stages.share(pieces)
 
-    def found(self, seed: int) -> dict[str, Any]:
-        """A finished seed's numbers."""
-        arms = {arm: self.rounds(arm, seed) for arm in self.arms()}
-        return of_seed(self.base_scores(seed), arms, self.config, self.texts.valid, self.texts.test)
+    def about(self) -> dict[str, Any]:
+        """What the report says beside the rounds."""
+        arguments = asdict(self.config) | {"filters": asdict(self.filters)}
+        return of_run(arguments, self.arms(), [pair.target for pair in self.texts.test])
+
+    def records(self) -> list[dict[str, Any]]:
+        """The finished rounds of all arms and seeds."""
+        found = []
+        for seed in self.config.seeds:
+            self.base_scores(seed)
+            rounds = {"base": [0], **{arm: [each.iteration for each in self.rounds(arm, seed)] for arm in self.arms()}}
+            names = [f"{arm}-{iteration}-seed{seed}.json" for arm, each in rounds.items() for iteration in each]
+            found += [read_json(self.output / "rounds" / name) for name in names]
+        return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
@@ -627,17 +707,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     if (threads := models.threads_for([config.model])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     output = Path(options.output)
-    cycle = Cycle(config, filters, output)
+    cycle = Cycle(config, filters, options.stages or output, output)
     cycle.check()
+    write_json(output / "run.json", cycle.about())
     shown = cycle.rows(cycle.real_pairs or cycle.texts.valid[:1])[0]
     cycle.console.print("a row:", render_sample(cycle.tokenizer, shown))
     with helpers(__file__, argv, options.jobs, output, helper=options.worker):
         cycle.work()
     if options.worker:
         return None
-    found = metrics(config, filters, {seed: cycle.found(seed) for seed in config.seeds})
-    write_json(output / "metrics.json", found)
-    write_plot(found, output / "chrf.png")
+    found = write_report(cycle.about(), cycle.records(), output)
     cycle.console.print(table(found))
     cycle.console.print(f"metrics.json, chrf.png and a folder a stage are in {output}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -13,19 +14,21 @@ import pandas as pd
 from fused_kd.info import devices, versions
 from fused_kd.training.data import Pair
 from fused_kd.training.score import paired_bootstrap
-from fused_kd.training.stage import read_json, read_lines
+from fused_kd.training.stage import read_json, read_lines, write_json
 
 RAW, TRUNCATED = "base, raw", "base, truncated"
 COLORS = {
-    "hard": "#c05a2e", "soft": "#2f6f9f", "soft_self_evolution": "#7a4f9a", "control": "#8a8a8a", "ceiling": "#3d8b53",
+    "hard": "#c05a2e", "soft": "#2f6f9f", "soft_self_evolution": "#7a4f9a", "control": "#8a8a8a",
+    "continued": "#b59a3c", "ceiling": "#3d8b53",
 }  # fmt: skip
+FIXED = ("control", "continued", "ceiling")  # arms on the same rows in every iteration
 
 
 class Round(NamedTuple):
-    """One iteration of an arm, as folders: what it is trained on, the model, its scores."""
+    """One iteration of an arm, as folders: what it is trained on, the model, its scores; of the base no rows."""
 
     iteration: int
-    rows: Path
+    rows: Path | None
     model: Path
     scores: Path
 
@@ -41,56 +44,90 @@ def samples(scores: Path, valid: Sequence[Pair], most: int) -> list[dict[str, st
     return [{"source": pair.source, "reference": pair.target, "translation": text} for pair, text in found]
 
 
-def of_round(each: Round, valid: Sequence[Pair], most: int) -> dict[str, Any]:
-    """Scores, counts, training log and samples of a finished round."""
-    training = read_json(each.model / "training.json")
+def record(arm: str, seed: int, each: Round, objective: str, valid: Sequence[Pair], most: int) -> dict[str, Any]:
+    """A finished round, with its translations of the test set: scores, counts, training log and samples."""
+    training, counts = {}, {}
+    if each.rows is not None:
+        logged = read_json(each.model / "training.json")
+        training = {name: logged[name] for name in ("steps", "seconds", "validation", "log_history")}
+        training |= {"objective": objective, "rows": len(read_lines(each.rows / "rows.jsonl"))}
+        counts = {"counts": read_json(each.rows / "counts.json") or {}}
     return {
+        "arm": arm,
+        "seed": seed,
+        "stage": each.scores.name,
         "iteration": each.iteration,
         **read_json(each.scores / "scores.json"),
-        "counts": read_json(each.rows / "counts.json") or {},
-        "rows": len(read_lines(each.rows / "rows.jsonl")),
-        **{name: training[name] for name in ("steps", "seconds", "validation", "log_history")},
+        **counts,
+        **training,
         "samples": samples(each.scores, valid, most),
+        "translations": read_lines(each.scores / "test.txt"),
     }
 
 
 def of_seed(
-    base: Path, arms: Mapping[str, Sequence[Round]], config: Any, valid: Sequence[Pair], test: Sequence[Pair]
+    records: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    variants: Sequence[str],
+    references: Sequence[str],
+    times: int,
 ) -> dict[str, Any]:
-    """One seed: the base, every round of every arm, which iteration valid chrF chooses, tests on the test set."""
-    found: dict[str, Any] = {
-        "base": {**read_json(base / "scores.json"), "samples": samples(base, valid, config.samples)},
-        "arms": {
-            arm: [{"objective": config.objective(arm), **of_round(each, valid, config.samples)} for each in rounds]
-            for arm, rounds in arms.items()
-        },
-        "chosen": {},
-    }
-    for arm in config.variants:
-        chrfs = [valid_chrf(base), *(valid_chrf(each.scores) for each in arms[arm])]
+    """One seed: the base, every round of every arm, which iteration valid chrF chooses, tests on the test set.
+
+    Args:
+        records: as :func:`record`; arms that have none yet are left out.
+        times: samples of the bootstrap, whose systems are each arm's last round, as truncated text; 0 leaves it out.
+    """
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    systems: dict[str, list[str]] = {}
+    for arm in ("base", *arms):
+        for each in sorted((each for each in records if each["arm"] == arm), key=lambda each: each["iteration"]):
+            about = ("arm", "seed", "stage", "translations")
+            rounds.setdefault(arm, []).append({name: value for name, value in each.items() if name not in about})
+            systems[arm] = each["translations"]
+    (base,) = rounds.pop("base")
+    base.pop("iteration")
+    found: dict[str, Any] = {"base": base, "arms": rounds, "chosen": {}}
+    for arm in variants:
+        chrfs = [each["valid"]["chrf"] for each in (base, *rounds.get(arm, []))]
         found["chosen"][arm] = chrfs.index(max(chrfs))
-    if config.bootstrap:  # each arm's last round, as truncated text
-        systems = {"base": read_lines(base / "test.txt")}
-        systems |= {arm: read_lines(rounds[-1].scores / "test.txt") for arm, rounds in arms.items()}
-        references = [pair.target for pair in test]
+    if times:
         found["tests"] = [
             dataclasses.asdict(each)
-            for baseline in ("base", "control")
-            if baseline in systems
-            for each in paired_bootstrap(systems, references, baseline, samples=config.bootstrap)
+            for baseline in ("base", "control", "continued")
+            if baseline in systems and len(systems) > 1
+            for each in paired_bootstrap(systems, references, baseline, samples=times)
         ]
     return found
 
 
-def metrics(config: Any, filters: Any, seeds: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """Configuration, versions, every seed's numbers, and their means over the seeds by arm and iteration."""
+def metrics(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Configuration, versions, every seed's numbers, and their means over the seeds by arm and iteration.
+
+    ``about`` has ``arguments``, ``arms``, ``versions``, ``devices`` and the test set's ``references``.
+    """
+    arguments, seeds = about["arguments"], sorted({each["seed"] for each in records if each["arm"] == "base"})
+    given = about["arms"], arguments["variants"], about["references"], arguments["bootstrap"]
+    found = {seed: of_seed([each for each in records if each["seed"] == seed], *given) for seed in seeds}
     return {
-        "arguments": dataclasses.asdict(config) | {"filters": dataclasses.asdict(filters)},
-        "versions": versions(),
-        "devices": devices(),
-        "seeds": {str(seed): found for seed, found in seeds.items()},
-        "mean": json.loads(means(seeds.values()).to_json(orient="records", double_precision=15)),
+        **{name: about[name] for name in ("arguments", "versions", "devices")},
+        "seeds": {str(seed): each for seed, each in found.items()},
+        "mean": json.loads(means(found.values()).to_json(orient="records", double_precision=15)),
     }
+
+
+def of_run(arguments: Mapping[str, Any], arms: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """What :func:`metrics` needs beside the rounds."""
+    about = {"arguments": dict(arguments), "arms": list(arms), "versions": versions(), "devices": devices()}
+    return {**about, "references": list(references)}
+
+
+def write_report(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """``metrics.json`` and ``chrf.png`` of the rounds, into the folder; the metrics."""
+    found = metrics(about, records)
+    write_json(folder / "metrics.json", found)
+    write_plot(found, folder / "chrf.png")
+    return found
 
 
 def means(seeds: Any) -> pd.DataFrame:
@@ -133,7 +170,7 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
         if arm not in mean.index:
             continue
         rows = pd.concat([mean.loc[[TRUNCATED]], mean.loc[[arm]]])
-        style = "--" if arm in ("control", "ceiling") else "-"
+        style = "--" if arm in FIXED else "-"
         label = arm.replace("_", " ")
         axis.plot(rows["iteration"], rows["chrf"], style, color=color, label=label, linewidth=1.6)
         points = mean.loc[[arm]].explode("each_chrf")
@@ -147,3 +184,19 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
     axis.legend(fontsize=8)
     figure.savefig(path, format="png", dpi=130)
     plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One report of several runs of the same settings, such as a seed each; also of runs that were killed."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of cycle_distill.py")
+    parser.add_argument("--output", required=True, type=Path)
+    given = parser.parse_args(argv)
+    records = [read_json(file) for run in given.runs for file in sorted(run.glob("rounds/*.json"))]
+    about = read_json(given.runs[0] / "run.json")
+    about["arguments"]["seeds"] = sorted({each["seed"] for each in records})
+    print(table(write_report(about, records, given.output)))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from fused_kd.training.generate import Generation
 from fused_kd.training.prompts import LABEL_PAD
 from fused_kd.training.stage import read_lines, write_lines
 
+Row = dict[str, Any]
 # in the order in which they are asked; a translation counts for the first that it breaks
-RULES = ("empty", "unfinished", "copy", "length", "repetition", "language")
+RULES = ("empty", "unfinished", "copy", "length", "repetition", "language", "score")
 # letters' scripts with the languages written in them, and common words that only one of the languages has
 LANGUAGES = json.loads((Path(__file__).parent / "languages.json").read_text(encoding="utf-8"))
 SCRIPTS = {script: codes.split() for script, codes in LANGUAGES["scripts"].items()}
@@ -168,34 +169,70 @@ def part_of(token: int, before: list[int], wanted: str, tokenizer: Any) -> int |
     return None
 
 
+class Maker(NamedTuple):
+    """What rows are made with; a row above ``max_length`` counts as unfinished."""
+
+    tokenizer: Any
+    direction: str
+    filters: Filters
+    max_length: int
+
+
 def select(
     generations: Sequence[Generation],
     prompts: Sequence[Sequence[int]],
     sentences: Sequence[Pair],
-    tokenizer: Any,
-    direction: str,
-    filters: Filters,
-    max_length: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Cut and filter the continuations of the sentences' prompts. A row above ``max_length`` counts as unfinished.
+    maker: Maker,
+    score: Callable[[list[list[Row]]], list[list[float]]] | None = None,
+    best_share: float = 1.0,
+) -> tuple[list[Row], list[Row]]:
+    """Cut and filter the continuations of the sentences' prompts, and keep one a sentence.
+
+    Args:
+        generations: as many of each sentence, one sentence after another.
+        score: given the rows of each sentence that pass the filters, a score of each; the highest is kept. None keeps
+            the first that passes.
+        best_share: of the sentences with a translation, keep that share with the best scores; the others break "score".
 
     Returns:
         The rows that passed: ``input_ids`` (prompt, response, EOS) and ``labels``, -100 on the prompt; ``listed``, how
-        many response tokens have a list; ``cut``; ``index``, ``source`` and ``text``. And of those that did not pass
-        ``rule``, ``index``, ``source`` and ``text``.
+        many response tokens have a list; ``cut``; ``index`` of the sentence and ``made`` of the generation; ``source``
+        and ``text``. And of the other sentences ``rule``, that of their first translation, ``index``, ``source`` and
+        ``text``.
     """
-    kept, rejected, languages = [], [], parse_direction(direction)
-    for index, (generation, prompt, pair) in enumerate(zip(generations, prompts, sentences, strict=True)):
-        response = trim(generation, tokenizer, filters.markers)
-        whole = response.whole and len(prompt) + len(response.ids) <= max_length
-        rule = broken_rule(pair.source, response.text, whole, languages, filters)
-        about = {"index": index, "source": pair.source, "text": response.text}
-        if rule is not None:
-            rejected.append({"rule": rule, **about})
-            continue
-        row = {"input_ids": [*prompt, *response.ids], "labels": [LABEL_PAD] * len(prompt) + response.ids}
-        kept.append({**row, "listed": response.listed, "cut": response.cut, **about})
-    return kept, rejected
+    size = len(generations) // len(sentences)
+    groups, rejected = [], []
+    for index, (prompt, pair) in enumerate(zip(prompts, sentences, strict=True)):
+        places = range(index * size, (index + 1) * size)
+        made = [{**row_of(generations[place], prompt, pair, maker), "index": index, "made": place} for place in places]
+        passed = [row for row in made if "rule" not in row]
+        if passed:
+            groups.append(passed)
+        else:
+            rejected.append(made[0])
+    if score is None or not groups:
+        return [group[0] for group in groups], rejected
+    best = []
+    for group, scores in zip(groups, score(groups), strict=True):
+        place = max(range(len(group)), key=scores.__getitem__)
+        best.append({**group[place], "score": scores[place]})
+    order = sorted(range(len(best)), key=lambda number: -best[number]["score"])
+    chosen = math.ceil(best_share * len(best))
+    for number in sorted(order[chosen:]):
+        rejected.append({"rule": "score", **{name: best[number][name] for name in ("index", "made", "source", "text")}})
+    return [best[number] for number in sorted(order[:chosen])], rejected
+
+
+def row_of(generation: Generation, prompt: Sequence[int], pair: Pair, maker: Maker) -> Row:
+    """A training row; of a translation that breaks a rule ``rule``, ``source`` and ``text``."""
+    response = trim(generation, maker.tokenizer, maker.filters.markers)
+    whole = response.whole and len(prompt) + len(response.ids) <= maker.max_length
+    rule = broken_rule(pair.source, response.text, whole, parse_direction(maker.direction), maker.filters)
+    about = {"source": pair.source, "text": response.text}
+    if rule is not None:
+        return {"rule": rule, **about}
+    row = {"input_ids": [*prompt, *response.ids], "labels": [LABEL_PAD] * len(prompt) + response.ids}
+    return {**row, "listed": response.listed, "cut": response.cut, **about}
 
 
 def count(kept: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -219,7 +256,7 @@ def lists_of(row: dict[str, Any], generations: Sequence[Generation], k: int) -> 
     log_probs, indices = np.full((len(response), k), -np.inf, dtype=np.float32), np.zeros((len(response), k), np.int64)
     log_probs[listed:, 0], indices[listed:, 0] = 0, response[listed:]
     if listed:
-        made: Any = generations[row["index"]]
+        made: Any = generations[row["made"]]
         log_probs[:listed], indices[:listed] = made.log_probs[:listed], made.indices[:listed]
     return log_probs, indices
 

@@ -38,16 +38,20 @@ class Decoding:
         num_beams: 1 (default) is greedy.
         length_penalty: a beam's score is its log-probability / (new tokens ** length_penalty); default 1, the
             mean a token. Above it longer translations win, below it shorter ones.
+        temperature: sample each token from ``softmax(logits / temperature)``; None (default) searches instead.
+        seed: of the sampling. A batch's samples are its own, whatever was made before it.
 
     Raises:
         ValueError: a size that is no int of at least 1, a length penalty that is no finite number or has no beams to
-            rank.
+            rank, a temperature that is not positive and finite or has beams beside it.
     """
 
     batch_size: int = 32
     max_new_tokens: int = 128
     num_beams: int = 1
     length_penalty: float = 1.0
+    temperature: float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_counts(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
@@ -57,6 +61,12 @@ class Decoding:
             raise ValueError(
                 f"length_penalty={penalty!r}, num_beams={self.num_beams}: expected a finite number, "
                 "and 1 where there is no beam search"
+            )
+        heat = self.temperature
+        if heat is not None and (not isinstance(heat, (int, float)) or not 0 < heat < math.inf or self.num_beams > 1):
+            raise ValueError(
+                f"temperature={heat!r}, num_beams={self.num_beams}: expected a positive finite number and no beams, "
+                "or None"
             )
 
 
@@ -166,7 +176,8 @@ def generate_to(
     Args:
         folder: bound to the prompts and to how they are decoded, not to the model.
         decoding: default `Decoding()`, greedy.
-        k: also keep the k largest log-probabilities of each generated token; greedy decoding only. Default: none.
+        k: also keep the k largest log-probabilities of each generated token, at temperature 1; not with beams.
+            Default: none.
         dtype: of their storage: "fp16" (default), "8bit" or "fp32", see :mod:`fused_kd.training.codes`.
 
     Raises:
@@ -177,7 +188,7 @@ def generate_to(
     if k is not None and (isinstance(k, bool) or not 1 <= k <= len(tokenizer)):
         raise ValueError(f"k={k}: expected at least 1 and at most the {len(tokenizer)} tokens of the tokenizer")
     if k is not None and decoding.num_beams > 1:
-        raise ValueError(f"k={k}, num_beams={decoding.num_beams}: lists are kept of greedy decoding only")
+        raise ValueError(f"k={k}, num_beams={decoding.num_beams}: lists are not kept of beams")
     folder = bind(folder, {"prompts": fingerprint(rows), "k": k, "dtype": dtype, **vars(decoding)})
     with lock(folder / "batches" / ".lock"):
         numbers = range(len(_order(rows, decoding.batch_size)))
@@ -212,8 +223,9 @@ def _batches(
     from tqdm import tqdm
     from transformers import GenerationConfig, LogitsProcessorList
 
+    heat = decoding.temperature
     config = GenerationConfig(
-        do_sample=False,
+        **({"do_sample": False} if heat is None else {"do_sample": True, "temperature": heat, "top_k": 0}),
         num_beams=decoding.num_beams,
         length_penalty=decoding.length_penalty,
         max_new_tokens=decoding.max_new_tokens,
@@ -230,20 +242,33 @@ def _batches(
                 padded = [[pad] * (length - len(rows[index])) + rows[index] for index in batch]
                 mask = [[0] * (length - len(rows[index])) + [1] * len(rows[index]) for index in batch]
                 seen = None if k is None else _TopK(k, len(tokenizer))
-                output = decoder.generate(
-                    input_ids=torch.tensor(padded, device=model.device),
-                    attention_mask=torch.tensor(mask, device=model.device),
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([] if seen is None else [seen]),
-                )
+                with _seeded(decoding, number):
+                    output = decoder.generate(
+                        input_ids=torch.tensor(padded, device=model.device),
+                        attention_mask=torch.tensor(mask, device=model.device),
+                        generation_config=config,
+                        logits_processor=LogitsProcessorList([] if seen is None else [seen]),
+                    )
                 yield batch, _generations(tokenizer, output[:, length:].tolist(), eos, seen)
             bar.update(len(batch))
+
+
+@contextmanager
+def _seeded(decoding: Decoding, batch: int) -> Iterator[None]:
+    """The random numbers of a batch's sampling; the global generators are as they were afterwards."""
+    if decoding.temperature is None:
+        yield
+        return
+    place = torch.accelerator.current_accelerator(check_available=True)
+    with torch.random.fork_rng(device_type="cuda" if place is None else place.type):
+        torch.manual_seed(decoding.seed + 1_000_003 * batch)
+        yield
 
 
 class _TopK:
     """A logits processor that changes nothing and keeps each step's largest log-probabilities.
 
-    As the only processor of greedy decoding it is given the raw logits.
+    It is given the raw logits: as the only processor of greedy decoding, and before the temperature of sampling.
     """
 
     def __init__(self, k: int, vocab_size: int) -> None:

@@ -101,6 +101,27 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def tell(path: Path, title: str, value: Any) -> None:
+    """Add ``{"title", "value"}`` as a line to a file of results, unless it is there; several processes may."""
+    if title in (known := told(path)) and known[title] == json.loads(json.dumps(value)):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:  # one write, behind a break: a line that a kill has cut spoils no other
+        file.write(f"\n{json.dumps({'title': title, 'value': value}, ensure_ascii=False)}".encode())
+
+
+def told(path: Path) -> dict[str, Any]:
+    """What :func:`tell` added, the last value of each title; a line that a kill has cut is passed over."""
+    found: dict[str, Any] = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            found[row["title"]] = row["value"]
+        except ValueError:
+            continue
+    return found
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and all in it, where there is one; of a link the link alone."""
     if path.is_symlink():

@@ -37,7 +37,11 @@ HERE = Path(__file__).parents[2] / "examples" / "cycle_distill"
 sys.path.insert(0, str(HERE))
 
 import cycle_distill as script  # noqa: E402
-from translations import RULES, Filters, broken_rule, lists_of, may_be, select, trim  # noqa: E402
+import cycle_report  # noqa: E402
+import probe  # noqa: E402
+from candidates import chrf_matrix, mbr_scores, mean_log_probs, standardised  # noqa: E402
+from translations import RULES, Filters, Maker, broken_rule, lists_of, may_be, select, trim  # noqa: E402
+from web import with_noise  # noqa: E402
 
 SOURCE, GOOD = "A man and a dog are sitting on the grass.", "Ein Mann und ein Hund sitzen auf dem Gras."
 NOUNS = {"dog": "Hund", "man": "Mann", "tree": "Baum", "bird": "Vogel", "king": "König", "wolf": "Wolf"}
@@ -139,14 +143,15 @@ def test_every_rule_is_counted_once():
 
     texts = ["", SOURCE, "Ein Mann", "Mann Mann Mann Mann Mann Hund", "The man is with his dog on it."]
     generations = [made(GOOD), made(f"{GOOD}\nen: A cat.", False), made(GOOD, False), *map(made, texts)]
-    arguments = [[1, 5]] * 8, [Pair(SOURCE, "")] * 8, tokenizer, "en-de", Filters()
-    kept, rejected = select(generations, *arguments, 256)
+    arguments = [[1, 5]] * 8, [Pair(SOURCE, "")] * 8
+    kept, rejected = select(generations, *arguments, Maker(tokenizer, "en-de", Filters(), 256))
     found = script.count(kept, rejected)
-    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": dict.fromkeys(RULES, 1)}
+    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": {**dict.fromkeys(RULES, 1), "score": 0}}
     assert [(each["index"], each["labels"][:2], each["input_ids"][:2], each["labels"][-1]) for each in kept] == [
         (0, [LABEL_PAD] * 2, [1, 5], 2), (1, [LABEL_PAD] * 2, [1, 5], 2)
     ]  # fmt: skip
-    assert select(generations, *arguments, 5)[0] == []  # too long for training: as if it had not ended
+    maker = Maker(tokenizer, "en-de", Filters(), 5)
+    assert select(generations, *arguments, maker)[0] == []  # too long for training: as if it had not ended
 
 
 def test_prompts_with_examples_and_a_base_that_rambles():
@@ -206,7 +211,7 @@ def test_the_soft_loss_is_the_papers(tmp_path, dtype, alpha, more):
     generate_to(tmp_path / "made", model, tokenizer, prompts, Decoding(2, 12), k=5, dtype=dtype, progress=False)
     made = Generations(tmp_path / "made")
     filters = Filters(markers=[a_token_within(made, tokenizer)], **LAX)
-    kept, _ = select(made, prompts, sentences, tokenizer, "en-de", filters, 256)
+    kept, _ = select(made, prompts, sentences, Maker(tokenizer, "en-de", filters, 256))
     assert len(kept) >= 3 and any(each["cut"] for each in kept)
     rows = [*kept, *tokenize_pairs(tokenizer, template, [Pair("A", "E")], "en-de", 99).rows]
     write_lists(
@@ -279,6 +284,10 @@ def test_alpha_is_the_lam_of_the_first_objective(text: str, expected: str) -> No
         ({"pretrain": {"max_steps": 1}}, "has no place for pretrain"),
         ({"model": "tiny-student", "pretrain": {"max_steps": 1}, "monolingual": "x"}, "monolingual"),
         ({"self_evolution": "nonsense"}, "nonsense"),
+        ({"scorer": "nonsense"}, "scorer must be one of first, log_prob"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"candidates": 2, "temperature": 0.0}, "temperature"),
+        ({"scorer": "mbr_round_trip", "model": "tiny-student", "pretrain": {"max_steps": 1}}, "both_ways"),
         ({"soft": {"load_best_model_at_end": True}}, "held_out"),
     ],
 )
@@ -344,7 +353,7 @@ class Pretended(Stages):
 def titles(data: Path, output: Path, **changes: Any) -> dict[str, str]:
     """The stages that a run makes, title to folder name."""
     cycle = cycle_of(data, output, **changes)
-    cycle.stages = Pretended(output)
+    cycle.stages, cycle.tell = Pretended(output), lambda *_: None
     cycle.work()
     return {path.parent.name.rpartition("-")[0]: path.parent.name for path in output.glob("*/done.json")}
 
@@ -462,7 +471,7 @@ def test_killed_in_every_stage(finished, data, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, once)
 
     names = {"fit", "generate_to", "write_jsonl", "write_lists", "score"}
-    monkeypatch.setattr(script, "write_plot", lambda *_: None)
+    monkeypatch.setattr("cycle_report.write_plot", lambda *_: None)
     for name in names:
         dying(script, name)
     dying(LlamaForCausalLM, "generate", 4)  # after the base's valid and test sentences: the second batch of three
@@ -529,3 +538,89 @@ def test_what_is_missing_is_said_before_any_work(data, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=error):
             script.main([*arguments, "--output", str(tmp_path / str(number))])
     assert not list(tmp_path.glob("*/*/done.json"))
+
+
+def test_mbr_is_mean_chrf():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    texts = ["Ein Mann sitzt im Gras.", "Ein Mann steht im Gras .", "Zwei Hunde", "ab", "a", "Ein Mann sitzt im Gras."]
+    expected = [[sacrebleu.sentence_chrf(one, [other]).score for other in texts] for one in texts]
+    np.testing.assert_allclose(chrf_matrix(texts), expected, atol=1e-9)
+    np.testing.assert_allclose(mbr_scores(texts), np.mean(expected, axis=1), atol=1e-9)
+    assert standardised([1.0, 1.0]).tolist() == [0, 0] and standardised([1.0, 3.0]).tolist() == [-1, 1]
+
+
+def test_mean_log_probs_of_a_batch_are_those_of_single_rows():
+    tokenizer = make_tokenizer(["A dog sees the cat."])
+    model = tiny(32, 3, vocab=len(tokenizer)).train()
+    prompts, responses = [[1, 5, 6], [1, 7], [1, 8, 9, 10]], [[4, 2], [9, 8, 7, 2], [2]]
+    found = mean_log_probs(model, tokenizer, prompts, responses, batch_size=2)
+    assert model.training
+    for value, prompt, response in zip(found, prompts, responses, strict=True):
+        with torch.no_grad():
+            log_probs = model.eval()(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+        each = [log_probs[len(prompt) - 1 + place, token] for place, token in enumerate(response)]
+        assert value == pytest.approx(float(sum(each) / len(each)), abs=1e-5)
+
+
+def test_the_best_candidate_of_each_sentence_is_kept():
+    tokenizer = make_tokenizer([GOOD, SOURCE])
+    texts = [
+        ["", GOOD, "Ein Mann mit Hund sitzt auf dem Gras."], [SOURCE, "", "Mann"],
+        [GOOD, "", "Ein Hund und ein Mann sitzen am Gras."],
+    ]  # fmt: skip
+    made = [
+        Generation([*tokenizer(text, add_special_tokens=False)["input_ids"], 2], text, True)
+        for group in texts
+        for text in group
+    ]
+    given = made, [[1, 5]] * 3, [Pair(SOURCE, "")] * 3, Maker(tokenizer, "en-de", Filters(), 256)
+    seen = []
+
+    def last(groups: list[Any]) -> list[list[float]]:
+        seen.extend([[row["text"] for row in group] for group in groups])
+        return [[number + (group[0]["index"] == 2) for number in range(len(group))] for group in groups]
+
+    kept, rejected = select(*given, last)
+    assert seen == [texts[0][1:], [texts[2][0], texts[2][2]]]  # what passed the filters
+    assert [(row["index"], row["made"], row["text"]) for row in kept] == [(0, 2, texts[0][2]), (2, 8, texts[2][2])]
+    assert [(row["index"], row["rule"]) for row in rejected] == [(1, "copy")]
+    kept, rejected = select(*given, last, best_share=0.5)
+    assert [row["index"] for row in kept] == [2] and script.count(kept, rejected)["rejected"]["score"] == 1
+    assert [row["made"] for row in select(*given)[0]] == [1, 6]  # the first that passes
+
+
+def test_noise_of_the_web():
+    pairs = [Pair(f"s{number}", f"t{number}") for number in range(100)]
+    noisy = with_noise(pairs, 0.3, 0.2, seed=1)
+    assert [pair.source for pair in noisy] == [pair.source for pair in pairs]
+    copied = [pair for pair in noisy if pair.target == pair.source]
+    moved = [(one, pair) for one, pair in zip(noisy, pairs, strict=True) if one not in copied and one != pair]
+    assert len(copied) == 30 and len(moved) == 20
+    assert {one.target for one, _ in moved} == {pair.target for _, pair in moved}  # among themselves
+    assert with_noise(pairs, 0, 0, seed=1) == pairs and with_noise(pairs, 0.3, 0.2, seed=2) != noisy
+
+
+def test_candidates_by_the_model_itself(data, tmp_path):
+    """Sampled candidates, chosen by MBR and round trip; a report of the run's rounds alone is the same."""
+    changes = {
+        "candidates": 3, "scorer": "mbr_round_trip", "iterations": 1, "web": 60, "both_ways": True, "pairs": 20,
+        "untranslated": 0.1, "misaligned": 0.1, "continued": True, "best_share": 0.5, "bootstrap": 0,
+    }  # fmt: skip
+    found = script.main(command(data, tmp_path / "run", stages=tmp_path / "stages", **changes))
+    arms = found["seeds"]["0"]["arms"]
+    assert list(arms) == ["hard", "soft", "control", "continued", "ceiling"]
+    assert {arm: rounds[0]["rows"] for arm, rounds in arms.items() if arm not in ("hard", "soft", "ceiling")} == {
+        "control": 20, "continued": 2 * 2 * 20
+    }  # fmt: skip
+    counts = arms["soft"][0]["counts"]
+    assert counts["kept"] == math.ceil((counts["kept"] + counts["rejected"]["score"]) / 2)
+    made = Generations(folder_of(tmp_path / "stages", "translations-base-seed0"))
+    assert len(made) == 3 * 24 and any(made[i].ids != made[i + 1].ids for i in range(0, 72, 3))
+    cycle_report.main([str(tmp_path / "run"), "--output", str(tmp_path / "again")])
+    assert read_json(tmp_path / "again" / "metrics.json") == read_json(tmp_path / "run" / "metrics.json")
+    (tmp_path / "run" / "rounds" / "ceiling-1-seed0.json").unlink()  # as if it had been killed before
+    cycle_report.main([str(tmp_path / "run"), "--output", str(tmp_path / "part")])
+    assert list(read_json(tmp_path / "part" / "metrics.json")["seeds"]["0"]["arms"]) == list(arms)[:-1]
+    stages = {"stages": tmp_path / "stages", "output": tmp_path / "probe", "temperatures": [0.5]}
+    (probed,) = probe.main(command(data, **{**changes, **stages}))
+    assert probed["oracle"] >= max(probed[name] for name in ("sample", "mbr", "round_trip", "log_prob"))

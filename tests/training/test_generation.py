@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,31 @@ def test_a_kill_loses_one_batch_at_most(tmp_path, model, tokenizer, monkeypatch)
     assert made.texts() == whole.texts()
     again = generate_to(tmp_path / "torn", model, tokenizer, PROMPTS, Decoding(2, 5), k=K, progress=False)
     assert calls == [2, 2, 2, 1] and again[3].ids == whole[3].ids
+
+
+def test_samples_follow_the_temperature_and_their_seed(tmp_path, model, tokenizer):
+    prompts, state = encode_prompts(tokenizer, PROMPTS[:1]) * 600, torch.random.get_rng_state()
+    how = Decoding(300, 2, temperature=2.0, seed=3)
+    made = generate_to(tmp_path / "a", model, tokenizer, prompts, how, k=K, dtype="fp32", progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    logits = full_logits(model, prompts[0], [5])[0]
+    counts = np.bincount([generation.ids[0] for generation in made], minlength=len(logits))
+    apart = {
+        temperature: np.abs(counts / 600 - (logits / temperature).softmax(-1).numpy()).sum()
+        for temperature in (0.5, 1.0, 2.0, 4.0)
+    }
+    assert min(apart, key=apart.__getitem__) == 2.0 and apart[1.0] > 1.5 * apart[2.0]
+    listed = logits[: len(tokenizer)].log_softmax(-1).topk(K).values.numpy()  # whatever the temperature
+    np.testing.assert_allclose(made[0].log_probs[0], listed, atol=2e-5)
+    again = generate_to(tmp_path / "b", model, tokenizer, prompts, how, progress=False)
+    assert [one.ids for one in again] == [one.ids for one in made]
+    (tmp_path / "b" / "batches" / "000000.jsonl").unlink()  # a batch is the same again, and other than the next
+    again = generate_to(tmp_path / "b", model, tokenizer, prompts, how, progress=False)
+    assert [one.ids for one in again] == [one.ids for one in made] and made[0].ids + made[1].ids + made[2].ids != [
+        token for each in (300, 301, 302) for token in made[each].ids
+    ]
+    other = generate_to(tmp_path / "c", model, tokenizer, prompts, replace(how, seed=4), progress=False)
+    assert [one.ids for one in other] != [one.ids for one in made]
 
 
 def test_line_separators_in_a_text_do_not_split_it(tmp_path, model, tokenizer, monkeypatch):
@@ -240,6 +266,8 @@ def test_progress_bar_counts_sentences(own, tokenizer, capsys: pytest.CaptureFix
         (["a"], {"num_beams": 1.5}, ValueError, "num_beams must be an int of at least 1, got 1.5"),
         (["a"], {"length_penalty": 0.5}, ValueError, "length_penalty=0.5, num_beams=1"),
         (["a"], {"length_penalty": float("nan"), "num_beams": 2}, ValueError, "length_penalty=nan"),
+        (["a"], {"temperature": 0.0}, ValueError, "temperature=0.0, num_beams=1"),
+        (["a"], {"temperature": 0.7, "num_beams": 2}, ValueError, "temperature=0.7, num_beams=2"),
         (["a"], {"length_penalty": "1", "num_beams": 2}, ValueError, "length_penalty='1'"),
     ],
 )

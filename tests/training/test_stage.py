@@ -21,6 +21,8 @@ from fused_kd.training.stage import (
     read_json,
     remove_folder,
     replace_folder,
+    tell,
+    told,
     write_json,
 )
 from tests.training.forking import ended, fork
@@ -267,3 +269,15 @@ def test_helpers_end_with_the_first_process(tmp_path: Path, capsys) -> None:
     assert "its work was done here: see" in capsys.readouterr().err
     with pytest.raises(ValueError, match="jobs must be an int of at least 1, got 0"), helpers("x.py", [], 0, tmp_path):
         pass
+
+
+def test_results_are_told_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "pieces.jsonl"
+    assert told(path) == {}
+    for value in ({"a": (1, 2)}, {"a": (1, 2)}, {"a": "ü"}):
+        tell(path, "one", value)
+    assert path.read_bytes().count(b"title") == 2 and told(path) == {"one": {"a": "ü"}}
+    with open(path, "ab") as file:  # a kill in the middle of a line, and of a letter
+        file.write('\n{"title": "two", "value": "ü'.encode()[:-1])
+    tell(path, "three", None)
+    assert told(path) == {"one": {"a": "ü"}, "three": None}

@@ -1,0 +1,93 @@
+"""How good the base's candidates are, and which scorer finds them: what an iteration can give, before any training.
+
+    python examples/cycle_distill/probe.py --preset tiny --output runs/cycle --candidates 16
+
+The sentences are those of the validation split; their references serve the scores alone. ``probe.json`` in
+--output has chrF of greedy decoding, of a sample, of each scorer's choice, and of the best by the reference (oracle).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from candidates import SCORERS, chrf_matrix
+from cycle_distill import HERE, Cycle, CycleDistill
+from translations import Filters, Maker, row_of, truncated
+
+from fused_kd.training.generate import generate_to
+from fused_kd.training.score import score
+from fused_kd.training.script import parse, run_script
+from fused_kd.training.stage import read_json, write_json
+
+
+@dataclass
+class Options:
+    """How the script runs."""
+
+    output: str = "runs/cycle_probe"
+    stages: str | None = None
+    temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
+
+
+def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:
+    """chrF on the validation split of every way to choose, with the candidates' number and temperature."""
+    config, pairs = cycle.config, cycle.texts.valid
+    model, references, n = cycle.base(seed), [pair.target for pair in pairs], config.candidates
+    prompts = cycle.prompts(pairs)
+    decoding = replace(cycle.decoding, temperature=temperature, seed=seed)
+    folder = cycle.stages.folder / f"probe-{seed}-{n}-{temperature}"
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    made = generate_to(folder, cycle.load(model), cycle.tokenizer, repeated, decoding, progress=False)
+    maker = Maker(cycle.tokenizer, config.direction, cycle.filters, config.max_length)
+    found: dict[str, Any] = {"seed": seed, "candidates": n, "temperature": temperature, "sentences": len(pairs)}
+    groups = []
+    for index, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
+        rows = [row_of(made[place], prompt, pair, maker) for place in range(index * n, (index + 1) * n)]
+        groups.append([row for row in rows if "rule" not in row])
+    found["passed"] = sum(map(len, groups)) / len(made)
+    first = [truncated(made[index * n].text, cycle.filters.markers) for index in range(len(pairs))]
+    some = [index for index, group in enumerate(groups) if group]
+    rows = [groups[index] for index in some]
+
+    def chosen(scores: list[list[float]]) -> float:
+        texts = list(first)
+        for index, group, each in zip(some, rows, scores, strict=True):
+            texts[index] = group[max(range(len(group)), key=each.__getitem__)]["text"]
+        return score(texts, references).chrf
+
+    found["sample"] = score(first, references).chrf
+    for scorer in SCORERS[1:]:
+        if "round_trip" not in scorer or config.both_ways:
+            config.scorer = scorer
+            found[scorer] = chosen(cycle.scores_of(model, seed, rows))
+    to_reference = [
+        chrf_matrix([*(row["text"] for row in group), references[index]])[:-1, -1].tolist()
+        for index, group in zip(some, rows, strict=True)
+    ]
+    found["oracle"] = chosen(to_reference)
+    return found
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    config, filters, options = parse((CycleDistill, Filters, Options), argv, configs=HERE)
+    cycle = Cycle(config, filters, options.stages or options.output, options.output)
+    cycle.check()
+    found = []
+    for seed in config.seeds:
+        greedy = read_json(cycle.base_scores(seed) / "scores.json")["valid"]["chrf"]
+        for temperature in options.temperatures:
+            found.append({"greedy": greedy, **measure(cycle, seed, temperature)})
+            write_json(Path(options.output) / "probe.json", found)
+            cycle.console.print(found[-1])
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

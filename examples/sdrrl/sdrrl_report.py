@@ -1,0 +1,176 @@
+"""What a run of SDRRL has found: tables, paired comparisons of arms, figures, from the small files of its pieces.
+
+python examples/sdrrl/sdrrl_report.py RESULTS   # a run's results, finished or not; writes metrics.json and figures
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fused_kd.training.stage import read_json, told, write_json
+
+BEFORE = "before"
+METRICS = ("accuracy", "chrf", "bleu")
+RESAMPLES = 10_000
+_PIECE = re.compile(r"(?P<step>collect|filter|set|train|test)-(?P<name>.+?)(?:-s(?P<seed>\d+))?")
+
+
+def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str, Any]:
+    """Of a run's ``pieces.jsonl``: counts of every step; of each arm and seed its rows, its training, and its scores.
+
+    Args:
+        results: a run's folder of results.
+        titles: the pieces that count; None: all that there are, of a run that may be unfinished.
+    """
+    pieces = told(Path(results) / "pieces.jsonl")
+    found: dict[str, Any] = {"tasks": {}, "transfer": {}, "sets": {}, "training": {}, "translator": None, "scores": []}
+    for title in pieces if titles is None else [title for title in titles if title in pieces]:
+        piece = pieces[title]
+        known = _PIECE.fullmatch(title)
+        if title == "tasks":
+            found["tasks"] = piece["counts"]
+        elif title == "translator-test":
+            found["translator"] = piece["scores"]
+        elif known is None:  # what an arm is trained from: base models, translator
+            found["training"] |= {title: piece["training"]} if "training" in piece else {}
+        elif known["step"] in ("collect", "filter"):
+            found["transfer"].setdefault(title.partition("-")[2], {}).update(piece["counts"])
+        elif known["step"] == "test":
+            row = {"arm": known["name"], "seed": int(known["seed"] or 0)}
+            found["scores"] += [row | {"language": key, **values} for key, values in piece["scores"].items()]
+        else:
+            what = {"set": ("sets", "counts"), "train": ("training", "training")}[known["step"]]
+            found[what[0]][title.partition("-")[2]] = piece[what[1]]
+    return found
+
+
+def transfer_table(metrics: Mapping[str, Any]) -> str:
+    """What became of the answers, as Markdown."""
+    import pandas
+
+    return str(pandas.DataFrame(metrics["transfer"]).T.to_markdown())
+
+
+def results_table(metrics: Mapping[str, Any]) -> str:
+    """Every arm's scores in both languages, mean over seeds ± their deviation, as Markdown."""
+    import pandas
+
+    def shown(values: pandas.Series) -> str:
+        values = values.dropna()
+        deviation = f" ±{values.std():.1f}" if len(values) > 1 else ""
+        return f"{values.mean():.1f}{deviation}" if len(values) else "-"
+
+    frame = pandas.DataFrame(metrics["scores"])
+    table = frame.groupby(["arm", "language"])[list(METRICS)].agg(shown).unstack("language").reindex(frame.arm.unique())
+    table.columns = [f"{language} {metric}" for metric, language in table.columns]
+    rows = {title.rpartition("-s")[0]: counts["rows"] for title, counts in metrics["sets"].items()}
+    table.insert(0, "rows", [rows.get(arm, "-") for arm in table.index])
+    return str(table.to_markdown(disable_numparse=True))
+
+
+def paired(
+    scores: Sequence[Mapping[str, Any]], first: str, second: str, language: str, seed: int = 0
+) -> dict[str, Any] | None:
+    """How much more accurate one arm is than another, in points, on the same questions.
+
+    Args:
+        scores: a run's ``scores``.
+        first, second: arms.
+
+    Returns:
+        ``difference``, the mean over the seeds that both have; ``low`` and ``high``, 95 % of it over questions drawn
+        again within their kinds, 10,000 times, the same ones for every seed; ``by_seed``. None where they share none.
+    """
+    hits: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+    for row in scores:
+        if row["language"] == language and row["arm"] in (first, second) and row.get("hits"):
+            hits[row["arm"], row["seed"]] = {kind: np.array(list(text), int) for kind, text in row["hits"].items()}
+    seeds = sorted({seed for arm, seed in hits if arm == first} & {seed for arm, seed in hits if arm == second})
+    if not seeds:
+        return None
+    rng = np.random.default_rng(seed)
+    kinds = sorted(hits[first, seeds[0]])
+    apart = {kind: np.stack([hits[first, s][kind] - hits[second, s][kind] for s in seeds]) for kind in kinds}
+    by_seed = np.mean([values.mean(1) for values in apart.values()], axis=0) * 100
+    drawn = np.zeros(RESAMPLES)
+    for values in apart.values():
+        count = values.shape[1]
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        drawn += weights @ values.mean(0) / count / len(kinds) * 100
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {
+        "difference": float(by_seed.mean()), "low": float(low), "high": float(high),
+        "by_seed": dict(zip(map(str, seeds), map(float, by_seed), strict=True)),
+    }  # fmt: skip
+
+
+def comparisons(metrics: Mapping[str, Any], first: str = "sdrrl") -> dict[str, dict[str, Any]]:
+    """:func:`paired` of one arm with every other, ``{"ARM LANGUAGE": ...}``."""
+    others = dict.fromkeys((row["arm"], row["language"]) for row in metrics["scores"] if row["arm"] != first)
+    made = {f"{arm} {language}": paired(metrics["scores"], first, arm, language) for arm, language in others}
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def comparisons_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """As Markdown."""
+    lines = ["| against | language | points | 95 % | seeds |", "|---|---|---|---|---|"]
+    for name, value in found.items():
+        arm, language = name.split()
+        seeds = " ".join(f"{points:+.1f}" for points in value["by_seed"].values())
+        lines.append(
+            f"| `{arm}` | {language} | {value['difference']:+.1f} | "
+            f"{value['low']:+.1f} to {value['high']:+.1f} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def write_plots(metrics: Mapping[str, Any], folder: str | Path) -> None:
+    """``accuracy.png`` and ``chrf.png`` (means, with the deviation over seeds)."""
+    import matplotlib
+    import pandas
+
+    matplotlib.use("Agg")
+    frame = pandas.DataFrame(metrics["scores"], columns=["arm", "language", "majority", *METRICS])
+    for key, label in (("accuracy", "accuracy of questions (%)"), ("chrf", "chrF of completions")):
+        if frame[key].notna().any():
+            numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
+            numbers = numbers.reindex(frame.arm.unique()[::-1])
+            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 5.5))
+            if key == "accuracy":
+                axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
+            axis.legend()
+            axis.figure.savefig(Path(folder) / f"{key}.png", dpi=130, bbox_inches="tight")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="folders of results of one study, such as of several seeds")
+    parser.add_argument("--output", help="of metrics.json and figures; default: the first folder")
+    given = parser.parse_args(argv)
+    metrics: dict[str, Any] = {}
+    for results in given.results:
+        whole = read_json(Path(results) / "metrics.json")
+        known = gather(results) if whole is None else whole
+        if not metrics:
+            metrics = dict(known)
+            continue
+        metrics["scores"] = [*metrics["scores"], *known["scores"]]
+        for key in ("sets", "training", "transfer"):
+            metrics[key] = {**known[key], **metrics[key]}
+    metrics["comparisons"] = comparisons(metrics)
+    folder = Path(given.output or given.results[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", metrics)
+    write_plots(metrics, folder)
+    print(transfer_table(metrics), results_table(metrics), comparisons_table(metrics["comparisons"]), sep="\n\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

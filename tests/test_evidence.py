@@ -1,0 +1,68 @@
+"""docs/evidence.md: its tables are those of committed results, its intervals numpy's, its verdicts follow."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "docs"))
+
+import evidence
+import evidence_claims as claims
+import evidence_data as data
+from evidence_data import ROOT, Effect
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return evidence.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_is_current_and_has_every_table(page: str) -> None:
+    assert evidence.written(page) == page, "run: make docs"
+    assert {name for _, name, _ in evidence.MARKS.findall(page)} == evidence.TABLES.keys()
+
+
+def test_every_figure_is_there_and_shown(page: str, tmp_path: Path) -> None:
+    shown = set(re.findall(r"\(evidence/(\w+)\.png\)", page))
+    assert shown == evidence.FIGURES.keys() == {path.stem for path in evidence.FOLDER.glob("*.png")}
+    assert {path.stem for path in evidence.draw(tmp_path)} == shown
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_a_changed_number_and_an_unknown_table_are_found(page: str) -> None:
+    number = re.search(r"\+1\.13 \[", page)
+    assert number is not None
+    assert evidence.written(page.replace(number[0], "+1.14 [")) == page
+    with pytest.raises(ValueError, match=r"marks must name one of .*, got nothing"):
+        evidence.written("<!-- evidence: nothing -->\n<!-- /evidence -->")
+
+
+def test_effects() -> None:
+    effect = Effect.of({0: 3.0, 1: 2.0, 2: 4.0, 9: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert effect.each == (2.0, 1.0, 3.0) and effect.mean == 2.0
+    half = 4.303 * np.std(effect.each, ddof=1) / np.sqrt(3)
+    assert effect.interval == pytest.approx((2 - half, 2 + half))
+    assert str(effect) == "+2.00 [-0.48, +4.48]" and effect.verdict == "open"
+    assert Effect((1.0, 1.1, 1.2)).verdict == "yes" and Effect((-1.0, -1.1, -1.2)).verdict == "no"
+    assert str(Effect((0.5, 0.25))) == "+0.38 (+0.50, +0.25)" and Effect((0.5, 0.25)).verdict == "(yes)"
+    assert Effect((0.5, -0.25)).verdict == "(open)" and str(Effect((0.012,))) == "+0.012 (one seed)"
+    with pytest.raises(ValueError, match="must share a seed"):
+        Effect.of({0: 1.0}, {1: 1.0})
+
+
+def test_a_claim_is_its_runs_difference() -> None:
+    """One of them, from the JSON itself."""
+    runs = data.read(ROOT / "examples/self_evolution/results/table1/results.json")["runs"]
+    scores: dict[str, dict[int, float]] = {"self_evolution": {}, "forward_kd": {}}
+    for run in runs:
+        if run["condition"] == "wrong_references" and run["method"] in scores and not run["sweep"]:
+            scores[run["method"]][run["seed"]] = np.mean([each["bleu"] for each in run["scores"].values()])
+    expected = [scores["self_evolution"][seed] - scores["forward_kd"][seed] for seed in (0, 1, 2)]
+    text, where = "Self-Evolution - ForwardKD", claims.WRONG
+    found = next(c for c in claims.self_evolution() if (c.text, c.where) == (text, where))
+    assert found.effect.each == pytest.approx(expected)
