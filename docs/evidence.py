@@ -12,6 +12,8 @@ from pathlib import Path
 import evidence_claims as claims
 import evidence_data as data
 import evidence_figures as figures
+import evidence_plane as plane
+import evidence_runs
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -21,10 +23,15 @@ MARKS = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- /evidence -->)", re.DO
 TABLES: dict[str, Callable[[], str]] = {
     **{section: partial(claims.table, section) for section in claims.SECTIONS},
     "sweeps": claims.sweeps,
-    "runs": data.runs,
+    "runs": evidence_runs.table,
+    "plane": lambda: plane.table(plane.cells()),
 }
 SHOWN = ("self_evolution", "cycle_distill", "sdrrl")
-FIGURES: dict[str, Callable[[], Figure]] = {section: partial(figures.forest, section) for section in SHOWN}
+FIGURES: dict[str, Callable[[], Figure]] = {
+    **{section: partial(figures.forest, section) for section in SHOWN},
+    "plane": lambda: figures.plane(plane.cells()),
+    "rule": lambda: figures.rule(plane.cells()),
+}
 
 
 def written(text: str) -> str:

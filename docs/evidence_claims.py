@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import evidence_data as data
+import evidence_plane as plane
 from evidence_data import Effect, compare, gain
 
 CONVERGED, WRONG = "clean, BLEU", "30 % wrong references, BLEU"
@@ -98,7 +99,20 @@ def floor() -> list[Claim]:
     return found
 
 
+def demo() -> list[Claim]:
+    frame, where = plane.demo(), "30 % wrong references, BLEU"
+    pairs = {
+        "floor 0.3 - ForwardKD": ("floor_0.3", "forward_kd"),
+        "floor 0.3 - SFT": ("floor_0.3", "sft"),
+        "ForwardKD - SFT": ("forward_kd", "sft"),
+    }
+    found = [Claim(text, where, compare(frame, *names)) for text, names in pairs.items()]
+    starts = {"floor 0.3": "floor_0.3", "ForwardKD": "forward_kd", "SFT": "sft"}
+    return [*found, *(Claim(f"{text} - the student before", where, gain(frame, name)) for text, name in starts.items())]
+
+
 SECTIONS = {
+    "demo": demo,
     "self_evolution": self_evolution,
     "cycle_distill": cycle_distill,
     "sdrrl": sdrrl,

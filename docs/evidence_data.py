@@ -205,38 +205,3 @@ def existing(*readers: Reader) -> Iterator[pd.DataFrame]:
             yield reader()
         except FileNotFoundError:
             continue
-
-
-# What was run
-
-
-TABLES = "[Self-Evolution](../examples/self_evolution/README.md)"
-REHEARSAL = "[the same](../examples/self_evolution/README.md#the-papers-data-a-rehearsal)"
-
-
-def runs() -> str:
-    """A line a study: sizes, seeds, time, versions."""
-    rows = []
-    for name, folder in ((f"{TABLES}, table", "table1"), (f"{REHEARSAL}, ALMA, a rehearsal", "alma")):
-        found = read(EXAMPLES / f"self_evolution/results/{folder}/results.json")
-        sizes = [found["pretraining"][who]["parameters"] / 1e6 for who in ("teacher", "student")]
-        trained = [*found["runs"], *found["pretraining"].values()]
-        sizes = "{:.2f}M, {:.2f}M".format(*sizes)
-        rows.append(_line(name, sizes, found, found["settings"]["seeds"], trained))
-    for study in ("near", "cpu"):
-        found = read(EXAMPLES / f"smollm2/results/{study}/results.json")
-        student = next(iter(found["students"].values()))
-        sizes = f"134.5M, {student['parameters'] / 1e6:.1f}M"
-        seeds = sorted({run["seed"] for run in found["runs"]})
-        rows.append(
-            _line(f"[SmolLM2](../examples/smollm2/README.md), {study}", sizes, found, seeds, [student, *found["runs"]])
-        )
-    return markdown(["study", "teacher, student", "students trained", "seeds", "hours of training", "versions"], rows)
-
-
-def _line(
-    name: str, sizes: str, found: dict[str, Any], seeds: Sequence[int], trained: Sequence[dict[str, Any]]
-) -> list[Any]:
-    hours = sum(run["seconds"] for run in trained) / 3600
-    versions = ", ".join(f"{package} {found['versions'][package]}" for package in ("torch", "transformers"))
-    return [name, sizes, len(found["runs"]), ", ".join(map(str, seeds)), f"{hours:.1f}", versions]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import evidence_claims as claims
 import matplotlib
 import pandas as pd
 from evidence_data import NO, YES, still_hard
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fused_kd.training.advice import BEGINNER, STARVED
 
 METHODS = {
     "sft": ("SFT", "#7f7f7f"),
@@ -23,6 +24,7 @@ METHODS = {
     "floor_0.3": ("floor 0.3", "#ff7f0e"),
     "floor_0.5": ("floor 0.5", "#8c564b"),
 }
+LIMITS = {"a floor, at least": STARVED, "ForwardKD": BEGINNER}  # each from there on
 VERDICTS = {YES: "#2ca02c", NO: "#d62728"}
 STYLE = {
     "axes.spines.top": False,
@@ -42,7 +44,11 @@ def plane(cells: pd.DataFrame) -> Figure:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey="row").flat
+    axes = figure.subplots(
+        lines,
+        columns,
+        squeeze=False,
+    ).flat
     for axis, ((study, noise), own) in zip(axes, panels, strict=False):
         _gains(axis, own)
         axis.set_title(f"{study}, {noise:.0%} wrong" if noise else f"{study}, clean", fontsize=9)
@@ -57,7 +63,10 @@ def plane(cells: pd.DataFrame) -> Figure:
 def _gains(axis: Axes, own: pd.DataFrame) -> None:
     axis.axhline(0.0, color="#222222", linewidth=0.8)
     present = [name for name in METHODS if name in set(own.method)]
-    width = (own.start.max() - own.start.min() or 1.0) * 0.012
+    span = max(own.start.max() - own.start.min(), 4.0)
+    width = 0.012 * span
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.set_xlim(own.start.min() - 0.15 * span, own.start.max() + 0.15 * span)
     for place, name in enumerate(present):
         runs = own[own.method == name]
         gained, colour = runs.score - runs.start, METHODS[name][1]
@@ -69,7 +78,7 @@ def _gains(axis: Axes, own: pd.DataFrame) -> None:
         axis.plot(runs.student.map(by_student.start) + shift, gained, "o", color=colour, markersize=3.2)
 
 
-def rule(cells: pd.DataFrame, limits: Mapping[str, float]) -> Figure:
+def rule(cells: pd.DataFrame) -> Figure:
     """What each method is worth beside ForwardKD, by the share of teacher-easy tokens that are hard at first."""
     known = cells.dropna(subset=["hard", "hard_t"])
     keys = ["study", "student", "noise", "seed"]
@@ -86,9 +95,10 @@ def rule(cells: pd.DataFrame, limits: Mapping[str, float]) -> Figure:
             axis.plot(
                 share[part], (runs.score - base.loc[runs.index])[part], marker, color=METHODS[name][1], markersize=4.5
             )
-    for text, limit in limits.items():
+    for text, limit in LIMITS.items():
         axis.axvline(limit, color="#222222", linestyle=":", linewidth=1)
         axis.annotate(text, (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
+    axis.set_xlim(-0.1, 1.05)
     axis.set_xlabel("of the tokens that are easy for the teacher: hard for the student in the first steps")
     axis.set_ylabel("BLEU above ForwardKD")
     _legend(figure, known[known.method.isin(["sft", "forward_kd", "self_evolution", "floor_0.3"])])
@@ -118,4 +128,4 @@ def forest(section: str) -> Figure:
 def _legend(figure: Figure, cells: pd.DataFrame) -> None:
     present = [METHODS[name] for name in METHODS if name in set(cells.method)]
     handles = [matplotlib.lines.Line2D([], [], color=colour, marker="o", markersize=4) for _, colour in present]
-    figure.legend(handles, [label for label, _ in present], loc="outside lower center", ncols=min(len(present), 6))
+    figure.legend(handles, [label for label, _ in present], loc="outside lower center", ncols=min(len(present), 5))

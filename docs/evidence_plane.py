@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +31,8 @@ def cells() -> pd.DataFrame:
 
 def readers() -> list[Any]:
     folders = sorted((EXAMPLES / "self_evolution/results").glob("regimes*"))
-    return [lambda folder=folder: regimes(folder) for folder in folders]
+    found = [partial(regimes, folder) for folder in folders]
+    return [*found, demo, strengths]
 
 
 def small_set() -> pd.DataFrame:
@@ -41,8 +44,8 @@ def small_set() -> pd.DataFrame:
 
 def regimes(folder: Path) -> pd.DataFrame:
     """examples/self_evolution/regimes.py: scores are means over directions."""
-    records = read(folder / "results.json")["runs"]
-    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in records if each["kind"] == "start"}
+    found = read(folder / "results.json")
+    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in found["starts"]}
     return pd.DataFrame(
         {
             "study": folder.name, "student": run["strength"], "noise": run["noise"], "method": run["method"],
@@ -50,9 +53,40 @@ def regimes(folder: Path) -> pd.DataFrame:
             "start": starts[run["strength"]], "teacher": starts["teacher"],
             "hard": run["history"][0].get("hard_fraction"), "hard_t": run["history"][0].get("hard_fraction_t"),
         }
-        for run in records
-        if run["kind"] == "run"
+        for run in found["runs"]
     )  # fmt: skip
+
+
+def demo() -> pd.DataFrame:
+    """`make demo` with three seeds, each with a teacher and a student of its own."""
+    runs = read(EXAMPLES / "results/demo/results.json")["runs"]
+    return distilled(runs).assign(study="demo", student="works")
+
+
+def strengths() -> pd.DataFrame:
+    """Students of several strengths on the demo's corpus, one seed."""
+    paths = sorted((EXAMPLES / "results/strengths").glob("*.json"))
+    found = distilled([read(path) for path in paths]).assign(study="demo's corpus")
+    return found.sort_values("start", kind="stable")
+
+
+def distilled(runs: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """What examples/distill.py tells of its runs; scores are those of its ``test_split``."""
+    rows = []
+    for found in runs:
+        about, stages = found["arguments"], found["stages"]
+        before, teacher = (stages[name]["scores"]["bleu"] for name in ("student", "teacher"))
+        for name in [name for name in stages if name not in ("student", "teacher")]:
+            first = next((entry for entry in stages[name].get("log_history", ()) if "loss" in entry), {})
+            rows.append(
+                {
+                    "student": f"{about['student_epochs']:g} epoch{'s' * (about['student_epochs'] != 1)}",
+                    "noise": about["kd_noise"], "method": name.replace("self_evolution-floor=", "floor_"),
+                    "seed": found["seed"], "score": stages[name]["scores"]["bleu"], "start": before, "teacher": teacher,
+                    "hard": first.get("hard_fraction"), "hard_t": first.get("hard_fraction_t"),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -68,10 +102,10 @@ def table(frame: pd.DataFrame) -> str:
         shares = own.dropna(subset=["hard", "hard_t"])
         share = f"{still_hard(shares.hard, shares.hard_t).mean():.2f}" if len(shares) else ""
         seeds = len(set(own.seed))
-        about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.iloc[0]:.1f}", f"{noise:.0%}", share, seeds]
+        about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.mean():.1f}", f"{noise:.0%}", share, seeds]
         rows.append([*about, *texts])
-    header = ["study", "student", "before", "teacher", "wrong", "still hard", "seeds", *(COLUMNS[name] for name in shown)]
-    return markdown(header, rows)
+    about = ["study", "student", "before", "teacher", "wrong", "still hard", "seeds"]
+    return markdown([*about, *(COLUMNS[name] for name in shown)], rows)
 
 
 def _cell(means: dict[str, float], name: str, best: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "docs"))
 import evidence
 import evidence_claims as claims
 import evidence_data as data
+import evidence_figures as figures
+import evidence_plane as plane
 from evidence_data import ROOT, Effect
 
 
@@ -66,3 +69,42 @@ def test_a_claim_is_its_runs_difference() -> None:
     text, where = "Self-Evolution - ForwardKD", claims.WRONG
     found = next(c for c in claims.self_evolution() if (c.text, c.where) == (text, where))
     assert found.effect.each == pytest.approx(expected)
+
+
+def plane_of(folder: Path) -> Path:
+    """A results.json of regimes.py: two strengths, two noises, three methods, three seeds."""
+
+    def scores(bleu: float) -> dict[str, dict[str, float]]:
+        return {"de-en": {"bleu": bleu + 1, "chrf": 0.0}, "en-de": {"bleu": bleu - 1, "chrf": 0.0}}
+
+    starts = {"weak": 2.0, "tuned": 20.0, "teacher": 30.0}
+    gains = {"sft": 1.0, "forward_kd": 3.0, "floor_0.3": 3.1}
+    found = folder / "regimes-toy"
+    found.mkdir()
+    runs = [
+        {
+            "strength": strength, "noise": noise, "method": method, "seed": seed, "kind": "run",
+            "scores": scores(starts[strength] + gain + [0.5, 0.0, -0.4][seed] * (method == "floor_0.3")),
+            "history": [{"step": 1, "hard_fraction": 0.6, **({"hard_fraction_t": 0.2} if method != "sft" else {})}],
+        }
+        for strength in ("weak", "tuned") for noise in (0.0, 0.3) for method, gain in gains.items() for seed in range(3)
+    ]  # fmt: skip
+    content = {"starts": [{"strength": name, "scores": scores(bleu)} for name, bleu in starts.items()], "runs": runs}
+    (found / "results.json").write_text(json.dumps(content))
+    return found
+
+
+def test_the_plane(tmp_path: Path) -> None:
+    frame = plane.regimes(plane_of(tmp_path))
+    lines = plane.table(frame).splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[2] == "| regimes-toy | weak | 2.0 | 30.0 | 0% | 0.50 | 3 | 3.0 | **5.0** | **5.1** |", "even"
+    assert lines[5].startswith("| regimes-toy | tuned | 20.0 | 30.0 | 30% |")
+    drawn = figures.plane(frame)
+    assert [axis.get_title() for axis in drawn.axes] == ["regimes-toy, clean", "regimes-toy, 30% wrong"]
+    gained = {line.get_color(): list(line.get_ydata()) for line in drawn.axes[0].lines if line.get_linewidth() == 1.4}
+    assert gained[figures.METHODS["sft"][1]] == pytest.approx([1.0, 1.0])
+    rule = figures.rule(frame).axes[0]
+    points = [line for line in rule.lines if line.get_color() == figures.METHODS["floor_0.3"][1]]
+    assert sorted(np.concatenate([line.get_ydata() for line in points])) == pytest.approx(sorted([0.6, 0.1, -0.3] * 4))
+    assert np.concatenate([line.get_xdata() for line in points]) == pytest.approx(0.5)

@@ -11,9 +11,10 @@ from fused_kd.objectives import Objective
 from fused_kd.training.baseline import HARD_T
 
 PAGE = "docs/evidence.md#which-objective"
-KL, FLOOR, SKEWED = "forward_kd", "self_evolution:floor=0.3", "self_evolution"
-# of the tokens that are easy for the teacher itself, the share that is hard for the student
-BEGINNER, LEARNER = 0.9, 0.3
+KL, FLOOR = "forward_kd", "self_evolution:floor=0.3"
+# of the tokens that are easy for the teacher itself, the share that is hard for the student: above BEGINNER KL is
+# better than FLOOR, above STARVED a loss that is skewed without a floor is clearly worse than both
+BEGINNER, STARVED = 0.6, 0.2
 BEGINNER_OF_ALL = 0.98  # of all tokens, where the teacher's own share is not known
 NOTHING_EASY = 0.98  # of all tokens, hard for the teacher
 
@@ -41,9 +42,9 @@ def still_hard(hard_fraction: float, hard_fraction_t: float) -> float:
 def advised_objective(hard_fraction: float, hard_fraction_t: float | None = None) -> str:
     """The objective for a student by the shares that its first steps log, as text for ``objective=``.
 
-    "forward_kd" for one that hardly works, "self_evolution:floor=0.3" for one that works and is behind its teacher,
-    "self_evolution" for one that is nearly as good as it; docs/evidence.md has the measurements. "forward_kd" too where
-    nearly every token is hard for the teacher itself: then the shares say nothing (a larger Γ would).
+    "forward_kd" for one that hardly works, "self_evolution:floor=0.3" for one that does; docs/evidence.md has what was
+    measured. "forward_kd" too where nearly every token is hard for the teacher itself: then the shares say nothing
+    (with a larger Γ they would).
 
     Args:
         hard_fraction: share of tokens that are hard for the student, in [0, 1].
@@ -56,8 +57,7 @@ def advised_objective(hard_fraction: float, hard_fraction_t: float | None = None
         return KL if hard_fraction > BEGINNER_OF_ALL else FLOOR
     if hard_fraction_t > NOTHING_EASY:
         return KL
-    share = still_hard(hard_fraction, hard_fraction_t)
-    return KL if share > BEGINNER else FLOOR if share > LEARNER else SKEWED
+    return KL if still_hard(hard_fraction, hard_fraction_t) > BEGINNER else FLOOR
 
 
 def starves(objective: Objective) -> bool:
@@ -71,8 +71,8 @@ def starves(objective: Objective) -> bool:
 def warning(objective: Objective, log: Sequence[Mapping[str, float]], step: int, max_steps: int) -> str | None:
     """What to tell of a training so far, or None.
 
-    Of an objective that starves, when another one has been advised in every entry of 5 % of the training and at least
-    20 steps.
+    Of an objective that starves, when its student has stayed too weak for it for 5 % of the training and at least 20
+    steps.
 
     Args:
         objective: of the current step.
@@ -97,9 +97,8 @@ def warning(objective: Objective, log: Sequence[Mapping[str, float]], step: int,
 
 
 def _suited(entry: Mapping[str, float]) -> bool:
-    """Whether a skewed loss without a floor is right for this student, or too little is known to say otherwise."""
+    """Whether a skewed loss without a floor is good enough for this student, or too little is known to say."""
     own = entry.get(HARD_T)
-    if own is not None and own > NOTHING_EASY:
-        return True
-    found = advised_objective(entry["hard_fraction"], own)
-    return found == SKEWED or (own is None and found != KL)
+    if own is None:
+        return entry["hard_fraction"] <= BEGINNER_OF_ALL
+    return own > NOTHING_EASY or still_hard(entry["hard_fraction"], own) <= STARVED

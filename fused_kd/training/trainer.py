@@ -110,8 +110,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             given is for evaluation.
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
-            limit. Default "self_evolution", the paper's loss, for a student that works already; one that does not yet
-            needs a floor, "self_evolution:floor=0.3", or "forward_kd", the default of ``examples/train.py``.
+            limit. Default "self_evolution", the paper's loss. Most students are better served with a floor under it,
+            "self_evolution:floor=0.3", and those that hardly work yet with "forward_kd", the default of
+            ``examples/train.py``: see :func:`fused_kd.training.advice.advised_objective`.
         temperature: default 1.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are;
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
@@ -330,7 +331,7 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         self.metrics.collect(self.accelerator)  # trainer_state.json, with these in it, is written next
 
     def _warn_if_starved(self) -> None:
-        """Warn once when another objective suits the student for 5 % of the training and at least 20 steps."""
+        """Warn once when the student has long been too weak for its objective."""
         state = self.state
         told = advice.warning(self.current_objective(), state.log_history, state.global_step, state.max_steps)
         if told is not None:

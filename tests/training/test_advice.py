@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fused_kd as fk
-from fused_kd.training.advice import BEGINNER, FLOOR, KL, LEARNER, PAGE, SKEWED, advised_objective, still_hard, warning
+from fused_kd.training.advice import BEGINNER, FLOOR, KL, PAGE, STARVED, advised_objective, still_hard, warning
 
 STARVING = fk.SelfEvolution()
 
@@ -32,17 +32,19 @@ def test_shares() -> None:
 
 def test_the_limits_and_their_sides() -> None:
     own = 0.5
-    for limit, below, above in ((BEGINNER, FLOOR, KL), (LEARNER, SKEWED, FLOOR)):
-        hard = own + (1 - own) * limit
-        assert (advised_objective(hard - 1e-3, own), advised_objective(hard + 1e-3, own)) == (below, above)
+    hard = own + (1 - own) * BEGINNER
+    assert (advised_objective(hard - 1e-3, own), advised_objective(hard + 1e-3, own)) == (FLOOR, KL)
+    hard = own + (1 - own) * STARVED
+    for shift, told in ((-1e-3, False), (1e-3, True)):
+        assert (warning(STARVING, log((hard + shift, own), (hard + shift, own)), 20, 100) is not None) == told
     assert [advised_objective(0.99), advised_objective(0.9)] == [KL, FLOOR]
     assert advised_objective(1.0, 1.0) == KL and advised_objective(0.99, 0.99) == KL
-    for text in (KL, FLOOR, SKEWED):
+    for text in (KL, FLOOR):
         fk.objectives.parse(text)
 
 
 def test_it_speaks_when_another_objective_fits_for_long() -> None:
-    beginner, learner, near = (1.0, 0.3), (0.8, 0.3), (0.35, 0.3)
+    beginner, learner, near = (1.0, 0.3), (0.6, 0.3), (0.35, 0.3)
     text = warning(STARVING, log(beginner, beginner), 20, 100)
     assert text is not None and text.startswith("hard_fraction was 1.00 (0.30 for the teacher itself)")
     assert "stayed so for 20 steps" in text and f"objective={KL!r} or {FLOOR!r}" in text and text.endswith(PAGE)
