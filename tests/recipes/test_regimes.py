@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "self_evolution"))
 
 import regimes as recipe
 import regimes_report
+from regimes_data import documents, pretraining_rows, read_rows
 
 from fused_kd.training.data import Pair
 from fused_kd.training.stage import Stages
@@ -64,7 +65,7 @@ def test_runs_and_their_order(folder: Path) -> None:
 
 def test_no_document_has_a_sentence_and_its_translation() -> None:
     corpus = {d: [Pair(f"{d[:2]}{i}", f"{d[3:]}{i}") for i in range(30)] for d in ("en-de", "de-en", "en-cs")}
-    found = [text.split("\n") for texts in recipe.documents([corpus], list(corpus), 4) for text in texts]
+    found = [text.split("\n") for texts in documents([corpus], list(corpus), 4) for text in texts]
     assert max(map(len, found)) == 4 and all(len({s[:2] for s in text}) == 1 for text in found)
     rows = [sentence[2:] for text in found for sentence in text]
     assert sorted(rows, key=int) == [str(i) for i in range(30)], "each row in one language, once"
@@ -73,11 +74,12 @@ def test_no_document_has_a_sentence_and_its_translation() -> None:
 def test_who_has_seen_what(plane: recipe.Regimes) -> None:
     new = {pair for pairs in plane.new.values() for pair in pairs}
     assert len(new) == 2 * 16 and not new & {pair for pairs in plane.seen.values() for pair in pairs}
-    assert len(recipe.read_rows(plane.clean_pairs("teacher"))) == 2 * 60
-    assert len(recipe.read_rows(plane.clean_pairs("tuned"))) == 2 * 10
-    stored, made = recipe.read_rows(plane.documents()), plane.pretraining_rows()
+    assert len(read_rows(plane.clean_pairs("teacher") / "rows.npz")) == 2 * 60
+    assert len(read_rows(plane.clean_pairs("tuned") / "rows.npz")) == 2 * 10
+    stored = read_rows(plane.documents() / "rows.npz")
+    made = pretraining_rows(plane.tokenizer, plane.corpora, plane.config.pretraining, plane.config.max_length)
     assert stored.rows == made.rows and all(row["labels"] == row["input_ids"] for row in made)
-    tuned = recipe.read_rows(plane.clean_pairs("tuned"))
+    tuned = read_rows(plane.clean_pairs("tuned") / "rows.npz")
     assert tuned.rows == plane.rows({d: pairs[:10] for d, pairs in plane.seen.items()}).rows
     text = " ".join(plane.tokenizer.decode(row["input_ids"]) for row in made)
     assert not any(pair.source in text for pairs in plane.new.values() for pair in pairs)
@@ -97,9 +99,8 @@ def test_the_rate_is_chosen_on_validation_text_alone(
         folder = tmp_path / f"{trial.rate:g}"
         folder.mkdir(exist_ok=True)
         chrf = {1e-3: [10.0, 40.0], 1e-2: [30.0, 30.0]}[trial.rate or 0.0]
-        (folder / "trained.json").write_text(
-            json.dumps({"valid": {d: {"chrf": c} for d, c in zip("ab", chrf, strict=True)}})
-        )
+        valid = {direction: {"chrf": value} for direction, value in zip("ab", chrf, strict=True)}
+        (folder / "trained.json").write_text(json.dumps({"valid": valid}))
         return folder
 
     monkeypatch.setattr(plane, "trained", trained)
