@@ -1,7 +1,7 @@
 """Where each method is best: a plane of student strength x share of wrong references x method.
 
-    python examples/self_evolution/regimes.py --preset regimes-cpu --data PATH --output runs/regimes
-    python examples/self_evolution/regimes.py --preset regimes-gpu --data PATH --alma PATH --jobs 12 --minutes 8
+    python examples/self_evolution/regimes.py --preset cpu --data PATH --output runs/regimes
+    python examples/self_evolution/regimes.py --preset gpu --data PATH --alma PATH --jobs 12 --minutes 8
 
 Tiny language models are pre-trained on text of all languages and on noisy parallel documents; a larger one learns all
 clean pairs and becomes the teacher. Students of several strengths, from a briefly pre-trained one to a trained

@@ -127,5 +127,7 @@ def groups_of(config: Config) -> list[list[Trial]]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Config, Running]:
-    config, running = parse((Config, Running), argv, configs=Path(__file__).parent, description=description)
+    config, running = parse(
+        (Config, Running), argv, configs=Path(__file__).parent / "regimes_presets", description=description
+    )
     return (rehearsed(config) if running.rehearse else config), running

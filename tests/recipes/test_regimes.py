@@ -152,12 +152,18 @@ def test_no_time_left(tmp_path: Path) -> None:
 
 
 def test_rehearsal_is_small() -> None:
-    config, _ = recipe.parse_arguments(["--preset", "regimes-gpu", "--rehearse"])
+    config, _ = recipe.parse_arguments(["--preset", "gpu", "--rehearse"])
     assert config.teacher == config.student == "tiny-student" and config.train["use_cpu"]
     starts = list(config.starts.values())
     assert all(part["max_steps"] == 2 for start in starts for part in (start.pretrain, start.tune) if part)
-    whole, _ = recipe.parse_arguments(["--preset", "regimes-gpu"])
+    whole, _ = recipe.parse_arguments(["--preset", "gpu"])
     assert whole.teacher == "base-teacher" and whole.paper_methods == config.paper_methods
+
+
+@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu"])
+def test_presets(name: str) -> None:
+    config, _ = recipe.parse_arguments(["--preset", name])
+    assert config.paper in config.strengths and config.methods and len(config.rates) > 1
 
 
 @pytest.mark.parametrize(
