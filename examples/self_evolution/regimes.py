@@ -203,7 +203,7 @@ class Regimes:
             about = {"kind": "start", "strength": name, "scores": by_prompt, "document_scores": by_document, **steps}
             if name == "teacher":
                 references = {d: [pair.target for pair in pairs] for d, pairs in self.tests.items()}
-                self.keep({"trial": "references", "made": references})
+                self.keep("references", "references", references)
             self.tell(folder, about)
 
         return self.stages(f"{name}.start", work, self.tested, needs=[trained])
@@ -294,7 +294,7 @@ class Regimes:
             about |= {"rate": rate, "valid_chrf": {f"{r:g}": round(v, 3) for r, v in valid.items()}, "scores": scores}
             about["test_wall"] = round(time.time() - began, 2)
             about.pop("valid", None)
-            self.keep({"trial": str(trial), "made": made})
+            self.keep(f"{trial.strength}.noise{trial.noise:g}", str(trial), made)
             self.tell(folder, {"kind": "run"} | about)
 
         return self.stages(str(trial), work, self.tested, needs=[trained])
@@ -304,8 +304,9 @@ class Regimes:
         write_json(folder / "record.json", record)
         append(self.told / "runs.jsonl", line(record))
 
-    def keep(self, translations: dict[str, Any]) -> None:
-        append(self.told / "hypotheses.jsonl.gz", gzip.compress(line(translations)))
+    def keep(self, cell: str, name: str, made: dict[str, list[str]]) -> None:
+        """Translations, for the bootstraps; a file a cell."""
+        append(self.told / f"hypotheses.{cell}.jsonl.gz", gzip.compress(line({"trial": name, "made": made})))
 
     def pieces(self) -> dict[str, Callable[[], object]]:
         """Every piece of work, in the order in which it is wanted."""
@@ -366,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         raise ValueError("minutes: no run was finished in that time; the same command goes on")
     results = regimes_report.collect(plane.told, tests=until is None)
     regimes_report.write_report(results, plane.told)
-    print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {plane.told}")
+    print(f"results.json, results.md, figures, runs.jsonl and hypotheses are in {plane.told}")
     return results
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the plane of regimes, from runs.jsonl and hypotheses.jsonl.gz, or from results.json alone.
+"""Tables and figures of the plane of regimes, from runs.jsonl and the translations, or from results.json alone.
 
     python examples/self_evolution/regimes_report.py FOLDER             # results.json, results.md and the figures
 
@@ -73,8 +73,9 @@ def compare(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     done, path = {}, folder / "tests.jsonl"
     if path.is_file():
         done = {(r["key"], r["baseline"]): r["tests"] for r in records(path)}
-    if (folder / "hypotheses.jsonl.gz").is_file():
-        made = {r["trial"]: r["made"] for r in records(folder / "hypotheses.jsonl.gz")}
+    files = sorted(folder.glob("hypotheses.*.jsonl.gz"))
+    made = {record["trial"]: record["made"] for file in files for record in records(file)}
+    if "references" in made:
         for key, systems in cells(runs, made).items():
             for baseline in BASELINES:
                 if baseline in systems and len(systems) > 1 and not finished(done.get((key, baseline)), systems):

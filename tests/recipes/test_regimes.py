@@ -116,7 +116,8 @@ def test_every_run_is_a_line(folder: Path, plane: recipe.Regimes) -> None:
     for run in runs:
         best = max(run["valid_chrf"], key=lambda rate: run["valid_chrf"][rate])
         assert float(best) == run["rate"] and run["steps"] == 2 and run["scores"].keys() == {"en-de", "de-en"}
-    made = {line["trial"]: line["made"] for line in regimes_report.records(folder / "hypotheses.jsonl.gz")}
+    kept = [line for file in folder.glob("hypotheses.*.jsonl.gz") for line in regimes_report.records(file)]
+    made = {line["trial"]: line["made"] for line in kept}
     assert len(made) == 1 + len(runs) and made["references"]["en-de"] == [p.target for p in plane.tests["en-de"]]
     results = json.loads((folder / "results.json").read_text())
     assert {test["baseline"] for test in results["significance"]} == {"sft", "forward_kd"}
@@ -235,7 +236,9 @@ def test_bootstraps_within_a_cell_and_seed(tmp_path: Path, found: dict[str, Any]
     made = {"references": references, "tuned.noise0.sft.seed0": wrong, "tuned.noise0.forward_kd.seed0": references,
             "tuned.noise0.forward_kd.seed1": wrong}  # fmt: skip
     lines = [json.dumps({"trial": name, "made": {"en-de": texts}}) + "\n" for name, texts in made.items()]
-    (tmp_path / "hypotheses.jsonl.gz").write_bytes(b"".join(gzip.compress(text.encode()) for text in lines))
+    (tmp_path / "hypotheses.tuned.noise0.jsonl.gz").write_bytes(
+        b"".join(gzip.compress(text.encode()) for text in lines)
+    )
     runs = [fake("tuned", 0.0, "sft", 0, 5.0), *(fake("tuned", 0.0, "forward_kd", seed, 5.0) for seed in (0, 1))]
     tests = regimes_report.compare(tmp_path, runs)
     assert {(t["seed"], t["baseline"], t["method"]) for t in tests} == {
