@@ -71,7 +71,7 @@ def test_no_document_has_a_sentence_and_its_translation() -> None:
     assert sorted(rows, key=int) == [str(i) for i in range(30)], "each row in one language, once"
 
 
-def test_who_has_seen_what(plane: recipe.Regimes) -> None:
+def test_who_has_seen_what(plane: recipe.Regimes, monkeypatch: pytest.MonkeyPatch) -> None:
     new = {pair for pairs in plane.new.values() for pair in pairs}
     assert len(new) == 2 * 16 and not new & {pair for pairs in plane.seen.values() for pair in pairs}
     assert len(read_rows(plane.clean_pairs("teacher") / "rows.npz")) == 2 * 60
@@ -81,6 +81,8 @@ def test_who_has_seen_what(plane: recipe.Regimes) -> None:
     assert stored.rows == made.rows and all(row["labels"] == row["input_ids"] for row in made)
     tuned = read_rows(plane.clean_pairs("tuned") / "rows.npz")
     assert tuned.rows == plane.rows({d: pairs[:10] for d, pairs in plane.seen.items()}).rows
+    monkeypatch.setitem(plane.config.starts, "tuned", dataclasses.replace(plane.config.starts["tuned"], pairs=None))
+    assert read_rows(plane.clean_pairs("tuned") / "rows.npz").rows == plane.rows(plane.seen).rows
     text = " ".join(plane.tokenizer.decode(row["input_ids"]) for row in made)
     assert not any(pair.source in text for pairs in plane.new.values() for pair in pairs)
 
