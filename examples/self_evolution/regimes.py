@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
@@ -58,6 +59,7 @@ from fused_kd.training.trainer import KDTrainer
 
 HISTORY = ("step", "loss", "difficulty", "hard_fraction", "hard_fraction_t")
 GRACE = 40.0  # seconds that the last runs are waited for
+PAUSE = 3.0  # seconds after a failure
 
 
 class Regimes:
@@ -333,9 +335,26 @@ def append(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def before(until: float | None, piece: Callable[[], object]) -> Callable[[], object]:
-    """The piece, not begun after that time."""
-    return lambda: piece() if until is None or time.time() < until else None
+def work_until(stages: Stages, pieces: Mapping[str, Callable[[], object]], until: float | None) -> None:
+    """All pieces, none begun after that time; with a time, one that fails, as for lack of memory, is tried again."""
+    failed: list[str] = []
+
+    def guarded(name: str, piece: Callable[[], object]) -> None:
+        if until is None:
+            piece()
+        elif time.time() < until:
+            try:
+                piece()
+            except RuntimeError:
+                traceback.print_exc()
+                failed.append(name)
+                time.sleep(PAUSE)
+
+    while True:
+        failed.clear()
+        stages.share({name: partial(guarded, name, piece) for name, piece in pieces.items()})
+        if not failed:
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -353,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             old.unlink()
     with helpers(__file__, given, running.jobs, folder, helper=running.worker):
         plane = Regimes(config, Stages(folder), running.results)
-        plane.stages.share({name: before(until, piece) for name, piece in plane.pieces().items()})
+        work_until(plane.stages, plane.pieces(), until)
         if running.worker:
             write_json(ended / f"{os.getpid()}.json", {})
             return None

@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,25 @@ def test_no_time_left(tmp_path: Path) -> None:
     command = [*arguments(tmp_path / "work", paper_methods=["sft"], methods=["sft"]), "--minutes", "0"]
     with pytest.raises(ValueError, match="no run"):
         recipe.main(command)
+
+
+def test_a_failure_is_tried_again_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PAUSE", 0.0)
+    calls: list[str] = []
+
+    def piece(name: str) -> None:
+        calls.append(name)
+        if calls == ["bad"]:
+            raise RuntimeError("out of memory")
+
+    pieces = {name: partial(piece, name) for name in ("bad", "good")}
+    recipe.work_until(Stages(tmp_path), pieces, time.time() + 60)
+    assert calls[:2] == ["bad", "good"] and calls.count("bad") > 1
+    calls.clear()
+    with pytest.raises(RuntimeError, match="memory"):
+        recipe.work_until(Stages(tmp_path), pieces, None)
+    recipe.work_until(Stages(tmp_path), pieces, time.time() - 1)
+    assert calls == ["bad"], "nothing is begun after that time"
 
 
 def test_rehearsal_is_small() -> None:
