@@ -184,7 +184,7 @@ def test_rehearsal_is_small() -> None:
     assert whole.teacher == "base-teacher" and whole.paper_methods == config.paper_methods
 
 
-@pytest.mark.parametrize("name", ["tiny", "cpu", "gpu"])
+@pytest.mark.parametrize("name", ["tiny", "toy", "cpu", "gpu"])
 def test_presets(name: str) -> None:
     config, _ = recipe.parse_arguments(["--preset", name])
     assert config.paper in config.strengths and config.methods and len(config.rates) > 1
