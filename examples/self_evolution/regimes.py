@@ -304,11 +304,16 @@ class Regimes:
     def tell(self, folder: Path, record: dict[str, Any]) -> None:
         """A finished piece, in its folder and as a line of runs.jsonl."""
         write_json(folder / "record.json", record)
-        append(self.told / "runs.jsonl", line(record))
+        self.append("runs.jsonl", line(record))
 
     def keep(self, cell: str, name: str, made: dict[str, list[str]]) -> None:
         """Translations, for the bootstraps; a file a cell."""
-        append(self.told / f"hypotheses.{cell}.jsonl.gz", gzip.compress(line({"trial": name, "made": made})))
+        self.append(f"hypotheses.{cell}.jsonl.gz", gzip.compress(line({"trial": name, "made": made})))
+
+    def append(self, name: str, content: bytes) -> None:
+        """At the end of a file of the results, whole, whatever other processes write there."""
+        with lock(self.stages.folder / ".locks" / name), open(self.told / name, "ab") as file:
+            file.write(content)
 
     def pieces(self) -> dict[str, Callable[[], object]]:
         """Every piece of work, in the order in which it is wanted."""
@@ -327,12 +332,6 @@ class Regimes:
 
 def line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-
-
-def append(path: Path, content: bytes) -> None:
-    """At the end of a file, whole, whatever other processes write there."""
-    with lock(path.with_name(f".{path.name}.lock")), open(path, "ab") as file:
-        file.write(content)
 
 
 def work_until(stages: Stages, pieces: Mapping[str, Callable[[], object]], until: float | None) -> None:
