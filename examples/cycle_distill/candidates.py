@@ -2,8 +2,7 @@
 
 Scorers, each higher for a better translation: ``log_prob``, the model's mean log-probability a token;
 ``round_trip``, the mean log-probability a token of the source, translated back from it; ``mbr``, the mean chrF to all
-the other candidates (minimum Bayes risk); ``mbr_round_trip``, the sum of the last two, each standardised within the
-sentence's candidates.
+the candidates (minimum Bayes risk). Of several the sum counts, each standardised within the sentence's candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from fused_kd.training.collate import padding_id
 
-SCORERS = ("first", "log_prob", "round_trip", "mbr", "mbr_round_trip")
+SCORERS = ("log_prob", "round_trip", "mbr")
 ORDER, BETA = 6, 2  # chrF2
 
 

@@ -106,11 +106,11 @@ class CycleDistill:
     # every iteration
     shots: int = 4
     keep_parallel: bool = False
-    # translations of each sentence, sampled at a temperature; 1 is greedy. The scorer's best that passes the filters is
+    # translations of each sentence, sampled at a temperature; 1 is greedy. The scorers' best that passes the filters is
     # kept, and of the sentences the share with the best scores
     candidates: int = 1
     temperature: float = 0.7
-    scorer: str = "first"
+    scorers: list[str] = field(default_factory=list)  # some of SCORERS; without one the first that passes is kept
     best_share: float = 1.0
     prompt: str = "cycle_distill"
     variants: list[str] = field(default_factory=lambda: ["hard", "soft"])  # some of VARIANTS
@@ -160,10 +160,15 @@ class CycleDistill:
         if self.prompt not in TEMPLATES:
             raise ValueError(f"prompt must be one of {', '.join(TEMPLATES)}, got {self.prompt!r}")
         Decoding(temperature=self.temperature)
-        if "round_trip" in self.scorer and self.pretrain and not self.both_ways:
-            raise ValueError(f"scorer={self.scorer!r} needs both_ways: the base translates in one direction only")
-        if self.scorer not in SCORERS:
-            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
+        if len(set(self.scorers)) < len(self.scorers) or not set(self.scorers) <= {*SCORERS}:
+            raise ValueError(f"scorers must name some of {', '.join(SCORERS)}, each once, got {self.scorers!r}")
+        if "round_trip" in self.scorers and self.pretrain and not self.both_ways:
+            raise ValueError(f"scorers={self.scorers!r} need both_ways: the base translates in one direction only")
+        if self.best_share < 1 and len(self.scorers) != 1:
+            raise ValueError(
+                f"best_share={self.best_share!r} needs one scorer, got scorers={self.scorers!r}: a sum compares "
+                "candidates of one sentence, not sentences"
+            )
         counts = ("sentences", "iterations", "k", "generation_batch", "max_new_tokens", "document", "repeats", "plain")
         counts += ("candidates", "web")
         for name in counts:
@@ -470,11 +475,12 @@ class Cycle:
     def keep(self, model: Path, translations: Path, title: str, soft: bool, seed: int) -> Path:
         """The model's translations that pass the filters, as rows; with ``soft`` also their lists."""
         config = self.config
+        scored = config.scorers and (config.candidates > 1 or config.best_share < 1)
 
         def work(out: Path) -> None:
             sentences, generations = self.texts.sentences, Generations(translations)
             maker = Maker(self.tokenizer, config.direction, self.filters, config.max_length)
-            score = None if config.scorer == "first" else partial(self.scores_of, model, seed)
+            score = partial(self.scores_of, model, seed) if scored else None
             prompts = self.prompts(sentences)
             kept, rejected = select(generations, prompts, sentences, maker, score, config.best_share)
             counts = count(kept, rejected)
@@ -499,19 +505,19 @@ class Cycle:
 
         about = config.some("keep_parallel", "max_length") | {"filters": self.filters, "soft": soft}
         needs = [translations]
-        if config.scorer != "first":
-            about |= config.some("scorer", "best_share")
+        if scored:
+            about |= config.some("scorers", "best_share")
             needs += [model, self.base(seed)]
         return self.stages(f"synthetic-{title}", work, about, needs=needs)
 
     def scores_of(self, model: Path, seed: int, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
-        """A score of each of the sentences' candidates, by the ``scorer``."""
-        scorer, parts = self.config.scorer, []
-        if "mbr" in scorer:
+        """A score of each of the sentences' candidates, by the ``scorers``."""
+        scorers, parts = self.config.scorers, []
+        if "mbr" in scorers:
             parts.append([np.array(mbr_scores([row["text"] for row in group])) for group in groups])
-        if "log_prob" in scorer:
+        if "log_prob" in scorers:
             parts.append(self.by_model(model, groups))
-        if "round_trip" in scorer:  # by the base: no iteration has touched its other direction
+        if "round_trip" in scorers:  # by the base: no iteration has touched its other direction
             parts.append(self.by_model(self.base(seed), groups, back=True))
         if len(parts) > 1:
             parts = [[standardised(scores) for scores in part] for part in parts]
