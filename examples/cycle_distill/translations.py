@@ -204,7 +204,13 @@ def select(
     groups, rejected = [], []
     for index, (prompt, pair) in enumerate(zip(prompts, sentences, strict=True)):
         places = range(index * size, (index + 1) * size)
-        made = [{**row_of(generations[place], prompt, pair, maker), "index": index, "made": place} for place in places]
+        seen: dict[tuple[int, ...], Row] = {}  # candidates are often the same
+        made = []
+        for place in places:
+            ids = tuple((generation := generations[place]).ids)
+            if ids not in seen:
+                seen[ids] = row_of(generation, prompt, pair, maker)
+            made.append({**seen[ids], "index": index, "made": place})
         passed = [row for row in made if "rule" not in row]
         if passed:
             groups.append(passed)

@@ -286,6 +286,7 @@ def test_alpha_is_the_lam_of_the_first_objective(text: str, expected: str) -> No
         ({"self_evolution": "nonsense"}, "nonsense"),
         ({"scorers": ["nonsense"]}, "scorers must name some of log_prob"),
         ({"scorers": ["mbr", "log_prob"], "best_share": 0.5}, "best_share=0.5 needs one scorer"),
+        ({"variants": ["greedy"]}, "greedy is hard with one candidate"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"candidates": 2, "temperature": 0.0}, "temperature"),
         ({"scorers": ["round_trip"], "model": "tiny-student", "pretrain": {"max_steps": 1}}, "both_ways"),
@@ -620,6 +621,13 @@ def test_candidates_by_the_model_itself(data, tmp_path):
     (tmp_path / "run" / "rounds" / "ceiling-1-seed0.json").unlink()  # as if it had been killed before
     cycle_report.main([str(tmp_path / "run"), "--output", str(tmp_path / "part")])
     assert list(read_json(tmp_path / "part" / "metrics.json")["seeds"]["0"]["arms"]) == list(arms)[:-1]
+    more = {"variants": "greedy", "control": False, "continued": False, "ceiling": False, "stages": tmp_path / "stages"}
+    script.main(command(data, tmp_path / "greedy", **{**changes, **more}))  # another process of the same stages
+    assert len(Generations(folder_of(tmp_path / "stages", "translations-greedy-base-seed0"))) == 24
+    cycle_report.main([str(tmp_path / "greedy"), str(tmp_path / "run"), "--output", str(tmp_path / "both")])
+    both = read_json(tmp_path / "both" / "metrics.json")
+    assert list(both["seeds"]["0"]["arms"]) == ["hard", "greedy", "soft", "control", "continued"]
+    assert both["seeds"]["0"]["arms"]["soft"] == arms["soft"]
     stages = {"stages": tmp_path / "stages", "output": tmp_path / "probe", "temperatures": [0.5]}
     (probed,) = probe.main(command(data, **{**changes, **stages}))
     assert probed["oracle"] >= max(probed[name] for name in ("sample", "mbr", "log_prob + round_trip + mbr"))
