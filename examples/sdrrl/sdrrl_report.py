@@ -144,22 +144,33 @@ def paired(
     }  # fmt: skip
 
 
-def comparisons(metrics: Mapping[str, Any], first: str = "sdrrl") -> dict[str, dict[str, Any]]:
-    """:func:`paired` of one arm with every other, ``{"ARM LANGUAGE": ...}``."""
+def comparisons(metrics: Mapping[str, Any], recipe: str = "sdrrl", baseline: str = "translate_sft") -> dict[str, Any]:
+    """:func:`paired` of the recipe with every other arm, and of ``RECIPE_X`` with ``BASELINE_X``.
+
+    Returns:
+        ``{"FIRST SECOND LANGUAGE": ...}``.
+    """
     rows = scored(metrics)
-    others = dict.fromkeys((row["arm"], row["language"]) for row in rows if row["arm"] != first)
-    made = {f"{arm} {language}": paired(rows, first, arm, language) for arm, language in others}
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    variants = {arm: arm.replace(recipe, baseline, 1) for arm in arms if arm.startswith(f"{recipe}_")}
+    twins = {*variants, *variants.values()}
+    asked = [(recipe, arm) for arm in arms if arm != recipe and arm not in twins] + list(variants.items())
+    made = {
+        f"{first} {second} {language}": paired(rows, first, second, language)
+        for first, second in asked
+        for language in dict.fromkeys(row["language"] for row in rows)
+    }
     return {name: value for name, value in made.items() if value is not None}
 
 
 def comparisons_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """As Markdown."""
-    lines = ["| against | language | points | 95 % | seeds |", "|---|---|---|---|---|"]
+    lines = ["| arm | against | language | points | 95 % | seeds |", "|---|---|---|---|---|---|"]
     for name, value in found.items():
-        arm, language = name.split()
+        first, second, language = name.split()
         seeds = " ".join(f"{points:+.1f}" for points in value["by_seed"].values())
         lines.append(
-            f"| `{arm}` | {language} | {value['difference']:+.1f} | "
+            f"| `{first}` | `{second}` | {language} | {value['difference']:+.1f} | "
             f"{value['low']:+.1f} to {value['high']:+.1f} | {seeds} |"
         )
     return "\n".join(lines)

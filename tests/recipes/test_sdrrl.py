@@ -530,7 +530,7 @@ def test_a_report_of_what_is_there(preset, finished, tmp_path):
     assert found["scores"] == finished[1]["scores"] and {row["tasks"] for row in found["scores"]} == {"test"}
     assert found["sets"] == finished[1]["sets"]
     assert (tmp_path / "report" / "accuracy.png").is_file()
-    assert set(found["comparisons"]) == {f"{arm} {language}" for arm in ("before", "sft") for language in EN_DE}
+    assert set(found["comparisons"]) == {f"sdrrl {arm} {language}" for arm in ("before", "sft") for language in EN_DE}
 
 
 def test_dev_chooses_and_test_tells(preset, finished, tmp_path):
@@ -567,6 +567,13 @@ def test_paired_differences_are_of_the_same_questions():
     assert found["low"] < 25 < found["high"] and found["low"] >= 0
     assert sdrrl_report.paired(scores, "b", "a", "de")["high"] == -found["low"]
     assert sdrrl_report.paired(scores, "a", "c", "de") is None
+    names = {"sdrrl": "11", "sft": "10", "sdrrl_9": "10", "translate_sft_9": "00"}
+    made = [row(arm, 0, hits, hits) for arm, hits in names.items()]
+    apart = sdrrl_report.comparisons({"scores": made})
+    assert {name: value["difference"] for name, value in apart.items()} == {
+        "sdrrl sft de": 50.0, "sdrrl_9 translate_sft_9 de": 50.0,
+    }  # fmt: skip
+    assert sdrrl_report.comparisons_table(apart).count("+50.0") == 4
     # no spread where nothing differs in a way that drawing could change
     sure = sdrrl_report.paired([row("a", 0, "1111", "11"), row("b", 0, "0000", "00")], "a", "b", "de")
     assert sure["low"] == sure["high"] == 100.0
