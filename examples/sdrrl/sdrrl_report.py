@@ -69,7 +69,9 @@ def chosen(metrics: Mapping[str, Any], target: str) -> dict[str, str]:
             found.setdefault(row["arm"].partition("-")[0], {}).setdefault(row["arm"], []).append(row["accuracy"])
     if not found:
         return {arm: arm for arm in dict.fromkeys(row["arm"] for row in metrics["scores"])}
-    return {name: max(arms, key=lambda arm: float(np.mean(arms[arm]))) for name, arms in found.items()}
+    first = (BEFORE, "sdrrl", "translate_sft")
+    names = [name for name in first if name in found] + [name for name in found if name not in first]
+    return {name: max(found[name], key=lambda arm: float(np.mean(found[name][arm]))) for name in names}
 
 
 def of_chosen(metrics: Mapping[str, Any], target: str) -> dict[str, Any]:

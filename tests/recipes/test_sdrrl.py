@@ -636,6 +636,9 @@ def test_presets_have_their_values(tmp_path):
     assert len(gpu.seeds) >= 3 and gpu.test == "both" and gpu.training["bf16"] and study.base_parallel > 0
     rehearsed, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "rehearse.yaml")], configs=HERE)
     assert rehearsed.arms.keys() == gpu.arms.keys() and rehearsed.training["bf16"] and rehearsed.rows < gpu.rows
+    bare, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "no_german.yaml")], configs=HERE)
+    assert study.base_target == study.base_parallel == 0 and bare.training == gpu.training and bare.rows == gpu.rows
+    assert {name for name, values in bare.arms.items() if values is not None} == {"sdrrl-hi", "translate_sft-hi"}
     with pytest.raises(ValueError, match=r"not there: dictionary=.* model=meta.*translator=facebook/nllb.* comet="):
         sdrrl.main(["--preset", "paper", "--output", str(tmp_path / "run")])
     assert not list(tmp_path.glob("run/*/done.json"))
