@@ -22,7 +22,7 @@ def markdown(rows: list[Row]) -> str:
         groups = dict.fromkeys(row["group"] for row in rows if row.get("setting") == name)
         for group in groups:
             of = [row for row in rows if row.get("setting") == name and row["group"] == group]
-            parts += [f"{GROUPS[group]}:", rows_table(of)]
+            parts += [f"{GROUPS[group]}:", rows_table(of, setting["limit"])]
     unreached = [row for row in rows if row["status"] == "not reached"]
     if unreached:
         names = dict.fromkeys(f"{row['setting']}, {row['group']}, {row['kind']}" for row in unreached)
@@ -59,10 +59,9 @@ def described(setting: Row) -> str:
     )
 
 
-def rows_table(rows: list[Row]) -> str:
+def rows_table(rows: list[Row], limit: float = 0.0) -> str:
     steps = {row["way"]: row for row in rows if row["kind"] == "step"}
     full = {row["way"]: row for row in rows if row["kind"] == "largest"}
-    limit = next((f"{row['limit'] / 1e9:g} GB" for row in full.values() if "limit" in row), "")
     eager = steps.get("eager", {})
     lines = []
     for way in dict.fromkeys([*steps, *full]):
@@ -80,7 +79,7 @@ def rows_table(rows: list[Row]) -> str:
         lines.append(cells)
     head = ["way", "ms a step", "tokens/s", "/ eager", "peak GB", "/ eager", "first loss", "beside eager's"]
     if full:
-        head += [f"largest batch in {limit}", "tokens/s there"]
+        head += [f"largest batch in {limit / 1e9:g} GB", "tokens/s there"]
     return table(head, lines)
 
 

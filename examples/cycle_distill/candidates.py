@@ -2,8 +2,7 @@
 
 Scorers, each higher for a better translation: ``log_prob``, the model's mean log-probability a token;
 ``round_trip``, the mean log-probability a token of the source, translated back from it; ``mbr``, the mean chrF to all
-the other candidates (minimum Bayes risk); ``mbr_round_trip``, the sum of the last two, each standardised within the
-sentence's candidates.
+the candidates (minimum Bayes risk). Of several the sum counts, each standardised within the sentence's candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from fused_kd.training.collate import padding_id
 
-SCORERS = ("first", "log_prob", "round_trip", "mbr", "mbr_round_trip")
+SCORERS = ("log_prob", "round_trip", "mbr")
 ORDER, BETA = 6, 2  # chrF2
 
 
@@ -62,25 +61,25 @@ def chrf_matrix(texts: Sequence[str]) -> np.ndarray:
 def mean_log_probs(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int
 ) -> list[float]:
-    """The model's mean log-probability a token of each response after its prompt."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(responses[index]))
-    found, pad, training = [0.0] * len(prompts), padding_id(tokenizer), model.training
+    """The model's mean log-probability a token of each response after its prompt; what comes again is done once."""
+    pairs = [(tuple(prompt), tuple(response)) for prompt, response in zip(prompts, responses, strict=True)]
+    order = sorted(set(pairs), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
+    found, pad, training = {}, padding_id(tokenizer), model.training
     model.eval()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        rows = [prompts[index] + responses[index] for index in batch]
+        rows = [[*prompt, *response] for prompt, response in batch]
         length = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
-        begins = torch.tensor([len(prompts[index]) for index in batch], device=model.device)
+        begins = torch.tensor([len(prompt) for prompt, _ in batch], device=model.device)
         own = mask * (torch.arange(length, device=model.device) >= begins[:, None])
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         log_probs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         means = (log_probs * own[:, 1:]).sum(1) / own[:, 1:].sum(1)
-        for index, value in zip(batch, means.tolist(), strict=True):
-            found[index] = value
+        found.update(zip(batch, means.tolist(), strict=True))
     model.train(training)
-    return found
+    return [found[pair] for pair in pairs]
 
 
 def standardised(scores: Sequence[float]) -> np.ndarray:

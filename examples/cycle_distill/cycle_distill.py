@@ -68,7 +68,7 @@ TEMPLATES = {
         "### Response:\n",
     ),
 }
-VARIANTS = ("hard", "soft", "soft_self_evolution")
+VARIANTS = ("hard", "greedy", "soft", "soft_self_evolution")
 # the settings that decide how a base reads its pairs, and what a model writes
 READ_AS = ("document", "repeats", "both_ways", "untranslated", "misaligned")
 DECODED_BY = ("shots", "prompt", "direction", "generation_batch", "max_new_tokens", "dtype")
@@ -106,11 +106,12 @@ class CycleDistill:
     # every iteration
     shots: int = 4
     keep_parallel: bool = False
-    # translations of each sentence, sampled at a temperature; 1 is greedy. The scorer's best that passes the filters is
+    # translations of each sentence, sampled at a temperature; 1 is greedy. The scorers' best that passes the filters is
     # kept, and of the sentences the share with the best scores
     candidates: int = 1
     temperature: float = 0.7
-    scorer: str = "first"
+    later_temperature: float | None = None  # after the first iteration, whose model is surer; None is the same
+    scorers: list[str] = field(default_factory=list)  # some of SCORERS; without one the first that passes is kept
     best_share: float = 1.0
     prompt: str = "cycle_distill"
     variants: list[str] = field(default_factory=lambda: ["hard", "soft"])  # some of VARIANTS
@@ -159,11 +160,19 @@ class CycleDistill:
         parse_direction(self.direction)
         if self.prompt not in TEMPLATES:
             raise ValueError(f"prompt must be one of {', '.join(TEMPLATES)}, got {self.prompt!r}")
-        Decoding(temperature=self.temperature)
-        if "round_trip" in self.scorer and self.pretrain and not self.both_ways:
-            raise ValueError(f"scorer={self.scorer!r} needs both_ways: the base translates in one direction only")
-        if self.scorer not in SCORERS:
-            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}")
+        for heat in (self.temperature, self.later_temperature):
+            Decoding(temperature=heat)
+        if "greedy" in self.variants and self.candidates == 1:
+            raise ValueError("variants: greedy is hard with one candidate, and candidates=1 makes hard the same")
+        if len(set(self.scorers)) < len(self.scorers) or not set(self.scorers) <= {*SCORERS}:
+            raise ValueError(f"scorers must name some of {', '.join(SCORERS)}, each once, got {self.scorers!r}")
+        if "round_trip" in self.scorers and self.pretrain and not self.both_ways:
+            raise ValueError(f"scorers={self.scorers!r} need both_ways: the base translates in one direction only")
+        if self.best_share < 1 and len(self.scorers) != 1:
+            raise ValueError(
+                f"best_share={self.best_share!r} needs one scorer, got scorers={self.scorers!r}: a sum compares "
+                "candidates of one sentence, not sentences"
+            )
         counts = ("sentences", "iterations", "k", "generation_batch", "max_new_tokens", "document", "repeats", "plain")
         counts += ("candidates", "web")
         for name in counts:
@@ -451,30 +460,43 @@ class Cycle:
                 rows += document_rows(self.tokenizer, template, shuffled, direction, config.document)
         return rows
 
-    def translate(self, model: Path, title: str, k: int | None, seed: int) -> Path:
+    def translate(self, model: Path, title: str, k: int | None, seed: int, candidates: int, later: bool) -> Path:
         """A model's translations of the sentences, ``candidates`` of each, with lists of ``k``."""
         config, decoding = self.config, self.decoding
         about = config.some(*DECODED_BY) | {"k": k} | (config.some("lists") if k is not None else {})
-        if config.candidates > 1:
-            decoding = replace(decoding, temperature=config.temperature, seed=seed)
-            about |= config.some("candidates", "temperature") | {"seed": seed}
+        if candidates > 1:
+            heat = (config.later_temperature if later else None) or config.temperature
+            decoding = replace(decoding, temperature=heat, seed=seed)
+            about |= {"candidates": candidates, "temperature": heat, "seed": seed}
 
         def work(out: Path) -> None:
             loaded = self.load(model)
             write_json(out / "teacher.json", fingerprint_teacher(loaded))
-            prompts = [each for each in self.prompts(self.texts.sentences) for _ in range(config.candidates)]
+            prompts = [each for each in self.prompts(self.texts.sentences) for _ in range(candidates)]
             generate_to(out, loaded, self.tokenizer, prompts, decoding, k=k, dtype=config.lists)
 
         return self.stages(f"translations-{title}", work, about, needs=[self.texts_stage, model])
 
-    def keep(self, model: Path, translations: Path, title: str, soft: bool, seed: int) -> Path:
-        """The model's translations that pass the filters, as rows; with ``soft`` also their lists."""
-        config = self.config
+    def keep(self, variant: str, model: Path, iteration: int, seed: int) -> Path:
+        """A model's translations of which a variant's iteration is trained on those that pass the filters, as rows.
+
+        A soft variant has their lists beside them. In the first iteration all variants go by the same translations.
+        """
+        config, base = self.config, self.title_of_base(seed)
+        soft, first = variant.startswith("soft"), iteration == 1
+        lists = soft or (first and variant != "greedy" and any(each.startswith("soft") for each in config.variants))
+        candidates = 1 if variant == "greedy" else config.candidates
+        of = base if first else f"{variant}-{iteration - 1}-seed{seed}"
+        of = f"greedy-{of}" if first and variant == "greedy" else of
+        translations = self.translate(model, of, config.k if lists else None, seed, candidates, not first)
+        kind = "soft" if soft else variant
+        title = f"{kind}-1{base.removeprefix('base')}" if first else f"{variant}-{iteration}-seed{seed}"
+        scored = bool(config.scorers) and variant != "greedy" and (candidates > 1 or config.best_share < 1)
 
         def work(out: Path) -> None:
             sentences, generations = self.texts.sentences, Generations(translations)
             maker = Maker(self.tokenizer, config.direction, self.filters, config.max_length)
-            score = None if config.scorer == "first" else partial(self.scores_of, model, seed)
+            score = partial(self.scores_of, model, seed) if scored else None
             prompts = self.prompts(sentences)
             kept, rejected = select(generations, prompts, sentences, maker, score, config.best_share)
             counts = count(kept, rejected)
@@ -499,19 +521,19 @@ class Cycle:
 
         about = config.some("keep_parallel", "max_length") | {"filters": self.filters, "soft": soft}
         needs = [translations]
-        if config.scorer != "first":
-            about |= config.some("scorer", "best_share")
+        if scored:
+            about |= config.some("scorers", "best_share")
             needs += [model, self.base(seed)]
         return self.stages(f"synthetic-{title}", work, about, needs=needs)
 
     def scores_of(self, model: Path, seed: int, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
-        """A score of each of the sentences' candidates, by the ``scorer``."""
-        scorer, parts = self.config.scorer, []
-        if "mbr" in scorer:
+        """A score of each of the sentences' candidates, by the ``scorers``."""
+        scorers, parts = self.config.scorers, []
+        if "mbr" in scorers:
             parts.append([np.array(mbr_scores([row["text"] for row in group])) for group in groups])
-        if "log_prob" in scorer:
+        if "log_prob" in scorers:
             parts.append(self.by_model(model, groups))
-        if "round_trip" in scorer:  # by the base: no iteration has touched its other direction
+        if "round_trip" in scorers:  # by the base: no iteration has touched its other direction
             parts.append(self.by_model(self.base(seed), groups, back=True))
         if len(parts) > 1:
             parts = [[standardised(scores) for scores in part] for part in parts]
@@ -530,7 +552,7 @@ class Cycle:
             begins = [row["labels"].count(LABEL_PAD) for row in rows]
             prompts = [row["input_ids"][:begin] for row, begin in zip(rows, begins, strict=True)]
             responses = [row["labels"][begin:] for row, begin in zip(rows, begins, strict=True)]
-        size = min(self.config.generation_batch, 256)
+        size = min(self.config.generation_batch, 512)
         scores = mean_log_probs(self.load(model), self.tokenizer, prompts, responses, size)
         return np.split(np.array(scores), np.cumsum([len(group) for group in groups])[:-1])
 
@@ -610,27 +632,14 @@ class Cycle:
             given = self.config.objective(arm), self.texts.valid, self.config.samples
             write_json(file, record(arm, seed, each, *given))
 
-    def first_rows(self, variant: str, seed: int) -> Path:
-        """What a variant's first iteration is trained on: all variants select from the same translations."""
-        lists = any(each != "hard" for each in self.config.variants)
-        k, base, soft = self.config.k if lists else None, self.title_of_base(seed), variant != "hard"
-        translations = self.translate(self.base(seed), base, k, seed)
-        title = f"{'soft' if soft else 'hard'}-1{base.removeprefix('base')}"
-        return self.keep(self.base(seed), translations, title, soft, seed)
-
     def variant_rounds(self, variant: str, seed: int) -> list[Round]:
         """Translate, filter, fine-tune, score; again from the model that came out, until chrF stops rising."""
-        config, rounds, soft = self.config, [], variant != "hard"
+        config, rounds = self.config, []
         base = model = self.base(seed)
         best = valid_chrf(self.base_scores(seed))
         for iteration in range(1, config.iterations + 1):
             title = f"{variant}-{iteration}-seed{seed}"
-            if iteration == 1:
-                rows = self.first_rows(variant, seed)
-            else:
-                k = config.k if soft else None
-                translations = self.translate(model, f"{variant}-{iteration - 1}-seed{seed}", k, seed)
-                rows = self.keep(model, translations, title, soft, seed)
+            rows = self.keep(variant, model, iteration, seed)
             model = self.train(variant, title, base if config.restart_from_base else model, rows, seed)
             rounds.append(Round(iteration, rows, model, self.evaluate(model, title)))
             self.tell(variant, seed, rounds[-1])
@@ -651,7 +660,7 @@ class Cycle:
             title, about = f"{title}-seed{seed}", config.some("prompt", "direction", *READ_AS) | {"seed": seed}
             make = partial(self.web_rows, seed)
         else:  # the sentences that the first variant kept, with their references
-            kept = self.first_rows(config.variants[0], seed)
+            kept = self.keep(config.variants[0], self.base(seed), 1, seed)
             indices = [each["index"] for each in read_jsonl(kept / "rows.jsonl") if "index" in each]
             needs, title = [kept], f"{title}{self.title_of_base(seed).removeprefix('base')}"
             make = lambda: self.rows([self.texts.sentences[index] for index in indices]).rows  # noqa: E731

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fused_kd.training.stage import read_json, read_lines, write_json
 
 RAW, TRUNCATED = "base, raw", "base, truncated"
 COLORS = {
-    "hard": "#c05a2e", "soft": "#2f6f9f", "soft_self_evolution": "#7a4f9a", "control": "#8a8a8a",
+    "hard": "#c05a2e", "greedy": "#d9a441", "soft": "#2f6f9f", "soft_self_evolution": "#7a4f9a", "control": "#8a8a8a",
     "continued": "#b59a3c", "ceiling": "#3d8b53",
 }  # fmt: skip
 FIXED = ("control", "continued", "ceiling")  # arms on the same rows in every iteration
@@ -192,10 +192,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of cycle_distill.py")
     parser.add_argument("--output", required=True, type=Path)
     given = parser.parse_args(argv)
-    records = [read_json(file) for run in given.runs for file in sorted(run.glob("rounds/*.json"))]
-    about = read_json(given.runs[0] / "run.json")
+    runs = [read_json(run / "run.json") for run in given.runs]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in (file for run in given.runs for file in sorted(run.glob("rounds/*.json"))):
+        each = read_json(file)
+        other = found.setdefault((each["arm"], each["seed"], each["iteration"]), each)
+        if other["stage"] != each["stage"]:
+            raise ValueError(f"{file} is of other settings than another run's: {each['stage']}, not {other['stage']}")
+    about, records = runs[0], list(found.values())
+    about["arms"] = _all(run["arms"] for run in runs)
+    about["arguments"]["variants"] = _all(run["arguments"]["variants"] for run in runs)
     about["arguments"]["seeds"] = sorted({each["seed"] for each in records})
     print(table(write_report(about, records, given.output)))
+
+
+def _all(lists: Iterable[Sequence[str]]) -> list[str]:
+    """What is in some of the lists, each once, in the order of the arms' colours."""
+    found = {each for some in lists for each in some}
+    return [arm for arm in COLORS if arm in found]
 
 
 if __name__ == "__main__":

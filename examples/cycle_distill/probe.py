@@ -8,6 +8,7 @@ The sentences are those of the validation split; their references serve the scor
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -63,10 +64,11 @@ def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:
         return score(texts, references).chrf
 
     found["sample"] = score(first, references).chrf
-    for scorer in SCORERS[1:]:
-        if "round_trip" not in scorer or config.both_ways:
-            config.scorer = scorer
-            found[scorer] = chosen(cycle.scores_of(model, seed, rows))
+    possible = [name for name in SCORERS if name != "round_trip" or config.both_ways]
+    for count in range(1, len(possible) + 1):
+        for names in itertools.combinations(possible, count):
+            config.scorers = list(names)
+            found[" + ".join(names)] = chosen(cycle.scores_of(model, seed, rows))
     to_reference = [
         chrf_matrix([*(row["text"] for row in group), references[index]])[:-1, -1].tolist()
         for index, group in zip(some, rows, strict=True)

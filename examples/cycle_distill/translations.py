@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,9 +110,7 @@ def may_be(text: str, language: str) -> bool:
     Coarse on purpose: it shall catch output in a wrong language, not tell dialects apart. False where most letters are
     of a script in which the language is not written, or another language has more common words than every other.
     """
-    # letters by script, as their Unicode names begin
-    names = (unicodedata.name(char, "") for char in text if char.isalpha())
-    scripts = Counter(re.split("[ -]", name, maxsplit=1)[0] for name in names)
+    scripts = Counter(script_of(char) for char in text if char.isalpha())
     expected = {script for script, codes in SCRIPTS.items() if language in codes} or {"LATIN"}
     if sum(scripts[script] for script in expected) < 0.5 * scripts.total():
         return False
@@ -120,6 +119,12 @@ def may_be(text: str, language: str) -> bool:
     found = re.findall(r"[^\W\d_]+", text.lower())
     hits = sorted(((sum(word in words for word in found), code) for code, words in WORDS.items()), reverse=True)
     return "LATIN" not in expected or hits[0][0] == hits[1][0] or hits[0][1] == language
+
+
+@cache
+def script_of(char: str) -> str:
+    """A letter's script, as its Unicode name begins."""
+    return re.split("[ -]", unicodedata.name(char, ""), maxsplit=1)[0]
 
 
 class Response(NamedTuple):
@@ -204,7 +209,13 @@ def select(
     groups, rejected = [], []
     for index, (prompt, pair) in enumerate(zip(prompts, sentences, strict=True)):
         places = range(index * size, (index + 1) * size)
-        made = [{**row_of(generations[place], prompt, pair, maker), "index": index, "made": place} for place in places]
+        seen: dict[tuple[int, ...], Row] = {}  # candidates are often the same
+        made = []
+        for place in places:
+            ids = tuple((generation := generations[place]).ids)
+            if ids not in seen:
+                seen[ids] = row_of(generation, prompt, pair, maker)
+            made.append({**seen[ids], "index": index, "made": place})
         passed = [row for row in made if "rule" not in row]
         if passed:
             groups.append(passed)

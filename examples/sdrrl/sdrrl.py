@@ -98,7 +98,8 @@ class Config:
     answer_in: dict = field(default_factory=dict)  # "FROM-TO": language instruction after a question in FROM
     translate_as: dict = field(default_factory=dict)  # "FROM-TO": instruction above a sentence to translate
     answers: dict = field(default_factory=dict)  # fields of Decoding
-    test: Literal["test", "dev"] = "test"  # the tasks that are scored; "dev" while settings are being chosen
+    # the tasks that are scored; "dev" while settings are being chosen, or both, to choose by the one and tell the other
+    test: Literal["test", "dev", "both"] = "test"
     max_length: int = 512  # tokens of prompt and answer
     vocab: int = 4000  # of the tokenizer that presets are trained with
     dtype: str = "auto"  # of a loaded model; "auto" is that of its files
@@ -126,6 +127,8 @@ class Config:
             name = getattr(self, key)
             if name in PRESETS and (self.captions is None or not getattr(self, options)):
                 raise ValueError(f"{options} and captions must be given for the preset {key}={name!r}")
+        if self.test != "test" and self.captions is None:
+            raise ValueError(f"test={self.test!r}: there are dev tasks of captions alone")
         for name, values in (("arms", self.arms), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must have at least one, each once, got {list(values)!r}")
@@ -478,15 +481,15 @@ class Study:
         about = {"training": options, "seed": seed, "prompt": c.prompt, "max_length": c.max_length, "dtype": c.dtype}
         return self.stage(f"train-{name}-s{seed}", work, about, needs=[rows, start])
 
-    def test(self, name: str, seed: int) -> Path:
-        """Answers and scores of an arm, or of the model before."""
+    def test(self, which: str, name: str, seed: int) -> Path:
+        """Answers and scores of an arm, or of the model before, on the tasks "dev" or "test"."""
         c, own = self.c, self.own(seed)
         model = self.start(own) if name == BEFORE else self.train(name, seed)
 
         def work(out: Path) -> None:
             scores = {}
             for language in self.languages:
-                if tasks := [task for task in self.read(c.test) if language in task]:
+                if tasks := [task for task in self.read(which) if language in task]:
                     prompts = [render(task[language], c.prompt) for task in tasks]
                     made = self.generate(out / language, c.model, model, prompts, self.answers).texts()
                     scores[language] = score_answers(tasks, made, language)
@@ -494,14 +497,15 @@ class Study:
                     write_rows(out / f"answers.{language}.jsonl", rows)
             write_json(out / "scores.json", scores)
 
-        about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages, "test": c.test}
-        title = f"test-{name}" + ("" if name == BEFORE and own == "own" else f"-s{seed}")
+        about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages, "test": which}
+        title = f"{which}-{name}" + ("" if name == BEFORE and own == "own" else f"-s{seed}")
         return self.stage(title, work, about, needs=[self.tasks(), model])
 
     def steps(self) -> dict[str, dict[str, Callable[[], Path]]]:
         """The pieces of work of each step; several processes may share those of one."""
-        arms = [(name, seed) for seed in self.c.seeds for name in self.arms]
+        arms = [(name, seed) for name in self.arms for seed in self.c.seeds]
         tests = [(BEFORE, seed) for seed in self.c.seeds] + arms if self.c.captions or self.c.tests else []
+        sets = ("dev", "test") if self.c.test == "both" else (self.c.test,)
         start = {"translator": self.translator} | {own: partial(self.start, own) for own in self.owns}
         steps: dict[str, dict[str, Callable[[], Path]]] = {
             "start": start,
@@ -512,7 +516,8 @@ class Study:
             "train": {f"{name}-s{seed}": partial(self.train, name, seed) for name, seed in arms},
             "test": {"translator": self.test_translator} if self.c.translator in PRESETS else {},
         }
-        steps["test"] |= {f"{name}-s{seed}": partial(self.test, name, seed) for name, seed in tests}
+        for name, seed in tests:
+            steps["test"] |= {f"{which}-{name}-s{seed}": partial(self.test, which, name, seed) for which in sets}
         return steps
 
 

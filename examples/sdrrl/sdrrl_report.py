@@ -18,7 +18,7 @@ from fused_kd.training.stage import read_json, told, write_json
 BEFORE = "before"
 METRICS = ("accuracy", "chrf", "bleu")
 RESAMPLES = 10_000
-_PIECE = re.compile(r"(?P<step>collect|filter|set|train|test)-(?P<name>.+?)(?:-s(?P<seed>\d+))?")
+_PIECE = re.compile(r"(?P<step>collect|filter|set|train|dev|test)-(?P<name>.+?)(?:-s(?P<seed>\d+))?")
 
 
 def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str, Any]:
@@ -41,13 +41,49 @@ def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str
             found["training"] |= {title: piece["training"]} if "training" in piece else {}
         elif known["step"] in ("collect", "filter"):
             found["transfer"].setdefault(title.partition("-")[2], {}).update(piece["counts"])
-        elif known["step"] == "test":
-            row = {"arm": known["name"], "seed": int(known["seed"] or 0)}
+        elif known["step"] in ("dev", "test"):
+            row = {"arm": known["name"], "seed": int(known["seed"] or 0), "tasks": known["step"]}
             found["scores"] += [row | {"language": key, **values} for key, values in piece["scores"].items()]
         else:
             what = {"set": ("sets", "counts"), "train": ("training", "training")}[known["step"]]
             found[what[0]][title.partition("-")[2]] = piece[what[1]]
     return found
+
+
+def scored(metrics: Mapping[str, Any], tasks: str | None = None) -> list[dict[str, Any]]:
+    """The scores of the tasks "dev" or "test"; None: of the test where it was scored, else of dev."""
+    found = {
+        which: [row for row in metrics["scores"] if row.get("tasks", "test") == which] for which in ("test", "dev")
+    }
+    return found[tasks] if tasks else found["test"] or found["dev"]
+
+
+def chosen(metrics: Mapping[str, Any], target: str) -> dict[str, str]:
+    """Of arms ``NAME-SETTING`` the setting of each ``NAME`` with the best accuracy in the target language on dev.
+
+    Accuracies are means over seeds; where there are no dev scores, all arms stay: ``{NAME or arm: arm}``.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in scored(metrics, "dev"):
+        if row["language"] == target and row["accuracy"] is not None:
+            found.setdefault(row["arm"].partition("-")[0], {}).setdefault(row["arm"], []).append(row["accuracy"])
+    if not found:
+        return {arm: arm for arm in dict.fromkeys(row["arm"] for row in metrics["scores"])}
+    first = (BEFORE, "sdrrl", "translate_sft")
+    names = [name for name in first if name in found] + [name for name in found if name not in first]
+    return {name: max(found[name], key=lambda arm: float(np.mean(found[name][arm]))) for name in names}
+
+
+def of_chosen(metrics: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """The metrics with the test scores of the chosen settings alone, under their arms' names."""
+    names = {arm: name for name, arm in chosen(metrics, target).items()}
+    order = list(names)
+    rows = sorted((row for row in scored(metrics) if row["arm"] in names), key=lambda row: order.index(row["arm"]))
+    sets = {}
+    for title, counts in metrics["sets"].items():
+        arm, _, seed = title.rpartition("-s")
+        sets |= {f"{names[arm]}-s{seed}": counts} if arm in names else {}
+    return {**metrics, "scores": [{**row, "arm": names[row["arm"]]} for row in rows], "sets": sets}
 
 
 def transfer_table(metrics: Mapping[str, Any]) -> str:
@@ -66,7 +102,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         deviation = f" ±{values.std():.1f}" if len(values) > 1 else ""
         return f"{values.mean():.1f}{deviation}" if len(values) else "-"
 
-    frame = pandas.DataFrame(metrics["scores"])
+    frame = pandas.DataFrame(scored(metrics))
     table = frame.groupby(["arm", "language"])[list(METRICS)].agg(shown).unstack("language").reindex(frame.arm.unique())
     table.columns = [f"{language} {metric}" for metric, language in table.columns]
     rows = {title.rpartition("-s")[0]: counts["rows"] for title, counts in metrics["sets"].items()}
@@ -110,21 +146,33 @@ def paired(
     }  # fmt: skip
 
 
-def comparisons(metrics: Mapping[str, Any], first: str = "sdrrl") -> dict[str, dict[str, Any]]:
-    """:func:`paired` of one arm with every other, ``{"ARM LANGUAGE": ...}``."""
-    others = dict.fromkeys((row["arm"], row["language"]) for row in metrics["scores"] if row["arm"] != first)
-    made = {f"{arm} {language}": paired(metrics["scores"], first, arm, language) for arm, language in others}
+def comparisons(metrics: Mapping[str, Any], recipe: str = "sdrrl", baseline: str = "translate_sft") -> dict[str, Any]:
+    """:func:`paired` of the recipe with every other arm, and of ``RECIPE_X`` with ``BASELINE_X``.
+
+    Returns:
+        ``{"FIRST SECOND LANGUAGE": ...}``.
+    """
+    rows = scored(metrics)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    variants = {arm: arm.replace(recipe, baseline, 1) for arm in arms if arm.startswith(f"{recipe}_")}
+    twins = {*variants, *variants.values()}
+    asked = [(recipe, arm) for arm in arms if arm != recipe and arm not in twins] + list(variants.items())
+    made = {
+        f"{first} {second} {language}": paired(rows, first, second, language)
+        for first, second in asked
+        for language in dict.fromkeys(row["language"] for row in rows)
+    }
     return {name: value for name, value in made.items() if value is not None}
 
 
 def comparisons_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """As Markdown."""
-    lines = ["| against | language | points | 95 % | seeds |", "|---|---|---|---|---|"]
+    lines = ["| arm | against | language | points | 95 % | seeds |", "|---|---|---|---|---|---|"]
     for name, value in found.items():
-        arm, language = name.split()
+        first, second, language = name.split()
         seeds = " ".join(f"{points:+.1f}" for points in value["by_seed"].values())
         lines.append(
-            f"| `{arm}` | {language} | {value['difference']:+.1f} | "
+            f"| `{first}` | `{second}` | {language} | {value['difference']:+.1f} | "
             f"{value['low']:+.1f} to {value['high']:+.1f} | {seeds} |"
         )
     return "\n".join(lines)
@@ -136,7 +184,7 @@ def write_plots(metrics: Mapping[str, Any], folder: str | Path) -> None:
     import pandas
 
     matplotlib.use("Agg")
-    frame = pandas.DataFrame(metrics["scores"], columns=["arm", "language", "majority", *METRICS])
+    frame = pandas.DataFrame(scored(metrics), columns=["arm", "language", "majority", *METRICS])
     for key, label in (("accuracy", "accuracy of questions (%)"), ("chrf", "chrF of completions")):
         if frame[key].notna().any():
             numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
@@ -152,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", help="folders of results of one study, such as of several seeds")
     parser.add_argument("--output", help="of metrics.json and figures; default: the first folder")
+    parser.add_argument("--target", default="de", help="the language whose dev accuracy chooses settings")
     given = parser.parse_args(argv)
     metrics: dict[str, Any] = {}
     for results in given.results:
@@ -163,12 +212,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         metrics["scores"] = [*metrics["scores"], *known["scores"]]
         for key in ("sets", "training", "transfer"):
             metrics[key] = {**known[key], **metrics[key]}
-    metrics["comparisons"] = comparisons(metrics)
+    best = of_chosen(metrics, given.target)
+    metrics |= {"chosen": chosen(metrics, given.target), "comparisons": comparisons(best)}
     folder = Path(given.output or given.results[0])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics)
-    write_plots(metrics, folder)
-    print(transfer_table(metrics), results_table(metrics), comparisons_table(metrics["comparisons"]), sep="\n\n")
+    write_plots(best, folder)
+    tables = [
+        transfer_table(metrics),
+        results_table({**metrics, "scores": scored(metrics, "dev") or metrics["scores"]}),
+    ]
+    tables += [results_table(best), comparisons_table(metrics["comparisons"])]
+    print(*tables, sep="\n\n")
     return metrics
 
 

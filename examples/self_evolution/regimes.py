@@ -1,7 +1,7 @@
 """Where each method is best: a plane of student strength x share of wrong references x method.
 
-    python examples/self_evolution/regimes.py --preset regimes-cpu --data PATH --output runs/regimes
-    python examples/self_evolution/regimes.py --preset regimes-gpu --data PATH --alma PATH --jobs 12 --minutes 8
+    python examples/self_evolution/regimes.py --preset cpu --data PATH --output runs/regimes
+    python examples/self_evolution/regimes.py --preset gpu --data PATH --alma PATH --jobs 12 --minutes 8
 
 Tiny language models are pre-trained on text of all languages and on noisy parallel documents; a larger one learns all
 clean pairs and becomes the teacher. Students of several strengths, from a briefly pre-trained one to a trained
@@ -17,11 +17,10 @@ import gc
 import gzip
 import json
 import os
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -32,167 +31,35 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "10")
 
-import numpy as np
 import torch
 import transformers
 from kd_methods import REGIME_METHODS
+from regimes_config import Config, Trial, groups_of, parse_arguments
+from regimes_data import DOCUMENT, Pairs, pretraining_rows, read_rows, write_rows
 from transformers import PrinterCallback
 
 import fused_kd
 from fused_kd.info import devices, versions
-from fused_kd.integrations.labels import LABEL_PAD
 from fused_kd.training.collate import Collator, padding_id
-from fused_kd.training.data import Pair, load_directions, misalign, parse_direction
+from fused_kd.training.data import load_directions, misalign
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import generate
 from fused_kd.training.models import load_model, on_accelerator, shared_tokenizer, threads_for
 from fused_kd.training.prompts import (
     PromptTemplate,
     Rows,
-    completion_rows,
-    encode_prompts,
     get_prompt,
     tokenize_directions,
     training_texts,
 )
 from fused_kd.training.score import score
-from fused_kd.training.script import parse, run_script
+from fused_kd.training.script import run_script
 from fused_kd.training.stage import Stages, fingerprint, fingerprint_file, helpers, lock, read_json, write_json
 from fused_kd.training.trainer import KDTrainer
 
-Pairs = dict[str, list[Pair]]
-DOCUMENT = PromptTemplate("document", "{source_language}: {source}\n{target_language}:")
 HISTORY = ("step", "loss", "difficulty", "hard_fraction", "hard_fraction_t")
 GRACE = 40.0  # seconds that the last runs are waited for
-
-
-@dataclass(frozen=True)
-class Start:
-    """How a model comes to be: next-token loss on documents, then SFT on clean pairs with the prompt."""
-
-    pretrain: dict[str, Any]  # TrainingArguments, over those of Config.train
-    tune: dict[str, Any] = field(default_factory=dict)
-    pairs: int | None = None  # the first so many of each direction that tune sees; None: all that it may see
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What language models are pre-trained on, from the pairs that students may see."""
-
-    sentences: int = 4  # of one language in a document; a row of the corpus serves one language alone
-    parallel: int = 4000  # documents of each direction with a sentence and a translation
-    wrong: float = 0.5  # the share of them whose translation is another sentence's
-    seed: int = 0
-
-
-@dataclass
-class Config:
-    """Everything that the numbers depend on; of each direction where there is a number of pairs."""
-
-    data: str = "data/multi30k"
-    alma: str | None = None  # more parallel text, for the pre-training alone
-    directions: list[str] = field(default_factory=lambda: ["de-en", "en-de", "cs-en", "en-cs"])
-    test: str = "test_2016_flickr"
-    valid: str = "valid"
-    train_limit: int | None = None
-    alma_limit: int | None = None
-    test_limit: int | None = None
-    valid_limit: int | None = None
-    prompt: str = "paper"
-    max_length: int = 160
-    max_new_tokens: int = 48
-    batch_size: int = 64  # sentences that are translated together
-    vocab: int = 4000
-    held: int = 1500  # the last pairs: the distillation set, which no student has seen
-    documents: dict = field(default_factory=dict)
-    teacher: str = "medium-teacher"
-    student: str = "tiny-student"
-    train: dict = field(default_factory=dict)  # TrainingArguments of every training
-    start_teacher: dict = field(default_factory=dict)
-    strengths: dict = field(default_factory=dict)  # name: the fields of Start, weakest first
-    distil: dict = field(default_factory=dict)  # TrainingArguments of every distillation
-    rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
-    noises: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    paper: str = "language_model"  # the strength of the paper's regime, where every method is tried
-    paper_methods: list[str] = field(default_factory=lambda: list(REGIME_METHODS))
-    methods: list[str] = field(
-        default_factory=lambda: ["sft", "forward_kd", "skew", "self_evolution", "floor_0.3"]
-    )  # of the whole plane
-
-    def __post_init__(self) -> None:
-        get_prompt(self.prompt)
-        if unknown := sorted({*self.methods, *self.paper_methods} - REGIME_METHODS.keys()):
-            raise ValueError(f"methods must be of {', '.join(REGIME_METHODS)}, got {', '.join(unknown)}")
-        if self.paper not in self.strengths:
-            raise ValueError(f"paper must be one of {', '.join(self.strengths)}, got {self.paper!r}")
-        for name in ("rates", "noises", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must have at least one value")
-        self.starts = {name: build(Start, value, f"strengths.{name}") for name, value in self.strengths.items()}
-        self.starts["teacher"] = build(Start, self.start_teacher, "start_teacher")
-        self.pretraining = build(Documents, self.documents, "documents")
-
-
-@dataclass
-class Running:
-    """Where and how; the numbers do not depend on it."""
-
-    output: str = "runs/regimes"
-    results: str | None = None  # where results are written, small files alone; default: output
-    jobs: int = 1  # processes that share the work; 2 on two cores, 12 on a GPU
-    minutes: float | None = None  # no run begins after so long; None: all of them are done
-    rehearse: bool = False  # the same path with everything shrunk, on a CPU
-    worker: bool = False  # this process is a helper of another one
-    until: float | None = None  # of a helper: the clock's time after which it begins no run
-
-
-def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass of a mapping. Raises ``ValueError`` that says where the mapping is wrong."""
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}") from error
-
-
-def rehearsed(config: Config) -> Config:
-    """The same plane at a size that teaches nothing: random tiny models, two steps a training, a CPU."""
-    two = {"max_steps": 2, "per_device_train_batch_size": 4}
-    starts = {
-        name: value | {key: {**value[key], **two} for key in ("pretrain", "tune") if value.get(key)}
-        for name, value in {**config.strengths, "teacher": config.start_teacher}.items()
-    }
-    small = {"train_limit": 90, "alma_limit": 30, "test_limit": 3, "valid_limit": 3, "held": 8, "max_new_tokens": 6}
-    few = {"rates": config.rates[:2], "noises": config.noises[:2], "seeds": config.seeds[:2]}
-    models = {"vocab": 500, "teacher": "tiny-student", "student": "tiny-student"}
-    return dataclasses.replace(
-        config, **small, **few, **models, methods=config.methods[:2], documents=config.documents | {"parallel": 10},
-        train=config.train | {"use_cpu": True}, start_teacher=starts.pop("teacher"), strengths=starts,
-        distil=config.distil | two,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One distilled student."""
-
-    strength: str
-    noise: float
-    method: str
-    seed: int
-    rate: float | None = None  # None: the chosen one
-
-    def __str__(self) -> str:
-        rate = "" if self.rate is None else f".lr{self.rate:g}"
-        return f"{self.strength}.noise{self.noise:g}.{self.method}{rate}.seed{self.seed}"
-
-
-def groups_of(config: Config) -> list[list[Trial]]:
-    """The runs that count: seeds outermost, the paper's regime before the plane; the first alone are of use."""
-    paper = [(config.paper, config.noises[0], method) for method in config.paper_methods]
-    plane = [(s, n, m) for n in config.noises for s in config.strengths for m in config.methods]
-    cells = [paper, [cell for cell in plane if cell not in paper]]
-    return [[Trial(*cell, seed) for cell in part] for seed in config.seeds for part in cells]
+PAUSE = 3.0  # seconds after a failure
 
 
 class Regimes:
@@ -264,19 +131,18 @@ class Regimes:
         """Tokenised rows, which several trainings read."""
 
         def work(folder: Path) -> None:
-            rows = make().rows
-            columns = {
-                "ids": np.array([token for row in rows for token in row["input_ids"]], np.int32),
-                "lengths": np.array([len(row["input_ids"]) for row in rows]),
-                "prompts": np.array([sum(label == LABEL_PAD for label in row["labels"]) for row in rows]),
-            }
-            np.savez(folder / "rows.npz", **columns)
+            write_rows(folder / "rows.npz", make())
 
         return self.stages(title, work, self.texts | about, needs=[self.tokenizer_folder])
 
     def documents(self) -> Path:
-        about = dataclasses.asdict(self.config.pretraining)
-        return self.stored("documents", self.pretraining_rows, documents=about)
+        """What language models are pre-trained on."""
+        how, length = self.config.pretraining, self.config.max_length
+
+        def make() -> Rows:
+            return pretraining_rows(self.tokenizer, self.corpora, how, length)
+
+        return self.stored("documents", make, documents=dataclasses.asdict(how))
 
     def clean_pairs(self, name: str) -> Path:
         """What a model is tuned on: the teacher on all pairs, students on those before the new ones."""
@@ -284,24 +150,6 @@ class Regimes:
         pairs = {direction: found[:count] for direction, found in texts.items()}
         who = "teacher" if name == "teacher" else "student"
         return self.stored(f"{who}.pairs", partial(self.rows, pairs), who=who, pairs=count)
-
-    def pretraining_rows(self) -> Rows:
-        """Documents of one language, and of a sentence with its translation, or with another's: loss on all tokens."""
-        how, made = self.config.pretraining, []
-        for texts in documents(self.corpora, self.config.directions, how.sentences):
-            made += [
-                {"input_ids": [*ids, self.tokenizer.eos_token_id]} for ids in encode_prompts(self.tokenizer, texts)
-            ]
-        for number, corpus in enumerate(self.corpora):
-            for direction, pairs in corpus.items():
-                some = random.Random(f"{how.seed}-{number}-{direction}").sample(pairs, min(how.parallel, len(pairs)))
-                mixed = misalign(some, how.wrong, how.seed)
-                prompts = [DOCUMENT.render(pair.source, direction) for pair in mixed]
-                targets = [pair.target for pair in mixed]
-                found = completion_rows(self.tokenizer, prompts, targets, self.config.max_length)
-                made += [{"input_ids": row["input_ids"]} for row in found if row is not None]
-        cut = [row["input_ids"][: self.config.max_length] for row in made]
-        return Rows([{"input_ids": ids, "labels": ids} for ids in cut])
 
     def arguments(self, folder: Path, *options: Mapping[str, Any]) -> Any:
         given: dict[str, Any] = {}
@@ -317,7 +165,8 @@ class Regimes:
         """A model, trained with the next-token loss of stored rows."""
 
         def work(folder: Path) -> None:
-            what = {"model": self.model(name, seed), "objective": fused_kd.SFT(), "train_dataset": read_rows(rows)}
+            found = read_rows(rows / "rows.npz")
+            what = {"model": self.model(name, seed), "objective": fused_kd.SFT(), "train_dataset": found}
             fit(self.trainer(folder, [options, {"seed": seed}], **what), folder, title)
 
         preset = isinstance(name, str)
@@ -356,7 +205,7 @@ class Regimes:
             about = {"kind": "start", "strength": name, "scores": by_prompt, "document_scores": by_document, **steps}
             if name == "teacher":
                 references = {d: [pair.target for pair in pairs] for d, pairs in self.tests.items()}
-                self.keep({"trial": "references", "made": references})
+                self.keep("references", "references", references)
             self.tell(folder, about)
 
         return self.stages(f"{name}.start", work, self.tested, needs=[trained])
@@ -447,7 +296,7 @@ class Regimes:
             about |= {"rate": rate, "valid_chrf": {f"{r:g}": round(v, 3) for r, v in valid.items()}, "scores": scores}
             about["test_wall"] = round(time.time() - began, 2)
             about.pop("valid", None)
-            self.keep({"trial": str(trial), "made": made})
+            self.keep(f"{trial.strength}.noise{trial.noise:g}", str(trial), made)
             self.tell(folder, {"kind": "run"} | about)
 
         return self.stages(str(trial), work, self.tested, needs=[trained])
@@ -455,10 +304,16 @@ class Regimes:
     def tell(self, folder: Path, record: dict[str, Any]) -> None:
         """A finished piece, in its folder and as a line of runs.jsonl."""
         write_json(folder / "record.json", record)
-        append(self.told / "runs.jsonl", line(record))
+        self.append("runs.jsonl", line(record))
 
-    def keep(self, translations: dict[str, Any]) -> None:
-        append(self.told / "hypotheses.jsonl.gz", gzip.compress(line(translations)))
+    def keep(self, cell: str, name: str, made: dict[str, list[str]]) -> None:
+        """Translations, for the bootstraps; a file a cell."""
+        self.append(f"hypotheses.{cell}.jsonl.gz", gzip.compress(line({"trial": name, "made": made})))
+
+    def append(self, name: str, content: bytes) -> None:
+        """At the end of a file of the results, whole, whatever other processes write there."""
+        with lock(self.stages.folder / ".locks" / name), open(self.told / name, "ab") as file:
+            file.write(content)
 
     def pieces(self) -> dict[str, Callable[[], object]]:
         """Every piece of work, in the order in which it is wanted."""
@@ -475,55 +330,35 @@ class Regimes:
         return found
 
 
-def read_rows(folder: Path) -> Rows:
-    """What :meth:`Regimes.stored` wrote."""
-    with np.load(folder / "rows.npz") as found:
-        ids, ends, prompts = found["ids"].tolist(), found["lengths"].cumsum().tolist(), found["prompts"].tolist()
-    rows = []
-    for begin, end, prompt in zip([0, *ends[:-1]], ends, prompts, strict=True):
-        own = ids[begin:end]
-        rows.append({"input_ids": own, "labels": [LABEL_PAD] * prompt + own[prompt:]})
-    return Rows(rows)
-
-
-def documents(corpora: Sequence[Pairs], directions: Sequence[str], sentences: int) -> Iterator[list[str]]:
-    """For each language, texts of so many sentences; no row of a corpus gives more than one language a sentence."""
-    languages = sorted({language for direction in directions for language in parse_direction(direction)})
-    for number, language in enumerate(languages):
-        found: dict[str, None] = {}
-        for corpus in corpora:
-            for direction, pairs in corpus.items():
-                if language in parse_direction(direction):
-                    side = parse_direction(direction).index(language)
-                    found |= dict.fromkeys(pair[side] for pair in pairs[number :: len(languages)])
-        texts = list(found)
-        random.Random(number).shuffle(texts)
-        yield ["\n".join(texts[i : i + sentences]) for i in range(0, len(texts), sentences)]
-
-
 def line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def append(path: Path, content: bytes) -> None:
-    """At the end of a file, whole, whatever other processes write there."""
-    with lock(path.with_name(f".{path.name}.lock")), open(path, "ab") as file:
-        file.write(content)
+def work_until(stages: Stages, pieces: Mapping[str, Callable[[], object]], until: float | None) -> None:
+    """All pieces, none begun after that time; with a time, one that fails, as for lack of memory, is tried again."""
+    failed: list[str] = []
 
+    def guarded(name: str, piece: Callable[[], object]) -> None:
+        if until is None:
+            piece()
+        elif time.time() < until:
+            try:
+                piece()
+            except RuntimeError:
+                traceback.print_exc()
+                failed.append(name)
+                time.sleep(PAUSE)
 
-def before(until: float | None, piece: Callable[[], object]) -> Callable[[], object]:
-    """The piece, not begun after that time."""
-    return lambda: piece() if until is None or time.time() < until else None
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Config, Running]:
-    config, running = parse((Config, Running), argv, configs=Path(__file__).parent, description=__doc__)
-    return (rehearsed(config) if running.rehearse else config), running
+    while True:
+        failed.clear()
+        stages.share({name: partial(guarded, name, piece) for name, piece in pieces.items()})
+        if not failed:
+            return
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     began = time.time()
-    config, running = parse_arguments(argv)
+    config, running = parse_arguments(argv, __doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if (threads := threads_for([config.teacher, config.student])) and "OMP_NUM_THREADS" not in os.environ:
@@ -536,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             old.unlink()
     with helpers(__file__, given, running.jobs, folder, helper=running.worker):
         plane = Regimes(config, Stages(folder), running.results)
-        plane.stages.share({name: before(until, piece) for name, piece in plane.pieces().items()})
+        work_until(plane.stages, plane.pieces(), until)
         if running.worker:
             write_json(ended / f"{os.getpid()}.json", {})
             return None
@@ -550,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         raise ValueError("minutes: no run was finished in that time; the same command goes on")
     results = regimes_report.collect(plane.told, tests=until is None)
     regimes_report.write_report(results, plane.told)
-    print(f"results.json, results.md, figures, runs.jsonl and hypotheses.jsonl.gz are in {plane.told}")
+    print(f"results.json, results.md, figures, runs.jsonl and hypotheses are in {plane.told}")
     return results
 
 

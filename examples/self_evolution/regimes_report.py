@@ -1,4 +1,4 @@
-"""Tables and figures of the plane of regimes, from runs.jsonl and hypotheses.jsonl.gz, or from results.json alone.
+"""Tables and figures of the plane of regimes, from runs.jsonl and the translations, or from results.json alone.
 
     python examples/self_evolution/regimes_report.py FOLDER             # results.json, results.md and the figures
 
@@ -21,7 +21,7 @@ import pandas as pd
 from kd_methods import REGIME_METHODS
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from paper_table import ALPHA, COLOURS, STYLE, averaged
 
 from fused_kd.training.score import paired_bootstrap
@@ -73,8 +73,9 @@ def compare(folder: Path, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     done, path = {}, folder / "tests.jsonl"
     if path.is_file():
         done = {(r["key"], r["baseline"]): r["tests"] for r in records(path)}
-    if (folder / "hypotheses.jsonl.gz").is_file():
-        made = {r["trial"]: r["made"] for r in records(folder / "hypotheses.jsonl.gz")}
+    files = sorted(folder.glob("hypotheses.*.jsonl.gz"))
+    made = {record["trial"]: record["made"] for file in files for record in records(file)}
+    if "references" in made:
         for key, systems in cells(runs, made).items():
             for baseline in BASELINES:
                 if baseline in systems and len(systems) > 1 and not finished(done.get((key, baseline)), systems):
@@ -113,7 +114,7 @@ class Plane:
     """What results.json holds, as data frames of one metric, averages over directions where none is named.
 
     Attributes:
-        starts: a row a strength, weakest first: by prompt, as a document.
+        starts, documents: of the students before: by the prompt, in the form of the documents.
         runs: (strength, noise, method, seed) x directions and their average.
         mean, std: (strength, noise) x methods.
     """
@@ -130,6 +131,7 @@ class Plane:
         index = pd.MultiIndex.from_tuples(rows, names=[*CELL, "method", "seed"])
         self.runs = averaged(pd.DataFrame(list(rows.values()), index=index)).sort_index()
         self.starts = {r["strength"]: self.average(r["scores"]) for r in found["starts"]}
+        self.documents = {r["strength"]: self.average(r["document_scores"]) for r in found["starts"]}
         groups = self.runs.iloc[:, -1].groupby([*CELL, "method"])
         self.mean, self.std, self.count = (getattr(groups, name)().unstack() for name in ("mean", "std", "count"))
 
@@ -267,37 +269,44 @@ def draw_plane(plane: Plane) -> Figure:
     others = [m for m in plane.plane_methods if m != "forward_kd"]
     noises = sorted({noise for _, noise in plane.cells()})
     strengths = [s for s in plane.strengths if s in {strength for strength, _ in plane.cells()}]
-    width, height = 1.2 * len(strengths) + 0.8, 0.75 * len(noises) + 1.6
-    figure = Figure((width * (1 + len(others)), height), layout="constrained")
-    axes = figure.subplots(1, 1 + len(others), sharey=True, squeeze=False)[0]
-    colours = dict(zip(plane.plane_methods, COLOURS, strict=False))
-    names = [f"{s.replace('_', ' ')}\n{plane.starts.get(s, np.nan):.1f}" for s in strengths]
-    for axis in axes:
-        axis.set_xticks(range(len(strengths)), names, fontsize=8)
-        axis.set_yticks(range(len(noises)), [f"{noise:.0%}" for noise in noises])
-        axis.set_xlim(-0.5, len(strengths) - 0.5), axis.set_ylim(-0.5, len(noises) - 0.5)
-        axis.set_xlabel("student, its BLEU before", fontsize=8)
-    axes[0].set_ylabel("wrong references")
-    axes[0].set_title("best method (hatched: within seed noise)", fontsize=9)
-    for cell in plane.cells():
-        x, y, best = strengths.index(cell[0]), noises.index(cell[1]), plane.ranking(cell, plane.plane_methods)
-        hatch = "" if plane.is_clear(cell) else "////"
-        axes[0].add_patch(square(x, y, facecolor=colours[best.index[0]], hatch=hatch, edgecolor="white", alpha=0.75))
-        gain = best.iloc[0] - plane.starts.get(cell[0], np.nan)
-        axes[0].text(x, y, f"{best.iloc[0]:.1f}\n({gain:+.1f})", ha="center", va="center", fontsize=8)
-    first = {plane.ranking(cell, plane.plane_methods).index[0] for cell in plane.cells()}
-    shown = [method for method in plane.plane_methods if method in first]
-    axes[0].legend([Patch(color=colours[m], alpha=0.75) for m in shown], [LABELS[m] for m in shown], loc="upper left",
-                   bbox_to_anchor=(0, -0.28), fontsize=8)  # fmt: skip
-    for axis, method in zip(axes[1:], others, strict=True):
+    columns = 3
+    rows = -(-(1 + len(others)) // columns)
+    figure = Figure((columns * (0.95 * len(strengths) + 0.6), rows * (0.6 * len(noises) + 1.3)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    names = [
+        f"{s.replace('_', ' ')}\n{plane.starts.get(s, np.nan):.1f} ({plane.documents.get(s, np.nan):.1f})"
+        for s in strengths
+    ]
+    for axis in axes[: 1 + len(others)]:
+        axis.set_xticks(range(len(strengths)), names, fontsize=7)
+        axis.set_yticks(range(len(noises)), [f"{noise:.0%}" for noise in noises], fontsize=8)
+        axis.set_xlim(-0.5, len(strengths) - 0.5)
+        axis.set_ylim(-0.5, len(noises) - 0.5)
+    for axis in axes[1 + len(others) :]:
+        axis.axis("off")
+    draw_best(axes[0], plane, strengths, noises)
+    for axis, method in zip(axes[1:], others, strict=False):
         draw_differences(axis, plane, method, strengths, noises)
+    figure.supxlabel("student: its BLEU before, by the prompt (as a document)", fontsize=9)
+    figure.supylabel("wrong references", fontsize=9)
     return figure
 
 
-def square(x: float, y: float, **look: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, **look)
+def draw_best(axis: Any, plane: Plane, strengths: list[str], noises: list[float]) -> None:
+    """Colour: the best method; its BLEU and its gain over the start."""
+    colours = dict(zip(plane.plane_methods, COLOURS, strict=False))
+    axis.set_title("best (hatched: within seed noise)", fontsize=9)
+    shown: dict[str, Patch] = {}
+    for cell in plane.cells():
+        x, y, best = strengths.index(cell[0]), noises.index(cell[1]), plane.ranking(cell, plane.plane_methods)
+        colour, hatch = colours[best.index[0]], "" if plane.is_clear(cell) else "////"
+        axis.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", alpha=0.75)
+        )
+        gain = best.iloc[0] - plane.starts.get(cell[0], np.nan)
+        axis.text(x, y, f"{best.iloc[0]:.1f}\n({gain:+.1f})", ha="center", va="center", fontsize=8)
+        shown[LABELS[best.index[0]]] = Patch(color=colour, alpha=0.75)
+    axis.figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=5, fontsize=8)
 
 
 def draw_differences(axis: Any, plane: Plane, method: str, strengths: list[str], noises: list[float]) -> None:

@@ -27,7 +27,7 @@ if not sys.stderr.isatty():
 import paper_table
 import torch
 import transformers
-from kd_methods import METHODS
+from kd_methods import METHODS, build
 from transformers import TrainingArguments
 
 import fused_kd
@@ -134,16 +134,6 @@ class Running:
     output: str = "runs/self_evolution"
     jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
     worker: bool = False  # this process is a helper of another one
-
-
-def build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass of a mapping. Raises ``ValueError`` that says where the mapping is wrong."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping, got {values!r}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}") from error
 
 
 @dataclass(frozen=True)

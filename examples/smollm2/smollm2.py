@@ -41,8 +41,8 @@ class Work:
     """A process's share of a study's arms, until its time is over; after each of them the results are written."""
 
     def __init__(self, study: Study, running: Running) -> None:
-        self.study, self.running, self.folder = study, running, Path(running.output)
-        self.locks = self.folder / ".locks"
+        self.study, self.running = study, running
+        self.locks, self.folder = Path(running.output) / ".locks", Path(running.results or running.output)
 
     def over(self) -> bool:
         return self.running.until is not None and time.time() > self.running.until
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if results["runs"]:
         import smollm2_report  # pandas and matplotlib, without which results.json is there all the same
 
-        smollm2_report.write(results, folder)
+        smollm2_report.write(results, work.folder)
         print(smollm2_report.tables(results))
-    console.print(f"results.json, results.md, curves.png and the students are in {running.output}")
+    console.print(f"results.json, results.md and curves.png are in {work.folder}, the students in {running.output}")
     return results
 
 

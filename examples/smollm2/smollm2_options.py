@@ -86,6 +86,7 @@ class Running:
     """Where and how; the numbers do not depend on it."""
 
     output: str = "runs/smollm2"
+    results: str | None = None  # where results.json and what is made of it go; null: into output
     keep_models: bool = False  # every arm's student, not only that of the first seed at the chosen rate
     eval_batch: int = 16  # rows
     jobs: int = 1  # processes that share the arms; more than one on a GPU, which small models leave idle

@@ -26,7 +26,7 @@ from fused_kd.training.cache import write_cache
 from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.fit import fit, training_arguments
 from fused_kd.training.generate import generate
-from fused_kd.training.loading import gguf_of
+from fused_kd.training.loading import gguf_of, gguf_read_once
 from fused_kd.training.models import PRESETS, load_any, load_model, load_tokenizer, model_content, shared_tokenizer
 from fused_kd.training.prompts import Rows
 from fused_kd.training.shrinking import shrink
@@ -68,9 +68,11 @@ class Study:
         def work(folder: Path) -> None:
             if preset:
                 tokenizer = shared_tokenizer([name], folder / "tokenizer", self.texts.of["text"], config.vocab)
+                model = load_model(name, tokenizer, 0)
             else:
-                tokenizer = load_tokenizer(name)
-            (load_model(name, tokenizer, 0) if preset else load_any(name)).save_pretrained(folder)
+                with gguf_read_once():
+                    tokenizer, model = load_tokenizer(name), load_any(name)
+            model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         about = {"preset": name, "vocab": config.vocab, **self.texts.about} if preset else {}

@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "self_evolution"))
 
 import regimes as recipe
 import regimes_report
+from regimes_data import documents, pretraining_rows, read_rows
 
 from fused_kd.training.data import Pair
 from fused_kd.training.stage import Stages
@@ -64,21 +67,24 @@ def test_runs_and_their_order(folder: Path) -> None:
 
 def test_no_document_has_a_sentence_and_its_translation() -> None:
     corpus = {d: [Pair(f"{d[:2]}{i}", f"{d[3:]}{i}") for i in range(30)] for d in ("en-de", "de-en", "en-cs")}
-    found = [text.split("\n") for texts in recipe.documents([corpus], list(corpus), 4) for text in texts]
+    found = [text.split("\n") for texts in documents([corpus], list(corpus), 4) for text in texts]
     assert max(map(len, found)) == 4 and all(len({s[:2] for s in text}) == 1 for text in found)
     rows = [sentence[2:] for text in found for sentence in text]
     assert sorted(rows, key=int) == [str(i) for i in range(30)], "each row in one language, once"
 
 
-def test_who_has_seen_what(plane: recipe.Regimes) -> None:
+def test_who_has_seen_what(plane: recipe.Regimes, monkeypatch: pytest.MonkeyPatch) -> None:
     new = {pair for pairs in plane.new.values() for pair in pairs}
     assert len(new) == 2 * 16 and not new & {pair for pairs in plane.seen.values() for pair in pairs}
-    assert len(recipe.read_rows(plane.clean_pairs("teacher"))) == 2 * 60
-    assert len(recipe.read_rows(plane.clean_pairs("tuned"))) == 2 * 10
-    stored, made = recipe.read_rows(plane.documents()), plane.pretraining_rows()
+    assert len(read_rows(plane.clean_pairs("teacher") / "rows.npz")) == 2 * 60
+    assert len(read_rows(plane.clean_pairs("tuned") / "rows.npz")) == 2 * 10
+    stored = read_rows(plane.documents() / "rows.npz")
+    made = pretraining_rows(plane.tokenizer, plane.corpora, plane.config.pretraining, plane.config.max_length)
     assert stored.rows == made.rows and all(row["labels"] == row["input_ids"] for row in made)
-    tuned = recipe.read_rows(plane.clean_pairs("tuned"))
+    tuned = read_rows(plane.clean_pairs("tuned") / "rows.npz")
     assert tuned.rows == plane.rows({d: pairs[:10] for d, pairs in plane.seen.items()}).rows
+    monkeypatch.setitem(plane.config.starts, "tuned", dataclasses.replace(plane.config.starts["tuned"], pairs=None))
+    assert read_rows(plane.clean_pairs("tuned") / "rows.npz").rows == plane.rows(plane.seen).rows
     text = " ".join(plane.tokenizer.decode(row["input_ids"]) for row in made)
     assert not any(pair.source in text for pairs in plane.new.values() for pair in pairs)
 
@@ -97,9 +103,8 @@ def test_the_rate_is_chosen_on_validation_text_alone(
         folder = tmp_path / f"{trial.rate:g}"
         folder.mkdir(exist_ok=True)
         chrf = {1e-3: [10.0, 40.0], 1e-2: [30.0, 30.0]}[trial.rate or 0.0]
-        (folder / "trained.json").write_text(
-            json.dumps({"valid": {d: {"chrf": c} for d, c in zip("ab", chrf, strict=True)}})
-        )
+        valid = {direction: {"chrf": value} for direction, value in zip("ab", chrf, strict=True)}
+        (folder / "trained.json").write_text(json.dumps({"valid": valid}))
         return folder
 
     monkeypatch.setattr(plane, "trained", trained)
@@ -115,7 +120,8 @@ def test_every_run_is_a_line(folder: Path, plane: recipe.Regimes) -> None:
     for run in runs:
         best = max(run["valid_chrf"], key=lambda rate: run["valid_chrf"][rate])
         assert float(best) == run["rate"] and run["steps"] == 2 and run["scores"].keys() == {"en-de", "de-en"}
-    made = {line["trial"]: line["made"] for line in regimes_report.records(folder / "hypotheses.jsonl.gz")}
+    kept = [line for file in folder.glob("hypotheses.*.jsonl.gz") for line in regimes_report.records(file)]
+    made = {line["trial"]: line["made"] for line in kept}
     assert len(made) == 1 + len(runs) and made["references"]["en-de"] == [p.target for p in plane.tests["en-de"]]
     results = json.loads((folder / "results.json").read_text())
     assert {test["baseline"] for test in results["significance"]} == {"sft", "forward_kd"}
@@ -150,13 +156,38 @@ def test_no_time_left(tmp_path: Path) -> None:
         recipe.main(command)
 
 
+def test_a_failure_is_tried_again_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PAUSE", 0.0)
+    calls: list[str] = []
+
+    def piece(name: str) -> None:
+        calls.append(name)
+        if calls == ["bad"]:
+            raise RuntimeError("out of memory")
+
+    pieces = {name: partial(piece, name) for name in ("bad", "good")}
+    recipe.work_until(Stages(tmp_path), pieces, time.time() + 60)
+    assert calls[:2] == ["bad", "good"] and calls.count("bad") > 1
+    calls.clear()
+    with pytest.raises(RuntimeError, match="memory"):
+        recipe.work_until(Stages(tmp_path), pieces, None)
+    recipe.work_until(Stages(tmp_path), pieces, time.time() - 1)
+    assert calls == ["bad"], "nothing is begun after that time"
+
+
 def test_rehearsal_is_small() -> None:
-    config, _ = recipe.parse_arguments(["--preset", "regimes-gpu", "--rehearse"])
+    config, _ = recipe.parse_arguments(["--preset", "gpu", "--rehearse"])
     assert config.teacher == config.student == "tiny-student" and config.train["use_cpu"]
     starts = list(config.starts.values())
     assert all(part["max_steps"] == 2 for start in starts for part in (start.pretrain, start.tune) if part)
-    whole, _ = recipe.parse_arguments(["--preset", "regimes-gpu"])
+    whole, _ = recipe.parse_arguments(["--preset", "gpu"])
     assert whole.teacher == "base-teacher" and whole.paper_methods == config.paper_methods
+
+
+@pytest.mark.parametrize("name", ["tiny", "toy", "cpu", "gpu"])
+def test_presets(name: str) -> None:
+    config, _ = recipe.parse_arguments(["--preset", name])
+    assert config.paper in config.strengths and config.methods and len(config.rates) > 1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +259,9 @@ def test_bootstraps_within_a_cell_and_seed(tmp_path: Path, found: dict[str, Any]
     made = {"references": references, "tuned.noise0.sft.seed0": wrong, "tuned.noise0.forward_kd.seed0": references,
             "tuned.noise0.forward_kd.seed1": wrong}  # fmt: skip
     lines = [json.dumps({"trial": name, "made": {"en-de": texts}}) + "\n" for name, texts in made.items()]
-    (tmp_path / "hypotheses.jsonl.gz").write_bytes(b"".join(gzip.compress(text.encode()) for text in lines))
+    (tmp_path / "hypotheses.tuned.noise0.jsonl.gz").write_bytes(
+        b"".join(gzip.compress(text.encode()) for text in lines)
+    )
     runs = [fake("tuned", 0.0, "sft", 0, 5.0), *(fake("tuned", 0.0, "forward_kd", seed, 5.0) for seed in (0, 1))]
     tests = regimes_report.compare(tmp_path, runs)
     assert {(t["seed"], t["baseline"], t["method"]) for t in tests} == {

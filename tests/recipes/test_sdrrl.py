@@ -468,7 +468,6 @@ def test_a_change_redoes_what_depends_on_it(preset, tmp_path):
         ("tau", "0.3", {"filter", "set", "train", "test"}),
         ("p", "0.3", {"set", "train", "test"}),
         ("training", "{learning_rate: 1}", {"train", "test"}),
-        ("test", "dev", {"test"}),
         ("translator_decoding", "{max_new_tokens: 41}", {"translate", *scored}),
         ("answers", "{max_new_tokens: 13}", {"collect", "translate", *scored}),
         ("pretraining", "{seed: 1}", {"base", "collect", "translate", *scored}),
@@ -528,9 +527,28 @@ def test_a_report_of_what_is_there(preset, finished, tmp_path):
     (tmp_path / "pieces.jsonl").write_bytes(pieces + b'\n{"title": "test-sft-s1", "va')
     tell(tmp_path / "pieces.jsonl", "test-sdrrl-s1", {"scores": {}})
     found = sdrrl_report.main([str(tmp_path), "--output", str(tmp_path / "report")])
-    assert found["scores"] == finished[1]["scores"] and found["sets"] == finished[1]["sets"]
+    assert found["scores"] == finished[1]["scores"] and {row["tasks"] for row in found["scores"]} == {"test"}
+    assert found["sets"] == finished[1]["sets"]
     assert (tmp_path / "report" / "accuracy.png").is_file()
-    assert set(found["comparisons"]) == {f"{arm} {language}" for arm in ("before", "sft") for language in EN_DE}
+    assert set(found["comparisons"]) == {f"sdrrl {arm} {language}" for arm in ("before", "sft") for language in EN_DE}
+
+
+def test_dev_chooses_and_test_tells(preset, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    arms = {"sft": None, "sdrrl": None, "sdrrl-lo": {}, "sdrrl-hi": {"training": {"learning_rate": 9e-3}}}
+    flags = ["--output", str(tmp_path / "run"), "--test", "both", "--arms", json.dumps(arms)]
+    metrics = sdrrl.main([str(preset), *flags])
+    assert Counter((row["arm"], row["tasks"]) for row in metrics["scores"]) == {
+        (arm, tasks): 2 for arm in ("before", "sdrrl-lo", "sdrrl-hi") for tasks in ("dev", "test")
+    }
+    best = {("dev", "sdrrl-lo", "de"), ("test", "sdrrl-hi", "de"), ("dev", "sdrrl-hi", "en")}
+    for row in metrics["scores"]:  # test would choose the other, and so would English
+        row["accuracy"] = 60.0 if (row["tasks"], row["arm"], row["language"]) in best else 50.0
+    assert sdrrl_report.chosen(metrics, "de") == {"before": "before", "sdrrl": "sdrrl-lo"}
+    told = sdrrl_report.of_chosen(metrics, "de")
+    assert [(row["arm"], row["tasks"]) for row in told["scores"]] == [("before", "test")] * 2 + [("sdrrl", "test")] * 2
+    assert set(told["sets"]) == {"sdrrl-s0"}
+    assert {row["tasks"] for row in sdrrl_report.scored(metrics)} == {"test"}
 
 
 def test_paired_differences_are_of_the_same_questions():
@@ -549,6 +567,13 @@ def test_paired_differences_are_of_the_same_questions():
     assert found["low"] < 25 < found["high"] and found["low"] >= 0
     assert sdrrl_report.paired(scores, "b", "a", "de")["high"] == -found["low"]
     assert sdrrl_report.paired(scores, "a", "c", "de") is None
+    names = {"sdrrl": "11", "sft": "10", "sdrrl_9": "10", "translate_sft_9": "00"}
+    made = [row(arm, 0, hits, hits) for arm, hits in names.items()]
+    apart = sdrrl_report.comparisons({"scores": made})
+    assert {name: value["difference"] for name, value in apart.items()} == {
+        "sdrrl sft de": 50.0, "sdrrl_9 translate_sft_9 de": 50.0,
+    }  # fmt: skip
+    assert sdrrl_report.comparisons_table(apart).count("+50.0") == 4
     # no spread where nothing differs in a way that drawing could change
     sure = sdrrl_report.paired([row("a", 0, "1111", "11"), row("b", 0, "0000", "00")], "a", "b", "de")
     assert sure["low"] == sure["high"] == 100.0
@@ -608,9 +633,12 @@ def test_presets_have_their_values(tmp_path):
     assert len(small.seeds) >= 2 and small.parallel_sentences == 1000 and small.test == "test"
     assert {values.get("answers", "own") for values in small.arms.values()} == {"own", "given", "reference"}
     gpu, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu"], configs=HERE)
-    assert len(gpu.seeds) >= 3 and gpu.test == "test" and gpu.training["bf16"] and study.base_parallel > 0
+    assert len(gpu.seeds) >= 3 and gpu.test == "both" and gpu.training["bf16"] and study.base_parallel > 0
     rehearsed, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "rehearse.yaml")], configs=HERE)
-    assert rehearsed.arms == gpu.arms and rehearsed.training["bf16"] and rehearsed.rows < gpu.rows
+    assert rehearsed.arms.keys() == gpu.arms.keys() and rehearsed.training["bf16"] and rehearsed.rows < gpu.rows
+    bare, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "no_german.yaml")], configs=HERE)
+    assert study.base_target == study.base_parallel == 0 and bare.training == gpu.training and bare.rows == gpu.rows
+    assert {name for name, values in bare.arms.items() if values is not None} == {"sdrrl-hi", "translate_sft-hi"}
     with pytest.raises(ValueError, match=r"not there: dictionary=.* model=meta.*translator=facebook/nllb.* comet="):
         sdrrl.main(["--preset", "paper", "--output", str(tmp_path / "run")])
     assert not list(tmp_path.glob("run/*/done.json"))
@@ -631,6 +659,10 @@ def test_presets_have_their_values(tmp_path):
         ("--answers {beams:2}", "answers=.*beams"),
         ("--arms {a/b:{}}", "arms must have names"),
         ("--captions null", "either captions, or instructions"),
+        (
+            "--captions null --instructions x --parallel y --model x --translator_kind dictionary --test dev",
+            "test='dev'",
+        ),
         ("--scorer bleu", "scorer"),
     ],
 )
