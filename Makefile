@@ -1,5 +1,5 @@
 # make demo: distil a tiny translation model.  make test: the test suite; make test-all: kernels for every GPU too.
-# make docs: docs/api.md from the code.  Each sets up .venv first; make gpu alone does not.
+# make docs: docs/api.md from the code, docs/evidence.md from results.  Each sets up .venv first; make gpu alone does not.
 # make compat: kernels and tests with every Triton, the oldest NVRTC, and the oldest and newest torch that are supported;
 # downloads about 10 GB into build/ (20 GB unpacked) the first time.  make compat-fast: with the oldest Triton, for sm_90.
 PYTHON ?= python3
@@ -43,6 +43,7 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(PY) docs/objectives.py
 	$(PY) docs/api.py
+	$(PY) docs/evidence.py
 
 # From a plain checkout, with the Python that is given: no network, no .venv, nothing installed.
 gpu:

@@ -14,6 +14,7 @@ COMMANDS = {
     "model": ("model", "what the performance model predicts"),
     "machine": ("machine", "the numbers of this machine that the model takes"),
     "end_to_end": ("end_to_end", "a training step of whole models"),
+    "training": ("training", "training steps of whole models on a GPU, beside eager, torch.compile and Liger"),
     "vocab_parallel": ("vocab_parallel", "a vocabulary-parallel step, predicted"),
     "sums": ("sums", "sums of objectives beside the dearest of their terms"),
     "teachers": ("teachers", "a step by what the teacher is"),

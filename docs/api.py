@@ -22,6 +22,7 @@ PROPERTIES = (property, cached_property)
 TRAINING = {
     "fused_kd.training.trainer": ("KDTrainer", "BetaSchedule"),
     "fused_kd.training.specs": ("ObjectiveSpec", "parse_objective"),
+    "fused_kd.training.advice": ("advised_objective", "still_hard"),
     "fused_kd.training.fit": ("fit", "training_arguments", "ModuleTrainer"),
     "fused_kd.training.stage": ("Stages", "helpers"),
     "fused_kd.training.script": ("parse", "run_script"),

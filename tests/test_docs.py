@@ -202,7 +202,9 @@ def script(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses ask for it
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / path).parent))  # as of a script that Python runs
+        spec.loader.exec_module(module)
     return module
 
 

@@ -108,8 +108,13 @@ def read_captions(
     Raises:
         ValueError: no such folder or split, a row without one of the texts.
     """
+    return read_parallel(find_file(Path(data).expanduser(), split), languages, limit)
+
+
+def read_parallel(path: Path, languages: Sequence[str], limit: int | None = None) -> list[dict[str, str]]:
+    """The first ``limit`` rows of a file, with a text in each of the languages. Raises as :func:`read_captions`."""
     rows: list[dict[str, str]] = []
-    for place, value in sound(file_rows(find_file(Path(data).expanduser(), split), None)):
+    for place, value in sound(file_rows(path, None)):
         missing = [name for name in languages if not isinstance(value, dict) or not value.get(name)]
         if missing:
             raise ValueError(f"{place}: expected a text in each of {', '.join(languages)}, none in {missing[0]}")
@@ -136,11 +141,16 @@ def tiny_mt(texts: Iterable[str], seed: int, vocab: int, **sizes: Any) -> tuple[
     return tokenizer, model
 
 
-def mt_rows(tokenizer: Any, captions: Sequence[Mapping[str, str]], noise: float, seed: int) -> list[dict[str, Any]]:
+def mt_rows(
+    tokenizer: Any, captions: Sequence[Mapping[str, str]], noise: float, seed: int, max_length: int | None = None
+) -> list[dict[str, Any]]:
     """``source_ids`` and ``target_ids`` from every language that a parallel row has into English.
 
     English itself is a source too, each token dropped with probability ``noise``: stage 1 feeds the encoder English.
+    Pairs with a side of more than ``max_length`` tokens are left out.
     """
+    if not captions:
+        return []
     ids = {name: tokenizer([row[name] for row in captions])["input_ids"] for name in captions[0]}
     targets = [[*row, tokenizer.eos_token_id] for row in ids["en"]]
     rng = random.Random(seed)
@@ -149,6 +159,7 @@ def mt_rows(tokenizer: Any, captions: Sequence[Mapping[str, str]], noise: float,
         {"source_ids": source, "target_ids": target}
         for sources in ids.values()
         for source, target in zip(sources, targets, strict=True)
+        if max_length is None or max(len(source), len(target)) <= max_length
     ]
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import stacked
 import torch
 import transformers
-from captions import Translator, mt_rows, read_captions, tiny_mt, write_task
+from captions import Translator, mt_rows, read_captions, read_parallel, tiny_mt, write_task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import M2M100Config, TrainingArguments
@@ -43,7 +43,7 @@ from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
 from fused_kd.training.reading import file_rows, read_rows
 from fused_kd.training.script import make_console, run_script
-from fused_kd.training.stage import read_json, read_lines, write_json, write_lines
+from fused_kd.training.stage import read_json, read_lines, tell, write_json, write_lines
 
 CAPTIONS = "captions"
 HELD_OUT = 1000  # sentences of stage 1's text to measure on, at most a tenth of it
@@ -78,6 +78,8 @@ class Config:
     tiny_mt: dict = field(default_factory=dict)  # of M2M100Config
     mt_vocab: int = 4000
     mt_noise: float = 0.15  # the share of its tokens that an English source lacks
+    mt_captions: int | None = None  # training captions that the tiny MT model learns from; None: all
+    mt_text: dict = field(default_factory=dict)  # and other parallel text: by language, a file of rows with it and "en"
     tiny_llm: str = "small-student"  # one of the presets
     llm_vocab: int = 3000
     data: str | None = None  # folder of parallel captions, for the tiny models and the captions task
@@ -95,6 +97,7 @@ class Config:
     task_lora: dict | None = None  # those of stage 2; None: the whole body is trained
     least_squares: int = 0  # sentences from which to set the projection first; 0: leave it random
     arms: dict = field(default_factory=lambda: {"mse": {}})  # ways of stage 3; None leaves out one of the preset
+    encoders: list[str] = field(default_factory=lambda: ["frozen", "tuned"])  # heads on the MT encoder to compare with
     max_length: int = 512  # tokens of a text
     translate: dict = field(default_factory=dict)  # options of generate, for translate-test
     eval_batch: int = 64
@@ -116,9 +119,13 @@ class Config:
             raise ValueError(f"llm_adapters are for an llm by name, got {self.llm_adapters!r} with the tiny one")
         if self.tiny_llm not in models.PRESETS:
             raise ValueError(f"tiny_llm must be one of {', '.join(models.PRESETS)}, got {self.tiny_llm!r}")
-        for name in ("max_length", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name, least in {"max_length": 1, "eval_batch": 1, "mt_captions": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        if unknown := sorted(self.mt_text.keys() - {*self.languages}):
+            raise ValueError(f"mt_text must be of {', '.join(self.languages)}, got {unknown[0]!r}")
+        if self.mt is None and self.mt_captions == 0 and not self.mt_text:
+            raise ValueError("mt_captions=0 and no mt_text: the tiny MT model has nothing to learn from")
         trainings = dict.fromkeys(("train_mt", "train_llm", "adapt", "train_task", "distil"), TrainingArguments)
         for name, cls in {"tiny_mt": M2M100Config, **trainings}.items():
             known = inspect.signature(cls).parameters
@@ -127,12 +134,13 @@ class Config:
         self.ways: dict[str, Arm] = {k: _made(Arm, f"arms.{k}", v) for k, v in self.arms.items() if v is not None}
         if not self.ways or not self.seeds:
             raise ValueError(f"arms and seeds must be some, got {self.arms!r}, {self.seeds!r}")
+        if bad := [name for name in self.encoders if name not in ("frozen", "tuned")]:
+            raise ValueError(f"encoders must be some of frozen, tuned, or none, got {bad[0]!r}")
         self.adapters = _made(LoRA, "lora", self.lora)
         self.task_adapters = None if self.task_lora is None else _made(LoRA, "task_lora", self.task_lora)
 
     def check_inputs(self) -> None:
         """Raise ``ValueError`` with a line for each data set, tokenizer or model that is not at hand."""
-        from datasets import load_dataset_builder
         from transformers import AutoConfig
 
         wrong = []
@@ -148,7 +156,11 @@ class Config:
         files = ["train", *(f"test.{name}" for name in ("en", *self.languages)), *([] if self.text else ["text"])]
         for name in [] if self.task == CAPTIONS else files:
             check("task", f"{self.task}/{name}.jsonl", os.stat)
+        for name, path in self.mt_text.items():
+            check(f"mt_text.{name}", path, os.stat)
         if self.text is not None and not Path(self.text).exists():
+            from datasets import load_dataset_builder
+
             check("text", self.text, lambda name: load_dataset_builder(*name.split(":", 1)))
         for key, model in (("mt", self.mt), ("llm", self.llm)):
             check(key, model, partial(load_pretrained, AutoConfig), models.load_tokenizer)
@@ -163,6 +175,7 @@ class Running:
     """What changes no number."""
 
     output: str = "runs/mt_llm"  # folder of the stages, metrics.json and the figures
+    results: str | None = None  # folder of the small files: pieces.jsonl, metrics.json, figures; None: `output`
     jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
     worker: bool = False  # this process is one of them
 
@@ -177,8 +190,8 @@ def _made(cls: Any, key: str, values: Mapping[str, Any]) -> Any:
 class Recipe:
     """The stages, each a method that returns the folder of its finished work, and does it where it was not done."""
 
-    def __init__(self, config: Config, stages: Stages) -> None:
-        self.config, self.stages = config, stages
+    def __init__(self, config: Config, stages: Stages, results: Path | None = None) -> None:
+        self.config, self.stages, self.results = config, stages, results or stages.folder
         self.reading = {"max_length": config.max_length, "dtype": config.dtype, "bidirectional": config.bidirectional}
         self._tokenizers: dict[str, Any] = {}
 
@@ -201,18 +214,22 @@ class Recipe:
             return self.stages("mt", lambda out: None, {"mt": c.mt, "is": models.model_content(c.mt), "codes": c.codes})
 
         def work(out: Path) -> None:
-            captions = read_captions(str(c.data), "train", everyone, c.limit)
-            texts = (row[name] for row in captions for name in everyone)
+            captions = read_captions(str(c.data), "train", everyone, c.limit)[: c.mt_captions]
+            found = [captions, *(read_parallel(Path(path), ["en", name]) for name, path in c.mt_text.items())]
+            texts = (text for rows in found for row in rows for text in row.values())
             tokenizer, model = tiny_mt(texts, seed, c.mt_vocab, **c.tiny_mt)
-            rows = stacked.Texts(mt_rows(tokenizer, captions, c.mt_noise, seed))
+            longest = c.max_length if c.mt_text else None  # captions are short
+            rows = stacked.Texts(row for part in found for row in mt_rows(tokenizer, part, c.mt_noise, seed, longest))
             pad = stacked.Pad(dict.fromkeys(("source", "target"), padding_id(tokenizer)))
             self.fit(Translator(model), rows, pad, c.train_mt, seed, out)
             for made in (model, tokenizer):
                 made.save_pretrained(out / "mt")
 
         settings = {"sizes": c.tiny_mt, "vocab": c.mt_vocab, "noise": c.mt_noise, "fit": c.train_mt}
-        settings |= {"languages": c.languages, "seed": seed, "limit": c.limit}
-        return self.stages("mt", work, settings, files=[str(c.data)])
+        settings |= {"languages": c.languages, "seed": seed, "limit": c.limit, "captions": c.mt_captions}
+        if c.mt_text:
+            settings |= {"text": sorted(c.mt_text), "max_length": c.max_length}
+        return self.stages("mt", work, settings, files=[str(c.data), *(c.mt_text[name] for name in sorted(c.mt_text))])
 
     @cached_property
     def llm(self) -> Path:
@@ -302,11 +319,17 @@ class Recipe:
         return self.stages(f"distil-{name}.s{seed}", work, settings, needs=needs)
 
     def trainings(self, seed: int) -> dict[str, Callable[[], Path]]:
-        """What a seed's numbers are of, in an order in which two processes seldom wait for each other."""
-        names = ("task", "encoder-frozen", "encoder-tuned")
+        """What a seed's numbers are of."""
+        names = ("task", *(f"encoder-{name}" for name in self.config.encoders))
         made: dict[str, Callable[[], Path]] = {name: partial(self.train_classifier, name, seed) for name in names}
         made["adapt"] = partial(self.adapt, seed)
         return made | {f"distil-{name}": partial(self.distil, name, seed) for name in self.config.ways}
+
+    def tests(self, seed: int) -> dict[str, Callable[[], Path]]:
+        """Accuracies of all that is trained on the task, in an order in which two processes seldom wait."""
+        ways, encoders = self.config.ways, self.config.encoders
+        names = ("task", *(f"distil-{name}" for name in ways), *(f"encoder-{name}" for name in encoders))
+        return {name: partial(self.classify, name, seed) for name in names}
 
     def translations(self) -> Path:
         """The tests in English, for translate-test, and their BLEU."""
@@ -328,16 +351,20 @@ class Recipe:
             write_json(out / "bleu.json", scores)
 
         settings = {"translate": c.translate, "languages": c.languages, **self.reading}
-        return self.stages("translations", work, settings, needs=[self.mt, self.task])
+        made = self.stages("translations", work, settings, needs=[self.mt, self.task])
+        tell(self.results / "pieces.jsonl", "bleu", read_json(made / "bleu.json"))
+        return made
 
     def evaluate(self, seed: int) -> Path:
         """One seed's numbers: every system's accuracy in every language, and retrieval before and after stage 1."""
-        c, translated = self.config, self.translations()
+        c = self.config
         folders = {name: train() for name, train in self.trainings(seed).items()}
+        tests = [test() for test in self.tests(seed).values()]
 
         def work(out: Path) -> None:
+            found = [read_json(folder / "scores.json") for folder in tests]
             metrics = {
-                "accuracy": self.classify(seed, folders, translated, out),
+                "accuracy": {system: scores for scores_of_one in found for system, scores in scores_of_one.items()},
                 "retrieval": self.retrieve(seed, folders["adapt"]),
                 "adaptation": read_json(folders["adapt"] / "adaptation.json"),
                 "training": {name: read_json(folder / "training.json") for name, folder in folders.items()},
@@ -345,37 +372,59 @@ class Recipe:
             write_json(out / "metrics.json", metrics)
 
         settings = {"seed": seed, "arms": c.ways, "lora": c.adapters, "languages": c.languages}
-        return self.stages(f"evaluate.s{seed}", work, settings, needs=[self.task, translated, *folders.values()])
+        made = self.stages(f"evaluate.s{seed}", work, settings, needs=[self.task, *tests, *folders.values()])
+        tell(self.results / "pieces.jsonl", f"seed {seed}", read_json(made / "metrics.json"))
+        return made
 
-    def classify(self, seed: int, folders: Mapping[str, Path], translated: Path, out: Path) -> dict[str, Any]:
-        """``{system: {language: accuracies}}``; ``predictions.jsonl`` in ``out`` has the classes themselves."""
-        c = self.config
-        tests = {name: self.items(f"test.{name}") for name in ("en", *c.languages)}
-        own = {name: (texts, name) for name, (texts, _) in tests.items()}
-        english = {name: (read_lines(translated / f"{name}.txt"), "en") for name in c.languages}
+    def classify(self, name: str, seed: int) -> Path:
+        """Scores of what one training made: ``{system: {language: accuracies}}``; of "task" also translate-test's.
 
-        def predict(model: Any, kind: str, given: Mapping[str, tuple[list[str], str]] = own) -> dict[str, list[str]]:
-            found = {name: self.embed(model.eval().logits, kind, *texts).argmax(1) for name, texts in given.items()}
-            return {name: [self.classes[index] for index in indices] for name, indices in found.items()}
+        ``predictions.jsonl`` has the classes themselves.
+        """
+        c, kind, arm = (
+            self.config,
+            "llm" if name == "task" else "mt",
+            self.config.ways.get(name.removeprefix("distil-")),
+        )
+        trained, translated = self.trainings(seed)[name](), self.translations() if name == "task" else None
+        taught = None if arm is None else self.states(seed)
 
-        task = self.classifier("task", seed, folders["task"])
-        found = {"LLM alone": predict(task, "llm"), "translate-test": predict(task, "llm", english)}
-        head = task.head.weight.detach().cpu()
-        del task  # it may be large
-        for name in ("encoder-frozen", "encoder-tuned"):
-            found[f"MT {name.replace('-', ', ')}"] = predict(self.classifier(name, seed, folders[name]), "mt")
-        for name, arm in c.ways.items():
-            module = self.distillation(arm, head, seed)
-            load_trained(module, folders[f"distil-{name}"] / "model" / TRAINED)
-            found[f"MT-LLM, {name}"] = predict(module, "mt")
-        scores: dict[str, dict[str, Any]] = {system: {} for system in found}
-        lines = []
-        for system, by_language in found.items():
-            for name, labels in by_language.items():
-                scores[system][name] = accuracies(labels, tests[name][1])
-                lines.append(json.dumps({"system": system, "language": name, "labels": labels}))
-        write_lines(out / "predictions.jsonl", lines)
-        return scores
+        def work(out: Path) -> None:
+            tests = {name: self.items(f"test.{name}") for name in ("en", *c.languages)}
+            own = {name: (texts, name) for name, (texts, _) in tests.items()}
+            if arm is not None and taught is not None:
+                module: Any = self.distillation(arm, load_file(taught / "states.safetensors")["head"], seed)
+                load_trained(module, trained / "model" / TRAINED)
+            else:
+                module = self.classifier(name, seed, trained)
+
+            def predict(given: Mapping[str, tuple[list[str], str]]) -> dict[str, list[str]]:
+                made = {key: self.embed(module.eval().logits, kind, *texts).argmax(1) for key, texts in given.items()}
+                return {key: [self.classes[index] for index in indices] for key, indices in made.items()}
+
+            if translated is None:
+                system = f"MT {name.replace('-', ', ')}" if name.startswith("encoder") else name
+                found = {system.replace("distil-", "MT-LLM, "): predict(own)}
+            else:
+                english = {key: (read_lines(translated / f"{key}.txt"), "en") for key in c.languages}
+                found = {"LLM alone": predict(own), "translate-test": predict(english)}
+            lines = [
+                json.dumps({"system": system, "language": key, "labels": labels})
+                for system, by_language in found.items()
+                for key, labels in by_language.items()
+            ]
+            write_lines(out / "predictions.jsonl", lines)
+            scores = {
+                system: {key: accuracies(labels, tests[key][1]) for key, labels in by_language.items()}
+                for system, by_language in found.items()
+            }
+            write_json(out / "scores.json", scores)
+
+        settings = {"seed": seed, "languages": c.languages, **self.reading} | ({"lora": c.adapters} if arm else {})
+        needs = [self.task, trained, *(folder for folder in (taught, translated) if folder is not None)]
+        made = self.stages(f"test-{name}.s{seed}", work, settings, needs=needs)
+        tell(self.results / "pieces.jsonl", f"test {seed} {name}", read_json(made / "scores.json"))
+        return made
 
     def retrieve(self, seed: int, adapted: Path) -> dict[str, dict[str, float]]:
         """``{system: {language: retrieval@1}}``: sentences whose English one is nearest; empty without parallel rows.
@@ -480,7 +529,7 @@ class Recipe:
 
     @property
     def device(self) -> torch.device:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     @property
     def dtype(self) -> Any:
@@ -564,11 +613,14 @@ def retrieval_at_1(queries: Tensor, candidates: Tensor) -> float:
     return float(((unit[0] @ unit[1].T).argmax(1) == torch.arange(len(queries))).double().mean())
 
 
-def accuracies(predicted: Sequence[Any], labels: Sequence[Any]) -> dict[str, float]:
-    """``accuracy``, and ``balanced``, the mean over the labels' classes of the share that is right."""
+def accuracies(predicted: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
+    """``accuracy``; ``balanced``, the mean over the labels' classes of the share that is right; ``hits`` of each class,
+    a digit an item, 1 where it is right."""
     p, y = np.asarray(predicted), np.asarray(labels)
-    balanced = np.mean([(p[y == label] == label).mean() for label in np.unique(y)])
-    return {"accuracy": float((p == y).mean()), "balanced": float(balanced)}
+    right = {str(label): p[y == label] == label for label in np.unique(y)}
+    hits = {label: "".join(str(int(hit)) for hit in values) for label, values in right.items()}
+    balanced = np.mean([values.mean() for values in right.values()])
+    return {"accuracy": float((p == y).mean()), "balanced": float(balanced), "hits": hits}
 
 
 def scores_of(seed: Mapping[str, Any], key: str) -> dict[str, dict[str, float]]:
@@ -641,20 +693,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         torch.set_num_threads(models.threads_for([config.tiny_llm]) or torch.get_num_threads())
 
     folder = Path(running.output)
-    recipe = Recipe(config, Stages(folder))
+    recipe = Recipe(config, Stages(folder), Path(running.results or folder))
     with helpers(__file__, argv, running.jobs, folder, helper=running.worker):
         pieces: dict[str, Callable[[], object]] = {"mt": lambda: recipe.mt, "llm": lambda: recipe.llm}
         for seed in config.seeds:
-            pieces |= {f"{name}.s{seed}": train for name, train in recipe.trainings(seed).items()}
-        recipe.stages.share(pieces | {"translations": recipe.translations})
+            pieces[f"adapt.s{seed}"] = partial(recipe.adapt, seed)
+            pieces |= {f"{name}.s{seed}": test for name, test in recipe.tests(seed).items()}
+        recipe.stages.share(pieces)
         recipe.stages.share({f"evaluate.s{seed}": partial(recipe.evaluate, seed) for seed in config.seeds})
     if running.worker:
         return None
     versions = {module.__name__: module.__version__ for module in (fk, torch, transformers)}
     metrics = {**recipe.metrics(), "versions": versions}
-    write_json(folder / "metrics.json", metrics)
-    report(metrics, folder, make_console().print)
-    print(f"metrics.json, figures and the stages are in {folder}")
+    write_json(recipe.results / "metrics.json", metrics)
+    report(metrics, recipe.results, make_console().print)
+    print(f"metrics.json and figures are in {recipe.results}, the stages in {folder}")
     return metrics
 
 

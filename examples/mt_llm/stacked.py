@@ -85,7 +85,8 @@ def embed(function: Any, texts: Sequence[Sequence[int]], pad_id: int, size: int,
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
     """(N, L, H) states and (N, L) mask, 1 where a token is: each row's mean over its tokens, (N, H) in float32."""
     weights = mask.to(torch.float32)
-    total = torch.einsum("nlh,nl->nh", states.float(), weights)
+    with torch.autocast(states.device.type, enabled=False):  # it would add in half precision
+        total = torch.einsum("nlh,nl->nh", states.float(), weights)
     return total / weights.sum(1, keepdim=True).clamp(min=1.0)
 
 

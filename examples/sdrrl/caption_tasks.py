@@ -80,6 +80,7 @@ class CaptionStudy:
     base_completions: int = 2000
     base_source: int = 4000  # captions that it reads as plain text
     base_target: int = 2000
+    base_parallel: int = 0  # captions of the others that it reads as one text in both languages, in either order
     translator_pairs: int | None = None  # captions that the translator is trained on; None takes all others
     term_repeats: int = 40  # times that the translator sees each question and each answer word in both languages
     test_questions: int = 100  # of each kind, about captions of other files than `train`
@@ -146,6 +147,7 @@ def caption_files(
     tasks = ask("transfer", parts["transfer"], study.questions, study.completions)
     held = max(1, round(study.held_out * len(tasks)))
     plain = [row[source] for row in train[: study.base_source]] + [row[target] for row in parts["target"]]
+    plain += [f"{row[a]}\n{row[b]}" for row in train[: study.base_parallel] for a, b in (languages, languages[::-1])]
     terms = [*QUESTIONS.values(), COMPLETION]
     concepts = dict.fromkeys((kind, concept) for kind, concept, _ in ANSWERS)
     terms += [{language: ANSWERS[(*concept, language)] for language in languages} for concept in concepts]
@@ -212,9 +214,10 @@ def score_answers(tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], la
     """Scores of the answers to ``tasks`` in one language, 0-100.
 
     ``accuracy`` is the mean over kinds of ``accuracy_by_kind``, the share of answers equal to the expected one;
-    ``elsewhere`` the share, alike averaged, that is the right answer in another language of the task and not in this
-    one; ``majority`` the accuracy of always giving each kind's commonest answer. ``chrf``, ``bleu`` and ``exact`` are
-    of tasks without a kind and of completions. What there are no tasks for is None.
+    ``hits`` a digit a question of each kind, 1 where it is right; ``elsewhere`` the share, alike averaged, that is the
+    right answer in another language of the task and not in this one; ``majority`` the accuracy of always giving each
+    kind's commonest answer. ``chrf``, ``bleu`` and ``exact`` are of tasks without a kind and of completions. What there
+    are no tasks for is None.
     """
     hits: dict[str, list[float]] = {}
     elsewhere: dict[str, list[float]] = {}
@@ -230,6 +233,7 @@ def score_answers(tasks: Sequence[Mapping[str, Any]], answers: Sequence[str], la
         elsewhere.setdefault(kind, []).append(100.0 * (got != wanted and got in others))
         expected.setdefault(kind, Counter())[wanted] += 1
     scores: dict[str, Any] = {
+        "hits": {kind: "".join("01"[hit > 0] for hit in values) for kind, values in sorted(hits.items())},
         "accuracy": fmean(map(fmean, hits.values())) if hits else None,
         "accuracy_by_kind": {kind: fmean(values) for kind, values in sorted(hits.items())},
         "elsewhere": fmean(map(fmean, elsewhere.values())) if hits else None,

@@ -20,19 +20,18 @@ if not sys.stderr.isatty():
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-import pandas
 import sacrebleu
 import torch
 import transfer
 import transformers
 from caption_tasks import COMPLETE, CaptionStudy, caption_files, score_answers
+from sdrrl_report import BEFORE, gather, results_table, transfer_table, write_plots
 from transfer import Arm, Row, read_rows, write_rows
 
 import fused_kd
@@ -41,16 +40,23 @@ from fused_kd.training.collate import Collator, padding_id
 from fused_kd.training.data import Instruction, Pair, load_instructions, load_pairs, parse_direction
 from fused_kd.training.fit import best_checkpoint, fit, training_arguments
 from fused_kd.training.generate import Decoding, generate_to
-from fused_kd.training.models import PRESETS, load_model, load_pretrained, load_tokenizer, threads_for, train_tokenizer
+from fused_kd.training.models import (
+    PRESETS,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    on_accelerator,
+    threads_for,
+    train_tokenizer,
+)
 from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.stage import Stages, helpers, read_json, write_json
+from fused_kd.training.stage import Stages, helpers, read_json, tell, write_json
 from fused_kd.training.trainer import KDTrainer
 
 HERE = Path(__file__).parent
-BEFORE = "before"
-METRICS = ("accuracy", "chrf", "bleu")
+TOLD = ("counts", "training", "scores")  # the JSON files of a stage that its results are
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Config:
     model: str  # a hub name or folder, or a preset that is first trained on the captions by `pretraining`
     dictionary: str  # TSV of source and target words, for code-switching
     training: dict  # options of TrainingArguments; the best checkpoint by validation loss is kept
-    arms: dict  # the models to train: by name, what differs from the whole recipe, fields of transfer.Arm
+    arms: dict  # the models to train: by name, what differs from the whole recipe, fields of transfer.Arm; None: none
     tau: float  # a pair is kept where each of its texts scores at least this
     source: str = "en"  # the rich language
     target: str = "de"
@@ -92,12 +98,14 @@ class Config:
     answer_in: dict = field(default_factory=dict)  # "FROM-TO": language instruction after a question in FROM
     translate_as: dict = field(default_factory=dict)  # "FROM-TO": instruction above a sentence to translate
     answers: dict = field(default_factory=dict)  # fields of Decoding
-    test: Literal["test", "dev"] = "test"  # the tasks that are scored; "dev" while settings are being chosen
+    # the tasks that are scored; "dev" while settings are being chosen, or both, to choose by the one and tell the other
+    test: Literal["test", "dev", "both"] = "test"
     max_length: int = 512  # tokens of prompt and answer
     vocab: int = 4000  # of the tokenizer that presets are trained with
     dtype: str = "auto"  # of a loaded model; "auto" is that of its files
     output: str = "runs/sdrrl"
-    until: Literal["collect", "translate", "filter", "set", "train", "test"] = "test"  # the last step
+    results: str | None = None  # folder of the small files: pieces.jsonl, metrics.json, plots; None: `output`
+    until: Literal["start", "collect", "translate", "filter", "set", "train", "test"] = "test"  # the last step
     jobs: int = 1  # processes that share the work, for tiny models
     worker: bool = False
 
@@ -119,6 +127,8 @@ class Config:
             name = getattr(self, key)
             if name in PRESETS and (self.captions is None or not getattr(self, options)):
                 raise ValueError(f"{options} and captions must be given for the preset {key}={name!r}")
+        if self.test != "test" and self.captions is None:
+            raise ValueError(f"test={self.test!r}: there are dev tasks of captions alone")
         for name, values in (("arms", self.arms), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must have at least one, each once, got {list(values)!r}")
@@ -156,7 +166,8 @@ class Study:
         self.c = c = config
         self.captions = captions
         self.languages = c.source, c.target
-        self.arms = {name: build(Arm, f"arms.{name}", values) for name, values in c.arms.items()}
+        given = {name: values for name, values in c.arms.items() if values is not None}
+        self.arms = {name: build(Arm, f"arms.{name}", values) for name, values in given.items()}
         self.answers = build(Decoding, "answers", c.answers)
         self.decoding = build(Decoding, "translator_decoding", c.translator_decoding)
         kinds = {arm.answers for arm in self.arms.values()}
@@ -165,6 +176,7 @@ class Study:
         self.owns = {self.own(seed): seed for seed in c.seeds}
         self.kinds = [*(self.owns if "own" in kinds else ()), *(["given"] if "given" in kinds else ())]
         self.stages = Stages(c.output)
+        self.results = Path(c.results or c.output)
         self.folders: dict[str, Path] = {}
 
     def own(self, seed: int) -> str:
@@ -172,7 +184,12 @@ class Study:
 
     def stage(self, title: str, work: Callable[[Path], object], settings: Mapping[str, Any], **inputs: Any) -> Path:
         if title not in self.folders:  # once: a large file is read for its fingerprint
-            self.folders[title] = self.stages(title, work, settings, **inputs)
+            self.folders[title] = folder = self.stages(title, work, settings, **inputs)
+            found = {name: read_json(folder / f"{name}.json") for name in TOLD if (folder / f"{name}.json").is_file()}
+            if "training" in found:  # its log is long
+                found["training"] = {k: v for k, v in found["training"].items() if k != "log_history"}
+            if found:
+                tell(self.results / "pieces.jsonl", title, found)
         return self.folders[title]
 
     # texts, tokenizer, models
@@ -229,8 +246,7 @@ class Study:
         return load_model(where, self.tokenizer(name), seed, dtype=torch.float32 if name in PRESETS else self.c.dtype)
 
     def generate(self, out: Path, name: str, folder: Path, prompts: list[str], decoding: Decoding) -> Any:
-        model = self.load(name, folder)
-        model = model.cuda() if torch.cuda.is_available() else model
+        model = on_accelerator(self.load(name, folder))
         return generate_to(out, model, self.tokenizer(name), prompts, decoding)
 
     def fit(self, out: Path, name: str, start: Path | None, options: dict, seed: int, *sets: Rows) -> None:
@@ -423,7 +439,7 @@ class Study:
                 return transfer.code_switch(text, dictionaries.get(language, {}), p=c.p, seed=seed, key=key)
 
             train, valid = ([pair for pair in pairs if (pair["id"] in held) == part] for part in (False, True))
-            rows = transfer.combine(train, arm.combinations, self.languages, c.answer_in, switch)
+            rows = transfer.combine(train[: arm.pairs], arm.combinations, self.languages, c.answer_in, switch)
             if arm.parallel:
                 rows += transfer.translation_rows(parallel, self.languages, c.translate_as)
             # held-out questions in the arm's own combinations, as they are
@@ -437,14 +453,14 @@ class Study:
             if whole is not None:
                 good = sum(row["id"] not in held for row in read_rows(whole / "pairs.jsonl"))
                 count = len(transfer.COMBINATIONS) * good + 2 * len(parallel)
-            filled = transfer.fill(rows, count, seed)
+            filled = transfer.fill(rows, count, seed, arm.shares)
             write_rows(out / "train.jsonl", filled)
             write_rows(out / "valid.jsonl", valid)
             counts = {"rows": len(filled), "different": len(rows), "valid": len(valid)}
             write_json(out / "counts.json", counts | {"parts": Counter(row["part"] for row in filled)})
 
-        about = {"arm": arm, "seed": seed, "rows": c.rows, "languages": self.languages, "answer_in": c.answer_in}
-        about |= {"translate_as": c.translate_as, "p": c.p if arm.code_switch else None}
+        about = {"arm": replace(arm, training=None), "seed": seed, "rows": c.rows, "languages": self.languages}
+        about |= {"answer_in": c.answer_in, "translate_as": c.translate_as, "p": c.p if arm.code_switch else None}
         needs = list(dict.fromkeys(folder for folder in (self.tasks(), found, whole) if folder is not None))
         files = [c.dictionary] if arm.code_switch else []
         return self.stage(f"set-{name}-s{seed}", work, about, needs=needs, files=files)
@@ -454,6 +470,7 @@ class Study:
     def train(self, name: str, seed: int) -> Path:
         c = self.c
         rows, start = self.make_set(name, seed), self.start(self.own(seed))
+        options = {**c.training, **(self.arms[name].training or {})}
 
         def work(out: Path) -> None:
             tokenizer, sets = self.tokenizer(c.model), []
@@ -461,20 +478,20 @@ class Study:
                 found = read_rows(rows / f"{part}.jsonl")
                 prompts, outputs = [render(row, c.prompt) for row in found], [row["output"] for row in found]
                 sets.append(tokenize_texts(tokenizer, prompts, outputs, c.max_length))
-            self.fit(out, c.model, start, c.training, seed, *sets)
+            self.fit(out, c.model, start, options, seed, *sets)
 
-        about = {"training": c.training, "seed": seed, "prompt": c.prompt, "max_length": c.max_length, "dtype": c.dtype}
+        about = {"training": options, "seed": seed, "prompt": c.prompt, "max_length": c.max_length, "dtype": c.dtype}
         return self.stage(f"train-{name}-s{seed}", work, about, needs=[rows, start])
 
-    def test(self, name: str, seed: int) -> Path:
-        """Answers and scores of an arm, or of the model before."""
+    def test(self, which: str, name: str, seed: int) -> Path:
+        """Answers and scores of an arm, or of the model before, on the tasks "dev" or "test"."""
         c, own = self.c, self.own(seed)
         model = self.start(own) if name == BEFORE else self.train(name, seed)
 
         def work(out: Path) -> None:
             scores = {}
             for language in self.languages:
-                if tasks := [task for task in self.read(c.test) if language in task]:
+                if tasks := [task for task in self.read(which) if language in task]:
                     prompts = [render(task[language], c.prompt) for task in tasks]
                     made = self.generate(out / language, c.model, model, prompts, self.answers).texts()
                     scores[language] = score_answers(tasks, made, language)
@@ -482,24 +499,27 @@ class Study:
                     write_rows(out / f"answers.{language}.jsonl", rows)
             write_json(out / "scores.json", scores)
 
-        about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages, "test": c.test}
-        title = f"test-{name}" + ("" if name == BEFORE and own == "own" else f"-s{seed}")
+        about = {"prompt": c.prompt, "answers": self.answers, "languages": self.languages, "test": which}
+        title = f"{which}-{name}" + ("" if name == BEFORE and own == "own" else f"-s{seed}")
         return self.stage(title, work, about, needs=[self.tasks(), model])
 
     def steps(self) -> dict[str, dict[str, Callable[[], Path]]]:
         """The pieces of work of each step; several processes may share those of one."""
-        arms = [(name, seed) for seed in self.c.seeds for name in self.arms]
+        arms = [(name, seed) for name in self.arms for seed in self.c.seeds]
         tests = [(BEFORE, seed) for seed in self.c.seeds] + arms if self.c.captions or self.c.tests else []
+        sets = ("dev", "test") if self.c.test == "both" else (self.c.test,)
+        start = {"translator": self.translator} | {own: partial(self.start, own) for own in self.owns}
         steps: dict[str, dict[str, Callable[[], Path]]] = {
+            "start": start,
             "collect": {own: partial(self.collect, own) for own in self.kinds if own != "given"},
             "translate": {what: partial(self.translated, what) for what in ("questions", *self.kinds)},
             "filter": {answers: partial(self.pairs, answers, self.c.tau) for answers in self.kinds},
             "set": {f"{name}-s{seed}": partial(self.make_set, name, seed) for name, seed in arms},
             "train": {f"{name}-s{seed}": partial(self.train, name, seed) for name, seed in arms},
-            "test": {f"{name}-s{seed}": partial(self.test, name, seed) for name, seed in tests},
+            "test": {"translator": self.test_translator} if self.c.translator in PRESETS else {},
         }
-        if self.c.translator in PRESETS:
-            steps["test"]["translator"] = self.test_translator
+        for name, seed in tests:
+            steps["test"] |= {f"{which}-{name}-s{seed}": partial(self.test, which, name, seed) for which in sets}
         return steps
 
 
@@ -529,60 +549,6 @@ def render(texts: Mapping[str, str], style: str) -> str:
     return "".join(f"{text}\n" for text in (texts["input"], texts["instruction"]) if text)
 
 
-# what was found
-
-
-def collect_metrics(study: Study) -> dict[str, Any]:
-    """Counts of every step; of each arm and seed its rows, its training, and its scores in each language."""
-    c, steps = study.c, study.steps()
-    found: dict[str, Any] = {"config": asdict(c), "tasks": read_json(study.tasks() / "counts.json"), "transfer": {}}
-    for kind in study.kinds:
-        collected = {} if kind == "given" else read_json(study.collect(kind) / "counts.json")
-        found["transfer"][kind] = collected | read_json(study.pairs(kind, c.tau) / "counts.json")
-    found["sets"] = {title: read_json(piece() / "counts.json") for title, piece in steps["set"].items()}
-    found["training"] = {title: read_json(piece() / "training.json") for title, piece in steps["train"].items()}
-    scores = {title: read_json(piece() / "scores.json") for title, piece in steps["test"].items()}
-    found["translator"] = scores.pop("translator", None)
-    found["scores"] = [
-        {"arm": title.rpartition("-s")[0], "seed": int(title.rpartition("-s")[2]), "language": language, **values}
-        for title, languages in scores.items()
-        for language, values in languages.items()
-    ]
-    packages = (fused_kd, torch, transformers, sacrebleu)
-    return found | {"versions": {package.__name__: package.__version__ for package in packages}}
-
-
-def results_table(metrics: dict[str, Any]) -> str:
-    """Every arm's scores in both languages, mean over seeds ± their deviation, as Markdown."""
-
-    def shown(values: pandas.Series) -> str:
-        values = values.dropna()
-        deviation = f" ±{values.std():.1f}" if len(values) > 1 else ""
-        return f"{values.mean():.1f}{deviation}" if len(values) else "-"
-
-    frame = pandas.DataFrame(metrics["scores"])
-    table = frame.groupby(["arm", "language"])[list(METRICS)].agg(shown).unstack("language").reindex(frame.arm.unique())
-    table.columns = [f"{language} {metric}" for metric, language in table.columns]
-    rows = {title.rpartition("-s")[0]: counts["rows"] for title, counts in metrics["sets"].items()}
-    table.insert(0, "rows", [rows.get(arm, "-") for arm in table.index])
-    return table.to_markdown(disable_numparse=True)
-
-
-def write_plots(metrics: dict[str, Any], folder: Path) -> None:
-    """``accuracy.png`` and ``chrf.png`` (means, with the deviation over seeds)."""
-    matplotlib.use("Agg")
-    frame = pandas.DataFrame(metrics["scores"], columns=["arm", "language", "majority", *METRICS])
-    for key, label in (("accuracy", "accuracy of questions (%)"), ("chrf", "chrF of completions")):
-        if frame[key].notna().any():
-            numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
-            numbers = numbers.reindex(frame.arm.unique()[::-1])
-            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 5.5))
-            if key == "accuracy":
-                axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
-            axis.legend()
-            axis.figure.savefig(folder / f"{key}.png", dpi=130, bbox_inches="tight")
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config, captions = parse((Config, CaptionStudy), argv, configs=HERE, description=__doc__)
     study = Study(config, captions)
@@ -593,20 +559,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     if (threads := threads_for([config.model, str(config.translator)])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     folder = Path(config.output)
+    steps = study.steps()
+    if config.until == "test" and steps["test"]:  # a test trains its arm, and need not wait for the other trainings
+        steps = {name: pieces for name, pieces in steps.items() if name not in ("set", "train")}
     with helpers(__file__, argv, config.jobs, folder, helper=config.worker):
-        for step, pieces in study.steps().items():
+        for step, pieces in steps.items():
             study.stages.share(pieces)
             if step == config.until:
                 break
     if config.until != "test" or config.worker:
         return None
-    metrics = collect_metrics(study)
-    write_json(folder / "metrics.json", metrics)
-    write_plots(metrics, folder)
-    print(pandas.DataFrame(metrics["transfer"]).T.to_markdown(), end="\n\n")
+    packages = (fused_kd, torch, transformers, sacrebleu)
+    versions = {package.__name__: package.__version__ for package in packages}
+    metrics = {"config": asdict(config), **gather(study.results, study.folders), "versions": versions}
+    write_json(study.results / "metrics.json", metrics)
+    write_plots(metrics, study.results)
+    print(transfer_table(metrics), end="\n\n")
     if metrics["scores"]:
         print(results_table(metrics), end="\n\n")
-    print(f"metrics.json, plots, answers and models are in {folder}")
+    print(f"metrics.json and plots are in {study.results}, answers and models in {folder}")
     return metrics
 
 

@@ -27,10 +27,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from fused_kd.training.data import language_name
 from fused_kd.training.generate import Decoding
-from fused_kd.training.models import language_id, load_pretrained
+from fused_kd.training.models import language_id, load_pretrained, on_accelerator
 from fused_kd.training.stage import read_json, read_lines, write_lines
 
 COMBINATIONS = ("ss", "st", "ts", "tt")
+PARALLEL = "parallel"
 # letters, with hyphens and apostrophes between them: "T-Shirt" and "man's" are words, "3D" and "my_cat" none
 WORD = re.compile(r"(?<!\w)[^\W\d_]+(?:[-'’][^\W\d_]+)*(?!\w)")
 _BREAK = re.compile(r"""\s*\n\s*|(?<=[.!?])[ \t]+(?=["'(]?([^\W\d_]))""")
@@ -63,6 +64,10 @@ class Arm:
     quality_filter: bool = True  # keep good translations alone
     code_switch: bool = True  # switch words of the questions
     parallel: bool = True  # add translation instructions
+    pairs: int | None = None  # at most so many translated pairs to train on; None: all
+    # of the training rows, the weight of each combination and of "parallel"; None: as many as there are of each
+    shares: Mapping[str, float] | None = None
+    training: Mapping[str, Any] | None = None  # options of TrainingArguments in which this arm differs
 
     def __post_init__(self) -> None:
         if self.answers not in ("own", "given", "reference"):
@@ -70,6 +75,13 @@ class Arm:
         asked = list(self.combinations)
         if not asked or len(set(asked)) != len(asked) or not set(asked) <= set(COMBINATIONS):
             raise ValueError(f"combinations={asked!r}: expected some of {', '.join(COMBINATIONS)}, each once")
+        if self.pairs is not None and self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs!r}")
+        parts = {*asked, *([PARALLEL] if self.parallel else [])}
+        if self.shares is not None and (set(self.shares) != parts or not all(w > 0 for w in self.shares.values())):
+            raise ValueError(
+                f"shares={self.shares!r}: expected a weight above 0 for each of {', '.join(sorted(parts))}"
+            )
 
 
 # translation
@@ -138,7 +150,7 @@ def translate_seq2seq(
             f"(online or in the hub's cache): {error}"
         ) from error
     language_id(tokenizer, source)
-    model = model.cuda() if torch.cuda.is_available() else model
+    model = on_accelerator(model)
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 20))
     config = GenerationConfig(
         do_sample=False,
@@ -345,12 +357,21 @@ def translation_rows(
     return rows
 
 
-def fill(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def fill(rows: Sequence[Row], count: int, seed: int, shares: Mapping[str, float] | None = None) -> list[Row]:
     """Exactly ``count`` (at least 1) rows in random order: all of them as often as they fit in, then a part of them.
 
-    No row comes more than once more often than another. So arms with fewer rows of their own train as many steps.
+    No row comes more than once more often than another. So arms with fewer rows of their own train as many steps. With
+    ``shares`` that holds within each part, and the parts come in the ratio of their shares.
     """
-    rng = random.Random(seed)
-    filled = list(rows) * (count // len(rows)) + rng.sample(list(rows), count % len(rows))
+    rng, groups = random.Random(seed), [(count, list(rows))]
+    if shares is not None:
+        total, done, groups = sum(shares.values()), 0.0, []
+        for part, share in shares.items():
+            of_part = [row for row in rows if (row["part"] if row["part"] in COMBINATIONS else PARALLEL) == part]
+            before, done = done, done + share / total
+            groups.append((round(count * done) - round(count * before), of_part))
+    filled: list[Row] = []
+    for number, found in groups:
+        filled += found * (number // len(found)) + rng.sample(found, number % len(found))
     rng.shuffle(filled)
     return filled

@@ -63,7 +63,9 @@ def tables(results: Mapping[str, Any]) -> str:
         told += f", {student['parameters'] / 1e6:.1f}M parameters"
         told += f", {about['garbled']:.0%} of the rows garbled" if about["garbled"] else ""
         told += f"; {results['settings']['steps']} steps; seeds {', '.join(map(str, seeds))}; {tokens} test tokens"
-        parts.append(f"## {name}: {told}\n\n{table(results, name)}")
+        late = [trial for trial in results.get("unfinished", ()) if trial.startswith(f"{name}.")]
+        more = f"\n\nNot finished in time: {', '.join(late)}." if late else ""
+        parts.append(f"## {name}: {told}\n\n{table(results, name)}{more}")
     return "\n\n".join(parts)
 
 
@@ -91,6 +93,8 @@ def write_plot(results: Mapping[str, Any], file: Path) -> None:
         healed = results["students"][condition]["healed"]["valid"]
         for number, arm in enumerate(dict.fromkeys(runs.arm)):
             of = runs[(runs.condition == condition) & (runs.arm == arm)]
+            if of.empty:
+                continue
             colour = COLOURS[number % len(COLOURS)]
             points = pd.DataFrame([point for curve in of[of.chosen].curve for point in curve])
             mean = points.groupby("step").mean(numeric_only=True)

@@ -21,7 +21,7 @@ _WHERE = {
     "LoRA": "models", "load_model": "models", "load_tokenizer": "models",
     "Decoding": "generate", "generate_to": "generate",
     "similarity": "score", "translate": "score", "paired_bootstrap": "score",
-    "ObjectiveSpec": "specs", "parse_objective": "specs",
+    "ObjectiveSpec": "specs", "parse_objective": "specs", "advised_objective": "advice",
     "Stages": "stage", "helpers": "stage", "parse": "script", "run_script": "script",
     "shrink": "shrinking", "export": "exporting",
 }  # fmt: skip

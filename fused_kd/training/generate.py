@@ -259,7 +259,7 @@ def _seeded(decoding: Decoding, batch: int) -> Iterator[None]:
     if decoding.temperature is None:
         yield
         return
-    place = torch.accelerator.current_accelerator()
+    place = torch.accelerator.current_accelerator(check_available=True)
     with torch.random.fork_rng(device_type="cuda" if place is None else place.type):
         torch.manual_seed(decoding.seed + 1_000_003 * batch)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
@@ -42,12 +43,13 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     folder, file = gguf_of(name)
     options = {**_where(folder), **options, **({} if file is None else {"gguf_file": file})}
     try:
-        if not loader.__name__.startswith("AutoModel"):
-            return loader.from_pretrained(folder, trust_remote_code=False, **options)
-        config = safe_config(folder, options)
-        if file is None:
-            return _whole_model(loader, folder, config=config, **options)
-        return _plain(_whole_model(loader, folder, config=config, **_unpacked(), **options))
+        with contextlib.nullcontext() if file is None else gguf_read_once():
+            if not loader.__name__.startswith("AutoModel"):
+                return loader.from_pretrained(folder, trust_remote_code=False, **options)
+            config = safe_config(folder, options)
+            if file is None:
+                return _whole_model(loader, folder, config=config, **options)
+            return _plain(_whole_model(loader, folder, config=config, **_unpacked(), **options))
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:
@@ -101,6 +103,29 @@ def gguf_of(name: str | Path) -> tuple[str, str | None]:
     if len(found) > 1:
         raise ValueError(f"{str(name)!r} has {len(found)} GGUF files ({', '.join(found[:3])}): name the one to use")
     return str(name), found[0] if found else None
+
+
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within, transformers reads a GGUF file's metadata once, and makes its table of names once.
+
+    By itself it reads them for the configuration and again for the weights, and makes the table for every module, which
+    takes longer than the weights.
+    """
+    try:
+        import gguf
+    except ImportError:  # transformers says so
+        yield
+        return
+    names = [name for name in ("GGUFReader", "get_tensor_name_map") if hasattr(gguf, name)]
+    own = {name: getattr(gguf, name) for name in names}
+    for name, value in own.items():
+        setattr(gguf, name, functools.cache(value))
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(gguf, name, value)
 
 
 def _unpacked() -> dict[str, Any]:

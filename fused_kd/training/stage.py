@@ -101,6 +101,27 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def tell(path: Path, title: str, value: Any) -> None:
+    """Add ``{"title", "value"}`` as a line to a file of results, unless it is there; several processes may."""
+    if title in (known := told(path)) and known[title] == json.loads(json.dumps(value)):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:  # one write, behind a break: a line that a kill has cut spoils no other
+        file.write(f"\n{json.dumps({'title': title, 'value': value}, ensure_ascii=False)}".encode())
+
+
+def told(path: Path) -> dict[str, Any]:
+    """What :func:`tell` added, the last value of each title; a line that a kill has cut is passed over."""
+    found: dict[str, Any] = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            found[row["title"]] = row["value"]
+        except ValueError:
+            continue
+    return found
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder and all in it, where there is one; of a link the link alone."""
     if path.is_symlink():
@@ -264,15 +285,7 @@ class Stages:
         Raises:
             TypeError: settings that are not JSON. ValueError: a title that cannot begin a folder's name.
         """
-        if not title or not all(char.isalnum() or char in "-_.=" for char in title):
-            raise ValueError(f"title={title!r}: expected letters, digits and -_.=")
-        about = {
-            "title": title,
-            "settings": json.loads(json.dumps(dict(settings), default=_plain)),
-            "needs": [Path(folder).name for folder in needs],
-            "files": [_content(file) for file in files],
-        }
-        folder = self.folder / f"{title}-{fingerprint(about)[:_DIGITS]}"
+        folder, about = self._named(title, settings, needs, files)
         if (folder / DONE).is_file():
             if self._kept is not None:
                 self._kept.add(folder.name)
@@ -290,6 +303,36 @@ class Stages:
                 if is_main():
                     write_json(folder / DONE, {"stage": folder.name})
         return folder
+
+    def finished(
+        self,
+        title: str,
+        settings: Mapping[str, Any],
+        *,
+        needs: Sequence[Path] = (),
+        files: Sequence[str | Path] = (),
+    ) -> Path | None:
+        """The folder of a stage, named as in a call, whose work is done; None where it is not. Nothing is done here.
+
+        Raises:
+            TypeError, ValueError: as a call.
+        """
+        folder, _ = self._named(title, settings, needs, files)
+        return folder if (folder / DONE).is_file() else None
+
+    def _named(
+        self, title: str, settings: Mapping[str, Any], needs: Sequence[Path], files: Sequence[str | Path]
+    ) -> tuple[Path, dict[str, Any]]:
+        if not title or not all(char.isalnum() or char in "-_.=" for char in title):
+            raise ValueError(f"title={title!r}: expected letters, digits and -_.=")
+        about = {
+            "title": title,
+            "settings": json.loads(json.dumps(dict(settings), default=_plain)),
+            "needs": [Path(folder).name for folder in needs],
+            "files": [_content(file) for file in files],
+        }
+        folder = self.folder / f"{title}-{fingerprint(about)[:_DIGITS]}"
+        return folder, about
 
     def share(self, pieces: Mapping[str, Callable[[], object]]) -> None:
         """Do pieces of work, each of which calls stages, together with other processes of the same folder.

@@ -31,6 +31,7 @@ from fused_kd.integrations.sampling import (
 from fused_kd.objectives import Objective
 from fused_kd.options import statistics_names
 from fused_kd.terms import RANK
+from fused_kd.training import advice
 from fused_kd.training.baseline import DEFAULT_GAMMA, HARD_T, Baseline
 from fused_kd.training.checkpoints import WholeCheckpoints
 from fused_kd.training.default_collator import DefaultCollator, check_rows_of
@@ -38,8 +39,6 @@ from fused_kd.training.metrics import RunningMetrics
 from fused_kd.training.named import load_student, opened, tokenizer_of
 
 logger = logging.get_logger(__name__)
-# of the tokens that are easy for the teacher itself; of all tokens, where its share is not known
-HARD_LIMIT, HARD_LIMIT_OF_ALL = 0.9, 0.98
 ROUTER = "router_loss"
 
 
@@ -111,8 +110,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
             given is for evaluation.
         objective: one of ``fused_kd``'s objectives, a sum of them, or its text. ``SelfEvolutionTopK`` ranks the tokens
             of the whole optimizer step; with accumulation or several processes a first pass without gradients finds the
-            limit. Default "self_evolution", the paper's loss, for a student that works already; one that does not yet
-            needs a floor, "self_evolution:floor=0.3", or "forward_kd", the default of ``examples/train.py``.
+            limit. Default "self_evolution", the paper's loss. Most students are better served with a floor under it,
+            "self_evolution:floor=0.3", and those that hardly work yet with "forward_kd", the default of
+            ``examples/train.py``: see :func:`fused_kd.training.advice.advised_objective`.
         temperature: default 1.
         vocab_size: cut both heads to this many columns. None (default) takes heads of equal size as they are;
             for unequal heads the size of ``processing_class`` (a tokenizer) is used, and without it an error
@@ -331,36 +331,9 @@ class KDTrainer(KDLossMixin, WholeCheckpoints):
         self.metrics.collect(self.accelerator)  # trainer_state.json, with these in it, is written next
 
     def _warn_if_starved(self) -> None:
-        """Warn once when too many tokens stayed hard for 5 % of the training and at least 20 steps."""
-        if not any(_starves(part) for _, part in self.current_objective().summands):
-            return
-        entries = [entry for entry in self.state.log_history if "hard_fraction" in entry]
-        below = [entry["step"] for entry in entries if not _too_hard(entry)]
-        steps = self.state.global_step - (below[-1] if below else 0)
-        if steps < max(20, 0.05 * self.state.max_steps):
-            return
-        self._warned_hard = True
-        own = f" ({entries[-1][HARD_T]:.2f} for the teacher itself)" if HARD_T in entries[-1] else ""
-        warnings.warn(
-            f"hard_fraction was {entries[-1]['hard_fraction']:.2f}{own} and has stayed so for {steps} steps: hard "
-            "tokens of a skewed loss get almost no gradient, so this student learns little. Give them a floor "
-            "(SelfEvolution(floor=0.3)), start from a trained student, or warm β up "
-            "(beta_schedule=BetaSchedule(hold=0.5)).",
-            stacklevel=2,
-        )
-
-
-def _too_hard(entry: dict[str, float]) -> bool:
-    """Whether more than the limit are hard."""
-    own = entry.get(HARD_T)
-    if own is None:
-        return entry["hard_fraction"] > HARD_LIMIT_OF_ALL
-    return entry["hard_fraction"] - own > HARD_LIMIT * (1.0 - own)
-
-
-def _starves(objective: Objective) -> bool:
-    """Whether a hard token's gradient vanishes with its probability: a β below 1 of a label-mixed target, no floor."""
-    if not isinstance(objective, (fk.Skew, fk.SelfEvolution, fk.SelfEvolutionTopK)):
-        return False
-    beta, floor = objective.beta, objective.floor
-    return not isinstance(beta, torch.Tensor) and beta != 1.0 and not isinstance(floor, torch.Tensor) and floor == 0.0
+        """Warn once when the student has long been too weak for its objective."""
+        state = self.state
+        told = advice.warning(self.current_objective(), state.log_history, state.global_step, state.max_steps)
+        if told is not None:
+            self._warned_hard = True
+            warnings.warn(told, stacklevel=2)

@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from fused_kd.training.data import load_pairs
 from fused_kd.training.models import load_model, load_tokenizer
 from fused_kd.training.trainer import KDTrainer
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import distill
+import distill_report
 
 SPEC = "self_evolution:gamma=0.3,beta_warmup=0.5"
 SLUG = "self_evolution-gamma=0.3-beta_warmup=0.5"
 STAGES = ["teacher", "student", "sft", "forward_kd", SLUG]
 SMALL = (
     "--train-limit 160 --kd-size 40 --test-limit 4 --vocab 400 --batch 20 --accumulation 2 "
-    "--teacher tiny-student --teacher-epochs 1 --student-epochs 1 --kd-epochs 2 "
-    f"--objective forward_kd {SPEC}"
+    "--teacher tiny-student --teacher-epochs 1 --student tiny-student --student-epochs 1 --kd-epochs 2 "
+    f"--objective forward_kd {SPEC} --kd-noise 0 --jobs 1"
 ).split()
 
 
@@ -141,6 +143,117 @@ def test_models_from_a_folder(finished: Path, tmp_path: Path, monkeypatch: pytes
     assert torch.equal(kept.lm_head.weight, given.lm_head.weight)
 
 
+def test_two_processes(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same models as of one process; what the second one prints is not on the screen."""
+    command = [*SMALL, "--output", str(tmp_path), "--jobs", "2"]
+    ours, theirs = distill.main(command), metrics_of(finished)
+    assert ours is not None
+    losses = [
+        {name: [entry["loss"] for entry in metrics["stages"][name]["log_history"]] for name in theirs["stages"]}
+        for metrics in (ours, theirs)
+    ]
+    assert losses[0] == losses[1]
+    made, screen = (tmp_path / "worker-1.log").read_text(), capfd.readouterr().out
+    here = [name for name in STAGES if f" {name}-" in screen]
+    there = [name for name in STAGES if f" {name}-" in made]
+    assert sorted(here + there) == sorted(STAGES), "each stage is done by one of them"
+    for text in ("share the stages", "Distilled on"):
+        assert text in screen and text not in made
+
+
+def test_wrong_references_are_shown(finished: Path) -> None:
+    args = distill.parse_arguments([*SMALL, "--kd-noise", "0.3", "--output", str(finished)])
+    run = distill.Distillation(args)
+    first = run.wrong[0]
+    assert len(run.wrong) == 12 and run.kd_pairs[first].target != run.pairs[120 + first].target
+    text = run.sample()
+    assert "40 pairs; 12 of them" in text and "WRONG" in text
+    assert repr(run.pairs[120 + first].target) in text and run.pairs[120 + first].source in text
+    clean = distill.Distillation(distill.parse_arguments([*SMALL, "--output", str(finished)]))
+    assert "WRONG" not in clean.sample() and clean.pairs[120].source in clean.sample()
+
+
+def test_comparison() -> None:
+    """Against the start and against SFT, paired by sentence; the same translations are no difference."""
+    test = load_pairs("builtin", "test", "en-de", limit=60)
+    right = [pair.target for pair in test]
+    spoilt = [text if number % 3 else "nein" for number, text in enumerate(right)]
+    made = {"teacher": right, "student": spoilt, "sft": spoilt, "forward_kd": spoilt, "kd": right}
+    found = distill_report.compare(made, test)
+    assert {name: list(against) for name, against in found.items()} == {
+        "sft": ["student"], "forward_kd": ["student", "sft"], "kd": ["student", "sft", "forward_kd"]
+    }  # fmt: skip
+    assert found["sft"]["student"]["bleu"] == {"delta": 0.0, "p": 1.0}
+    for baseline in ("student", "sft", "forward_kd"):
+        assert found["kd"][baseline]["bleu"]["delta"] > 20 and found["kd"][baseline]["bleu"]["p"] < 0.01
+    assert distill_report.compare({"teacher": right, "student": spoilt}, test) == {}
+
+
+def metrics_with(start: float, sft: float, ours: float, p: float = 0.001, **others: float) -> dict[str, Any]:
+    """Metrics of a run with these scores, and the p-value of every difference."""
+
+    def stage(score: float, *baselines: float) -> dict[str, Any]:
+        names = zip(distill_report.BASELINES, baselines, strict=False)
+        against = {name: {"bleu": {"delta": score - base, "p": p}} for name, base in names}
+        about = {"scores": {"bleu": score, "chrf": score}, "parameters": 1000, "seconds": 1.0}
+        return about | ({"against": against} if against else {})
+
+    scores = {"ours": ours, **others}
+    stages = {"teacher": stage(80.0), "student": stage(start), "sft": stage(sft, start)}
+    stages |= {name: stage(score, start, sft) for name, score in scores.items()}
+    data = {"train_pairs": 120, "kd_pairs": 40, "test_pairs": 50, "wrong": 12}
+    return {"stages": stages, "data": data, "arguments": {"test_split": "test"}}
+
+
+@pytest.mark.parametrize(
+    "metrics, sentence",
+    [
+        (
+            metrics_with(50.0, 45.0, 60.0),
+            "The student got better: ours took it from 50.0 to 60.0 BLEU (+10.0, p 0.001); that is 15.0 above SFT on "
+            "the same pairs, 45.0 (p 0.001); the teacher has 80.0.",
+        ),
+        (
+            metrics_with(50.0, 49.0, 40.0, other=41.0),
+            "The student got worse: ours took it from 50.0 to 40.0 BLEU (-10.0, p 0.001); that is 9.0 below SFT on "
+            "the same pairs, 49.0 (p 0.001); other ends higher, at 41.0; the teacher has 80.0.",
+        ),
+        (
+            metrics_with(50.0, 50.1, 50.2, p=0.4, other=50.0),
+            "No clear gain: ours took it from 50.0 to 50.2 BLEU (+0.2, p 0.400); SFT on the same pairs gives 50.1, no "
+            "clear difference (p 0.400); the teacher has 80.0.",
+        ),
+    ],
+    ids=["gain", "loss", "nothing"],
+)
+def test_the_sentence_follows_the_numbers(metrics: dict[str, Any], sentence: str) -> None:
+    assert distill_report.verdict(metrics) == sentence
+
+
+def test_table() -> None:
+    shown = distill_report.table(metrics_with(50.0, 45.0, 60.0))
+    assert "**60.0**" in shown and "+10.0 (p 0.001)" in shown and "+15.0 (p 0.001)" in shown
+    assert "40 pairs that are new to the student, 12 of them (30%) with a wrong reference" in shown
+
+
+def test_report_of_several_runs(finished: Path, tmp_path: Path) -> None:
+    """Seeds with the same arguments are one table, other arguments another."""
+    metrics = metrics_of(finished)
+    for number, (seed, noise) in enumerate([(0, 0.0), (1, 0.0), (0, 0.3)]):
+        own = metrics["arguments"] | {"seed": seed, "kd_noise": noise}
+        distill.write_json(tmp_path / f"{number}" / "metrics.json", metrics | {"seed": seed, "arguments": own})
+    distill_report.main([*(str(tmp_path / f"{number}") for number in range(3)), "--output", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.count("## ") == 2 and "`kd_noise 0.3`" in text and "seed 1" in text
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 0] and str(finished) not in json.dumps(found)
+    assert not (tmp_path / "out" / "bleu.png").exists(), "two groups are no picture"
+    distill_report.main([*(str(tmp_path / f"{number}") for number in range(2)), "--output", str(tmp_path / "seeds")])
+    assert (tmp_path / "seeds" / "bleu.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"has no metrics.json"):
+        distill_report.main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -152,6 +265,7 @@ def test_models_from_a_folder(finished: Path, tmp_path: Path, monkeypatch: pytes
         ("--only nonsense", "objective must be one of"),
         ("--only reverse_kd", "--only must name stages of teacher, student, sft, forward_kd"),
         ("--kd-noise 2", "share must be in"),
+        ("--jobs 0", "jobs must be an int of at least 1"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: str, message: str) -> None:

@@ -19,11 +19,13 @@ import peft  # noqa: E402
 import fused_kd as fk  # noqa: E402
 from fused_kd.training import LoRA, ModuleTrainer, Stages, parse  # noqa: E402
 from fused_kd.training.models import train_tokenizer  # noqa: E402
+from fused_kd.training.stage import tell  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "examples" / "mt_llm"
 sys.path.insert(0, str(FOLDER))
 import captions as tasks  # noqa: E402
 import mt_llm  # noqa: E402
+import mt_llm_report  # noqa: E402
 import stacked  # noqa: E402
 
 MT_VOCAB, LLM_VOCAB, PAD_ID, CLASSES = 41, 53, 1, 3
@@ -287,11 +289,56 @@ def test_the_task_is_balanced_and_aligned(captions: Path, tmp_path: Path) -> Non
         tasks.write_task(tmp_path, captions, ["de"], ["other"], limit=20)
 
 
+def test_a_translators_text(captions: Path, tmp_path: Path) -> None:
+    rows = [{"en": "a b c d e f", "de": "x y"}, {"en": "a", "de": "x"}]
+    tokenizer = train_tokenizer([text for row in rows for text in row.values()], 300)
+    whole, short = (tasks.mt_rows(tokenizer, rows, 0.0, 0, most) for most in (None, 4))
+    # both sides count, EOS too
+    assert len(whole) == 4 and all(max(map(len, row.values())) <= 4 for row in short) and len(short) == 2
+    assert tasks.mt_rows(tokenizer, [], 0.0, 0) == []
+    write_rows(tmp_path / "news.jsonl", [{"en": "Zebra.", "de": "Zebra!"}])
+    flags = arguments(
+        captions, "--mt_captions=0", f"--mt_text={{de: {tmp_path}/news.jsonl}}", "--train_mt={max_steps: 1}"
+    )
+    config, _ = parse((mt_llm.Config, mt_llm.Running), flags, configs=FOLDER)
+    made = mt_llm.Recipe(config, Stages(tmp_path / "run")).mt
+    assert json.loads((made / "training.json").read_text())["rows"] == 2, "German and English into English, no caption"
+
+
+def test_runs_with_several_translators_become_a_table(tmp_path: Path) -> None:
+    def scores(hits: dict[str, dict[str, str]]) -> dict:
+        right = {
+            name: np.mean([np.mean(list(map(int, text))) for text in made.values()]) for name, made in hits.items()
+        }
+        return {name: {"balanced": float(right[name]), "hits": made} for name, made in hits.items()}
+
+    good, bad = {"a": "11", "b": "1"}, {"a": "10", "b": "0"}
+    for seed, mine in (("0", good), ("1", bad)):
+        made = {
+            "MT-LLM, mse": scores({"en": good, "de": mine, "cs": mine}),
+            "translate-test": scores({"de": bad, "cs": bad}),
+        }
+        tell(tmp_path / "pieces.jsonl", f"test {seed} task", made)
+    tell(tmp_path / "pieces.jsonl", "bleu", {"de": 1.0, "cs": 2.0})
+    found = mt_llm_report.main([f"news={tmp_path}", "--output", str(tmp_path / "report")])
+    rows = {row["system"]: row for row in found["summary"]}
+    assert rows["MT-LLM, mse"]["by_seed"] == {"0": 100.0, "1": 25.0} and rows["MT-LLM, mse"]["en"] == 100.0
+    assert rows["translate-test"]["others"] == 25.0 and rows["translate-test"]["en"] is None
+    apart = found["paired"]["news"]
+    assert apart["by_seed"] == {"0": 75.0, "1": 0.0} and apart["difference"] == 37.5
+    assert apart["low"] == 25.0 and apart["high"] == 50.0, "class b has one item, class a two"
+    assert (tmp_path / "report" / "translators.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="expected NAME=RESULTS"):
+        mt_llm_report.main(["news", "--output", str(tmp_path)])
+
+
 def test_scores_and_the_order_of_embeddings() -> None:
     queries = torch.tensor([[2.0, 0.1], [0.1, 3.0], [1.0, 1.0]])
     candidates = torch.tensor([[9.0, 0.0], [0.0, 0.1], [-1.0, -1.0]])
     assert mt_llm.retrieval_at_1(queries, candidates) == pytest.approx(2 / 3)
-    assert mt_llm.accuracies(["a", "a", "a", "b"], ["a", "a", "a", "c"]) == {"accuracy": 0.75, "balanced": 0.5}
+    assert mt_llm.accuracies(["a", "a", "a", "b"], ["a", "a", "a", "c"]) == {
+        "accuracy": 0.75, "balanced": 0.5, "hits": {"a": "111", "c": "0"},
+    }  # fmt: skip
     texts = [[5, 6, 7], [8], [9, 4], [3, 3, 3, 3], [7]]
     found = stacked.embed(lambda ids, mask: (ids * mask).sum(1, keepdim=True), texts, pad_id=1, size=2)
     assert found[:, 0].tolist() == [sum(ids) for ids in texts]
@@ -396,8 +443,8 @@ def test_from_captions_to_figures_and_killed_everywhere(captions: Path, tmp_path
         try:
             again = mt_llm.main([*command, "--output", str(tmp_path / "killed")])
         except Killed:
-            assert len(begun) + len(ended) < 20
-    assert len(begun) == 6 and len(ended) == 11, "the LLM takes a single step"
+            assert len(begun) + len(ended) < 30
+    assert len(begun) == 6 and len(ended) == 15, "the LLM takes a single step"
     assert again["mean"] == metrics["mean"] and again["seeds"]["0"]["adaptation"] == seed["adaptation"]
     whole, killed = (
         next(tmp_path.glob(f"{run}/distil-mse.s0-*/model/trained.safetensors")) for run in ("whole", "killed")
@@ -429,20 +476,22 @@ def test_a_change_makes_new_only_what_depends_on_it(captions: Path, tmp_path: Pa
         return stages.names
 
     base = names()
-    assert len(base) == 12
-    distilled = {title for title in base if title.startswith("distil-")} | {"evaluate.s0"}
-    encoders = {"encoder-frozen.s0", "encoder-tuned.s0"}
-    adapted = {"adapt.s0", *distilled - {"distil-mse-unadapted.s0"}}
+    assert len(base) == 17
+    distilled = {title for title in base if "distil-" in title} | {"evaluate.s0"}
+    encoders = {title for title in base if "encoder-" in title}
+    adapted = {"adapt.s0", *(title for title in distilled if "unadapted" not in title)}
     for change, touched in {
         "--distil={learning_rate: 0.5}": distilled,
-        "--arms={mse: {mse_weight: 2}}": {"distil-mse.s0", "evaluate.s0"},
+        "--arms={mse: {mse_weight: 2}}": {"distil-mse.s0", "test-distil-mse.s0", "evaluate.s0"},
         "--adapt={max_steps: 4}": adapted,
         "--least_squares=9": adapted,
-        "--train_task={num_train_epochs: 2}": {"task.s0", "states.s0", *distilled, *encoders},
-        "--translate={max_new_tokens: 4}": {"translations", "evaluate.s0"},
+        "--train_task={num_train_epochs: 2}": {"task.s0", "test-task.s0", "states.s0", *distilled, *encoders},
+        "--translate={max_new_tokens: 4}": {"translations", "test-task.s0", "evaluate.s0"},
         "--lora={r: 4}": {"adapt.s0", *distilled},
         "--train_llm={num_train_epochs: 2}": set(base) - {"task", "mt", "translations", *encoders},
         "--train_mt={max_steps: 4}": set(base) - {"task", "llm", "task.s0", "states.s0"},
+        "--mt_captions=9": set(base) - {"task", "llm", "task.s0", "states.s0"},
+        f"--mt_text={{de: {captions}/train.jsonl}}": set(base) - {"task", "llm", "task.s0", "states.s0"},
         "--tests=other": set(base) - {"mt", "llm"},
         "--eval_batch=7": set(),
     }.items():
@@ -507,6 +556,11 @@ def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> Non
         ("--adapt={learning_rat: 1}", "adapt: .*'learning_rat'"),
         ("--seeds", "arms and seeds must be some"),
         ("--eval_batch=0", "eval_batch must be at least 1, got 0"),
+        ("--mt_captions=-1", "mt_captions must be at least 0, got -1"),
+        ("--mt_captions=0", "nothing to learn from"),
+        ("--mt_text={fr: x}", "mt_text must be of de, cs, got 'fr'"),
+        ("--mt_text={de: ./none.jsonl}", "mt_text.de='./none.jsonl': .*No such file"),
+        ("--encoders=cold", "encoders must be some of frozen, tuned, or none, got 'cold'"),
         ("--data=./nowhere", "data='./nowhere': .*No such file"),
     ],
 )
@@ -522,3 +576,6 @@ def test_the_papers_values() -> None:
     step = paper.adapt["per_device_train_batch_size"] * paper.adapt["gradient_accumulation_steps"]
     assert (step, paper.adapt["max_steps"], paper.adapt["learning_rate"]) == (256, 10_000, 2e-4)
     assert paper.distil["learning_rate"] == 1e-4 and paper.ways["mse"] == mt_llm.Arm()
+    for more in ([], [str(FOLDER / "rehearse.yaml")]):
+        gpu, _ = parse((mt_llm.Config, mt_llm.Running), ["--preset", "gpu", *more], configs=FOLDER)
+        assert gpu.train_mt["bf16"] and gpu.distil["bf16"] and gpu.tests != ["val"]

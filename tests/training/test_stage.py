@@ -21,6 +21,8 @@ from fused_kd.training.stage import (
     read_json,
     remove_folder,
     replace_folder,
+    tell,
+    told,
     write_json,
 )
 from tests.training.forking import ended, fork
@@ -94,6 +96,18 @@ def test_a_stage_that_died_is_done_again_in_its_folder(tmp_path: Path, capsys) -
     assert "before" not in capsys.readouterr().out, "said once"
     Stages(tmp_path)("s", work, {})
     assert tries == [0, 1] and json.loads((folder / "stage.json").read_text())["title"] == "s"
+
+
+def test_what_is_finished_is_told_without_doing_it(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    assert stages.finished("a", {"x": 1}) is None and not list(tmp_path.glob("a-*"))
+    folder = stages("a", lambda folder: None, {"x": 1}, needs=[tmp_path / "b-1"])
+    assert stages.finished("a", {"x": 1}, needs=[tmp_path / "b-1"]) == folder
+    assert stages.finished("a", {"x": 1}) is None and stages.finished("a", {"x": 2}, needs=[tmp_path / "b-1"]) is None
+    (folder / "done.json").unlink()
+    assert stages.finished("a", {"x": 1}, needs=[tmp_path / "b-1"]) is None
+    with pytest.raises(ValueError, match="title"):
+        stages.finished("a/b", {})
 
 
 def test_bad_titles_and_settings(tmp_path: Path) -> None:
@@ -255,3 +269,15 @@ def test_helpers_end_with_the_first_process(tmp_path: Path, capsys) -> None:
     assert "its work was done here: see" in capsys.readouterr().err
     with pytest.raises(ValueError, match="jobs must be an int of at least 1, got 0"), helpers("x.py", [], 0, tmp_path):
         pass
+
+
+def test_results_are_told_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "pieces.jsonl"
+    assert told(path) == {}
+    for value in ({"a": (1, 2)}, {"a": (1, 2)}, {"a": "ü"}):
+        tell(path, "one", value)
+    assert path.read_bytes().count(b"title") == 2 and told(path) == {"one": {"a": "ü"}}
+    with open(path, "ab") as file:  # a kill in the middle of a line, and of a letter
+        file.write('\n{"title": "two", "value": "ü'.encode()[:-1])
+    tell(path, "three", None)
+    assert told(path) == {"one": {"a": "ü"}, "three": None}
