@@ -33,7 +33,9 @@ def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str
     for title in pieces if titles is None else [title for title in titles if title in pieces]:
         piece = pieces[title]
         known = _PIECE.fullmatch(title)
-        if title == "tasks":
+        if title == "about":
+            found = {**piece, **found}
+        elif title == "tasks":
             found["tasks"] = piece["counts"]
         elif title == "translator-test":
             found["translator"] = piece["scores"]
@@ -213,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for key in ("sets", "training", "transfer"):
             metrics[key] = {**known[key], **metrics[key]}
     best = of_chosen(metrics, given.target)
-    metrics |= {"chosen": chosen(metrics, given.target), "comparisons": comparisons(best)}
+    taken = chosen(metrics, given.target)
+    others = [row for row in scored(metrics) if row["arm"] not in taken.values()]
+    metrics |= {"chosen": taken, "comparisons": comparisons({"scores": [*best["scores"], *others]})}
     folder = Path(given.output or given.results[0])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics)
