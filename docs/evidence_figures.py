@@ -56,10 +56,10 @@ def plane(cells: pd.DataFrame) -> Figure:
     for axis, ((study, noise), own) in zip(axes, panels, strict=False):
         _gains(axis, own)
         axis.set_title(f"{study}, {noise:.0%} wrong" if noise else f"{study}, clean", fontsize=9)
-        axis.set_xlabel("the student's BLEU before")
+        axis.set_xlabel("the student's score before")
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    axes[0].set_ylabel("BLEU gained")
+    axes[0].set_ylabel("gain")
     _legend(figure, cells)
     return figure
 
@@ -104,7 +104,7 @@ def rule(cells: pd.DataFrame) -> Figure:
         axis.annotate(text, (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     axis.set_xlim(-0.1, 1.05)
     axis.set_xlabel("of the tokens that are easy for the teacher: hard for the student in the first steps")
-    axis.set_ylabel("BLEU above ForwardKD")
+    axis.set_ylabel("score above ForwardKD's")
     _legend(figure, known[known.method.isin(["sft", "forward_kd", "self_evolution", "floor_0.3"])])
     return figure
 

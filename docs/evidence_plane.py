@@ -43,13 +43,13 @@ def small_set() -> pd.DataFrame:
 
 
 def regimes(folder: Path) -> pd.DataFrame:
-    """examples/self_evolution/regimes.py: scores are means over directions."""
+    """examples/self_evolution/regimes.py: means over directions, in chrF, as BLEU is near 0 of its weak students."""
     found = read(folder / "results.json")
-    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in found["starts"]}
+    starts = {each["strength"]: over_directions(each["scores"], "chrf") for each in found["starts"]}
     return pd.DataFrame(
         {
-            "study": folder.name, "student": run["strength"], "noise": run["noise"], "method": run["method"],
-            "seed": run["seed"], "score": over_directions(run["scores"], "bleu"),
+            "study": f"{folder.name}, chrF", "student": run["strength"], "noise": run["noise"],
+            "method": run["method"], "seed": run["seed"], "score": over_directions(run["scores"], "chrf"),
             "start": starts[run["strength"]], "teacher": starts["teacher"],
             "hard": run["history"][0].get("hard_fraction"), "hard_t": run["history"][0].get("hard_fraction_t"),
         }
