@@ -109,8 +109,7 @@ class CycleDistill:
     # translations of each sentence, sampled at a temperature; 1 is greedy. The scorers' best that passes the filters is
     # kept, and of the sentences the share with the best scores
     candidates: int = 1
-    temperature: float = 0.7
-    later_temperature: float | None = None  # after the first iteration, whose model is surer; None is the same
+    temperature: float = 0.5
     scorers: list[str] = field(default_factory=list)  # some of SCORERS; without one the first that passes is kept
     best_share: float = 1.0
     prompt: str = "cycle_distill"
@@ -160,8 +159,7 @@ class CycleDistill:
         parse_direction(self.direction)
         if self.prompt not in TEMPLATES:
             raise ValueError(f"prompt must be one of {', '.join(TEMPLATES)}, got {self.prompt!r}")
-        for heat in (self.temperature, self.later_temperature):
-            Decoding(temperature=heat)
+        Decoding(temperature=self.temperature)
         if "greedy" in self.variants and self.candidates == 1:
             raise ValueError("variants: greedy is hard with one candidate, and candidates=1 makes hard the same")
         if len(set(self.scorers)) < len(self.scorers) or not set(self.scorers) <= {*SCORERS}:
@@ -460,14 +458,13 @@ class Cycle:
                 rows += document_rows(self.tokenizer, template, shuffled, direction, config.document)
         return rows
 
-    def translate(self, model: Path, title: str, k: int | None, seed: int, candidates: int, later: bool) -> Path:
+    def translate(self, model: Path, title: str, k: int | None, seed: int, candidates: int) -> Path:
         """A model's translations of the sentences, ``candidates`` of each, with lists of ``k``."""
         config, decoding = self.config, self.decoding
         about = config.some(*DECODED_BY) | {"k": k} | (config.some("lists") if k is not None else {})
         if candidates > 1:
-            heat = (config.later_temperature if later else None) or config.temperature
-            decoding = replace(decoding, temperature=heat, seed=seed)
-            about |= {"candidates": candidates, "temperature": heat, "seed": seed}
+            decoding = replace(decoding, temperature=config.temperature, seed=seed)
+            about |= config.some("temperature") | {"candidates": candidates, "seed": seed}
 
         def work(out: Path) -> None:
             loaded = self.load(model)
@@ -488,7 +485,7 @@ class Cycle:
         candidates = 1 if variant == "greedy" else config.candidates
         of = base if first else f"{variant}-{iteration - 1}-seed{seed}"
         of = f"greedy-{of}" if first and variant == "greedy" else of
-        translations = self.translate(model, of, config.k if lists else None, seed, candidates, not first)
+        translations = self.translate(model, of, config.k if lists else None, seed, candidates)
         kind = "soft" if soft else variant
         title = f"{kind}-1{base.removeprefix('base')}" if first else f"{variant}-{iteration}-seed{seed}"
         scored = bool(config.scorers) and variant != "greedy" and (candidates > 1 or config.best_share < 1)

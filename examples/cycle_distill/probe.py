@@ -34,7 +34,7 @@ class Options:
 
     output: str = "runs/cycle_probe"
     stages: str | None = None
-    temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
+    temperatures: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
 
 
 def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:

@@ -186,6 +186,8 @@ class Study:
         if title not in self.folders:  # once: a large file is read for its fingerprint
             self.folders[title] = folder = self.stages(title, work, settings, **inputs)
             found = {name: read_json(folder / f"{name}.json") for name in TOLD if (folder / f"{name}.json").is_file()}
+            if "training" in found:  # its log is long
+                found["training"] = {k: v for k, v in found["training"].items() if k != "log_history"}
             if found:
                 tell(self.results / "pieces.jsonl", title, found)
         return self.folders[title]

@@ -412,6 +412,7 @@ def test_script_from_captions_to_table(preset, finished, monkeypatch):
         assert (
             metrics["training"][title]["steps"] == -(-counts["rows"] // 16) and metrics["training"][title]["validation"]
         )
+    assert "log_history" not in (output / "pieces.jsonl").read_text(encoding="utf-8")
     whole, sft = metrics["sets"]["sdrrl-s0"], metrics["sets"]["sft-s0"]
     assert whole["rows"] == sft["rows"] == whole["different"] > sft["different"]
     for name in ("accuracy", "chrf"):
