@@ -8,16 +8,29 @@ from functools import partial
 import evidence_data as data
 import evidence_plane as plane
 import evidence_recipes as recipes
+import pandas as pd
 from evidence_data import EXAMPLES, Effect, compare, gain
 from evidence_recipes import Scores
 
-CONVERGED, WRONG = "clean, BLEU", "30 % wrong references, BLEU"
+CONVERGED, WRONG = "table, clean, BLEU", "table, 30 % wrong references, BLEU"
 PARTS = {
     "no_own_answers": "own answers, not given ones",
     "no_filter": "the filter",
     "no_code_switch": "code-switched questions",
     "no_parallel": "parallel sentences",
     "no_cross": "crossed languages",
+}
+
+
+PAIRS = {
+    "Self-Evolution - SFT": ("self_evolution", "sft"),
+    "Self-Evolution - ForwardKD": ("self_evolution", "forward_kd"),
+    "ForwardKD - SFT": ("forward_kd", "sft"),
+    "the gate: Self-Evolution - Skew": ("self_evolution", "skew"),
+    "Self-Evolution - its Top-K form": ("self_evolution", "self_evolution_top_k"),
+    "Self-Evolution - its progressive β": ("self_evolution", "progressive_beta"),
+    "floor 0.3 - Self-Evolution": ("floor_0.3", "self_evolution"),
+    "floor 0.3 - ForwardKD": ("floor_0.3", "forward_kd"),
 }
 
 
@@ -34,19 +47,22 @@ def self_evolution() -> list[Claim]:
     frame, found = data.table1(), []
     for condition, where in (("clean", CONVERGED), ("wrong_references", WRONG)):
         own = frame[frame.study == condition]
-        pairs = {
-            "Self-Evolution - SFT": ("self_evolution", "sft"),
-            "Self-Evolution - ForwardKD": ("self_evolution", "forward_kd"),
-            "ForwardKD - SFT": ("forward_kd", "sft"),
-            "the gate: Self-Evolution - Skew": ("self_evolution", "skew"),
-            "Self-Evolution - its Top-K form": ("self_evolution", "self_evolution_top_k"),
-            "Self-Evolution - its progressive β": ("self_evolution", "progressive_beta"),
-        }
-        found += [Claim(text, where, compare(own, *names)) for text, names in pairs.items()]
+        found += order(own, where)
         nearer = compare(own, "self_evolution", "forward_kd", column="similarity")
         found.append(Claim("likeness to the teacher's output: Self-Evolution - ForwardKD", where, nearer))
-        found.append(Claim("Self-Evolution - the student before it", where, gain(own, "self_evolution")))
+    for folder in plane.regime_folders():
+        frame = plane.regimes(folder)
+        own = frame[(frame.student == "language model") & (frame.noise == 0)]
+        found += order(own, f"a language model, {plane.STUDIES.get(folder.name, folder.name)}, chrF")
     return found
+
+
+def order(frame: pd.DataFrame, where: str) -> list[Claim]:
+    """Of one cell: each method of the paper's order against the next, as far as they are there."""
+    present = set(frame.method)
+    pairs = {text: pair for text, pair in PAIRS.items() if set(pair) <= present}
+    found = [Claim(text, where, compare(frame, *pair)) for text, pair in pairs.items()]
+    return [*found, Claim("Self-Evolution - the student before it", where, gain(frame, "self_evolution"))]
 
 
 def differences(sides: dict[str, tuple[Scores, Scores]], where: str) -> list[Claim]:

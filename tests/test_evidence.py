@@ -128,3 +128,17 @@ def test_the_rule_is_right_of_the_students_that_it_was_made_of() -> None:
         entry = {"hard_fraction": first.hard, "hard_fraction_t": first.hard_t}
         told = advice.warning(fk.SelfEvolution(), [{"step": step, **entry} for step in (10, 20)], 20, 100)
         assert (told is not None) == (scores["self_evolution"] < min(scores["forward_kd"], scores["floor_0.3"]) - 2)
+
+
+def test_the_rule_is_not_wrong_of_other_students() -> None:
+    """On an H200, where they were not used to draw its lines: at most a point behind the better of the two."""
+    frame = plane.cells()
+    frame = frame[frame.study.str.contains("H200") & frame.hard_t.notna()]
+    assert len(set(frame.student)) >= 3
+    for _, own in frame.groupby(["student", "noise"]):
+        means = own.groupby("method").score.mean()
+        first = own[own.method == "self_evolution"][["hard", "hard_t"]].mean()
+        advised = METHOD[advice.advised_objective(first.hard, first.hard_t)]
+        assert means[advised] > means[["forward_kd", "floor_0.3"]].max() - 1
+        assert means["self_evolution"] < means[advised], "so it warns of it:"
+        assert advice.still_hard(first.hard, first.hard_t) > advice.STARVED
