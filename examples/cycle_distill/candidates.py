@@ -82,6 +82,13 @@ def mean_log_probs(
     return [found[pair] for pair in pairs]
 
 
+def summed(parts: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
+    """Several scorers' sum for each sentence's candidates, standardised; of one scorer its scores as they are."""
+    if len(parts) > 1:
+        parts = [[standardised(scores) for scores in part] for part in parts]
+    return [np.sum(each, axis=0).tolist() for each in zip(*parts, strict=True)]
+
+
 def standardised(scores: Sequence[float]) -> np.ndarray:
     """With mean 0 and deviation 1; zeros where all are equal."""
     values = np.asarray(scores, dtype=np.float64)

@@ -51,7 +51,7 @@ from fused_kd.training.stage import helpers, read_json, write_json, write_lines
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from candidates import SCORERS, mbr_scores, mean_log_probs, standardised  # noqa: E402
+from candidates import SCORERS, mbr_scores, mean_log_probs, summed  # noqa: E402
 from cycle_report import FIXED, Round, of_run, record, samples, table, valid_chrf, write_report  # noqa: E402
 from translations import Filters, Maker, count, lists_of, read_jsonl, select, truncated, write_jsonl  # noqa: E402
 from web import document_rows, flipped, plain_rows, reverse, with_noise  # noqa: E402
@@ -525,16 +525,15 @@ class Cycle:
 
     def scores_of(self, model: Path, seed: int, groups: list[list[dict[str, Any]]]) -> list[list[float]]:
         """A score of each of the sentences' candidates, by the ``scorers``."""
-        scorers, parts = self.config.scorers, []
-        if "mbr" in scorers:
-            parts.append([np.array(mbr_scores([row["text"] for row in group])) for group in groups])
-        if "log_prob" in scorers:
-            parts.append(self.by_model(model, groups))
-        if "round_trip" in scorers:  # by the base: no iteration has touched its other direction
-            parts.append(self.by_model(self.base(seed), groups, back=True))
-        if len(parts) > 1:
-            parts = [[standardised(scores) for scores in part] for part in parts]
-        return [sum(each).tolist() for each in zip(*parts, strict=True)]
+        return summed([self.score_by(scorer, model, seed, groups) for scorer in self.config.scorers])
+
+    def score_by(self, scorer: str, model: Path, seed: int, groups: list[list[dict[str, Any]]]) -> list[np.ndarray]:
+        """One scorer's scores of the candidates."""
+        if scorer == "mbr":
+            return [np.array(mbr_scores([row["text"] for row in group])) for group in groups]
+        if scorer == "log_prob":
+            return self.by_model(model, groups)
+        return self.by_model(self.base(seed), groups, back=True)  # whose other direction no iteration has touched
 
     def by_model(self, model: Path, groups: list[list[dict[str, Any]]], *, back: bool = False) -> list[np.ndarray]:
         """Mean log-probability a token of each candidate, or with ``back`` of its source, translated from it."""

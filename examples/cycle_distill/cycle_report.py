@@ -21,6 +21,8 @@ COLORS = {
     "hard": "#c05a2e", "greedy": "#d9a441", "soft": "#2f6f9f", "soft_self_evolution": "#7a4f9a", "control": "#8a8a8a",
     "continued": "#b59a3c", "ceiling": "#3d8b53",
 }  # fmt: skip
+LOGGED = 4  # about so many entries of a training's log
+GAINS = {"gain": "chrf", "bleu_gain": "bleu"}
 FIXED = ("control", "continued", "ceiling")  # arms on the same rows in every iteration
 
 
@@ -65,6 +67,15 @@ def record(arm: str, seed: int, each: Round, objective: str, valid: Sequence[Pai
     }
 
 
+def others(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """What chrF, by which ``mbr`` chooses, does not say: ``chrf1``, in which recall counts once and not twice, and
+    ``length``, the characters over those of the references."""
+    from sacrebleu.metrics import CHRF
+
+    length = sum(map(len, translations)) / sum(map(len, references))
+    return {"chrf1": CHRF(beta=1).corpus_score(translations, [references]).score, "length": length}
+
+
 def of_seed(
     records: Sequence[Mapping[str, Any]],
     arms: Sequence[str],
@@ -82,8 +93,12 @@ def of_seed(
     systems: dict[str, list[str]] = {}
     for arm in ("base", *arms):
         for each in sorted((each for each in records if each["arm"] == arm), key=lambda each: each["iteration"]):
-            about = ("arm", "seed", "stage", "translations")
-            rounds.setdefault(arm, []).append({name: value for name, value in each.items() if name not in about})
+            about = ("arm", "seed", "stage", "translations", "log_history")
+            kept = {name: value for name, value in each.items() if name not in about}
+            kept["test"] = kept["test"] | others(each["translations"], references)
+            if log := each.get("log_history"):
+                kept["log_history"] = log[:: max(1, len(log) // LOGGED)]
+            rounds.setdefault(arm, []).append(kept)
             systems[arm] = each["translations"]
     (base,) = rounds.pop("base")
     base.pop("iteration")
@@ -131,15 +146,29 @@ def write_report(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
 
 
 def means(seeds: Any) -> pd.DataFrame:
-    """A row an arm and iteration: means over the ``seeds`` that got there, and each seed's test scores."""
+    """A row an arm and iteration: means over the ``seeds`` that got there, and each seed's test scores.
+
+    ``gain`` and ``bleu_gain`` are against the truncated base of the same seeds.
+    """
     entries = []
     for found in seeds:
         base = found["base"]
         raw = {"iteration": 0, **{split: base[split]["raw"] for split in ("valid", "test")}}
         arms = {RAW: [raw], TRUNCATED: [{"iteration": 0, **base}], **found["arms"]}
-        entries += [{"rows": None, "steps": None, "arm": arm, **each} for arm in arms for each in arms[arm]]
+        for arm, each in ((name, each) for name, rounds in arms.items() for each in rounds):
+            gains = {name: each["test"][key] - base["test"][key] for name, key in GAINS.items()}
+            entries.append({"rows": None, "steps": None, "arm": arm, **gains, **each})
     groups = pd.json_normalize(entries).groupby(["arm", "iteration"], sort=False)
-    columns = {"valid_chrf": "valid.chrf", "chrf": "test.chrf", "bleu": "test.bleu", "rows": "rows", "steps": "steps"}
+    columns = {
+        "valid_chrf": "valid.chrf",
+        "chrf": "test.chrf",
+        "bleu": "test.bleu",
+        "chrf1": "test.chrf1",
+        "length": "test.length",
+        "rows": "rows",
+        "steps": "steps",
+    }
+    columns |= {name: name for name in GAINS}
     made = groups.agg(seeds=("arm", "size"), **{name: (column, "mean") for name, column in columns.items()})
     for name in ("chrf", "bleu"):
         made[f"each_{name}"] = groups[columns[name]].agg(list)
@@ -169,10 +198,14 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
     for arm, color in COLORS.items():
         if arm not in mean.index:
             continue
-        rows = pd.concat([mean.loc[[TRUNCATED]], mean.loc[[arm]]])
+        rows = mean.loc[[arm]]
+        start = rows["chrf"].iloc[0] - rows["gain"].iloc[0]  # of its own seeds
         style = "--" if arm in FIXED else "-"
         label = arm.replace("_", " ")
-        axis.plot(rows["iteration"], rows["chrf"], style, color=color, label=label, linewidth=1.6)
+        if arm not in (*FIXED, "greedy") and found["arguments"].get("candidates", 1) > 1:
+            label += f", best of {found['arguments']['candidates']}"
+        line = [0, *rows["iteration"]], [start, *rows["chrf"]]
+        axis.plot(*line, style, color=color, label=label, linewidth=1.6)
         points = mean.loc[[arm]].explode("each_chrf")
         axis.plot(points["iteration"], points["each_chrf"], "o", color=color, markersize=4, alpha=0.6)
     for arm, style, size in ((TRUNCATED, "ko", 4), (RAW, "kx", 6)):
@@ -202,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about, records = runs[0], list(found.values())
     about["arms"] = _all(run["arms"] for run in runs)
     about["arguments"]["variants"] = _all(run["arguments"]["variants"] for run in runs)
+    about["arguments"] |= {arm: arm in about["arms"] for arm in FIXED}
     about["arguments"]["seeds"] = sorted({each["seed"] for each in records})
     print(table(write_report(about, records, given.output)))
 

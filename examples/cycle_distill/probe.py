@@ -2,8 +2,8 @@
 
     python examples/cycle_distill/probe.py --preset tiny --output runs/cycle --candidates 16
 
-The sentences are those of the validation split; their references serve the scores alone. ``probe.json`` in
---output has chrF of greedy decoding, of a sample, of each scorer's choice, and of the best by the reference (oracle).
+The sentences are those of the validation split; their references serve the scores alone. ``probe.json`` in --output
+has chrF and BLEU of greedy decoding, of a sample, of each scorer's choice, and of the best by the reference (oracle).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from candidates import SCORERS, chrf_matrix
+from candidates import SCORERS, chrf_matrix, summed
 from cycle_distill import HERE, Cycle, CycleDistill
+from cycle_report import others
 from translations import Filters, Maker, row_of, truncated
 
 from fused_kd.training.generate import generate_to
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
-from fused_kd.training.stage import read_json, write_json
+from fused_kd.training.stage import read_lines, write_json
 
 
 @dataclass
@@ -57,18 +58,23 @@ def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:
     some = [index for index, group in enumerate(groups) if group]
     rows = [groups[index] for index in some]
 
-    def chosen(scores: list[list[float]]) -> float:
+    def chosen(scores: list[list[float]]) -> dict[str, float]:
         texts = list(first)
         for index, group, each in zip(some, rows, scores, strict=True):
             texts[index] = group[max(range(len(group)), key=each.__getitem__)]["text"]
-        return score(texts, references).chrf
+        return measured(texts)
 
-    found["sample"] = score(first, references).chrf
+    def measured(texts: list[str]) -> dict[str, float]:
+        made = score(texts, references)
+        return {"chrf": made.chrf, "bleu": made.bleu, **others(texts, references)}
+
+    found["greedy"] = measured(read_lines(cycle.base_scores(seed) / "valid.txt"))
+    found["sample"] = measured(first)
     possible = [name for name in SCORERS if name != "round_trip" or config.both_ways]
+    parts = {name: cycle.score_by(name, model, seed, rows) for name in possible}
     for count in range(1, len(possible) + 1):
         for names in itertools.combinations(possible, count):
-            config.scorers = list(names)
-            found[" + ".join(names)] = chosen(cycle.scores_of(model, seed, rows))
+            found[" + ".join(names)] = chosen(summed([parts[name] for name in names]))
     to_reference = [
         chrf_matrix([*(row["text"] for row in group), references[index]])[:-1, -1].tolist()
         for index, group in zip(some, rows, strict=True)
@@ -83,9 +89,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     cycle.check()
     found = []
     for seed in config.seeds:
-        greedy = read_json(cycle.base_scores(seed) / "scores.json")["valid"]["chrf"]
         for temperature in options.temperatures:
-            found.append({"greedy": greedy, **measure(cycle, seed, temperature)})
+            found.append(measure(cycle, seed, temperature))
             write_json(Path(options.output) / "probe.json", found)
             cycle.console.print(found[-1])
     return found

@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE))
 import cycle_distill as script  # noqa: E402
 import cycle_report  # noqa: E402
 import probe  # noqa: E402
-from candidates import chrf_matrix, mbr_scores, mean_log_probs, standardised  # noqa: E402
+from candidates import chrf_matrix, mbr_scores, mean_log_probs, standardised, summed  # noqa: E402
 from translations import RULES, Filters, Maker, broken_rule, lists_of, may_be, select, trim  # noqa: E402
 from web import with_noise  # noqa: E402
 
@@ -548,6 +548,8 @@ def test_mbr_is_mean_chrf():
     expected = [[sacrebleu.sentence_chrf(one, [other]).score for other in texts] for one in texts]
     np.testing.assert_allclose(chrf_matrix(texts), expected, atol=1e-9)
     np.testing.assert_allclose(mbr_scores(texts), np.mean(expected, axis=1), atol=1e-9)
+    parts = [[np.array([1.0, 3.0])], [np.array([5.0, 5.0])]]
+    assert summed(parts) == [[-1, 1]] and summed(parts[:1]) == [[1, 3]]
     assert standardised([1.0, 1.0]).tolist() == [0, 0] and standardised([1.0, 3.0]).tolist() == [-1, 1]
 
 
@@ -630,4 +632,5 @@ def test_candidates_by_the_model_itself(data, tmp_path):
     assert both["seeds"]["0"]["arms"]["soft"] == arms["soft"]
     stages = {"stages": tmp_path / "stages", "output": tmp_path / "probe", "temperatures": [0.5]}
     (probed,) = probe.main(command(data, **{**changes, **stages}))
-    assert probed["oracle"] >= max(probed[name] for name in ("sample", "mbr", "log_prob + round_trip + mbr"))
+    others = ("sample", "mbr", "log_prob + round_trip + mbr")
+    assert probed["oracle"]["chrf"] >= max(probed[name]["chrf"] for name in others)
