@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import evidence_data as data
 import evidence_plane as plane
-from evidence_data import Effect, compare, gain
+import evidence_recipes as recipes
+import pandas as pd
+from evidence_data import EXAMPLES, Effect, compare, gain
+from evidence_recipes import Scores
 
-CONVERGED, WRONG = "clean, BLEU", "30 % wrong references, BLEU"
+CONVERGED, WRONG = "table, clean, BLEU", "table, 30 % wrong references, BLEU"
 PARTS = {
     "no_own_answers": "own answers, not given ones",
     "no_filter": "the filter",
     "no_code_switch": "code-switched questions",
     "no_parallel": "parallel sentences",
     "no_cross": "crossed languages",
+}
+
+
+PAIRS = {
+    "Self-Evolution - SFT": ("self_evolution", "sft"),
+    "Self-Evolution - ForwardKD": ("self_evolution", "forward_kd"),
+    "ForwardKD - SFT": ("forward_kd", "sft"),
+    "the gate: Self-Evolution - Skew": ("self_evolution", "skew"),
+    "Self-Evolution - its Top-K form": ("self_evolution", "self_evolution_top_k"),
+    "Self-Evolution - its progressive β": ("self_evolution", "progressive_beta"),
+    "floor 0.3 - Self-Evolution": ("floor_0.3", "self_evolution"),
+    "floor 0.3 - ForwardKD": ("floor_0.3", "forward_kd"),
 }
 
 
@@ -31,33 +47,45 @@ def self_evolution() -> list[Claim]:
     frame, found = data.table1(), []
     for condition, where in (("clean", CONVERGED), ("wrong_references", WRONG)):
         own = frame[frame.study == condition]
-        pairs = {
-            "Self-Evolution - SFT": ("self_evolution", "sft"),
-            "Self-Evolution - ForwardKD": ("self_evolution", "forward_kd"),
-            "ForwardKD - SFT": ("forward_kd", "sft"),
-            "the gate: Self-Evolution - Skew": ("self_evolution", "skew"),
-            "Self-Evolution - its Top-K form": ("self_evolution", "self_evolution_top_k"),
-            "Self-Evolution - its progressive β": ("self_evolution", "progressive_beta"),
-        }
-        found += [Claim(text, where, compare(own, *names)) for text, names in pairs.items()]
+        found += order(own, where)
         nearer = compare(own, "self_evolution", "forward_kd", column="similarity")
         found.append(Claim("likeness to the teacher's output: Self-Evolution - ForwardKD", where, nearer))
-        found.append(Claim("Self-Evolution - the student before it", where, gain(own, "self_evolution")))
+    for folder in plane.regime_folders():
+        frame = plane.regimes(folder)
+        own = frame[(frame.student == "language model") & (frame.noise == 0)]
+        found += order(own, f"a language model, {plane.STUDIES.get(folder.name, folder.name)}, chrF")
     return found
+
+
+def order(frame: pd.DataFrame, where: str) -> list[Claim]:
+    """Of one cell: each method of the paper's order against the next, as far as they are there."""
+    present = set(frame.method)
+    pairs = {text: pair for text, pair in PAIRS.items() if set(pair) <= present}
+    found = [Claim(text, where, compare(frame, *pair)) for text, pair in pairs.items()]
+    return [*found, Claim("Self-Evolution - the student before it", where, gain(frame, "self_evolution"))]
+
+
+def differences(sides: dict[str, tuple[Scores, Scores]], where: str) -> list[Claim]:
+    """Of those whose sides share a seed."""
+    return [Claim(text, where, Effect.of(*pair)) for text, pair in sides.items() if set(pair[0]) & set(pair[1])]
 
 
 def cycle_distill() -> list[Claim]:
     found = []
-    for arm, where in (("hard", "hard labels, chrF"), ("soft", "soft labels, chrF")):
-        sides = {
-            "iteration 1 - the base as it is": (data.cycle(arm), data.cycle("raw")),
-            "iteration 1 - the base cut at its first line break": (data.cycle(arm), data.cycle("base")),
-            "iteration 1 - as many steps on the few real pairs": (data.cycle(arm), data.cycle("control")),
-            "iteration 3 - iteration 1": (data.cycle(arm, 3), data.cycle(arm)),
-        }
-        found += [Claim(text, where, Effect.of(*pair)) for text, pair in sides.items()]
-    soft = Effect.of(data.cycle("soft", 3), data.cycle("hard", 3))
-    return [*found, Claim("iteration 3, soft - hard", "soft labels, chrF", soft)]
+    for name, path in recipes.results("cycle_distill").items():
+        score = partial(recipes.cycle, path)
+        last = recipes.last_iteration(path)
+        for arm in ("hard", "soft"):
+            sides = {
+                "iteration 1 - the base as it is": (score(arm), score("raw")),
+                "iteration 1 - the base cut at its first line break": (score(arm), score("base")),
+                "iteration 1 - as many steps on the few real pairs": (score(arm), score("control")),
+                "iteration 1 - as many steps of its pre-training": (score(arm), score("continued")),
+                "the last iteration - the first": (score(arm, last), score(arm)),
+                "the last iteration, soft - hard": (score(arm, last), score("hard", last) if arm == "soft" else {}),
+            }
+            found += differences(sides, ", ".join(filter(None, [name, f"{arm} labels", "chrF"])))
+    return found
 
 
 def sdrrl() -> list[Claim]:
@@ -68,11 +96,15 @@ def sdrrl() -> list[Claim]:
         "completions, target language, chrF": ("de", "chrf"),
         "questions, source language, points": ("en", "accuracy"),
     }
-    return [
-        Claim(text, where, Effect.of(data.sdrrl("sdrrl", *measure), data.sdrrl(arm, *measure)))
-        for text, arm in sides.items()
-        for where, measure in measures.items()
-    ]
+    found = []
+    for name, path in recipes.results("sdrrl").items():
+        score = partial(recipes.sdrrl, path)
+        for where, measure in measures.items():
+            pairs = {text: (score("sdrrl", *measure), score(arm, *measure)) for text, arm in sides.items()}
+            few = "with 100 pairs alone: SDRRL - translate-then-SFT"
+            pairs[few] = (score("sdrrl_100", *measure), score("translate_sft_100", *measure))
+            found += differences(pairs, f"{name}: {where}" if name else where)
+    return found
 
 
 def mt_llm() -> list[Claim]:
@@ -83,15 +115,21 @@ def mt_llm() -> list[Claim]:
         "the first stage: MT-LLM - without": "MT-LLM, mse-unadapted",
         "self-distillation - labels": "MT-LLM, cross-entropy",
     }
-    own = data.mt_llm("MT-LLM, mse")
-    return [Claim(text, "de, cs, fr, points", Effect.of(own, data.mt_llm(system))) for text, system in sides.items()]
+    score = partial(recipes.mt_llm, recipes.results("mt_llm")[""])
+    own = score("MT-LLM, mse")
+    found = differences({text: (own, score(system)) for text, system in sides.items()}, "de, cs, fr, points")
+    for name, by_seed in recipes.translators().items():
+        found.append(
+            Claim("MT-LLM - translate-test with the same MT model", f"{name}, points", Effect(tuple(by_seed.values())))
+        )
+    return found
 
 
 def floor() -> list[Claim]:
     """Of a real model. Lower is better there, so the differences are the other's minus the floor's."""
     found = []
     for study, student in (("near", "24 of 30 layers"), ("cpu", "12 of 30 layers")):
-        frame = data.smollm2(study)
+        frame = recipes.smollm2(EXAMPLES / f"smollm2/results/{study}/results.json")
         for method, text in (("self_evolution", "no floor - floor 0.3"), ("forward_kd", "ForwardKD - floor 0.3")):
             for column, name in (("ce", "cross-entropy"), ("kl", "KL to the teacher")):
                 effect = compare(frame, method, "self_evolution_floor", column=column)

@@ -143,46 +143,6 @@ def gain(frame: pd.DataFrame, method: str, **where: Any) -> Effect:
     return Effect.of(*sides)
 
 
-# The other recipes
-
-
-def cycle(arm: str, iteration: int = 1, metric: str = "chrf") -> dict[str, float]:
-    """Seed -> score on the test set; arms "base" (cut at its first line break) and "raw" have no iteration."""
-    found = {}
-    for seed, own in read(EXAMPLES / "cycle_distill/results/metrics.json")["seeds"].items():
-        base = own["base"]["test"]
-        if arm in ("base", "raw"):
-            found[seed] = (base["raw"] if arm == "raw" else base)[metric]
-        else:
-            found[seed] = next(each["test"][metric] for each in own["arms"][arm] if each["iteration"] == iteration)
-    return found
-
-
-def sdrrl(arm: str, language: str, metric: str = "accuracy") -> dict[str, float]:
-    seeds = read(EXAMPLES / "sdrrl/results/metrics.json")["arms"][arm]["seeds"]
-    return {seed: own["scores"][language][metric] for seed, own in seeds.items()}
-
-
-def mt_llm(system: str) -> dict[str, float]:
-    """Seed -> balanced accuracy in percent, mean of the languages that are not English."""
-    seeds = read(EXAMPLES / "mt_llm/results/metrics.json")["seeds"]
-    found = {}
-    for seed, own in seeds.items():
-        scores = own["accuracy"][system]
-        found[seed] = 100 * mean(value["balanced"] for language, value in scores.items() if language != "en")
-    return found
-
-
-def smollm2(study: str) -> pd.DataFrame:
-    """Chosen rates' numbers on the test text: a row an arm and seed, with those before the arms as "healed"."""
-    found = read(EXAMPLES / f"smollm2/results/{study}/results.json")
-    own = found["teacher"]["test"]["hard"]
-    rows = [{"method": run["arm"], "seed": run["seed"], **run["test"]} for run in found["runs"] if run["chosen"]]
-    healed = next(iter(found["students"].values()))["healed"]["test"]
-    rows += [{"method": "healed", "seed": seed, **healed} for seed in sorted({row["seed"] for row in rows})]
-    return pd.DataFrame(rows).assign(study=study, hard_t=own)
-
-
 def still_hard(hard: float, hard_t: float) -> float:
     """Of the tokens that are easy for the teacher, the share that is hard for the student."""
     return (hard - hard_t) / (1.0 - hard_t)

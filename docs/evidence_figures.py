@@ -25,6 +25,7 @@ METHODS = {
     "floor_0.5": ("floor 0.5", "#8c564b"),
 }
 LIMITS = {"a floor, at least": STARVED, "ForwardKD": BEGINNER}  # each from there on
+MAIN = ("sft", "forward_kd", "self_evolution", "floor_0.3")
 VERDICTS = {YES: "#2ca02c", NO: "#d62728"}
 STYLE = {
     "axes.spines.top": False,
@@ -43,7 +44,7 @@ def plane(cells: pd.DataFrame) -> Figure:
 
     Of studies with students of several strengths.
     """
-    cells = cells[cells.groupby("study").student.transform("nunique") > 1]
+    cells = cells[(cells.groupby("study").student.transform("nunique") > 1) & cells.method.isin(MAIN)]
     panels = list(cells.groupby(["study", "noise"], sort=False))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
@@ -56,10 +57,10 @@ def plane(cells: pd.DataFrame) -> Figure:
     for axis, ((study, noise), own) in zip(axes, panels, strict=False):
         _gains(axis, own)
         axis.set_title(f"{study}, {noise:.0%} wrong" if noise else f"{study}, clean", fontsize=9)
-        axis.set_xlabel("the student's BLEU before")
+        axis.set_xlabel("the student's score before")
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    axes[0].set_ylabel("BLEU gained")
+    axes[0].set_ylabel("gain")
     _legend(figure, cells)
     return figure
 
@@ -68,7 +69,7 @@ def _gains(axis: Axes, own: pd.DataFrame) -> None:
     axis.axhline(0.0, color="#222222", linewidth=0.8)
     present = [name for name in METHODS if name in set(own.method)]
     span = max(own.start.max() - own.start.min(), 4.0)
-    width = 0.012 * span
+    width = 0.008 * span
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.set_xlim(own.start.min() - 0.15 * span, own.start.max() + 0.15 * span)
     for place, name in enumerate(present):
@@ -90,7 +91,7 @@ def rule(cells: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0.0, color=METHODS["forward_kd"][1], linewidth=1.2)
-    for name in ("sft", "self_evolution", "floor_0.3"):
+    for name in MAIN:
         runs = known[known.method == name].set_index(keys)
         runs = runs[runs.index.isin(base.index)]
         share = still_hard(runs.hard, runs.hard_t)
@@ -104,8 +105,8 @@ def rule(cells: pd.DataFrame) -> Figure:
         axis.annotate(text, (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     axis.set_xlim(-0.1, 1.05)
     axis.set_xlabel("of the tokens that are easy for the teacher: hard for the student in the first steps")
-    axis.set_ylabel("BLEU above ForwardKD")
-    _legend(figure, known[known.method.isin(["sft", "forward_kd", "self_evolution", "floor_0.3"])])
+    axis.set_ylabel("score above ForwardKD's")
+    _legend(figure, known[known.method.isin(MAIN)])
     return figure
 
 

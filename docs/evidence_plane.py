@@ -20,6 +20,7 @@ COLUMNS = {
     "floor_0.3": "floor 0.3",
     "floor_0.5": "floor 0.5",
 }
+STUDIES = {"regimes_gpu": "Multi30k, one H200", "regimes_toy": "toy corpus", "regimes_cpu": "Multi30k, two cores"}
 CELL = ["study", "student", "noise"]
 
 
@@ -30,9 +31,12 @@ def cells() -> pd.DataFrame:
 
 
 def readers() -> list[Any]:
-    folders = sorted((EXAMPLES / "self_evolution/results").glob("regimes*"))
-    found = [partial(regimes, folder) for folder in folders]
-    return [*found, demo, strengths]
+    return [*(partial(regimes, folder) for folder in regime_folders()), demo, strengths]
+
+
+def regime_folders() -> list[Path]:
+    """Committed planes of regimes.py."""
+    return [path.parent for path in sorted((EXAMPLES / "self_evolution/results").glob("regimes*/results.json"))]
 
 
 def small_set() -> pd.DataFrame:
@@ -43,18 +47,20 @@ def small_set() -> pd.DataFrame:
 
 
 def regimes(folder: Path) -> pd.DataFrame:
-    """examples/self_evolution/regimes.py: scores are means over directions."""
+    """examples/self_evolution/regimes.py: means over directions, in chrF, as BLEU is near 0 of its weak students."""
     found = read(folder / "results.json")
-    starts = {each["strength"]: over_directions(each["scores"], "bleu") for each in found["starts"]}
-    return pd.DataFrame(
+    starts = {each["strength"]: over_directions(each["scores"], "chrf") for each in found["starts"]}
+    frame = pd.DataFrame(
         {
-            "study": folder.name, "student": run["strength"], "noise": run["noise"], "method": run["method"],
-            "seed": run["seed"], "score": over_directions(run["scores"], "bleu"),
+            "study": f"{STUDIES.get(folder.name, folder.name)}, chrF",
+            "student": run["strength"].replace("_", " "), "noise": run["noise"],
+            "method": run["method"], "seed": run["seed"], "score": over_directions(run["scores"], "chrf"),
             "start": starts[run["strength"]], "teacher": starts["teacher"],
             "hard": run["history"][0].get("hard_fraction"), "hard_t": run["history"][0].get("hard_fraction_t"),
         }
         for run in found["runs"]
     )  # fmt: skip
+    return frame.sort_values(["noise", "start"], kind="stable")
 
 
 def demo() -> pd.DataFrame:
@@ -113,8 +119,8 @@ def _cell(means: dict[str, float], name: str, best: bool) -> str:
 
 
 def _even(best: dict[int, float], other: dict[int, float]) -> bool:
-    """Whether the seeds do not tell them apart."""
+    """Whether the seeds do not tell them apart: by the interval, of fewer than three by their signs."""
     if not set(best) & set(other):
         return False
-    interval = Effect.of(best, other).interval
-    return interval is not None and interval[0] <= 0
+    effect = Effect.of(best, other)
+    return (effect.interval or (min(effect.each),))[0] <= 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from evidence_data import EXAMPLES, markdown, read
+from evidence_plane import STUDIES, regime_folders
 
 HEADER = ("study", "teacher, student", "models trained", "seeds", "hours of training", "torch, transformers")
 README = "../examples/self_evolution/README.md"
@@ -39,6 +41,16 @@ def strengths() -> Line:
     return line("students of several strengths", sizes, runs[0], [0], [*seconds, stages[0]["teacher"]["seconds"]])
 
 
+def regimes(folder: Path) -> Line:
+    found = read(folder / "results.json")
+    sizes = {each["strength"]: each["parameters"] for each in found["starts"]}
+    seconds = [each["seconds"] for each in (*found["starts"], *found["runs"])]
+    name = f"[the plane]({README}#regimes-where-each-method-is-best), {STUDIES.get(folder.name, folder.name)}"
+    seeds = (run["seed"] for run in found["runs"])
+    about = (sizes["teacher"], min(sizes.values()))
+    return line(name, about, found["about"], seeds, seconds)
+
+
 def table1() -> Line:
     found = read(EXAMPLES / "self_evolution/results/table1/results.json")
     sizes = (found["pretraining"][who]["parameters"] for who in ("teacher", "student"))
@@ -55,7 +67,7 @@ def smollm2(study: str) -> Line:
     return line(name, (134_515_008, student["parameters"]), found, (run["seed"] for run in found["runs"]), seconds)
 
 
-STUDIES: tuple[Callable[[], Line], ...] = (
+FIXED: tuple[Callable[[], Line], ...] = (
     demo,
     strengths,
     table1,
@@ -65,4 +77,5 @@ STUDIES: tuple[Callable[[], Line], ...] = (
 
 
 def table() -> str:
-    return markdown(HEADER, [study() for study in STUDIES])
+    planes = [regimes(folder) for folder in regime_folders()]
+    return markdown(HEADER, [*planes, *(study() for study in FIXED)])

@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -321,12 +321,16 @@ class Regimes:
         found: dict[str, Callable[[], object]] = {f"{name}.start": partial(self.started, name) for name in starts}
         tuned = [name for name in starts if self.config.starts[name].tune]
         found |= {f"{name}.pairs": partial(self.clean_pairs, name) for name in tuned}  # while others pre-train
+        waiting: list[Trial] = []  # a block's test sets come after the next block's trainings: nobody waits for them
         for trials in groups_of(self.config):
-            for trial in trials:
-                if trial.seed == self.config.seeds[0]:
-                    rates = (self.at_rate(trial, rate) for rate in self.config.rates)
-                    found |= {f"{each}.trained": partial(self.trained, each) for each in rates}
-            found |= {str(trial): partial(self.translated, trial) for trial in trials}
+            for _, block in groupby(trials, key=lambda trial: (trial.strength, trial.noise)):
+                own = list(block)
+                first = [trial for trial in own if trial.seed == self.config.seeds[0]]
+                rates = (self.at_rate(trial, rate) for trial in first for rate in self.config.rates)
+                found |= {f"{each}.trained": partial(self.trained, each) for each in rates}
+                found |= {str(trial): partial(self.translated, trial) for trial in waiting}
+                waiting = own
+        found |= {str(trial): partial(self.translated, trial) for trial in waiting}
         return found
 
 

@@ -39,7 +39,8 @@ READING = """\
   validation text with the first seed; all methods have the same grid. The test set played no part in it. The first
   seed's student at that rate is also the first of the table; the other seeds did not choose.
 - ± is the sample standard deviation over seeds, of the average over directions.
-- A cell's best method is *clear* where it is ahead of the second in every seed, of at least three.
+- A cell of the plane stands on the seeds that all of its methods have. Its best method is *clear* where it is ahead of
+  the second in every seed, of at least three.
 - Bootstraps are over the test sentences of each seed and direction (p < 0.05, two-sided, 1,000 samples), without a
   correction for their number.
 """
@@ -116,7 +117,7 @@ class Plane:
     Attributes:
         starts, documents: of the students before: by the prompt, in the form of the documents.
         runs: (strength, noise, method, seed) x directions and their average.
-        mean, std: (strength, noise) x methods.
+        common: (strength, noise) -> the averages of the plane's methods, of the seeds that all of the cell's have.
     """
 
     def __init__(self, found: Mapping[str, Any], metric: str = "bleu") -> None:
@@ -132,8 +133,9 @@ class Plane:
         self.runs = averaged(pd.DataFrame(list(rows.values()), index=index)).sort_index()
         self.starts = {r["strength"]: self.average(r["scores"]) for r in found["starts"]}
         self.documents = {r["strength"]: self.average(r["document_scores"]) for r in found["starts"]}
-        groups = self.runs.iloc[:, -1].groupby([*CELL, "method"])
-        self.mean, self.std, self.count = (getattr(groups, name)().unstack() for name in ("mean", "std", "count"))
+        wide = self.runs.iloc[:, -1].unstack("method").reindex(columns=self.plane_methods)
+        common = {cell: rows.dropna(axis=1, how="all").dropna() for cell, rows in wide.groupby(CELL)}
+        self.common = {cell: rows for cell, rows in common.items() if len(rows)}
 
     def scores(self, by_direction: Mapping[str, Any]) -> dict[str, float]:
         return {d: by_direction[d][self.metric] for d in self.directions}
@@ -143,20 +145,17 @@ class Plane:
 
     def cells(self) -> list[tuple[str, float]]:
         """Those with at least two of the plane's methods, weakest students first."""
-        whole = [key for key in self.mean.index if len(self.ranking(key, self.plane_methods)) > 1]
-        return sorted(whole, key=lambda key: (self.strengths.index(key[0]), key[1]))
+        whole = [cell for cell, rows in self.common.items() if rows.shape[1] > 1]
+        return sorted(whole, key=lambda cell: (self.strengths.index(cell[0]), cell[1]))
 
-    def ranking(self, cell: tuple[str, float], methods: Sequence[str] | None = None) -> pd.Series:
-        """Methods, best first, of those that have the most seeds of the cell."""
-        row, count = self.mean.loc[cell].dropna(), self.count.loc[cell]
-        row = row[[m for m in row.index if methods is None or m in methods]]
-        return row[count[row.index] == count[row.index].max()].sort_values(ascending=False)
+    def ranking(self, cell: tuple[str, float]) -> pd.Series:
+        """Means over seeds, best first."""
+        return self.common[cell].mean().sort_values(ascending=False)
 
     def is_clear(self, cell: tuple[str, float]) -> bool:
         """Whether the best method is ahead of the second in every seed, of at least three."""
-        first, second = self.ranking(cell, self.plane_methods).index[:2]
-        own = self.runs.loc[cell].iloc[:, -1].unstack("method")
-        ahead = (own[first] - own[second]).dropna()
+        first, second = self.ranking(cell).index[:2]
+        ahead = self.common[cell][first] - self.common[cell][second]
         return len(ahead) > 2 and bool((ahead > 0).all())
 
 
@@ -206,7 +205,7 @@ def starts_table(found: Mapping[str, Any]) -> str:
 
 def paper_table(plane: Plane) -> str:
     """All methods on clean text, by direction, with the bootstraps against both baselines."""
-    noise = min((n for s, n in plane.mean.index if s == plane.paper), default=None)
+    noise = min((n for s, n in plane.runs.index.droplevel(["method", "seed"]) if s == plane.paper), default=None)
     if noise is None:
         return "No run yet."
     own, rows = plane.runs.loc[(plane.paper, noise)], {}
@@ -242,14 +241,15 @@ def plane_table(plane: Plane) -> str:
     """Cells x methods; the best in bold, in italics where it is not clear."""
     rows = {}
     for cell in plane.cells():
-        ranking, clear = plane.ranking(cell, plane.plane_methods), plane.is_clear(cell)
+        scores, best, clear = plane.common[cell], plane.ranking(cell).index[0], plane.is_clear(cell)
         row = {"start": f"{plane.starts.get(cell[0], np.nan):.1f}"}
         for method in plane.plane_methods:
-            value, spread = (frame.loc[cell].get(method, np.nan) for frame in (plane.mean, plane.std))
-            text = "" if np.isnan(value) else f"{value:.1f}" + ("" if np.isnan(spread) else f" ± {spread:.1f}")
-            mark = ("**" if clear else "*") if text and method == ranking.index[0] else ""
-            row[LABELS[method]] = f"{mark}{text}{mark}"
-        rows[cell] = row | {"seeds": str(int(plane.count.loc[cell].max()))}
+            row[LABELS[method]] = ""
+            if method in scores:
+                spread = f" ± {scores[method].std():.1f}" if len(scores) > 1 else ""
+                mark = ("**" if clear else "*") if method == best else ""
+                row[LABELS[method]] = f"{mark}{scores[method].mean():.1f}{spread}{mark}"
+        rows[cell] = row | {"seeds": str(len(scores))}
     index = pd.MultiIndex.from_tuples(rows, names=["student", "wrong references"])
     name = METRICS[plane.metric]
     shown = pd.DataFrame(list(rows.values()), index=index)
@@ -298,7 +298,7 @@ def draw_best(axis: Any, plane: Plane, strengths: list[str], noises: list[float]
     axis.set_title("best (hatched: within seed noise)", fontsize=9)
     shown: dict[str, Patch] = {}
     for cell in plane.cells():
-        x, y, best = strengths.index(cell[0]), noises.index(cell[1]), plane.ranking(cell, plane.plane_methods)
+        x, y, best = strengths.index(cell[0]), noises.index(cell[1]), plane.ranking(cell)
         colour, hatch = colours[best.index[0]], "" if plane.is_clear(cell) else "////"
         axis.add_patch(
             Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", alpha=0.75)
@@ -314,9 +314,9 @@ def draw_differences(axis: Any, plane: Plane, method: str, strengths: list[str],
     axis.set_title(f"{LABELS[method]}\nless ForwardKD, BLEU", fontsize=9)
     values = np.full((len(noises), len(strengths)), np.nan)
     for cell in plane.cells():
-        own = plane.runs.loc[cell].iloc[:, -1].unstack("method")
+        own = plane.common[cell]
         if {method, "forward_kd"} <= set(own):
-            gaps = (own[method] - own["forward_kd"]).dropna()
+            gaps = own[method] - own["forward_kd"]
             x, y = strengths.index(cell[0]), noises.index(cell[1])
             values[y, x] = gaps.mean()
             spread = f"\n± {gaps.std():.1f}" if len(gaps) > 1 else ""

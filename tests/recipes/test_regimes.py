@@ -238,9 +238,13 @@ def test_best_methods_and_whether_they_are_clear(found: dict[str, Any], tmp_path
     assert plane.ranking(("tuned", 0.0)).index[0] == "floor_0.3" and not plane.is_clear(("tuned", 0.0))
     assert plane.ranking(("tuned", 0.5)).index[0] == "floor_0.3" and plane.is_clear(("tuned", 0.5))
     assert not plane.is_clear(("language_model", 0.0)), "one seed"
-    assert plane.mean.loc[("tuned", 0.5), "floor_0.3"] == pytest.approx(58 / 3)
+    assert plane.ranking(("tuned", 0.5))["floor_0.3"] == pytest.approx(58 / 3)
     table = regimes_report.plane_table(plane)
     assert "**19.3 ± 0.6**" in table and "*20.8 ± 0.3*" in table
+    found["runs"] = [run for run in found["runs"] if (run["method"], run["seed"]) != ("floor_0.3", 2)]
+    less = regimes_report.Plane(found)
+    assert list(less.common["tuned", 0.5].loc[:, "forward_kd"]) == [18, 19], "seeds that all methods have"
+    assert not less.is_clear(("tuned", 0.5)), "two seeds"
     regimes_report.write_report(found, tmp_path)
     assert {"plane.png", "gains.png", "results.md"} == {path.name for path in tmp_path.iterdir()}
 
