@@ -13,6 +13,12 @@ from evidence_data import EXAMPLES, Effect, compare, gain
 from evidence_recipes import Scores
 
 CONVERGED, WRONG = "table, clean, BLEU", "table, 30 % wrong references, BLEU"
+LABELS = {  # of a folder of results and an arm
+    ("", "hard"): "best of 24 samples, one H200",
+    ("", "greedy"): "greedy, one H200",
+    ("tiny", "hard"): "greedy, two cores",
+    ("tiny", "soft"): "greedy and soft, two cores",
+}
 PARTS = {
     "no_own_answers": "own answers, not given ones",
     "no_filter": "the filter",
@@ -71,20 +77,22 @@ def differences(sides: dict[str, tuple[Scores, Scores]], where: str) -> list[Cla
 
 
 def cycle_distill() -> list[Claim]:
-    found = []
-    for name, path in recipes.results("cycle_distill").items():
-        score = partial(recipes.cycle, path)
-        last = recipes.last_iteration(path)
-        for arm in ("hard", "soft"):
-            sides = {
-                "iteration 1 - the base as it is": (score(arm), score("raw")),
-                "iteration 1 - the base cut at its first line break": (score(arm), score("base")),
-                "iteration 1 - as many steps on the few real pairs": (score(arm), score("control")),
-                "iteration 1 - as many steps of its pre-training": (score(arm), score("continued")),
-                "the last iteration - the first": (score(arm, last), score(arm)),
-                "the last iteration, soft - hard": (score(arm, last), score("hard", last) if arm == "soft" else {}),
-            }
-            found += differences(sides, ", ".join(filter(None, [name, f"{arm} labels", "chrF"])))
+    found, paths = [], recipes.results("cycle_distill")
+    for (name, arm), where in LABELS.items():
+        score = partial(recipes.cycle, paths[name])
+        last = recipes.last_iteration(paths[name])
+        sides = {
+            "iteration 1 - the base as it is": (score(arm), score("raw")),
+            "iteration 1 - the base cut at its first line break": (score(arm), score("base")),
+            "the same in BLEU": (score(arm, metric="bleu"), score("base", metric="bleu")),
+            "iteration 3 - the base, in BLEU": (score(arm, last, "bleu"), score("base", metric="bleu")),
+            "iteration 1 - as many steps on the few real pairs": (score(arm), score("control")),
+            "iteration 1 - as many steps of its pre-training": (score(arm), score("continued")),
+            "iteration 3 - iteration 1": (score(arm, last), score(arm)),
+            "iteration 3 - as many steps of its pre-training": (score(arm, last), score("continued", last)),
+            "iteration 3, soft - hard": (score(arm, last), score("hard", last) if arm == "soft" else {}),
+        }
+        found += differences(sides, f"{where}, chrF")
     return found
 
 
