@@ -315,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--first", type=int, default=1, metavar="N", help="the part of the plan to begin with (default 1)"
     )
     parser.add_argument("--commit", help="of the code, where there is no git")
+    parser.add_argument("--beside", action="store_true", help="other processes use the GPU too: no speed is told")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny models")
     parser.add_argument("--report", type=Path, metavar="FILE", help="make the tables of these lines again")
     args = parser.parse_args(arguments)
@@ -328,14 +329,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not 1 <= args.first <= len(PLAN):
         parser.error(f"--first must be in 1 to {len(PLAN)}, got {args.first}")
-    return run(args.out, device, args.seconds, args.first, args.commit)
+    return run(args.out, device, args.seconds, args.first, commit=args.commit, beside=args.beside)
 
 
-def run(out: Path, device: str, seconds: float, first: int = 1, commit: str | None = None) -> int:
+def run(
+    out: Path, device: str, seconds: float, first: int = 1, *, commit: str | None = None, beside: bool = False
+) -> int:
     end = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     path = out / "training.jsonl"  # lines of an earlier run stay: the latest of a row counts
-    about = {"hardware": environment.hardware(device), "versions": environment.versions()}
+    about = {"hardware": environment.hardware(device), "versions": environment.versions(), "beside": beside}
     source = environment.source("bench/training.py")
     source["commit"] = commit or source["commit"]
     append(path, {"kind": "environment", **about, "source": source, "now": environment.now(), "status": "ok"})

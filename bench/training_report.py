@@ -31,12 +31,17 @@ def markdown(rows: list[Row]) -> str:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Of each row the last line, in the order of the first; a row that was not reached later on is left as it was."""
+    """Of each row the last line, in the order of the first, with what its run says of ``beside``.
+
+    A row that was not reached later on is left as it was.
+    """
     found: dict[tuple, Row] = {}
+    beside = False
     for row in rows:
+        beside = row.get("beside", False) if row["kind"] == "environment" else beside
         key = tuple(row.get(name) for name in ("kind", "name", "setting", "group", "way"))
         if row["status"] != "not reached" or key not in found:
-            found[key] = row
+            found[key] = {**row, "beside": beside}
     return list(found.values())
 
 
@@ -68,8 +73,7 @@ def rows_table(rows: list[Row], limit: float = 0.0) -> str:
         row = steps.get(way, {"status": ""})
         cells = [way]
         if row["status"] == "ok":
-            quick = over(row["tokens_per_s"], eager.get("tokens_per_s"))
-            cells += [f"{1e3 * statistics.median(row['seconds']):.1f}", f"{row['tokens_per_s']:.0f}", fixed(quick)]
+            cells += speed_cells(row, eager)
             cells += [f"{row['peak'] / 1e9:.1f}", fixed(over(row["peak"], eager.get("peak")))]
             cells += [f"{row['loss']:.5f}", differs(row, eager)]
         else:
@@ -81,6 +85,14 @@ def rows_table(rows: list[Row], limit: float = 0.0) -> str:
     if full:
         head += [f"largest batch in {limit / 1e9:g} GB", "tokens/s there"]
     return table(head, lines)
+
+
+def speed_cells(row: Row, eager: Row) -> list[str]:
+    """Of a row that was measured with the GPU to itself; empty of another."""
+    if row.get("beside"):
+        return ["", "", ""]
+    quick = None if eager.get("beside") else over(row["tokens_per_s"], eager.get("tokens_per_s"))
+    return [f"{1e3 * statistics.median(row['seconds']):.1f}", f"{row['tokens_per_s']:.0f}", fixed(quick)]
 
 
 def differs(row: Row, eager: Row) -> str:
@@ -97,7 +109,7 @@ def largest_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
         return [" ".join(filter(None, [row["status"], row.get("reason", "")]))[:80], ""]
     told = ("at least " if row["refused"] is None else "") + str(row["largest"])
-    return [told, f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else ""]
+    return [told, f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row and not row.get("beside") else ""]
 
 
 METHOD = f"""\
@@ -109,4 +121,5 @@ clock, launches included. "eager" is plain PyTorch's loss of `bench/registry.py`
 fused linear cross-entropy, "Liger chunked" its compiled `LigerFusedLinearJSDLoss`; it has no Self-Evolution. Peak: of
 allocated memory, models and optimizer state included. Largest batch: sequences; what is given was run within the limit
 by the allocator's count, and 1/16 more (one sequence at least) was not. Loss and gradient norm of the first step are
-compared with eager's, whose logits are rounded to bf16: {LOSS_AGREES:g} and {NORM_AGREES:g} are allowed."""
+compared with eager's, whose logits are rounded to bf16: {LOSS_AGREES:g} and {NORM_AGREES:g} are allowed. Rows without
+a speed were measured while other processes used the GPU, which changes no memory and no loss."""

@@ -559,6 +559,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     if (threads := threads_for([config.model, str(config.translator)])) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     folder = Path(config.output)
+    packages = (fused_kd, torch, transformers, sacrebleu)
+    about = {
+        "config": asdict(config),
+        "captions": asdict(captions) if config.captions else None,
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    tell(study.results / "pieces.jsonl", "about", about)
     steps = study.steps()
     if config.until == "test" and steps["test"]:  # a test trains its arm, and need not wait for the other trainings
         steps = {name: pieces for name, pieces in steps.items() if name not in ("set", "train")}
@@ -569,9 +577,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
                 break
     if config.until != "test" or config.worker:
         return None
-    packages = (fused_kd, torch, transformers, sacrebleu)
-    versions = {package.__name__: package.__version__ for package in packages}
-    metrics = {"config": asdict(config), **gather(study.results, study.folders), "versions": versions}
+    metrics = {**about, **gather(study.results, study.folders)}
     write_json(study.results / "metrics.json", metrics)
     write_plots(metrics, study.results)
     print(transfer_table(metrics), end="\n\n")

@@ -33,7 +33,9 @@ def gather(results: str | Path, titles: Iterable[str] | None = None) -> dict[str
     for title in pieces if titles is None else [title for title in titles if title in pieces]:
         piece = pieces[title]
         known = _PIECE.fullmatch(title)
-        if title == "tasks":
+        if title == "about":
+            found = {**piece, **found}
+        elif title == "tasks":
             found["tasks"] = piece["counts"]
         elif title == "translator-test":
             found["translator"] = piece["scores"]
@@ -189,10 +191,10 @@ def write_plots(metrics: Mapping[str, Any], folder: str | Path) -> None:
         if frame[key].notna().any():
             numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
             numbers = numbers.reindex(frame.arm.unique()[::-1])
-            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 5.5))
+            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 1 + len(numbers) / 2))
             if key == "accuracy":
                 axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
-            axis.legend()
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
             axis.figure.savefig(Path(folder) / f"{key}.png", dpi=130, bbox_inches="tight")
 
 
@@ -213,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for key in ("sets", "training", "transfer"):
             metrics[key] = {**known[key], **metrics[key]}
     best = of_chosen(metrics, given.target)
-    metrics |= {"chosen": chosen(metrics, given.target), "comparisons": comparisons(best)}
+    taken = chosen(metrics, given.target)
+    best["scores"] += [row for row in scored(metrics) if row["arm"] not in taken.values()]
+    metrics |= {"chosen": taken, "comparisons": comparisons(best)}
     folder = Path(given.output or given.results[0])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", metrics)

@@ -15,7 +15,7 @@ from bench.registry import KL, SELF_EVOLUTION, SFT, objective_of
 from bench.session import read
 from bench.training import GAMMA, SETTINGS, Models, largest
 from bench.training_plan import TINY, Part
-from bench.training_report import rows_table
+from bench.training_report import latest, rows_table
 from fused_kd.reference import reference_kd_loss
 
 FP32 = TINY._replace(weights="fp32")
@@ -105,6 +105,17 @@ def test_a_way_that_computes_something_else_is_told():
     assert "differs" not in rows_table([eager, ours]) and "loss 1e-03" in rows_table([eager, ours])
     for wrong in ({"loss": 1.003}, {"gradient_norm": 1.03}, {"loss": math.nan}):
         assert "**differs**" in rows_table([eager, ours | wrong])
+
+
+def test_rows_beside_other_processes_have_no_speed():
+    row = {"kind": "step", "setting": "a", "group": KL, "status": "ok", "seconds": [0.5], "tokens_per_s": 816.0}
+    row |= {"peak": 2e9, "gradient_norm": 1.0, "loss": 1.0}
+    alone, beside = ({"kind": "environment", "status": "ok", "beside": flag} for flag in (False, True))
+    ours, eager = row | {"way": "fused_kd"}, row | {"way": "eager"}
+    table = rows_table([each for each in latest([beside, ours, eager, alone, ours]) if "way" in each])
+    assert "| fused_kd | 500.0 | 816 |  | 2.0 | 1.00 |" in table and "| eager |  |  |  | 2.0 | 1.00 |" in table
+    table = rows_table([each for each in latest([alone, ours, eager]) if "way" in each])
+    assert table.count("| 500.0 | 816 | 1.00 |") == 2
 
 
 def test_what_fails_is_a_row(tmp_path, monkeypatch):
