@@ -19,6 +19,7 @@ LABELS = {  # of a folder of results and an arm
     ("tiny", "hard"): "greedy, two cores",
     ("tiny", "soft"): "greedy and soft, two cores",
 }
+MACHINES = {"gpu": "one H200", "": "two cores"}  # of folders of SDRRL's results
 PARTS = {
     "no_own_answers": "own answers, not given ones",
     "no_filter": "the filter",
@@ -97,21 +98,22 @@ def cycle_distill() -> list[Claim]:
 
 
 def sdrrl() -> list[Claim]:
-    sides = {"SDRRL - before": "before", "SDRRL - translate-then-SFT": "translate_sft"}
-    sides |= {f"{text}: SDRRL - without": arm for arm, text in PARTS.items()}
-    measures = {
-        "questions, target language, points": ("de", "accuracy"),
-        "completions, target language, chrF": ("de", "chrf"),
-        "questions, source language, points": ("en", "accuracy"),
-    }
+    arms = {"SDRRL - before": "before", "SDRRL - translate-then-SFT": "translate_sft"}
+    parts = {f"{text}: SDRRL - without": arm for arm, text in PARTS.items()}
     found = []
-    for name, path in recipes.results("sdrrl").items():
-        score = partial(recipes.sdrrl, path)
-        for where, measure in measures.items():
-            pairs = {text: (score("sdrrl", *measure), score(arm, *measure)) for text, arm in sides.items()}
-            few = "with 100 pairs alone: SDRRL - translate-then-SFT"
-            pairs[few] = (score("sdrrl_100", *measure), score("translate_sft_100", *measure))
-            found += differences(pairs, f"{name}: {where}" if name else where)
+    for name, machine in MACHINES.items():
+        score = partial(recipes.sdrrl, recipes.results("sdrrl")[name])
+        for language, which in (("de", "target"), ("en", "source")):
+            sides = {
+                f"{text}{unit}": (score("sdrrl", language, metric), score(arm, language, metric))
+                for metric, unit, of in (
+                    ("accuracy", "", arms),
+                    ("chrf", ", completions, chrF", arms),
+                    ("accuracy", "", parts),
+                )
+                for text, arm in of.items()
+            }
+            found += differences(sides, f"{which} language, {machine}, points")
     return found
 
 
@@ -125,7 +127,9 @@ def mt_llm() -> list[Claim]:
     }
     score = partial(recipes.mt_llm, recipes.results("mt_llm")[""])
     own = score("MT-LLM, mse")
-    found = differences({text: (own, score(system)) for text, system in sides.items()}, "de, cs, fr, points")
+    found = differences(
+        {text: (own, score(system)) for text, system in sides.items()}, "translator of captions, points"
+    )
     for name, by_seed in recipes.translators().items():
         found.append(
             Claim("MT-LLM - translate-test with the same MT model", f"{name}, points", Effect(tuple(by_seed.values())))
