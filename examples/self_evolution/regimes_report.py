@@ -355,6 +355,7 @@ def draw_gains(plane: Plane) -> Figure:
                     axis.plot([place] * len(seeds), seeds, "k.", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(strengths)), [s.replace("_", " ") for s in strengths], fontsize=8)
+        axis.set_xlim(-0.5, len(strengths) - 0.5)
         axis.set_title(f"{noise:.0%} wrong references", fontsize=9)
     axes[0].set_ylabel("BLEU over the start")
     figure.legend(loc="outside lower center", ncols=len(plane.plane_methods))
