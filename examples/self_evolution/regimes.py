@@ -299,7 +299,8 @@ class Regimes:
             self.keep(f"{trial.strength}.noise{trial.noise:g}", str(trial), made)
             self.tell(folder, {"kind": "run"} | about)
 
-        return self.stages(str(trial), work, self.tested, needs=[trained])
+        grid = {"rates": self.config.rates}  # the record has the validation's numbers of all of them
+        return self.stages(str(trial), work, self.tested | grid, needs=[trained])
 
     def tell(self, folder: Path, record: dict[str, Any]) -> None:
         """A finished piece, in its folder and as a line of runs.jsonl."""

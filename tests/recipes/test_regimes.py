@@ -208,7 +208,7 @@ def test_mistakes(change: dict[str, Any], message: str, tmp_path: Path) -> None:
 def fake(strength: str, noise: float, method: str, seed: int, bleu: float) -> dict[str, Any]:
     scores = {d: {"bleu": bleu + shift, "chrf": bleu + 30} for d, shift in (("en-de", -1.0), ("de-en", 1.0))}
     return {"kind": "run", "strength": strength, "noise": noise, "method": method, "seed": seed, "rate": 1e-3,
-            "scores": scores}  # fmt: skip
+            "valid_chrf": {"0.0003": 9.0, "0.001": 10.0, "0.003": 9.5}, "scores": scores}  # fmt: skip
 
 
 @pytest.fixture
@@ -274,3 +274,27 @@ def test_bootstraps_within_a_cell_and_seed(tmp_path: Path, found: dict[str, Any]
     }
     better = next(t for t in tests if t["baseline"] == "sft" and t["metric"] == "bleu")
     assert better["delta"] > 20 and better["p"] < 0.05
+
+
+def test_rates_at_an_end_of_the_grid_are_marked(found: dict[str, Any]) -> None:
+    for run in found["runs"]:
+        if (run["method"], run["noise"]) == ("sft", 0.5):
+            run["rate"] = 3e-4
+        if run["strength"] == "language_model" and run["method"] == "forward_kd":
+            run |= {"rate": 9e-3, "valid_chrf": {"0.003": 1.0, "0.009": 2.0}}  # a grid of its own
+    table = regimes_report.rates_table(found)
+    rows = {tuple(cell.strip() for cell in row.split("|")[1:-1]) for row in table.splitlines() if "|" in row}
+    assert table.startswith("2 of 8 are an end")
+    assert {("tuned", "0.5", "0.0003↓", "0.001", "0.001"), ("language_model", "0.0", "0.001", "0.009↑", "")} <= rows
+    assert ("at an end", "", "1 of 3", "1 of 3", "0 of 2") in rows
+
+
+def test_no_word_of_bootstraps_where_none_was_made(found: dict[str, Any], tmp_path: Path) -> None:
+    regimes_report.write_report(found, tmp_path)
+    without = (tmp_path / "results.md").read_text()
+    assert "against" not in without and "ootstrap" not in without
+    test = {"baseline": "sft", "direction": "en-de", "metric": "bleu", "delta": 1.0, "p": 0.01}
+    cell = {"strength": "language_model", "noise": 0.0, "seed": 0, "method": "forward_kd"}
+    regimes_report.write_report(found | {"significance": [cell | test]}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "against SFT" in text and "1 / 0 of 1" in text and "Bootstraps are over" in text
