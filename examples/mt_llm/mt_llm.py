@@ -42,7 +42,7 @@ from fused_kd.training.files import sound
 from fused_kd.training.fit import TRAINED, fit, load_trained, training_arguments
 from fused_kd.training.loading import load_pretrained, read_adapter_config
 from fused_kd.training.reading import file_rows, read_rows
-from fused_kd.training.script import make_console, run_script
+from fused_kd.training.script import build, make_console, run_script
 from fused_kd.training.stage import read_json, read_lines, tell, write_json, write_lines
 
 CAPTIONS = "captions"
@@ -131,13 +131,13 @@ class Config:
             known = inspect.signature(cls).parameters
             if unknown := sorted(getattr(self, name).keys() - known.keys()):
                 raise ValueError(f"{name}: {cls.__name__} has no {unknown[0]!r}")
-        self.ways: dict[str, Arm] = {k: _made(Arm, f"arms.{k}", v) for k, v in self.arms.items() if v is not None}
+        self.ways: dict[str, Arm] = {k: build(Arm, f"arms.{k}", v) for k, v in self.arms.items() if v is not None}
         if not self.ways or not self.seeds:
             raise ValueError(f"arms and seeds must be some, got {self.arms!r}, {self.seeds!r}")
         if bad := [name for name in self.encoders if name not in ("frozen", "tuned")]:
             raise ValueError(f"encoders must be some of frozen, tuned, or none, got {bad[0]!r}")
-        self.adapters = _made(LoRA, "lora", self.lora)
-        self.task_adapters = None if self.task_lora is None else _made(LoRA, "task_lora", self.task_lora)
+        self.adapters = build(LoRA, "lora", self.lora)
+        self.task_adapters = None if self.task_lora is None else build(LoRA, "task_lora", self.task_lora)
 
     def check_inputs(self) -> None:
         """Raise ``ValueError`` with a line for each data set, tokenizer or model that is not at hand."""
@@ -178,13 +178,6 @@ class Running:
     results: str | None = None  # folder of the small files: pieces.jsonl, metrics.json, figures; None: `output`
     jobs: int = 1  # processes that share the work; 2 on two cores, for tiny models
     worker: bool = False  # this process is one of them
-
-
-def _made(cls: Any, key: str, values: Mapping[str, Any]) -> Any:
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {error}") from error
 
 
 class Recipe:

@@ -51,7 +51,7 @@ from fused_kd.training.models import (
 )
 from fused_kd.training.prompts import Rows, concatenate, get_prompt, tokenize_pairs, tokenize_texts
 from fused_kd.training.score import score
-from fused_kd.training.script import parse, run_script
+from fused_kd.training.script import build, parse, run_script
 from fused_kd.training.stage import Stages, helpers, read_json, tell, write_json
 from fused_kd.training.trainer import KDTrainer
 
@@ -521,14 +521,6 @@ class Study:
         for name, seed in tests:
             steps["test"] |= {f"{which}-{name}-s{seed}": partial(self.test, which, name, seed) for which in sets}
         return steps
-
-
-def build(cls: type, name: str, values: Any) -> Any:
-    """A dataclass of a mapping. Raises ``ValueError`` naming the option and what does not fit."""
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={values!r}: {error}") from error
 
 
 def write_files(folder: Path, files: Mapping[str, Sequence[Row]]) -> None:

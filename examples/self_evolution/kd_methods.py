@@ -1,4 +1,4 @@
-"""What this folder's recipes share: the methods that they compare, by name, and nested settings."""
+"""The methods that this folder's recipes compare, by name."""
 
 from __future__ import annotations
 
@@ -58,13 +58,3 @@ REGIME_METHODS = {
     "floor_0.5": Method("SelfEvolution, floor 0.5", f"{OURS},floor=0.5"),
     "jsd": Method("JSD", "generalized_jsd:beta=0.5"),
 }
-
-
-def build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass of a mapping. Raises ``ValueError`` that says where the mapping is wrong."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping, got {values!r}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}") from error

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_methods import REGIME_METHODS, build
+from kd_methods import REGIME_METHODS
 from regimes_data import Documents
 
 from fused_kd.training.prompts import get_prompt
-from fused_kd.training.script import parse
+from fused_kd.training.script import build, internal, parse
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Config:
         for name in ("rates", "noises", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must have at least one value")
-        self.starts = {name: build(Start, value, f"strengths.{name}") for name, value in self.strengths.items()}
-        self.starts["teacher"] = build(Start, self.start_teacher, "start_teacher")
-        self.pretraining = build(Documents, self.documents, "documents")
+        self.starts = {name: build(Start, f"strengths.{name}", value) for name, value in self.strengths.items()}
+        self.starts["teacher"] = build(Start, "start_teacher", self.start_teacher)
+        self.pretraining = build(Documents, "documents", self.documents)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Running:
     minutes: float | None = None  # no run begins after so long; None: all of them are done
     rehearse: bool = False  # the same path with everything shrunk, on a CPU
     worker: bool = False  # this process is a helper of another one
-    until: float | None = None  # of a helper: the clock's time after which it begins no run
+    until: float | None = internal(None)  # of a helper: the clock's time after which it begins no run
 
 
 def rehearsed(config: Config) -> Config:

@@ -27,7 +27,7 @@ if not sys.stderr.isatty():
 import paper_table
 import torch
 import transformers
-from kd_methods import METHODS, build
+from kd_methods import METHODS
 from transformers import TrainingArguments
 
 import fused_kd
@@ -40,7 +40,7 @@ from fused_kd.training.fit import best_checkpoint, fit, training_arguments
 from fused_kd.training.models import load_model, model_content, shared_tokenizer, threads_for
 from fused_kd.training.prompts import Rows, get_prompt, tokenize_directions, training_texts
 from fused_kd.training.score import paired_bootstrap, similarity, translate
-from fused_kd.training.script import parse, run_script
+from fused_kd.training.script import build, parse, run_script
 from fused_kd.training.stage import Stages, fingerprint, helpers, read_json, read_lines, write_json, write_lines
 from fused_kd.training.teacher_cache import TeacherCache
 from fused_kd.training.trainer import KDTrainer
@@ -104,8 +104,8 @@ class Config:
 
     def __post_init__(self) -> None:
         get_prompt(self.prompt)
-        self.conditions_of = {name: build(Condition, v, f"conditions.{name}") for name, v in self.conditions.items()}
-        self.sweeps_of = {name: build(Sweep, v, f"sweeps.{name}") for name, v in self.sweeps.items()}
+        self.conditions_of = {name: build(Condition, f"conditions.{name}", v) for name, v in self.conditions.items()}
+        self.sweeps_of = {name: build(Sweep, f"sweeps.{name}", v) for name, v in self.sweeps.items()}
         named = [(f"conditions.{name}.methods", c.methods or []) for name, c in self.conditions_of.items()]
         for where, methods in [("methods", self.methods), ("baseline", [self.baseline]), *named]:
             if unknown := [method for method in methods if method not in METHODS]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 from fused_kd.training.reading import BUILTIN
+from fused_kd.training.script import build, internal
 from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import check_counts
 
@@ -29,11 +29,17 @@ class Condition:
             raise ValueError(f"garbled must be in [0, 1), got {self.garbled!r}")
 
 
-def of(where: str, given: Any, known: list[str]) -> dict[str, Any]:
-    """A mapping of known keys. Raises ``ValueError`` where it is none."""
-    if not isinstance(given, dict) or not given.keys() <= set(known):
-        raise ValueError(f"{where} must be a mapping of {', '.join(known)}, got {given!r}")
-    return given
+@dataclass(frozen=True)
+class Heal:
+    """The distillation of the cut teacher into the student that the arms start from."""
+
+    steps: int = 60
+    rate: float = 1e-3  # learning rate
+    objective: str = "forward_kd:lam=0.5"
+
+    def __post_init__(self) -> None:
+        check_counts(steps=self.steps)
+        parse_objective(self.objective)
 
 
 @dataclass
@@ -51,7 +57,7 @@ class Config:
     valid_rows: int = 24
     test_rows: int = 24
     conditions: dict = field(default_factory=dict)  # name: the fields of Condition
-    heal: dict = field(default_factory=dict)  # steps, rate, objective
+    heal: dict = field(default_factory=dict)  # the fields of Heal: steps, rate, objective
     arms: dict = field(default_factory=dict)  # name: objective
     steps: int = 10  # of every arm
     rates: list[float] = field(default_factory=lambda: [2e-4, 6e-4])  # learning rates
@@ -67,14 +73,8 @@ class Config:
     def __post_init__(self) -> None:
         names = ("length", "batch", "valid_rows", "test_rows", "steps", "points", "new_tokens")
         check_counts(**{name: getattr(self, name) for name in names})
-        known = [each.name for each in fields(Condition)]
-        self.conditions_of = {
-            name: Condition(**of(f"conditions.{name}", given, known)) for name, given in self.conditions.items()
-        }
-        heal = {"steps": 60, "rate": 1e-3, "objective": "forward_kd:lam=0.5"}
-        self.heal = heal | of("heal", self.heal, list(heal))
-        check_counts(**{"heal.steps": self.heal["steps"]})
-        parse_objective(self.heal["objective"])
+        self.conditions_of = {name: build(Condition, f"conditions.{name}", v) for name, v in self.conditions.items()}
+        self.heal = asdict(build(Heal, "heal", self.heal))
         self.specs = {name: parse_objective(text) for name, text in self.arms.items()}
         for name in ("arms", "rates", "seeds", "text", "conditions"):
             if not getattr(self, name):
@@ -93,7 +93,7 @@ class Running:
     minutes: float | None = None  # after the imports; no arm begins later, and what is finished is reported
     rehearse: bool = False  # the preset's arms with a tiny random model on the built-in text: does all of it run?
     worker: bool = False  # this process is a helper of another one
-    until: float | None = None  # seconds since the epoch, as of minutes, for helpers
+    until: float | None = internal(None)  # seconds since the epoch, as of minutes, for helpers
 
     def __post_init__(self) -> None:
         check_counts(jobs=self.jobs, eval_batch=self.eval_batch)

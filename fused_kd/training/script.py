@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import difflib
 import json
 import os
@@ -19,16 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 from transformers.hf_argparser import string_to_bool
 
+from fused_kd.training.field_help import field_comments
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+T = TypeVar("T")
 TRACEBACK = "FUSED_KD_TRACEBACK"
+_HELPER = "worker"  # that stage.helpers sets
 _OURS = tuple(str(folder) for folder in (Path(__file__).parents[1], Path(sys.argv[0]).resolve().parent))
 
 
@@ -42,17 +47,19 @@ def parse(
     hints: Mapping[str, str] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Dataclasses from ``[--preset NAME] [FILE.yaml ...] [--config FILE.yaml ...] [--key value ...]``, later ones
-    overriding earlier ones.
+    """Dataclasses from ``[--preset NAME] [--rehearse] [FILE.yaml ...] [--config FILE.yaml ...] [--key value ...]``,
+    later ones overriding earlier ones.
 
     What ``HfArgumentParser`` does with dataclasses, ``TrainingArguments`` among them, and: YAML files that give any of
-    the keys; fields of type ``dict``, given as JSON or YAML text and merged key by key into what is there; ``null``
-    for fields that may be None; a choice that may be "true" as a flag without a value.
+    the keys; fields of type ``dict``, given as JSON or YAML text and merged key by key into what is there; a list
+    also as one text, ``"[0, 1]"``; ``null`` for fields that may be None; a choice that may be "true" as a flag without
+    a value. ``--help`` shows the comment behind a field that has no help of its own.
 
     Args:
         classes: one dataclass, or several without a field in common.
         argv: default ``sys.argv[1:]``.
-        configs: where ``--preset NAME`` finds ``NAME.yaml``; None (default): the script has no presets.
+        configs: where ``--preset NAME`` finds ``NAME.yaml``, and ``--rehearse`` the ``rehearse.yaml`` that makes
+            everything small, unless a class has a field ``rehearse``; None (default): the script has neither.
         defaults: values of some of the fields, before those of any file.
         aliases: further names of fields, in files and flags; ``field.key`` is a key of a field of type ``dict``.
         hints: names that other programs have for fields, for the message about an unknown name.
@@ -70,20 +77,28 @@ def parse(
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--preset")
     front.add_argument("--config", action="append", default=[])
+    own_rehearsal = any(field.name == "rehearse" for cls in classes for field in dataclasses.fields(cls))
+    if rehearsable := configs is not None and not own_rehearsal:
+        front.add_argument("--rehearse", action="store_true")
     chosen, rest = front.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     files = [Path(text) for text in takewhile(lambda text: not text.startswith("-"), rest)]
     rest = rest[len(files) :]
     files += map(Path, chosen.config)
+    presets = sorted({path.stem for path in Path(configs).glob("*.yaml")} - {"rehearse"}) if configs else []
+    if rehearsable and chosen.rehearse:
+        files.insert(0, _rehearsal(Path(str(configs))))
     if chosen.preset is not None:
-        known = sorted(path.stem for path in Path(configs).glob("*.yaml")) if configs else []
-        if chosen.preset not in known:
-            raise ValueError(f"--preset must be one of {', '.join(known) or 'none'}, got {chosen.preset!r}")
+        if chosen.preset not in presets:
+            raise ValueError(f"--preset must be one of {', '.join(presets) or 'none'}, got {chosen.preset!r}")
         files.insert(0, Path(str(configs)) / f"{chosen.preset}.yaml")
 
-    parser = _Parser(classes, allow_abbrev=False, description=description, formatter_class=_Help)
+    usage = f"%(prog)s {_front(presets, rehearsable)}[FILE.yaml ...] [--config FILE.yaml ...] [--KEY VALUE ...]"
+    parser = _Parser(classes, allow_abbrev=False, usage=usage, description=description, formatter_class=_Help)
+    comments = {name: text for cls in classes for name, text in field_comments(cls).items()}
     types_of = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     for action in parser._actions:
         _prepare(action, types_of.get(action.dest))
+        action.help = argparse.SUPPRESS if action.dest == _HELPER else action.help or _escaped(comments, action.dest)
     values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     aliases, hints = aliases or {}, hints or {}
     origin: dict[str, Path] = {}
@@ -97,7 +112,7 @@ def parse(
         values = merged(values, found)
         origin |= dict.fromkeys(found, file)
     given = [text for key, value in values.items() for text in _as_flags(key, value)]
-    flags = _flags_with_own_names(rest, aliases)
+    flags = _spread(_flags_with_own_names(rest, aliases), parser._option_string_actions)
     named = [text.partition("=")[0] for text in flags if text.startswith("--")]
     # before what is missing is told, which may be what was meant
     if strange := [text for text in named if text not in parser._option_string_actions]:
@@ -115,6 +130,48 @@ def parse(
     if left:
         raise ValueError(f"no option takes {' '.join(left)}: each is --NAME VALUE, with one value where it is no list")
     return tuple(made)
+
+
+def build(cls: type[T], where: str, values: Any) -> T:
+    """A dataclass from an option's mapping.
+
+    Args:
+        cls: the dataclass.
+        where: the option's name, for messages, such as ``"arms.ours"``.
+        values: the mapping, of names of fields to their values.
+
+    Raises:
+        ValueError: no mapping, an unknown or missing field, or what the dataclass itself refuses.
+    """
+    known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    if not isinstance(values, Mapping) or not values.keys() <= set(known):
+        raise ValueError(f"{where} must be a mapping of {', '.join(known)}, got {values!r}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).replace(f'{cls.__name__}.__init__() ', '')}") from error
+
+
+def internal(default: Any) -> Any:
+    """A dataclass's field that a script sets for its own helper processes: ``--help`` does not show it."""
+    return dataclasses.field(default=default, metadata={"help": argparse.SUPPRESS})
+
+
+def _front(presets: Sequence[str], rehearsable: bool) -> str:
+    """The usage of the options that are read before all others."""
+    choice = f"[--preset {{{','.join(presets)}}}] " if presets else ""
+    return choice + ("[--rehearse] " if rehearsable else "")
+
+
+def _rehearsal(folder: Path) -> Path:
+    if not (file := folder / "rehearse.yaml").is_file():
+        raise ValueError(f"--rehearse: there is no rehearse.yaml in {folder}")
+    return file
+
+
+def _escaped(comments: Mapping[str, str], name: str) -> str | None:
+    """A field's comment as argparse wants it, where % is special."""
+    return comments[name].replace("%", "%%") if name in comments else None
 
 
 def _nearest(names: Sequence[str], known: Iterable[str], hints: Mapping[str, str], prefix: str = "") -> str:
@@ -166,6 +223,39 @@ def _flags_with_own_names(flags: Sequence[str], aliases: Mapping[str, str]) -> l
             values = [yaml.load(each, _Loader) for each in found]
             made.append(f"--{field}={_as_text({key: values[0] if len(values) == 1 else values})}")
     return made
+
+
+def _spread(flags: Sequence[str], actions: Mapping[str, argparse.Action]) -> list[str]:
+    """Flags with the values of a list apart: ``--seeds "[0, 1]"`` is ``--seeds 0 1``."""
+    made: list[str] = []
+    todo = list(flags)
+    while todo:
+        written, equals, value = todo[0].partition("=")
+        action = actions.get(written)
+        made.append(todo.pop(0))
+        if action is None or action.nargs != "*":
+            continue
+        words = getattr(action.type, "__name__", "") == "str"
+        values = [value] if equals else list(takewhile(lambda text: not text.startswith("--"), todo))
+        if not values or not values[0].startswith("["):
+            continue
+        if len(values) == 1 and (values[0].endswith("]") or not words):
+            todo = todo[0 if equals else 1 :]
+            made[-1:] = [written, *map(_as_text, _list(written, values[0]))]
+        elif not words:
+            name = written.lstrip("-")
+            raise ValueError(f'{written} {" ".join(values)}: give {name} as {written} A B, or quoted as "[A, B]"')
+    return made
+
+
+def _list(option: str, text: str) -> list[Any]:
+    try:
+        found = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"argument {option}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, list):
+        raise ValueError(f"argument {option}: expected a list, got {text[:80]!r}")
+    return found
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -552,7 +552,7 @@ def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> Non
         ("--llm_adapters=x", "llm_adapters are for an llm by name"),
         ("--arms={a: {objective: nonsense}}", "arms.a: objective must be one of"),
         ("--arms={a: {mse_weight: 0}}", "arms.a: expected weights of at least 0, and something to learn"),
-        ("--lora={rank: 1}", "lora: .*unexpected keyword argument 'rank'"),
+        ("--lora={rank: 1}", "lora must be a mapping of r, .*, got {'rank': 1}"),
         ("--adapt={learning_rat: 1}", "adapt: .*'learning_rat'"),
         ("--seeds", "arms and seeds must be some"),
         ("--eval_batch=0", "eval_batch must be at least 1, got 0"),
@@ -576,6 +576,6 @@ def test_the_papers_values() -> None:
     step = paper.adapt["per_device_train_batch_size"] * paper.adapt["gradient_accumulation_steps"]
     assert (step, paper.adapt["max_steps"], paper.adapt["learning_rate"]) == (256, 10_000, 2e-4)
     assert paper.distil["learning_rate"] == 1e-4 and paper.ways["mse"] == mt_llm.Arm()
-    for more in ([], [str(FOLDER / "rehearse.yaml")]):
+    for more in ([], ["--rehearse"]):
         gpu, _ = parse((mt_llm.Config, mt_llm.Running), ["--preset", "gpu", *more], configs=FOLDER)
         assert gpu.train_mt["bf16"] and gpu.distil["bf16"] and gpu.tests != ["val"]

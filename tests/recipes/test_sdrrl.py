@@ -635,7 +635,7 @@ def test_presets_have_their_values(tmp_path):
     assert {values.get("answers", "own") for values in small.arms.values()} == {"own", "given", "reference"}
     gpu, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu"], configs=HERE)
     assert len(gpu.seeds) >= 3 and gpu.test == "both" and gpu.training["bf16"] and study.base_parallel > 0
-    rehearsed, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "rehearse.yaml")], configs=HERE)
+    rehearsed, _ = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", "--rehearse"], configs=HERE)
     assert rehearsed.arms.keys() == gpu.arms.keys() and rehearsed.training["bf16"] and rehearsed.rows < gpu.rows
     bare, study = parse((sdrrl.Config, CaptionStudy), ["--preset", "gpu", str(HERE / "no_german.yaml")], configs=HERE)
     assert study.base_target == study.base_parallel == 0 and bare.training == gpu.training and bare.rows == gpu.rows

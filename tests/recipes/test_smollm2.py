@@ -263,7 +263,7 @@ def test_garbled_rows_have_their_tokens_in_another_order() -> None:
         ),
         (["--conditions", "{clean: 3}"], "conditions.clean must be a mapping"),
         (["--heal", "{epochs: 3}"], "heal must be a mapping of steps, rate, objective"),
-        (["--heal", "{steps: 0}"], "heal.steps"),
+        (["--heal", "{steps: 0}"], "heal: steps must be"),
         (["--arms", "{mine: nothing}"], "nothing"),
         (["--seeds"], "seeds must not be empty"),
         (["--steps", "0"], "steps"),

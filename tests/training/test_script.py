@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from fused_kd.training.field_help import field_comments
 from fused_kd.training.fit import training_arguments
-from fused_kd.training.script import make_console, parse, run_script, stoppable
+from fused_kd.training.script import build, internal, make_console, parse, run_script, stoppable
 from fused_kd.training.trainer import KDTrainer
 from tests.training.scripts import CONFIGS, ROOT, script
 from tests.training.test_checkpoints import training, weights
@@ -37,6 +38,7 @@ class Options:
     kind: Literal["one", "two"] = "one"
     pretrain: dict = field(default_factory=lambda: {"epochs": 1, "rate": 1.0})
     sweeps: list[dict] = field(default_factory=list)
+    numbers: list[int] | None = None
 
 
 def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
@@ -72,12 +74,117 @@ def test_files_and_flags_override_in_order(tmp_path: Path) -> None:
         ("qqqq: x", [], "unknown keys qqqq: --help lists all of them"),
         ("data: x", ["--flag", "maybe"], "--flag: must be true or false, got 'maybe'"),
         ("data: x", ["--preset", "huge"], r"--preset must be one of f, got 'huge'"),
+        ("data: x", ["--rehearse"], "--rehearse: there is no rehearse.yaml in"),
+        ("data: x", ["--numbers", "[0, a]"], "--numbers: invalid int value: 'a'"),
+        ("data: x", ["--numbers", "[0,"], "argument --numbers: not YAML"),
+        ("data: x", ["--numbers=[0] 1"], "argument --numbers: not YAML"),
+        ("data: x", ["--numbers", "[0,", "1]"], r"^--numbers \[0, 1\]: give numbers as --numbers A B, or quoted"),
     ],
 )
 def test_bad_options(tmp_path: Path, text: str, flags: list[str], message: str) -> None:
     (tmp_path / "f.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         parse(Options, [str(tmp_path / "f.yaml"), *flags], configs=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers", "directions"),
+    [
+        (["--numbers", "[0]"], [0], ["en-de"]),
+        (["--numbers=[0, -1]", "--flag", "false"], [0, -1], ["en-de"]),
+        (["--numbers", "[]", "--directions", "[de-en, en-cs]"], [], ["de-en", "en-cs"]),
+        (["--numbers", "2", "3", "--directions", "[a", "b]"], [2, 3], ["[a", "b]"]),
+        (["--directions", "[a"], None, ["[a"]),
+    ],
+)
+def test_a_list_may_be_one_text(flags: list[str], numbers: list[int] | None, directions: list[str]) -> None:
+    (options,) = parse(Options, ["--data", "[x]", *flags])
+    assert (options.data, options.numbers, options.directions) == ("[x]", numbers, directions)
+
+
+def test_a_file_s_texts_stay_texts(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text('data: x\ndirections: ["[a, b]"]\nsweeps: [{a: [1]}]\n')
+    assert parse(Options, [str(tmp_path / "f.yaml")])[0].directions == ["[a, b]"]
+    assert parse(Options, [str(tmp_path / "f.yaml"), "--sweeps", "[{a: 1}, {b: 2}]"])[0].sweeps == [{"a": 1}, {"b": 2}]
+
+
+@dataclass
+class Base:
+    share: float = 0.3  # 30 % of them, with a # in it
+    again: str = "base"  # of the base
+
+
+@dataclass
+class Commented(Base):
+    """Notes: none of a docstring's lines is a field."""
+
+    several: list[str] = field(
+        default_factory=lambda: ["so many names that they do not fit one line", "of the file", "a", "b"]
+    )  # behind the last of its lines
+    bare: int = 1
+    told: int = field(default=2, metadata={"help": "of its metadata"})  # not this
+    again: str = "here"  # overridden
+    until: float | None = internal(None)  # for helpers
+    worker: bool = False  # for helpers too
+
+
+def test_help_is_the_comment_behind_a_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "big.yaml").write_text("share: 1\n")
+    with pytest.raises(SystemExit):
+        parse(Commented, ["--help"], configs=tmp_path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[--preset {big}] [--rehearse] [FILE.yaml ...]" in shown
+    for text in ("30 % of them, with a # in it (default: 0.3)", "behind the last of its lines", "of its metadata"):
+        assert text in shown
+    assert "--again AGAIN overridden (default: here)" in shown and "--bare" in shown
+    for text in ("not this", "of the base", "until", "worker", "Notes"):
+        assert text not in shown
+    (options,) = parse(Commented, ["--worker", "--until", "3", "--share", "1"])
+    assert options.worker and options.until == 3, "hidden, and taken"
+
+
+def test_without_source_there_is_no_help() -> None:
+    assert field_comments(make_dataclass("Made", [("a", int)])) == {}
+
+
+def test_a_rehearsal_is_a_file_behind_the_preset(tmp_path: Path) -> None:
+    (tmp_path / "gpu.yaml").write_text("data: x\nlimit: 7\nrate: 2\nkind: two\n")
+    (tmp_path / "rehearse.yaml").write_text("limit: 1\nrate: 3\n")
+    (tmp_path / "mine.yaml").write_text("rate: 4\n")
+    argv = [str(tmp_path / "mine.yaml"), "--preset", "gpu"]
+    (options,) = parse(Options, [*argv, "--rehearse", "--numbers", "5"], configs=tmp_path)
+    assert (options.limit, options.rate, options.kind, options.numbers) == (1, 4, "two", [5])
+    assert parse(Options, argv, configs=tmp_path)[0].limit == 7
+    with pytest.raises(ValueError, match="preset must be one of gpu, mine, got 'rehearse'"):
+        parse(Options, ["--preset", "rehearse"], configs=tmp_path)
+    with pytest.raises(ValueError, match="no option --rehearse"):
+        parse(Options, ["--data", "x", "--rehearse"])
+    own = make_dataclass("Own", [("rehearse", bool, False)])
+    options, running = parse((Options, own), ["--preset", "gpu", "--rehearse"], configs=tmp_path)
+    assert options.limit == 7 and running.rehearse, "the script's own option"
+
+
+@dataclass
+class Part:
+    size: int
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size!r}")
+
+
+def test_a_part_of_the_settings_is_built() -> None:
+    assert build(Part, "parts.a", {"size": 2}) == Part(2)
+    for values, message in (
+        (3, "^parts.a must be a mapping of size, share, got 3$"),
+        ({"size": 1, "siz": 2}, "^parts.a must be a mapping of size, share, got {'size': 1, 'siz': 2}$"),
+        ({"share": 1}, "^parts.a: missing 1 required positional argument: 'size'$"),
+        ({"size": 0}, "^parts.a: size must be at least 1, got 0$"),
+        ({"size": "x"}, "^parts.a: '<' not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(Part, "parts.a", values)
 
 
 def test_every_option_of_a_training_may_come_from_a_file(tmp_path: Path) -> None:
