@@ -376,6 +376,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             old.unlink()
     with helpers(__file__, given, running.jobs, folder, helper=running.worker):
         plane = Regimes(config, Stages(folder), running.results)
+        about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
+        if not running.worker:  # before the work: a killed run has its report too
+            write_json(plane.told / "about.json", about)
         work_until(plane.stages, plane.pieces(), until)
         if running.worker:
             write_json(ended / f"{os.getpid()}.json", {})
@@ -384,7 +387,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             time.sleep(0.5)
     import regimes_report  # pandas and matplotlib: of the first process alone
 
-    about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
     write_json(plane.told / "about.json", about | {"seconds": round(time.time() - began)})
     if not (plane.told / "runs.jsonl").is_file():
         raise ValueError("minutes: no run was finished in that time; the same command goes on")
