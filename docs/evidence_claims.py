@@ -13,6 +13,13 @@ from evidence_data import EXAMPLES, Effect, compare, gain
 from evidence_recipes import Scores
 
 CONVERGED, WRONG = "table, clean, BLEU", "table, 30 % wrong references, BLEU"
+LABELS = {  # of a folder of results and an arm
+    ("", "hard"): "best of 24 samples, one H200",
+    ("", "greedy"): "greedy, one H200",
+    ("tiny", "hard"): "greedy, two cores",
+    ("tiny", "soft"): "greedy and soft, two cores",
+}
+MACHINES = {"gpu": "one H200", "": "two cores"}  # of folders of SDRRL's results
 PARTS = {
     "no_own_answers": "own answers, not given ones",
     "no_filter": "the filter",
@@ -71,39 +78,42 @@ def differences(sides: dict[str, tuple[Scores, Scores]], where: str) -> list[Cla
 
 
 def cycle_distill() -> list[Claim]:
-    found = []
-    for name, path in recipes.results("cycle_distill").items():
-        score = partial(recipes.cycle, path)
-        last = recipes.last_iteration(path)
-        for arm in ("hard", "soft"):
-            sides = {
-                "iteration 1 - the base as it is": (score(arm), score("raw")),
-                "iteration 1 - the base cut at its first line break": (score(arm), score("base")),
-                "iteration 1 - as many steps on the few real pairs": (score(arm), score("control")),
-                "iteration 1 - as many steps of its pre-training": (score(arm), score("continued")),
-                "the last iteration - the first": (score(arm, last), score(arm)),
-                "the last iteration, soft - hard": (score(arm, last), score("hard", last) if arm == "soft" else {}),
-            }
-            found += differences(sides, ", ".join(filter(None, [name, f"{arm} labels", "chrF"])))
+    found, paths = [], recipes.results("cycle_distill")
+    for (name, arm), where in LABELS.items():
+        score = partial(recipes.cycle, paths[name])
+        last = recipes.last_iteration(paths[name])
+        sides = {
+            "iteration 1 - the base as it is": (score(arm), score("raw")),
+            "iteration 1 - the base cut at its first line break": (score(arm), score("base")),
+            "the same in BLEU": (score(arm, metric="bleu"), score("base", metric="bleu")),
+            "iteration 3 - the base, in BLEU": (score(arm, last, "bleu"), score("base", metric="bleu")),
+            "iteration 1 - as many steps on the few real pairs": (score(arm), score("control")),
+            "iteration 1 - as many steps of its pre-training": (score(arm), score("continued")),
+            "iteration 3 - iteration 1": (score(arm, last), score(arm)),
+            "iteration 3 - as many steps of its pre-training": (score(arm, last), score("continued", last)),
+            "iteration 3, soft - hard": (score(arm, last), score("hard", last) if arm == "soft" else {}),
+        }
+        found += differences(sides, f"{where}, chrF")
     return found
 
 
 def sdrrl() -> list[Claim]:
-    sides = {"SDRRL - before": "before", "SDRRL - translate-then-SFT": "translate_sft"}
-    sides |= {f"{text}: SDRRL - without": arm for arm, text in PARTS.items()}
-    measures = {
-        "questions, target language, points": ("de", "accuracy"),
-        "completions, target language, chrF": ("de", "chrf"),
-        "questions, source language, points": ("en", "accuracy"),
-    }
+    arms = {"SDRRL - before": "before", "SDRRL - translate-then-SFT": "translate_sft"}
+    parts = {f"{text}: SDRRL - without": arm for arm, text in PARTS.items()}
     found = []
-    for name, path in recipes.results("sdrrl").items():
-        score = partial(recipes.sdrrl, path)
-        for where, measure in measures.items():
-            pairs = {text: (score("sdrrl", *measure), score(arm, *measure)) for text, arm in sides.items()}
-            few = "with 100 pairs alone: SDRRL - translate-then-SFT"
-            pairs[few] = (score("sdrrl_100", *measure), score("translate_sft_100", *measure))
-            found += differences(pairs, f"{name}: {where}" if name else where)
+    for name, machine in MACHINES.items():
+        score = partial(recipes.sdrrl, recipes.results("sdrrl")[name])
+        for language, which in (("de", "target"), ("en", "source")):
+            sides = {
+                f"{text}{unit}": (score("sdrrl", language, metric), score(arm, language, metric))
+                for metric, unit, of in (
+                    ("accuracy", "", arms),
+                    ("chrf", ", completions, chrF", arms),
+                    ("accuracy", "", parts),
+                )
+                for text, arm in of.items()
+            }
+            found += differences(sides, f"{which} language, {machine}, points")
     return found
 
 
@@ -117,7 +127,9 @@ def mt_llm() -> list[Claim]:
     }
     score = partial(recipes.mt_llm, recipes.results("mt_llm")[""])
     own = score("MT-LLM, mse")
-    found = differences({text: (own, score(system)) for text, system in sides.items()}, "de, cs, fr, points")
+    found = differences(
+        {text: (own, score(system)) for text, system in sides.items()}, "translator of captions, points"
+    )
     for name, by_seed in recipes.translators().items():
         found.append(
             Claim("MT-LLM - translate-test with the same MT model", f"{name}, points", Effect(tuple(by_seed.values())))

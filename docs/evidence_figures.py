@@ -26,6 +26,7 @@ METHODS = {
 }
 LIMITS = {"a floor, at least": STARVED, "ForwardKD": BEGINNER}  # each from there on
 MAIN = ("sft", "forward_kd", "self_evolution", "floor_0.3")
+TICKS = (-20, -10, -5, -2, -1, 0, 1, 2)
 VERDICTS = {YES: "#2ca02c", NO: "#d62728"}
 STYLE = {
     "axes.spines.top": False,
@@ -91,7 +92,7 @@ def rule(cells: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0.0, color=METHODS["forward_kd"][1], linewidth=1.2)
-    for name in MAIN:
+    for name in MAIN[2:]:
         runs = known[known.method == name].set_index(keys)
         runs = runs[runs.index.isin(base.index)]
         share = still_hard(runs.hard, runs.hard_t)
@@ -104,9 +105,11 @@ def rule(cells: pd.DataFrame) -> Figure:
         axis.axvline(limit, color="#222222", linestyle=":", linewidth=1)
         axis.annotate(text, (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     axis.set_xlim(-0.1, 1.05)
+    axis.set_yscale("symlog", linthresh=2)
+    axis.set_yticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
     axis.set_xlabel("of the tokens that are easy for the teacher: hard for the student in the first steps")
     axis.set_ylabel("score above ForwardKD's")
-    _legend(figure, known[known.method.isin(MAIN)])
+    _legend(figure, known[known.method.isin(MAIN[1:])])
     return figure
 
 

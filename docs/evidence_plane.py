@@ -16,9 +16,7 @@ COLUMNS = {
     "forward_kd": "ForwardKD",
     "skew": "Skew",
     "self_evolution": "Self-Evolution",
-    "floor_0.1": "floor 0.1",
     "floor_0.3": "floor 0.3",
-    "floor_0.5": "floor 0.5",
 }
 STUDIES = {"regimes_gpu": "Multi30k, one H200", "regimes_toy": "toy corpus", "regimes_cpu": "Multi30k, two cores"}
 CELL = ["study", "student", "noise"]

@@ -1,7 +1,7 @@
 """Distil a translation model: teacher SFT, student pre-training, then one student per objective on a KD set.
 
     python examples/distill.py                                     # the built-in toy corpus, minutes on a CPU
-    python examples/distill.py --data pairs.jsonl.gz --objective forward_kd self_evolution:gamma=0.4,beta=0.5
+    python examples/distill.py --data pairs.jsonl.gz --objective forward_kd self_evolution:floor=0.3
 
 Everything goes to --output. The same command again skips finished stages and resumes an interrupted one.
 """
@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--teacher", default="demo-teacher", help=f"a path, a hub name, or one of {', '.join(PRESETS)}")
     add("--student", default="demo-student", help="as --teacher")
     specs = f"name, name:key=value,... or a sum, 0.5*sft+0.5*forward_kd; of {', '.join(fk.OBJECTIVES)}"
-    specs += "; beta_warmup=0.3 anneals beta from 1"
+    specs += "; beta_warmup=0.3 anneals beta from 1; self_evolution without a floor is the paper's form"
     add("--objective", nargs="+", default=["self_evolution:floor=0.3", "forward_kd"], metavar="SPEC", help=specs)
     add("--prompt", choices=PROMPTS, default="tiny")
     add("--output", default="runs/distill")
@@ -120,6 +120,11 @@ class Distillation:
         students = {spec.slug: spec for spec in map(parse_objective, ["sft", *args.objective])}
         self.specs = {"teacher": sft, "student": sft} | students
         self.wanted = self._wanted()
+        for option, limit in {"--train-limit": args.train_limit, "--test-limit": args.test_limit}.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{option} must be at least 1, got {limit}")
+        if not 0 <= args.kd_noise <= 1:
+            raise ValueError(f"--kd-noise must be in [0, 1], got {args.kd_noise:g}")
         self.pairs = load_pairs(args.data, "train", args.direction, limit=args.train_limit)
         self.test = load_pairs(args.data, args.test_split, args.direction, limit=args.test_limit)
         size = len(self.pairs) // 3 if args.kd_size is None else args.kd_size
@@ -136,7 +141,7 @@ class Distillation:
     def _wanted(self) -> list[str]:
         """The stages of ``--only`` and those that they start from."""
         specs, asked = self.specs, self.args.only or self.specs
-        only = {name if name in specs else parse_objective(name).slug for name in asked}
+        only = {name if name in specs else _slug(name) for name in asked}
         if unknown := sorted(only - specs.keys()):
             raise ValueError(f"--only must name stages of {', '.join(specs)}, got {', '.join(unknown)}")
         return [name for name in specs if name in only or (name in PRETRAINED and only - {*PRETRAINED})]
@@ -221,7 +226,8 @@ class Distillation:
         return (
             f"distillation set, {size:,} pairs; {len(self.wrong):,} of them, chosen at random, have the reference of "
             f"another pair, which is WRONG (--kd-noise {self.args.kd_noise:g}). One of these:\n"
-            f"{self._shown(self.kd_pairs[number])}\nright would be: {self.right[number].target!r}"
+            f"source: {self.right[number].source}\nWRONG:  {self.kd_pairs[number].target}\n"
+            f"right:  {self.right[number].target}\nas the student sees it, {self._shown(self.kd_pairs[number])}"
         )
 
     def _shown(self, pair: Pair) -> str:
@@ -247,6 +253,13 @@ class Distillation:
             "data": sizes | {"wrong": len(self.wrong)},
             "stages": stages,
         }
+
+
+def _slug(name: str) -> str:
+    try:
+        return parse_objective(name).slug
+    except ValueError:  # no objective: no stage of that name either
+        return name
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ PRETRAINED = ("teacher", "student")
 BASELINES = {"student": "the start", "sft": "SFT", "forward_kd": "ForwardKD"}
 ON_SCREEN = ("student", "sft")
 CURVES = {"loss": "loss, nats a token", "hard_fraction": "share of hard tokens", "difficulty": "mean difficulty, nats"}
+LEAST_BLEU = 1.5  # students below it do not translate, and differ in nothing that counts
+LEAST_SENTENCES = 100  # of a test, to claim anything
 NOT_TOLD = ("seed", "jobs", "only", "preset", "objective")  # what a group of runs may differ in
 KEPT = ("scores", "against", "parameters", "rows", "steps", "seconds")
 
@@ -55,17 +58,21 @@ def compare(made: Mapping[str, Sequence[str]], test: Sequence[Pair]) -> dict[str
 def table(metrics: Mapping[str, Any]) -> str:
     """A row a stage, the best distilled student in bold, and what the numbers are, as Markdown."""
     stages, distilled = metrics["stages"], distilled_of(metrics)
-    best = max((stages[name]["scores"]["bleu"] for name in distilled), default=None)
+    best = _shown(max((stages[name]["scores"]["bleu"] for name in distilled if name != "sft"), default=-1.0))
     rows = []
     for name, stage in stages.items():
-        bleu = f"{stage['scores']['bleu']:.1f}"
+        bleu = _shown(stage["scores"]["bleu"])
         row = {"stage": name, "parameters": f"{stage['parameters']:,}", "seconds": f"{stage['seconds']:.0f}"}
-        row |= {"BLEU": f"**{bleu}**" if name in distilled and stage["scores"]["bleu"] == best else bleu}
+        row |= {"BLEU": f"**{bleu}**" if name in distilled and name != "sft" and bleu == best else bleu}
         row |= {"chrF": f"{stage['scores']['chrf']:.1f}"}
         against = {key: found for key, found in stage.get("against", {}).items() if key in ON_SCREEN}
         rows.append(row | {f"BLEU over {BASELINES[key]}": _difference(found) for key, found in against.items()})
     shown = pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
     return f"{shown}\n\n{caption(metrics)}" if distilled else shown
+
+
+def _shown(score: float) -> str:
+    return f"{score:.1f}"
 
 
 def _difference(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -75,11 +82,14 @@ def _difference(found: Mapping[str, Mapping[str, float]]) -> str:
 def caption(metrics: Mapping[str, Any]) -> str:
     """On what the students learnt and were tested."""
     data, wrong = metrics["data"], "none of them"
+    seen = (
+        " but not to the teacher" if "teacher" in metrics["stages"] and metrics["arguments"]["teacher_epochs"] else ""
+    )
     if data["wrong"]:
         wrong = f"{data['wrong']:,} of them ({data['wrong'] / data['kd_pairs']:.0%})"
     return (
-        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student, {wrong} with a wrong reference; tested "
-        f"on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired bootstrap over these "
+        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student{seen}, {wrong} with a wrong "
+        f"reference; tested on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired bootstrap over these "
         "sentences, for one seed."
     )
 
@@ -90,30 +100,44 @@ def distilled_of(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """One sentence about the first objective's student: whether it gained over its start, and over SFT."""
-    stages = metrics["stages"]
+    """One sentence about the first objective's student: whether it gained over its start, and over SFT.
+
+    Nothing is claimed of differences that show as 0.0, of students that do not translate, and of short tests.
+    """
+    stages, tested = metrics["stages"], metrics["data"]["test_pairs"]
     taught = [name for name in distilled_of(metrics) if name != "sft"]
     if not taught:
         return "Nothing was distilled."
     name, against, score = taught[0], stages[taught[0]]["against"], stages[taught[0]]["scores"]["bleu"]
     gain = against["student"]["bleu"]
-    counts = gain["p"] < ALPHA
+    best = max(["student", *distilled_of(metrics)], key=lambda other: stages[other]["scores"]["bleu"])
+    if (most := stages[best]["scores"]["bleu"]) < LEAST_BLEU:
+        return f"The student does not translate yet ({most:.1f} BLEU at most): train it longer before you compare."
+    few = tested < LEAST_SENTENCES
     what = "The student got better" if gain["delta"] > 0 else "The student got worse"
-    parts = [f"{what if counts else 'No clear gain'}: {name} took it from {score - gain['delta']:.1f} to {score:.1f}"]
-    parts[0] += f" BLEU ({gain['delta']:+.1f}, p {gain['p']:.3f})"
+    if few:
+        what = f"No claim from {tested} test sentences, take {LEAST_SENTENCES} or more"
+    elif not _counts(gain):
+        what = "No clear gain"
+    parts = [f"{what}: {name} took it from {score - gain['delta']:.1f} to {score:.1f} BLEU"]
+    parts[0] += "" if few else f" ({gain['delta']:+.1f}, p {gain['p']:.3f})"
     if "sft" in against:
-        parts.append(_beside(against["sft"]["bleu"], "SFT on the same pairs", stages["sft"]["scores"]["bleu"]))
-    higher = {other: stages[other]["scores"]["bleu"] for other in taught[1:]}
-    if higher and (best := max(higher, key=lambda other: higher[other])) and higher[best] > score:
-        parts.append(f"{best} ends higher, at {higher[best]:.1f}")
+        sft = "SFT on the same pairs", stages["sft"]["scores"]["bleu"]
+        parts.append(f"{sft[0]} gives {sft[1]:.1f}" if few else _beside(against["sft"]["bleu"], *sft))
+    if best in taught and not few and _shown(most) != _shown(score):
+        parts.append(f"{best} ends higher, at {most:.1f}")
     if "teacher" in stages:
         parts.append(f"the teacher has {stages['teacher']['scores']['bleu']:.1f}")
     return "; ".join(parts) + "."
 
 
+def _counts(found: Mapping[str, float]) -> bool:
+    return found["p"] < ALPHA and _shown(abs(found["delta"])) != _shown(0.0)
+
+
 def _beside(found: Mapping[str, float], what: str, score: float) -> str:
     delta, p = found["delta"], found["p"]
-    if p >= ALPHA:
+    if not _counts(found):
         return f"{what} gives {score:.1f}, no clear difference (p {p:.3f})"
     return f"that is {abs(delta):.1f} {'above' if delta > 0 else 'below'} {what}, {score:.1f} (p {p:.3f})"
 
@@ -177,16 +201,27 @@ def gathered(folders: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{folder!r} has no metrics.json of a finished run")
         stages = {name: {key: s[key] for key in KEPT if key in s} for name, s in found["stages"].items()}
         arguments = {key: value for key, value in found["arguments"].items() if key not in ("output", "worker")}
+        arguments |= {key: _without_place(arguments[key]) for key in PRETRAINED}
         runs.append({"seed": found["seed"], "arguments": arguments, "data": found["data"], "stages": stages})
         about = {key: found[key] for key in ("versions", "machine")}
     return about | {"runs": runs}
 
 
+def _without_place(model: str) -> str:
+    """The end of a folder's path; presets and names of the hub stay."""
+    path = Path(model)
+    return "/".join(path.relative_to(path.anchor).parts[-2:])
+
+
 def grouped(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The runs whose arguments differ in nothing but the seed and the objectives, together."""
+    """The runs whose arguments differ in nothing but the seed and the objectives, together.
+
+    Models that stages of other runs have trained, ``teacher-HASH/model``, count as the same whatever their hash.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         own = {key: value for key, value in run["arguments"].items() if key not in NOT_TOLD}
+        own |= {key: re.sub(r"-[0-9a-f]{10}/model$", "", own[key]) for key in PRETRAINED}
         groups.setdefault(str(sorted(own.items(), key=str)), []).append(run)
     return list(groups.values())
 
@@ -199,7 +234,8 @@ def summary(found: Mapping[str, Any]) -> str:
     for runs in groups:
         about = ", ".join(f"`{key} {runs[0]['arguments'][key]}`" for key in varying)
         parts += [f"## {about}"] if about else []
-        parts += [_group_table(runs), caption(runs[0]).replace("for one seed", "for each seed alone")]
+        about = caption(runs[0])
+        parts += [_group_table(runs), about.replace("for one seed", "for each seed alone") if len(runs) > 1 else about]
     return "\n\n".join(parts) + "\n"
 
 
@@ -222,7 +258,8 @@ def _group_table(runs: Sequence[Mapping[str, Any]]) -> str:
             if all(found):
                 deltas = [each["bleu"]["delta"] for each in found]
                 most = max(each["bleu"]["p"] for each in found)
-                row[f"over {label}"] = f"{statistics.mean(deltas):+.1f} (p at most {most:.3f})"
+                at_most = " at most" if len(having) > 1 else ""
+                row[f"over {label}"] = f"{statistics.mean(deltas):+.1f} (p{at_most} {most:.3f})"
         rows.append(row)
     return str(pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True))
 

@@ -19,11 +19,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from candidates import SCORERS, chrf_matrix, summed
-from cycle_distill import HERE, Cycle, CycleDistill
+from cycle_distill import DECODED_BY, HERE, Cycle, CycleDistill
 from cycle_report import others
 from translations import Filters, Maker, row_of, truncated
 
-from fused_kd.training.generate import generate_to
+from fused_kd.training.generate import Generations, generate_to
 from fused_kd.training.score import score
 from fused_kd.training.script import parse, run_script
 from fused_kd.training.stage import read_lines, write_json
@@ -44,9 +44,13 @@ def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:
     model, references, n = cycle.base(seed), [pair.target for pair in pairs], config.candidates
     prompts = cycle.prompts(pairs)
     decoding = replace(cycle.decoding, temperature=temperature, seed=seed)
-    folder = cycle.stages.folder / f"probe-{seed}-{n}-{temperature}"
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    made = generate_to(folder, cycle.load(model), cycle.tokenizer, repeated, decoding, progress=False)
+
+    def sample(folder: Path) -> None:
+        generate_to(folder, cycle.load(model), cycle.tokenizer, repeated, decoding, progress=False)
+
+    about = config.some(*DECODED_BY) | {"candidates": n, "temperature": temperature, "seed": seed}
+    made = Generations(cycle.stages(f"probe-seed{seed}", sample, about, needs=[cycle.texts_stage, model]))
     maker = Maker(cycle.tokenizer, config.direction, cycle.filters, config.max_length)
     found: dict[str, Any] = {"seed": seed, "candidates": n, "temperature": temperature, "sentences": len(pairs)}
     groups = []
@@ -56,6 +60,8 @@ def measure(cycle: Cycle, seed: int, temperature: float) -> dict[str, Any]:
     found["passed"] = sum(map(len, groups)) / len(made)
     first = [truncated(made[index * n].text, cycle.filters.markers) for index in range(len(pairs))]
     some = [index for index, group in enumerate(groups) if group]
+    if not some:
+        raise ValueError(f"{model.name}: none of its {len(made)} translations passed the filters")
     rows = [groups[index] for index in some]
 
     def chosen(scores: list[list[float]]) -> dict[str, float]:

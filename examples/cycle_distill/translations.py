@@ -28,7 +28,7 @@ from fused_kd.training.stage import read_lines, write_lines
 
 Row = dict[str, Any]
 # in the order in which they are asked; a translation counts for the first that it breaks
-RULES = ("empty", "unfinished", "copy", "length", "repetition", "language", "score")
+RULES = ("empty", "unfinished", "copy", "length", "repetition", "language")
 # letters' scripts with the languages written in them, and common words that only one of the languages has
 LANGUAGES = json.loads((Path(__file__).parent / "languages.json").read_text(encoding="utf-8"))
 SCRIPTS = {script: codes.split() for script, codes in LANGUAGES["scripts"].items()}
@@ -189,7 +189,6 @@ def select(
     sentences: Sequence[Pair],
     maker: Maker,
     score: Callable[[list[list[Row]]], list[list[float]]] | None = None,
-    best_share: float = 1.0,
 ) -> tuple[list[Row], list[Row]]:
     """Cut and filter the continuations of the sentences' prompts, and keep one a sentence.
 
@@ -197,7 +196,6 @@ def select(
         generations: as many of each sentence, one sentence after another.
         score: given the rows of each sentence that pass the filters, a score of each; the highest is kept. None keeps
             the first that passes.
-        best_share: of the sentences with a translation, keep that share with the best scores; the others break "score".
 
     Returns:
         The rows that passed: ``input_ids`` (prompt, response, EOS) and ``labels``, -100 on the prompt; ``listed``, how
@@ -223,15 +221,8 @@ def select(
             rejected.append(made[0])
     if score is None or not groups:
         return [group[0] for group in groups], rejected
-    best = []
-    for group, scores in zip(groups, score(groups), strict=True):
-        place = max(range(len(group)), key=scores.__getitem__)
-        best.append({**group[place], "score": scores[place]})
-    order = sorted(range(len(best)), key=lambda number: -best[number]["score"])
-    chosen = math.ceil(best_share * len(best))
-    for number in sorted(order[chosen:]):
-        rejected.append({"rule": "score", **{name: best[number][name] for name in ("index", "made", "source", "text")}})
-    return [best[number] for number in sorted(order[:chosen])], rejected
+    scored = zip(groups, score(groups), strict=True)
+    return [group[max(range(len(group)), key=scores.__getitem__)] for group, scores in scored], rejected
 
 
 def row_of(generation: Generation, prompt: Sequence[int], pair: Pair, maker: Maker) -> Row:

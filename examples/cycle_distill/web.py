@@ -1,11 +1,7 @@
-"""What a preset reads before the method begins: pairs one after another, as a web page would have them, and plain text.
-
-Of text from the web some is not translated at all, and some stands beside a translation of something else.
-"""
+"""What a preset reads before the method begins: pairs one after another, as on a web page, and plain text."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +10,6 @@ from fused_kd.training.data import parse_direction
 from fused_kd.training.prompts import encode_prompts
 
 Row = dict[str, list[int]]
-
-
-def with_noise(pairs: Sequence[Pair], untranslated: float, misaligned: float, seed: int) -> list[Pair]:
-    """The pairs, a random share of them with the source itself as target, another with another pair's target."""
-    order = random.Random(seed).sample(range(len(pairs)), len(pairs))
-    copied = round(untranslated * len(pairs))
-    moved = order[copied : copied + round(misaligned * len(pairs))]
-    found = list(pairs)
-    for index in order[:copied]:
-        found[index] = Pair(pairs[index].source, pairs[index].source)
-    for index, other in zip(moved, [*moved[1:], *moved[:1]], strict=True):
-        found[index] = Pair(pairs[index].source, pairs[other].target)
-    return found
 
 
 def reverse(direction: str) -> str:

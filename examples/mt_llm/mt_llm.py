@@ -152,7 +152,9 @@ class Config:
             except Exception as error:  # of many kinds: no such name, no connection, no such configuration
                 wrong.append(f"{key}={name!r}: {str(error).strip().splitlines()[0]}")
 
-        check("data", self.data, os.listdir)
+        if self.data is not None and not Path(self.data).expanduser().is_dir():
+            files = ", ".join(["train", *self.tests])
+            wrong.append(f"data must be a folder with files of parallel captions ({files}), got {self.data!r}")
         files = ["train", *(f"test.{name}" for name in ("en", *self.languages)), *([] if self.text else ["text"])]
         for name in [] if self.task == CAPTIONS else files:
             check("task", f"{self.task}/{name}.jsonl", os.stat)

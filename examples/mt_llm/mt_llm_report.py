@@ -30,9 +30,12 @@ def gather(results: str | Path) -> dict[str, Any]:
             scores.setdefault(title.split()[1], {}).update(value)
     seeds = {title.split()[1]: value for title, value in pieces.items() if title.startswith("seed ")}
     whole = read_json(folder / "metrics.json") or {}
+    if not pieces:  # of an earlier version
+        seeds = whole.get("seeds", {})
+        scores = {seed: made["accuracy"] for seed, made in seeds.items()}
     return {
         "scores": scores,
-        "bleu": pieces.get("bleu"),
+        "bleu": pieces.get("bleu", whole.get("bleu")),
         "retrieval": {seed: made["retrieval"] for seed, made in seeds.items()},
         "adaptation": {seed: made["adaptation"] for seed, made in seeds.items()},
         "config": whole.get("config"),
@@ -48,7 +51,7 @@ def paired(scores: Mapping[str, Mapping[str, Any]], first: str, second: str, see
         languages' captions are parallel); ``by_seed``. None where no seed has both.
     """
     seeds = [key for key, made in scores.items() if first in made and second in made]
-    if not seeds:
+    if not seeds or not all("hits" in values for values in scores[seeds[0]][first].values()):
         return None
     languages = [name for name in scores[seeds[0]][second] if name in scores[seeds[0]][first]]
     classes = sorted(scores[seeds[0]][first][languages[0]]["hits"])
@@ -71,22 +74,26 @@ def paired(scores: Mapping[str, Mapping[str, Any]], first: str, second: str, see
 
 
 def summary(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each run and system: mean balanced accuracy in percent, English and the mean of other languages."""
+    """A row for each run and system: mean balanced accuracy in percent, English and the mean of other languages.
+
+    The other languages are those that all runs have.
+    """
+    spoken = [
+        set(by_language) for run in runs.values() for made in run["scores"].values() for by_language in made.values()
+    ]
+    languages = set.intersection(*spoken) - {"en"} if spoken else set()
     rows = []
     for name, run in runs.items():
         for system in dict.fromkeys(system for made in run["scores"].values() for system in made):
             made = {seed: found[system] for seed, found in run["scores"].items() if system in found}
             other = {
-                seed: 100 * np.mean([values["balanced"] for key, values in by_language.items() if key != "en"])
+                seed: 100 * np.mean([values["balanced"] for key, values in by_language.items() if key in languages])
                 for seed, by_language in made.items()
             }
             english = [100 * by_language["en"]["balanced"] for by_language in made.values() if "en" in by_language]
-            rows.append(
-                {
-                    "translator": name, "system": system, "en": float(np.mean(english)) if english else None,
-                    "others": float(np.mean([*other.values()])), "by_seed": {k: float(v) for k, v in other.items()},
-                }
-            )  # fmt: skip
+            row = {"translator": name, "system": system, "en": float(np.mean(english)) if english else None}
+            row |= {"others": float(np.mean([*other.values()])), "by_seed": {k: float(v) for k, v in other.items()}}
+            rows.append(row | {"languages": sorted(languages)})
     return rows
 
 
@@ -114,8 +121,9 @@ def plot(metrics: Mapping[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = list(metrics["runs"])
-    systems = list(dict.fromkeys(row["system"] for row in metrics["summary"]))
-    figure, axis = plt.subplots(figsize=(2.5 + 1.7 * len(names), 4), layout="tight")
+    told = [[row["system"] for row in metrics["summary"] if row["translator"] == name] for name in names]
+    systems = [system for system in told[0] if all(system in others for others in told)]
+    figure, axis = plt.subplots(figsize=(4 + 1.7 * len(names), 4.2), layout="tight")
     width = 0.8 / len(systems)
     for place, system in enumerate(systems):
         rows = {row["translator"]: row for row in metrics["summary"] if row["system"] == system}
@@ -131,7 +139,7 @@ def plot(metrics: Mapping[str, Any], file: Path) -> None:
     axis.set_xticks(range(len(names)), labels, fontsize=8)
     axis.axhline(25, color="grey", linestyle="--", linewidth=1, label="chance")
     axis.set(ylabel="balanced accuracy, other languages, %", xlabel="translator, and its BLEU", ylim=(0, 100))
-    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(file, dpi=130)
 
 

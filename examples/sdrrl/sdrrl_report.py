@@ -191,9 +191,8 @@ def write_plots(metrics: Mapping[str, Any], folder: str | Path) -> None:
         if frame[key].notna().any():
             numbers = frame.groupby(["arm", "language"])[key].agg(["mean", "std"]).unstack("language")
             numbers = numbers.reindex(frame.arm.unique()[::-1])
-            axis = numbers["mean"].plot.barh(
-                xerr=numbers["std"], xlabel=label, ylabel="", figsize=(7.5, 1 + len(numbers) / 2)
-            )
+            size = 7.5, 1 + len(numbers) / 2
+            axis = numbers["mean"].plot.barh(xerr=numbers["std"], xlabel=label, ylabel="", figsize=size)
             if key == "accuracy":
                 axis.axvline(frame.majority.mean(), color="gray", linestyle="--", label="commonest answers")
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

@@ -299,7 +299,8 @@ class Regimes:
             self.keep(f"{trial.strength}.noise{trial.noise:g}", str(trial), made)
             self.tell(folder, {"kind": "run"} | about)
 
-        return self.stages(str(trial), work, self.tested, needs=[trained])
+        grid = {"rates": self.config.rates}  # the record has the validation's numbers of all of them
+        return self.stages(str(trial), work, self.tested | grid, needs=[trained])
 
     def tell(self, folder: Path, record: dict[str, Any]) -> None:
         """A finished piece, in its folder and as a line of runs.jsonl."""
@@ -375,6 +376,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             old.unlink()
     with helpers(__file__, given, running.jobs, folder, helper=running.worker):
         plane = Regimes(config, Stages(folder), running.results)
+        about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
+        if not running.worker:  # before the work: a killed run has its report too
+            write_json(plane.told / "about.json", about)
         work_until(plane.stages, plane.pieces(), until)
         if running.worker:
             write_json(ended / f"{os.getpid()}.json", {})
@@ -383,7 +387,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             time.sleep(0.5)
     import regimes_report  # pandas and matplotlib: of the first process alone
 
-    about = {"settings": dataclasses.asdict(config), "versions": versions(), "machine": devices()}
     write_json(plane.told / "about.json", about | {"seconds": round(time.time() - began)})
     if not (plane.told / "runs.jsonl").is_file():
         raise ValueError("minutes: no run was finished in that time; the same command goes on")

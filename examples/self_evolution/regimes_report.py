@@ -41,6 +41,8 @@ READING = """\
 - ± is the sample standard deviation over seeds, of the average over directions.
 - A cell of the plane stands on the seeds that all of its methods have. Its best method is *clear* where it is ahead of
   the second in every seed, of at least three.
+"""
+BOOTSTRAPS = """\
 - Bootstraps are over the test sentences of each seed and direction (p < 0.05, two-sided, 1,000 samples), without a
   correction for their number.
 """
@@ -177,7 +179,8 @@ def write_report(found: Mapping[str, Any], folder: str | Path) -> None:
     if figures:
         shown = [f"![{name}]({name}.png)" for name in figures]
         parts += ["## The plane", plane_table(plane), *shown, plane_table(chrf)]
-    parts += ["## Learning rates", rates_table(found), "## How to read it", READING.rstrip()]
+    reading = READING + (BOOTSTRAPS if found["significance"] else "")
+    parts += ["## Learning rates", rates_table(found), "## How to read it", reading.rstrip()]
     for key, value in found["about"].items():
         text = json.dumps(value, indent=1, ensure_ascii=False)
         parts.append(f"<details><summary>{key}</summary>\n\n```json\n{text}\n```\n\n</details>")
@@ -190,9 +193,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def starts_table(found: Mapping[str, Any]) -> str:
-    """The teacher and the students before distillation."""
+    """The students before distillation and the teacher, weakest first."""
     rows = {}
-    for start in found["starts"]:
+    for start in sorted(found["starts"], key=lambda s: np.mean([x["bleu"] for x in s["scores"].values()])):
         by = {"by the prompt": start["scores"], "as a document": start["document_scores"]}
         shown = {
             f"{label}, {how}": f"{np.mean([score[metric] for score in scores.values()]):.1f}"
@@ -204,7 +207,7 @@ def starts_table(found: Mapping[str, Any]) -> str:
 
 
 def paper_table(plane: Plane) -> str:
-    """All methods on clean text, by direction, with the bootstraps against both baselines."""
+    """All methods on clean text, by direction, with the bootstraps against both baselines where they were made."""
     noise = min((n for s, n in plane.runs.index.droplevel(["method", "seed"]) if s == plane.paper), default=None)
     if noise is None:
         return "No run yet."
@@ -219,18 +222,17 @@ def paper_table(plane: Plane) -> str:
             bold = f"**{value}**" if float(value) == best[column] else value
             cells[column] = f"{bold} ± {scores[column].std():.1f}" if len(scores) > 1 else bold
         cells["seeds"] = str(len(scores))
-        for baseline in BASELINES:
+        for baseline in BASELINES if len(found) else ():
             cells[f"against {LABELS[baseline]}"] = tests_of(found, plane, noise, method, baseline)
         rows[LABELS[method]] = cells
     shown = pd.DataFrame.from_dict(rows, orient="index")
     name = METRICS[plane.metric]
-    text = f"Students `{plane.paper}`, {noise:.0%} wrong references; *against*: higher / lower of the bootstraps."
+    against = "" if found.empty else "; *against*: higher / lower of the bootstraps"
+    text = f"Students `{plane.paper}`, {noise:.0%} wrong references{against}."
     return f"{text}\n\n{markdown(shown.rename_axis(name))}"
 
 
 def tests_of(found: pd.DataFrame, plane: Plane, noise: float, method: str, baseline: str) -> str:
-    if found.empty:
-        return ""
     own = found[(found.strength == plane.paper) & (found.noise == noise) & (found.method == method)]
     own = own[(own.baseline == baseline) & (own.metric == plane.metric)]
     real = own[own.p < ALPHA]
@@ -258,10 +260,21 @@ def plane_table(plane: Plane) -> str:
 
 def rates_table(found: Mapping[str, Any]) -> str:
     """The chosen rates, and how often a method's is an end of the grid."""
-    runs = pd.DataFrame(found["runs"])[[*CELL, "method", "rate"]].drop_duplicates()
-    table = runs.pivot_table("rate", CELL, "method", aggfunc="first")
-    table = table[[m for m in LABELS if m in table]].rename(columns=LABELS)
-    return markdown(table.map(lambda rate: "" if np.isnan(rate) else f"{rate:g}"))
+    rows = {tuple(run[k] for k in (*CELL, "method")): run for run in found["runs"]}
+    marks = {key: end_of_grid(run) for key, run in rows.items()}
+    table = pd.Series({key: f"{run['rate']:g}{marks[key]}" for key, run in rows.items()}).unstack().fillna("")
+    table = table[[m for m in LABELS if m in table]].rename_axis(CELL)
+    counts = [[bool(mark) for key, mark in marks.items() if key[-1] == method] for method in table]
+    table.loc[("at an end", ""), :] = [f"{sum(ends)} of {len(ends)}" for ends in counts]
+    ends = sum(map(bool, marks.values()))
+    text = f"{ends} of {len(marks)} are an end of their grid: ↓ its lowest, ↑ its highest, so another might be better."
+    return f"{text}\n\n{markdown(table.rename(columns=LABELS))}"
+
+
+def end_of_grid(run: Mapping[str, Any]) -> str:
+    """An arrow where a lower or a higher rate might have been chosen, had the cell's grid had one."""
+    grid = [float(rate) for rate in run["valid_chrf"]]
+    return "↓" if run["rate"] == min(grid) else "↑" if run["rate"] == max(grid) else ""
 
 
 def draw_plane(plane: Plane) -> Figure:
@@ -342,6 +355,7 @@ def draw_gains(plane: Plane) -> Figure:
                     axis.plot([place] * len(seeds), seeds, "k.", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(strengths)), [s.replace("_", " ") for s in strengths], fontsize=8)
+        axis.set_xlim(-0.5, len(strengths) - 0.5)
         axis.set_title(f"{noise:.0%} wrong references", fontsize=9)
     axes[0].set_ylabel("BLEU over the start")
     figure.legend(loc="outside lower center", ncols=len(plane.plane_methods))

@@ -14,7 +14,7 @@ PAGE = "docs/evidence.md#which-objective"
 KL, FLOOR = "forward_kd", "self_evolution:floor=0.3"
 # of the tokens that are easy for the teacher itself, the share that is hard for the student: above BEGINNER KL is
 # better than FLOOR, above STARVED a loss that is skewed without a floor is clearly worse than both
-BEGINNER, STARVED = 0.6, 0.2
+BEGINNER, STARVED = 0.5, 0.3
 BEGINNER_OF_ALL = 0.98  # of all tokens, where the teacher's own share is not known
 NOTHING_EASY = 0.98  # of all tokens, hard for the teacher
 

@@ -28,6 +28,7 @@ from typing import Any
 DONE = "done.json"
 _DIGITS = 10  # of a key in a folder's name
 _POLL_SECONDS = 2.0
+_FIRST = "FUSED_KD_FIRST_PROCESS"  # its id, for helpers
 # what a training or a decoding leaves, which other arguments could not go on with
 _WORK = ("training.json", "model", "checkpoints/*checkpoint-*", "batches/[0-9]*")
 
@@ -365,16 +366,19 @@ def helpers(
     """
     check_counts(jobs=jobs)
     if helper:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        # told, not looked up: the first process may be gone by now
+        first = int(os.environ.get(_FIRST) or os.getppid())
+        threading.Thread(target=_end_with, args=(first,), daemon=True).start()
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, script, *(sys.argv[1:] if arguments is None else arguments), "--worker"]
+    known = os.environ | {_FIRST: str(os.getpid())}
     running: dict[Path, subprocess.Popen[bytes]] = {}
     try:
         for log in (Path(folder) / f"worker-{number}.log" for number in range(1, jobs)):
             with open(log, "a") as file:
-                running[log] = subprocess.Popen(command, stdout=file, stderr=file)
+                running[log] = subprocess.Popen(command, stdout=file, stderr=file, env=known)
         yield
         for log, process in running.items():
             if process.poll() not in (None, 0):

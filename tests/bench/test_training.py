@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_a_rehearsal_leaves_lines_and_tables(tmp_path, monkeypatch, capsys):
     assert [row["status"] for row in rows].count("ok") == 1 + 2 + 6
     step = next(row for row in rows if row.get("way") == "fused_kd")
     assert len(step["seconds"]) == training.ROUNDS and step["peak"] > 0 and step["loss"] == pytest.approx(1, rel=0.2)
+    full = next(row for row in rows if row["kind"] == "largest" and row["way"] == "fused_kd")
+    tokens = full["largest"] * full["length"]
+    assert full["tokens_per_s"] == pytest.approx(tokens / statistics.median(full["seconds"]))
     text = (tmp_path / "training.md").read_text()
     assert text.count("| fused_kd |") == 2 and "missing Liger's kernels need a GPU" in text
     assert "largest batch in 1 GB" in text and "at least 8" in text and "differs" not in text

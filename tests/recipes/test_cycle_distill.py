@@ -40,8 +40,9 @@ import cycle_distill as script  # noqa: E402
 import cycle_report  # noqa: E402
 import probe  # noqa: E402
 from candidates import chrf_matrix, mbr_scores, mean_log_probs, standardised, summed  # noqa: E402
+from cycle_options import load_sentences  # noqa: E402
 from translations import RULES, Filters, Maker, broken_rule, lists_of, may_be, select, trim  # noqa: E402
-from web import with_noise  # noqa: E402
+from web import document_rows, plain_rows  # noqa: E402
 
 SOURCE, GOOD = "A man and a dog are sitting on the grass.", "Ein Mann und ein Hund sitzen auf dem Gras."
 NOUNS = {"dog": "Hund", "man": "Mann", "tree": "Baum", "bird": "Vogel", "king": "König", "wolf": "Wolf"}
@@ -146,7 +147,7 @@ def test_every_rule_is_counted_once():
     arguments = [[1, 5]] * 8, [Pair(SOURCE, "")] * 8
     kept, rejected = select(generations, *arguments, Maker(tokenizer, "en-de", Filters(), 256))
     found = script.count(kept, rejected)
-    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": {**dict.fromkeys(RULES, 1), "score": 0}}
+    assert found == {"generated": 8, "kept": 2, "cut": 1, "rejected": dict.fromkeys(RULES, 1)}
     assert [(each["index"], each["labels"][:2], each["input_ids"][:2], each["labels"][-1]) for each in kept] == [
         (0, [LABEL_PAD] * 2, [1, 5], 2), (1, [LABEL_PAD] * 2, [1, 5], 2)
     ]  # fmt: skip
@@ -161,7 +162,7 @@ def test_prompts_with_examples_and_a_base_that_rambles():
     assert text.startswith("### Instruction: ") and "\n### Input: English Text: A dog.\n### Response:\n" in text
     tokenizer = make_tokenizer(["A dog\n", "Ein Hund\n"])
     pairs = [Pair("A dog", "Ein Hund"), Pair("A cat", "Die Katze"), Pair("A man", "Der Mann")]
-    rows = script.document_rows(tokenizer, PROMPTS["tiny"], pairs, "en-de", 2) + script.plain_rows(tokenizer, ["A dog"])
+    rows = document_rows(tokenizer, PROMPTS["tiny"], pairs, "en-de", 2) + plain_rows(tokenizer, ["A dog"])
     assert [tokenizer.decode(row["labels"]) for row in rows] == [
         "<s>en: A dog\nde:\nEin Hund\nen: A cat\nde:\nDie Katze</s>", "<s>en: A man\nde:\nDer Mann</s>", "<s>A dog</s>"
     ]  # fmt: skip
@@ -170,15 +171,15 @@ def test_prompts_with_examples_and_a_base_that_rambles():
 def test_monolingual_text(tmp_path):
     with gzip.open(tmp_path / "mono.en.gz", "wt", encoding="utf-8") as file:
         file.write("A  dog.\n\n A cat.\nA man.\n")
-    assert script.load_sentences(str(tmp_path / "mono.en.gz"), "en", 2) == ["A dog.", "A cat."]
+    assert load_sentences(str(tmp_path / "mono.en.gz"), "en", 2) == ["A dog.", "A cat."]
     rows = [{"en": "A dog.", "de": "x"}, {"text": "A cat."}, {"translation": {"en": "A man."}}, {"de": "y"}]
     (tmp_path / "mono.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.warns(UserWarning, match="skipped 1 bad rows"):
-        assert script.load_sentences(str(tmp_path / "mono.jsonl"), "en", 9) == ["A dog.", "A cat.", "A man."]
+        assert load_sentences(str(tmp_path / "mono.jsonl"), "en", 9) == ["A dog.", "A cat.", "A man."]
     (tmp_path / "empty.txt").write_text("\n")
     for name, error in (("empty.txt", "no usable rows"), ("no-such", "no-such")):
         with pytest.raises(ValueError, match=error):
-            script.load_sentences(str(tmp_path / name), "en", 1)
+            load_sentences(str(tmp_path / name), "en", 1)
 
 
 def a_token_within(made: Any, tokenizer: Any) -> str:
@@ -285,7 +286,6 @@ def test_alpha_is_the_lam_of_the_first_objective(text: str, expected: str) -> No
         ({"model": "tiny-student", "pretrain": {"max_steps": 1}, "monolingual": "x"}, "monolingual"),
         ({"self_evolution": "nonsense"}, "nonsense"),
         ({"scorers": ["nonsense"]}, "scorers must name some of log_prob"),
-        ({"scorers": ["mbr", "log_prob"], "best_share": 0.5}, "best_share=0.5 needs one scorer"),
         ({"variants": ["greedy"]}, "greedy is hard with one candidate"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"candidates": 2, "temperature": 0.0}, "temperature"),
@@ -588,27 +588,14 @@ def test_the_best_candidate_of_each_sentence_is_kept():
     assert seen == [texts[0][1:], [texts[2][0], texts[2][2]]]  # what passed the filters
     assert [(row["index"], row["made"], row["text"]) for row in kept] == [(0, 2, texts[0][2]), (2, 8, texts[2][2])]
     assert [(row["index"], row["rule"]) for row in rejected] == [(1, "copy")]
-    kept, rejected = select(*given, last, best_share=0.5)
-    assert [row["index"] for row in kept] == [2] and script.count(kept, rejected)["rejected"]["score"] == 1
     assert [row["made"] for row in select(*given)[0]] == [1, 6]  # the first that passes
-
-
-def test_noise_of_the_web():
-    pairs = [Pair(f"s{number}", f"t{number}") for number in range(100)]
-    noisy = with_noise(pairs, 0.3, 0.2, seed=1)
-    assert [pair.source for pair in noisy] == [pair.source for pair in pairs]
-    copied = [pair for pair in noisy if pair.target == pair.source]
-    moved = [(one, pair) for one, pair in zip(noisy, pairs, strict=True) if one not in copied and one != pair]
-    assert len(copied) == 30 and len(moved) == 20
-    assert {one.target for one, _ in moved} == {pair.target for _, pair in moved}  # among themselves
-    assert with_noise(pairs, 0, 0, seed=1) == pairs and with_noise(pairs, 0.3, 0.2, seed=2) != noisy
 
 
 def test_candidates_by_the_model_itself(data, tmp_path):
     """Sampled candidates, chosen by MBR and round trip; a report of the run's rounds alone is the same."""
     changes = {
         "candidates": 3, "scorers": ["mbr", "round_trip"], "iterations": 1, "web": 60, "both_ways": True, "pairs": 20,
-        "untranslated": 0.1, "misaligned": 0.1, "continued": True, "bootstrap": 0,
+        "continued": True, "bootstrap": 0,
     }  # fmt: skip
     found = script.main(command(data, tmp_path / "run", stages=tmp_path / "stages", **changes))
     arms = found["seeds"]["0"]["arms"]
@@ -631,6 +618,8 @@ def test_candidates_by_the_model_itself(data, tmp_path):
     assert list(both["seeds"]["0"]["arms"]) == ["hard", "greedy", "soft", "control", "continued"]
     assert both["seeds"]["0"]["arms"]["soft"] == arms["soft"]
     stages = {"stages": tmp_path / "stages", "output": tmp_path / "probe", "temperatures": [0.5]}
+    with pytest.raises(ValueError, match=r"base-seed0-\w+: none of its 18 translations passed the filters"):
+        probe.main(command(data, **{**changes, **stages, "length_ratio": [900, 1000]}))
     (probed,) = probe.main(command(data, **{**changes, **stages}))
     others = ("sample", "mbr", "log_prob + round_trip + mbr")
     assert probed["oracle"]["chrf"] >= max(probed[name]["chrf"] for name in others)

@@ -168,7 +168,8 @@ def test_wrong_references_are_shown(finished: Path) -> None:
     assert len(run.wrong) == 12 and run.kd_pairs[first].target != run.pairs[120 + first].target
     text = run.sample()
     assert "40 pairs; 12 of them" in text and "WRONG" in text
-    assert repr(run.pairs[120 + first].target) in text and run.pairs[120 + first].source in text
+    right, wrong = run.pairs[120 + first], run.kd_pairs[first]
+    assert f"\nsource: {right.source}\nWRONG:  {wrong.target}\nright:  {right.target}\n" in text
     clean = distill.Distillation(distill.parse_arguments([*SMALL, "--output", str(finished)]))
     assert "WRONG" not in clean.sample() and clean.pairs[120].source in clean.sample()
 
@@ -189,7 +190,9 @@ def test_comparison() -> None:
     assert distill_report.compare({"teacher": right, "student": spoilt}, test) == {}
 
 
-def metrics_with(start: float, sft: float, ours: float, p: float = 0.001, **others: float) -> dict[str, Any]:
+def metrics_with(
+    start: float, sft: float, ours: float, p: float = 0.001, tested: int = 500, **others: float
+) -> dict[str, Any]:
     """Metrics of a run with these scores, and the p-value of every difference."""
 
     def stage(score: float, *baselines: float) -> dict[str, Any]:
@@ -201,8 +204,9 @@ def metrics_with(start: float, sft: float, ours: float, p: float = 0.001, **othe
     scores = {"ours": ours, **others}
     stages = {"teacher": stage(80.0), "student": stage(start), "sft": stage(sft, start)}
     stages |= {name: stage(score, start, sft) for name, score in scores.items()}
-    data = {"train_pairs": 120, "kd_pairs": 40, "test_pairs": 50, "wrong": 12}
-    return {"stages": stages, "data": data, "arguments": {"test_split": "test"}}
+    data = {"train_pairs": 120, "kd_pairs": 40, "wrong": 12}
+    arguments = {"test_split": "test", "teacher_epochs": 5}
+    return {"stages": stages, "data": data | {"test_pairs": tested}, "arguments": arguments}
 
 
 @pytest.mark.parametrize(
@@ -223,8 +227,27 @@ def metrics_with(start: float, sft: float, ours: float, p: float = 0.001, **othe
             "No clear gain: ours took it from 50.0 to 50.2 BLEU (+0.2, p 0.400); SFT on the same pairs gives 50.1, no "
             "clear difference (p 0.400); the teacher has 80.0.",
         ),
+        (
+            metrics_with(50.0, 60.02, 60.0, other=60.04),
+            "The student got better: ours took it from 50.0 to 60.0 BLEU (+10.0, p 0.001); SFT on the same pairs gives "
+            "60.0, no clear difference (p 0.001); the teacher has 80.0.",
+        ),
+        (
+            metrics_with(60.0, 45.0, 60.04),
+            "No clear gain: ours took it from 60.0 to 60.0 BLEU (+0.0, p 0.001); that is 15.0 above SFT on the same "
+            "pairs, 45.0 (p 0.001); the teacher has 80.0.",
+        ),
+        (
+            metrics_with(1.3, 0.4, 0.9, other=0.94),
+            "The student does not translate yet (1.3 BLEU at most): train it longer before you compare.",
+        ),
+        (
+            metrics_with(50.0, 45.0, 60.0, tested=50, other=61.0),
+            "No claim from 50 test sentences, take 100 or more: ours took it from 50.0 to 60.0 BLEU; SFT on the same "
+            "pairs gives 45.0; the teacher has 80.0.",
+        ),
     ],
-    ids=["gain", "loss", "nothing"],
+    ids=["gain", "loss", "nothing", "equal_as_shown", "equal_to_the_start", "no_translations", "few_sentences"],
 )
 def test_the_sentence_follows_the_numbers(metrics: dict[str, Any], sentence: str) -> None:
     assert distill_report.verdict(metrics) == sentence
@@ -233,20 +256,26 @@ def test_the_sentence_follows_the_numbers(metrics: dict[str, Any], sentence: str
 def test_table() -> None:
     shown = distill_report.table(metrics_with(50.0, 45.0, 60.0))
     assert "**60.0**" in shown and "+10.0 (p 0.001)" in shown and "+15.0 (p 0.001)" in shown
-    assert "40 pairs that are new to the student, 12 of them (30%) with a wrong reference" in shown
+    assert "40 pairs that are new to the student but not to the teacher, 12 of them (30%) with a wrong" in shown
+    shown = distill_report.table(metrics_with(50.0, 62.0, 60.0, other=60.04))
+    assert shown.count("**") == 4 and shown.count("**60.0**") == 2 and "62.0" in shown, (
+        "the best of a teacher, as shown"
+    )
 
 
 def test_report_of_several_runs(finished: Path, tmp_path: Path) -> None:
     """Seeds with the same arguments are one table, other arguments another."""
     metrics = metrics_of(finished)
     for number, (seed, noise) in enumerate([(0, 0.0), (1, 0.0), (0, 0.3)]):
-        own = metrics["arguments"] | {"seed": seed, "kd_noise": noise}
+        teacher = str(tmp_path / f"t{number}" / f"teacher-0123456{seed:03}" / "model")
+        own = metrics["arguments"] | {"seed": seed, "kd_noise": noise, "teacher": teacher}
         distill.write_json(tmp_path / f"{number}" / "metrics.json", metrics | {"seed": seed, "arguments": own})
     distill_report.main([*(str(tmp_path / f"{number}") for number in range(3)), "--output", str(tmp_path / "out")])
     text = (tmp_path / "out" / "results.md").read_text()
     assert text.count("## ") == 2 and "`kd_noise 0.3`" in text and "seed 1" in text
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [run["seed"] for run in found["runs"]] == [0, 1, 0] and str(finished) not in json.dumps(found)
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 0] and str(tmp_path) not in json.dumps(found)
+    assert "(p at most" in text and "(p 1.000)" in text, "one seed has one p"
     assert not (tmp_path / "out" / "bleu.png").exists(), "two groups are no picture"
     distill_report.main([*(str(tmp_path / f"{number}") for number in range(2)), "--output", str(tmp_path / "seeds")])
     assert (tmp_path / "seeds" / "bleu.png").read_bytes().startswith(b"\x89PNG")
@@ -262,9 +291,11 @@ def test_report_of_several_runs(finished: Path, tmp_path: Path) -> None:
         ("--direction en-en", "direction='en-en'"),
         ("--data ./nowhere.jsonl", "no such file"),
         ("--student ./nowhere", "no such folder or file"),
-        ("--only nonsense", "objective must be one of"),
+        ("--only nonsense", "--only must name stages of teacher, student, sft, forward_kd"),
         ("--only reverse_kd", "--only must name stages of teacher, student, sft, forward_kd"),
-        ("--kd-noise 2", "share must be in"),
+        ("--kd-noise 2", r"--kd-noise must be in \[0, 1\], got 2"),
+        ("--train-limit 0", "--train-limit must be at least 1, got 0"),
+        ("--test-limit -1", "--test-limit must be at least 1, got -1"),
         ("--jobs 0", "jobs must be an int of at least 1"),
     ],
 )

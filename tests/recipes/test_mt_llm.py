@@ -561,7 +561,8 @@ def test_models_by_folder_as_in_the_paper(captions: Path, tmp_path: Path) -> Non
         ("--mt_text={fr: x}", "mt_text must be of de, cs, got 'fr'"),
         ("--mt_text={de: ./none.jsonl}", "mt_text.de='./none.jsonl': .*No such file"),
         ("--encoders=cold", "encoders must be some of frozen, tuned, or none, got 'cold'"),
-        ("--data=./nowhere", "data='./nowhere': .*No such file"),
+        ("--data=./nowhere", r"data must be a folder with .*test_2016_flickr\), got './nowhere'"),
+        (f"--data={__file__}", r"data must be a folder with .*test_mt_llm.py'"),
     ],
 )
 def test_bad_settings(captions: Path, tmp_path: Path, change: str, message: str) -> None:

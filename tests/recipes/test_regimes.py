@@ -73,6 +73,16 @@ def test_no_document_has_a_sentence_and_its_translation() -> None:
     assert sorted(rows, key=int) == [str(i) for i in range(30)], "each row in one language, once"
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_so_many_documents_have_the_translation_of_another_sentence(plane: recipe.Regimes, share: float) -> None:
+    how = dataclasses.replace(plane.config.pretraining, wrong=share, parallel=10)
+    made = pretraining_rows(plane.tokenizer, plane.corpora, how, plane.config.max_length)
+    texts = [plane.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in made][-2 * 10 :]
+    right = [pair for pairs in plane.seen.values() for pair in pairs]
+    kept = [any(pair.source in text and text.endswith(f": {pair.target}") for pair in right) for text in texts]
+    assert len(kept) - sum(kept) == pytest.approx(20 * share, abs=1)
+
+
 def test_who_has_seen_what(plane: recipe.Regimes, monkeypatch: pytest.MonkeyPatch) -> None:
     new = {pair for pairs in plane.new.values() for pair in pairs}
     assert len(new) == 2 * 16 and not new & {pair for pairs in plane.seen.values() for pair in pairs}
@@ -150,10 +160,67 @@ def test_again_does_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_time_left(tmp_path: Path) -> None:
-    """The report is written, of nothing; the same command goes on."""
+    """An error says so, and what a report needs is there: for a run that is killed before its end too."""
     command = [*arguments(tmp_path / "work", paper_methods=["sft"], methods=["sft"]), "--minutes", "0"]
     with pytest.raises(ValueError, match="no run"):
         recipe.main(command)
+
+
+def test_a_killed_run_has_its_report(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "work_until", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(arguments(tmp_path))
+    (tmp_path / "runs.jsonl").write_bytes((folder / "runs.jsonl").read_bytes()[:-10])
+    regimes_report.main([str(tmp_path)])
+    assert "9 runs that count" in (tmp_path / "results.md").read_text()
+
+
+def test_each_seed_has_wrong_references_of_its_own(
+    plane: recipe.Regimes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    class Seen(Exception):
+        pass
+
+    def trainer(*_: object, train_dataset: Any, **__: object) -> None:
+        given.append(train_dataset.rows)
+        raise Seen
+
+    monkeypatch.setattr(plane, "trainer", trainer)
+    monkeypatch.setattr(plane, "kept", {})
+    for noise, seed in ((0.0, 0), (0.5, 0), (0.5, 1)):
+        with pytest.raises(Seen):
+            plane.distil(recipe.Trial("tuned", noise, "sft", seed, 1e-3), tmp_path)
+    clean, *noisy = given
+    wrong = [{i for i, row in enumerate(rows) if row != clean[i]} for rows in noisy]
+    assert clean == plane.rows(plane.new).rows and all(12 <= len(found) <= 16 for found in wrong), "8 of 16, two ways"
+    assert wrong[0] != wrong[1]
+
+
+def test_each_seed_translates_its_own_student(
+    plane: recipe.Regimes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials, stages = [recipe.Trial("tuned", 0.5, "sft", seed) for seed in (0, 1)], plane.stages
+    loaded: list[dict[str, torch.Tensor]] = []
+
+    def again(title: str, work: Any, settings: Any, needs: Any = ()) -> object:
+        return work(tmp_path) if title in map(str, trials) else stages(title, work, settings, needs=needs)
+
+    monkeypatch.setattr(plane, "stages", again)
+    monkeypatch.setattr(plane, "decoder", loaded.append)
+    monkeypatch.setattr(plane, "translate", lambda *_: ({}, {}))
+    for name in ("keep", "tell"):
+        monkeypatch.setattr(plane, name, lambda *_: None)
+    for trial in trials:
+        plane.translated(trial)
+        own = plane.trained(dataclasses.replace(trial, rate=plane.chosen(trial)[0])) / "weights.pt"
+        wanted = torch.load(own, weights_only=True)
+        assert all(torch.equal(loaded[-1][key], value) for key, value in wanted.items())
+    assert any(not torch.equal(value, loaded[1][key]) for key, value in loaded[0].items())
 
 
 def test_a_failure_is_tried_again_while_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +275,7 @@ def test_mistakes(change: dict[str, Any], message: str, tmp_path: Path) -> None:
 def fake(strength: str, noise: float, method: str, seed: int, bleu: float) -> dict[str, Any]:
     scores = {d: {"bleu": bleu + shift, "chrf": bleu + 30} for d, shift in (("en-de", -1.0), ("de-en", 1.0))}
     return {"kind": "run", "strength": strength, "noise": noise, "method": method, "seed": seed, "rate": 1e-3,
-            "scores": scores}  # fmt: skip
+            "valid_chrf": {"0.0003": 9.0, "0.001": 10.0, "0.003": 9.5}, "scores": scores}  # fmt: skip
 
 
 @pytest.fixture
@@ -274,3 +341,27 @@ def test_bootstraps_within_a_cell_and_seed(tmp_path: Path, found: dict[str, Any]
     }
     better = next(t for t in tests if t["baseline"] == "sft" and t["metric"] == "bleu")
     assert better["delta"] > 20 and better["p"] < 0.05
+
+
+def test_rates_at_an_end_of_the_grid_are_marked(found: dict[str, Any]) -> None:
+    for run in found["runs"]:
+        if (run["method"], run["noise"]) == ("sft", 0.5):
+            run["rate"] = 3e-4
+        if run["strength"] == "language_model" and run["method"] == "forward_kd":
+            run |= {"rate": 9e-3, "valid_chrf": {"0.003": 1.0, "0.009": 2.0}}  # a grid of its own
+    table = regimes_report.rates_table(found)
+    rows = {tuple(cell.strip() for cell in row.split("|")[1:-1]) for row in table.splitlines() if "|" in row}
+    assert table.startswith("2 of 8 are an end")
+    assert {("tuned", "0.5", "0.0003↓", "0.001", "0.001"), ("language_model", "0.0", "0.001", "0.009↑", "")} <= rows
+    assert ("at an end", "", "1 of 3", "1 of 3", "0 of 2") in rows
+
+
+def test_no_word_of_bootstraps_where_none_was_made(found: dict[str, Any], tmp_path: Path) -> None:
+    regimes_report.write_report(found, tmp_path)
+    without = (tmp_path / "results.md").read_text()
+    assert "against" not in without and "ootstrap" not in without
+    test = {"baseline": "sft", "direction": "en-de", "metric": "bleu", "delta": 1.0, "p": 0.01}
+    cell = {"strength": "language_model", "noise": 0.0, "seed": 0, "method": "forward_kd"}
+    regimes_report.write_report(found | {"significance": [cell | test]}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "against SFT" in text and "1 / 0 of 1" in text and "Bootstraps are over" in text

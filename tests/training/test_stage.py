@@ -217,6 +217,8 @@ assert sys.argv[2] == "--worker"
 print("here", flush=True)
 if (folder / "fail").exists():
     sys.exit(3)
+while (folder / "slow").exists():
+    time.sleep(0.02)
 from fused_kd.training import stage
 stage._POLL_SECONDS = 0.05
 with stage.helpers("none", [], 2, folder, helper=True):
@@ -260,6 +262,15 @@ def test_helpers_end_with_the_first_process(tmp_path: Path, capsys) -> None:
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     wait_for(lambda: all(map(gone, pids())))
+
+    (tmp_path / "slow").touch()
+    before = len(pids())
+    pid = fork(first)
+    wait_for(lambda: len(pids()) > before)
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    (tmp_path / "slow").unlink()
+    wait_for(lambda: all(map(gone, pids())))  # the first process was gone before they looked for it
 
     (tmp_path / "fail").touch()
     before = len(pids())
