@@ -10,6 +10,7 @@ from fused_kd.training.specs import parse_objective
 from fused_kd.training.stage import check_counts
 
 BLOCKS = "blocks"
+PROMPTS = ("The president said on", "Two men in blue shirts are", "The company announced that")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Config:
     train: dict = field(default_factory=dict)  # TrainingArguments, of all trainings
     embeddings: bool = False  # train the embeddings, which are the head where both are tied
     states: str | None = "fp16"  # the arms' teacher is a cache of its hidden states; null: it runs in each step
-    prompts: list[str] = field(default_factory=list)  # continued greedily by every student
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))  # continued greedily by every student
     new_tokens: int = 24  # of a continuation
     vocab: int = 600  # tokens of the tokenizer that is trained for a preset as the teacher
 

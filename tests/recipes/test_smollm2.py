@@ -9,6 +9,8 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import transformers
 
 import fused_kd as fk
+from fused_kd.training.data import load_pairs
 from fused_kd.training.stage import read_json
 from fused_kd.training.trainer import KDTrainer
 
@@ -30,6 +33,23 @@ import smollm2_texts
 
 FOLDER = Path(smollm2.__file__).parent
 SMALL = ["--preset", "tiny"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A part of the built-in text, as a file that other processes read as well."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    pairs = load_pairs("builtin", "train", "en-de", limit=1500)
+    file.write_text("".join(json.dumps({"text": pair.source}) + "\n" for pair in pairs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "SMALL", [*SMALL, "--text", str(file)])
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``finished`` alone, which is made before, has a real one."""
+    monkeypatch.setattr(smollm2_report, "write_plot", lambda results, file: file.touch())
 
 
 def run(*argv: str) -> dict[str, Any]:
@@ -119,6 +139,7 @@ def test_no_arm_begins_when_its_time_is_over(finished: Path, tmp_path: Path) -> 
 
 def test_the_gpus_preset_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth of its arms."""
+    monkeypatch.setattr(smollm2_texts, "load_pairs", partial(load_pairs, limit=1500))
     trials = smollm2_study.Study.first_trials
     monkeypatch.setattr(smollm2_study.Study, "first_trials", lambda study: trials(study)[::5])
     argv = ["--preset", "gpu", "--rehearse", "--output", str(tmp_path / "work"), "--seeds", "0", "--rates", "1e-3"]
