@@ -82,15 +82,14 @@ def _difference(found: Mapping[str, Mapping[str, float]]) -> str:
 def caption(metrics: Mapping[str, Any]) -> str:
     """On what the students learnt and were tested."""
     data, wrong = metrics["data"], "none of them"
-    seen = (
-        " but not to the teacher" if "teacher" in metrics["stages"] and metrics["arguments"]["teacher_epochs"] else ""
-    )
+    taught = "teacher" in metrics["stages"] and metrics["arguments"]["teacher_epochs"]
+    seen = " but not to the teacher" if taught else ""
     if data["wrong"]:
         wrong = f"{data['wrong']:,} of them ({data['wrong'] / data['kd_pairs']:.0%})"
     return (
-        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student{seen}, {wrong} with a wrong "
-        f"reference; tested on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired bootstrap over these "
-        "sentences, for one seed."
+        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student{seen}, {wrong} with a wrong reference; "
+        f"tested on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired bootstrap over "
+        "these sentences, for one seed."
     )
 
 
@@ -110,8 +109,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         return "Nothing was distilled."
     name, against, score = taught[0], stages[taught[0]]["against"], stages[taught[0]]["scores"]["bleu"]
     gain = against["student"]["bleu"]
-    best = max(["student", *distilled_of(metrics)], key=lambda other: stages[other]["scores"]["bleu"])
-    if (most := stages[best]["scores"]["bleu"]) < LEAST_BLEU:
+    if (most := max(stages[other]["scores"]["bleu"] for other in ("student", *distilled_of(metrics)))) < LEAST_BLEU:
         return f"The student does not translate yet ({most:.1f} BLEU at most): train it longer before you compare."
     few = tested < LEAST_SENTENCES
     what = "The student got better" if gain["delta"] > 0 else "The student got worse"
@@ -124,8 +122,9 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if "sft" in against:
         sft = "SFT on the same pairs", stages["sft"]["scores"]["bleu"]
         parts.append(f"{sft[0]} gives {sft[1]:.1f}" if few else _beside(against["sft"]["bleu"], *sft))
-    if best in taught and not few and _shown(most) != _shown(score):
-        parts.append(f"{best} ends higher, at {most:.1f}")
+    best = max(taught, key=lambda other: stages[other]["scores"]["bleu"])
+    if not few and (top := _shown(stages[best]["scores"]["bleu"])) != _shown(score):
+        parts.append(f"{best} ends higher, at {top}")
     if "teacher" in stages:
         parts.append(f"the teacher has {stages['teacher']['scores']['bleu']:.1f}")
     return "; ".join(parts) + "."

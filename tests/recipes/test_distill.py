@@ -258,9 +258,7 @@ def test_table() -> None:
     assert "**60.0**" in shown and "+10.0 (p 0.001)" in shown and "+15.0 (p 0.001)" in shown
     assert "40 pairs that are new to the student but not to the teacher, 12 of them (30%) with a wrong" in shown
     shown = distill_report.table(metrics_with(50.0, 62.0, 60.0, other=60.04))
-    assert shown.count("**") == 4 and shown.count("**60.0**") == 2 and "62.0" in shown, (
-        "the best of a teacher, as shown"
-    )
+    assert shown.count("**") == 4 and shown.count("**60.0**") == 2 and "62.0" in shown, "the best of those taught"
 
 
 def test_report_of_several_runs(finished: Path, tmp_path: Path) -> None:
