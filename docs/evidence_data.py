@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 # two-sided 95 % quantiles of Student's t by degrees of freedom; beyond them the normal one is within 10 %
 T95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201}
-COLUMNS = ("study", "student", "noise", "method", "seed", "score", "start", "teacher", "hard", "hard_t")
 YES, NO, OPEN = "yes", "no", "open"
 
 
@@ -69,11 +68,6 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def link(path: str | Path) -> str:
-    """A page's or file's address from docs/."""
-    return f"../{Path(path).as_posix()}"
-
-
 # Self-Evolution KD: a row a trained student
 
 
@@ -115,15 +109,6 @@ def _value(run: dict[str, Any]) -> float:
     return float(run["sweep"]["value"])
 
 
-def sentences(condition: str, method: str, metric: str = "bleu") -> str:
-    """How many of table1's paired bootstraps against ForwardKD find the method higher and lower."""
-    tests = read(EXAMPLES / "self_evolution/results/table1/results.json")["significance"]
-    own = [t for t in tests if (t["condition"], t["method"], t["metric"]) == (condition, method, metric)]
-    told = [t for t in own if t["p"] < 0.05]
-    higher = sum(t["delta"] > 0 for t in told)
-    return f"{higher} higher, {len(told) - higher} lower of {len(own)} tests over sentences"
-
-
 def by_seed(frame: pd.DataFrame, column: str = "score", **where: Any) -> dict[int, float]:
     """Seed -> value of the rows where each column has the given value."""
     for key, value in where.items():
@@ -131,21 +116,14 @@ def by_seed(frame: pd.DataFrame, column: str = "score", **where: Any) -> dict[in
     return dict(zip(frame.seed, frame[column], strict=True))
 
 
-def compare(frame: pd.DataFrame, left: str, right: str, column: str = "score", **where: Any) -> Effect:
+def compare(frame: pd.DataFrame, left: str, right: str, column: str = "score") -> Effect:
     """Method ``left`` minus method ``right``, seed by seed."""
-    sides = (by_seed(frame, column, method=name, **where) for name in (left, right))
-    return Effect.of(*sides)
+    return Effect.of(*(by_seed(frame, column, method=name) for name in (left, right)))
 
 
-def gain(frame: pd.DataFrame, method: str, **where: Any) -> Effect:
+def gain(frame: pd.DataFrame, method: str) -> Effect:
     """A method minus its start, seed by seed."""
-    sides = (by_seed(frame, column, method=method, **where) for column in ("score", "start"))
-    return Effect.of(*sides)
-
-
-def still_hard(hard: float, hard_t: float) -> float:
-    """Of the tokens that are easy for the teacher, the share that is hard for the student."""
-    return (hard - hard_t) / (1.0 - hard_t)
+    return Effect.of(*(by_seed(frame, column, method=method) for column in ("score", "start")))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -153,15 +131,3 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
-
-
-Reader = Callable[[], pd.DataFrame]
-
-
-def existing(*readers: Reader) -> Iterator[pd.DataFrame]:
-    """The frames of those whose results are there."""
-    for reader in readers:
-        try:
-            yield reader()
-        except FileNotFoundError:
-            continue

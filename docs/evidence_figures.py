@@ -5,12 +5,12 @@ from __future__ import annotations
 import evidence_claims as claims
 import matplotlib
 import pandas as pd
-from evidence_data import NO, YES, still_hard
+from evidence_data import NO, YES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fused_kd.training.advice import BEGINNER, STARVED
+from fused_kd.training.advice import BEGINNER, STARVED, still_hard
 
 METHODS = {
     "sft": ("SFT", "#7f7f7f"),
@@ -95,7 +95,7 @@ def rule(cells: pd.DataFrame) -> Figure:
     for name in MAIN[2:]:
         runs = known[known.method == name].set_index(keys)
         runs = runs[runs.index.isin(base.index)]
-        share = still_hard(runs.hard, runs.hard_t)
+        share = pd.Series(list(map(still_hard, runs.hard, runs.hard_t)), runs.index)
         noisy = runs.index.get_level_values("noise") > 0
         for part, marker in ((~noisy, "o"), (noisy, "^")):
             axis.plot(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pandas as pd
-from evidence_data import EXAMPLES, Effect, by_seed, existing, markdown, over_directions, read, still_hard, table1
+from evidence_data import EXAMPLES, Effect, by_seed, markdown, over_directions, read, table1
+
+from fused_kd.training.advice import still_hard
 
 COLUMNS = {
     "sft": "SFT",
@@ -24,12 +25,8 @@ CELL = ["study", "student", "noise"]
 
 def cells() -> pd.DataFrame:
     """A row a distilled student: study, student, noise, method, seed, score, start, teacher, hard, hard_t, in BLEU."""
-    found = list(existing(small_set, *readers()))
-    return pd.concat([frame for frame in found if len(frame)], ignore_index=True)
-
-
-def readers() -> list[Any]:
-    return [*(partial(regimes, folder) for folder in regime_folders()), demo, strengths]
+    planes = (regimes(folder) for folder in regime_folders())
+    return pd.concat([small_set(), *planes, demo(), strengths()], ignore_index=True)
 
 
 def regime_folders() -> list[Path]:
@@ -104,7 +101,7 @@ def table(frame: pd.DataFrame) -> str:
         even = {best} | {name for name in found if _even(found[best], found[name])}
         texts = [_cell(means, name, name in even) for name in shown]
         shares = own.dropna(subset=["hard", "hard_t"])
-        share = f"{still_hard(shares.hard, shares.hard_t).mean():.2f}" if len(shares) else ""
+        share = f"{mean(map(still_hard, shares.hard, shares.hard_t)):.2f}" if len(shares) else ""
         seeds = len(set(own.seed))
         about = [study, student, f"{own.start.mean():.1f}", f"{own.teacher.mean():.1f}", f"{noise:.0%}", share, seeds]
         rows.append([*about, *texts])

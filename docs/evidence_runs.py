@@ -8,6 +8,7 @@ from typing import Any
 
 from evidence_data import EXAMPLES, markdown, read
 from evidence_plane import STUDIES, regime_folders
+from evidence_recipes import results
 
 HEADER = ("study", "teacher, student", "models trained", "seeds", "hours of training", "torch, transformers")
 README = "../examples/self_evolution/README.md"
@@ -67,6 +68,38 @@ def smollm2(study: str) -> Line:
     return line(name, (134_515_008, student["parameters"]), found, (run["seed"] for run in found["runs"]), seconds)
 
 
+def recipe(name: str, page: str, path: Path) -> Line:
+    """Of a recipe's metrics.json: what it has of these; sizes are in its README."""
+    found = read(path)
+    if "arms" in found:
+        seeds = found["arms"]["sdrrl"]["seeds"]
+    else:
+        seeds = found["seeds"] if "seeds" in found else {row["seed"] for row in found["scores"]}
+    told = ", ".join(map(str, sorted(map(int, seeds))))
+    versions = found.get("versions", {})
+    return [
+        f"[{name}](../examples/{page})",
+        "",
+        "",
+        told,
+        "",
+        ", ".join(versions.get(key, "") for key in ("torch", "transformers")),
+    ]
+
+
+def recipes() -> list[Line]:
+    folders = {
+        "cycle_distill": ("CycleDistill", "cycle_distill/README.md#what-was-run"),
+        "sdrrl": ("SDRRL", "sdrrl/README.md#results"),
+        "mt_llm": ("MT-LLM", "mt_llm/README.md#results"),
+    }
+    return [
+        recipe(f"{title}{', ' + name if name else ''}", page, path)
+        for folder, (title, page) in folders.items()
+        for name, path in results(folder).items()
+    ]
+
+
 FIXED: tuple[Callable[[], Line], ...] = (
     demo,
     strengths,
@@ -78,4 +111,4 @@ FIXED: tuple[Callable[[], Line], ...] = (
 
 def table() -> str:
     planes = [regimes(folder) for folder in regime_folders()]
-    return markdown(HEADER, [*planes, *(study() for study in FIXED)])
+    return markdown(HEADER, [*planes, *(study() for study in FIXED), *recipes()])

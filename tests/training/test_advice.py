@@ -78,4 +78,7 @@ def test_without_the_teachers_own_share_only_a_beginner_is_told() -> None:
 )  # fmt: skip
 def test_objectives_that_teach_hard_tokens_are_not_warned_of(objective: Any) -> None:
     assert warning(objective, log((1.0, 0.3), (1.0, 0.3)), 20, 100) is None
+
+
+def test_a_sum_with_a_part_that_starves_is_warned_of() -> None:
     assert warning(0.5 * fk.SFT() + 0.5 * fk.Skew(), log((1.0, 0.3), (1.0, 0.3)), 20, 100) is not None
