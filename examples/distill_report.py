@@ -87,9 +87,9 @@ def caption(metrics: Mapping[str, Any]) -> str:
     if data["wrong"]:
         wrong = f"{data['wrong']:,} of them ({data['wrong'] / data['kd_pairs']:.0%})"
     return (
-        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student{seen}, {wrong} with a wrong reference; "
-        f"tested on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired bootstrap over "
-        "these sentences, for one seed."
+        f"Distilled on {data['kd_pairs']:,} pairs that are new to the student{seen}, {wrong} with a wrong "
+        f"reference; tested on {data['test_pairs']:,} sentences ({metrics['arguments']['test_split']}). p: paired "
+        "bootstrap over these sentences, for one seed."
     )
 
 
