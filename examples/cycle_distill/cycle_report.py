@@ -14,6 +14,7 @@ import pandas as pd
 from fused_kd.info import devices, versions
 from fused_kd.training.data import Pair
 from fused_kd.training.score import paired_bootstrap
+from fused_kd.training.script import run_script
 from fused_kd.training.stage import read_json, read_lines, write_json
 
 RAW, TRUNCATED = "base, raw", "base, truncated"
@@ -247,4 +248,4 @@ def _all(lists: Iterable[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
