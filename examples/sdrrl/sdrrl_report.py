@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fused_kd.training.script import run_script
 from fused_kd.training.stage import read_json, told, write_json
 
 BEFORE = "before"
@@ -233,4 +234,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
