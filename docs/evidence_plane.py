@@ -26,7 +26,7 @@ CELL = ["study", "student", "noise"]
 def cells() -> pd.DataFrame:
     """A row a distilled student: study, student, noise, method, seed, score, start, teacher, hard, hard_t, in BLEU."""
     planes = (regimes(folder) for folder in regime_folders())
-    return pd.concat([small_set(), *planes, demo(), strengths()], ignore_index=True)
+    return pd.concat([small_set(), *planes, demo(), demo("unseen"), strengths()], ignore_index=True)
 
 
 def regime_folders() -> list[Path]:
@@ -58,10 +58,11 @@ def regimes(folder: Path) -> pd.DataFrame:
     return frame.sort_values(["noise", "start"], kind="stable")
 
 
-def demo() -> pd.DataFrame:
-    """`make demo` with three seeds, each with a teacher and a student of its own."""
-    runs = read(EXAMPLES / "results/demo/results.json")["runs"]
-    return distilled(runs).assign(study="demo", student="works")
+def demo(folder: str = "") -> pd.DataFrame:
+    """`make demo` with three seeds, each with a teacher and a student of its own; "unseen": the control."""
+    runs = read(EXAMPLES / "results/demo" / folder / "results.json")["runs"]
+    study = "demo, teacher has not seen the pairs" if folder else "demo"
+    return distilled(runs).assign(study=study, student="works")
 
 
 def strengths() -> pd.DataFrame:
