@@ -64,17 +64,24 @@ def scored(metrics: Mapping[str, Any], tasks: str | None = None) -> list[dict[st
 def chosen(metrics: Mapping[str, Any], target: str) -> dict[str, str]:
     """Of arms ``NAME-SETTING`` the setting of each ``NAME`` with the best accuracy in the target language on dev.
 
-    Accuracies are means over seeds; where there are no dev scores, all arms stay: ``{NAME or arm: arm}``.
+    Accuracies are means over the seeds that all settings of a name have (of all, where they share none). Without dev
+    scores all arms stay: ``{NAME or arm: arm}``.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for row in scored(metrics, "dev"):
         if row["language"] == target and row["accuracy"] is not None:
-            found.setdefault(row["arm"].partition("-")[0], {}).setdefault(row["arm"], []).append(row["accuracy"])
+            settings = found.setdefault(row["arm"].partition("-")[0], {})
+            settings.setdefault(row["arm"], {})[row["seed"]] = row["accuracy"]
     if not found:
         return {arm: arm for arm in dict.fromkeys(row["arm"] for row in metrics["scores"])}
     first = (BEFORE, "sdrrl", "translate_sft")
     names = [name for name in first if name in found] + [name for name in found if name not in first]
-    return {name: max(found[name], key=lambda arm: float(np.mean(found[name][arm]))) for name in names}
+
+    def best(settings: Mapping[str, Mapping[int, float]]) -> str:
+        shared = set.intersection(*(set(seeds) for seeds in settings.values()))
+        return max(settings, key=lambda arm: float(np.mean([settings[arm][s] for s in shared or settings[arm]])))
+
+    return {name: best(found[name]) for name in names}
 
 
 def of_chosen(metrics: Mapping[str, Any], target: str) -> dict[str, Any]:

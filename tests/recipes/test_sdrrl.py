@@ -546,6 +546,9 @@ def test_dev_chooses_and_test_tells(preset, finished, tmp_path):
     for row in metrics["scores"]:  # test would choose the other, and so would English
         row["accuracy"] = 60.0 if (row["tasks"], row["arm"], row["language"]) in best else 50.0
     assert sdrrl_report.chosen(metrics, "de") == {"before": "before", "sdrrl": "sdrrl-lo"}
+    easier = {"arm": "sdrrl-hi", "tasks": "dev", "language": "de", "seed": 1, "accuracy": 99.0}
+    unequal = metrics | {"scores": [*metrics["scores"], easier]}
+    assert sdrrl_report.chosen(unequal, "de")["sdrrl"] == "sdrrl-lo"  # a seed that the other setting lacks says nothing
     told = sdrrl_report.of_chosen(metrics, "de")
     assert [(row["arm"], row["tasks"]) for row in told["scores"]] == [("before", "test")] * 2 + [("sdrrl", "test")] * 2
     assert set(told["sets"]) == {"sdrrl-s0"}
@@ -656,8 +659,8 @@ def test_presets_have_their_values(tmp_path):
         ("--held_out 1.0", "held_out must be in"),
         ("--seeds 1 1", "seeds must have at least one, each once"),
         ("--arms {bad:{combinations:[sx]}}", "combinations="),
-        ("--arms {bad:{answer:own}}", "arms.bad=.*answer"),
-        ("--answers {beams:2}", "answers=.*beams"),
+        ("--arms {bad:{answer:own}}", "arms.bad must be a mapping of answers, .*answer': 'own"),
+        ("--answers {beams:2}", "answers must be a mapping of .*beams"),
         ("--arms {a/b:{}}", "arms must have names"),
         ("--captions null", "either captions, or instructions"),
         (
