@@ -17,6 +17,7 @@ KL, FLOOR = "forward_kd", "self_evolution:floor=0.3"
 BEGINNER, STARVED = 0.5, 0.3
 BEGINNER_OF_ALL = 0.98  # of all tokens, where the teacher's own share is not known
 NOTHING_EASY = 0.98  # of all tokens, hard for the teacher
+TEACHES = 0.1  # the share of a sum's weights from which on its other parts teach the hard tokens
 
 
 def still_hard(hard_fraction: float, hard_fraction_t: float) -> float:
@@ -61,10 +62,22 @@ def advised_objective(hard_fraction: float, hard_fraction_t: float | None = None
 
 
 def starves(objective: Objective) -> bool:
-    """Whether a hard token's gradient vanishes with its probability: a β below 1 of a label-mixed target, no floor."""
-    if not isinstance(objective, (fk.Skew, fk.SelfEvolution, fk.SelfEvolutionTopK)):
+    """Whether a hard token's gradient vanishes with its probability: a β below 1 of a label-mixed target, no floor.
+
+    Of a sum, whether less than a tenth of the weights is of parts that do not.
+    """
+    weights: dict[bool, float] = {True: 0.0, False: 0.0}
+    for weight, part in objective.summands:
+        if isinstance(weight, torch.Tensor):
+            return False
+        weights[_starves(part)] += abs(float(weight))
+    return weights[False] < TEACHES * (weights[False] + weights[True])
+
+
+def _starves(part: Objective) -> bool:
+    if not isinstance(part, (fk.Skew, fk.SelfEvolution, fk.SelfEvolutionTopK)):
         return False
-    beta, floor = objective.beta, objective.floor
+    beta, floor = part.beta, part.floor
     return not isinstance(beta, torch.Tensor) and beta != 1.0 and not isinstance(floor, torch.Tensor) and floor == 0.0
 
 
@@ -78,7 +91,7 @@ def warning(objective: Objective, log: Sequence[Mapping[str, float]], step: int,
         objective: of the current step.
         log: entries of the Trainer's ``log_history``. step, max_steps: of its state.
     """
-    if not any(starves(part) for _, part in objective.summands):
+    if not starves(objective):
         return None
     entries = [entry for entry in log if "hard_fraction" in entry]
     suited = [entry["step"] for entry in entries if _suited(entry)]
