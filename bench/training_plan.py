@@ -38,7 +38,7 @@ SMOLLM2 = Setting(
 )  # fmt: skip
 TINY = Setting(
     "tiny", Model("qwen2", 1000, 32, 2, 64, 2, 1, tied=True), Model("qwen2", 1000, 48, 2, 64, 2, 1, tied=True),
-    length=16, batch=2, limit=1e9,
+    length=16, batch=2, limit=1e12,  # of the whole process there
 )  # fmt: skip
 SETTINGS = {
     setting.name: setting

@@ -88,7 +88,7 @@ def test_a_rehearsal_leaves_lines_and_tables(tmp_path, monkeypatch, capsys):
     assert full["tokens_per_s"] == pytest.approx(tokens / statistics.median(full["seconds"]))
     text = (tmp_path / "training.md").read_text()
     assert text.count("| fused_kd |") == 2 and "missing Liger's kernels need a GPU" in text
-    assert "largest batch in 1 GB" in text and "at least 8" in text and "differs" not in text
+    assert "largest batch in 1000 GB" in text and "at least 8" in text and "differs" not in text
     before = (tmp_path / "training.md").read_text()
     assert training.main(["--report", str(tmp_path / "training.jsonl")]) == 0
     assert (tmp_path / "training.md").read_text() == before
