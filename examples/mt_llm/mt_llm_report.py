@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from fused_kd.training.score import bootstrap_by_class
 from fused_kd.training.script import run_script
 from fused_kd.training.stage import read_json, told, write_json
 
 FIRST, SECOND = "MT-LLM, mse", "translate-test"
-RESAMPLES = 10_000
 
 
 def gather(results: str | Path) -> dict[str, Any]:
@@ -55,23 +55,14 @@ def paired(scores: Mapping[str, Mapping[str, Any]], first: str, second: str, see
     if not seeds or not all("hits" in values for values in scores[seeds[0]][first].values()):
         return None
     languages = [name for name in scores[seeds[0]][second] if name in scores[seeds[0]][first]]
-    classes = sorted(scores[seeds[0]][first][languages[0]]["hits"])
-    rng, drawn, by_seed = np.random.default_rng(seed), np.zeros(RESAMPLES), np.zeros(len(seeds))
-    for label in classes:
+    apart = {}
+    for label in scores[seeds[0]][first][languages[0]]["hits"]:
         hits = [
             [[list(map(int, scores[key][system][name]["hits"][label])) for name in languages] for key in seeds]
             for system in (first, second)
         ]
-        apart = (np.array(hits[0]) - np.array(hits[1])).mean(1)  # (seeds, items): over the languages
-        count = apart.shape[1]
-        by_seed += 100 * apart.mean(1) / len(classes)
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        drawn += 100 * (weights @ apart.mean(0)) / count / len(classes)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {
-        "difference": float(by_seed.mean()), "low": float(low), "high": float(high),
-        "by_seed": dict(zip(seeds, map(float, by_seed), strict=True)),
-    }  # fmt: skip
+        apart[label] = (np.array(hits[0]) - np.array(hits[1])).mean(1)  # (seeds, items): over the languages
+    return bootstrap_by_class(apart, seeds, seed=seed)
 
 
 def summary(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from fused_kd.training.score import bootstrap_by_class
 from fused_kd.training.script import run_script
 from fused_kd.training.stage import read_json, told, write_json
 
 BEFORE = "before"
 METRICS = ("accuracy", "chrf", "bleu")
-RESAMPLES = 10_000
 _PIECE = re.compile(r"(?P<step>collect|filter|set|train|dev|test)-(?P<name>.+?)(?:-s(?P<seed>\d+))?")
 
 
@@ -140,20 +140,9 @@ def paired(
     seeds = sorted({seed for arm, seed in hits if arm == first} & {seed for arm, seed in hits if arm == second})
     if not seeds:
         return None
-    rng = np.random.default_rng(seed)
-    kinds = sorted(hits[first, seeds[0]])
+    kinds = hits[first, seeds[0]]
     apart = {kind: np.stack([hits[first, s][kind] - hits[second, s][kind] for s in seeds]) for kind in kinds}
-    by_seed = np.mean([values.mean(1) for values in apart.values()], axis=0) * 100
-    drawn = np.zeros(RESAMPLES)
-    for values in apart.values():
-        count = values.shape[1]
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        drawn += weights @ values.mean(0) / count / len(kinds) * 100
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {
-        "difference": float(by_seed.mean()), "low": float(low), "high": float(high),
-        "by_seed": dict(zip(map(str, seeds), map(float, by_seed), strict=True)),
-    }  # fmt: skip
+    return bootstrap_by_class(apart, seeds, seed=seed)
 
 
 def comparisons(metrics: Mapping[str, Any], recipe: str = "sdrrl", baseline: str = "translate_sft") -> dict[str, Any]:
